@@ -1,0 +1,135 @@
+"""Certified accuracy as a function of the radius, with its interval over images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from certify.errors import UserError
+from certify.records import Run
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one run certifies.
+
+    Certified accuracy at r: the share of images whose prediction is right and whose radius is at least r. Images without
+    labels give the certified fraction instead: a radius of at least r, whatever the class.
+
+    Attributes:
+        run: where it comes from.
+        name: its line in a legend or table.
+        radii: sorted radii of the images that count (right, not abstained), in [0, 1] pixels.
+        total: images in the average.
+        labelled: whether this is accuracy.
+    """
+
+    run: Run
+    name: str
+    radii: np.ndarray
+    total: int
+    labelled: bool
+
+    def successes(self, radii: Sequence[float] | np.ndarray) -> np.ndarray:
+        """How many images are certified (and right) at each radius."""
+        return len(self.radii) - np.searchsorted(self.radii, np.asarray(radii, dtype=float), side="left")
+
+    def accuracy(self, radii: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Certified accuracy at each radius, in [0, 1]."""
+        return self.successes(radii) / self.total
+
+    def interval(self, radii: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Exact (Clopper-Pearson) interval at each radius, for the images as a sample of what they stand for."""
+        return proportion_interval(self.successes(radii), self.total, confidence)
+
+    @property
+    def quantity(self) -> str:
+        """What the vertical axis is called."""
+        return "certified accuracy" if self.labelled else "certified fraction"
+
+    @property
+    def note(self) -> str:
+        """What a reader must know: a partial run, images left out."""
+        parts = []
+        if self.run.partial:
+            parts.append(f"partial: {len(self.run.images)} of {self.run.header['expected']}")
+        left_out = len(self.run.images) - self.total
+        if left_out:
+            parts.append(f"{left_out} unreadable")
+        return ", ".join(parts)
+
+
+def proportion_interval(successes: np.ndarray, total: int, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Exact two-sided interval of proportions (Clopper and Pearson 1934)."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(successes, total, alpha=1.0 - confidence, method="beta")
+    return np.asarray(low), np.asarray(high)
+
+
+def curve(run: Run, name: str = "") -> Curve:
+    """The curve of one run.
+
+    Raises:
+        UserError: no usable image, or some images with labels and some without.
+    """
+    rows = run.usable
+    if not rows:
+        raise UserError(f"{run.path} holds no finished image yet")
+    known = [row["label"] is not None for row in rows]
+    if any(known) and not all(known):
+        raise UserError(f"{run.path}: {sum(known)} of {len(rows)} images have labels; expected all or none")
+    counted = [
+        row["radius"] for row in rows if row["prediction"] >= 0 and (not known[0] or row["prediction"] == row["label"])
+    ]
+    return Curve(run, name, np.sort(np.asarray(counted, dtype=float)), len(rows), known[0])
+
+
+def curves(runs: Sequence[Run]) -> list[Curve]:
+    """One curve a run, named by what tells them apart.
+
+    Raises:
+        UserError: radii in different norms, or labelled and unlabelled runs together.
+    """
+    norms = sorted({run.header.get("norm", "l2") for run in runs})
+    if len(norms) > 1:
+        raise UserError(f"runs with radii in different norms ({', '.join(norms)}); show them apart")
+    found = [curve(run, name) for run, name in zip(runs, names(runs), strict=True)]
+    if len({c.labelled for c in found}) > 1:
+        plain = next(c.run.path for c in found if not c.labelled)
+        raise UserError(f"{plain} has no labels and others have: accuracy and fraction do not compare; show them apart")
+    return found
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """A legend for each run: its model and sigma, and whatever else differs between the runs."""
+    keys = ("data", "denoiser", "noise", "n", "alpha", "bound", "seed")
+    differing = [k for k in keys if len({repr(run.header.get(k)) for run in runs}) > 1]
+
+    def name(run: Run) -> str:
+        header = run.header
+        parts = [str(header.get("model", run.path.stem))]
+        if header.get("sigma") is not None:
+            parts.append(f"σ = {header['sigma']:g}")
+        for key in differing:
+            value = header.get(key)
+            if value is not None and value != "none":
+                parts.append(f"{value}" if key in ("data", "denoiser", "noise", "bound") else f"{key} = {_number(value)}")
+        return ", ".join(parts)
+
+    found = [name(run) for run in runs]
+    return [f"{n} ({run.path.stem})" if found.count(n) > 1 else n for n, run in zip(found, runs, strict=True)]
+
+
+def _number(value: float | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def default_radii(largest: float, steps: int = 6) -> list[float]:
+    """A handful of round radii from 0 up to the largest one that is possible."""
+    for step in (0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0):
+        if largest <= step * steps:
+            return [round(i * step, 4) for i in range(int(largest / step) + 1)]
+    return [0.0, largest / 2, largest]

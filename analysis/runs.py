@@ -1,0 +1,85 @@
+"""Run files of this package, and the logs the field has published, behind one reader."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+from certify.errors import UserError
+from certify.records import Run, read_run
+
+LOG_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
+_TEST_SETS = (10_000, 50_000)
+
+
+def read_any(path: str | Path) -> Run:
+    """A run file, or a log ``idx label predict radius correct time`` separated by tabs (Cohen et al. 2019).
+
+    Raises:
+        UserError: neither, or damaged, or a run that holds predictions without radii.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the run files in it, such as {path}/*.jsonl")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if head.split(b"\t")[0].strip() == b"idx":
+        return _read_log(path)
+    run = read_run(path)
+    if run.header.get("procedure", "certify") != "certify":
+        raise UserError(f"{path} holds predictions, which have no radius; expected a run of `certify --model ...`")
+    return run
+
+
+def _read_log(path: Path) -> Run:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file, delimiter="\t")
+        columns = [c.strip() for c in next(reader)]
+        if tuple(columns) != LOG_COLUMNS:
+            raise UserError(f"{path}: columns {' '.join(columns)}; expected {' '.join(LOG_COLUMNS)}")
+        images = [_log_image(row, number, path) for number, row in enumerate(reader, 2) if row]
+    if not images:
+        raise UserError(f"{path} holds no images")
+    return Run(path, {**_log_header(path), "expected": _expected([int(i["id"]) for i in images])}, images)
+
+
+def _log_image(row: list[str], number: int, path: Path) -> dict[str, Any]:
+    try:
+        idx, label, predict, radius, correct, _ = row
+        image = {"id": str(int(idx)), "label": int(label), "prediction": int(predict), "radius": float(radius)}
+        agrees = int(correct) == int(image["prediction"] == image["label"])
+    except ValueError:
+        raise UserError(f"{path} is damaged at line {number}: {' '.join(row)[:60]!r}") from None
+    if not agrees:
+        raise UserError(f"{path}, line {number}: correct = {correct} contradicts label {label} and prediction {predict}")
+    return image
+
+
+def _log_header(path: Path) -> dict[str, Any]:
+    """What the folders say: such logs hold neither sigma nor n nor alpha."""
+    named = re.search(r"sigma_([\d.]+)", path.name) or re.search(r"sigma_([\d.]+)", str(path))
+    folders = [p for p in path.resolve().parts[-5:-1] if p not in ("test", "certify", "data")]
+    return {
+        "type": "run",
+        "model": "/".join(folders),
+        "data": "log",
+        "norm": "l2",
+        "sigma": float(named[1].rstrip(".")) if named else None,
+        "n": None,
+        "alpha": None,
+    }
+
+
+def _expected(indices: list[int]) -> int:
+    """Images that a log owes: its stride, carried on to the end of the field's test sets (10,000 or 50,000 images)."""
+    if len(indices) < 2:
+        return len(indices)
+    stride = max(1, min(b - a for a, b in zip(indices, indices[1:], strict=False)))
+    reach = indices[-1] + stride
+    size = next((s for s in _TEST_SETS if reach <= s), reach)
+    return max(len(indices), (size - indices[0] % stride + stride - 1) // stride)

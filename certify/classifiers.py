@@ -1,0 +1,268 @@
+"""Frozen classifiers by name or file: normalisation inside, input size and transform from the model's own settings.
+
+Where a name is looked up: ``certify/hub.py``. How each kind is built: the builders registered in ``BUILDERS``, each a
+function ``(name, weights, num_classes) -> ClassifierSpec`` in a module of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certify import hub
+from certify.errors import CertifyError, UserError
+from certify.registry import Registry
+from certify.types import FAILED
+
+BUILDERS = Registry("classifier source")
+BUILDERS.add("built-in", "certify.builtin:build")
+BUILDERS.add("timm", "certify.zoo:build_timm")
+BUILDERS.add("torchvision", "certify.zoo:build_torchvision")
+BUILDERS.add("torchscript", "certify.foreign:build_torchscript")
+BUILDERS.add("onnx", "certify.foreign:build_onnx")
+BUILDERS.add("python", "certify.foreign:build_callable")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a classifier wants to see.
+
+    Attributes:
+        size: (C, H, W), or None when it takes any.
+        mean: per channel, subtracted inside the classifier.
+        std: per channel, divided by inside the classifier.
+        transform: from a PIL image or a (C, H, W) tensor in [0, 1] to the image that is certified; None changes nothing.
+        steps: the transform in words.
+    """
+
+    size: tuple[int, int, int] | None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    transform: Callable[[Any], Tensor] | None = None
+    steps: str = "none"
+
+
+@dataclass(frozen=True)
+class ClassifierSpec:
+    """What a builder hands over: a network from normalised images to logits ``(B, K)`` or labels ``(B,)``."""
+
+    net: nn.Module
+    input: InputSpec
+    class_names: tuple[tuple[str, ...], ...] | None = None
+    num_classes: int | None = None
+    weights: str = "as built"
+
+
+def square_input(
+    size: tuple[int, int, int],
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    *,
+    resize: int | None = None,
+    interpolation: str = "bilinear",
+) -> InputSpec:
+    """An input with torchvision's evaluation transform: shorter side to ``resize``, centre crop to ``size``."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms._presets import ImageClassification
+
+    channels, height, width = size
+    if height != width:
+        raise UserError(f"input size {channels}x{height}x{width}: expected a square image, such as {channels}x224x224")
+    transform = ImageClassification(
+        crop_size=height,
+        resize_size=resize or height,
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+        interpolation=InterpolationMode(interpolation),
+    )
+    steps = f"shorter side to {resize or height} ({interpolation}), centre crop {height}"
+    return InputSpec(size, tuple(mean), tuple(std), transform, steps)
+
+
+def labels_from_logits(logits: Tensor) -> Tensor:
+    """The label of each row ``(B, K)``: its first maximum, or ``FAILED`` when that is not finite or any logit is NaN."""
+    values, labels = logits.max(dim=1)
+    return labels.masked_fill(~values.isfinite(), FAILED)
+
+
+class Classifier(nn.Module):
+    """A frozen base classifier: images in [0, 1] (plus noise) to labels, normalisation inside.
+
+    In evaluation mode for good: batch statistics would tie the samples of a batch together and void a certificate.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, spec: ClassifierSpec, num_classes: int | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.net = spec.net
+        self.input = spec.input
+        self.class_names = spec.class_names
+        self.weights = spec.weights
+        self.register_buffer("mean", torch.tensor(spec.input.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.input.std).view(-1, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        super().train(False)
+        self.num_classes = self._count_classes(num_classes or spec.num_classes)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Refused: a frozen classifier stays in evaluation mode."""
+        if mode:
+            raise UserError(f"classifier {self.name!r} is frozen; it cannot be put into training mode")
+        return super().train(False)
+
+    def _raw(self, images: Tensor) -> Tensor:
+        if self.mean.numel():
+            images = (images - self.mean) / self.std
+        output: Tensor = self.net(images)
+        return output
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Scores ``(B, K)`` of images ``(B, C, H, W)``; differentiable where the network is.
+
+        Raises:
+            UserError: the classifier gives labels only.
+        """
+        output = self._raw(images)
+        if output.ndim != 2:
+            raise UserError(f"classifier {self.name!r} gives labels only; logits need a model that returns (B, K) scores")
+        return output
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Labels ``(B,)``, int64, of images ``(B, C, H, W)``; ``FAILED`` where there is no finite answer."""
+        output = self._raw(images)
+        return labels_from_logits(output) if output.ndim == 2 else output.long()
+
+    def _count_classes(self, stated: int | None) -> int:
+        """K from one forward pass of a grey image, which also shows that the network takes its own input size."""
+        if self.input.size is None:
+            if stated is None:
+                raise UserError(
+                    f"classifier {self.name!r} does not say what it takes; "
+                    "give its input size, such as --input-size 3x32x32"
+                )
+            return stated
+        probe = torch.full((2, *self.input.size), 0.5)
+        try:
+            with torch.inference_mode():
+                output = self._raw(probe)
+        except CertifyError:
+            raise
+        except Exception as error:
+            shape = "x".join(map(str, self.input.size))
+            raise UserError(
+                f"classifier {self.name!r} fails on a {shape} image: {_first_line(error)}; "
+                "is --input-size, --mean or --std the wrong one?"
+            ) from error
+        if not isinstance(output, Tensor) or output.shape[:1] != (2,) or output.ndim not in (1, 2):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise UserError(f"classifier {self.name!r} returned {shape} for 2 images; expected logits (2, K) or labels (2,)")
+        if output.ndim == 1 and stated is None:
+            raise UserError(f"classifier {self.name!r} returns labels only; say how many classes there are: --num-classes K")
+        found = stated if output.ndim == 1 else output.shape[1]
+        assert found is not None
+        if stated is not None and stated != found:
+            raise UserError(f"classifier {self.name!r} has {found} classes, not {stated}; drop --num-classes")
+        return int(found)
+
+    def digest(self) -> str | None:
+        """SHA-256 over names, shapes and values of all parameters and buffers; None when there are none."""
+        state = self.net.state_dict()
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        if not tensors:
+            return getattr(self.net, "file_digest", None)
+        total = hashlib.sha256()
+        for key in sorted(tensors):
+            value = tensors[key].detach().cpu().contiguous()
+            total.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        return total.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that fixes the function, as JSON."""
+        return {
+            "step": "classifier",
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "input": list(self.input.size) if self.input.size else None,
+            "mean": list(self.input.mean),
+            "std": list(self.input.std),
+            "transform": self.input.steps,
+            "weights": self.weights,
+            "sha256": self.digest(),
+        }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_classifier(
+    model: str,
+    *,
+    weights: str | Path | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    num_classes: int | None = None,
+) -> Classifier:
+    """A frozen classifier, on the CPU, in evaluation mode.
+
+    Args:
+        model: ``digits``, ``cifar_resnet20`` .. ``cifar_resnet110``, a timm or torchvision name (``timm:NAME`` or
+            ``torchvision:NAME`` where both have it, else timm's), ``hf-hub:OWNER/NAME``, a TorchScript or ONNX file, or
+            ``package.module:callable``.
+        weights: a checkpoint; without it the model's published weights are used.
+        input_size: (C, H, W), in place of the model's own.
+        mean: per-channel mean in place of the model's own; needs ``std``.
+        std: per-channel standard deviation in place of the model's own; needs ``mean``.
+        num_classes: K, for checkpoints with another head than the published one, and for label-only callables.
+
+    Returns:
+        The classifier; images go in as float32 in [0, 1], normalisation is inside.
+
+    Raises:
+        UserError: unknown name, weights that do not fit, settings that contradict.
+        RunFault: weights that cannot be downloaded.
+    """
+    source = hub.find_source(model)
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"no weights file {str(weights)!r}; expected an existing .pth, .pt, .th, .tar or .safetensors file")
+    hub.require_weights(source, weights)
+    spec: ClassifierSpec = BUILDERS.get(source.kind)(source.name, weights, num_classes)
+    spec = replace(spec, input=_override_input(spec.input, input_size, mean, std))
+    return Classifier(model, spec, num_classes)
+
+
+def _override_input(
+    own: InputSpec,
+    size: tuple[int, int, int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> InputSpec:
+    """The model's input with the user's settings in place of its own."""
+    if (mean is None) != (std is None):
+        raise UserError("--mean without --std (or the reverse); give both, such as --mean 0.5 --std 0.5")
+    if size is not None:
+        own = square_input(size, own.mean, own.std, resize=_keep_ratio(own, size))
+    if mean is not None and std is not None:
+        channels = own.size[0] if own.size else len(mean)
+        if len(mean) not in (1, channels) or len(std) not in (1, channels) or not all(s > 0 for s in std):
+            raise UserError(f"--mean {mean} --std {std}: expected 1 or {channels} numbers each, std above 0")
+        expand = channels if own.size else max(len(mean), len(std))
+        own = replace(own, mean=tuple(mean) * (expand // len(mean)), std=tuple(std) * (expand // len(std)))
+    return own
+
+
+def _keep_ratio(own: InputSpec, size: tuple[int, int, int]) -> int | None:
+    """The resize that keeps the published ratio of resize to crop (256 to 224) at another size."""
+    resize = getattr(own.transform, "resize_size", None)
+    return round(size[1] * resize[0] / own.size[1]) if resize and own.size else None

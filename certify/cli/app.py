@@ -1,0 +1,99 @@
+"""The command's frame: certifying is the default verb, errors are one line, Ctrl-C is not an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from certify import __version__
+from certify.cli import info, run, show
+from certify.errors import CertifyError
+
+
+class CertifyGroup(click.Group):
+    """A group whose default verb is ``run``: ``certify --model ...`` means ``certify run --model ...``."""
+
+    default = "run"
+
+    def _own_flags(self, ctx: click.Context) -> set[str]:
+        return {o for p in self.get_params(ctx) for o in (*p.opts, *p.secondary_opts)}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default verb in front of options that are not the group's own."""
+        if args and args[0].startswith("-") and args[0].split("=")[0] not in self._own_flags(ctx):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Complete the default verb's options too."""
+        found = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            found += self.commands[self.default].shell_complete(ctx, incomplete)
+        return found
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of use, not of the alphabet."""
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The verbs, then the default verb's options."""
+        super().format_commands(ctx, formatter)
+        rows = [r for p in self.commands[self.default].get_params(ctx) if (r := p.get_help_record(ctx))]
+        with formatter.section("Options of the default command (run)"):
+            formatter.write_dl([r for r in rows if "--help" not in r[0]])
+
+
+@click.group(
+    cls=CertifyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, no_args_is_help=True
+)
+@click.version_option(__version__, "-V", "--version", prog_name="certify")
+def group() -> None:
+    """Certified l2 robustness of a frozen image classifier, by (denoised) randomized smoothing.
+
+    \b
+      certify --model digits --sigma 0.25             a certificate for each image, a table, a curve
+      certify --model resnet50 --sigma 0.25 --data D  your classifier on your images
+      certify plot RUN... -o curve.png                certified accuracy over radius
+      certify table RUN... --radii 0,0.25,0.5         the same in numbers
+
+    sigma and radii are in pixels of images scaled to [0, 1].
+    """
+
+
+for _command in (run.run, run.predict, show.plot, show.table, info.list_, info.doctor):
+    group.add_command(_command)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command and leave the process: 0 done, 1 a fault on the way, 2 the user's mistake, 130 interrupted."""
+    try:
+        code = group.main(args, prog_name="certify", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = 2
+    except click.ClickException as error:
+        _complain(_click_line(error))
+        code = 2
+    except CertifyError as error:
+        _complain(str(error))
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _complain("stopped")
+        code = 130
+    except BrokenPipeError:  # `certify table ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(text: str) -> None:
+    click.echo(f"certify: {' '.join(text.split())}", err=True)
+
+
+def _click_line(error: click.ClickException) -> str:
+    line = error.format_message()
+    where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "certify"
+    return f"{line.rstrip('.')}; see `{where} --help`"

@@ -1,0 +1,150 @@
+"""``certify list`` and ``certify doctor``: what there is, and whether it works here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from typing import Any
+
+import click
+
+from certify.errors import UserError
+
+EXTRAS = {"onnx": ("onnxruntime",), "test": ("pytest", "mpmath")}
+
+
+def _registries() -> dict[str, Any]:
+    from certify.bounds import BOUNDS
+    from certify.noise import NOISES
+    from certify.sources import DATASETS
+    from denoisers import DENOISERS
+
+    return {"datasets": DATASETS, "denoisers": DENOISERS, "noises": NOISES, "bounds": BOUNDS}
+
+
+@click.command("list")
+@click.argument("kind", required=False)
+@click.argument("pattern", required=False)
+def list_(kind: str | None, pattern: str | None) -> None:
+    """List models, datasets, denoisers, noises or bounds; PATTERN filters by part of the name."""
+    from certify.registry import unknown_name
+
+    if kind is None:
+        for name, registry in _registries().items():
+            click.echo(f"{name:<10} {', '.join(registry)}")
+        click.echo("models     see `certify list models [PATTERN]`")
+        return
+    if kind in ("models", "model"):
+        _list_models(pattern or "")
+        return
+    registries = _registries()
+    found = registries.get(kind) or registries.get(kind + "s")
+    if found is None:
+        raise unknown_name("kind", kind, ["models", *registries], "expected one of models, " + ", ".join(registries))
+    for name in found:
+        if (pattern or "") in name:
+            click.echo(f"{name:<18} {found.note(name)}")
+
+
+def _list_models(pattern: str) -> None:
+    from certify import hub
+
+    timm, torchvision = hub.library_names("timm"), hub.library_names("torchvision")
+    rows = [(name, hub.BUILT_IN.note(name)) for name in hub.BUILT_IN]
+    rows += [
+        (name, " and ".join(lib for lib, has in (("timm", timm), ("torchvision", torchvision)) if name in has))
+        for name in sorted(timm | torchvision)
+    ]
+    shown = [(name, note) for name, note in rows if pattern in name]
+    if not shown:
+        from certify.registry import unknown_name
+
+        raise unknown_name("model", pattern, [name for name, _ in rows])
+    for name, note in shown:
+        click.echo(f"{name:<40} {note}")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Show versions, devices, extras, the model hub, and test the mathematics against known values."""
+    from certify import hub
+
+    start = time.perf_counter()
+    report: dict[str, Any] = {"hub": _hub(hub)}
+    import torch
+
+    from certify.runner import device_name, versions
+
+    report["versions"] = versions()
+    report["devices"] = [f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"]
+    report["devices"] += [
+        f"cuda:{i} ({device_name(torch.device('cuda', i))})" for i in range(torch.cuda.device_count())
+    ]
+    report["extras"] = {
+        extra: all(importlib.util.find_spec(p) is not None for p in packages) for extra, packages in EXTRAS.items()
+    }
+    report["checks"] = self_test()
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _print(report)
+    failed = [name for name, passed in report["checks"].items() if not passed]
+    if failed:
+        raise UserError(f"self-test failed: {'; '.join(failed)}; results of this installation cannot be trusted")
+
+
+def _hub(hub: Any) -> str:
+    if hub.offline():
+        return "not asked (HF_HUB_OFFLINE is set)"
+    address = hub.hub_address()
+    return f"{address} answers" if hub.reachable(address) else f"{address} does not answer; use --weights FILE"
+
+
+def _print(report: dict[str, Any]) -> None:
+    click.echo("versions   " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
+    click.echo("devices    " + ", ".join(report["devices"]))
+    click.echo("extras     " + ", ".join(f"{k}: {'yes' if v else 'no'}" for k, v in report["extras"].items()))
+    click.echo("model hub  " + report["hub"])
+    for name, passed in report["checks"].items():
+        click.echo(f"{'ok  ' if passed else 'FAIL'}       {name}")
+    click.echo(f"({report['seconds']} s)")
+
+
+def self_test() -> dict[str, bool]:
+    """Known values of the mathematics and of the noise, and one certificate of a classifier whose radius is known."""
+    import torch
+
+    from certify.bounds import clopper_pearson_lower
+    from certify.noise import Gaussian
+    from certify.smoothing import SmoothedClassifier
+    from certify.streams import block_generator, stream_key
+
+    bound = clopper_pearson_lower(990, 1000, 0.001)
+    radius = Gaussian(1.0).radius(clopper_pearson_lower(100, 100, 0.001))
+    key = stream_key(0, "doctor", "estimation")
+    noise = torch.randn(100_000, generator=block_generator(key, 0))
+    again = torch.randn(100_000, generator=block_generator(key, 0))
+    other = torch.randn(100_000, generator=block_generator(key, 1))
+
+    class HalfSpace:
+        num_classes = 2
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return (images.mean(dim=(1, 2, 3)) > 0.5).long()
+
+        def describe(self) -> dict[str, Any]:
+            return {"name": "half space"}
+
+    image = torch.full((1, 4, 4), 0.6)  # its distance from the boundary is 0.1 * sqrt(16) = 0.4
+    certificate = SmoothedClassifier(HalfSpace(), 0.25).certify(image, n=10_000)
+    return {
+        "Clopper-Pearson bound of 990 in 1,000 at alpha 0.001 is 0.97494": abs(bound - 0.9749366) < 1e-6,
+        "largest radius at n = 100, alpha 0.001 is 1.5005 sigma": abs(radius - 1.5005) < 1e-4,
+        "noise is reproducible, standard normal, and differs between blocks": bool(
+            (noise == again).all() and abs(noise.mean()) < 0.015 and abs(noise.std() - 1) < 0.01 and (noise != other).any()
+        ),
+        "certificate of a half-space is below its true radius 0.4 and near it": 0.36 < certificate.radius <= 0.4,
+    }

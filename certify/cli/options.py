@@ -1,0 +1,144 @@
+"""Options that several verbs share: one spelling everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+class Numbers(click.ParamType):
+    """Numbers separated by commas."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        """``"0,0.25"`` to ``[0.0, 0.25]``."""
+        if isinstance(value, list):
+            return value
+        try:
+            return [float(v) for v in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r}; expected numbers separated by commas, such as 0,0.25,0.5", param, ctx)
+
+
+class Size(click.ParamType):
+    """Channels, height and width."""
+
+    name = "CxHxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        """``"3x224x224"`` to ``(3, 224, 224)``."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).lower().split("x")
+        if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+            self.fail(f"{value!r}; expected channels x height x width, such as 3x224x224", param, ctx)
+        return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+class Count(click.ParamType):
+    """A whole number from 1; 1e5 and 100_000 are understood."""
+
+    name = "integer"
+
+    def __init__(self, what: str, least: int = 1) -> None:
+        self.what, self.least = what, least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Text to a whole number in range."""
+        try:
+            number = float(value)
+            if number != int(number) or number < self.least:
+                raise ValueError
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r}; expected {self.what}, a whole number from {self.least}", param, ctx)
+        return int(number)
+
+
+class Positive(click.ParamType):
+    """A finite number above 0, and below ``below`` if given."""
+
+    name = "number"
+
+    def __init__(self, advice: str, below: float = float("inf")) -> None:
+        self.advice, self.below = advice, below
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Text to a number in range."""
+        try:
+            number = float(value)
+            if not 0.0 < number < self.below:
+                raise ValueError
+        except ValueError:
+            self.fail(f"{value!r}; expected {self.advice}", param, ctx)
+        return number
+
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _apply(*options: Decorator) -> Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+sigma = click.option(
+    "--sigma",
+    type=Positive("a number above 0, in [0, 1] pixels (0.25, not 64 of 255)"),
+    required=True,
+    help="Standard deviation of the noise, in pixels of images scaled to [0, 1].",
+)
+
+classifier_options = _apply(
+    click.option(
+        "--model",
+        required=True,
+        help="The frozen classifier: digits, cifar_resnet56, any timm or torchvision name, hf-hub:OWNER/NAME, "
+        "a TorchScript or ONNX file, or package.module:callable.",
+    ),
+    click.option("--weights", metavar="FILE", help="Its checkpoint (.pth .pt .th .tar .safetensors), if not the published one."),
+    click.option("--input-size", type=Size(), help="Its input, in place of its own setting."),
+    click.option("--mean", type=Numbers(), help="Mean that it subtracts, per channel, in place of its own."),
+    click.option("--std", type=Numbers(), help="Deviation that it divides by, per channel, in place of its own."),
+    click.option("--num-classes", type=Count("the number of classes"), help="Classes, where the model does not say."),
+)
+
+data_options = _apply(
+    click.option("--data", help="Images: a dataset's name (`certify list datasets`), an image, folder, .zip or .npz."),
+    click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data)."),
+    click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root."),
+    click.option("--skip", type=Count("K to take every K-th image"), default=1, help="Take every K-th image, from the first."),
+    click.option("--max", "max_images", type=Count("the most images to take"), help="Take at most so many images."),
+    click.option("--ids", help="Take only these images: ids separated by commas."),
+    click.option("--labels", metavar="FILE", help="CSV of file,label for images without class folders; 'none' ignores labels."),
+    click.option("--class-map", metavar="FILE", help="CSV or JSON from class folder to the classifier's class."),
+    click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read."),
+)
+
+alpha = click.option(
+    "--alpha",
+    type=Positive("a probability strictly between 0 and 1, such as 0.001", below=1.0),
+    default=0.001,
+    show_default=True,
+    help="Probability that the statement about an image is wrong, at most.",
+)
+
+n = click.option(
+    "--n", type=Count("a number of samples"), default=100_000, show_default=True, help="Noise samples an image."
+)
+
+compute_options = _apply(
+    click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`)."),
+    click.option("--seed", type=Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise."),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator."),
+    click.option("--batch-size", type=Count("a batch size"), help="Samples a forward pass (default: chosen); changes no result."),
+    click.option("--out", metavar="PATH", help="Run file (.jsonl), or a folder for it (default: runs/)."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),
+    click.option("--quiet", is_flag=True, help="No plan and no progress on stderr."),
+)

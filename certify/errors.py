@@ -1,0 +1,23 @@
+"""Two ways to fail: the user's mistake (exit code 2) and a fault on the way (exit code 1)."""
+
+from __future__ import annotations
+
+
+class CertifyError(Exception):
+    """Base of every error this package raises on purpose; its text is one line for a person to read."""
+
+    exit_code = 1
+
+
+class RunFault(CertifyError):
+    """A fault on the way (network, disk, worker): says what was kept and how to go on."""
+
+
+class UserError(CertifyError, ValueError):
+    """A mistake in what was asked: says what came, what was expected and what to write instead."""
+
+    exit_code = 2
+
+
+class ImageError(UserError):
+    """One image cannot be used (unreadable, too large, out of range); the rest of the data may be fine."""

@@ -1,0 +1,161 @@
+"""Builders for classifiers that somebody else wrote: TorchScript, ONNX, and any Python callable.
+
+None of them says how to normalise: they get images in [0, 1] unless ``--mean`` and ``--std`` are given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from certify.classifiers import ClassifierSpec, InputSpec, square_input
+from certify.errors import UserError
+from certify.labels import imagenet_classes
+
+
+def _names(num_classes: int | None) -> tuple[tuple[str, ...], ...] | None:
+    return imagenet_classes() if num_classes == 1000 else None
+
+
+def build_torchscript(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
+    """A TorchScript file; the input size comes from ``--input-size``."""
+    _refuse_weights(name, weights)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated, but the files are what people have
+            net = torch.jit.load(name, map_location="cpu")
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = (str(error).strip().splitlines() or ["unreadable"])[0][:120]
+        raise UserError(f"{name} is not a TorchScript file ({reason}); save it with torch.jit.save") from None
+    return ClassifierSpec(net, InputSpec(None), _names(num_classes), num_classes, Path(name).name)
+
+
+class OnnxNet(nn.Module):
+    """An ONNX graph with one image input, run by onnxruntime on the CPU."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UserError("an ONNX model needs onnxruntime: pip install 'certify-toolkit[onnx]'") from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own types, one for each kind of damage
+            reason = (str(error).strip().splitlines() or ["unreadable"])[0][:120]
+            raise UserError(f"{path} is not a usable ONNX file ({reason})") from None
+        inputs = self.session.get_inputs()
+        if len(inputs) != 1 or len(inputs[0].shape) != 4:
+            shapes = ", ".join(str(i.shape) for i in inputs)
+            raise UserError(f"{path} takes {shapes}; expected one input (batch, channels, height, width)")
+        self.input_name = inputs[0].name
+        self.shape = tuple(d if isinstance(d, int) and d > 0 else None for d in inputs[0].shape)
+        self.file_digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The graph's first output, for any batch size (a fixed one is filled up)."""
+        array = np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)
+        step = self.shape[0] or len(array)
+        parts = []
+        for start in range(0, len(array), step):
+            chunk = array[start : start + step]
+            filled = np.concatenate([chunk, np.repeat(chunk[-1:], step - len(chunk), axis=0)])
+            parts.append(self.session.run(None, {self.input_name: filled})[0][: len(chunk)])
+        return torch.from_numpy(np.concatenate(parts)).to(images.device)
+
+
+def build_onnx(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
+    """An ONNX file; the input size comes from the graph, or from ``--input-size`` where the graph leaves it open."""
+    _refuse_weights(name, weights)
+    net = OnnxNet(name)
+    channels, height, width = net.shape[1:]
+    spec = square_input((channels, height, width)) if channels and height and width else InputSpec(None)
+    outputs = net.session.get_outputs()[0].shape
+    found = outputs[1] if len(outputs) == 2 and isinstance(outputs[1], int) else num_classes
+    return ClassifierSpec(net, spec, _names(found), num_classes, Path(name).name)
+
+
+class FunctionNet(nn.Module):
+    """Any function from images to logits or labels, as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What the function returns, as a tensor."""
+        output = self.function(images)
+        return output if isinstance(output, Tensor) else torch.as_tensor(np.asarray(output))
+
+
+def build_callable(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
+    """``package.module:callable``: a module, a function of images, or a factory without arguments that returns one.
+
+    The object may carry ``num_classes``, ``input_size`` (C, H, W), ``mean``, ``std`` and ``class_names``.
+    """
+    found = import_object(name)
+    if not isinstance(found, nn.Module) and _takes_nothing(found, name):
+        found = found()
+    if not isinstance(found, nn.Module) and not callable(found):
+        raise UserError(f"{name} gave {type(found).__name__}; expected a module or a function from images to labels")
+    net = found if isinstance(found, nn.Module) else FunctionNet(found)
+    loaded = "as built"
+    if weights is not None:
+        if not isinstance(found, nn.Module):
+            raise UserError(f"{name} is a function and takes no --weights; return a torch.nn.Module from it")
+        from certify.weights import load_weights
+
+        loaded = load_weights(net, weights, name)
+    size = getattr(found, "input_size", None)
+    spec = InputSpec(None)
+    if size is not None:
+        spec = square_input(tuple(size), tuple(getattr(found, "mean", ())), tuple(getattr(found, "std", ())))
+    stated = num_classes or getattr(found, "num_classes", None)
+    given = getattr(found, "class_names", None)
+    names = tuple((str(n),) for n in given) if given is not None else _names(stated)
+    return ClassifierSpec(net, spec, names, stated, loaded)
+
+
+def import_object(name: str) -> Any:
+    """The attribute ``package.module:attribute`` names; the current folder is searched too."""
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"cannot import {module_name!r} of {name!r}: {error}") from error
+    if not hasattr(module, attribute):
+        public = ", ".join(sorted(k for k in vars(module) if not k.startswith("_"))[:8])
+        raise UserError(f"module {module_name!r} has no {attribute!r}; it has {public}")
+    return getattr(module, attribute)
+
+
+def _takes_nothing(function: Any, name: str) -> bool:
+    if not callable(function):
+        raise UserError(f"{name} is {type(function).__name__}; expected a module, a function of images or a factory")
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    empty, named = inspect.Parameter.empty, (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return not any(p.default is empty and p.kind not in named for p in parameters) and not any(
+        p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters
+    )
+
+
+def _refuse_weights(name: str, weights: str | Path | None) -> None:
+    if weights is not None:
+        raise UserError(f"{name} carries its weights; drop --weights")

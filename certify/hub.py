@@ -1,0 +1,156 @@
+"""Where a model name leads, and whether its weights can be had: answered without importing torch.
+
+Importing timm takes seconds and the hub client's own retries 47 more; a mistyped name or a machine without network must
+not cost that.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from certify.errors import RunFault, UserError
+from certify.registry import Registry, unknown_name
+
+BUILT_IN = Registry("model")
+BUILT_IN.add("digits", "certify.digits:build", "8x8 handwritten digits, weights in the package")
+for _depth in (20, 32, 44, 56, 110):
+    BUILT_IN.add(f"cifar_resnet{_depth}", "certify.cifar_resnet:build", "CIFAR-10, He et al. 2016; needs --weights")
+
+_LIBRARIES = ("timm", "torchvision")
+_PROBE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: ``kind`` names a builder of ``certify.classifiers``, ``name`` is what it gets."""
+
+    kind: str
+    name: str
+
+
+@functools.cache
+def library_names(library: str) -> frozenset[str]:
+    """Architectures that timm or torchvision registers, read from its source text: importing it takes seconds.
+
+    A test compares them with the library's own ``list_models()``.
+    """
+    spec = importlib.util.find_spec(library)
+    if spec is None or spec.origin is None:
+        return frozenset()
+    pattern = re.compile(r"^@register_model(?:\([^)]*\))?\n(?:@[^\n]+\n)*def (\w+)\(", re.MULTILINE)
+    files = (Path(spec.origin).parent / "models").glob("*.py")
+    return frozenset(name for file in files for name in pattern.findall(file.read_text(encoding="utf-8")))
+
+
+def model_names() -> list[str]:
+    """Every name that ``--model`` knows by itself."""
+    return [*BUILT_IN, *sorted(library_names("timm") | library_names("torchvision"))]
+
+
+def find_source(model: str) -> Source:
+    """What ``--model`` means.
+
+    Raises:
+        UserError: an unknown name (with the nearest), or a file that is not there.
+    """
+    if model in BUILT_IN:
+        return Source("built-in", model)
+    if model.startswith(("hf-hub:", "hf_hub:")):
+        return Source("timm", "hf-hub:" + model[7:])
+    library, _, rest = model.partition(":")
+    if library in _LIBRARIES and rest:
+        if rest.split(".")[0] not in library_names(library):
+            raise unknown_name("model", rest, library_names(library), f"not in {library}")
+        return Source(library, rest)
+    suffix = Path(model).suffix.lower()
+    if Path(model).is_file() or suffix in (".onnx", ".pt", ".ts", ".torchscript"):
+        if not Path(model).is_file():
+            raise UserError(f"no model file {model!r}; expected an existing TorchScript or ONNX file")
+        if suffix in (".pth", ".th", ".tar", ".safetensors"):
+            raise UserError(f"{model!r} looks like a checkpoint; name the architecture and pass --weights {model}")
+        return Source("onnx" if suffix == ".onnx" else "torchscript", model)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
+        return Source("python", model)
+    architecture = model.split(".")[0]
+    for library in _LIBRARIES:
+        if architecture in library_names(library):
+            return Source(library, model)
+    raise unknown_name("model", model, model_names(), "or a TorchScript or ONNX file, or package.module:callable")
+
+
+def require_weights(source: Source, weights: str | Path | None) -> None:
+    """Stop at once when pretrained weights are neither on this machine nor within reach.
+
+    Raises:
+        RunFault: with what could not be fetched and ``--weights FILE`` as the way out.
+        UserError: a built-in architecture that has no published weights.
+    """
+    if weights is not None:
+        return
+    if source.kind == "built-in" and source.name != "digits":
+        raise UserError(f"model {source.name!r} has no weights of its own; pass a checkpoint: --weights FILE")
+    if source.kind not in _LIBRARIES or cached(source):
+        return
+    address = hub_address() if source.kind == "timm" else "https://download.pytorch.org"
+    if offline() or not reachable(address):
+        why = "HF_HUB_OFFLINE is set" if offline() else f"{address} does not answer"
+        raise RunFault(cannot_fetch(source.name, why))
+
+
+def cannot_fetch(name: str, why: str) -> str:
+    """The one line about weights that could not be downloaded."""
+    return f"could not fetch the pretrained weights of {name!r}: {why}; pass a local checkpoint with --weights FILE"
+
+
+def hub_address() -> str:
+    """The model hub's address."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def offline() -> bool:
+    """Whether the user has forbidden the hub client to use the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def cached(source: Source) -> bool:
+    """Whether the hub client's or torch's cache may hold weights for this model."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
+    hub_cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    torch_home = Path(os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch")
+    if source.kind == "torchvision":
+        return any((torch_home / "hub" / "checkpoints").expanduser().glob(f"{source.name}-*.pth"))
+    if source.name.startswith("hf-hub:"):
+        return (hub_cache / f"models--{source.name[7:].partition('@')[0].replace('/', '--')}").is_dir()
+    pattern = source.name if "." in source.name else source.name + ".*"
+    return any(hub_cache.glob(f"models--timm--{pattern}")) or any(hub_cache.glob(f"models--timm--{source.name}"))
+
+
+def reachable(address: str, seconds: float = _PROBE_SECONDS) -> bool:
+    """Whether a connection to the address (or to the proxy in front of it) opens within ``seconds``, DNS included."""
+    parts = urllib.parse.urlsplit(address)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
+        parts = urllib.parse.urlsplit(proxy if "//" in proxy else "//" + proxy)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    opened: list[bool] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((parts.hostname, port), timeout=seconds).close()
+            opened.append(True)
+        except OSError:
+            pass
+
+    probe = threading.Thread(target=connect, daemon=True)  # a name server that hangs has no time-out of its own
+    probe.start()
+    probe.join(seconds)
+    return bool(opened)

@@ -1,0 +1,54 @@
+"""Denoiser -> frozen classifier, as one base classifier that can describe itself.
+
+Everything that happens after the noise sits here, so that what is certified is what is named in the record.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from certify.types import BaseClassifier
+
+
+class Pipeline(nn.Module):
+    """The base classifier whose smoothing is certified: f(D(x + e)), or f(x + e) without a denoiser.
+
+    Args:
+        classifier: any base classifier.
+        denoiser: ``forward(noisy, sigma)`` from images to images of the same shape, or None.
+        sigma: the noise level handed to the denoiser, in [0, 1] pixels.
+    """
+
+    def __init__(self, classifier: BaseClassifier, denoiser: nn.Module | None = None, sigma: float | None = None) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.denoiser = denoiser.requires_grad_(False).eval() if denoiser is not None else None
+        self.sigma = sigma
+        self.num_classes = classifier.num_classes
+
+    def denoise(self, images: Tensor) -> Tensor:
+        """The images ``(B, C, H, W)`` as the classifier gets them, before its normalisation."""
+        if self.denoiser is None:
+            return images
+        cleaned: Tensor = self.denoiser(images, self.sigma)
+        return cleaned
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Scores ``(B, K)`` of noisy images ``(B, C, H, W)``: for attacks, which need gradients."""
+        scores: Tensor = self.classifier.logits(self.denoise(images))  # type: ignore[attr-defined]
+        return scores
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Labels ``(B,)`` of noisy images ``(B, C, H, W)``."""
+        return self.classifier(self.denoise(images))
+
+    def describe(self) -> dict[str, Any]:
+        """Every step with its options and hashes, in the order an image passes them."""
+        steps = [self.classifier.describe()]
+        if self.denoiser is not None:
+            own = getattr(self.denoiser, "describe", None)
+            named = own() if callable(own) else {"name": type(self.denoiser).__name__}
+            steps.insert(0, {"step": "denoiser", "sigma": self.sigma, **named})
+        return {"num_classes": self.num_classes, "steps": steps}

@@ -1,0 +1,249 @@
+"""The run file: JSON Lines, a header and then one line an image; written so that nothing that was done is lost.
+
+Header keys that others rely on: ``type`` ("run"), ``schema``, ``model``, ``data``, ``denoiser``, ``noise``, ``sigma``,
+``n0``, ``n``, ``alpha``, ``bound``, ``seed``, ``precision``, ``device``, ``expected``. Image keys: ``type`` ("image"),
+``id``, ``label``, ``prediction`` (-1 abstains), ``radius``, ``p_lower``, ``votes``, ``selection``, ``trials``,
+``failures``, ``seconds``. ``docs/run-file.md`` explains all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from certify.errors import RunFault, UserError
+
+SCHEMA = 1
+
+FREE_KEYS = ("data", "created", "command", "versions", "machine", "rate")
+"""Header keys that may differ between two commands that mean the same run: names and circumstances, not settings."""
+
+IMAGE_KEYS = ("id", "label", "prediction", "radius", "p_lower", "votes", "selection", "trials", "failures", "seconds")
+
+
+def identity(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run this run and no other, flat: ``{"n": 100000, "images.sha256": ...}``."""
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+            for i, inner in enumerate(value):
+                walk(f"{prefix}[{i}]", inner)
+        else:
+            flat[prefix] = value
+
+    flat: dict[str, Any] = {}
+    walk("", {k: v for k, v in header.items() if k not in FREE_KEYS})
+    return flat
+
+
+def identity_digest(header: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits of the identity: in default file names, so that other settings go to another file."""
+    text = json.dumps(identity(header), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run file as it was read.
+
+    Attributes:
+        path: of the file.
+        header: its first line.
+        images: its other lines, in file order.
+        torn: whether the last line was cut off (and left out).
+    """
+
+    path: Path
+    header: dict[str, Any]
+    images: list[dict[str, Any]] = field(default_factory=list)
+    torn: bool = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether images are still owed."""
+        return len(self.images) < int(self.header["expected"])
+
+    @property
+    def usable(self) -> list[dict[str, Any]]:
+        """The images that could be read; the others carry ``error`` and prove nothing."""
+        return [row for row in self.images if "error" not in row]
+
+
+def read_run(path: str | Path, *, allow_partial: bool = True) -> Run:
+    """Read a run file.
+
+    Raises:
+        UserError: not a run file, written by a newer version, torn in the middle, an image twice, more images than the
+            run owes, or (with ``allow_partial=False``) unfinished.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    lines = content.split(b"\n")
+    torn = lines.pop() != b""  # a whole file ends in a newline
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        rows.append(_parse(line, number, path, first=not rows))
+    if not rows:
+        if torn or not content:
+            raise UserError(f"{path} holds no header: it was cut off at once; delete it and run the command again")
+        raise UserError(f"{path} is not a run file of certify")
+    run = Run(path, rows[0], rows[1:], torn)
+    _check(run)
+    if run.partial and not allow_partial:
+        raise UserError(f"{path} is unfinished: {len(run.images)} of {run.header['expected']} images; run its command again")
+    return run
+
+
+def _parse(line: bytes, number: int, path: Path, *, first: bool) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if first:
+        if not isinstance(row, dict) or row.get("type") != "run" or not isinstance(row.get("expected"), int):
+            raise UserError(f"{path} is not a run file of certify: its first line is no header")
+        return row
+    if not isinstance(row, dict) or row.get("type") != "image" or any(k not in row for k in IMAGE_KEYS):
+        raise UserError(f"{path} is damaged at line {number}; delete that line and run the command again to redo its image")
+    return row
+
+
+def _check(run: Run) -> None:
+    if run.header.get("schema", 0) > SCHEMA:
+        raise UserError(f"{run.path} was written by a newer version (schema {run.header['schema']}); update certify-toolkit")
+    ids = [row["id"] for row in run.images]
+    if len(set(ids)) < len(ids):
+        double = next(i for i in ids if ids.count(i) > 1)
+        raise UserError(f"{run.path} holds image {double!r} twice; expected one line an image")
+    if len(ids) > run.header["expected"]:
+        raise UserError(f"{run.path} holds {len(ids)} images, but its header owes {run.header['expected']}")
+
+
+class RunFile:
+    """A run file being written: created with its header, or continued where it stopped.
+
+    Every image is appended and flushed at once, so a kill loses at most the image in work. Use as a context manager.
+
+    Args:
+        path: of the file.
+        header: what this command means; a file that is there already must mean the same.
+
+    Raises:
+        UserError: the file is another run's, damaged, in use, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.header = header
+        self.done: dict[str, dict[str, Any]] = {}
+        self.resumed = self._resume()
+        self._file = self._open()
+
+    def _resume(self) -> bool:
+        try:
+            if not self.path.exists() or self.path.stat().st_size == 0:
+                return False
+            if not self.path.is_file():
+                raise UserError(f"{self.path} is not a regular file; name another --out")
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}; name another --out") from None
+        if b"\n" not in content and content.startswith(b'{"type": "run"'):
+            return False  # killed while the header was written
+        run = read_run(self.path)
+        refuse_other_run(self.path, run.header, self.header)
+        self.header = run.header
+        self.done = {row["id"]: row for row in run.images}
+        return True
+
+    def _open(self) -> IO[bytes]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("ab")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; name another --out") from None
+        _lock(file, self.path)
+        whole = self.path.read_bytes().rfind(b"\n") + 1 if self.resumed else 0
+        try:
+            file.truncate(whole)  # a line torn by a kill
+        except OSError as error:
+            file.close()
+            raise UserError(f"cannot write {self.path}: {error.strerror}; name another --out") from None
+        if not self.resumed:
+            self._append(file, self.header)
+        return file
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one image's line; it is on its way to the disk when this returns.
+
+        Raises:
+            RunFault: the disk is full or gone; what was written before stays.
+        """
+        self._append(self._file, {"type": "image", **row})
+        self.done[row["id"]] = {"type": "image", **row}
+
+    def _append(self, file: IO[bytes], row: Mapping[str, Any]) -> None:
+        line = json.dumps(row, allow_nan=False, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        try:
+            file.write(line)
+            file.flush()
+        except OSError as error:
+            raise RunFault(
+                f"could not write {self.path}: {error.strerror}; {len(self.done)} finished images are kept: "
+                "make room and run the same command to go on"
+            ) from None
+
+    def __enter__(self) -> RunFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError:
+            if kind is None:
+                raise RunFault(f"could not finish writing {self.path}") from None
+
+
+def refuse_other_run(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Stop when a run file belongs to a command with other settings; the message names the differences."""
+    before, now = identity(old), identity(new)
+    keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    if keys:
+        shown = ", ".join(f"{k} {_short(before.get(k))} there, {_short(now.get(k))} here" for k in keys[:3])
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise UserError(f"{path} holds a run with other settings ({shown}{more}); it is left alone: name another --out")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else text[:20] + '..."'
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two writers are not caught
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{path} is being written by another process; wait for it or name another --out") from None
+    except OSError:  # a file system without locks
+        return

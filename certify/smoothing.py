@@ -1,0 +1,251 @@
+"""Votes -> certificate or abstention; the smoothed classifier.
+
+The functions on votes are pure: a live run, a resumed run and a replayed log all end in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from certify.bounds import BOUNDS, check_alpha
+from certify.errors import UserError
+from certify.noise import Gaussian
+from certify.types import ABSTAIN, BaseClassifier, Certificate, Noise, Votes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+
+def certificate_from_votes(
+    selection: Votes, estimation: Votes, *, noise: Noise, alpha: float, bound: str = "clopper-pearson"
+) -> Certificate:
+    """CERTIFY of Cohen, Rosenfeld and Kolter (2019): from two stages of votes to a radius or an abstention.
+
+    The class comes from the selection votes alone (a tie goes to the lowest class); its probability is bounded from the
+    estimation votes, where failures count as trials. With probability at least 1 - alpha over the draws, a returned
+    radius is valid.
+
+    Args:
+        selection: votes of n0 noisy copies.
+        estimation: votes of n fresh noisy copies.
+        noise: the distribution both were drawn from.
+        alpha: probability of error, in (0, 1).
+        bound: name of a one-sided bound.
+
+    Returns:
+        The certificate: an abstention unless the lower bound is above 1/2.
+    """
+    check_alpha(alpha)
+    lower_bound: Callable[[int, int, float], float] = BOUNDS.get(bound)
+    chosen = selection.leading()[0]
+    successes = estimation.counts[chosen] if chosen < len(estimation.counts) else 0
+    p_lower = lower_bound(successes, estimation.trials, alpha)
+    certified = p_lower > 0.5 and sum(selection.counts) > 0  # written so that NaN abstains
+    return Certificate(
+        prediction=chosen if certified else ABSTAIN,
+        radius=noise.radius(p_lower) if certified else 0.0,
+        p_lower=p_lower,
+        norm=noise.norm,
+        alpha=alpha,
+        selection=selection,
+        estimation=estimation,
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """PREDICT's answer: with probability at least 1 - alpha it is the smoothed classifier's, or an abstention.
+
+    Attributes:
+        prediction: class in [0, K), or ``ABSTAIN``.
+        p_value: of the two-sided binomial test between the two leading classes.
+        votes: of the n noisy copies.
+    """
+
+    prediction: int
+    p_value: float
+    votes: Votes
+
+
+def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
+    """PREDICT of Cohen, Rosenfeld and Kolter (2019): the leading class, unless the runner-up may be ahead.
+
+    The test is the two-sided binomial test of 1/2 between the two leading classes (Hung and Fithian 2019); a class is
+    returned when its p-value is at most alpha, and then it is the smoothed classifier's prediction with probability at
+    least 1 - alpha.
+    """
+    check_alpha(alpha)
+    from scipy.stats import binomtest
+
+    first, *rest = votes.leading(2)
+    a, b = votes.counts[first], votes.counts[rest[0]] if rest else 0
+    p_value = float(binomtest(a, a + b, 0.5).pvalue) if a + b else 1.0
+    return Prediction(first if p_value <= alpha else ABSTAIN, p_value, votes)
+
+
+def largest_radius(noise: Noise, n: int, alpha: float, bound: str = "clopper-pearson") -> float:
+    """The radius when all n votes agree: nothing larger can come out of a run. 0 means that n is too small."""
+    return noise.radius(BOUNDS.get(bound)(n, n, alpha))
+
+
+class SmoothedClassifier:
+    """A base classifier under noise: g(x) = argmax_c P[f(D(x + e)) = c].
+
+    Args:
+        classifier: the base classifier f (:func:`certify.load_classifier`, or anything with its contract).
+        sigma: standard deviation of Gaussian noise, in [0, 1] pixels; or give ``noise``.
+        denoiser: D, a module ``forward(noisy, sigma)``; part of the base classifier from then on.
+        noise: another smoothing distribution in place of the Gaussian.
+        device: where to compute, such as ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        UserError: sigma not positive, or neither or both of sigma and noise.
+    """
+
+    def __init__(
+        self,
+        classifier: BaseClassifier,
+        sigma: float | None = None,
+        *,
+        denoiser: nn.Module | None = None,
+        noise: Noise | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        import torch
+
+        from certify.pipeline import Pipeline
+
+        if (sigma is None) == (noise is None):
+            raise UserError("give either sigma (Gaussian noise, [0, 1] pixels) or noise, not both and not neither")
+        try:
+            self.noise: Noise = noise if noise is not None else Gaussian(float(sigma))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.device = torch.device(device)
+        self.classifier = classifier
+        self.base = Pipeline(classifier, denoiser, self.noise.scale).to(self.device)
+        self.base.eval()
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.base.num_classes
+
+    def votes(
+        self,
+        image: torch.Tensor | np.ndarray,
+        n: int,
+        *,
+        stage: str,
+        seed: int = 0,
+        image_id: str | None = None,
+        batch_size: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Votes:
+        """Votes of n noisy copies of one image ``(C, H, W)``.
+
+        The noise is fixed by ``seed``, ``image_id`` (default: a hash of the image) and ``stage``.
+        """
+        from certify.streams import stream_key
+        from certify.votes import count_votes
+
+        tensor = self._check(image)
+        key = stream_key(seed, image_digest(tensor) if image_id is None else image_id, stage)
+        return count_votes(
+            self.base, tensor.to(self.device), self.noise, n, key, batch_size=batch_size, progress=progress
+        )
+
+    def certify(
+        self,
+        image: torch.Tensor | np.ndarray,
+        *,
+        n0: int = 100,
+        n: int = 100_000,
+        alpha: float = 0.001,
+        seed: int = 0,
+        bound: str = "clopper-pearson",
+        image_id: str | None = None,
+        batch_size: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Certificate:
+        """Certify one image: with probability at least 1 - alpha the result is an abstention or holds.
+
+        Args:
+            image: ``(C, H, W)``, float in [0, 1] or uint8, already at the classifier's input size.
+            n0: selection samples.
+            n: estimation samples, fresh ones.
+            alpha: probability of error for this image.
+            seed: of the run; with ``image_id`` it fixes all noise.
+            bound: name of a one-sided bound.
+            image_id: names the noise stream; default: a hash of the image.
+            batch_size: samples a forward pass; None chooses. It does not change the noise.
+            progress: called with the number of samples done since the last call.
+
+        Raises:
+            UserError: an image of the wrong shape, type or range; counts below 1; alpha outside (0, 1).
+        """
+        check_counts(n, n0, alpha)
+        tensor = self._check(image)
+        identity = image_digest(tensor) if image_id is None else image_id
+        stages = {}
+        for stage, count in (("selection", n0), ("estimation", n)):
+            stages[stage] = self.votes(
+                tensor, count, stage=stage, seed=seed, image_id=identity, batch_size=batch_size, progress=progress
+            )
+        return certificate_from_votes(
+            stages["selection"], stages["estimation"], noise=self.noise, alpha=alpha, bound=bound
+        )
+
+    def predict(
+        self,
+        image: torch.Tensor | np.ndarray,
+        *,
+        n: int = 100_000,
+        alpha: float = 0.001,
+        seed: int = 0,
+        image_id: str | None = None,
+        batch_size: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Prediction:
+        """The smoothed classifier's class, or an abstention; wrong with probability at most alpha.
+
+        Arguments as in :meth:`certify`.
+        """
+        check_counts(n, 1, alpha)
+        votes = self.votes(
+            image, n, stage="prediction", seed=seed, image_id=image_id, batch_size=batch_size, progress=progress
+        )
+        return prediction_from_votes(votes, alpha=alpha)
+
+    def base_label(self, image: torch.Tensor | np.ndarray) -> int:
+        """The base classifier's own label of the image without noise (``FAILED`` if it has none)."""
+        import torch
+
+        with torch.inference_mode():
+            return int(self.base(self._check(image).to(self.device)[None])[0])
+
+    def _check(self, image: torch.Tensor | np.ndarray) -> torch.Tensor:
+        from certify.images import as_image
+
+        spec = getattr(self.classifier, "input", None)
+        return as_image(image, spec.size if spec is not None else None)
+
+
+def image_digest(image: torch.Tensor) -> str:
+    """SHA-256 of the pixels of one image as it is certified: 16 hexadecimal digits."""
+    return hashlib.sha256(str(tuple(image.shape)).encode() + image.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def check_counts(n: int, n0: int, alpha: float) -> None:
+    """Refuse sample counts below 1 and alpha outside (0, 1), as the user's mistakes."""
+    if n < 1 or n0 < 1:
+        raise UserError(f"n = {n}, n0 = {n0}: expected at least 1 sample in each stage")
+    try:
+        check_alpha(alpha)
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -1,0 +1,142 @@
+"""What everything hangs on: votes, certificates, and the two protocols they travel between.
+
+Shape letters used in all docstrings: B batch, C channels, H height, W width, K classes, n trials. Images are float32
+``(B, C, H, W)``; clean values lie in [0, 1], noisy ones may leave it. sigma, radius and epsilon are in that scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+ABSTAIN = -1
+"""Prediction of a smoothed classifier that cannot say anything at the wanted confidence."""
+
+FAILED = -1
+"""Label of a trial that gave no answer (NaN logits, a failed query): a trial, and nobody's vote."""
+
+
+@runtime_checkable
+class BaseClassifier(Protocol):
+    """Anything that labels images: label i depends on image i only, by a function that is fixed for the whole run."""
+
+    num_classes: int
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Labels, int64 ``(B,)`` in [0, K) or ``FAILED``, of images ``(B, C, H, W)``."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that fixes the function, as JSON: it goes into the run file's header."""
+        ...
+
+
+class Noise(Protocol):
+    """A smoothing distribution: how to draw it, and what a probability under it certifies."""
+
+    @property
+    def name(self) -> str:
+        """The name in the registry and in the run file."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """The distribution's scale (sigma for a Gaussian), in [0, 1] pixels."""
+        ...
+
+    @property
+    def norm(self) -> str:
+        """The norm its radii are measured in."""
+        ...
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """One block of noise, float32 of the given shape, drawn from ``generator`` alone and on its device."""
+        ...
+
+    def radius(self, p_lower: float) -> float:
+        """The radius certified when the class has at least this probability: 0 at p <= 1/2, never rounded up."""
+        ...
+
+    def probability(self, radius: float) -> float:
+        """The probability at which ``radius`` is reached: the inverse of :meth:`radius`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Votes:
+    """What n noisy copies of one image were labelled: ``sum(counts) + failures = trials``.
+
+    Attributes:
+        counts: votes for each class, K of them.
+        failures: trials that gave no answer. They count as trials and for no class.
+    """
+
+    counts: tuple[int, ...]
+    failures: int = 0
+
+    def __post_init__(self) -> None:
+        if self.failures < 0 or any(c < 0 for c in self.counts):
+            raise ValueError(f"votes cannot be negative: {self}")
+
+    @property
+    def trials(self) -> int:
+        """How many noisy copies were drawn."""
+        return sum(self.counts) + self.failures
+
+    def leading(self, m: int = 1) -> list[int]:
+        """The m classes with most votes, most first; a tie goes to the lowest class."""
+        return sorted(range(len(self.counts)), key=lambda c: (-self.counts[c], c))[:m]
+
+    def as_dict(self) -> dict[str, int]:
+        """The non-zero counts by class, as JSON writes them."""
+        return {str(c): k for c, k in enumerate(self.counts) if k}
+
+    @classmethod
+    def from_dict(cls, counts: Mapping[str, int], failures: int = 0, num_classes: int = 0) -> Votes:
+        """The inverse of :meth:`as_dict`; ``num_classes`` pads with zeros."""
+        size = max([num_classes, *(int(c) + 1 for c in counts)])
+        dense = [0] * size
+        for c, k in counts.items():
+            dense[int(c)] = int(k)
+        return cls(tuple(dense), int(failures))
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The smoothed classifier's answer for one image.
+
+    With probability at least 1 - alpha over the noise draws, either this is an abstention, or the smoothed classifier
+    predicts ``prediction`` at every point whose distance from the image, in ``norm``, is less than ``radius``.
+    The statement is about this one image.
+
+    Attributes:
+        prediction: class in [0, K), or ``ABSTAIN``.
+        radius: certified radius in [0, 1] pixels, 0 for an abstention.
+        p_lower: lower confidence bound on the probability of the selected class.
+        norm: the radius's norm, such as ``"l2"``.
+        alpha: probability that the statement is wrong, at most.
+        selection: first-stage votes, which chose the class.
+        estimation: second-stage votes, which bound its probability.
+    """
+
+    prediction: int
+    radius: float
+    p_lower: float
+    norm: str
+    alpha: float
+    selection: Votes
+    estimation: Votes
+
+    @property
+    def abstained(self) -> bool:
+        """Whether nothing is claimed."""
+        return self.prediction == ABSTAIN
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The estimation votes by class."""
+        return self.estimation.counts

@@ -1,0 +1,110 @@
+"""The one Monte-Carlo loop: seeded noise blocks in, votes out.
+
+Left of this module everything is random, batched and on the device; right of it, float64 and pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from certify.streams import BLOCK, block_generator
+from certify.types import FAILED, BaseClassifier, Noise, Votes
+
+
+def default_batch_size(image: Tensor) -> int:
+    """Samples a batch: as many as fit 16 MiB of float32 images, 8 to 4,096; eight times that on an accelerator."""
+    budget = 2**22 if image.device.type == "cpu" else 2**25
+    return max(8, min(4096, budget // max(1, image.numel())))
+
+
+def count_votes(
+    classifier: BaseClassifier,
+    image: Tensor,
+    noise: Noise,
+    trials: int,
+    key: bytes,
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Votes:
+    """Label ``trials`` noisy copies of one image.
+
+    The noise depends on ``key`` alone: not on the batch size, the order of images or the number of workers. Memory does
+    not grow with ``trials``; a batch that does not fit in memory is halved.
+
+    Args:
+        classifier: the base classifier, on the image's device.
+        image: ``(C, H, W)``, float32 in [0, 1].
+        noise: the smoothing distribution; drawn and added in float32.
+        trials: n >= 1.
+        key: the noise stream (:func:`certify.streams.stream_key`).
+        batch_size: samples a forward pass; None chooses.
+        progress: called with the number of samples done since the last call.
+
+    Returns:
+        The votes: counts and failures add up to ``trials``.
+
+    Raises:
+        ValueError: a label outside [0, K).
+    """
+    if trials < 1:
+        raise ValueError(f"n = {trials}: expected at least 1")
+    size = batch_size or default_batch_size(image)
+    counts = torch.zeros(classifier.num_classes + 1, dtype=torch.int64)
+    with torch.inference_mode():
+        for batch in _batches(image, noise, trials, key, size):
+            counts += _tally(_label(classifier, batch), classifier.num_classes)
+            if progress is not None:
+                progress(len(batch))
+    failures, *by_class = counts.tolist()
+    return Votes(tuple(by_class), failures)
+
+
+def _batches(image: Tensor, noise: Noise, trials: int, key: bytes, size: int) -> Iterator[Tensor]:
+    """Noisy copies in batches of ``size``, cut from whole blocks: the same samples however they are cut."""
+    ready: list[Tensor] = []
+    waiting = 0
+    for block, start in enumerate(range(0, trials, BLOCK)):
+        drawn = noise.sample((BLOCK, *image.shape), block_generator(key, block, image.device)).to(image.device)
+        noisy = drawn.add_(image)[: trials - start]
+        while len(noisy):
+            piece, noisy = noisy[: size - waiting], noisy[size - waiting :]
+            ready.append(piece)
+            waiting += len(piece)
+            if waiting == size:
+                yield ready[0] if len(ready) == 1 else torch.cat(ready)
+                ready, waiting = [], 0
+    if ready:
+        yield torch.cat(ready)
+
+
+def _label(classifier: BaseClassifier, batch: Tensor) -> Tensor:
+    """Labels of one batch; out of memory halves it and tries again."""
+    try:
+        return classifier(batch)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if len(batch) == 1 or not _out_of_memory(error):
+            raise
+    if batch.device.type == "cuda":
+        torch.cuda.empty_cache()
+    half = len(batch) // 2
+    return torch.cat([_label(classifier, batch[:half]), _label(classifier, batch[half:])])
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in text and "alloc" in text
+
+
+def _tally(labels: Tensor, num_classes: int) -> Tensor:
+    """Counts ``(K + 1,)``, failures first."""
+    labels = labels.cpu()
+    if int(labels.min()) < FAILED or int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"the base classifier returned labels from {int(labels.min())} to {int(labels.max())}; "
+            f"expected 0 to {num_classes - 1}, or {FAILED} for a failed trial"
+        )
+    return torch.bincount(labels + 1, minlength=num_classes + 1)

@@ -1,0 +1,140 @@
+"""Checkpoints as people have them -> a state dict that fits, or a reason.
+
+Nothing outside is unpickled: ``torch.load`` runs with ``weights_only=True``. Nothing is loaded partially.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certify.errors import UserError
+
+_CONTAINERS = ("state_dict", "model", "model_state", "model_state_dict", "net")
+_WRAPPERS = ("module", "_orig_mod")  # DataParallel, torch.compile
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, out of a bare state dict or one under a usual key.
+
+    Raises:
+        UserError: not a checkpoint (and what it is instead), damaged, or a pickle that would run code.
+    """
+    path = Path(path)
+    found = _load(path, _sniff(path))
+    if isinstance(found, nn.Module):
+        raise UserError(f"{path} holds a whole model; expected a state dict")
+    for key in _CONTAINERS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not found:
+        raise UserError(f"{path} holds {type(found).__name__}; expected a state dict, bare or under {', '.join(_CONTAINERS)}")
+    state = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
+    if not state:
+        keys = ", ".join(list(map(str, found))[:4])
+        raise UserError(f"{path} holds no tensors (keys: {keys}); expected a state dict, bare or under {', '.join(_CONTAINERS)}")
+    return state
+
+
+def load_weights(net: nn.Module, path: str | Path, architecture: str) -> str:
+    """Load a checkpoint into ``net``, every key or none.
+
+    Prefixes that DataParallel and torch.compile leave in names are taken off, wherever they stand.
+
+    Returns:
+        What was loaded, for the record: the file's name and what was taken off.
+
+    Raises:
+        UserError: keys or shapes that do not fit; the first few are listed.
+    """
+    own = net.state_dict()
+    state = read_state_dict(path)
+    stripped = _strip_wrappers(state, own)
+    for key in own.keys() - stripped.keys():
+        if key.endswith("num_batches_tracked"):  # absent from checkpoints of torch before 0.4.1, unused in evaluation
+            stripped[key] = own[key]
+    _refuse_misfit(own, stripped, Path(path), architecture)
+    net.load_state_dict(stripped)
+    return Path(path).name + ("" if stripped.keys() & state.keys() else " (wrapper prefixes taken off)")
+
+
+def _strip_wrappers(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if state.keys() <= own.keys():
+        return dict(state)
+    return {".".join(p for p in key.split(".") if p not in _WRAPPERS): value for key, value in state.items()}
+
+
+def _refuse_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, architecture: str) -> None:
+    missing = [k for k in own if k not in state]
+    extra = [k for k in state if k not in own]
+    shapes = [
+        f"{k} {_shape(state[k])} for {_shape(own[k])}" for k in own if k in state and state[k].shape != own[k].shape
+    ]
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for names, what in ((missing, "missing"), (extra, "unexpected"), (shapes, "of another shape"))
+        if names
+    ]
+    if parts:
+        head_only = not missing and not extra and len(shapes) <= 2
+        hint = "; another number of classes? pass --num-classes" if head_only else "; is it another architecture's?"
+        raise UserError(f"{path} does not fit {architecture}: {'; '.join(parts)}{hint}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _sniff(path: Path) -> str:
+    """``safetensors`` or ``torch``, by content; anything recognisably else is refused by name."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not head:
+        raise UserError(f"{path} is empty; expected a checkpoint (download it again)")
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise UserError(f"{path} is a web page, not weights: the download saved an HTML page; fetch the file itself")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not weights; fetch the file itself (git lfs pull)")
+    if len(head) > 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 100_000_000:
+        return "safetensors"
+    return "torch"
+
+
+def _load(path: Path, kind: str) -> Any:
+    if kind == "safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(_refused_pickle(path, str(error))) from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason}); download it again") from None
+
+
+def _refused_pickle(path: Path, reason: str) -> str:
+    wanted = re.search(r"GLOBAL ([\w.]+)", reason) or re.search(r"Unsupported (?:global|class|operand)[:\s]+([\w.]+)", reason)
+    if wanted is None:
+        return f"{path} is damaged or not a checkpoint; expected a state dict saved by torch.save, or safetensors"
+    return (
+        f"{path} asks for {wanted[1]} when it is unpickled, which can run code: refused; "
+        "expected tensors only (save the state dict alone, best as .safetensors)"
+    )

@@ -1,0 +1,1 @@
+"""Makes weights: classifiers and denoisers. A classifier under attack or certification stays frozen."""
