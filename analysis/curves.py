@@ -15,8 +15,8 @@ from certify.records import Run
 class Curve:
     """What one run certifies.
 
-    Certified accuracy at r: the share of images whose prediction is right and whose radius is at least r. Images without
-    labels give the certified fraction instead: a radius of at least r, whatever the class.
+    Certified accuracy at r: the share of images whose prediction is right and whose radius is at least r. Images
+    without labels give the certified fraction instead: a radius of at least r, whatever the class.
 
     Attributes:
         run: where it comes from.
@@ -116,7 +116,9 @@ def names(runs: Sequence[Run]) -> list[str]:
         for key in differing:
             value = header.get(key)
             if value is not None and value != "none":
-                parts.append(f"{value}" if key in ("data", "denoiser", "noise", "bound") else f"{key} = {_number(value)}")
+                parts.append(
+                    f"{value}" if key in ("data", "denoiser", "noise", "bound") else f"{key} = {_number(value)}"
+                )
         return ", ".join(parts)
 
     found = [name(run) for run in runs]

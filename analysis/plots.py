@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ FORMATS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, told apart by colour-blind readers and in grey; black stays for text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -78,21 +79,21 @@ def plot_curves(curves: Sequence[Curve], path: str | Path, *, title: str | None 
         plt.close(figure)
 
 
-def _legend(axes: object, curves: Sequence[Curve]) -> None:
+def _legend(axes: Any, curves: Sequence[Curve]) -> None:
     """Inside when there is room above the curves' falling ends, below the axes otherwise."""
     longest = max(len(c.name) + len(c.note) for c in curves)
     if len(curves) <= 5 and longest <= 44:
-        axes.legend(loc="upper right")  # type: ignore[attr-defined]
+        axes.legend(loc="upper right")
     else:
-        axes.figure.legend(loc="outside lower center", ncols=1 if longest > 40 else 2)  # type: ignore[attr-defined]
+        axes.figure.legend(loc="outside lower center", ncols=1 if longest > 40 else 2)
 
 
-def _save(figure: object, path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
     beside = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(beside, dpi=200, metadata=metadata)  # type: ignore[attr-defined]
+        figure.savefig(beside, dpi=200, metadata=metadata)
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def _log_image(row: list[str], number: int, path: Path) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{path} is damaged at line {number}: {' '.join(row)[:60]!r}") from None
     if not agrees:
-        raise UserError(f"{path}, line {number}: correct = {correct} contradicts label {label} and prediction {predict}")
+        raise UserError(
+            f"{path}, line {number}: correct = {correct} contradicts label {label} and prediction {predict}"
+        )
     return image
 
 
@@ -79,7 +82,7 @@ def _expected(indices: list[int]) -> int:
     """Images that a log owes: its stride, carried on to the end of the field's test sets (10,000 or 50,000 images)."""
     if len(indices) < 2:
         return len(indices)
-    stride = max(1, min(b - a for a, b in zip(indices, indices[1:], strict=False)))
+    stride = max(1, min(b - a for a, b in itertools.pairwise(indices)))
     reach = indices[-1] + stride
     size = next((s for s in _TEST_SETS if reach <= s), reach)
     return max(len(indices), (size - indices[0] % stride + stride - 1) // stride)

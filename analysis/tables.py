@@ -24,7 +24,8 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str) -> 
     from tabulate import tabulate
 
     align = ["left", *("right" for _ in header[1:])]
-    return tabulate(rows, headers=list(header), tablefmt=FORMATS[style], disable_numparse=True, colalign=align)
+    table: str = tabulate(rows, headers=list(header), tablefmt=FORMATS[style], disable_numparse=True, colalign=align)
+    return table
 
 
 def compare(curves: Sequence[Curve], radii: Sequence[float], style: str = "text", *, intervals: bool = False) -> str:

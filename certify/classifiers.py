@@ -37,7 +37,7 @@ class InputSpec:
         size: (C, H, W), or None when it takes any.
         mean: per channel, subtracted inside the classifier.
         std: per channel, divided by inside the classifier.
-        transform: from a PIL image or a (C, H, W) tensor in [0, 1] to the image that is certified; None changes nothing.
+        transform: from a PIL image or a (C, H, W) tensor in [0, 1] to the image that is certified, or None.
         steps: the transform in words.
     """
 
@@ -86,7 +86,7 @@ def square_input(
 
 
 def labels_from_logits(logits: Tensor) -> Tensor:
-    """The label of each row ``(B, K)``: its first maximum, or ``FAILED`` when that is not finite or any logit is NaN."""
+    """The label of each row ``(B, K)``: its first maximum; ``FAILED`` when that is infinite or any logit is NaN."""
     values, labels = logits.max(dim=1)
     return labels.masked_fill(~values.isfinite(), FAILED)
 
@@ -111,6 +111,9 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(spec.input.std).view(-1, 1, 1), persistent=False)
         self.requires_grad_(False)
         super().train(False)
+        self.channels_last = any(p.ndim == 4 for p in self.net.parameters())
+        if self.channels_last:  # the layout convolutions are fastest in; values stay the same
+            self.net.to(memory_format=torch.channels_last)
         self.num_classes = self._count_classes(num_classes or spec.num_classes)
 
     def train(self, mode: bool = True) -> Classifier:
@@ -122,6 +125,8 @@ class Classifier(nn.Module):
     def _raw(self, images: Tensor) -> Tensor:
         if self.mean.numel():
             images = (images - self.mean) / self.std
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         output: Tensor = self.net(images)
         return output
 
@@ -133,7 +138,9 @@ class Classifier(nn.Module):
         """
         output = self._raw(images)
         if output.ndim != 2:
-            raise UserError(f"classifier {self.name!r} gives labels only; logits need a model that returns (B, K) scores")
+            raise UserError(
+                f"classifier {self.name!r} gives labels only; logits need a model that returns (B, K) scores"
+            )
         return output
 
     def forward(self, images: Tensor) -> Tensor:
@@ -163,10 +170,14 @@ class Classifier(nn.Module):
                 "is --input-size, --mean or --std the wrong one?"
             ) from error
         if not isinstance(output, Tensor) or output.shape[:1] != (2,) or output.ndim not in (1, 2):
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise UserError(f"classifier {self.name!r} returned {shape} for 2 images; expected logits (2, K) or labels (2,)")
+            got = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+            raise UserError(
+                f"classifier {self.name!r} returned {got} for 2 images; expected logits (2, K) or labels (2,)"
+            )
         if output.ndim == 1 and stated is None:
-            raise UserError(f"classifier {self.name!r} returns labels only; say how many classes there are: --num-classes K")
+            raise UserError(
+                f"classifier {self.name!r} returns labels only; say how many classes there are: --num-classes K"
+            )
         found = stated if output.ndim == 1 else output.shape[1]
         assert found is not None
         if stated is not None and stated != found:
@@ -235,7 +246,9 @@ def load_classifier(
     """
     source = hub.find_source(model)
     if weights is not None and not Path(weights).is_file():
-        raise UserError(f"no weights file {str(weights)!r}; expected an existing .pth, .pt, .th, .tar or .safetensors file")
+        raise UserError(
+            f"no weights file {str(weights)!r}; expected an existing .pth, .pt, .th, .tar or .safetensors file"
+        )
     hub.require_weights(source, weights)
     spec: ClassifierSpec = BUILDERS.get(source.kind)(source.name, weights, num_classes)
     spec = replace(spec, input=_override_input(spec.input, input_size, mean, std))

@@ -80,7 +80,7 @@ def find_source(model: str) -> Source:
         return Source("onnx" if suffix == ".onnx" else "torchscript", model)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
         return Source("python", model)
-    architecture = model.split(".")[0]
+    architecture = model.split(".", maxsplit=1)[0]
     for library in _LIBRARIES:
         if architecture in library_names(library):
             return Source(library, model)

@@ -172,7 +172,9 @@ def _labels_from_file(
     keys = [item.id if item.id in given else item.id.rpartition("/")[2] for item in chosen]
     missing = [key for key in keys if key not in given]
     if missing:
-        raise UserError(f"--labels {path} misses {len(missing)} of {len(chosen)} images: {', '.join(missing[:3])}; add them")
+        raise UserError(
+            f"--labels {path} misses {len(missing)} of {len(chosen)} images: {', '.join(missing[:3])}; add them"
+        )
     return [class_index(given[k], index, num_classes, f"--labels {path}") for k in keys], f"from {path.name}"
 
 
@@ -189,7 +191,9 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
     tensor = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
     if tensor.ndim != 3 or (size is not None and tuple(tensor.shape) != size):
         wanted = "(C, H, W)" if size is None else str(size)
-        raise ImageError(f"image of shape {tuple(tensor.shape)}; expected {wanted}, one image at the classifier's input size")
+        raise ImageError(
+            f"image of shape {tuple(tensor.shape)}; expected {wanted}, one image at the classifier's input size"
+        )
     if tensor.dtype == torch.uint8:
         return tensor.to(torch.float32) / 255.0
     if not tensor.is_floating_point():
@@ -197,7 +201,9 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
     tensor = tensor.to(torch.float32)
     low, high = float(tensor.min()), float(tensor.max())
     if not (low >= -_SLACK and high <= 1.0 + _SLACK):  # NaN is refused too
-        raise ImageError(f"image with values from {low:.4g} to {high:.4g}; expected [0, 1], before normalisation, or uint8")
+        raise ImageError(
+            f"image with values from {low:.4g} to {high:.4g}; expected [0, 1], before normalisation, or uint8"
+        )
     return tensor.clamp(0.0, 1.0)
 
 

@@ -1,8 +1,8 @@
 """From the names that data gives its classes to the indices that the classifier means.
 
-The field's most common silent error is an index by sorted folder name where the classifier was trained on another order:
-accuracy near zero and no hint. Names are matched; sorted order is used only when there is nothing else and the numbers
-agree; anything doubtful is an error that asks for a map.
+The field's most common silent error is an index by sorted folder name where the classifier was trained on another
+order: accuracy near zero and no hint. Names are matched; sorted order is used only when there is nothing else and the
+numbers agree; anything doubtful is an error that asks for a map.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def map_names(
             raise UserError(f"{bad}; {_HOW}")
     if order is not None and len(order) == num_classes:
         return {name: i for i, name in enumerate(order)}, f"the data set's own order of {num_classes} classes"
-    if all(name.isdecimal() and str(int(name)) == name and int(name) < num_classes for name in names):
-        if "0" in names or len(names) < num_classes:
-            return {name: int(name) for name in names}, f"folder names are class indices ({len(names)} of {num_classes})"
+    indices = all(name.isdecimal() and str(int(name)) == name and int(name) < num_classes for name in names)
+    if indices and ("0" in names or len(names) < num_classes):
+        return {name: int(name) for name in names}, f"class names are indices ({len(names)} of {num_classes})"
     numbers = all(name.isdecimal() for name in names)
     if len(names) == num_classes and not (numbers and sorted(names, key=int) != names):  # 1, 10, 2: not an order
         return {name: i for i, name in enumerate(names)}, f"sorted order of {num_classes} class names"
@@ -105,7 +105,9 @@ def _from_map(names: Sequence[str], class_names: ClassNames | None, num_classes:
         given = dict(_read_rows(path, "--class-map"))
     missing = [name for name in names if name not in given]
     if missing:
-        raise UserError(f"--class-map {path} misses {len(missing)} of {len(names)} class names: {_few(missing)}; add them")
+        raise UserError(
+            f"--class-map {path} misses {len(missing)} of {len(names)} class names: {_few(missing)}; add them"
+        )
     index = _index(class_names) if class_names else {}
     return {name: class_index(given[name], index, num_classes, f"--class-map {path}") for name in names}
 
@@ -123,6 +125,14 @@ def class_index(value: Any, index: Mapping[str, list[int]], num_classes: int, wh
     elif len(index.get(_plain(text), [])) == 1:
         return index[_plain(text)][0]
     raise UserError(f"{where}: class {text!r}; expected 0 to {num_classes - 1} or one name of the classifier's")
+
+
+def readable(class_names: ClassNames | None, label: int) -> str:
+    """What a person calls this class: its name, or its index where the classifier has no names."""
+    if class_names is None or not 0 <= label < len(class_names):
+        return str(label)
+    names = class_names[label]
+    return names[1] if len(names) > 1 and re.fullmatch(r"n\d{8}", names[0]) else names[0]
 
 
 def name_index(class_names: ClassNames | None) -> dict[str, list[int]]:

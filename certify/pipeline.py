@@ -21,7 +21,9 @@ class Pipeline(nn.Module):
         sigma: the noise level handed to the denoiser, in [0, 1] pixels.
     """
 
-    def __init__(self, classifier: BaseClassifier, denoiser: nn.Module | None = None, sigma: float | None = None) -> None:
+    def __init__(
+        self, classifier: BaseClassifier, denoiser: nn.Module | None = None, sigma: float | None = None
+    ) -> None:
         super().__init__()
         self.classifier = classifier
         self.denoiser = denoiser.requires_grad_(False).eval() if denoiser is not None else None

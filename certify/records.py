@@ -102,7 +102,9 @@ def read_run(path: str | Path, *, allow_partial: bool = True) -> Run:
     run = Run(path, rows[0], rows[1:], torn)
     _check(run)
     if run.partial and not allow_partial:
-        raise UserError(f"{path} is unfinished: {len(run.images)} of {run.header['expected']} images; run its command again")
+        raise UserError(
+            f"{path} is unfinished: {len(run.images)} of {run.header['expected']} images; run its command again"
+        )
     return run
 
 
@@ -116,13 +118,17 @@ def _parse(line: bytes, number: int, path: Path, *, first: bool) -> dict[str, An
             raise UserError(f"{path} is not a run file of certify: its first line is no header")
         return row
     if not isinstance(row, dict) or row.get("type") != "image" or any(k not in row for k in IMAGE_KEYS):
-        raise UserError(f"{path} is damaged at line {number}; delete that line and run the command again to redo its image")
+        raise UserError(
+            f"{path} is damaged at line {number}; delete that line and run the command again to redo its image"
+        )
     return row
 
 
 def _check(run: Run) -> None:
     if run.header.get("schema", 0) > SCHEMA:
-        raise UserError(f"{run.path} was written by a newer version (schema {run.header['schema']}); update certify-toolkit")
+        raise UserError(
+            f"{run.path} was written by a newer version (schema {run.header['schema']}); update certify-toolkit"
+        )
     ids = [row["id"] for row in run.images]
     if len(set(ids)) < len(ids):
         double = next(i for i in ids if ids.count(i) > 1)

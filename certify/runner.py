@@ -6,8 +6,8 @@ Pure bookkeeping around :mod:`certify.smoothing`; the command line adds words, a
 from __future__ import annotations
 
 import datetime
+import logging
 import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +19,13 @@ from torch import Tensor
 
 from certify.errors import ImageError, UserError
 from certify.images import ImageSet
+from certify.labels import readable
 from certify.records import SCHEMA, RunFile
 from certify.smoothing import SmoothedClassifier, check_counts, image_digest
 from certify.streams import STREAM
 from certify.types import Votes
+
+_LOG = logging.getLogger("certify")
 
 PROCEDURES = ("certify", "predict")
 
@@ -92,7 +95,7 @@ def run_header(
         "stream": STREAM,
         "versions": versions(),
         "machine": {"processor": torch.backends.cpu.get_cpu_capability(), "device": device_name(smoothed.device)},
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
     }
 
@@ -122,7 +125,7 @@ def process(
     strict: bool = False,
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
-    warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    warn: Callable[[str], None] = _LOG.warning,
 ) -> None:
     """Certify (or predict) every image that the file does not hold yet, and append its line.
 
@@ -186,7 +189,14 @@ def _one(
             **_stages(Votes(()), predicted.votes),
             "p_value": predicted.p_value,
         }
-    return {**answer, "base": smoothed.base_label(image), "image": image_digest(image)}
+    base, names = smoothed.base_label(image), getattr(smoothed.classifier, "class_names", None)
+    return {
+        **answer,
+        "base": base,
+        "class": None if answer["prediction"] < 0 else readable(names, answer["prediction"]),
+        "base_class": readable(names, base),
+        "image": image_digest(image),
+    }
 
 
 def _stages(selection: Votes, estimation: Votes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ noise stream.
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ def open_source(data: str, *, root: str | Path | None = None, download: bool = F
         return _from_zip(path)
     if path.suffix.lower() in SUFFIXES:
         return Source(path.name, (Item(path.name, lambda: _read_file(path), None, path.stat().st_size),))
-    raise UserError(f"{data!r} is not a kind of data that is read; expected {', '.join(SUFFIXES)}, .zip, .npz or a folder")
+    raise UserError(
+        f"{data!r} is not a kind of data that is read; expected {', '.join(SUFFIXES)}, .zip, .npz or a folder"
+    )
 
 
 def _read_file(path: Path) -> bytes:
@@ -136,17 +139,15 @@ def _arrange(keys: Any, where: str, item: Callable[[str, str, str | None], Item]
         raise UserError(f"no images in {where}; expected files ending in {', '.join(SUFFIXES)}")
     depth = max(len(p.parts) for p, _ in paths)
     strip = 0
-    while depth - strip > 2 and len({p.parts[:strip + 1] for p, _ in paths}) == 1 and _shallowest(paths) > strip + 1:
+    while depth - strip > 2 and len({p.parts[: strip + 1] for p, _ in paths}) == 1 and _shallowest(paths) > strip + 1:
         strip += 1
     depths = {len(p.parts) - strip for p, _ in paths}
-    if depths == {1} or depths == {2}:
-        return [
-            item(key, "/".join(p.parts[strip:]), p.parts[-2] if depths == {2} else None) for p, key in paths
-        ]
+    if depths in ({1}, {2}):
+        return [item(key, "/".join(p.parts[strip:]), p.parts[-2] if depths == {2} else None) for p, key in paths]
     tops = sorted({p.parts[strip] for p, _ in paths if len(p.parts) - strip > 1})
     raise UserError(
         f"images in {where} lie at several depths (under {', '.join(tops[:4])}{', ...' if len(tops) > 4 else ''}); "
-        f"expected one flat folder or one folder for each class: name one of them, such as {where.rstrip('/')}/{tops[0]}"
+        f"expected one flat folder or one folder a class: name one of them, such as {where.rstrip('/')}/{tops[0]}"
     )
 
 
@@ -158,8 +159,10 @@ def _from_npz(path: Path) -> Source:
     try:
         with np.load(path, allow_pickle=False) as archive:
             if "x" not in archive:
-                raise UserError(f"{path} holds {', '.join(archive.files) or 'nothing'}; expected x (images) and y (labels)")
-            x, y = archive["x"], archive["y"] if "y" in archive else None
+                raise UserError(
+                    f"{path} holds {', '.join(archive.files) or 'nothing'}; expected x (images) and y (labels)"
+                )
+            x, y = archive["x"], archive.get("y")
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         if isinstance(error, UserError):
             raise
@@ -201,7 +204,8 @@ def _photos(root: Path, download: bool) -> Source:
 
     found = load_sample_images()
     items = [
-        Item(Path(name).name, lambda image=image: image) for name, image in zip(found.filenames, found.images, strict=True)
+        Item(Path(name).name, functools.partial(np.asarray, image))
+        for name, image in zip(found.filenames, found.images, strict=True)
     ]
     return Source("photos", items)
 
@@ -229,7 +233,9 @@ def _torchvision(name: str) -> Callable[..., Source]:
 def _imagenet(root: Path, download: bool) -> Source:
     folder = root / "val" if (root / "val").is_dir() else root
     if not folder.is_dir():
-        raise UserError(f"no imagenet under {root}; ImageNet cannot be downloaded: pass --root DIR that holds val/<wnid>/*.JPEG")
+        raise UserError(
+            f"no imagenet under {root}; ImageNet cannot be downloaded: pass --root DIR that holds val/<wnid>/*.JPEG"
+        )
     source = _from_folder(folder)
     return Source("imagenet", source.items)
 

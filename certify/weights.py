@@ -36,11 +36,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             found = found[key]
             break
     if not isinstance(found, Mapping) or not found:
-        raise UserError(f"{path} holds {type(found).__name__}; expected a state dict, bare or under {', '.join(_CONTAINERS)}")
+        raise UserError(
+            f"{path} holds {type(found).__name__}; expected a state dict, bare or under {', '.join(_CONTAINERS)}"
+        )
     state = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
     if not state:
         keys = ", ".join(list(map(str, found))[:4])
-        raise UserError(f"{path} holds no tensors (keys: {keys}); expected a state dict, bare or under {', '.join(_CONTAINERS)}")
+        raise UserError(
+            f"{path} holds no tensors (keys: {keys}); expected a state dict, bare or under {', '.join(_CONTAINERS)}"
+        )
     return state
 
 
@@ -131,7 +135,9 @@ def _load(path: Path, kind: str) -> Any:
 
 
 def _refused_pickle(path: Path, reason: str) -> str:
-    wanted = re.search(r"GLOBAL ([\w.]+)", reason) or re.search(r"Unsupported (?:global|class|operand)[:\s]+([\w.]+)", reason)
+    wanted = re.search(r"GLOBAL ([\w.]+)", reason) or re.search(
+        r"Unsupported (?:global|class|operand)[:\s]+([\w.]+)", reason
+    )
     if wanted is None:
         return f"{path} is damaged or not a checkpoint; expected a state dict saved by torch.save, or safetensors"
     return (

@@ -44,9 +44,7 @@ def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -
 
 
 def build_torchvision(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """A torchvision classification model; transform and normalisation from the published weights of that file name,
-    else from its default weights.
-    """
+    """A torchvision classifier; its transform from the published weights of that file name, else from the default."""
     import torchvision
 
     try:

@@ -47,11 +47,13 @@ class CertifyGroup(click.Group):
 
 
 @click.group(
-    cls=CertifyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, no_args_is_help=True
+    cls=CertifyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    no_args_is_help=True,
 )
 @click.version_option(__version__, "-V", "--version", prog_name="certify")
 def group() -> None:
-    """Certified l2 robustness of a frozen image classifier, by (denoised) randomized smoothing.
+    r"""Certified l2 robustness of a frozen image classifier, by (denoised) randomized smoothing.
 
     \b
       certify --model digits --sigma 0.25             a certificate for each image, a table, a curve

@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from certify.errors import UserError
 
-class Numbers(click.ParamType):
+
+class Numbers(click.ParamType[Any]):
     """Numbers separated by commas."""
 
     name = "numbers"
@@ -23,7 +25,7 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r}; expected numbers separated by commas, such as 0,0.25,0.5", param, ctx)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[Any]):
     """Channels, height and width."""
 
     name = "CxHxW"
@@ -38,7 +40,7 @@ class Size(click.ParamType):
         return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-class Count(click.ParamType):
+class Count(click.ParamType[Any]):
     """A whole number from 1; 1e5 and 100_000 are understood."""
 
     name = "integer"
@@ -57,7 +59,7 @@ class Count(click.ParamType):
         return int(number)
 
 
-class Positive(click.ParamType):
+class Positive(click.ParamType[Any]):
     """A finite number above 0, and below ``below`` if given."""
 
     name = "number"
@@ -74,6 +76,12 @@ class Positive(click.ParamType):
         except ValueError:
             self.fail(f"{value!r}; expected {self.advice}", param, ctx)
         return number
+
+
+def check_radii(radii: list[float] | None) -> None:
+    """Refuse negative and infinite radii."""
+    if radii is not None and not all(0 <= r < float("inf") for r in radii):
+        raise UserError(f"--radii {','.join(f'{r:g}' for r in radii)}: expected numbers from 0")
 
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -102,7 +110,9 @@ classifier_options = _apply(
         help="The frozen classifier: digits, cifar_resnet56, any timm or torchvision name, hf-hub:OWNER/NAME, "
         "a TorchScript or ONNX file, or package.module:callable.",
     ),
-    click.option("--weights", metavar="FILE", help="Its checkpoint (.pth .pt .th .tar .safetensors), if not the published one."),
+    click.option(
+        "--weights", metavar="FILE", help="Its checkpoint (.pth .pt .th .tar .safetensors), if not the published one."
+    ),
     click.option("--input-size", type=Size(), help="Its input, in place of its own setting."),
     click.option("--mean", type=Numbers(), help="Mean that it subtracts, per channel, in place of its own."),
     click.option("--std", type=Numbers(), help="Deviation that it divides by, per channel, in place of its own."),
@@ -113,10 +123,14 @@ data_options = _apply(
     click.option("--data", help="Images: a dataset's name (`certify list datasets`), an image, folder, .zip or .npz."),
     click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data)."),
     click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root."),
-    click.option("--skip", type=Count("K to take every K-th image"), default=1, help="Take every K-th image, from the first."),
+    click.option(
+        "--skip", type=Count("K to take every K-th image"), default=1, help="Take every K-th image, from the first."
+    ),
     click.option("--max", "max_images", type=Count("the most images to take"), help="Take at most so many images."),
     click.option("--ids", help="Take only these images: ids separated by commas."),
-    click.option("--labels", metavar="FILE", help="CSV of file,label for images without class folders; 'none' ignores labels."),
+    click.option(
+        "--labels", metavar="FILE", help="CSV of file,label for images without class folders; 'none' ignores labels."
+    ),
     click.option("--class-map", metavar="FILE", help="CSV or JSON from class folder to the classifier's class."),
     click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read."),
 )
@@ -136,8 +150,12 @@ n = click.option(
 compute_options = _apply(
     click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`)."),
     click.option("--seed", type=Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise."),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator."),
-    click.option("--batch-size", type=Count("a batch size"), help="Samples a forward pass (default: chosen); changes no result."),
+    click.option(
+        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator."
+    ),
+    click.option(
+        "--batch-size", type=Count("a batch size"), help="Samples a forward pass (default: chosen); changes no result."
+    ),
     click.option("--out", metavar="PATH", help="Run file (.jsonl), or a folder for it (default: runs/)."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),
     click.option("--quiet", is_flag=True, help="No plan and no progress on stderr."),

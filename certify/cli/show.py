@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from certify.cli import options
-from certify.errors import RunFault, UserError
+from certify.errors import RunFault
 
 runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 
@@ -53,11 +53,10 @@ def table(runs: tuple[str, ...], radii: list[float] | None, style: str, interval
     from analysis.runs import read_any
     from analysis.tables import compare
 
+    options.check_radii(radii)
     found = curves([read_any(r) for r in runs])
     if radii is None:
         radii = default_radii(max((float(c.radii[-1]) for c in found if len(c.radii)), default=0.0))
-    if not all(0 <= r < float("inf") for r in radii):
-        raise UserError(f"--radii {','.join(map(str, radii))}: expected numbers from 0")
     text = compare(found, radii, style, intervals=intervals)
     if out is None:
         click.echo(text)

@@ -1,0 +1,133 @@
+"""The end of a run in words, numbers and a picture; every number by its full name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from analysis.curves import Curve
+    from certify.records import Run
+
+
+def summarise(run: Run, radii: list[float] | None, *, as_json: bool) -> None:
+    """Print the table (or one JSON object) on stdout; for certificates, draw the curve beside the run file."""
+    rows = run.usable
+    _warn_of_failures(rows)
+    curve, picture = None, None
+    if run.header["procedure"] == "certify" and rows:
+        from analysis.curves import curves
+        from analysis.plots import plot_curves
+
+        (curve,) = curves([run])
+        radii = radii or _radii(run.header)
+        picture = run.path.with_suffix(".png")
+        plot_curves([curve], picture)
+    if as_json:
+        click.echo(json.dumps(_as_json(run, curve, radii or [], picture)))
+    else:
+        click.echo(_in_words(run, curve, radii or []))
+        click.echo(f"\nrun file   {run.path}" + (f"\ncurve      {picture}" if picture else ""))
+
+
+def _radii(header: dict[str, Any]) -> list[float]:
+    from analysis.curves import default_radii
+    from certify.noise import NOISES
+    from certify.smoothing import largest_radius
+
+    noise = NOISES.get(header["noise"])(header["sigma"])
+    return default_radii(largest_radius(noise, header["n"], header["alpha"], header["bound"]))
+
+
+def _warn_of_failures(rows: list[dict[str, Any]]) -> None:
+    failures, trials = (sum(r[key] for r in rows) for key in ("failures", "trials"))
+    if failures and failures == trials:
+        warn("every sample failed (NaN or no finite answer): the base classifier gives nothing to certify")
+    elif failures:
+        warn(f"{failures:,} of {trials:,} samples failed (NaN or no finite answer); they count against every class")
+
+
+def _as_json(run: Run, curve: Curve | None, radii: list[float], picture: Path | None) -> dict[str, Any]:
+    rows = run.usable
+    samples = sum(r["trials"] for r in rows) + len(rows) * run.header["n0"]
+    seconds = sum(r["seconds"] for r in rows)
+    shares = None
+    if curve is not None:
+        shares = {f"{r:g}": float(a) for r, a in zip(radii, curve.accuracy(radii), strict=True)}
+    labelled = bool(rows) and rows[0]["label"] is not None
+    return {
+        "run": str(run.path),
+        "images": len(rows),
+        "certified_accuracy": shares if labelled else None,
+        "certified_fraction": None if labelled else shares,
+        "base_accuracy": sum(r["base"] == r["label"] for r in rows) / len(rows) if labelled else None,
+        "smoothed_accuracy": sum(r["prediction"] == r["label"] for r in rows) / len(rows) if labelled else None,
+        "abstained": sum(r["prediction"] < 0 for r in rows),
+        "unreadable": len(run.images) - len(rows),
+        "samples": samples,
+        "samples_per_second": round(samples / seconds, 1) if seconds else None,
+        "curve": str(picture) if picture else None,
+    }
+
+
+def _in_words(run: Run, curve: Curve | None, radii: list[float]) -> str:
+    from analysis.tables import one_run, share
+
+    rows, header = run.usable, run.header
+    if not rows:
+        return f"no image could be used ({len(run.images)} unreadable)"
+    lines = [
+        f"{header['model']}, sigma = {header['sigma']:g} ([0, 1] pixels), {len(rows):,} images of {header['data']}"
+    ]
+    if len(rows) < len(run.images):
+        lines.append(f"{len(run.images) - len(rows)} images could not be read and are left out")
+    lines.append("")
+    if curve is not None:
+        lines += [one_run(curve, radii), ""]
+    if rows[0]["label"] is not None:
+        base = sum(r["base"] == r["label"] for r in rows)
+        smoothed = sum(r["prediction"] == r["label"] for r in rows)
+        lines.append(f"base accuracy (no noise)   {share(base, len(rows))}")
+        lines.append(f"smoothed accuracy          {share(smoothed, len(rows))}")
+    else:
+        lines += _each(rows)
+    lines.append(f"abstained                  {sum(r['prediction'] < 0 for r in rows)} of {len(rows)}")
+    confidence = f"{1 - header['alpha']:g}"
+    if curve is not None:
+        lines.append(
+            f"\nEach certificate holds for its image with probability at least {confidence} over the noise draws:\n"
+            "no change of l2 norm below its radius alters the smoothed classifier's prediction."
+        )
+    else:
+        lines.append(f"\nEach prediction is the smoothed classifier's with probability at least {confidence}.")
+    return "\n".join(lines)
+
+
+def _each(rows: list[dict[str, Any]], most: int = 20) -> list[str]:
+    """Without labels there is no accuracy: the predictions themselves."""
+    from analysis.tables import render
+
+    shown = [
+        [
+            r["id"],
+            "abstains" if r["prediction"] < 0 else r["class"],
+            "-" if r["radius"] is None else floor4(r["radius"]),
+            r["base_class"],
+        ]
+        for r in rows[:most]
+    ]
+    more = [f"... and {len(rows) - most} more, in the run file"] if len(rows) > most else []
+    return [render(["image", "smoothed class", "l2 radius", "class without noise"], shown, "text"), *more, ""]
+
+
+def floor4(radius: float) -> str:
+    """Four decimals, rounded down: a radius is never shown larger than it is."""
+    return f"{int(radius * 10_000) / 10_000:.4f}"
+
+
+def warn(text: str) -> None:
+    """One line on stderr that does not stop the run."""
+    click.echo(f"warning: {text}", err=True)

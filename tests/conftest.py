@@ -1,0 +1,42 @@
+"""Shared pieces: the real data beside the checkout (tests skip without it), a classifier whose true radius is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data at {SHARED}")
+    return SHARED
+
+
+class Linear:
+    """sign(w . x - b): two classes, a half-space; the true radius at x is |w . x - b| / ||w||."""
+
+    num_classes = 2
+
+    def __init__(self, weight: torch.Tensor, offset: float) -> None:
+        self.weight, self.offset = weight.double(), float(offset)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.flatten(1).double() @ self.weight > self.offset).long()
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "linear"}
+
+    def radius(self, image: torch.Tensor) -> float:
+        margin = float(image.flatten().double() @ self.weight - self.offset)
+        return abs(margin) / float(self.weight.norm())
+
+
+@pytest.fixture
+def linear_classifier() -> type[Linear]:
+    return Linear

@@ -1,0 +1,72 @@
+"""The house: imports point one way, names are listed once, importing is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import certify
+from certify.errors import UserError
+from certify.registry import Registry
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "certify": {"certify"},
+    "denoisers": {"certify", "denoisers"},
+    "training": {"certify", "denoisers", "training"},
+    "analysis": {"certify", "denoisers", "analysis"},
+}
+MODULES = sorted(p.relative_to(ROOT) for package in ALLOWED for p in (ROOT / package).rglob("*.py"))
+
+
+def imported_packages(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found & ALLOWED.keys()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_point_one_way(module: Path) -> None:
+    if module.parts[:2] == ("certify", "cli"):
+        return  # the command knows all packages, and imports them when a verb needs them
+    assert imported_packages(ROOT / module) <= ALLOWED[module.parts[0]]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.name != "__init__.py"], ids=str)
+def test_readme_names_every_module(module: Path) -> None:
+    assert module.name in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("module", ["certify", "certify.cli", "certify.records", "denoisers", "analysis.curves"])
+def test_light_modules_do_not_import_torch(module: str) -> None:
+    code = (
+        f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'timm', 'scipy.stats', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_public_names() -> None:
+    assert certify.__all__ == ["__version__", *sorted(certify._HOME)]
+    for name in certify.__all__:
+        assert getattr(certify, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = certify.nothing
+
+
+def test_registry() -> None:
+    registry = Registry("thing")
+    registry.add("median", "statistics:median", "of numbers")
+    assert registry.get("median")([1, 2, 9]) == 2
+    assert list(registry) == ["median"]
+    with pytest.raises(ValueError, match="registered twice"):
+        registry.add("median", max)
+    with pytest.raises(UserError, match="unknown thing 'medain'; nearest: median"):
+        registry.get("medain")

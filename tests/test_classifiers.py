@@ -1,0 +1,331 @@
+"""Frozen classifiers: names, files, settings; checkpoints in every form people have."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from certify import hub, load_classifier
+from certify.classifiers import Classifier
+from certify.cifar_resnet import CifarResNet
+from certify.errors import RunFault, UserError
+from certify.types import FAILED
+from certify.weights import read_state_dict
+
+
+def test_name_index_equals_the_libraries_own() -> None:
+    import timm
+    import torchvision
+
+    assert hub.library_names("timm") == set(timm.list_models())
+    assert hub.library_names("torchvision") == set(torchvision.models.list_models(module=torchvision.models))
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "name"),
+    [
+        ("digits", "built-in", "digits"),
+        ("cifar_resnet110", "built-in", "cifar_resnet110"),
+        ("resnet50", "timm", "resnet50"),
+        ("resnet50.a1_in1k", "timm", "resnet50.a1_in1k"),
+        ("torchvision:resnet50", "torchvision", "resnet50"),
+        ("squeezenet1_0", "torchvision", "squeezenet1_0"),
+        ("hf-hub:owner/name", "timm", "hf-hub:owner/name"),
+        ("package.module:thing", "python", "package.module:thing"),
+    ],
+)
+def test_where_names_lead(model: str, kind: str, name: str) -> None:
+    assert hub.find_source(model) == hub.Source(kind, name)
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_cifar_resnets_have_the_published_size(depth: int) -> None:
+    """He et al. 2016, table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million parameters."""
+    published = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7}[depth]
+    parameters = sum(p.numel() for p in CifarResNet(depth).parameters()) / 1e6
+    assert parameters == pytest.approx(published, rel=0.03)
+
+
+def test_digits_labels_and_description() -> None:
+    classifier = load_classifier("digits")
+    assert (classifier.num_classes, classifier.input.size, classifier.training) == (10, (1, 8, 8), False)
+    assert not any(p.requires_grad for p in classifier.parameters())
+    described = classifier.describe()
+    assert len(described["sha256"]) == 64
+    assert described["weights"] == "digits.safetensors"
+    with pytest.raises(UserError, match="frozen"):
+        classifier.train()
+
+
+def test_shipped_digits_weights_carry_a_card() -> None:
+    from safetensors import safe_open
+
+    from certify.digits import SHIPPED
+
+    with safe_open(SHIPPED, "pt") as file:
+        card = file.metadata()
+    assert card["command"] == "python -m training.digits --seed 0"
+    assert SHIPPED.stat().st_size < 1_000_000
+
+
+@pytest.mark.slow
+def test_shipped_digits_weights_come_from_the_script(tmp_path: Path) -> None:
+    """The documented command gives weights of the same held-out accuracy (bits differ between processors)."""
+    from training.digits import train
+
+    _, accuracy = train(0)
+    assert accuracy == pytest.approx(0.948, abs=0.02)
+
+
+def net() -> CifarResNet:
+    torch.manual_seed(0)
+    return CifarResNet(20)
+
+
+def wrapped(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {prefix + k: v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("container", ["", "state_dict", "model", "model_state"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_checkpoints_as_people_have_them(container: str, prefix: str, tmp_path: Path) -> None:
+    own = net()
+    state: Any = wrapped(own.state_dict(), prefix)
+    path = tmp_path / "checkpoint.th"
+    torch.save({container: state, "epoch": 3} if container else state, path)
+    classifier = load_classifier("cifar_resnet20", weights=path)
+    for key, value in own.state_dict().items():
+        assert torch.equal(classifier.net.state_dict()[key], value)
+    assert classifier.weights.startswith("checkpoint.th")
+    assert ("taken off" in classifier.weights) == bool(prefix)
+
+
+def test_safetensors_and_old_checkpoints(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    own = net()
+    save_file(own.state_dict(), tmp_path / "weights.bin")  # recognised by content, not by name
+    assert load_classifier("cifar_resnet20", weights=tmp_path / "weights.bin").num_classes == 10
+    old = {k: v for k, v in own.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "old.pth")
+    assert load_classifier("cifar_resnet20", weights=tmp_path / "old.pth").num_classes == 10
+
+
+def test_nothing_is_loaded_partially(tmp_path: Path) -> None:
+    state = net().state_dict()
+    state["extra.weight"] = torch.zeros(3)
+    del state["linear.bias"]
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"1 missing \(linear.bias\); 1 unexpected \(extra.weight\)"):
+        load_classifier("cifar_resnet20", weights=tmp_path / "odd.pth")
+
+
+def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "harm",))
+
+    torch.save({"state_dict": Hostile()}, tmp_path / "hostile.pth")
+    with pytest.raises(UserError, match=r"asks for .* which can run code: refused"):
+        read_state_dict(tmp_path / "hostile.pth")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_timm_settings_are_the_models_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Size, normalisation and transform agree with timm's own on a photograph."""
+    import timm
+    from sklearn.datasets import load_sample_image
+    from timm.data import create_transform, resolve_data_config
+
+    own = timm.create_model("test_vit", pretrained=False)
+    torch.save(own.state_dict(), tmp_path / "vit.pth")
+    classifier = load_classifier("test_vit", weights=tmp_path / "vit.pth")
+    config = resolve_data_config(pretrained_cfg=own.pretrained_cfg)
+    picture = Image.fromarray(load_sample_image("flower.jpg"))
+    reference = create_transform(**config, is_training=False)(picture)[None]
+    image = classifier.input.transform(picture)[None]
+    assert 0 <= image.min() <= image.max() <= 1
+    assert torch.allclose((image - classifier.mean) / classifier.std, reference, atol=1e-6)
+    assert torch.allclose(classifier.logits(image), own.eval()(reference), atol=1e-4)
+
+
+def test_torchvision_settings_are_the_models_own(tmp_path: Path) -> None:
+    import torchvision
+    from sklearn.datasets import load_sample_image
+
+    own = torchvision.models.squeezenet1_0(num_classes=1000).eval()
+    torch.save(own.state_dict(), tmp_path / "s.pth")
+    classifier = load_classifier("squeezenet1_0", weights=tmp_path / "s.pth")
+    picture = Image.fromarray(load_sample_image("china.jpg"))
+    reference = torchvision.models.SqueezeNet1_0_Weights.DEFAULT.transforms()(picture)[None]
+    image = classifier.input.transform(picture)[None]
+    assert torch.allclose((image - classifier.mean) / classifier.std, reference, atol=1e-6)
+    with torch.inference_mode():
+        assert torch.allclose(classifier.logits(image), own(reference), atol=1e-4)
+    assert classifier.class_names is not None
+    assert classifier.class_names[0][:2] == ("n01440764", "tench")
+
+
+def test_a_published_model_from_the_cache_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub's cache, laid out as its client does, serves a machine that is offline (in a process of its own)."""
+    import timm
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "hub" / "models--timm--test_vit.r160_in1k"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", pretrained=False).state_dict(), snapshot / "model.safetensors")
+    code = "from certify import load_classifier; print(load_classifier('test_vit').weights)"
+    env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.stdout.strip() == "published (timm/test_vit.r160_in1k)", done.stderr[-500:]
+
+
+def test_weights_out_of_reach_take_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    start = time.perf_counter()
+    with pytest.raises(RunFault, match=r"could not fetch .*'resnet50'.*--weights FILE"):
+        hub.require_weights(hub.find_source("resnet50"), None)
+    assert time.perf_counter() - start < 2.5
+
+
+def script(module: nn.Module, path: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(module, torch.rand(2, 3, 8, 8)), path)
+    return path
+
+
+def small() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
+
+
+def test_torchscript(tmp_path: Path) -> None:
+    path = script(small(), tmp_path / "net.pt")
+    classifier = load_classifier(str(path), input_size=(3, 8, 8), mean=[0.5], std=[0.25])
+    x = torch.rand(7, 3, 8, 8)
+    assert torch.allclose(classifier.logits(x), small()((x - 0.5) / 0.25), atol=1e-5)
+    assert (classifier.num_classes, classifier.input.mean) == (5, (0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match="--input-size"):
+        load_classifier(str(path))
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+def test_onnx(batch: int | None, tmp_path: Path) -> None:
+    """A graph y = flatten(x) . W, with an open or a fixed batch size, labels as numpy does."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch or "n", 3, 2, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch or "n", 5])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "linear.onnx")
+    classifier = load_classifier(str(tmp_path / "linear.onnx"))
+    x = torch.rand(7, 3, 2, 2)
+    assert classifier(x).tolist() == (x.flatten(1).numpy() @ weight).argmax(1).tolist()
+    assert (classifier.num_classes, classifier.input.size) == (5, (3, 2, 2))
+    assert len(classifier.describe()["sha256"]) == 64
+
+
+CALLABLES = """
+import torch
+from torch import nn
+
+def build(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+def labels(images): return (images.mean(dim=(1, 2, 3)) > 0.5).long()
+labels.num_classes = 2
+labels.input_size = (3, 2, 2)
+def logits(images): return images.flatten(1)[:, :3].numpy()
+module = nn.Flatten()
+number = 3
+"""
+
+
+def test_python_callables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_models.py").write_text(CALLABLES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    x = torch.rand(6, 3, 2, 2)
+    labels = load_classifier("my_models:labels")
+    assert labels(x).tolist() == (x.mean(dim=(1, 2, 3)) > 0.5).long().tolist()
+    with pytest.raises(UserError, match="labels only"):
+        labels.logits(x)
+    assert load_classifier("my_models:build", input_size=(3, 2, 2)).num_classes == 4
+    assert (
+        load_classifier("my_models:logits", input_size=(3, 2, 2))(x).tolist() == x.flatten(1)[:, :3].argmax(1).tolist()
+    )
+    assert load_classifier("my_models:module", input_size=(3, 2, 2)).num_classes == 12
+    with pytest.raises(UserError, match="has no 'absent'"):
+        load_classifier("my_models:absent")
+    with pytest.raises(UserError, match="expected a module"):
+        load_classifier("my_models:number")
+
+
+def test_nan_from_a_network_is_a_failed_trial() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = x.flatten(1)[:, :3].clone()
+            logits[x.mean(dim=(1, 2, 3)) > 0.5] = torch.nan
+            return logits
+
+    from certify.classifiers import ClassifierSpec, InputSpec
+
+    classifier = Classifier("broken", ClassifierSpec(Broken(), InputSpec((1, 2, 2))))
+    bright, dark = torch.full((1, 1, 2, 2), 0.9), torch.full((1, 1, 2, 2), 0.1)
+    assert classifier(torch.cat([bright, dark])).tolist() == [FAILED, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "file", "accuracy"), [(56, "resnet56-4bfd9763.th", 0.832)])
+def test_known_accuracy_of_a_third_party_cifar_classifier(
+    depth: int, file: str, accuracy: float, shared_data: Path
+) -> None:
+    """83.2 % of all 10,000 test images, labels by folder name: transform, normalisation, weights and classes at once."""
+    from certify.images import load_images
+
+    classifier = load_classifier(f"cifar_resnet{depth}", weights=shared_data / "classifiers" / file)
+    images = load_images(str(shared_data / "cifar10_jpeg_test.zip"), classifier)
+    assert len(images) == 10_000
+    correct = 0
+    with torch.inference_mode():
+        for start in range(0, len(images), 100):
+            batch = torch.stack([images.load(i) for i in range(start, start + 100)])
+            correct += int((classifier(batch) == torch.tensor(images.labels[start : start + 100])).sum())
+    assert correct / len(images) == pytest.approx(accuracy, abs=0.0006)
+
+
+@pytest.mark.slow
+def test_known_accuracy_of_a_third_party_imagenet_classifier(shared_data: Path) -> None:
+    """59.3 % of 300 photographs of 300 classes; sorted folder order, the classic mistake, is right for almost none."""
+    from certify.images import load_images
+
+    classifier = load_classifier("squeezenet1_0", weights=shared_data / "classifiers" / "squeezenet1_0_imagenet.pth")
+    images = load_images(str(shared_data / "imagenet_sample"), classifier)
+    assert images.rule == "by name (300 of 1000 classes)"
+    with torch.inference_mode():
+        found = [int(classifier(images.load(i)[None])) for i in range(len(images))]
+    names = sorted({item.name for item in images.items if item.name})
+    sorted_order = [names.index(item.name) for item in images.items if item.name]
+    assert sum(a == b for a, b in zip(found, images.labels, strict=True)) / 300 == pytest.approx(0.593, abs=0.004)
+    assert sum(a == b for a, b in zip(found, sorted_order, strict=True)) < 10

@@ -1,0 +1,233 @@
+"""From votes to certificates: rules on hand-made votes, and the whole chain where the true radius is known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import binom, norm
+
+from certify import ABSTAIN, Gaussian, SmoothedClassifier, Votes, certificate_from_votes, prediction_from_votes
+from certify.classifiers import labels_from_logits
+from certify.errors import UserError
+from certify.smoothing import largest_radius
+from certify.types import FAILED
+
+NOISE = Gaussian(0.25)
+
+
+def certify(selection: tuple[int, ...], estimation: tuple[int, ...], failures: int = 0, alpha: float = 0.001) -> Any:
+    return certificate_from_votes(Votes(selection), Votes(estimation, failures), noise=NOISE, alpha=alpha)
+
+
+def test_all_votes_agree() -> None:
+    c = certify((0, 100), (0, 100_000))
+    assert c.prediction == 1
+    assert c.radius == pytest.approx(0.25 * norm.ppf(0.001**1e-5), rel=1e-6)
+    assert (c.norm, c.alpha, c.counts) == ("l2", 0.001, (0, 100_000))
+
+
+def test_class_comes_from_selection_alone() -> None:
+    """The estimation votes favour class 0, the selection chose 1: the answer is an abstention, never class 0."""
+    c = certify((10, 90), (99_000, 1_000))
+    assert (c.prediction, c.radius) == (ABSTAIN, 0.0)
+    assert c.abstained
+
+
+def test_tie_in_selection_goes_to_the_lowest_class() -> None:
+    assert certify((0, 50, 50), (0, 1000, 0)).prediction == 1
+    assert certify((0, 50, 50), (0, 0, 1000)).prediction == ABSTAIN
+
+
+def test_failures_are_trials_and_nobodys_vote() -> None:
+    with_failures = certify((100, 0), (900, 0), failures=100)
+    against = certify((100, 0), (900, 100))
+    assert with_failures.p_lower == against.p_lower
+    assert with_failures.estimation.trials == 1000
+
+
+def test_all_failures_abstain() -> None:
+    c = certificate_from_votes(Votes((0, 0), 100), Votes((0, 0), 1000), noise=NOISE, alpha=0.001)
+    assert (c.prediction, c.radius, c.p_lower) == (ABSTAIN, 0.0, 0.0)
+
+
+def test_abstains_exactly_when_the_bound_is_not_above_one_half() -> None:
+    for k in range(0, 101):
+        c = certify((100, 0), (k, 100 - k))
+        assert c.abstained == (not c.p_lower > 0.5)
+        assert (c.radius > 0) == (not c.abstained)
+
+
+def test_nan_and_infinite_logits_are_failed_trials() -> None:
+    nan, inf = math.nan, math.inf
+    logits = torch.tensor([[1.0, 2.0], [nan, 2.0], [2.0, nan], [inf, 0.0], [-inf, 0.0], [-inf, -inf], [3.0, 3.0]])
+    assert labels_from_logits(logits).tolist() == [1, FAILED, FAILED, FAILED, 1, FAILED, 0]
+
+
+def test_predict_is_the_binomial_test_between_the_leading_two() -> None:
+    """With n = 100 and alpha = 0.001, 67 against 33 passes the two-sided test and 66 against 34 does not."""
+    p67, p66 = 2 * binom.sf(66, 100, 0.5), 2 * binom.sf(65, 100, 0.5)
+    assert p67 <= 0.001 < p66
+    assert prediction_from_votes(Votes((33, 67)), alpha=0.001).prediction == 1
+    assert prediction_from_votes(Votes((34, 66)), alpha=0.001).prediction == ABSTAIN
+    assert prediction_from_votes(Votes((33, 67)), alpha=0.001).p_value == pytest.approx(p67)
+    assert prediction_from_votes(Votes((0, 0), 50), alpha=0.001).prediction == ABSTAIN
+    assert prediction_from_votes(Votes((50,)), alpha=0.001).prediction == 0
+
+
+def test_largest_radius() -> None:
+    assert largest_radius(NOISE, 9, 0.001) == 0.0
+    assert largest_radius(NOISE, 10, 0.001) > 0.0
+    assert largest_radius(NOISE, 100, 0.001) == certify((100,), (100,)).radius
+
+
+def test_certificates_from_exact_probabilities_hold() -> None:
+    """4,000 certificates whose true radius is known, at a large alpha: violations within alpha + 5 standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    alpha, n, wrong, total = 0.1, 200, 0, 4000
+    for _ in range(total):
+        margin = float(torch.rand(1, generator=generator)) * 0.8
+        p = norm.cdf(margin / NOISE.sigma)  # a half-space's probability depends on its distance alone
+        k = int((torch.rand(n, generator=generator, dtype=torch.float64) < p).sum())
+        wrong += certify((0, 1), (n - k, k), alpha=alpha).radius > margin
+    assert wrong / total <= alpha + 5 * math.sqrt(alpha * (1 - alpha) / total)
+
+
+@pytest.mark.parametrize(("shape", "total"), [((3, 4, 4), 2000), ((3, 32, 32), 300)])
+def test_whole_chain_on_half_spaces(shape: tuple[int, int, int], total: int, linear_classifier: Any) -> None:
+    """Real certificates, noise and all, of half-spaces in 48 and 3,072 dimensions: violations within alpha."""
+    generator = torch.Generator().manual_seed(0)
+    alpha, wrong, informative = 0.1, 0, 0
+    for i in range(total):
+        weight, image = torch.randn(math.prod(shape), generator=generator), torch.rand(shape, generator=generator)
+        distance = 0.05 + 0.5 * float(torch.rand(1, generator=generator))
+        offset = float(image.flatten().double() @ weight.double()) - distance * float(weight.double().norm())
+        classifier = linear_classifier(weight, offset)
+        assert classifier.radius(image) == pytest.approx(distance, rel=1e-6)
+        c = SmoothedClassifier(classifier, 0.25).certify(image, n0=20, n=200, alpha=alpha, image_id=str(i))
+        wrong += c.prediction == 0 or c.radius > distance
+        informative += c.radius > 0.5 * distance
+    assert wrong / total <= alpha + 5 * math.sqrt(alpha * (1 - alpha) / total)
+    assert informative > 0.5 * total
+
+
+def test_radius_approaches_the_truth(linear_classifier: Any) -> None:
+    image = torch.full((3, 8, 8), 0.5)
+    weight = torch.linspace(-1, 1, 192)
+    classifier = linear_classifier(weight, -0.3 * float(weight.double().norm()))
+    truth = classifier.radius(image)
+    gaps = []
+    for n in (100, 1_000, 10_000, 100_000):
+        radius = SmoothedClassifier(classifier, 0.25).certify(image, n=n).radius
+        assert radius <= truth
+        gaps.append(truth - radius)
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 0.02 * truth
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 100, 333, 1000, 5000])
+def test_votes_do_not_depend_on_the_batch_size(batch_size: int, linear_classifier: Any) -> None:
+    image = torch.full((1, 3, 5), 0.5)
+    g = SmoothedClassifier(linear_classifier(torch.ones(15), 7.4), 0.25)
+    reference = g.votes(image, 1234, stage="estimation", image_id="x")
+    assert g.votes(image, 1234, stage="estimation", image_id="x", batch_size=batch_size) == reference
+    assert reference.trials == 1234
+    assert 0 < reference.counts[0] < 1234
+
+
+def test_fewer_samples_are_a_prefix_of_more(linear_classifier: Any) -> None:
+    """n = 150 sees the first 150 of the samples that n = 1000 sees, so runs of several n nest."""
+    seen: list[torch.Tensor] = []
+
+    class Spy(linear_classifier):  # type: ignore[misc]
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images.clone())
+            return super().__call__(images)
+
+    g = SmoothedClassifier(Spy(torch.ones(12), 6.0), 0.25)
+    image = torch.full((3, 2, 2), 0.5)
+    g.votes(image, 150, stage="estimation", image_id="x")
+    short = torch.cat(seen)
+    seen.clear()
+    g.votes(image, 1000, stage="estimation", image_id="x", batch_size=64)
+    assert torch.equal(torch.cat(seen)[:150], short)
+
+
+def test_seed_image_and_stage_all_matter(linear_classifier: Any) -> None:
+    g = SmoothedClassifier(linear_classifier(torch.ones(48), 24.0), 0.25)
+    image = torch.full((3, 4, 4), 0.5)
+    votes = {
+        g.votes(image, 10_000, stage=stage, seed=seed, image_id=name).counts
+        for stage in ("selection", "estimation")
+        for seed in (0, 1)
+        for name in ("a", "b")
+    }
+    assert len(votes) == 8
+
+
+def test_out_of_memory_halves_the_batch(linear_classifier: Any) -> None:
+    class Small(linear_classifier):  # type: ignore[misc]
+        largest = 0
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            if len(images) > 50:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+            Small.largest = max(Small.largest, len(images))
+            return super().__call__(images)
+
+    image = torch.full((3, 4, 4), 0.5)
+    arguments = (torch.ones(48), 24.0)
+    small = SmoothedClassifier(Small(*arguments), 0.25).votes(image, 1000, stage="e", image_id="x", batch_size=400)
+    assert small == SmoothedClassifier(linear_classifier(*arguments), 0.25).votes(image, 1000, stage="e", image_id="x")
+    assert Small.largest == 50
+
+
+def test_a_label_out_of_range_is_an_error(linear_classifier: Any) -> None:
+    class Wrong(linear_classifier):  # type: ignore[misc]
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(images),), 7)
+
+    with pytest.raises(ValueError, match="labels from 7 to 7; expected 0 to 1"):
+        SmoothedClassifier(Wrong(torch.ones(4), 0.0), 0.25).certify(torch.zeros(1, 2, 2), n=100)
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (torch.zeros(2, 3, 8, 8), "expected"),
+        (torch.full((1, 8, 8), 255.0), "values from 255 to 255"),
+        (torch.full((1, 8, 8), math.nan), "expected \\[0, 1\\]"),
+        (torch.zeros(1, 8, 8, dtype=torch.int32), "type torch.int32"),
+    ],
+)
+def test_wrong_images_are_refused(image: torch.Tensor, text: str, linear_classifier: Any) -> None:
+    g = SmoothedClassifier(linear_classifier(torch.ones(64), 0.0), 0.25)
+    with pytest.raises(UserError, match=text):
+        g.certify(image, n=100)
+
+
+def test_uint8_and_rounding_noise_are_accepted(linear_classifier: Any) -> None:
+    g = SmoothedClassifier(linear_classifier(torch.ones(64), 0.0), 0.25)
+    white = torch.full((1, 8, 8), 255, dtype=torch.uint8)
+    assert g.certify(white, n=100, image_id="x") == g.certify(torch.ones(1, 8, 8), n=100, image_id="x")
+    assert g.certify(torch.full((1, 8, 8), -3e-8), n=100, image_id="x") == g.certify(
+        torch.zeros(1, 8, 8), n=100, image_id="x"
+    )
+
+
+@pytest.mark.parametrize("settings", [{"n": 0}, {"n0": 0}, {"alpha": 0.0}, {"alpha": 1.0}])
+def test_wrong_settings_are_refused(settings: dict[str, Any], linear_classifier: Any) -> None:
+    with pytest.raises(UserError, match="expected"):
+        SmoothedClassifier(linear_classifier(torch.ones(4), 0.0), 0.25).certify(torch.zeros(1, 2, 2), **settings)
+
+
+def test_sigma_or_noise_not_both(linear_classifier: Any) -> None:
+    classifier = linear_classifier(torch.ones(4), 0.0)
+    with pytest.raises(UserError, match="either sigma"):
+        SmoothedClassifier(classifier)
+    with pytest.raises(UserError, match="either sigma"):
+        SmoothedClassifier(classifier, 0.25, noise=NOISE)
+    with pytest.raises(UserError, match="positive number"):
+        SmoothedClassifier(classifier, 0.0)
