@@ -65,7 +65,9 @@ def _csv(curves: Sequence[Curve], radii: Sequence[float]) -> tuple[list[str], li
 
 
 def _images(c: Curve) -> str:
-    return f"{c.total}" + (f" ({c.note})" if c.note else "")
+    if not c.run.partial:
+        return f"{c.total}" + (f" ({c.note})" if c.note else "")
+    return f"{c.total} of {c.run.header['expected']} (partial)"
 
 
 def abstained(c: Curve) -> int:

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from certify.streams import BLOCK, block_generator
+from certify.streams import block_generator, block_size
 from certify.types import FAILED, BaseClassifier, Noise, Votes
 
 
 def default_batch_size(image: Tensor) -> int:
-    """Samples a batch: 2 MiB of float32 images on a processor, 128 MiB on an accelerator; 4 to 4,096.
+    """Samples a batch: 2 MiB of float32 images on a processor, 128 MiB on an accelerator; 4 to 2,048.
 
     On a processor activations should stay in its cache: batches of 100 CIFAR images run twice as fast as of 1,000
     (``benchmarks/log.md``).
     """
     budget = 2**19 if image.device.type == "cpu" else 2**25
-    return max(4, min(4096, budget // max(1, image.numel())))
+    return max(4, min(2048, budget // max(1, image.numel())))
 
 
 def count_votes(
@@ -70,9 +70,10 @@ def count_votes(
 def _batches(image: Tensor, noise: Noise, trials: int, key: bytes, size: int) -> Iterator[Tensor]:
     """Noisy copies in batches of ``size``, cut from whole blocks: the same samples however they are cut."""
     ready: list[Tensor] = []
-    waiting = 0
-    for block, start in enumerate(range(0, trials, BLOCK)):
-        drawn = noise.sample((BLOCK, *image.shape), block_generator(key, block, image.device)).to(image.device)
+    waiting, block_length = 0, block_size(image.numel())
+    for block, start in enumerate(range(0, trials, block_length)):
+        generator = block_generator(key, block, image.device)
+        drawn = noise.sample((block_length, *image.shape), generator).to(image.device)
         noisy = drawn.add_(image)[: trials - start]
         while len(noisy):
             piece, noisy = noisy[: size - waiting], noisy[size - waiting :]

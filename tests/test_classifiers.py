@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from certify import hub, load_classifier
-from certify.classifiers import Classifier
 from certify.cifar_resnet import CifarResNet
+from certify.classifiers import Classifier
 from certify.errors import RunFault, UserError
 from certify.types import FAILED
 from certify.weights import read_state_dict

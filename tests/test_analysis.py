@@ -1,0 +1,165 @@
+"""Curves, tables and pictures, against hand-made runs and the field's published logs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from analysis.curves import curve, curves, default_radii
+from analysis.plots import plot_curves, steps
+from analysis.runs import read_any
+from analysis.tables import compare
+from certify.errors import UserError
+
+HEADER = {"type": "run", "schema": 1, "model": "m", "data": "d", "norm": "l2", "sigma": 0.25, "n": 100, "alpha": 0.001}
+
+
+def row(i: int, label: int | None, prediction: int, radius: float, **more: Any) -> dict[str, Any]:
+    empty = {"p_lower": 0.0, "votes": {}, "selection": {}, "trials": 100, "failures": 0, "seconds": 0.1}
+    return {"type": "image", "id": str(i), "label": label, "prediction": prediction, "radius": radius, **empty, **more}
+
+
+def write(path: Path, rows: list[dict[str, Any]], expected: int | None = None, **header: Any) -> Path:
+    lines = [{**HEADER, "expected": len(rows) if expected is None else expected, **header}, *rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+FOUR = [row(0, 1, 1, 0.5), row(1, 1, 2, 0.9), row(2, 1, -1, 0.0), row(3, 1, 1, 0.25)]
+
+
+def test_certified_accuracy_is_the_share_right_and_at_least_r(tmp_path: Path) -> None:
+    c = curve(read_any(write(tmp_path / "r.jsonl", FOUR)))
+    radii = [0.0, 0.2499, 0.25, 0.2501, 0.5, 0.51]
+    assert c.accuracy(radii).tolist() == [0.5, 0.5, 0.5, 0.25, 0.25, 0.0]
+    low, high = c.interval([0.0])
+    assert (low[0], high[0]) == pytest.approx((0.0676, 0.9324), abs=1e-4)  # exact interval of 2 in 4, as tabulated
+
+
+def test_a_radius_just_below_does_not_count(tmp_path: Path) -> None:
+    """The field prints three digits and counts 0.24996 as 0.25."""
+    c = curve(read_any(write(tmp_path / "r.jsonl", [row(0, 1, 1, 0.24996)])))
+    assert c.accuracy([0.25]).tolist() == [0.0]
+
+
+def test_steps_are_the_function(tmp_path: Path) -> None:
+    c = curve(read_any(write(tmp_path / "r.jsonl", FOUR)))
+    radii, reached = steps(c)
+    for r in (0.1, 0.25, 0.3, 0.5):
+        assert reached[np.searchsorted(radii, r, side="left")] == c.successes([r])[0]
+    assert reached[-1] == 0
+
+
+def test_unlabelled_images_give_a_fraction(tmp_path: Path) -> None:
+    rows = [row(0, None, 1, 0.5), row(1, None, 3, 0.1), row(2, None, -1, 0.0)]
+    c = curve(read_any(write(tmp_path / "r.jsonl", rows)))
+    assert c.quantity == "certified fraction"
+    assert c.accuracy([0.0, 0.2]).tolist() == [2 / 3, 1 / 3]
+    with pytest.raises(UserError, match="do not compare"):
+        curves([read_any(tmp_path / "r.jsonl"), read_any(write(tmp_path / "s.jsonl", FOUR))])
+
+
+def test_what_a_reader_must_know_is_said(tmp_path: Path) -> None:
+    rows = [*FOUR, row(4, 1, -1, 0.0, error="is damaged")]
+    c = curve(read_any(write(tmp_path / "r.jsonl", rows, expected=9)))
+    assert c.note == "partial: 5 of 9, 1 unreadable"
+    assert c.total == 4
+    assert "4 of 9 (partial)" in compare([c], [0.0])
+
+
+def test_norms_are_not_mixed(tmp_path: Path) -> None:
+    runs = [read_any(write(tmp_path / f"{n}.jsonl", FOUR, norm=n)) for n in ("l1", "l2")]
+    with pytest.raises(UserError, match="different norms"):
+        curves(runs)
+
+
+def test_names_tell_runs_apart(tmp_path: Path) -> None:
+    runs = [read_any(write(tmp_path / f"{s}-{n}.jsonl", FOUR, sigma=s, n=n)) for s in (0.25, 0.5) for n in (100, 1000)]
+    assert [c.name for c in curves(runs)] == [
+        "m, σ = 0.25, n = 100",
+        "m, σ = 0.25, n = 1,000",
+        "m, σ = 0.5, n = 100",
+        "m, σ = 0.5, n = 1,000",
+    ]
+
+
+@pytest.mark.parametrize(("style", "text"), [
+    ("text", "0.500"), ("markdown", "|:---"), ("latex", r"\toprule"), ("csv", "certified accuracy,0.25,0.5,")
+])  # fmt: skip
+def test_table_styles(style: str, text: str, tmp_path: Path) -> None:
+    table = compare(curves([read_any(write(tmp_path / "r.jsonl", FOUR))]), [0.0, 0.25], style)
+    assert text in table
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_pictures(suffix: str, tmp_path: Path) -> None:
+    found = curves([read_any(write(tmp_path / f"{s}.jsonl", FOUR, sigma=s)) for s in (0.25, 0.5)])
+    first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    for path in (first, second):
+        plot_curves(found, path)
+    assert first.read_bytes() == second.read_bytes()
+    if suffix == ".png":
+        with Image.open(first) as picture:
+            assert picture.size[0] > 600
+    if suffix == ".svg":
+        assert "0.25" in first.read_text()
+
+
+def test_nothing_certified_can_still_be_drawn(tmp_path: Path) -> None:
+    plot_curves(curves([read_any(write(tmp_path / "r.jsonl", [row(0, 1, -1, 0.0)]))]), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_ten_thousand_images_are_read_fast(tmp_path: Path) -> None:
+    """Not a benchmark: the bound is ten times what it takes, so only a change of order is caught."""
+    rows = [row(i, 1, 1, i / 1e4, votes={str(c): 1000 + c for c in range(20)}) for i in range(10_000)]
+    path = write(tmp_path / "r.jsonl", rows)
+    start = time.perf_counter()
+    c = curve(read_any(path))
+    assert c.accuracy([0.5]).tolist() == [0.5]
+    assert time.perf_counter() - start < 3.0
+
+
+def test_default_radii() -> None:
+    assert default_radii(0.95) == [0.0, 0.25, 0.5, 0.75]
+    assert default_radii(0.2956) == [0.0, 0.05, 0.1, 0.15, 0.2, 0.25]
+    assert default_radii(3.8) == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("sigma", "accuracy"),
+    [
+        ("0.25", {0.0: 0.67, 0.5: 0.49}),
+        ("0.50", {0.0: 0.57, 0.5: 0.46, 1.0: 0.37, 1.5: 0.29}),
+        ("1.00", {0.0: 0.44, 0.5: 0.38, 1.0: 0.33, 1.5: 0.26, 2.0: 0.19, 2.5: 0.15, 3.0: 0.12}),
+    ],
+)
+def test_published_imagenet_table(sigma: str, accuracy: dict[float, float], shared_data: Path) -> None:
+    """Cohen, Rosenfeld and Kolter's own table, from their own logs."""
+    run = read_any(shared_data / f"cohen_logs/certify/imagenet/resnet50/noise_{sigma}/test/sigma_{sigma}")
+    found = curve(run).accuracy(list(accuracy))
+    assert np.round(found, 2).tolist() == list(accuracy.values())
+    assert run.header["sigma"] == float(sigma)
+    assert (run.partial, run.header["expected"]) == (sigma == "0.25", 500)
+
+
+def test_every_published_log_is_read(shared_data: Path) -> None:
+    logs = sorted((shared_data / "cohen_logs/certify").rglob("sigma_*"))
+    assert len(logs) == 13
+    partial = [p for p in logs if read_any(p).partial]
+    assert [p.parts[-4:] for p in partial] == [("resnet50", "noise_0.25", "test", "sigma_0.25")]
+
+
+def test_a_damaged_log_is_named(tmp_path: Path) -> None:
+    log = tmp_path / "sigma_0.25"
+    heading = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+    for line, text in (("0\t1\t1\tx\t1\t0:01\n", "damaged at line 2"), ("0\t1\t2\t0.1\t1\t0:01\n", "contradicts")):
+        log.write_text(heading + line)
+        with pytest.raises(UserError, match=text):
+            read_any(log)

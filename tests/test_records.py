@@ -1,0 +1,206 @@
+"""The run file: what is fixed in it, that it proves its own certificates, and that a kill loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from certify import Votes, certificate_from_votes, read_run
+from certify.cli.app import main
+from certify.errors import UserError
+from certify.noise import NOISES
+from certify.records import IMAGE_KEYS, RunFile, identity
+
+COMMAND = ["--model", "digits", "--sigma", "0.25", "--n", "2000", "--max", "6", "--quiet"]
+
+
+def run(args: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    return int(ended.value.code or 0)
+
+
+def without_times(path: Path) -> list[dict[str, Any]]:
+    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for key in ("created", "command"):
+        header.pop(key)
+    return [header, *({k: v for k, v in row.items() if k != "seconds"} for row in rows)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "whole.jsonl"
+    assert run([*COMMAND, "--out", str(path)]) == 0
+    return path
+
+
+def test_keys_that_others_rely_on(finished: Path) -> None:
+    found = read_run(finished, allow_partial=False)
+    fixed = "type schema model data denoiser noise sigma n0 n alpha bound seed precision device expected".split()
+    assert set(fixed) <= found.header.keys()
+    assert found.header["type"] == "run"
+    assert (found.header["model"], found.header["sigma"], found.header["n"]) == ("digits", 0.25, 2000)
+    assert found.header["expected"] == len(found.images) == 6
+    for row in found.images:
+        assert set(IMAGE_KEYS) <= row.keys()
+        assert row["type"] == "image"
+        assert sum(row["votes"].values()) + row["failures"] == row["trials"] == 2000
+        assert sum(row["selection"].values()) == 100
+        assert all(k > 0 for k in row["votes"].values())
+
+
+def test_the_record_proves_its_own_certificates(finished: Path) -> None:
+    """Prediction, bound and radius follow from the counts alone, without a model."""
+    found = read_run(finished)
+    noise = NOISES.get(found.header["noise"])(found.header["sigma"])
+    for row in found.images:
+        again = certificate_from_votes(
+            Votes.from_dict(row["selection"], row["selection_failures"]),
+            Votes.from_dict(row["votes"], row["failures"]),
+            noise=noise,
+            alpha=found.header["alpha"],
+            bound=found.header["bound"],
+        )
+        assert (again.prediction, again.radius, again.p_lower) == (row["prediction"], row["radius"], row["p_lower"])
+
+
+def test_the_same_command_again_changes_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = finished.read_bytes()
+    assert run([*COMMAND, "--out", str(finished), "--json"]) == 0
+    assert finished.read_bytes() == before
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 6
+    assert result["samples"] == 6 * 2100
+    assert result["run"] == str(finished)
+
+
+@pytest.mark.parametrize("batch_size", ["1000", "170"])
+def test_batch_size_changes_nothing(batch_size: str, finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    assert run([*COMMAND, "--out", str(path), "--batch-size", batch_size]) == 0
+    assert without_times(path) == without_times(finished)
+
+
+@pytest.mark.parametrize("cut", [1, 40, 400])
+def test_a_torn_last_line_is_done_again(cut: int, finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(finished.read_bytes()[:-cut])
+    assert read_run(path).torn
+    assert read_run(path).partial
+    assert run([*COMMAND, "--out", str(path)]) == 0
+    assert without_times(path) == without_times(finished)
+
+
+def test_a_torn_header_starts_again(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(finished.read_bytes()[:100])
+    assert run([*COMMAND, "--out", str(path)]) == 0
+    assert without_times(path) == without_times(finished)
+
+
+def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
+    """SIGKILL at several moments; at most the image in work is lost, and the end result is the same."""
+    settings = [*COMMAND, "--n", "40000", "--out"]
+    command = [sys.executable, "-m", "certify", *settings]
+    killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
+    kills = 0
+    for _ in range(2):
+        process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, start_new_session=True)
+        before = _images(killed)
+        while process.poll() is None and _images(killed) < before + 2:
+            time.sleep(0.01)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills == 2
+    assert read_run(killed).partial
+    for path in (killed, whole):
+        assert run([*settings, str(path)]) == 0
+    assert without_times(killed) == without_times(whole)
+
+
+def _images(path: Path) -> int:
+    return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
+
+
+def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    command = [sys.executable, "-m", "certify", *COMMAND, "--n", "500000", "--out", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while _images(path) < 1:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = err.strip().splitlines()
+    assert line.startswith("certify: stopped after ")
+    assert line.endswith("the same command goes on from there")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--n", "3000"), ("--seed", "1"), ("--sigma", "0.5"), ("--max", "5")])
+def test_a_run_of_other_settings_is_left_alone(
+    option: str, value: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = finished.read_bytes()
+    assert run([*COMMAND, option, value, "--out", str(finished)]) == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+    assert finished.read_bytes() == before
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    header = {"type": "run", "schema": 1, "expected": 2}
+    with RunFile(tmp_path / "r.jsonl", header), pytest.raises(UserError, match="another process"):
+        RunFile(tmp_path / "r.jsonl", header)
+
+
+def test_identity_ignores_names_and_circumstances() -> None:
+    a = {"type": "run", "n": 5, "data": "here", "created": "now", "pipeline": [{"sha256": "x"}]}
+    b = {"type": "run", "n": 5, "data": "there", "created": "then", "pipeline": [{"sha256": "x"}]}
+    assert identity(a) == identity(b) == {"type": "run", "n": 5, "pipeline[0].sha256": "x"}
+    assert identity(a) != identity({**b, "pipeline": [{"sha256": "y"}]})
+
+
+def test_damage_is_named(finished: Path, tmp_path: Path) -> None:
+    lines = finished.read_bytes().split(b"\n")
+    path = tmp_path / "r.jsonl"
+    for content, text in (
+        (b"\n".join([*lines[:2], lines[2][:50], *lines[3:]]), "damaged at line 3"),
+        (b"\n".join([*lines[:3], lines[2], *lines[4:]]), "twice"),
+        (b"\n".join(lines[1:]), "no header"),
+        (lines[0].replace(b'"schema": 1', b'"schema": 9') + b"\n", "newer version"),
+        (b"", "no header"),
+        (b"hello\n", "not a run file"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=text):
+            read_run(path)
+    path.write_bytes(b"\n".join(lines[:3]) + b"\n")
+    with pytest.raises(UserError, match="unfinished: 2 of 6"):
+        read_run(path, allow_partial=False)
+
+
+def test_nan_classifier_abstains_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nan_model.py").write_text(
+        "import torch\ndef nan(images): return torch.full((len(images), 10), torch.nan)\n"
+        "nan.num_classes = 10\nnan.input_size = (1, 8, 8)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run(["--model", "nan_model:nan", "--data", "digits", "--sigma", "0.25", "--n", "100", "--max", "3"]) == 0
+    err = capsys.readouterr().err
+    assert "every sample failed" in err
+    assert "near chance" not in err  # three images are too few to say
+    (path,) = (tmp_path / "runs").glob("*.jsonl")
+    for row in read_run(path).images:
+        assert (row["prediction"], row["votes"], row["failures"], row["trials"]) == (-1, {}, 100, 100)
