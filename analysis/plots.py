@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,5 +97,6 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(beside, dpi=200, metadata=metadata)
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise RunFault(f"could not write {path}: {error.strerror}; the run files are untouched") from None

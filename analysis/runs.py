@@ -38,12 +38,15 @@ def read_any(path: str | Path) -> Run:
 
 
 def _read_log(path: Path) -> Run:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file, delimiter="\t")
-        columns = [c.strip() for c in next(reader)]
-        if tuple(columns) != LOG_COLUMNS:
-            raise UserError(f"{path}: columns {' '.join(columns)}; expected {' '.join(LOG_COLUMNS)}")
-        images = [_log_image(row, number, path) for number, row in enumerate(reader, 2) if row]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file, delimiter="\t"))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a log in text ({error})") from None
+    columns = [c.strip() for c in rows[0]]
+    if tuple(columns) != LOG_COLUMNS:
+        raise UserError(f"{path}: columns {' '.join(columns)}; expected {' '.join(LOG_COLUMNS)}")
+    images = [_log_image(row, number, path) for number, row in enumerate(rows[1:], 2) if row]
     if not images:
         raise UserError(f"{path} holds no images")
     return Run(path, {**_log_header(path), "expected": _expected([int(i["id"]) for i in images])}, images)

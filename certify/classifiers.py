@@ -7,6 +7,7 @@ function ``(name, weights, num_classes) -> ClassifierSpec`` in a module of its o
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from certify import hub
-from certify.errors import CertifyError, UserError
+from certify.errors import CertifyError, UserError, first_line
 from certify.registry import Registry
 from certify.types import FAILED
 
@@ -157,16 +158,15 @@ class Classifier(nn.Module):
                     "give its input size, such as --input-size 3x32x32"
                 )
             return stated
-        probe = torch.full((2, *self.input.size), 0.5)
         try:
             with torch.inference_mode():
-                output = self._raw(probe)
+                output = self._raw(torch.full((2, *self.input.size), 0.5))
         except CertifyError:
             raise
         except Exception as error:
             shape = "x".join(map(str, self.input.size))
             raise UserError(
-                f"classifier {self.name!r} fails on a {shape} image: {_first_line(error)}; "
+                f"classifier {self.name!r} fails on a {shape} image: {first_line(error)}; "
                 "is --input-size, --mean or --std the wrong one?"
             ) from error
         if not isinstance(output, Tensor) or output.shape[:1] != (2,) or output.ndim not in (1, 2):
@@ -212,10 +212,6 @@ class Classifier(nn.Module):
         }
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def load_classifier(
     model: str,
     *,
@@ -245,10 +241,6 @@ def load_classifier(
         RunFault: weights that cannot be downloaded.
     """
     source = hub.find_source(model)
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(
-            f"no weights file {str(weights)!r}; expected an existing .pth, .pt, .th, .tar or .safetensors file"
-        )
     hub.require_weights(source, weights)
     spec: ClassifierSpec = BUILDERS.get(source.kind)(source.name, weights, num_classes)
     spec = replace(spec, input=_override_input(spec.input, input_size, mean, std))
@@ -267,8 +259,14 @@ def _override_input(
     if size is not None:
         own = square_input(size, own.mean, own.std, resize=_keep_ratio(own, size))
     if mean is not None and std is not None:
+        if min(std) <= 0:
+            raise UserError(f"--std {std}: expected numbers above 0")
         channels = own.size[0] if own.size else len(mean)
-        if len(mean) not in (1, channels) or len(std) not in (1, channels) or not all(s > 0 for s in std):
+        if (
+            len(mean) not in (1, channels)
+            or len(std) not in (1, channels)
+            or not all(map(math.isfinite, (*mean, *std)))
+        ):
             raise UserError(f"--mean {mean} --std {std}: expected 1 or {channels} numbers each, std above 0")
         expand = channels if own.size else max(len(mean), len(std))
         own = replace(own, mean=tuple(mean) * (expand // len(mean)), std=tuple(std) * (expand // len(std)))

@@ -1,8 +1,8 @@
 """Bytes of an image file -> an 8-bit PIL image, with limits.
 
 Defined behaviour: the first frame; EXIF orientation and colour profiles are not applied and an alpha channel is dropped
-(as timm and torchvision load images); 16 bits a channel become 8 by rounding v / 257; grey and palette images become
-RGB for an RGB classifier, and colour becomes grey (ITU-R 601) for a grey one.
+(as timm and torchvision load images); 16-bit grey becomes 8-bit by rounding v / 257, of 16-bit colour the high byte is
+kept; grey and palette images become RGB for an RGB classifier, and colour becomes grey (ITU-R 601) for a grey one.
 """
 
 from __future__ import annotations

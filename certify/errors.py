@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException, longest: int = 140) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest]
+
+
 class CertifyError(Exception):
     """Base of every error this package raises on purpose; its text is one line for a person to read."""
 

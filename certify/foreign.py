@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.classifiers import ClassifierSpec, InputSpec, square_input
-from certify.errors import UserError
+from certify.errors import UserError, first_line
 from certify.labels import imagenet_classes
 
 
@@ -35,8 +35,10 @@ def build_torchscript(name: str, weights: str | Path | None, num_classes: int | 
             warnings.simplefilter("ignore")  # torch.jit is deprecated, but the files are what people have
             net = torch.jit.load(name, map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).strip().splitlines() or ["unreadable"])[0][:120]
-        raise UserError(f"{name} is not a TorchScript file ({reason}); save it with torch.jit.save") from None
+        raise UserError(
+            f"{name} is not a TorchScript file ({first_line(error)}); save it with torch.jit.save, "
+            "or, if it is a checkpoint, name its architecture and pass it as --weights"
+        ) from None
     return ClassifierSpec(net, InputSpec(None), _names(num_classes), num_classes, Path(name).name)
 
 
@@ -54,8 +56,7 @@ class OnnxNet(nn.Module):
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own types, one for each kind of damage
-            reason = (str(error).strip().splitlines() or ["unreadable"])[0][:120]
-            raise UserError(f"{path} is not a usable ONNX file ({reason})") from None
+            raise UserError(f"{path} is not a usable ONNX file ({first_line(error)})") from None
         inputs = self.session.get_inputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4:
             shapes = ", ".join(str(i.shape) for i in inputs)
@@ -107,7 +108,10 @@ def build_callable(name: str, weights: str | Path | None, num_classes: int | Non
     """
     found = import_object(name)
     if not isinstance(found, nn.Module) and _takes_nothing(found, name):
-        found = found()
+        try:
+            found = found()
+        except Exception as error:  # the user's own code
+            raise UserError(f"{name} failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(found, nn.Module) and not callable(found):
         raise UserError(f"{name} gave {type(found).__name__}; expected a module or a function from images to labels")
     net = found if isinstance(found, nn.Module) else FunctionNet(found)
@@ -135,8 +139,10 @@ def import_object(name: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"cannot import {module_name!r} of {name!r}: {error}") from error
+    except Exception as error:  # the user's own code: anything can happen in it
+        raise UserError(
+            f"cannot import {module_name!r} of {name!r}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     if not hasattr(module, attribute):
         public = ", ".join(sorted(k for k in vars(module) if not k.startswith("_"))[:8])
         raise UserError(f"module {module_name!r} has no {attribute!r}; it has {public}")

@@ -51,6 +51,14 @@ def library_names(library: str) -> frozenset[str]:
     return frozenset(name for file in files for name in pattern.findall(file.read_text(encoding="utf-8")))
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether this is a file; a name that is too long for the file system is none."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
 def model_names() -> list[str]:
     """Every name that ``--model`` knows by itself."""
     return [*BUILT_IN, *sorted(library_names("timm") | library_names("torchvision"))]
@@ -64,7 +72,7 @@ def find_source(model: str) -> Source:
     """
     if model in BUILT_IN:
         return Source("built-in", model)
-    if model.startswith(("hf-hub:", "hf_hub:")):
+    if re.fullmatch(r"hf[-_]hub:[^/]+/[^/]+", model):
         return Source("timm", "hf-hub:" + model[7:])
     library, _, rest = model.partition(":")
     if library in _LIBRARIES and rest:
@@ -72,8 +80,8 @@ def find_source(model: str) -> Source:
             raise unknown_name("model", rest, library_names(library), f"not in {library}")
         return Source(library, rest)
     suffix = Path(model).suffix.lower()
-    if Path(model).is_file() or suffix in (".onnx", ".pt", ".ts", ".torchscript"):
-        if not Path(model).is_file():
+    if is_file(model) or suffix in (".onnx", ".pt", ".ts", ".torchscript"):
+        if not is_file(model):
             raise UserError(f"no model file {model!r}; expected an existing TorchScript or ONNX file")
         if suffix in (".pth", ".th", ".tar", ".safetensors"):
             raise UserError(f"{model!r} looks like a checkpoint; name the architecture and pass --weights {model}")
@@ -88,13 +96,17 @@ def find_source(model: str) -> Source:
 
 
 def require_weights(source: Source, weights: str | Path | None) -> None:
-    """Stop at once when pretrained weights are neither on this machine nor within reach.
+    """Stop at once when the weights are neither on this machine nor within reach.
 
     Raises:
         RunFault: with what could not be fetched and ``--weights FILE`` as the way out.
-        UserError: a built-in architecture that has no published weights.
+        UserError: no such file, or a built-in architecture that has no published weights.
     """
     if weights is not None:
+        if not is_file(weights):
+            raise UserError(
+                f"no weights file {str(weights)!r}; expected an existing .pth, .pt, .th, .tar or .safetensors file"
+            )
         return
     if source.kind == "built-in" and source.name != "digits":
         raise UserError(f"model {source.name!r} has no weights of its own; pass a checkpoint: --weights FILE")

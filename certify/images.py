@@ -77,10 +77,10 @@ class ImageSet:
         return as_image(self.input.transform(picture), self.input.size)
 
     def digest(self) -> str:
-        """Hash over ids, labels and file sizes of the chosen images: what a resumed run must find again."""
+        """Hash over ids, labels and contents of the chosen images: what a resumed run must find again."""
         total = hashlib.sha256()
         for item, label in zip(self.items, self.labels, strict=True):
-            total.update(f"{item.id}\0{label}\0{item.size}\n".encode("utf-8", "surrogatepass"))
+            total.update(f"{item.id}\0{label}\0{item.stamp()}\n".encode("utf-8", "surrogatepass"))
         return total.hexdigest()
 
     def describe(self) -> dict[str, Any]:

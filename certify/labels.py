@@ -97,7 +97,7 @@ def _from_map(names: Sequence[str], class_names: ClassNames | None, num_classes:
     if path.suffix.lower() == ".json":
         try:
             given: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"--class-map {path}: not readable as JSON ({error})") from None
         if not isinstance(given, dict):
             raise UserError(f'--class-map {path}: expected an object {{"name": class}}, got {type(given).__name__}')

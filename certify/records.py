@@ -9,17 +9,20 @@ Header keys that others rely on: ``type`` ("run"), ``schema``, ``model``, ``data
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from certify.errors import RunFault, UserError
 
 SCHEMA = 1
+
+_HEADER_START = b'{"type": "run"'
 
 FREE_KEYS = ("data", "created", "command", "versions", "machine", "rate")
 """Header keys that may differ between two commands that mean the same run: names and circumstances, not settings."""
@@ -96,7 +99,7 @@ def read_run(path: str | Path, *, allow_partial: bool = True) -> Run:
     for number, line in enumerate(lines, 1):
         rows.append(_parse(line, number, path, first=not rows))
     if not rows:
-        if torn or not content:
+        if not content or content.startswith(_HEADER_START):
             raise UserError(f"{path} holds no header: it was cut off at once; delete it and run the command again")
         raise UserError(f"{path} is not a run file of certify")
     run = Run(path, rows[0], rows[1:], torn)
@@ -159,14 +162,14 @@ class RunFile:
 
     def _resume(self) -> bool:
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise UserError(f"{self.path} is not a regular file; name another --out")
             if not self.path.exists() or self.path.stat().st_size == 0:
                 return False
-            if not self.path.is_file():
-                raise UserError(f"{self.path} is not a regular file; name another --out")
             content = self.path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}; name another --out") from None
-        if b"\n" not in content and content.startswith(b'{"type": "run"'):
+        if b"\n" not in content and content.startswith(_HEADER_START):
             return False  # killed while the header was written
         run = read_run(self.path)
         refuse_other_run(self.path, run.header, self.header)
@@ -174,10 +177,10 @@ class RunFile:
         self.done = {row["id"]: row for row in run.images}
         return True
 
-    def _open(self) -> IO[bytes]:
+    def _open(self) -> io.FileIO:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("ab")
+            file = self.path.open("ab", buffering=0)  # nothing is left behind in a buffer when the disk is full
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; name another --out") from None
         _lock(file, self.path)
@@ -188,7 +191,11 @@ class RunFile:
             file.close()
             raise UserError(f"cannot write {self.path}: {error.strerror}; name another --out") from None
         if not self.resumed:
-            self._append(file, self.header)
+            try:
+                self._append(file, self.header)
+            except RunFault:
+                file.close()
+                raise
         return file
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -200,11 +207,11 @@ class RunFile:
         self._append(self._file, {"type": "image", **row})
         self.done[row["id"]] = {"type": "image", **row}
 
-    def _append(self, file: IO[bytes], row: Mapping[str, Any]) -> None:
+    def _append(self, file: io.FileIO, row: Mapping[str, Any]) -> None:
         line = json.dumps(row, allow_nan=False, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         try:
-            file.write(line)
-            file.flush()
+            while line:
+                line = line[file.write(line) :]
         except OSError as error:
             raise RunFault(
                 f"could not write {self.path}: {error.strerror}; {len(self.done)} finished images are kept: "
@@ -218,12 +225,12 @@ class RunFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            os.fsync(self._file.fileno())  # every line was flushed when it was appended
         except OSError:
             if kind is None:
                 raise RunFault(f"could not finish writing {self.path}") from None
+        finally:
+            self._file.close()
 
 
 def refuse_other_run(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -241,7 +248,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else text[:20] + '..."'
 
 
-def _lock(file: IO[bytes], path: Path) -> None:
+def _lock(file: io.FileIO, path: Path) -> None:
     try:
         import fcntl
     except ImportError:  # Windows: two writers are not caught

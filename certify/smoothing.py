@@ -226,8 +226,10 @@ class SmoothedClassifier:
         """The base classifier's own label of the image without noise (``FAILED`` if it has none)."""
         import torch
 
+        from certify.votes import label_batch
+
         with torch.inference_mode():
-            return int(self.base(self._check(image).to(self.device)[None])[0])
+            return int(label_batch(self.base, self._check(image).to(self.device)[None])[0])
 
     def _check(self, image: torch.Tensor | np.ndarray) -> torch.Tensor:
         from certify.images import as_image

@@ -7,6 +7,7 @@ noise stream.
 from __future__ import annotations
 
 import functools
+import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 
 from certify.decode import MAX_BYTES, SUFFIXES
 from certify.errors import ImageError, UserError
+from certify.hub import is_file
 from certify.registry import Registry, unknown_name
 
 DATASETS = Registry("dataset")
@@ -30,13 +32,24 @@ class Item:
         id: stable name, unique in the source.
         read: gives the file's bytes, or an array (H, W), (H, W, C), (C, H, W), or a PIL image.
         name: the class as the data names it, or None.
-        size: bytes of the file, or 0.
+        checksum: of the content, where the source knows one; else :meth:`stamp` hashes what ``read`` gives.
     """
 
     id: str
     read: Callable[[], Any]
     name: str | None = None
-    size: int = 0
+    checksum: str = ""
+
+    def stamp(self) -> str:
+        """What changes when the content changes: a resumed run must find the same."""
+        if self.checksum:
+            return self.checksum
+        try:
+            raw = self.read()
+        except ImageError as error:
+            return str(error)
+        content = raw if isinstance(raw, bytes) else repr(np.shape(raw)).encode() + np.ascontiguousarray(raw).tobytes()
+        return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,9 @@ def open_source(data: str, *, root: str | Path | None = None, download: bool = F
         source: Source = DATASETS.get(data)(root=Path(root or "data"), download=download)
         return source
     path = Path(data)
-    if path.is_dir():
+    if len(path.name) < 256 and path.is_dir():
         return _from_folder(path)
-    if not path.exists():
+    if not is_file(path):
         if path.suffix or len(path.parts) > 1:
             raise UserError(f"no data at {data!r}; expected an image, a folder, a .zip, a .npz or a dataset's name")
         raise unknown_name("dataset", data, DATASETS, "or the path of an image, a folder, a .zip or a .npz")
@@ -74,7 +87,7 @@ def open_source(data: str, *, root: str | Path | None = None, download: bool = F
     if path.suffix.lower() == ".zip":
         return _from_zip(path)
     if path.suffix.lower() in SUFFIXES:
-        return Source(path.name, (Item(path.name, lambda: _read_file(path), None, path.stat().st_size),))
+        return Source(path.name, (Item(path.name, lambda: _read_file(path)),))
     raise UserError(
         f"{data!r} is not a kind of data that is read; expected {', '.join(SUFFIXES)}, .zip, .npz or a folder"
     )
@@ -98,7 +111,7 @@ def _from_folder(root: Path) -> Source:
 
     def item(key: str, id: str, name: str | None) -> Item:
         path = files[key]
-        return Item(id, lambda: _read_file(path), name, path.stat().st_size)
+        return Item(id, lambda: _read_file(path), name)
 
     return Source(root.resolve().name, _arrange(files, str(root), item))
 
@@ -123,7 +136,7 @@ def _from_zip(path: Path) -> Source:
 
     def item(key: str, id: str, name: str | None) -> Item:
         info = members[key]
-        return Item(id, lambda: read(info), name, info.file_size)
+        return Item(id, lambda: read(info), name, f"{info.CRC:08x}-{info.file_size}")
 
     return Source(path.name, _arrange(members, str(path), item))
 
@@ -157,7 +170,7 @@ def _shallowest(paths: list[tuple[PurePosixPath, str]]) -> int:
 
 def _from_npz(path: Path) -> Source:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
             if "x" not in archive:
                 raise UserError(
                     f"{path} holds {', '.join(archive.files) or 'nothing'}; expected x (images) and y (labels)"
@@ -167,10 +180,14 @@ def _from_npz(path: Path) -> Source:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not a readable .npz of plain arrays ({error})") from None
-    if x.ndim not in (3, 4) or not len(x):
+    if x.ndim not in (3, 4) or not x.size:
         raise UserError(f"{path}: x has shape {x.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)")
     if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
         raise UserError(f"{path}: y has shape {y.shape} and type {y.dtype}; expected {len(x)} integers")
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise UserError(f"{path}: x has type {x.dtype}; expected uint8, or floating point in [0, 1]")
+    if x.dtype.kind == "f" and not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):
+        raise UserError(f"{path}: x has values from {x.min():g} to {x.max():g}; expected [0, 1], or uint8")
     return _indexed(path.name, x, None if y is None else [str(int(v)) for v in y])
 
 

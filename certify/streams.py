@@ -1,7 +1,7 @@
 """Randomness as an argument: (run seed, image id, stage, block number) -> one generator of its own.
 
-Noise is drawn in blocks of fixed size (:func:`block_size`). A block's generator depends on nothing else, so the noise is the same
-for any batch size, order, interruption or number of workers, and no block repeats.
+Noise is drawn in blocks of fixed size (:func:`block_size`). A block's generator depends on nothing else, so the noise
+is the same for any batch size, order, interruption or number of workers, and no block repeats.
 
 ``torch.Generator.manual_seed`` cannot be used for that on the CPU: it keeps only the low 32 bits of the seed, so among
 the ten million blocks of a CIFAR-10 run thousands would coincide. Here the Mersenne twister's whole state of 624 words
@@ -29,8 +29,8 @@ _STATE_OFFSET = 24  # bytes before the twister's words in a CPU generator's stat
 def block_size(values: int) -> int:
     """Samples a block, for images of so many values (C * H * W): part of the scheme, never tuned.
 
-    100 divides the field's usual n0 and n, and 100 images of 3x224x224 are 60 MB; images smaller than MNIST's 28x28 cost
-    less to draw than a generator costs to seed, so they share one among 1,000.
+    100 divides the field's usual n0 and n, and 100 images of 3x224x224 are 60 MB. Images as small as MNIST's cost less
+    to draw than a generator costs to seed, so 1,000 of them share one.
     """
     return 100 if values >= 1024 else 1000
 

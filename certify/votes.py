@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from certify.errors import CertifyError, RunFault, UserError, first_line
 from certify.streams import block_generator, block_size
 from certify.types import FAILED, BaseClassifier, Noise, Votes
 
@@ -52,7 +53,8 @@ def count_votes(
         The votes: counts and failures add up to ``trials``.
 
     Raises:
-        ValueError: a label outside [0, K).
+        UserError: a label outside [0, K).
+        RunFault: the base classifier raised; the error is chained.
     """
     if trials < 1:
         raise ValueError(f"n = {trials}: expected at least 1")
@@ -60,7 +62,7 @@ def count_votes(
     counts = torch.zeros(classifier.num_classes + 1, dtype=torch.int64)
     with torch.inference_mode():
         for batch in _batches(image, noise, trials, key, size):
-            counts += _tally(_label(classifier, batch), classifier.num_classes)
+            counts += _tally(label_batch(classifier, batch), classifier.num_classes)
             if progress is not None:
                 progress(len(batch))
     failures, *by_class = counts.tolist()
@@ -86,17 +88,19 @@ def _batches(image: Tensor, noise: Noise, trials: int, key: bytes, size: int) ->
         yield torch.cat(ready)
 
 
-def _label(classifier: BaseClassifier, batch: Tensor) -> Tensor:
+def label_batch(classifier: BaseClassifier, batch: Tensor) -> Tensor:
     """Labels of one batch; out of memory halves it and tries again."""
     try:
         return classifier(batch)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except CertifyError:
+        raise
+    except Exception as error:  # any classifier may stand there, also the user's own code
         if len(batch) == 1 or not _out_of_memory(error):
-            raise
+            raise RunFault(f"the base classifier failed: {type(error).__name__}: {first_line(error)}") from error
     if batch.device.type == "cuda":
         torch.cuda.empty_cache()
     half = len(batch) // 2
-    return torch.cat([_label(classifier, batch[:half]), _label(classifier, batch[half:])])
+    return torch.cat([label_batch(classifier, batch[:half]), label_batch(classifier, batch[half:])])
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -108,7 +112,7 @@ def _tally(labels: Tensor, num_classes: int) -> Tensor:
     """Counts ``(K + 1,)``, failures first."""
     labels = labels.cpu()
     if int(labels.min()) < FAILED or int(labels.max()) >= num_classes:
-        raise ValueError(
+        raise UserError(
             f"the base classifier returned labels from {int(labels.min())} to {int(labels.max())}; "
             f"expected 0 to {num_classes - 1}, or {FAILED} for a failed trial"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify.errors import UserError
+from certify.errors import UserError, first_line
 
 _CONTAINERS = ("state_dict", "model", "model_state", "model_state_dict", "net")
 _WRAPPERS = ("module", "_orig_mod")  # DataParallel, torch.compile
@@ -126,21 +127,23 @@ def _load(path: Path, kind: str) -> Any:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); download it again") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of the pickle protocol before it refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(_refused_pickle(path, str(error))) from None
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason}); download it again") from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({first_line(error)}); download it again") from None
 
 
 def _refused_pickle(path: Path, reason: str) -> str:
-    wanted = re.search(r"GLOBAL ([\w.]+)", reason) or re.search(
-        r"Unsupported (?:global|class|operand)[:\s]+([\w.]+)", reason
-    )
-    if wanted is None:
+    with path.open("rb") as file:
+        is_pickle = file.read(2) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+    if not is_pickle:
         return f"{path} is damaged or not a checkpoint; expected a state dict saved by torch.save, or safetensors"
+    wanted = re.search(r"(?:GLOBAL|Unsupported class) ([A-Za-z_][\w.]+)", reason)
+    what = wanted[1] if wanted else "more than tensors"
     return (
-        f"{path} asks for {wanted[1]} when it is unpickled, which can run code: refused; "
+        f"{path} asks for {what} when it is unpickled, which can run code: refused; "
         "expected tensors only (save the state dict alone, best as .safetensors)"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from certify.classifiers import ClassifierSpec, InputSpec, square_input
-from certify.errors import RunFault, UserError
+from certify.errors import RunFault, UserError, first_line
 from certify.hub import cannot_fetch
 from certify.labels import imagenet_classes
 from certify.weights import load_weights
@@ -72,9 +72,10 @@ def _create(name: str, create: Any, *, fetches: bool) -> Any:
     """Build a model; failures to download and contradictions become one line."""
     try:
         return create()
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        if fetches and isinstance(error, OSError):
+    except Exception as error:  # the hub client and its HTTP library have their own trees of errors
+        reason = first_line(error)
+        contradiction = isinstance(error, RuntimeError | ValueError | KeyError | AssertionError)
+        if fetches and (isinstance(error, OSError) or not contradiction):
             raise RunFault(cannot_fetch(name, reason)) from error
         advice = "; pass a checkpoint with --weights FILE" if fetches else ""
         raise UserError(f"cannot build model {name!r}: {reason}{advice}") from error

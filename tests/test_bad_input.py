@@ -206,7 +206,7 @@ CASES = [
     case("factory raises", MODEL + "badmodule4:factory", "badmodule4:factory", "no such file", badmodule4_py=MODULE),
     case("no size", MODEL + "badmodule5:network", "badmodule5:network", "--input-size", badmodule5_py=MODULE),
     case("shape", MODEL + "badmodule6:network --input-size 1x8x8", "(2, 1, 8, 8)", "(2, K)", badmodule6_py=MODULE),
-    case("fails late", MODEL + "badmodule7:late --num-classes 10", "it broke", badmodule7_py=MODULE),
+    case("fails late", MODEL + "badmodule7:late --num-classes 10", "it broke", code=1, badmodule7_py=MODULE),
     case("labels beyond", MODEL + "badmodule8:beyond --num-classes 10", "12", "0 to 9", badmodule8_py=MODULE),
     # data
     case("data missing", D + "--data no/where", "no/where", "folder"),
@@ -338,7 +338,9 @@ def test_hub_hangs_up() -> None:
         threading.Thread(target=hang_up, daemon=True).start()
         hub = f"http://127.0.0.1:{server.getsockname()[1]}"
         command = [sys.executable, "-m", "certify", "--model", "resnet18", "--sigma", "0.25", "--quiet"]
-        ended = subprocess.run(command, env={**os.environ, "HF_ENDPOINT": hub}, capture_output=True, text=True)
+        ended = subprocess.run(
+            command, env={**os.environ, "HF_ENDPOINT": hub}, capture_output=True, text=True, timeout=99
+        )
     assert "--weights FILE" in complaint(ended.stderr.splitlines())
     assert ended.returncode == 1
 
@@ -413,7 +415,7 @@ COLOUR = raw_png(2, 1, 16, 2, struct.pack(">x6H", 65_535, 25_700, 255, 0, 0, 0))
         pytest.param(picture(np.uint8([[7, 250]])), [[7] * 3, [250] * 3], [7, 250], id="grey"),
         pytest.param(picture(np.uint8([[[255, 0, 0, 0], [9, 9, 9, 8]]])), [[255, 0, 0], [9] * 3], [76, 9], id="RGBA"),
         pytest.param(picture(WORDS), [[v] * 3 for v in (255, 100, 129, 1, 0)], [255, 100, 129, 1, 0], id="16 bits"),
-        pytest.param(COLOUR, [[255, 100, 1], [0] * 3], [135, 0], id="16 bits in colour"),
+        pytest.param(COLOUR, [[255, 100, 0], [0] * 3], [135, 0], id="16 bits in colour"),
         pytest.param(picture(PALETTE, transparency=0), [[10, 20, 30], [200, 90, 0]], [18, 113], id="palette"),
     ],
 )
@@ -438,7 +440,7 @@ def test_full_disk_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch, capfd: C
     argv[-1] = "short.jsonl"
     command = [sys.executable, "-m", "certify", *argv]
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))
-    limited = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    limited = subprocess.run(command, capture_output=True, text=True, timeout=99, preexec_fn=limit)
     assert "2 finished images are kept" in complaint(limited.stderr.splitlines())
     assert limited.returncode == 1
 

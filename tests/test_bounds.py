@@ -139,7 +139,7 @@ def test_radius_is_never_above_the_exact_one() -> None:
 
 @pytest.mark.parametrize(("n", "cap"), [(100, 1.5005), (1_000, 2.463), (10_000, 3.199), (100_000, 3.811)])
 def test_known_radius_caps(n: int, cap: float) -> None:
-    """Largest radius over sigma at alpha = 0.001, as published tables round it (Salman et al. 2020 imply 1.50 at 100)."""
+    """Largest radius over sigma at alpha = 0.001: Phi^-1(0.001^(1/n))."""
     assert Gaussian(1.0).radius(clopper_pearson_lower(n, n, 0.001)) == pytest.approx(cap, abs=6e-4)
 
 

@@ -301,7 +301,7 @@ def test_nan_from_a_network_is_a_failed_trial() -> None:
 def test_known_accuracy_of_a_third_party_cifar_classifier(
     depth: int, file: str, accuracy: float, shared_data: Path
 ) -> None:
-    """83.2 % of all 10,000 test images, labels by folder name: transform, normalisation, weights and classes at once."""
+    """83.2 % of all 10,000 test images, labels by folder name: transform, normalisation, weights, classes at once."""
     from certify.images import load_images
 
     classifier = load_classifier(f"cifar_resnet{depth}", weights=shared_data / "classifiers" / file)

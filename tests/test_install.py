@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_a_wheel_installed_elsewhere_runs_the_digits_default(tmp_path: Path) -> None:
-    """Built from the checkout, installed into an empty folder, run from another one: nothing of the checkout is used."""
+    """Built from the checkout, installed into an empty folder, run from another: nothing of the checkout is used."""
     source = tmp_path / "source"
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     names = listed.stdout.splitlines() or [str(p.relative_to(ROOT)) for p in _plain_files()]

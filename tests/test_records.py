@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from certify import Votes, certificate_from_votes, read_run
 from certify.cli.app import main
@@ -154,6 +157,34 @@ def test_a_run_of_other_settings_is_left_alone(
     assert run([*COMMAND, option, value, "--out", str(finished)]) == 2
     assert "holds a run with other settings" in capsys.readouterr().err
     assert finished.read_bytes() == before
+
+
+@pytest.mark.parametrize("form", ["npz", "folder", "zip"])
+def test_changed_images_are_not_taken_for_the_old_ones(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Same names, same sizes, other pixels: the finished run must not be shown as theirs."""
+
+    def write(value: int) -> Path:
+        if form == "npz":
+            np.savez(tmp_path / "d.npz", x=np.full((2, 8, 8), value, np.uint8), y=np.array([1, 2]))
+            return tmp_path / "d.npz"
+        (tmp_path / "d").mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / "d" / "a.bmp")
+        if form == "folder":
+            return tmp_path / "d"
+        with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+            archive.write(tmp_path / "d" / "a.bmp", "a.bmp")
+        return tmp_path / "d.zip"
+
+    out = tmp_path / "r.jsonl"
+    command = ["--model", "digits", "--sigma", "0.25", "--n", "100", "--quiet", "--out", str(out)]
+    assert run([*command, "--data", str(write(100))]) == 0
+    assert run([*command, "--data", str(write(100))]) == 0
+    before = out.read_bytes()
+    assert run([*command, "--data", str(write(200))]) == 2
+    assert "images.sha256" in capsys.readouterr().err
+    assert out.read_bytes() == before
 
 
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:

@@ -86,7 +86,13 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         if o["data"] is None:
             say("           no --data: to certify your own, pass --data FOLDER, FILE.zip, FILE.npz or IMAGE")
         _work(smoothed, images, settings, file, o, say)
-    summarise(read_run(path), o["radii"], as_json=o["as_json"])
+    finished = read_run(path)
+    if not finished.usable:
+        first = finished.images[0]
+        raise UserError(
+            f"none of the {len(finished.images)} images could be used; the first, {first['id']}: {first['error']}"
+        )
+    summarise(finished, o["radii"], as_json=o["as_json"])
 
 
 def _check_first(o: dict[str, Any]) -> None:
@@ -96,10 +102,6 @@ def _check_first(o: dict[str, Any]) -> None:
 
     BOUNDS.get(o["bound"])
     source = hub.find_source(o["model"])
-    if o["weights"] is not None and not Path(o["weights"]).is_file():
-        raise UserError(
-            f"no weights file {o['weights']!r}; expected an existing .pth, .pt, .th, .tar or .safetensors file"
-        )
     hub.require_weights(source, o["weights"])
     if o["denoiser"] != "none":
         from denoisers import DENOISERS
@@ -207,7 +209,7 @@ def _work(
         first = _first_image(images)
         if first is not None:
             _check_base(smoothed, images)
-            rate = measure_rate(smoothed, first, o["batch_size"])
+            rate = measure_rate(smoothed, first, settings.n, o["batch_size"])
             total = left * settings.samples
             say(f"cost       {left:,} images x {settings.samples:,} samples = {total:,}: about {_clock(total / rate)}")
         hidden = True if say is _silent else None  # None: shown on a terminal only

@@ -18,19 +18,21 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool) -> None:
     rows = run.usable
     _warn_of_failures(rows)
     curve, picture = None, None
-    if run.header["procedure"] == "certify" and rows:
+    if run.header["procedure"] == "certify":
         from analysis.curves import curves
-        from analysis.plots import plot_curves
 
         (curve,) = curves([run])
         radii = radii or _radii(run.header)
         picture = run.path.with_suffix(".png")
-        plot_curves([curve], picture)
     if as_json:
         click.echo(json.dumps(_as_json(run, curve, radii or [], picture)))
     else:
         click.echo(_in_words(run, curve, radii or []))
         click.echo(f"\nrun file   {run.path}" + (f"\ncurve      {picture}" if picture else ""))
+    if curve is not None and picture is not None:
+        from analysis.plots import plot_curves
+
+        plot_curves([curve], picture)  # last: when it cannot be written, the numbers are out already
 
 
 def _radii(header: dict[str, Any]) -> list[float]:
@@ -57,7 +59,7 @@ def _as_json(run: Run, curve: Curve | None, radii: list[float], picture: Path | 
     shares = None
     if curve is not None:
         shares = {f"{r:g}": float(a) for r, a in zip(radii, curve.accuracy(radii), strict=True)}
-    labelled = bool(rows) and rows[0]["label"] is not None
+    labelled = rows[0]["label"] is not None
     return {
         "run": str(run.path),
         "images": len(rows),
@@ -77,8 +79,6 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float]) -> str:
     from analysis.tables import one_run, share
 
     rows, header = run.usable, run.header
-    if not rows:
-        return f"no image could be used ({len(run.images)} unreadable)"
     lines = [
         f"{header['model']}, sigma = {header['sigma']:g} ([0, 1] pixels), {len(rows):,} images of {header['data']}"
     ]
