@@ -53,7 +53,7 @@ class CertifyGroup(click.Group):
 )
 @click.version_option(__version__, "-V", "--version", prog_name="certify")
 def group() -> None:
-    r"""Certified l2 robustness of a frozen image classifier, by (denoised) randomized smoothing.
+    """Certified l2 robustness of a frozen image classifier, by (denoised) randomized smoothing.
 
     \b
       certify --model digits --sigma 0.25             a certificate for each image, a table, a curve
@@ -62,7 +62,7 @@ def group() -> None:
       certify table RUN... --radii 0,0.25,0.5         the same in numbers
 
     sigma and radii are in pixels of images scaled to [0, 1].
-    """
+    """  # noqa: D301
 
 
 for _command in (run.run, run.predict, show.plot, show.table, info.list_, info.doctor):

@@ -23,7 +23,7 @@ def _registries() -> dict[str, Any]:
     return {"datasets": DATASETS, "denoisers": DENOISERS, "noises": NOISES, "bounds": BOUNDS}
 
 
-@click.command("list")
+@click.command("list", short_help="List models, datasets, denoisers, noises, bounds.")
 @click.argument("kind", required=False)
 @click.argument("pattern", required=False)
 def list_(kind: str | None, pattern: str | None) -> None:
@@ -65,7 +65,7 @@ def _list_models(pattern: str) -> None:
         click.echo(f"{name:<40} {note}")
 
 
-@click.command()
+@click.command(short_help="Show versions, devices, extras; test the mathematics.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Show versions, devices, extras, the model hub, and test the mathematics against known values."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from certify.errors import UserError
 
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:  # generic only since click 8.5
+    ParamType = click.ParamType
 
-class Numbers(click.ParamType[Any]):
+
+class Numbers(ParamType):
     """Numbers separated by commas."""
 
     name = "numbers"
@@ -25,7 +30,7 @@ class Numbers(click.ParamType[Any]):
             self.fail(f"{value!r}; expected numbers separated by commas, such as 0,0.25,0.5", param, ctx)
 
 
-class Size(click.ParamType[Any]):
+class Size(ParamType):
     """Channels, height and width."""
 
     name = "CxHxW"
@@ -40,7 +45,7 @@ class Size(click.ParamType[Any]):
         return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-class Count(click.ParamType[Any]):
+class Count(ParamType):
     """A whole number from 1; 1e5 and 100_000 are understood."""
 
     name = "integer"
@@ -59,7 +64,7 @@ class Count(click.ParamType[Any]):
         return int(number)
 
 
-class Positive(click.ParamType[Any]):
+class Positive(ParamType):
     """A finite number above 0, and below ``below`` if given."""
 
     name = "number"
@@ -113,7 +118,7 @@ classifier_options = _apply(
     click.option(
         "--weights", metavar="FILE", help="Its checkpoint (.pth .pt .th .tar .safetensors), if not the published one."
     ),
-    click.option("--input-size", type=Size(), help="Its input, in place of its own setting."),
+    click.option("--input-size", type=Size(), metavar="CxHxW", help="Its input, in place of its own setting."),
     click.option("--mean", type=Numbers(), help="Mean that it subtracts, per channel, in place of its own."),
     click.option("--std", type=Numbers(), help="Deviation that it divides by, per channel, in place of its own."),
     click.option("--num-classes", type=Count("the number of classes"), help="Classes, where the model does not say."),

@@ -68,9 +68,9 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     """The whole verb: check what is cheap, load, plan, work, summarise."""
     _check_first(o)
     say = _silent if o["quiet"] or o["as_json"] else _say
-    data = o["data"] or ("digits" if o["model"] == "digits" else "photos")
+    demonstration = _without_data(o) if o["data"] is None else ""
     smoothed = _smoothed(o)
-    images = _images(o, data, smoothed.classifier)
+    images = _images(o, smoothed.classifier)
 
     from certify.records import RunFile, read_run
     from certify.runner import Settings, run_header
@@ -78,13 +78,13 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     settings = Settings(o["n"], o["n0"], o["alpha"], o["seed"], o["bound"], procedure)
     command = "certify " + " ".join(shlex.quote(a) for a in sys.argv[1:])
     header = run_header(
-        smoothed, images, settings, model=o["model"], data=data, denoiser=o["denoiser"], command=command
+        smoothed, images, settings, model=o["model"], data=o["data"], denoiser=o["denoiser"], command=command
     )
     path = _run_path(o["out"], header)
     with RunFile(path, header) as file:
         _show_plan(smoothed, images, settings, file, say)
-        if o["data"] is None:
-            say("           no --data: to certify your own, pass --data FOLDER, FILE.zip, FILE.npz or IMAGE")
+        if demonstration:
+            say(demonstration)
         _work(smoothed, images, settings, file, o, say)
     finished = read_run(path)
     if not finished.usable:
@@ -131,14 +131,31 @@ def _smoothed(o: dict[str, Any]) -> SmoothedClassifier:
     return SmoothedClassifier(classifier, o["sigma"], denoiser=denoiser, device=device)
 
 
-def _images(o: dict[str, Any], data: str, classifier: Any) -> ImageSet:
+def _without_data(o: dict[str, Any]) -> str:
+    """Fill in images that are at hand, and so few of them or of their samples that an answer comes soon; in words."""
+    default = click.core.ParameterSource.DEFAULT
+    is_default = {k: click.get_current_context().get_parameter_source(k) == default for k in ("n", "skip", "ids")}
+    how = "pass your own images with --data FOLDER, FILE.zip, FILE.npz or IMAGE"
+    if o["model"] == "digits":
+        o["data"] = "digits"
+        if is_default["skip"] and is_default["ids"]:
+            o["skip"] = 5
+        return f"demo       no --data: the digits held out from training; {how}"
+    o["data"] = "photos"
+    if not is_default["n"]:
+        return f"demo       no --data: scikit-learn's two photographs; {how}"
+    o["n"] = min(o["n"], 1000)
+    few = f"n = {o['n']:,} for a quick answer (--n sets it)"
+    return f"demo       no --data: scikit-learn's two photographs, {few}; {how}"
+
+
+def _images(o: dict[str, Any], classifier: Any) -> ImageSet:
     from certify.images import load_images
 
-    few = o["data"] is None and data == "digits" and o["skip"] == 1 and not o["ids"]
     return load_images(
-        data,
+        o["data"],
         classifier,
-        skip=5 if few else o["skip"],  # the embedded default: a hundred digits, half a minute
+        skip=o["skip"],
         max_images=o["max_images"],
         ids=o["ids"].split(",") if o["ids"] else None,
         labels=o["labels"],

@@ -1,0 +1,158 @@
+"""The command as a user meets it: plan, warnings, one JSON object, the other verbs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from scipy.stats import norm
+
+from certify.cli.app import main
+
+DIGITS = ["--model", "digits", "--sigma", "0.25"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args: str, code: int = 0) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(list(args))
+    assert (ended.value.code or 0) == code
+
+
+def test_the_default_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    """Table on stdout, plan on stderr; `certify run` and the bare form are one run, so the second changes nothing."""
+    run(*DIGITS, "--n", "500", "--max", "4")
+    first = capsys.readouterr()
+    for text in ("certified accuracy", "95 % interval", "base accuracy (no noise)", "abstained", "runs/digits-digits-"):
+        assert text in first.out
+    for text in (
+        "1x8x8",
+        "labels: by name",
+        "[0, 1] pixels",
+        f"at most {0.25 * norm.ppf(0.001 ** (1 / 500)):.4g} (2.21 sigma)",
+        "4 images x 600 samples",
+    ):
+        assert text in first.err
+    run("run", "--model=digits", "--sigma=0.25", "--n=500", "--max=4")
+    second = capsys.readouterr()
+    assert second.out == first.out
+    assert "4 of 4 images are there already" in second.err
+    (picture,) = Path("runs").glob("*.png")
+    with Image.open(picture) as image:
+        assert image.size[0] > 600
+
+
+def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    run(*DIGITS, "--n", "500", "--max", "4", "--radii", "0,0.1", "--json")
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert err == ""
+    assert {"run", "images", "certified_accuracy", "samples", "samples_per_second", "abstained"} <= result.keys()
+    assert (result["images"], result["samples"]) == (4, 2400)
+    assert list(result["certified_accuracy"]) == ["0", "0.1"]
+
+
+def test_unlabelled_images_get_classes_and_radii_but_no_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    run(*DIGITS, "--n", "500", "--max", "3", "--labels", "none")
+    out = capsys.readouterr().out
+    assert "certified fraction" in out
+    assert "accuracy" not in out
+    run(*DIGITS, "--n", "500", "--max", "3", "--labels", "none", "--json")
+    assert json.loads(capsys.readouterr().out)["certified_accuracy"] is None
+
+
+def test_too_few_samples_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    run(*DIGITS, "--n", "9", "--max", "1")
+    assert (
+        "n = 9 can certify nothing at alpha = 0.001: every image will abstain; pass --n 10" in capsys.readouterr().err
+    )
+
+
+def test_labels_in_another_order_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every class shifted by one: no image is right, and the run says where to look."""
+    Path("map.csv").write_text("".join(f"{d},{(d + 1) % 10}\n" for d in range(10)))
+    run(*DIGITS, "--data", "digits", "--skip", "20", "--n", "50", "--class-map", "map.csv")
+    assert "right on 0 of 25 images, which is near chance: wrong class order (--class-map)?" in capsys.readouterr().err
+
+
+def test_sorted_data_cut_short_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for digit in range(2):
+        Path(f"d/{digit}").mkdir(parents=True)
+        for i in range(25):
+            Image.new("L", (8, 8), 10 * i).save(f"d/{digit}/{i}.png")
+    run(*DIGITS, "--data", "d", "--max", "20", "--n", "20")
+    assert "all 20 images are of class 0: is the data sorted?" in capsys.readouterr().err
+
+
+def test_without_data_photographs_and_few_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photo_model.py").write_text(
+        "def dark(images): return (images.mean(dim=(1, 2, 3)) < 0.5).long()\ndark.num_classes = 2\n"
+        "dark.input_size = (3, 16, 16)\ndark.class_names = ['bright', 'dark']\n"
+    )
+    run("--model", "photo_model:dark", "--sigma", "0.25")
+    out, err = capsys.readouterr()
+    assert "n = 1,000 for a quick answer" in err
+    assert "china.jpg" in out
+    assert any(line.split()[:2] == ["flower.jpg", "dark"] for line in out.splitlines())
+    run("--model", "photo_model:dark", "--sigma", "0.25", "--n", "2000", "--quiet", "--json")
+    assert json.loads(capsys.readouterr().out)["samples"] == 2 * 2100
+
+
+def test_predict(capsys: pytest.CaptureFixture[str]) -> None:
+    run("predict", *DIGITS, "--n", "500", "--max", "4")
+    out = capsys.readouterr().out
+    assert "smoothed accuracy" in out
+    assert "radius" not in out
+    (path,) = Path("runs").glob("predict-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (rows[0]["procedure"], rows[0]["n0"]) == ("predict", 0)
+    assert all(row["radius"] is None and 0 <= row["p_value"] <= 1 for row in rows[1:])
+
+
+def test_plot_and_table(capsys: pytest.CaptureFixture[str]) -> None:
+    run(*DIGITS, "--n", "500", "--max", "4", "--out", "a.jsonl", "--quiet")
+    run(*DIGITS, "--n", "1000", "--max", "4", "--out", "b.jsonl", "--quiet")
+    capsys.readouterr()
+    run("table", "a.jsonl", "b.jsonl", "--radii", "0,0.25")
+    out = capsys.readouterr().out
+    assert "digits, σ = 0.25, n = 500" in out
+    assert "r = 0.25" in out
+    run("table", "a.jsonl", "--format", "csv", "-o", "t.csv")
+    assert Path("t.csv").read_text().startswith("run,model,denoiser,sigma,n,alpha,")
+    run("plot", "a.jsonl", "b.jsonl", "-o", "curve.svg")
+    assert "<svg" in Path("curve.svg").read_text()
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    run("list", "models", "cifar_resnet")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"cifar_resnet{d}" for d in (20, 32, 44, 56, 110)
+    ]
+    for kind, name in (("denoisers", "median"), ("datasets", "cifar10"), ("bounds", "clopper-pearson")):
+        run("list", kind)
+        assert name in capsys.readouterr().out
+    run("list", "nothing", code=2)
+    assert "expected one of models, datasets" in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    run("doctor", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["checks"]) == 4
+    assert all(report["checks"].values())
+    assert "does not answer" in report["hub"]
+    assert report["versions"]["torch"]
+
+
+def test_doctor_notices_wrong_mathematics(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("certify.bounds.clopper_pearson_lower", lambda k, n, alpha: k / n)
+    run("doctor", code=2)
+    assert "FAIL" in capsys.readouterr().out
