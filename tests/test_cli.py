@@ -31,13 +31,8 @@ def test_the_default_verb(capsys: pytest.CaptureFixture[str]) -> None:
     first = capsys.readouterr()
     for text in ("certified accuracy", "95 % interval", "base accuracy (no noise)", "abstained", "runs/digits-digits-"):
         assert text in first.out
-    for text in (
-        "1x8x8",
-        "labels: by name",
-        "[0, 1] pixels",
-        f"at most {0.25 * norm.ppf(0.001 ** (1 / 500)):.4g} (2.21 sigma)",
-        "4 images x 600 samples",
-    ):
+    cap = f"at most {0.25 * norm.ppf(0.001 ** (1 / 500)):.4g} (2.21 sigma)"
+    for text in ("1x8x8", "labels: by name", "[0, 1] pixels", cap, "4 images x 600 samples"):
         assert text in first.err
     run("run", "--model=digits", "--sigma=0.25", "--n=500", "--max=4")
     second = capsys.readouterr()
