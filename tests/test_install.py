@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from certify.cli.app import main
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -58,6 +60,20 @@ def test_readme_python_runs() -> None:
     certificate = namespace["c"]
     assert certificate.prediction == namespace["images"].labels[0]  # type: ignore[attr-defined]
     assert 0 < certificate.radius < 0.8  # type: ignore[attr-defined]
+
+
+def test_the_example_classifier_can_be_certified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A nearest-mean classifier beats guessing by far, and its certificates are of the usual kind."""
+    monkeypatch.chdir(ROOT)
+    command = "--model examples.my_model:nearest_mean --data digits --skip 20 --sigma 0.25 --n 1000 --json --out"
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), str(tmp_path / "r.jsonl")])
+    assert not ended.value.code
+    result = json.loads(capsys.readouterr().out)
+    assert result["base_accuracy"] > 0.7
+    assert result["certified_accuracy"]["0"] > 0.5
 
 
 def test_readme_has_the_two_commands() -> None:

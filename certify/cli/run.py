@@ -13,8 +13,9 @@ import click
 
 from certify.cli import options
 from certify.cli.options import check_radii
+from certify.cli.plan import check_base, clock, first_image, show_plan
 from certify.cli.summary import summarise, warn
-from certify.errors import CertifyError, RunFault, UserError
+from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
     from certify.images import ImageSet
@@ -82,7 +83,7 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     )
     path = _run_path(o["out"], header)
     with RunFile(path, header) as file:
-        _show_plan(smoothed, images, settings, file, say)
+        show_plan(smoothed, images, settings, file, say)
         if demonstration:
             say(demonstration)
         _work(smoothed, images, settings, file, o, say)
@@ -165,47 +166,6 @@ def _images(o: dict[str, Any], classifier: Any) -> ImageSet:
     )
 
 
-def _show_plan(
-    smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, file: RunFile, say: Callable[[str], None]
-) -> None:
-    """What was asked for and what it turned out to be; warn of what cannot work."""
-    from certify.smoothing import largest_radius
-
-    header, sigma = file.header, smoothed.noise.scale
-    for step in header["pipeline"]:
-        if step["step"] == "denoiser":
-            say(f"denoiser   {step['name']}, between the noise and the classifier")
-            continue
-        size = "x".join(map(str, step["input"])) if step["input"] else "any size"
-        norm = f"mean {_list(step['mean'])} std {_list(step['std'])}" if step["mean"] else "none"
-        say(f"model      {step['name']}: {step['num_classes']} classes, input {size}, weights: {step['weights']}")
-        say(f"input      {step['transform']}; the noise is added there; then normalisation: {norm}")
-    say(f"data       {header['data']}: {len(images):,} of {images.available:,} images; labels: {images.rule}")
-    classes = {label for label in images.labels if label is not None}
-    if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
-        warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")
-    say(f"device     {smoothed.device}, float32" + (f", {_threads()} threads" if smoothed.device.type == "cpu" else ""))
-    there = f": {len(file.done):,} of {len(images):,} images are there already" if file.resumed else ""
-    say(f"run file   {file.path}{there}")
-    if settings.procedure == "predict":
-        say(f"procedure  predict: n = {settings.n:,}, alpha = {settings.alpha:g}, sigma = {sigma:g} in [0, 1] pixels")
-        return
-    say(
-        f"procedure  n0 = {settings.n0:,}, n = {settings.n:,}, alpha = {settings.alpha:g}, {settings.bound}, "
-        f"sigma = {sigma:g} in [0, 1] pixels"
-    )
-    cap = largest_radius(smoothed.noise, settings.n, settings.alpha, settings.bound)
-    say(f"radius     at most {cap:.4g} ({cap / sigma:.2f} sigma) at this n and alpha")
-    if cap == 0.0:
-        need = next(
-            n for n in range(1, 10_000) if largest_radius(smoothed.noise, n, settings.alpha, settings.bound) > 0
-        )
-        warn(
-            f"n = {settings.n} can certify nothing at alpha = {settings.alpha:g}: every image will abstain; "
-            f"pass --n {need} or more"
-        )
-
-
 def _work(
     smoothed: SmoothedClassifier,
     images: ImageSet,
@@ -223,12 +183,12 @@ def _work(
     if not left:
         return
     with _stoppable(file, len(images)):
-        first = _first_image(images)
+        first = first_image(images)
         if first is not None:
-            _check_base(smoothed, images)
+            check_base(smoothed, images)
             rate = measure_rate(smoothed, first, settings.n, o["batch_size"])
             total = left * settings.samples
-            say(f"cost       {left:,} images x {settings.samples:,} samples = {total:,}: about {_clock(total / rate)}")
+            say(f"cost       {left:,} images x {settings.samples:,} samples = {total:,}: about {clock(total / rate)}")
         hidden = True if say is _silent else None  # None: shown on a terminal only
         with tqdm(
             total=left * settings.samples,
@@ -260,31 +220,6 @@ def _stoppable(file: RunFile, expected: int) -> Any:
         fault = RunFault(f"{kept}; the same command goes on from there")
         fault.exit_code = 130
         raise fault from None
-
-
-def _first_image(images: ImageSet) -> Any:
-    for i in range(len(images)):
-        with contextlib.suppress(CertifyError):
-            return images.load(i)
-    return None
-
-
-def _check_base(smoothed: SmoothedClassifier, images: ImageSet, most: int = 50) -> None:
-    """Warn when the classifier without noise does no better than guessing: labels or normalisation are wrong."""
-    from certify.runner import near_chance
-
-    if not images.labelled:
-        return
-    correct = total = 0
-    for i in range(0, len(images), max(1, -(-len(images) // most))):
-        with contextlib.suppress(CertifyError):
-            correct += smoothed.base_label(images.load(i)) == images.labels[i]
-            total += 1
-    if total and near_chance(correct, total, smoothed.num_classes):
-        warn(
-            f"without noise the classifier is right on {correct} of {total} images, which is near chance: "
-            "wrong class order (--class-map)? normalised twice or not at all (--mean, --std)? another model's weights?"
-        )
 
 
 def _run_path(out: str | None, header: dict[str, Any]) -> Path:
@@ -320,24 +255,6 @@ def _device(wanted: str) -> str:
             f"--device {wanted!r} does not exist on this machine; expected auto or one of {', '.join(known)}"
         )
     return wanted
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _list(values: Any) -> str:
-    return ",".join(f"{v:g}" for v in values)
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,104 @@
+"""Before a run: what was asked for, what it turned out to be, what it costs and what cannot work."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from certify.cli.summary import warn
+from certify.errors import CertifyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from certify.images import ImageSet
+    from certify.records import RunFile
+    from certify.runner import Settings
+    from certify.smoothing import SmoothedClassifier
+
+
+def show_plan(
+    smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, file: RunFile, say: Callable[[str], None]
+) -> None:
+    """What was asked for and what it turned out to be; warn of what cannot work."""
+    from certify.smoothing import largest_radius
+
+    header, sigma = file.header, smoothed.noise.scale
+    for step in header["pipeline"]:
+        if step["step"] == "denoiser":
+            say(f"denoiser   {step['name']}, between the noise and the classifier")
+            continue
+        size = "x".join(map(str, step["input"])) if step["input"] else "any size"
+        norm = f"mean {_list(step['mean'])} std {_list(step['std'])}" if step["mean"] else "none"
+        say(f"model      {step['name']}: {step['num_classes']} classes, input {size}, weights: {step['weights']}")
+        say(f"input      {step['transform']}; the noise is added there; then normalisation: {norm}")
+    say(f"data       {header['data']}: {len(images):,} of {images.available:,} images; labels: {images.rule}")
+    classes = {label for label in images.labels if label is not None}
+    if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
+        warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")
+    say(f"device     {smoothed.device}, float32" + (f", {_threads()} threads" if smoothed.device.type == "cpu" else ""))
+    there = f": {len(file.done):,} of {len(images):,} images are there already" if file.resumed else ""
+    say(f"run file   {file.path}{there}")
+    if settings.procedure == "predict":
+        say(f"procedure  predict: n = {settings.n:,}, alpha = {settings.alpha:g}, sigma = {sigma:g} in [0, 1] pixels")
+        return
+    say(
+        f"procedure  n0 = {settings.n0:,}, n = {settings.n:,}, alpha = {settings.alpha:g}, {settings.bound}, "
+        f"sigma = {sigma:g} in [0, 1] pixels"
+    )
+    cap = largest_radius(smoothed.noise, settings.n, settings.alpha, settings.bound)
+    say(f"radius     at most {cap:.4g} ({cap / sigma:.2f} sigma) at this n and alpha")
+    if cap == 0.0:
+        need = next(
+            n for n in range(1, 10_000) if largest_radius(smoothed.noise, n, settings.alpha, settings.bound) > 0
+        )
+        warn(
+            f"n = {settings.n} can certify nothing at alpha = {settings.alpha:g}: every image will abstain; "
+            f"pass --n {need} or more"
+        )
+
+
+def first_image(images: ImageSet) -> Tensor | None:
+    """The first image that can be read, for measuring."""
+    for i in range(len(images)):
+        with contextlib.suppress(CertifyError):
+            return images.load(i)
+    return None
+
+
+def check_base(smoothed: SmoothedClassifier, images: ImageSet, most: int = 50) -> None:
+    """Warn when the classifier without noise does no better than guessing: labels or normalisation are wrong."""
+    from certify.runner import near_chance
+
+    if not images.labelled:
+        return
+    correct = total = 0
+    for i in range(0, len(images), max(1, -(-len(images) // most))):
+        with contextlib.suppress(CertifyError):
+            correct += smoothed.base_label(images.load(i)) == images.labels[i]
+            total += 1
+    if total and near_chance(correct, total, smoothed.num_classes):
+        warn(
+            f"without noise the classifier is right on {correct} of {total} images, which is near chance: "
+            "wrong class order (--class-map)? normalised twice or not at all (--mean, --std)? another model's weights?"
+        )
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _list(values: Any) -> str:
+    return ",".join(f"{v:g}" for v in values)
+
+
+def clock(seconds: float) -> str:
+    """A duration in the unit a person would use."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
