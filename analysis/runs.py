@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from certify.errors import UserError
 from certify.records import Run, read_run
+
+
+class NoRadii(UserError):
+    """A run that holds predictions without radii."""
+
 
 LOG_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 _TEST_SETS = (10_000, 50_000)
@@ -31,10 +38,29 @@ def read_any(path: str | Path) -> Run:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if head.split(b"\t")[0].strip() == b"idx":
         return _read_log(path)
-    run = read_run(path)
+    run = read_run(path, allow_partial=True)
     if run.header.get("procedure", "certify") != "certify":
-        raise UserError(f"{path} holds predictions, which have no radius; expected a run of `certify --model ...`")
+        raise NoRadii(f"{path} holds predictions, which have no radius; expected a run of `certify --model ...`")
     return run
+
+
+def read_all(paths: Sequence[str | Path], warn: Callable[[str], None]) -> list[Run]:
+    """Every run with radii; runs of `certify predict` among them are left out with a warning.
+
+    Raises:
+        UserError: as :func:`read_any`, or nothing is left.
+    """
+    runs = []
+    for path in paths:
+        try:
+            runs.append(read_any(path))
+        except NoRadii as error:
+            if len(paths) == 1:
+                raise
+            warn(f"{error}; it is left out")
+    if not runs:
+        raise UserError("none of these runs has radii; expected runs of `certify --model ...`")
+    return runs
 
 
 def _read_log(path: Path) -> Run:
@@ -56,6 +82,8 @@ def _log_image(row: list[str], number: int, path: Path) -> dict[str, Any]:
     try:
         idx, label, predict, radius, correct, _ = row
         image = {"id": str(int(idx)), "label": int(label), "prediction": int(predict), "radius": float(radius)}
+        if not 0 <= float(radius) < math.inf:
+            raise ValueError(radius)
         agrees = int(correct) == int(image["prediction"] == image["label"])
     except ValueError:
         raise UserError(f"{path} is damaged at line {number}: {' '.join(row)[:60]!r}") from None
@@ -82,10 +110,10 @@ def _log_header(path: Path) -> dict[str, Any]:
 
 
 def _expected(indices: list[int]) -> int:
-    """Images that a log owes: its stride, carried on to the end of the field's test sets (10,000 or 50,000 images)."""
+    """Images that a log owes: every K-th, carried on to the end of the field's test sets (10,000 or 50,000 images)."""
     if len(indices) < 2:
         return len(indices)
     stride = max(1, min(b - a for a, b in itertools.pairwise(indices)))
     reach = indices[-1] + stride
-    size = next((s for s in _TEST_SETS if reach <= s), reach)
+    size = next((s for s in _TEST_SETS if reach <= s), reach) if stride > 1 else reach
     return max(len(indices), (size - indices[0] % stride + stride - 1) // stride)

@@ -13,14 +13,15 @@ import math
 from certify.registry import Registry
 
 _OUTWARD = 1e-12
+_SMALLEST_ALPHA = 1e-50
 
 BOUNDS = Registry("bound")
 
 
 def check_alpha(alpha: float) -> None:
-    """Refuse an alpha outside (0, 1), NaN included."""
-    if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha = {alpha}: expected a number strictly between 0 and 1, such as 0.001")
+    """Refuse an alpha outside (0, 1), NaN included, and below 1e-50, where the margin is not known to suffice."""
+    if not _SMALLEST_ALPHA <= alpha < 1.0:
+        raise ValueError(f"alpha = {alpha}: expected a number strictly between 0 and 1, such as 0.001 (1e-50 at least)")
 
 
 def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
@@ -49,15 +50,6 @@ def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
 
     quantile = float(betaincinv(successes, trials - successes + 1, alpha))
     return max(0.0, quantile - _OUTWARD) if math.isfinite(quantile) else 0.0
-
-
-def clopper_pearson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact two-sided interval: covers p with probability at least ``confidence``, the error split in two halves."""
-    half = (1.0 - confidence) / 2.0
-    return (
-        clopper_pearson_lower(successes, trials, half),
-        1.0 - clopper_pearson_lower(trials - successes, trials, half),
-    )
 
 
 BOUNDS.add("clopper-pearson", clopper_pearson_lower, "exact, one-sided (default)")

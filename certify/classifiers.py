@@ -6,7 +6,6 @@ function ``(name, weights, num_classes) -> ClassifierSpec`` in a module of its o
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from certify import hub
 from certify.errors import CertifyError, UserError, first_line
+from certify.pipeline import state_digest
 from certify.registry import Registry
 from certify.types import FAILED
 
@@ -58,6 +58,8 @@ class ClassifierSpec:
     class_names: tuple[tuple[str, ...], ...] | None = None
     num_classes: int | None = None
     weights: str = "as built"
+    code: str | None = None
+    """SHA-256 of the file that defines the function, where tensors alone do not (TorchScript, ONNX, Python)."""
 
 
 def square_input(
@@ -108,6 +110,7 @@ class Classifier(nn.Module):
         self.input = spec.input
         self.class_names = spec.class_names
         self.weights = spec.weights
+        self.code = spec.code
         self.register_buffer("mean", torch.tensor(spec.input.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.input.std).view(-1, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -147,10 +150,19 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Labels ``(B,)``, int64, of images ``(B, C, H, W)``; ``FAILED`` where there is no finite answer."""
         output = self._raw(images)
-        return labels_from_logits(output) if output.ndim == 2 else output.long()
+        return labels_from_logits(output) if output.ndim == 2 else self._whole(output)
+
+    def _whole(self, labels: Tensor) -> Tensor:
+        """Labels as int64: numbers that are not finite are failures, fractions are refused."""
+        if not labels.is_floating_point():
+            return labels.long()
+        finite = labels.isfinite()
+        if not (labels[finite] == labels[finite].round()).all():
+            raise UserError(f"classifier {self.name!r} returned labels that are not whole numbers; expected 0 to K-1")
+        return labels.masked_fill(~finite, FAILED).long()
 
     def _count_classes(self, stated: int | None) -> int:
-        """K from one forward pass of a grey image, which also shows that the network takes its own input size."""
+        """K from a forward pass, which also shows that the network takes its own size and sees one image at a time."""
         if self.input.size is None:
             if stated is None:
                 raise UserError(
@@ -160,7 +172,8 @@ class Classifier(nn.Module):
             return stated
         try:
             with torch.inference_mode():
-                output = self._raw(torch.full((2, *self.input.size), 0.5))
+                probe = torch.rand((4, *self.input.size), generator=torch.Generator().manual_seed(0))
+                output, alone = self._raw(probe), self._raw(probe[:1])
         except CertifyError:
             raise
         except Exception as error:
@@ -169,10 +182,20 @@ class Classifier(nn.Module):
                 f"classifier {self.name!r} fails on a {shape} image: {first_line(error)}; "
                 "is --input-size, --mean or --std the wrong one?"
             ) from error
-        if not isinstance(output, Tensor) or output.shape[:1] != (2,) or output.ndim not in (1, 2):
+        if not isinstance(output, Tensor) or output.shape[:1] != (4,) or output.ndim not in (1, 2):
             got = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(
-                f"classifier {self.name!r} returned {got} for 2 images; expected logits (2, K) or labels (2,)"
+                f"classifier {self.name!r} returned {got} for 4 images; expected logits (4, K) or labels (4,)"
+            )
+        if not torch.allclose(output[:1].double(), alone.double(), rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise UserError(
+                f"classifier {self.name!r} answers differently alone and in a batch (left in training mode? random?); "
+                "a certificate needs a fixed function of one image"
+            )
+        if output.ndim == 2 and output.shape[1] < 2:
+            raise UserError(
+                f"classifier {self.name!r} returned one score an image; expected one a class: return two columns, "
+                "or labels and --num-classes 2"
             )
         if output.ndim == 1 and stated is None:
             raise UserError(
@@ -183,19 +206,6 @@ class Classifier(nn.Module):
         if stated is not None and stated != found:
             raise UserError(f"classifier {self.name!r} has {found} classes, not {stated}; drop --num-classes")
         return int(found)
-
-    def digest(self) -> str | None:
-        """SHA-256 over names, shapes and values of all parameters and buffers; None when there are none."""
-        state = self.net.state_dict()
-        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-        if not tensors:
-            return getattr(self.net, "file_digest", None)
-        total = hashlib.sha256()
-        for key in sorted(tensors):
-            value = tensors[key].detach().cpu().contiguous()
-            total.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-        return total.hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """Everything that fixes the function, as JSON."""
@@ -208,7 +218,8 @@ class Classifier(nn.Module):
             "std": list(self.input.std),
             "transform": self.input.steps,
             "weights": self.weights,
-            "sha256": self.digest(),
+            "sha256": state_digest(self.net),
+            "code_sha256": self.code,
         }
 
 

@@ -39,7 +39,12 @@ def build_torchscript(name: str, weights: str | Path | None, num_classes: int | 
             f"{name} is not a TorchScript file ({first_line(error)}); save it with torch.jit.save, "
             "or, if it is a checkpoint, name its architecture and pass it as --weights"
         ) from None
-    return ClassifierSpec(net, InputSpec(None), _names(num_classes), num_classes, Path(name).name)
+    return ClassifierSpec(net, InputSpec(None), _names(num_classes), num_classes, Path(name).name, _file_digest(name))
+
+
+def _file_digest(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class OnnxNet(nn.Module):
@@ -63,7 +68,6 @@ class OnnxNet(nn.Module):
             raise UserError(f"{path} takes {shapes}; expected one input (batch, channels, height, width)")
         self.input_name = inputs[0].name
         self.shape = tuple(d if isinstance(d, int) and d > 0 else None for d in inputs[0].shape)
-        self.file_digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
     def forward(self, images: Tensor) -> Tensor:
         """The graph's first output, for any batch size (a fixed one is filled up)."""
@@ -85,7 +89,7 @@ def build_onnx(name: str, weights: str | Path | None, num_classes: int | None) -
     spec = square_input((channels, height, width)) if channels and height and width else InputSpec(None)
     outputs = net.session.get_outputs()[0].shape
     found = outputs[1] if len(outputs) == 2 and isinstance(outputs[1], int) else num_classes
-    return ClassifierSpec(net, spec, _names(found), num_classes, Path(name).name)
+    return ClassifierSpec(net, spec, _names(found), num_classes, Path(name).name, _file_digest(name))
 
 
 class FunctionNet(nn.Module):
@@ -129,7 +133,8 @@ def build_callable(name: str, weights: str | Path | None, num_classes: int | Non
     stated = num_classes or getattr(found, "num_classes", None)
     given = getattr(found, "class_names", None)
     names = tuple((str(n),) for n in given) if given is not None else _names(stated)
-    return ClassifierSpec(net, spec, names, stated, loaded)
+    defined = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return ClassifierSpec(net, spec, names, stated, loaded, _file_digest(defined) if defined else None)
 
 
 def import_object(name: str) -> Any:

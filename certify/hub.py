@@ -110,10 +110,13 @@ def require_weights(source: Source, weights: str | Path | None) -> None:
         return
     if source.kind == "built-in" and source.name != "digits":
         raise UserError(f"model {source.name!r} has no weights of its own; pass a checkpoint: --weights FILE")
-    if source.kind not in _LIBRARIES or cached(source):
+    if source.kind not in _LIBRARIES:
         return
     address = hub_address() if source.kind == "timm" else "https://download.pytorch.org"
-    if offline() or not reachable(address):
+    out_of_reach = offline() or not reachable(address)
+    if out_of_reach and cached(source):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # else the hub client retries for 47 s before it looks into its cache
+    elif out_of_reach:
         why = "HF_HUB_OFFLINE is set" if offline() else f"{address} does not answer"
         raise RunFault(cannot_fetch(source.name, why))
 
@@ -141,9 +144,11 @@ def cached(source: Source) -> bool:
     if source.kind == "torchvision":
         return any((torch_home / "hub" / "checkpoints").expanduser().glob(f"{source.name}-*.pth"))
     if source.name.startswith("hf-hub:"):
-        return (hub_cache / f"models--{source.name[7:].partition('@')[0].replace('/', '--')}").is_dir()
-    pattern = source.name if "." in source.name else source.name + ".*"
-    return any(hub_cache.glob(f"models--timm--{pattern}")) or any(hub_cache.glob(f"models--timm--{source.name}"))
+        folder = f"models--{source.name[7:].partition('@')[0].replace('/', '--')}"
+    else:
+        folder = f"models--timm--{source.name}" + ("" if "." in source.name else ".*")
+    files = (file for suffix in ("safetensors", "bin") for file in hub_cache.glob(f"{folder}/snapshots/*/*.{suffix}"))
+    return any(file.exists() for file in files)
 
 
 def reachable(address: str, seconds: float = _PROBE_SECONDS) -> bool:

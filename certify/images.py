@@ -63,18 +63,22 @@ class ImageSet:
         channels = self.input.size[0] if self.input.size else None
         if isinstance(raw, bytes):
             return self._transform(decode(raw, channels or 3))
-        image = _array_to_tensor(raw, channels)
+        array = np.asarray(raw)
+        image = _array_to_tensor(array, channels)
         if self.input.size is None or tuple(image.shape) == self.input.size:
             return image
-        return self._transform(image).clamp(0.0, 1.0)  # bicubic overshoot
+        if array.dtype == np.uint8:  # the same way as a file of the same picture
+            from torchvision.transforms.functional import to_pil_image
+
+            return self._transform(to_pil_image(image))
+        return self._transform(image)
 
     def _transform(self, picture: Any) -> Tensor:
         if self.input.transform is None:
             from torchvision.transforms.functional import to_tensor
 
-            picture = to_tensor(picture) if not isinstance(picture, Tensor) else picture
-            return as_image(picture, None)
-        return as_image(self.input.transform(picture), self.input.size)
+            return as_image(to_tensor(picture), None)
+        return as_image(self.input.transform(picture).clamp(0.0, 1.0), self.input.size)  # bicubic overshoots
 
     def digest(self) -> str:
         """Hash over ids, labels and contents of the chosen images: what a resumed run must find again."""
@@ -160,7 +164,12 @@ def _labels(
             raise UserError(f"--class-map needs folders of classes, and {source.name} has none; pass --labels FILE.csv")
         return [None] * len(chosen), "none"
     names = [item.name for item in source.items if item.name is not None]
-    mapping, rule = map_names(names, class_names, num_classes, class_map, source.classes)
+    try:
+        mapping, rule = map_names(names, class_names, num_classes, class_map, source.classes)
+    except UserError:
+        if source.wrapped and class_map is None:  # photos.zip that holds photos/: a folder, but no class
+            return [None] * len(chosen), "none"
+        raise
     return [mapping[item.name] for item in chosen if item.name is not None], rule
 
 
@@ -170,6 +179,11 @@ def _labels_from_file(
     given = read_labels(path)
     index = name_index(class_names)
     keys = [item.id if item.id in given else item.id.rpartition("/")[2] for item in chosen]
+    if len(set(keys)) < len(keys):
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(
+            f"--labels {path}: several images are called {double!r}; write their paths, such as {chosen[0].id}"
+        )
     missing = [key for key in keys if key not in given]
     if missing:
         raise UserError(
@@ -207,9 +221,8 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
     return tensor.clamp(0.0, 1.0)
 
 
-def _array_to_tensor(raw: Any, channels: int | None) -> Tensor:
+def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
     """An array (H, W), (H, W, C) or (C, H, W) as ``(C, H, W)`` in [0, 1], with the classifier's number of channels."""
-    array = np.asarray(raw)
     if array.ndim == 2:
         array = array[None]
     elif array.ndim == 3 and array.shape[0] not in (1, 3) and array.shape[2] in (1, 3, 4):

@@ -42,9 +42,9 @@ def map_names(
 ) -> tuple[dict[str, int], str]:
     """The class index of every name the data uses, and the rule that gave it, in words.
 
-    In this order: ``class_map``; the classifier's own class names (WordNet ids and words for ImageNet); ``order``, the
-    data set's own order of K classes; names that are the integers 0 .. K-1 themselves; sorted order when there are
-    exactly K names.
+    In this order: ``class_map``; the classifier's own class names (WordNet ids and words for ImageNet), and if it has
+    any, only indices beside them; ``order``, the data set's own order of K classes; names that are the integers
+    0 .. K-1 themselves; sorted order when there are exactly K names.
 
     Raises:
         UserError: no rule applies; the message asks for a class map and says how to write one.
@@ -59,11 +59,11 @@ def map_names(
         twofold = [name for name, hits in found.items() if len(hits) > 1]
         if not missing and not twofold:
             return {name: hits[0] for name, hits in found.items()}, f"by name ({len(names)} of {num_classes} classes)"
-        if len(missing) < len(names):
+        if not all(name.isdecimal() for name in names):  # numbers may still be indices
             bad = f"{len(missing)} of {len(names)} class names are not the classifier's ({_few(missing)})"
             if not missing:
                 bad = f"class names that mean several classes: {_few(twofold)}"
-            raise UserError(f"{bad}; {_HOW}")
+            raise UserError(f"{bad}; {_HOW}, or --labels none to certify without labels")
     if order is not None and len(order) == num_classes:
         return {name: i for i, name in enumerate(order)}, f"the data set's own order of {num_classes} classes"
     indices = all(name.isdecimal() and str(int(name)) == name and int(name) < num_classes for name in names)
@@ -166,4 +166,10 @@ def _read_rows(path: Path, option: str) -> list[tuple[str, str]]:
     bad = next((row for row in rows if len(row) < 2), None)
     if bad is not None or not rows:
         raise UserError(f"{option} {path}: expected lines of two columns, got {','.join(bad) if bad else 'none'!r}")
-    return [(row[0].strip(), row[1].strip()) for row in rows]
+    pairs = [(row[0].strip(), row[1].strip()) for row in rows]
+    if len(dict(pairs)) < len(set(pairs)):
+        double = next(key for key, value in pairs if dict(pairs)[key] != value)
+        raise UserError(
+            f"{option} {path}: {double!r} stands there twice with different classes; expected one line each"
+        )
+    return pairs

@@ -5,11 +5,24 @@ Everything that happens after the noise sits here, so that what is certified is 
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from certify.types import BaseClassifier
+
+
+def state_digest(module: nn.Module) -> str | None:
+    """SHA-256 over names, shapes and values of all parameters and buffers; None when there are none."""
+    tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)}
+    total = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        total.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return total.hexdigest() if tensors else None
 
 
 class Pipeline(nn.Module):
@@ -52,5 +65,5 @@ class Pipeline(nn.Module):
         if self.denoiser is not None:
             own = getattr(self.denoiser, "describe", None)
             named = own() if callable(own) else {"name": type(self.denoiser).__name__}
-            steps.insert(0, {"step": "denoiser", "sigma": self.sigma, **named})
+            steps.insert(0, {"step": "denoiser", "sigma": self.sigma, "sha256": state_digest(self.denoiser), **named})
         return {"num_classes": self.num_classes, "steps": steps}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ SCHEMA = 1
 
 _HEADER_START = b'{"type": "run"'
 
-FREE_KEYS = ("data", "created", "command", "versions", "machine", "rate")
+FREE_KEYS = ("data", "created", "command", "versions", "machine", "batch_size")
 """Header keys that may differ between two commands that mean the same run: names and circumstances, not settings."""
 
 IMAGE_KEYS = ("id", "label", "prediction", "radius", "p_lower", "votes", "selection", "trials", "failures", "seconds")
@@ -81,12 +82,12 @@ class Run:
         return [row for row in self.images if "error" not in row]
 
 
-def read_run(path: str | Path, *, allow_partial: bool = True) -> Run:
+def read_run(path: str | Path, *, allow_partial: bool = False) -> Run:
     """Read a run file.
 
     Raises:
         UserError: not a run file, written by a newer version, torn in the middle, an image twice, more images than the
-            run owes, or (with ``allow_partial=False``) unfinished.
+            run owes, or unfinished (unless ``allow_partial``).
     """
     path = Path(path)
     try:
@@ -113,18 +114,30 @@ def read_run(path: str | Path, *, allow_partial: bool = True) -> Run:
 
 def _parse(line: bytes, number: int, path: Path, *, first: bool) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
         row = None
     if first:
         if not isinstance(row, dict) or row.get("type") != "run" or not isinstance(row.get("expected"), int):
             raise UserError(f"{path} is not a run file of certify: its first line is no header")
         return row
-    if not isinstance(row, dict) or row.get("type") != "image" or any(k not in row for k in IMAGE_KEYS):
+    if not isinstance(row, dict) or row.get("type") != "image" or not _plausible(row):
         raise UserError(
             f"{path} is damaged at line {number}; delete that line and run the command again to redo its image"
         )
     return row
+
+
+def _refuse_constant(name: str) -> float:
+    """NaN and infinities are no JSON, and NaN must never certify."""
+    raise ValueError(name)
+
+
+def _plausible(row: Mapping[str, Any]) -> bool:
+    if any(k not in row for k in IMAGE_KEYS) or type(row["prediction"]) is not int:
+        return False
+    radius = row["radius"]
+    return radius is None or (type(radius) in (int, float) and 0 <= radius < math.inf)
 
 
 def _check(run: Run) -> None:
@@ -157,21 +170,24 @@ class RunFile:
         self.path = Path(path)
         self.header = header
         self.done: dict[str, dict[str, Any]] = {}
-        self.resumed = self._resume()
-        self._file = self._open()
+        self._file = self._open()  # locked from here on: what is read next cannot change any more
+        try:
+            self.resumed = self._resume()
+            self._start()
+        except BaseException:
+            self._file.close()
+            raise
 
     def _resume(self) -> bool:
         try:
-            if self.path.exists() and not self.path.is_file():
-                raise UserError(f"{self.path} is not a regular file; name another --out")
-            if not self.path.exists() or self.path.stat().st_size == 0:
-                return False
             content = self.path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}; name another --out") from None
+        if not content:
+            return False
         if b"\n" not in content and content.startswith(_HEADER_START):
             return False  # killed while the header was written
-        run = read_run(self.path)
+        run = read_run(self.path, allow_partial=True)
         refuse_other_run(self.path, run.header, self.header)
         self.header = run.header
         self.done = {row["id"]: row for row in run.images}
@@ -179,24 +195,22 @@ class RunFile:
 
     def _open(self) -> io.FileIO:
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise UserError(f"{self.path} is not a regular file; name another --out")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("ab", buffering=0)  # nothing is left behind in a buffer when the disk is full
+            # unbuffered: nothing is left behind in a buffer when the disk is full
+            file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; name another --out") from None
         _lock(file, self.path)
-        whole = self.path.read_bytes().rfind(b"\n") + 1 if self.resumed else 0
-        try:
-            file.truncate(whole)  # a line torn by a kill
-        except OSError as error:
-            file.close()
-            raise UserError(f"cannot write {self.path}: {error.strerror}; name another --out") from None
-        if not self.resumed:
-            try:
-                self._append(file, self.header)
-            except RunFault:
-                file.close()
-                raise
         return file
+
+    def _start(self) -> None:
+        """Cut off a line torn by a kill; write the header of a new run."""
+        whole = self.path.read_bytes().rfind(b"\n") + 1 if self.resumed else 0
+        self._file.truncate(whole)
+        if not self.resumed:
+            self._append(self._file, self.header)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one image's line; it is on its way to the disk when this returns.

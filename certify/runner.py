@@ -70,6 +70,7 @@ def run_header(
     data: str,
     denoiser: str = "none",
     command: str = "",
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Everything that shaped the run, and how many images it owes."""
     return {
@@ -89,12 +90,15 @@ def run_header(
         "seed": settings.seed,
         "precision": "float32",
         "device": smoothed.device.type,
+        "accelerator": device_name(smoothed.device) if smoothed.device.type != "cpu" else None,
+        "torch": ".".join(torch.__version__.split(".")[:2]),
         "expected": len(images),
         "images": images.describe(),
         "pipeline": smoothed.base.describe()["steps"],
         "stream": STREAM,
         "versions": versions(),
-        "machine": {"processor": torch.backends.cpu.get_cpu_capability(), "device": device_name(smoothed.device)},
+        "machine": {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "batch_size": batch_size or "chosen by image size",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
     }
@@ -138,6 +142,8 @@ def process(
     """
     for index, item in enumerate(images.items):
         if item.id in file.done:
+            if strict and "error" in file.done[item.id]:
+                raise ImageError(f"image {item.id} {file.done[item.id]['error']}; drop --strict to go on without it")
             continue
         start = time.perf_counter()
         try:

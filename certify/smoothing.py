@@ -42,10 +42,10 @@ def certificate_from_votes(
     """
     check_alpha(alpha)
     lower_bound: Callable[[int, int, float], float] = BOUNDS.get(bound)
-    chosen = selection.leading()[0]
-    successes = estimation.counts[chosen] if chosen < len(estimation.counts) else 0
+    chosen = selection.leading()[0] if any(selection.counts) else ABSTAIN  # every selection sample may have failed
+    successes = estimation.counts[chosen] if 0 <= chosen < len(estimation.counts) else 0
     p_lower = lower_bound(successes, estimation.trials, alpha)
-    certified = p_lower > 0.5 and sum(selection.counts) > 0  # written so that NaN abstains
+    certified = p_lower > 0.5  # written so that NaN abstains
     return Certificate(
         prediction=chosen if certified else ABSTAIN,
         radius=noise.radius(p_lower) if certified else 0.0,
@@ -82,9 +82,11 @@ def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
     check_alpha(alpha)
     from scipy.stats import binomtest
 
+    if not any(votes.counts):
+        return Prediction(ABSTAIN, 1.0, votes)
     first, *rest = votes.leading(2)
     a, b = votes.counts[first], votes.counts[rest[0]] if rest else 0
-    p_value = float(binomtest(a, a + b, 0.5).pvalue) if a + b else 1.0
+    p_value = float(binomtest(a, a + b, 0.5).pvalue)
     return Prediction(first if p_value <= alpha else ABSTAIN, p_value, votes)
 
 
@@ -127,6 +129,8 @@ class SmoothedClassifier:
         except ValueError as error:
             raise UserError(str(error)) from None
         self.device = torch.device(device)
+        if self.device.type == "cuda":  # float32 means float32: convolutions would run in TF32 by default
+            torch.backends.cudnn.allow_tf32 = False
         self.classifier = classifier
         self.base = Pipeline(classifier, denoiser, self.noise.scale).to(self.device)
         self.base.eval()
@@ -190,6 +194,7 @@ class SmoothedClassifier:
             UserError: an image of the wrong shape, type or range; counts below 1; alpha outside (0, 1).
         """
         check_counts(n, n0, alpha)
+        BOUNDS.get(bound)
         tensor = self._check(image)
         identity = image_digest(tensor) if image_id is None else image_id
         stages = {}

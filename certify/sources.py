@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from certify.decode import MAX_BYTES, SUFFIXES
-from certify.errors import ImageError, UserError
+from certify.errors import ImageError, RunFault, UserError
 from certify.hub import is_file
 from certify.registry import Registry, unknown_name
 
 DATASETS = Registry("dataset")
+
+MAX_ARRAY_BYTES = 16 * 2**30
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """A list of items, what it is called in the record, and the order of its classes where it has one of its own."""
+    """A list of items.
+
+    Attributes:
+        name: what it is called in the record.
+        items: in a stable order.
+        classes: the order of its classes, where it has one of its own.
+        wrapped: all items lie in one folder of an archive, which may be a class or only a wrapper.
+    """
 
     name: str
     items: Sequence[Item]
     classes: tuple[str, ...] | None = None
+    wrapped: bool = False
 
 
 def open_source(data: str, *, root: str | Path | None = None, download: bool = False) -> Source:
@@ -138,7 +148,8 @@ def _from_zip(path: Path) -> Source:
         info = members[key]
         return Item(id, lambda: read(info), name, f"{info.CRC:08x}-{info.file_size}")
 
-    return Source(path.name, _arrange(members, str(path), item))
+    items = _arrange(members, str(path), item)
+    return Source(path.name, items, wrapped=len({i.name for i in items}) == 1)
 
 
 def _arrange(keys: Any, where: str, item: Callable[[str, str, str | None], Item]) -> list[Item]:
@@ -175,8 +186,11 @@ def _from_npz(path: Path) -> Source:
                 raise UserError(
                     f"{path} holds {', '.join(archive.files) or 'nothing'}; expected x (images) and y (labels)"
                 )
+            size = sum(member.file_size for member in archive.zip.infolist()) if archive.zip else 0
+            if size > MAX_ARRAY_BYTES:
+                raise UserError(f"{path} unpacks to {size:,} bytes; the limit is {MAX_ARRAY_BYTES:,}")
             x, y = archive["x"], archive.get("y")
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not a readable .npz of plain arrays ({error})") from None
@@ -236,7 +250,7 @@ def _torchvision(name: str) -> Callable[..., Source]:
             found = getattr(library, kind)(str(root), train=False, download=download)
         except (RuntimeError, OSError) as error:
             if download:
-                raise UserError(f"could not download {name} to {root}: {str(error)[:160]}") from None
+                raise RunFault(f"could not download {name} to {root}: {str(error)[:160]}") from None
             raise UserError(f"no {name} under {root}; pass its folder with --root, or --download") from None
         names = [str(c) for c in found.classes]
         if name == "mnist":

@@ -62,7 +62,7 @@ def count_votes(
     counts = torch.zeros(classifier.num_classes + 1, dtype=torch.int64)
     with torch.inference_mode():
         for batch in _batches(image, noise, trials, key, size):
-            counts += _tally(label_batch(classifier, batch), classifier.num_classes)
+            counts += _tally(label_batch(classifier, batch), len(batch), classifier.num_classes)
             if progress is not None:
                 progress(len(batch))
     failures, *by_class = counts.tolist()
@@ -108,9 +108,14 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or ("memory" in text and "alloc" in text)
 
 
-def _tally(labels: Tensor, num_classes: int) -> Tensor:
-    """Counts ``(K + 1,)``, failures first."""
+def _tally(labels: Tensor, trials: int, num_classes: int) -> Tensor:
+    """Counts ``(K + 1,)``, failures first; exactly one label a trial."""
     labels = labels.cpu()
+    if labels.shape != (trials,) or labels.is_floating_point():
+        raise UserError(
+            f"the base classifier returned {labels.dtype} of shape {tuple(labels.shape)} for {trials} images; "
+            f"expected integer labels ({trials},)"
+        )
     if int(labels.min()) < FAILED or int(labels.max()) >= num_classes:
         raise UserError(
             f"the base classifier returned labels from {int(labels.min())} to {int(labels.max())}; "

@@ -74,7 +74,13 @@ def load_weights(net: nn.Module, path: str | Path, architecture: str) -> str:
 def _strip_wrappers(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if state.keys() <= own.keys():
         return dict(state)
-    return {".".join(p for p in key.split(".") if p not in _WRAPPERS): value for key, value in state.items()}
+    stripped: dict[str, Tensor] = {}
+    for key, value in state.items():
+        short = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        if short in stripped:
+            raise UserError(f"the checkpoint holds {short!r} twice, with and without a wrapper prefix; save it once")
+        stripped[short] = value
+    return stripped
 
 
 def _refuse_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, architecture: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from certify.classifiers import ClassifierSpec, InputSpec, square_input
 from certify.errors import RunFault, UserError, first_line
 from certify.hub import cannot_fetch
-from certify.labels import imagenet_classes
+from certify.labels import ClassNames, imagenet_classes
 from certify.weights import load_weights
 
 
@@ -40,7 +40,11 @@ def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -
     )
     steps = f"{config['crop_mode']} crop {height}x{width}, {config['crop_pct']} of a {config['interpolation']} resize"
     spec = InputSpec((channels, height, width), tuple(config["mean"]), tuple(config["std"]), transform, steps)
-    return ClassifierSpec(net, spec, imagenet_classes() if net.num_classes == 1000 else None, None, loaded)
+    own = net.pretrained_cfg.get("label_names")
+    names: ClassNames | None = tuple((str(n),) for n in own) if own and len(own) == net.num_classes else None
+    if names is None and net.num_classes == 1000:
+        names = imagenet_classes()
+    return ClassifierSpec(net, spec, names, None, loaded)
 
 
 def build_torchvision(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:

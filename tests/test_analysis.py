@@ -156,10 +156,20 @@ def test_every_published_log_is_read(shared_data: Path) -> None:
     assert [p.parts[-4:] for p in partial] == [("resnet50", "noise_0.25", "test", "sigma_0.25")]
 
 
+def test_a_log_of_every_image_is_whole(tmp_path: Path) -> None:
+    rows = "".join(f"{i}\t1\t1\t0.5\t1\t0:01\n" for i in range(30))
+    (tmp_path / "log").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n" + rows)
+    assert not read_any(tmp_path / "log").partial
+
+
 def test_a_damaged_log_is_named(tmp_path: Path) -> None:
     log = tmp_path / "sigma_0.25"
     heading = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
-    for line, text in (("0\t1\t1\tx\t1\t0:01\n", "damaged at line 2"), ("0\t1\t2\t0.1\t1\t0:01\n", "contradicts")):
+    for line, text in (
+        ("0\t1\t1\tnan\t1\t0:01\n", "damaged at line 2"),
+        ("0\t1\t1\tx\t1\t0:01\n", "damaged at line 2"),
+        ("0\t1\t2\t0.1\t1\t0:01\n", "contradicts"),
+    ):
         log.write_text(heading + line)
         with pytest.raises(UserError, match=text):
             read_any(log)

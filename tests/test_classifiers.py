@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -194,6 +195,22 @@ def test_a_published_model_from_the_cache_without_network(monkeypatch: pytest.Mo
     assert done.stdout.strip() == "published (timm/test_vit.r160_in1k)", done.stderr[-500:]
 
 
+@pytest.mark.parametrize("leftover", [False, True])
+def test_the_command_gives_up_within_three_seconds(leftover: bool, tmp_path: Path) -> None:
+    """As a user meets it: a process of its own, with an empty cache or the leftovers of a failed download in it."""
+    if leftover:
+        (tmp_path / "hub" / "models--timm--resnet50.a1_in1k" / "snapshots").mkdir(parents=True)
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "certify", "--model", "resnet50", "--sigma", "0.25"]
+    start = time.perf_counter()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert time.perf_counter() - start < 3.0
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "could not fetch" in line
+    assert "--weights FILE" in line
+
+
 def test_weights_out_of_reach_take_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
@@ -245,7 +262,7 @@ def test_onnx(batch: int | None, tmp_path: Path) -> None:
     x = torch.rand(7, 3, 2, 2)
     assert classifier(x).tolist() == (x.flatten(1).numpy() @ weight).argmax(1).tolist()
     assert (classifier.num_classes, classifier.input.size) == (5, (3, 2, 2))
-    assert len(classifier.describe()["sha256"]) == 64
+    assert len(classifier.describe()["code_sha256"]) == 64
 
 
 CALLABLES = """
@@ -280,6 +297,39 @@ def test_python_callables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_classifier("my_models:absent")
     with pytest.raises(UserError, match="expected a module"):
         load_classifier("my_models:number")
+
+
+def test_the_code_of_a_callable_is_part_of_its_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    digests = set()
+    for name in ("code_one", "code_two"):
+        (tmp_path / f"{name}.py").write_text(f"# {name}\n{CALLABLES}")
+        digests.add(load_classifier(f"{name}:labels").describe()["code_sha256"])
+    assert len(digests) == 2
+
+
+def test_batch_statistics_are_refused(tmp_path: Path) -> None:
+    """A net exported in training mode ties the samples of a batch together: its certificates would be void."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5)).train()
+    path = tmp_path / "train.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(net, torch.rand(8, 3, 8, 8), check_trace=False), path)
+    with pytest.raises(UserError, match="differently alone and in a batch"):
+        load_classifier(str(path), input_size=(3, 8, 8))
+
+
+def test_one_score_an_image_is_refused(tmp_path: Path) -> None:
+    path = script(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), tmp_path / "sigmoid.pt")
+    with pytest.raises(UserError, match="one score an image"):
+        load_classifier(str(path), input_size=(3, 8, 8))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    state = net().state_dict()
+    torch.save({**state, **wrapped(state, "module.")}, tmp_path / "twice.pth")
+    with pytest.raises(UserError, match="twice, with and without a wrapper prefix"):
+        load_classifier("cifar_resnet20", weights=tmp_path / "twice.pth")
 
 
 def test_nan_from_a_network_is_a_failed_trial() -> None:

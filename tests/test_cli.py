@@ -124,6 +124,24 @@ def test_plot_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "<svg" in Path("curve.svg").read_text()
 
 
+def test_predictions_among_runs_are_left_out_of_a_plot(capsys: pytest.CaptureFixture[str]) -> None:
+    run(*DIGITS, "--n", "100", "--max", "2", "--quiet")
+    run("predict", *DIGITS, "--n", "100", "--max", "2", "--quiet")
+    files = sorted(map(str, Path("runs").glob("*.jsonl")))
+    assert len(files) == 2
+    capsys.readouterr()
+    run("table", *files)
+    out, err = capsys.readouterr()
+    assert "predictions, which have no radius" in err
+    assert "it is left out" in err
+    assert "digits, σ = 0.25" in out
+
+
+def test_predict_with_too_few_samples_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    run("predict", *DIGITS, "--n", "10", "--max", "1")
+    assert "n = 10 can decide nothing at alpha = 0.001: pass --n 11" in capsys.readouterr().err
+
+
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     run("list", "models", "cifar_resnet")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
@@ -149,5 +167,5 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def test_doctor_notices_wrong_mathematics(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("certify.bounds.clopper_pearson_lower", lambda k, n, alpha: k / n)
-    run("doctor", code=2)
+    run("doctor", code=1)
     assert "FAIL" in capsys.readouterr().out

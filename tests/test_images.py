@@ -109,6 +109,12 @@ def test_names_to_indices(names: list[str], classes: str | None, k: int, mapped:
     ("names", "classes", "k", "text"),
     [
         (["a", "b"], None, 3, "cannot tell which"),
+        (
+            ["Apfel", "Birne", "Kuh"],
+            "imagenet",
+            3,
+            "3 of 3 class names are not the classifier's",
+        ),  # never by the alphabet
         ([str(i) for i in range(1, 11)], None, 10, "cannot tell which"),  # 1, 10, 2, ...: sorted order is no order
         (["tench", "no such thing"], "imagenet", 1000, r"1 of 2 class names .*no such thing"),
         (["crane"], "imagenet", 1000, "several classes: crane"),  # the bird and the machine
@@ -204,6 +210,59 @@ def test_embedded_datasets_have_unique_ids(name: str) -> None:
     assert name in DATASETS
     ids = [item.id for item in open_source(name).items]
     assert len(set(ids)) == len(ids)
+
+
+def test_photos_are_seen_as_files_are_by_a_bicubic_classifier(tmp_path: Path) -> None:
+    """Arrays and files of one picture give the same image, overshoot and all (resnet50 resizes like this one)."""
+    import timm
+    from sklearn.datasets import load_sample_images
+
+    torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "vit.pth")
+    classifier = load_classifier("test_vit", weights=tmp_path / "vit.pth")
+    assert "bicubic" in classifier.input.steps
+    photos = load_images("photos", classifier)
+    found = load_sample_images()
+    (tmp_path / "p").mkdir()
+    for name, picture in zip(found.filenames, found.images, strict=True):
+        Image.fromarray(picture).save(tmp_path / "p" / f"{Path(name).stem}.png")
+    files = load_images(str(tmp_path / "p"), classifier)
+    np.savez(tmp_path / "p.npz", x=np.stack([np.asarray(i) / np.float32(255) for i in found.images]))
+    arrays = load_images(str(tmp_path / "p.npz"), classifier)
+    for i in range(2):
+        assert torch.equal(photos.load(i), files.load(i))
+        assert (arrays.load(i) - files.load(i)).abs().mean() < 0.01  # tensors are resized without 8-bit rounding
+
+
+def test_a_zipped_flat_folder_has_no_classes(tmp_path: Path, digits: Classifier) -> None:
+    images = load_images(str(archive(tmp_path / "p.zip", ["photos/a.png", "photos/b.png"])), digits)
+    assert images.labels == [None, None]
+    assert load_images(str(archive(tmp_path / "seven.zip", ["7/a.png"])), digits).labels == [7]
+
+
+def test_ambiguous_labels_are_refused(tmp_path: Path, digits: Classifier) -> None:
+    root = str(tree(tmp_path / "d", ["1/a.png", "2/a.png"]))
+    (tmp_path / "labels.csv").write_text("a.png,1\n")
+    with pytest.raises(UserError, match=r"several images are called 'a.png'"):
+        load_images(root, digits, labels=tmp_path / "labels.csv")
+    (tmp_path / "labels.csv").write_text("1/a.png,1\n2/a.png,2\n1/a.png,3\n")
+    with pytest.raises(UserError, match="twice with different classes"):
+        load_images(root, digits, labels=tmp_path / "labels.csv")
+
+
+def test_a_bomb_of_an_array_is_refused(tmp_path: Path, digits: Classifier) -> None:
+    """A few hundred bytes whose header claims a petabyte."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 10**6)})
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w") as out:
+        out.writestr("x.npy", header.getvalue())
+    with pytest.raises(UserError, match=r"not a readable \.npz"):
+        load_images(str(tmp_path / "bomb.npz"), digits)
+
+
+def test_floating_point_files_are_refused(tmp_path: Path, digits: Classifier) -> None:
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ImageError, match="floating-point"):
+        load_images(str(tmp_path / "f.tif"), digits).load(0)
 
 
 def test_one_bad_image_does_not_spoil_the_rest(tmp_path: Path, digits: Classifier) -> None:

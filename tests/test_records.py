@@ -33,7 +33,7 @@ def run(args: list[str]) -> int:
 
 def without_times(path: Path) -> list[dict[str, Any]]:
     header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for key in ("created", "command"):
+    for key in ("created", "command", "batch_size"):
         header.pop(key)
     return [header, *({k: v for k, v in row.items() if k != "seconds"} for row in rows)]
 
@@ -96,8 +96,8 @@ def test_batch_size_changes_nothing(batch_size: str, finished: Path, tmp_path: P
 def test_a_torn_last_line_is_done_again(cut: int, finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(finished.read_bytes()[:-cut])
-    assert read_run(path).torn
-    assert read_run(path).partial
+    assert read_run(path, allow_partial=True).torn
+    assert read_run(path, allow_partial=True).partial
     assert run([*COMMAND, "--out", str(path)]) == 0
     assert without_times(path) == without_times(finished)
 
@@ -125,7 +125,7 @@ def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
             kills += 1
         process.wait()
     assert kills == 2
-    assert read_run(killed).partial
+    assert read_run(killed, allow_partial=True).partial
     for path in (killed, whole):
         assert run([*settings, str(path)]) == 0
     assert without_times(killed) == without_times(whole)
@@ -157,6 +157,16 @@ def test_a_run_of_other_settings_is_left_alone(
     assert run([*COMMAND, option, value, "--out", str(finished)]) == 2
     assert "holds a run with other settings" in capsys.readouterr().err
     assert finished.read_bytes() == before
+
+
+def test_strict_also_minds_what_an_earlier_run_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    Image.new("L", (8, 8), 9).save("d/a.png")
+    Path("d/b.png").write_bytes(b"no image")
+    command = ["--model", "digits", "--data", "d", "--sigma", "0.25", "--n", "50", "--quiet", "--out", "r.jsonl"]
+    assert run(command) == 0
+    assert run([*command, "--strict"]) == 2
 
 
 @pytest.mark.parametrize("form", ["npz", "folder", "zip"])
@@ -208,6 +218,8 @@ def test_damage_is_named(finished: Path, tmp_path: Path) -> None:
         (b"\n".join([*lines[:3], lines[2], *lines[4:]]), "twice"),
         (b"\n".join(lines[1:]), "no header"),
         (lines[0].replace(b'"schema": 1', b'"schema": 9') + b"\n", "newer version"),
+        (b"\n".join([lines[0], lines[1].replace(b'"radius": ', b'"radius": NaN, "x": ')]) + b"\n", "damaged at line 2"),
+        (b"\n".join([lines[0], lines[1].replace(b'"radius": ', b'"radius": -1, "x": ')]) + b"\n", "damaged at line 2"),
         (b"", "no header"),
         (b"hello\n", "not a run file"),
     ):
@@ -233,5 +245,16 @@ def test_nan_classifier_abstains_and_says_so(
     assert "every sample failed" in err
     assert "near chance" not in err  # three images are too few to say
     (path,) = (tmp_path / "runs").glob("*.jsonl")
-    for row in read_run(path).images:
+    found = read_run(path)
+    again = [
+        certificate_from_votes(
+            Votes.from_dict(row["selection"], row["selection_failures"]),
+            Votes.from_dict(row["votes"], row["failures"]),
+            noise=NOISES.get("gaussian")(0.25),
+            alpha=0.001,
+        )
+        for row in found.images
+    ]
+    assert all(c.abstained and c.radius == 0 for c in again)
+    for row in found.images:
         assert (row["prediction"], row["votes"], row["failures"], row["trials"]) == (-1, {}, 100, 100)

@@ -9,7 +9,15 @@ import pytest
 import torch
 from scipy.stats import binom, norm
 
-from certify import ABSTAIN, Gaussian, SmoothedClassifier, Votes, certificate_from_votes, prediction_from_votes
+from certify import (
+    ABSTAIN,
+    Gaussian,
+    SmoothedClassifier,
+    Votes,
+    certificate_from_votes,
+    load_classifier,
+    prediction_from_votes,
+)
 from certify.classifiers import labels_from_logits
 from certify.errors import UserError
 from certify.smoothing import largest_radius
@@ -135,6 +143,26 @@ def test_votes_do_not_depend_on_the_batch_size(batch_size: int, linear_classifie
     assert g.votes(image, 1234, stage="estimation", image_id="x", batch_size=batch_size) == reference
     assert reference.trials == 1234
     assert 0 < reference.counts[0] < 1234
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_votes_of_a_float32_network_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    g = SmoothedClassifier(load_classifier("digits"), 0.5)
+    image = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(3))
+    reference = g.votes(image, 1500, stage="estimation", image_id="x")
+    assert g.votes(image, 1500, stage="estimation", image_id="x", batch_size=batch_size) == reference
+    assert len(reference.as_dict()) > 3
+
+
+def test_more_labels_than_images_are_refused(linear_classifier: Any) -> None:
+    """Votes that nobody cast would inflate the count beyond n."""
+
+    class Twice(linear_classifier):  # type: ignore[misc]
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return super().__call__(images).repeat(2)
+
+    with pytest.raises(UserError, match=r"shape \(200,\) for 100 images"):
+        SmoothedClassifier(Twice(torch.ones(4), 0.0), 0.25).certify(torch.zeros(1, 2, 2), n=100, batch_size=100)
 
 
 def test_fewer_samples_are_a_prefix_of_more(linear_classifier: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from certify.errors import UserError
+from certify.errors import RunFault
 
 EXTRAS = {"onnx": ("onnxruntime",), "test": ("pytest", "flint")}
 
@@ -93,7 +93,7 @@ def doctor(as_json: bool) -> None:
         _print(report)
     failed = [name for name, passed in report["checks"].items() if not passed]
     if failed:
-        raise UserError(f"self-test failed: {'; '.join(failed)}; results of this installation cannot be trusted")
+        raise RunFault(f"self-test failed: {'; '.join(failed)}; results of this installation cannot be trusted")
 
 
 def _hub(hub: Any) -> str:

@@ -159,7 +159,9 @@ compute_options = _apply(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator."
     ),
     click.option(
-        "--batch-size", type=Count("a batch size"), help="Samples a forward pass (default: chosen); changes no result."
+        "--batch-size",
+        type=Count("a batch size"),
+        help="Samples a forward pass (default: chosen by image size); changes no noise.",
     ),
     click.option("--out", metavar="PATH", help="Run file (.jsonl), or a folder for it (default: runs/)."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,9 @@ def show_plan(
     say(f"run file   {file.path}{there}")
     if settings.procedure == "predict":
         say(f"procedure  predict: n = {settings.n:,}, alpha = {settings.alpha:g}, sigma = {sigma:g} in [0, 1] pixels")
+        need = 1 + math.ceil(-math.log2(settings.alpha))  # n agreeing votes have a p-value of 2^(1 - n)
+        if settings.n < need:
+            warn(f"n = {settings.n} can decide nothing at alpha = {settings.alpha:g}: pass --n {need} or more")
         return
     say(
         f"procedure  n0 = {settings.n0:,}, n = {settings.n:,}, alpha = {settings.alpha:g}, {settings.bound}, "

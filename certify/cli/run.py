@@ -79,7 +79,14 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     settings = Settings(o["n"], o["n0"], o["alpha"], o["seed"], o["bound"], procedure)
     command = "certify " + " ".join(shlex.quote(a) for a in sys.argv[1:])
     header = run_header(
-        smoothed, images, settings, model=o["model"], data=o["data"], denoiser=o["denoiser"], command=command
+        smoothed,
+        images,
+        settings,
+        model=o["model"],
+        data=o["data"],
+        denoiser=o["denoiser"],
+        command=command,
+        batch_size=o["batch_size"],
     )
     path = _run_path(o["out"], header)
     with RunFile(path, header) as file:
@@ -180,7 +187,7 @@ def _work(
     from certify.runner import measure_rate, process
 
     left = len(images) - len(file.done)
-    if not left:
+    if not left and not o["strict"]:
         return
     with _stoppable(file, len(images)):
         first = first_image(images)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from certify.cli import options
+from certify.cli.summary import warn
 from certify.errors import RunFault
 
 runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...")
@@ -24,10 +25,10 @@ def plot(runs: tuple[str, ...], out: str, title: str | None, no_band: bool) -> N
     """
     from analysis.curves import curves
     from analysis.plots import check_format, plot_curves
-    from analysis.runs import read_any
+    from analysis.runs import read_all
 
     check_format(out)
-    plot_curves(curves([read_any(r) for r in runs]), out, title=title, band=not no_band)
+    plot_curves(curves(read_all(runs, warn)), out, title=title, band=not no_band)
     click.echo(f"wrote {out}")
 
 
@@ -50,11 +51,11 @@ def table(runs: tuple[str, ...], radii: list[float] | None, style: str, interval
     RUN is a run file of certify, or a log with columns idx label predict radius correct time.
     """
     from analysis.curves import curves, default_radii
-    from analysis.runs import read_any
+    from analysis.runs import read_all
     from analysis.tables import compare
 
     options.check_radii(radii)
-    found = curves([read_any(r) for r in runs])
+    found = curves(read_all(runs, warn))
     if radii is None:
         radii = default_radii(max((float(c.radii[-1]) for c in found if len(c.radii)), default=0.0))
     text = compare(found, radii, style, intervals=intervals)
