@@ -218,11 +218,12 @@ class RunFile:
         Raises:
             RunFault: the disk is full or gone; what was written before stays.
         """
-        self._append(self._file, {"type": "image", **row})
-        self.done[row["id"]] = {"type": "image", **row}
+        line = {"type": "image", **row}
+        self._append(self._file, line)
+        self.done[row["id"]] = line
 
     def _append(self, file: io.FileIO, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row, allow_nan=False, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
             while line:
                 line = line[file.write(line) :]

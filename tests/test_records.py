@@ -159,6 +159,18 @@ def test_a_run_of_other_settings_is_left_alone(
     assert finished.read_bytes() == before
 
 
+def test_file_names_that_are_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    for name in (b"\xff\xfe.png", "σ ü.png".encode()):
+        Path("d", os.fsdecode(name)).write_bytes(b"")
+        Image.new("L", (8, 8), 9).save(Path("d", os.fsdecode(name)))
+    command = ["--model", "digits", "--data", "d", "--sigma", "0.25", "--n", "50", "--out", "r.jsonl"]
+    assert run(command) == 0
+    assert run(command) == 0
+    assert [row["id"] for row in read_run("r.jsonl").images] == ["σ ü.png", "\udcff\udcfe.png"]
+
+
 def test_strict_also_minds_what_an_earlier_run_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("d").mkdir()
