@@ -251,7 +251,7 @@ def load_classifier(
         UserError: unknown name, weights that do not fit, settings that contradict.
         RunFault: weights that cannot be downloaded.
     """
-    source = hub.find_source(model)
+    source = hub.find_source(model, weights)
     hub.require_weights(source, weights)
     spec: ClassifierSpec = BUILDERS.get(source.kind)(source.name, weights, num_classes)
     spec = replace(spec, input=_override_input(spec.input, input_size, mean, std))

@@ -43,12 +43,22 @@ def library_names(library: str) -> frozenset[str]:
 
     A test compares them with the library's own ``list_models()``.
     """
+    return _in_sources(library, r"^@register_model(?:\([^)]*\))?\n(?:@[^\n]+\n)*def (\w+)\(")
+
+
+@functools.cache
+def torchvision_files() -> frozenset[str]:
+    """Names of the checkpoints that torchvision publishes, such as ``resnet50-0676ba61.pth``."""
+    return _in_sources("torchvision", r"https://download\.pytorch\.org/models/([\w.\-]+\.pth)")
+
+
+def _in_sources(library: str, pattern: str) -> frozenset[str]:
     spec = importlib.util.find_spec(library)
     if spec is None or spec.origin is None:
         return frozenset()
-    pattern = re.compile(r"^@register_model(?:\([^)]*\))?\n(?:@[^\n]+\n)*def (\w+)\(", re.MULTILINE)
     files = (Path(spec.origin).parent / "models").glob("*.py")
-    return frozenset(name for file in files for name in pattern.findall(file.read_text(encoding="utf-8")))
+    found = re.compile(pattern, re.MULTILINE)
+    return frozenset(name for file in files for name in found.findall(file.read_text(encoding="utf-8")))
 
 
 def is_file(path: str | Path) -> bool:
@@ -64,8 +74,11 @@ def model_names() -> list[str]:
     return [*BUILT_IN, *sorted(library_names("timm") | library_names("torchvision"))]
 
 
-def find_source(model: str) -> Source:
+def find_source(model: str, weights: str | Path | None = None) -> Source:
     """What ``--model`` means.
+
+    A name that timm and torchvision share is timm's, unless ``weights`` is a checkpoint that torchvision publishes: the
+    two crop and resize differently.
 
     Raises:
         UserError: an unknown name (with the nearest), or a file that is not there.
@@ -89,7 +102,8 @@ def find_source(model: str) -> Source:
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
         return Source("python", model)
     architecture = model.split(".", maxsplit=1)[0]
-    for library in _LIBRARIES:
+    theirs = weights is not None and Path(weights).name in torchvision_files()
+    for library in reversed(_LIBRARIES) if theirs else _LIBRARIES:
         if architecture in library_names(library):
             return Source(library, model)
     raise unknown_name("model", model, model_names(), "or a TorchScript or ONNX file, or package.module:callable")

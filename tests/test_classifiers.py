@@ -49,6 +49,24 @@ def test_where_names_lead(model: str, kind: str, name: str) -> None:
     assert hub.find_source(model) == hub.Source(kind, name)
 
 
+def test_a_checkpoint_that_torchvision_publishes_gets_torchvisions_transform() -> None:
+    """ResNet-50's two published recipes resize to 256 and 232, timm's crops 0.95 bicubic: the file's name tells."""
+    import torchvision
+
+    for weights in torchvision.models.ResNet50_Weights:
+        file = weights.url.rsplit("/", 1)[-1]
+        assert hub.find_source("resnet50", file) == hub.Source("torchvision", "resnet50")
+    assert hub.find_source("resnet50", "mine.pth") == hub.Source("timm", "resnet50")
+
+
+def test_the_recipe_of_a_published_checkpoint_is_its_own(tmp_path: Path) -> None:
+    import torchvision
+
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18-f37072fd.pth")
+    classifier = load_classifier("resnet18", weights=tmp_path / "resnet18-f37072fd.pth")
+    assert classifier.input.steps == "shorter side to 256 (bilinear), centre crop 224"
+
+
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
 def test_cifar_resnets_have_the_published_size(depth: int) -> None:
     """He et al. 2016, table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million parameters."""

@@ -109,7 +109,7 @@ def _check_first(o: dict[str, Any]) -> None:
     from certify.bounds import BOUNDS
 
     BOUNDS.get(o["bound"])
-    source = hub.find_source(o["model"])
+    source = hub.find_source(o["model"], o["weights"])
     hub.require_weights(source, o["weights"])
     if o["denoiser"] != "none":
         from denoisers import DENOISERS
