@@ -221,21 +221,6 @@ def _unusable(settings: Settings, reason: str) -> dict[str, Any]:
     return {**empty, "base": None, "image": None, "error": reason}
 
 
-def measure_rate(
-    smoothed: SmoothedClassifier, image: Tensor, n: int, batch_size: int | None, seconds: float = 0.5
-) -> float:
-    """Samples a second on this machine, from the first batches of at most n samples (they are thrown away)."""
-    from certify.votes import default_batch_size
-
-    size = min(n, batch_size or default_batch_size(image.to(smoothed.device)))
-    smoothed.votes(image, size, stage="warm-up", batch_size=batch_size)
-    done, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        smoothed.votes(image, size, stage="warm-up", batch_size=batch_size)
-        done += size
-    return done / elapsed
-
-
 def near_chance(correct: int, total: int, num_classes: int) -> bool:
     """Whether guessing explains this many right answers, while a classifier that is right half the time does not."""
     from scipy.special import bdtr, bdtrc

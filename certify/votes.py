@@ -5,6 +5,7 @@ Left of this module everything is random, batched and on the device; right of it
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -67,6 +68,27 @@ def count_votes(
                 progress(len(batch))
     failures, *by_class = counts.tolist()
     return Votes(tuple(by_class), failures)
+
+
+def measure_rate(
+    classifier: BaseClassifier, image: Tensor, noise: Noise, batch_size: int | None = None, seconds: float = 0.5
+) -> float:
+    """Samples a second on this machine: one noise block and some batches, whose labels are thrown away."""
+    length = block_size(image.numel())
+    size = batch_size or default_batch_size(image)
+    generator = block_generator(b"rate" * 8, 0, image.device)
+    noise.sample((length, *image.shape), generator)  # the first one pays for memory
+    start = time.perf_counter()
+    noisy = noise.sample((length, *image.shape), generator).to(image.device).add_(image)
+    drawing = (time.perf_counter() - start) / length
+    batch = noisy[:size]
+    with torch.inference_mode():
+        label_batch(classifier, batch).cpu()
+        done, start = 0, time.perf_counter()
+        while not done or time.perf_counter() - start < seconds:
+            label_batch(classifier, batch).cpu()
+            done += len(batch)
+    return 1.0 / (drawing + (time.perf_counter() - start) / done)
 
 
 def _batches(image: Tensor, noise: Noise, trials: int, key: bytes, size: int) -> Iterator[Tensor]:

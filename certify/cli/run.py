@@ -184,7 +184,8 @@ def _work(
     """Say what it costs, warn when the base classifier only guesses, then do what is left."""
     from tqdm import tqdm
 
-    from certify.runner import measure_rate, process
+    from certify.runner import process
+    from certify.votes import measure_rate
 
     left = len(images) - len(file.done)
     if not left and not o["strict"]:
@@ -193,7 +194,7 @@ def _work(
         first = first_image(images)
         if first is not None:
             check_base(smoothed, images)
-            rate = measure_rate(smoothed, first, settings.n, o["batch_size"])
+            rate = measure_rate(smoothed.base, first.to(smoothed.device), smoothed.noise, o["batch_size"])
             total = left * settings.samples
             say(f"cost       {left:,} images x {settings.samples:,} samples = {total:,}: about {clock(total / rate)}")
         hidden = True if say is _silent else None  # None: shown on a terminal only
