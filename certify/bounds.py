@@ -2,8 +2,8 @@
 
 A bound is a function ``(successes, trials, alpha) -> lower`` with P(lower > p) <= alpha for every p. Floating point
 must not spoil that: the quantile functions of scipy land above the exact value about half the time, so ``_OUTWARD`` is
-subtracted. It exceeds every error found against ball arithmetic up to n = 10^7 and alpha = 10^-12 (at most 4e-13,
-``tests/test_bounds.py``) and costs less than 2e-7 of a radius at sigma = 1.
+subtracted. It exceeds every error found against ball arithmetic up to n = 10^7 and alpha = 10^-12
+(``tests/test_bounds.py``) and costs less than 2e-7 of a radius at sigma = 1.
 """
 
 from __future__ import annotations

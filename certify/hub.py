@@ -30,7 +30,7 @@ _PROBE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model comes from: ``kind`` names a builder of ``certify.classifiers``, ``name`` is what it gets."""
 
     kind: str
@@ -74,7 +74,7 @@ def model_names() -> list[str]:
     return [*BUILT_IN, *sorted(library_names("timm") | library_names("torchvision"))]
 
 
-def find_source(model: str, weights: str | Path | None = None) -> Source:
+def find_source(model: str, weights: str | Path | None = None) -> ModelSource:
     """What ``--model`` means.
 
     A name that timm and torchvision share is timm's, unless ``weights`` is a checkpoint that torchvision publishes: the
@@ -84,32 +84,32 @@ def find_source(model: str, weights: str | Path | None = None) -> Source:
         UserError: an unknown name (with the nearest), or a file that is not there.
     """
     if model in BUILT_IN:
-        return Source("built-in", model)
+        return ModelSource("built-in", model)
     if re.fullmatch(r"hf[-_]hub:[^/]+/[^/]+", model):
-        return Source("timm", "hf-hub:" + model[7:])
+        return ModelSource("timm", "hf-hub:" + model[7:])
     library, _, rest = model.partition(":")
     if library in _LIBRARIES and rest:
         if rest.split(".")[0] not in library_names(library):
             raise unknown_name("model", rest, library_names(library), f"not in {library}")
-        return Source(library, rest)
+        return ModelSource(library, rest)
     suffix = Path(model).suffix.lower()
     if is_file(model) or suffix in (".onnx", ".pt", ".ts", ".torchscript"):
         if not is_file(model):
             raise UserError(f"no model file {model!r}; expected an existing TorchScript or ONNX file")
         if suffix in (".pth", ".th", ".tar", ".safetensors"):
             raise UserError(f"{model!r} looks like a checkpoint; name the architecture and pass --weights {model}")
-        return Source("onnx" if suffix == ".onnx" else "torchscript", model)
+        return ModelSource("onnx" if suffix == ".onnx" else "torchscript", model)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
-        return Source("python", model)
+        return ModelSource("python", model)
     architecture = model.split(".", maxsplit=1)[0]
     theirs = weights is not None and Path(weights).name in torchvision_files()
     for library in reversed(_LIBRARIES) if theirs else _LIBRARIES:
         if architecture in library_names(library):
-            return Source(library, model)
+            return ModelSource(library, model)
     raise unknown_name("model", model, model_names(), "or a TorchScript or ONNX file, or package.module:callable")
 
 
-def require_weights(source: Source, weights: str | Path | None) -> None:
+def require_weights(source: ModelSource, weights: str | Path | None) -> None:
     """Stop at once when the weights are neither on this machine nor within reach.
 
     Raises:
@@ -150,7 +150,7 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def cached(source: Source) -> bool:
+def cached(source: ModelSource) -> bool:
     """Whether the hub client's or torch's cache may hold weights for this model."""
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
     hub_cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()

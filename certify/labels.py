@@ -108,7 +108,7 @@ def _from_map(names: Sequence[str], class_names: ClassNames | None, num_classes:
         raise UserError(
             f"--class-map {path} misses {len(missing)} of {len(names)} class names: {_few(missing)}; add them"
         )
-    index = _index(class_names) if class_names else {}
+    index = name_index(class_names)
     return {name: class_index(given[name], index, num_classes, f"--class-map {path}") for name in names}
 
 

@@ -32,7 +32,7 @@ class Item:
 
     Attributes:
         id: stable name, unique in the source.
-        read: gives the file's bytes, or an array (H, W), (H, W, C), (C, H, W), or a PIL image.
+        read: gives the file's bytes, or an array (H, W), (H, W, C) or (C, H, W).
         name: the class as the data names it, or None.
         checksum: of the content, where the source knows one; else :meth:`stamp` hashes what ``read`` gives.
     """
@@ -139,9 +139,7 @@ def _from_zip(path: Path) -> Source:
         try:
             with archive.open(info) as member:
                 return member.read(MAX_BYTES + 1)
-        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError) as error:
-            raise ImageError(f"cannot be unpacked ({error})") from None
-        except Exception as error:  # zlib.error, lzma.LZMAError: each compression has its own
+        except Exception as error:  # BadZipFile, zlib.error, lzma.LZMAError: each compression has its own
             raise ImageError(f"cannot be unpacked ({error})") from None
 
     def item(key: str, id: str, name: str | None) -> Item:

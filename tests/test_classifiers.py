@@ -46,7 +46,7 @@ def test_name_index_equals_the_libraries_own() -> None:
     ],
 )
 def test_where_names_lead(model: str, kind: str, name: str) -> None:
-    assert hub.find_source(model) == hub.Source(kind, name)
+    assert hub.find_source(model) == hub.ModelSource(kind, name)
 
 
 def test_a_checkpoint_that_torchvision_publishes_gets_torchvisions_transform() -> None:
@@ -55,8 +55,8 @@ def test_a_checkpoint_that_torchvision_publishes_gets_torchvisions_transform() -
 
     for weights in torchvision.models.ResNet50_Weights:
         file = weights.url.rsplit("/", 1)[-1]
-        assert hub.find_source("resnet50", file) == hub.Source("torchvision", "resnet50")
-    assert hub.find_source("resnet50", "mine.pth") == hub.Source("timm", "resnet50")
+        assert hub.find_source("resnet50", file) == hub.ModelSource("torchvision", "resnet50")
+    assert hub.find_source("resnet50", "mine.pth") == hub.ModelSource("timm", "resnet50")
 
 
 def test_the_recipe_of_a_published_checkpoint_is_its_own(tmp_path: Path) -> None:

@@ -188,10 +188,8 @@ def _work(
     from certify.votes import measure_rate
 
     left = len(images) - len(file.done)
-    if not left and not o["strict"]:
-        return
     with _stoppable(file, len(images)):
-        first = first_image(images)
+        first = first_image(images) if left else None
         if first is not None:
             check_base(smoothed, images)
             rate = measure_rate(smoothed.base, first.to(smoothed.device), smoothed.noise, o["batch_size"])

@@ -52,6 +52,15 @@ def _warn_of_failures(rows: list[dict[str, Any]]) -> None:
         warn(f"{failures:,} of {trials:,} samples failed (NaN or no finite answer); they count against every class")
 
 
+def _count(rows: list[dict[str, Any]]) -> tuple[int, int, int]:
+    """Images right without noise, images right when smoothed, and abstentions."""
+    return (
+        sum(r["base"] == r["label"] for r in rows),
+        sum(r["prediction"] == r["label"] for r in rows),
+        sum(r["prediction"] < 0 for r in rows),
+    )
+
+
 def _as_json(run: Run, curve: Curve | None, radii: list[float], picture: Path | None) -> dict[str, Any]:
     rows = run.usable
     samples = sum(r["trials"] for r in rows) + len(rows) * run.header["n0"]
@@ -60,14 +69,15 @@ def _as_json(run: Run, curve: Curve | None, radii: list[float], picture: Path | 
     if curve is not None:
         shares = {f"{r:g}": float(a) for r, a in zip(radii, curve.accuracy(radii), strict=True)}
     labelled = rows[0]["label"] is not None
+    base, smoothed, abstained = _count(rows)
     return {
         "run": str(run.path),
         "images": len(rows),
         "certified_accuracy": shares if labelled else None,
         "certified_fraction": None if labelled else shares,
-        "base_accuracy": sum(r["base"] == r["label"] for r in rows) / len(rows) if labelled else None,
-        "smoothed_accuracy": sum(r["prediction"] == r["label"] for r in rows) / len(rows) if labelled else None,
-        "abstained": sum(r["prediction"] < 0 for r in rows),
+        "base_accuracy": base / len(rows) if labelled else None,
+        "smoothed_accuracy": smoothed / len(rows) if labelled else None,
+        "abstained": abstained,
         "unreadable": len(run.images) - len(rows),
         "samples": samples,
         "samples_per_second": round(samples / seconds, 1) if seconds else None,
@@ -87,22 +97,23 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float]) -> str:
     lines.append("")
     if curve is not None:
         lines += [one_run(curve, radii), ""]
+    base, smoothed, abstained = _count(rows)
     if rows[0]["label"] is not None:
-        base = sum(r["base"] == r["label"] for r in rows)
-        smoothed = sum(r["prediction"] == r["label"] for r in rows)
         lines.append(f"base accuracy (no noise)   {share(base, len(rows))}")
         lines.append(f"smoothed accuracy          {share(smoothed, len(rows))}")
     else:
         lines += _each(rows)
-    lines.append(f"abstained                  {sum(r['prediction'] < 0 for r in rows)} of {len(rows)}")
-    confidence = f"{1 - header['alpha']:g}"
+    lines.append(f"abstained                  {abstained} of {len(rows)}")
+    error = f"wrong with probability at most {header['alpha']:g}"
     if curve is not None:
         lines.append(
-            f"\nEach certificate holds for its image with probability at least {confidence} over the noise draws:\n"
-            "no change of l2 norm below its radius alters the smoothed classifier's prediction."
+            "\nEach certificate says: no change of l2 norm below its radius alters the smoothed classifier's prediction;\n"
+            f"for its image it is {error} over the noise draws."
         )
     else:
-        lines.append(f"\nEach prediction is the smoothed classifier's with probability at least {confidence}.")
+        lines.append(
+            f"\nEach prediction is the smoothed classifier's; for its image it is {error} over the noise draws."
+        )
     return "\n".join(lines)
 
 
