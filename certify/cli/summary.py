@@ -107,8 +107,8 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float]) -> str:
     error = f"wrong with probability at most {header['alpha']:g}"
     if curve is not None:
         lines.append(
-            "\nEach certificate says: no change of l2 norm below its radius alters the smoothed classifier's prediction;\n"
-            f"for its image it is {error} over the noise draws."
+            "\nEach certificate says: no change of l2 norm below its radius alters the smoothed classifier's\n"
+            f"prediction. For its image it is {error} over the noise draws."
         )
     else:
         lines.append(
