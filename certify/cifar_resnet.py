@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from certify.classifiers import ClassifierSpec, square_input
+from certify.hub import UNTRAINED
 from certify.weights import load_weights
 
 CIFAR10_CLASSES = (
@@ -79,5 +80,5 @@ def _stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential
 def build(name: str, weights: str | Path | None) -> ClassifierSpec:
     """``cifar_resnet<depth>`` with a checkpoint's weights."""
     net = CifarResNet(int(name.removeprefix("cifar_resnet")))
-    loaded = load_weights(net, weights, name) if weights is not None else "untrained"
+    loaded = load_weights(net, weights or UNTRAINED, name)
     return ClassifierSpec(net, square_input((3, 32, 32), MEAN, STD), CIFAR10_CLASSES, 10, loaded)

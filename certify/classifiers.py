@@ -60,6 +60,8 @@ class ClassifierSpec:
     weights: str = "as built"
     code: str | None = None
     """SHA-256 of the file that defines the function, where tensors alone do not (TorchScript, ONNX, Python)."""
+    native: bool = True
+    """Whether ``net`` is made of torch modules, which can be copied, cast and compiled."""
 
 
 def square_input(
@@ -111,6 +113,8 @@ class Classifier(nn.Module):
         self.class_names = spec.class_names
         self.weights = spec.weights
         self.code = spec.code
+        self.native = spec.native
+        self.dtype = torch.float32
         self.register_buffer("mean", torch.tensor(spec.input.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.input.std).view(-1, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -126,12 +130,16 @@ class Classifier(nn.Module):
             raise UserError(f"classifier {self.name!r} is frozen; it cannot be put into training mode")
         return super().train(False)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Compute in this type from here on; the normalisation stays in float32."""
+        self.net.to(dtype)
+        self.dtype = dtype
+
     def _raw(self, images: Tensor) -> Tensor:
         if self.mean.numel():
             images = (images - self.mean) / self.std
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        output: Tensor = self.net(images)
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        output: Tensor = self.net(images.to(self.dtype, memory_format=layout))
         return output
 
     def logits(self, images: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ def build_torchscript(name: str, weights: str | Path | None, num_classes: int | 
             f"{name} is not a TorchScript file ({first_line(error)}); save it with torch.jit.save, "
             "or, if it is a checkpoint, name its architecture and pass it as --weights"
         ) from None
-    return ClassifierSpec(net, InputSpec(None), _names(num_classes), num_classes, Path(name).name, _file_digest(name))
+    names, digest = _names(num_classes), _file_digest(name)
+    return ClassifierSpec(net, InputSpec(None), names, num_classes, Path(name).name, digest, native=False)
 
 
 def _file_digest(path: str | Path) -> str:
@@ -89,7 +90,7 @@ def build_onnx(name: str, weights: str | Path | None, num_classes: int | None) -
     spec = square_input((channels, height, width)) if channels and height and width else InputSpec(None)
     outputs = net.session.get_outputs()[0].shape
     found = outputs[1] if len(outputs) == 2 and isinstance(outputs[1], int) else num_classes
-    return ClassifierSpec(net, spec, _names(found), num_classes, Path(name).name, _file_digest(name))
+    return ClassifierSpec(net, spec, _names(found), num_classes, Path(name).name, _file_digest(name), native=False)
 
 
 class FunctionNet(nn.Module):
@@ -134,7 +135,8 @@ def build_callable(name: str, weights: str | Path | None, num_classes: int | Non
     given = getattr(found, "class_names", None)
     names = tuple((str(n),) for n in given) if given is not None else _names(stated)
     defined = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    return ClassifierSpec(net, spec, names, stated, loaded, _file_digest(defined) if defined else None)
+    code = _file_digest(defined) if defined else None
+    return ClassifierSpec(net, spec, names, stated, loaded, code, native=isinstance(found, nn.Module))
 
 
 def import_object(name: str) -> Any:

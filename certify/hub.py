@@ -25,6 +25,9 @@ BUILT_IN.add("digits", "certify.digits:build", "8x8 handwritten digits, weights 
 for _depth in (20, 32, 44, 56, 110):
     BUILT_IN.add(f"cifar_resnet{_depth}", "certify.cifar_resnet:build", "CIFAR-10, He et al. 2016; needs --weights")
 
+UNTRAINED = "untrained"
+"""In place of a checkpoint: random weights, for measuring speed."""
+
 _LIBRARIES = ("timm", "torchvision")
 _PROBE_SECONDS = 1.0
 
@@ -116,6 +119,8 @@ def require_weights(source: ModelSource, weights: str | Path | None) -> None:
         RunFault: with what could not be fetched and ``--weights FILE`` as the way out.
         UserError: no such file, or a built-in architecture that has no published weights.
     """
+    if weights == UNTRAINED and source.kind in ("built-in", *_LIBRARIES):
+        return
     if weights is not None:
         if not is_file(weights):
             raise UserError(

@@ -44,8 +44,8 @@ class Gaussian:
         """Noise of this shape, float32, drawn on the generator's device."""
         import torch
 
-        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
-        return noise.mul_(self.sigma)
+        noise = torch.empty(shape, device=generator.device, dtype=torch.float32)
+        return noise.normal_(0.0, self.sigma, generator=generator)
 
     def radius(self, p_lower: float) -> float:
         """R = sigma * Phi^-1(p_lower), rounded down; 0 when p_lower <= 1/2 or is NaN."""

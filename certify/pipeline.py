@@ -42,12 +42,20 @@ class Pipeline(nn.Module):
         self.denoiser = denoiser.requires_grad_(False).eval() if denoiser is not None else None
         self.sigma = sigma
         self.num_classes = classifier.num_classes
+        self.dtype = torch.float32
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Compute in this type from here on; noisy images still arrive, and are normalised, in float32."""
+        if self.denoiser is not None:
+            self.denoiser.to(dtype)
+        self.classifier.cast(dtype)  # type: ignore[attr-defined]
+        self.dtype = dtype
 
     def denoise(self, images: Tensor) -> Tensor:
         """The images ``(B, C, H, W)`` as the classifier gets them, before its normalisation."""
         if self.denoiser is None:
             return images
-        cleaned: Tensor = self.denoiser(images, self.sigma)
+        cleaned: Tensor = self.denoiser(images.to(self.dtype), self.sigma)
         return cleaned
 
     def logits(self, images: Tensor) -> Tensor:

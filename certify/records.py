@@ -25,7 +25,7 @@ SCHEMA = 1
 
 _HEADER_START = b'{"type": "run"'
 
-FREE_KEYS = ("data", "created", "command", "versions", "machine", "batch_size")
+FREE_KEYS = ("data", "created", "command", "versions", "machine", "batch_size", "execution")
 """Header keys that may differ between two commands that mean the same run: names and circumstances, not settings."""
 
 IMAGE_KEYS = ("id", "label", "prediction", "radius", "p_lower", "votes", "selection", "trials", "failures", "seconds")
@@ -80,6 +80,17 @@ class Run:
     def usable(self) -> list[dict[str, Any]]:
         """The images that could be read; the others carry ``error`` and prove nothing."""
         return [row for row in self.images if "error" not in row]
+
+
+def peek_header(path: str | Path) -> dict[str, Any] | None:
+    """The header of a run file; None when there is no such file, or no whole header in it."""
+    try:
+        with Path(path).open("rb") as file:
+            line = file.readline(2**24)
+        header = json.loads(line) if line.endswith(b"\n") else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return header if isinstance(header, dict) and header.get("type") == "run" else None
 
 
 def read_run(path: str | Path, *, allow_partial: bool = False) -> Run:

@@ -9,8 +9,9 @@ import datetime
 import logging
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,12 +19,22 @@ import torch
 from torch import Tensor
 
 from certify.errors import ImageError, UserError
+from certify.execution import Execution
 from certify.images import ImageSet
 from certify.labels import readable
 from certify.records import SCHEMA, RunFile
-from certify.smoothing import SmoothedClassifier, check_counts, image_digest
+from certify.smoothing import (
+    KEPT,
+    SmoothedClassifier,
+    certificate_from_votes,
+    check_counts,
+    image_digest,
+    prediction_from_votes,
+)
 from certify.streams import STREAM
+from certify.tuning import Wanted, machine_name
 from certify.types import Votes
+from certify.votes import Tally
 
 _LOG = logging.getLogger("certify")
 
@@ -56,9 +67,18 @@ class Settings:
             raise UserError(f"procedure {self.procedure!r}; expected one of {', '.join(PROCEDURES)}")
 
     @property
+    def stages(self) -> dict[str, int]:
+        """Noisy copies of each stage."""
+        return {"selection": self.n0, "estimation": self.n} if self.procedure == "certify" else {"prediction": self.n}
+
+    @property
     def samples(self) -> int:
         """Noisy copies an image."""
-        return self.n + (self.n0 if self.procedure == "certify" else 0)
+        return sum(self.stages.values())
+
+    def compared(self, index: int) -> bool:
+        """Whether this image's first labels are compared with plain float32's: a thousandth of all samples are."""
+        return index % -(-1000 * KEPT // self.n) == 0
 
 
 def run_header(
@@ -70,9 +90,12 @@ def run_header(
     data: str,
     denoiser: str = "none",
     command: str = "",
-    batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Everything that shaped the run, and how many images it owes."""
+    """Everything that shaped the run, and how many images it owes.
+
+    How the base classifier is run stands there as it was asked for, until :func:`with_execution` says what ran.
+    """
+    wanted = smoothed.wanted
     return {
         "type": "run",
         "schema": SCHEMA,
@@ -88,17 +111,20 @@ def run_header(
         "alpha": settings.alpha,
         "bound": settings.bound if settings.procedure == "certify" else "binomial test",
         "seed": settings.seed,
-        "precision": "float32",
+        "precision": wanted.precision,
+        "compiled": wanted.compile,
+        "folded": "auto",
         "device": smoothed.device.type,
-        "accelerator": device_name(smoothed.device) if smoothed.device.type != "cpu" else None,
+        "accelerator": machine_name(smoothed.device) if smoothed.device.type != "cpu" else None,
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "expected": len(images),
         "images": images.describe(),
         "pipeline": smoothed.base.describe()["steps"],
         "stream": STREAM,
         "versions": versions(),
-        "machine": {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
-        "batch_size": batch_size or "chosen by image size",
+        "machine": {"processor": machine_name(torch.device("cpu")), "threads": torch.get_num_threads()},
+        "batch_size": wanted.batch_size or "auto",
+        "execution": {"asked": asdict(wanted)},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
     }
@@ -115,9 +141,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_name(device: torch.device) -> str:
-    """The accelerator's name, or the processor's architecture."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+def with_execution(header: dict[str, Any], execution: Execution) -> dict[str, Any]:
+    """The header, saying how the base classifier is really run and why."""
+    asked = header["execution"]["asked"]
+    how = {k: v for k, v in asdict(execution).items() if k != "why"}
+    return {**header, **how, "execution": {"asked": asked, "why": list(execution.why)}}
+
+
+def execution_of(header: Mapping[str, Any], wanted: Wanted) -> Execution | None:
+    """How the run of this header was run, as far as the user has not asked for something else now."""
+    try:
+        found = Execution(header["precision"], header["folded"], header["compiled"], header["batch_size"])
+    except KeyError:
+        return None
+    if wanted.precision not in ("auto", found.precision):
+        found = replace(found, precision=wanted.precision)
+    if wanted.compile != "auto":
+        found = replace(found, compiled=wanted.compile == "on")
+    return replace(found, batch_size=wanted.batch_size or found.batch_size, why=("as the run file says",))
 
 
 def process(
@@ -127,7 +168,6 @@ def process(
     file: RunFile,
     *,
     strict: bool = False,
-    batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
     warn: Callable[[str], None] = _LOG.warning,
 ) -> None:
@@ -140,54 +180,71 @@ def process(
         ImageError: with ``strict``, the first unusable image.
         RunFault: the run file cannot be written.
     """
-    for index, item in enumerate(images.items):
-        if item.id in file.done:
-            if strict and "error" in file.done[item.id]:
-                raise ImageError(f"image {item.id} {file.done[item.id]['error']}; drop --strict to go on without it")
-            continue
-        start = time.perf_counter()
-        try:
-            image = images.load(index)
-            row = _one(smoothed, image, item.id, settings, batch_size, progress)
-        except ImageError as error:
-            message = f"image {item.id} {error}"
+    pulled: deque[tuple[int, Tensor | ImageError]] = deque()  # images share batches: some are on their way at once
+
+    def usable() -> Iterator[tuple[Tensor, str]]:
+        for index, item in enumerate(images.items):
+            known = file.done.get(item.id)
+            if known is not None and not (strict and "error" in known):
+                continue
+            try:
+                if known is not None:
+                    raise ImageError(known["error"])
+                image = images.load(index)
+            except ImageError as error:
+                pulled.append((index, error))
+                if strict:
+                    return  # raised when the images before it are written
+                continue
+            pulled.append((index, image))
+            yield image, item.id
+
+    start = time.perf_counter()
+
+    def write(index: int, row: Mapping[str, Any]) -> None:
+        nonlocal start
+        now = time.perf_counter()
+        line = {"id": images.items[index].id, "label": images.labels[index], **row, "seconds": round(now - start, 6)}
+        start = now
+        file.append(line)
+
+    def write_unusable() -> None:
+        while pulled and isinstance(pulled[0][1], ImageError):
+            index, error = pulled.popleft()
             if strict:
-                raise ImageError(f"{message}; drop --strict to go on without it") from None
-            warn(message + "; it is left out")
-            row = _unusable(settings, str(error))
+                raise ImageError(f"image {images.items[index].id} {error}; drop --strict to go on without it") from None
+            warn(f"image {images.items[index].id} {error}; it is left out")
+            write(index, _unusable(settings, str(error)))
             if progress is not None:
                 progress(settings.samples)
-        seconds = round(time.perf_counter() - start, 6)
-        file.append({"id": item.id, "label": images.labels[index], **row, "seconds": seconds})
+
+    for tallies in smoothed.tallies(usable(), settings.stages, seed=settings.seed, clean=True, progress=progress):
+        write_unusable()
+        index, image = pulled.popleft()
+        assert isinstance(image, Tensor)
+        row = _row(smoothed, tallies, settings)
+        if settings.compared(index) and smoothed.execution is not None and not smoothed.execution.plain:
+            row |= _agreement(smoothed, image, images.items[index].id, tallies, settings)
+        write(index, {**row, "image": image_digest(image)})
+    write_unusable()
 
 
-def _one(
-    smoothed: SmoothedClassifier,
-    image: Tensor,
-    image_id: str,
-    settings: Settings,
-    batch_size: int | None,
-    progress: Callable[[int], None] | None,
-) -> dict[str, Any]:
-    """The keys of one image's line, but for id, label and time."""
-    common: dict[str, Any] = {
-        "n": settings.n,
-        "alpha": settings.alpha,
-        "seed": settings.seed,
-        "image_id": image_id,
-        "batch_size": batch_size,
-        "progress": progress,
-    }
+def _row(smoothed: SmoothedClassifier, tallies: Mapping[str, Tally], settings: Settings) -> dict[str, Any]:
+    """The keys of one image's line that follow from its votes."""
+    answer: dict[str, Any]
     if settings.procedure == "certify":
-        certificate = smoothed.certify(image, n0=settings.n0, bound=settings.bound, **common)
+        selection, estimation = tallies["selection"].votes, tallies["estimation"].votes
+        certificate = certificate_from_votes(
+            selection, estimation, noise=smoothed.noise, alpha=settings.alpha, bound=settings.bound
+        )
         answer = {
             "prediction": certificate.prediction,
             "radius": certificate.radius,
             "p_lower": certificate.p_lower,
-            **_stages(certificate.selection, certificate.estimation),
+            **_stages(selection, estimation),
         }
     else:
-        predicted = smoothed.predict(image, **common)
+        predicted = prediction_from_votes(tallies["prediction"].votes, alpha=settings.alpha)
         answer = {
             "prediction": predicted.prediction,
             "radius": None,
@@ -195,14 +252,23 @@ def _one(
             **_stages(Votes(()), predicted.votes),
             "p_value": predicted.p_value,
         }
-    base, names = smoothed.base_label(image), getattr(smoothed.classifier, "class_names", None)
+    base, names = int(tallies["clean"].labels[0]), getattr(smoothed.classifier, "class_names", None)
     return {
         **answer,
         "base": base,
         "class": None if answer["prediction"] < 0 else readable(names, answer["prediction"]),
         "base_class": readable(names, base),
-        "image": image_digest(image),
     }
+
+
+def _agreement(
+    smoothed: SmoothedClassifier, image: Tensor, image_id: str, tallies: Mapping[str, Tally], settings: Settings
+) -> dict[str, Any]:
+    """How many of the first stage's first labels plain float32 gives too."""
+    stage = next(iter(settings.stages))
+    labels = tallies[stage].labels
+    same = smoothed.agreement(image, labels, stage=stage, seed=settings.seed, image_id=image_id)
+    return {"agreement": [same, len(labels)]}
 
 
 def _stages(selection: Votes, estimation: Votes) -> dict[str, Any]:

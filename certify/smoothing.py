@@ -6,7 +6,8 @@ The functions on votes are pure: a live run, a resumed run and a replayed log al
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
+
+    from certify.execution import Execution
+    from certify.votes import Tally
+
+KEPT = 100
+"""Labels of each stage that are kept one by one, to be compared with plain float32's."""
 
 
 def certificate_from_votes(
@@ -104,6 +111,12 @@ class SmoothedClassifier:
         denoiser: D, a module ``forward(noisy, sigma)``; part of the base classifier from then on.
         noise: another smoothing distribution in place of the Gaussian.
         device: where to compute, such as ``"cpu"`` or ``"cuda"``.
+        precision: of the arithmetic behind the noise: ``float32``, ``bfloat16``, ``float16``, or ``auto``.
+        compile: ``on``, ``off``, or ``auto``.
+        batch_size: samples a forward pass; None chooses. It changes no noise.
+
+    What is left open is decided by the first call from the number of samples it asks for, or by :meth:`prepare`; from
+    then on it stays, so that all certificates are about one function.
 
     Raises:
         UserError: sigma not positive, or neither or both of sigma and noise.
@@ -117,10 +130,14 @@ class SmoothedClassifier:
         denoiser: nn.Module | None = None,
         noise: Noise | None = None,
         device: str | torch.device = "cpu",
+        precision: str = "auto",
+        compile: str = "auto",
+        batch_size: int | None = None,
     ) -> None:
         import torch
 
         from certify.pipeline import Pipeline
+        from certify.tuning import Wanted
 
         if (sigma is None) == (noise is None):
             raise UserError("give either sigma (Gaussian noise, [0, 1] pixels) or noise, not both and not neither")
@@ -134,11 +151,94 @@ class SmoothedClassifier:
         self.classifier = classifier
         self.base = Pipeline(classifier, denoiser, self.noise.scale).to(self.device)
         self.base.eval()
+        self.wanted = Wanted(precision, compile, batch_size)
+        self.execution: Execution | None = None
+        self._run: BaseClassifier = self.base
 
     @property
     def num_classes(self) -> int:
         """K."""
         return self.base.num_classes
+
+    def prepare(self, image: torch.Tensor | np.ndarray, samples: int, execution: Execution | None = None) -> Execution:
+        """Decide how to run the base classifier for this many samples; it is run this way from now on.
+
+        Args:
+            image: one of the images, ``(C, H, W)``.
+            samples: noisy copies in all.
+            execution: how, where that is known already: of the run that is resumed, or another worker's.
+            again: measure although this machine has chosen before for such work.
+        """
+        from certify import execution as executions
+        from certify import tuning
+
+        example = self._check(image).to(self.device)
+        if execution is None:
+            self._run, self.execution = tuning.choose(self.base, example, self.noise, samples, self.wanted, again=again)
+        else:
+            self._run, self.execution = executions.prepare(self.base, execution, example)
+        return self.execution
+
+    def measure_rate(self, image: torch.Tensor | np.ndarray) -> float:
+        """Samples a second on this machine, once prepared."""
+        from certify.tuning import measure_rate
+
+        if self.execution is None:
+            raise RuntimeError("not prepared yet: call prepare first")
+        return measure_rate(self._run, self._check(image).to(self.device), self.noise, self.execution.batch_size)
+
+    def tallies(
+        self,
+        images: Iterable[tuple[torch.Tensor | np.ndarray, str | None]],
+        stages: Mapping[str, int],
+        *,
+        seed: int = 0,
+        clean: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[dict[str, Tally]]:
+        """For each image the tallies of its stages; images share batches.
+
+        Args:
+            images: pairs of an image ``(C, H, W)`` and the name of its noise (None: a hash of the image), pulled as
+                they are needed, in another thread.
+            stages: noisy copies of each stage; each stage draws its own.
+            seed: with the name and the stage it fixes all noise.
+            clean: whether to label the image without noise too, as stage ``"clean"``.
+            progress: called with the number of noisy samples done since the last call.
+        """
+        from certify.execution import Execution
+        from certify.streams import stream_key
+        from certify.votes import Job, count_votes
+
+        queue = iter(images)
+        first = next(queue, None)
+        if first is None:
+            return
+        if self.execution is None and stages:
+            self.prepare(first[0], sum(stages.values()))
+        execution = self.execution or Execution("float32", False, False, self.wanted.batch_size or 100)
+
+        def jobs() -> Iterator[Job]:
+            for image, name in itertools.chain([first], queue):
+                tensor = self._check(image)
+                there = tensor.to(self.device)
+                if clean:
+                    yield Job(there, None, 1, keep=1)
+                for stage, trials in stages.items():
+                    key = stream_key(seed, image_digest(tensor) if name is None else name, stage)
+                    yield Job(there, key, trials, keep=KEPT)
+
+        done = count_votes(
+            self._run,
+            self.noise,
+            jobs(),
+            batch_size=execution.batch_size,
+            fixed_shape=execution.compiled,
+            progress=progress,
+        )
+        names = [*(["clean"] if clean else []), *stages]
+        for tally in done:
+            yield {name: tally if name == names[0] else next(done) for name in names}
 
     def votes(
         self,
@@ -148,21 +248,14 @@ class SmoothedClassifier:
         stage: str,
         seed: int = 0,
         image_id: str | None = None,
-        batch_size: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Votes:
         """Votes of n noisy copies of one image ``(C, H, W)``.
 
         The noise is fixed by ``seed``, ``image_id`` (default: a hash of the image) and ``stage``.
         """
-        from certify.streams import stream_key
-        from certify.votes import count_votes
-
-        tensor = self._check(image)
-        key = stream_key(seed, image_digest(tensor) if image_id is None else image_id, stage)
-        return count_votes(
-            self.base, tensor.to(self.device), self.noise, n, key, batch_size=batch_size, progress=progress
-        )
+        (found,) = self.tallies([(image, image_id)], {stage: n}, seed=seed, progress=progress)
+        return found[stage].votes
 
     def certify(
         self,
@@ -174,7 +267,6 @@ class SmoothedClassifier:
         seed: int = 0,
         bound: str = "clopper-pearson",
         image_id: str | None = None,
-        batch_size: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Certificate:
         """Certify one image: with probability at least 1 - alpha the result is an abstention or holds.
@@ -187,7 +279,6 @@ class SmoothedClassifier:
             seed: of the run; with ``image_id`` it fixes all noise.
             bound: name of a one-sided bound.
             image_id: names the noise stream; default: a hash of the image.
-            batch_size: samples a forward pass; None chooses. It does not change the noise.
             progress: called with the number of samples done since the last call.
 
         Raises:
@@ -195,16 +286,10 @@ class SmoothedClassifier:
         """
         check_counts(n, n0, alpha)
         BOUNDS.get(bound)
-        tensor = self._check(image)
-        identity = image_digest(tensor) if image_id is None else image_id
-        stages = {}
-        for stage, count in (("selection", n0), ("estimation", n)):
-            stages[stage] = self.votes(
-                tensor, count, stage=stage, seed=seed, image_id=identity, batch_size=batch_size, progress=progress
-            )
-        return certificate_from_votes(
-            stages["selection"], stages["estimation"], noise=self.noise, alpha=alpha, bound=bound
-        )
+        stages = {"selection": n0, "estimation": n}
+        (found,) = self.tallies([(image, image_id)], stages, seed=seed, progress=progress)
+        selection, estimation = found["selection"].votes, found["estimation"].votes
+        return certificate_from_votes(selection, estimation, noise=self.noise, alpha=alpha, bound=bound)
 
     def predict(
         self,
@@ -214,7 +299,6 @@ class SmoothedClassifier:
         alpha: float = 0.001,
         seed: int = 0,
         image_id: str | None = None,
-        batch_size: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Prediction:
         """The smoothed classifier's class, or an abstention; wrong with probability at most alpha.
@@ -222,19 +306,30 @@ class SmoothedClassifier:
         Arguments as in :meth:`certify`.
         """
         check_counts(n, 1, alpha)
-        votes = self.votes(
-            image, n, stage="prediction", seed=seed, image_id=image_id, batch_size=batch_size, progress=progress
-        )
+        votes = self.votes(image, n, stage="prediction", seed=seed, image_id=image_id, progress=progress)
         return prediction_from_votes(votes, alpha=alpha)
 
+    def base_labels(self, images: Iterable[torch.Tensor | np.ndarray]) -> list[int]:
+        """The base classifier's own labels of images without noise (``FAILED`` where it has none)."""
+        found = self.tallies(((image, None) for image in images), {}, clean=True)
+        return [int(tally["clean"].labels[0]) for tally in found]
+
     def base_label(self, image: torch.Tensor | np.ndarray) -> int:
-        """The base classifier's own label of the image without noise (``FAILED`` if it has none)."""
-        import torch
+        """The base classifier's own label of one image without noise."""
+        return self.base_labels([image])[0]
 
-        from certify.votes import label_batch
+    def agreement(
+        self, image: torch.Tensor | np.ndarray, labels: torch.Tensor, *, stage: str, seed: int, image_id: str
+    ) -> int:
+        """How many of a stage's first labels the base classifier in plain float32 gives too, from the same noise."""
+        from certify.execution import default_batch_size
+        from certify.streams import stream_key
+        from certify.votes import Job, count_votes
 
-        with torch.inference_mode():
-            return int(label_batch(self.base, self._check(image).to(self.device)[None])[0])
+        there = self._check(image).to(self.device)
+        job = Job(there, stream_key(seed, image_id, stage), len(labels), keep=len(labels))
+        (plain,) = count_votes(self.base, self.noise, [job], batch_size=default_batch_size(there))
+        return int((plain.labels == labels).sum())
 
     def _check(self, image: torch.Tensor | np.ndarray) -> torch.Tensor:
         from certify.images import as_image

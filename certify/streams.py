@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 
 import numpy as np
 import torch
@@ -57,6 +58,22 @@ def _fresh_cpu_state() -> np.ndarray:
     return state
 
 
+_LOCAL = threading.local()
+
+
+def _philox(key: bytes, block: int) -> np.random.Philox:
+    """Philox at this key and counter. One object a thread: making one asks the system for entropy that is not used."""
+    if not hasattr(_LOCAL, "philox"):
+        _LOCAL.philox = np.random.Philox(0)
+        _LOCAL.state = _LOCAL.philox.state
+    state = _LOCAL.state
+    state["state"]["key"] = np.frombuffer(key[:16], dtype=np.uint64)
+    state["state"]["counter"] = np.array([0, 0, 0, block], dtype=np.uint64)
+    _LOCAL.philox.state = state  # its buffer is empty, as in a new one
+    philox: np.random.Philox = _LOCAL.philox
+    return philox
+
+
 def block_generator(key: bytes, block: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The generator of one block of the stream ``key``.
 
@@ -65,12 +82,9 @@ def block_generator(key: bytes, block: int, device: torch.device | str = "cpu") 
     if torch.device(device).type == "cuda":
         digest = hashlib.sha256(key + block.to_bytes(8, "little")).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    philox = np.random.Philox(
-        key=np.frombuffer(key[:16], dtype=np.uint64), counter=np.array([0, 0, 0, block], dtype=np.uint64)
-    )
     state = _fresh_cpu_state().copy()
     words = state[_STATE_OFFSET : _STATE_OFFSET + 8 * _WORDS].view(np.uint64)
-    words[:] = philox.random_raw(_WORDS // 2).view(np.uint32)
+    words[:] = _philox(key, block).random_raw(_WORDS // 2).view(np.uint32)
     generator = torch.Generator()
     generator.set_state(torch.from_numpy(state))
     return generator

@@ -5,142 +5,229 @@ Left of this module everything is random, batched and on the device; right of it
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from certify.allocator import keep_freed_memory
 from certify.errors import CertifyError, RunFault, UserError, first_line
 from certify.streams import block_generator, block_size
 from certify.types import FAILED, BaseClassifier, Noise, Votes
 
+_SMALL, _WAVE = 2**17, 2**26  # values of a block worth a thread; values drawn at once, at most (256 MiB)
 
-def default_batch_size(image: Tensor) -> int:
-    """Samples a batch: 2 MiB of float32 images on a processor, 128 MiB on an accelerator; 4 to 2,048.
 
-    On a processor activations should stay in its cache: batches of 100 CIFAR images run twice as fast as of 1,000
-    (``benchmarks/log.md``).
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Labels that are wanted: of noisy copies of one image, or of the image itself.
+
+    Attributes:
+        image: ``(C, H, W)``, float32 in [0, 1], on the device.
+        key: the noise stream (:func:`certify.streams.stream_key`); None adds no noise.
+        trials: n >= 1.
+        keep: how many of the first labels to keep one by one.
     """
-    budget = 2**19 if image.device.type == "cpu" else 2**25
-    return max(4, min(2048, budget // max(1, image.numel())))
+
+    image: Tensor
+    key: bytes | None
+    trials: int
+    keep: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """A finished job: its votes (counts and failures add up to its trials) and its first labels, ``(keep,)`` int64."""
+
+    votes: Votes
+    labels: Tensor
 
 
 def count_votes(
     classifier: BaseClassifier,
-    image: Tensor,
     noise: Noise,
-    trials: int,
-    key: bytes,
+    jobs: Iterable[Job],
     *,
-    batch_size: int | None = None,
+    batch_size: int,
+    fixed_shape: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> Votes:
-    """Label ``trials`` noisy copies of one image.
+) -> Iterator[Tally]:
+    """Label the noisy copies of all jobs; their tallies, in the order of the jobs.
 
-    The noise depends on ``key`` alone: not on the batch size, the order of images or the number of workers. Memory does
-    not grow with ``trials``; a batch that does not fit in memory is halved.
+    Jobs share batches. The noise of a job depends on its key alone: not on the batch size, on the other jobs or on the
+    number of workers. Memory does not grow with the trials; a batch that does not fit in memory is halved, and so are
+    all later ones.
 
     Args:
-        classifier: the base classifier, on the image's device.
-        image: ``(C, H, W)``, float32 in [0, 1].
+        classifier: the base classifier, on the images' device.
         noise: the smoothing distribution; drawn and added in float32.
-        trials: n >= 1.
-        key: the noise stream (:func:`certify.streams.stream_key`).
-        batch_size: samples a forward pass; None chooses.
-        progress: called with the number of samples done since the last call.
-
-    Returns:
-        The votes: counts and failures add up to ``trials``.
+        jobs: pulled some blocks ahead of the work.
+        batch_size: samples a forward pass.
+        fixed_shape: fill every batch up to ``batch_size`` with samples that are not counted (compiled classifiers).
+        progress: called with the number of noisy samples done since the last call.
 
     Raises:
         UserError: a label outside [0, K).
         RunFault: the base classifier raised; the error is chained.
     """
-    if trials < 1:
-        raise ValueError(f"n = {trials}: expected at least 1")
-    size = batch_size or default_batch_size(image)
-    counts = torch.zeros(classifier.num_classes + 1, dtype=torch.int64)
-    with torch.inference_mode():
-        for batch in _batches(image, noise, trials, key, size):
-            counts += _tally(label_batch(classifier, batch), len(batch), classifier.num_classes)
-            if progress is not None:
-                progress(len(batch))
-    failures, *by_class = counts.tolist()
-    return Votes(tuple(by_class), failures)
+    keep_freed_memory()
+    size, classes = batch_size, classifier.num_classes
+    unfinished: deque[_Count] = deque()
+    batch: list[tuple[_Count, Tensor]] = []
+    waiting = 0
 
+    def flush() -> None:
+        nonlocal size, waiting
+        noisy = batch[0][1] if len(batch) == 1 else torch.cat([piece for _, piece in batch])
+        if fixed_shape and len(noisy) < size:
+            noisy = torch.cat([noisy, noisy[-1:].expand(size - len(noisy), -1, -1, -1)])
+        with torch.no_grad():
+            labels, largest = label_batch(classifier, noisy)
+            labels = labels[:waiting]
+            start = 0
+            for count, piece in batch:
+                count.add(labels[start : start + len(piece)])
+                start += len(piece)
+        if progress is not None and (done := sum(len(piece) for count, piece in batch if count.job.key)):
+            progress(done)
+        size, waiting = min(size, largest), 0
+        batch.clear()
 
-def measure_rate(
-    classifier: BaseClassifier, image: Tensor, noise: Noise, batch_size: int | None = None, seconds: float = 0.5
-) -> float:
-    """Samples a second on this machine: one noise block and some batches, whose labels are thrown away."""
-    length = block_size(image.numel())
-    size = batch_size or default_batch_size(image)
-    generator = block_generator(b"rate" * 8, 0, image.device)
-    noise.sample((length, *image.shape), generator)  # the first one pays for memory
-    start = time.perf_counter()
-    noisy = noise.sample((length, *image.shape), generator).to(image.device).add_(image)
-    drawing = (time.perf_counter() - start) / length
-    batch = noisy[:size]
-    with torch.inference_mode():
-        label_batch(classifier, batch).cpu()
-        done, start = 0, time.perf_counter()
-        while not done or time.perf_counter() - start < seconds:
-            label_batch(classifier, batch).cpu()
-            done += len(batch)
-    return 1.0 / (drawing + (time.perf_counter() - start) / done)
-
-
-def _batches(image: Tensor, noise: Noise, trials: int, key: bytes, size: int) -> Iterator[Tensor]:
-    """Noisy copies in batches of ``size``, cut from whole blocks: the same samples however they are cut."""
-    ready: list[Tensor] = []
-    waiting, block_length = 0, block_size(image.numel())
-    for block, start in enumerate(range(0, trials, block_length)):
-        generator = block_generator(key, block, image.device)
-        drawn = noise.sample((block_length, *image.shape), generator).to(image.device)
-        noisy = drawn.add_(image)[: trials - start]
+    for count, block in _drawn(_blocks(jobs, classes), noise):
+        if not unfinished or unfinished[-1] is not count:
+            unfinished.append(count)
+        if batch and batch[0][1].shape[1:] != block.shape[1:]:
+            flush()
+        noisy = block
         while len(noisy):
             piece, noisy = noisy[: size - waiting], noisy[size - waiting :]
-            ready.append(piece)
+            batch.append((count, piece))
             waiting += len(piece)
-            if waiting == size:
-                yield ready[0] if len(ready) == 1 else torch.cat(ready)
-                ready, waiting = [], 0
-    if ready:
-        yield torch.cat(ready)
+            if waiting >= size:
+                flush()
+                while unfinished and not unfinished[0].missing:
+                    yield unfinished.popleft().tally()
+    if batch:
+        flush()
+    for count in unfinished:
+        yield count.tally()
 
 
-def label_batch(classifier: BaseClassifier, batch: Tensor) -> Tensor:
-    """Labels of one batch; out of memory halves it and tries again."""
+class _Count:
+    """A job's labels so far, on the device: bin 0 failures, 1 to K classes, K + 1 what no label may be."""
+
+    def __init__(self, job: Job, num_classes: int) -> None:
+        self.job, self.missing = job, job.trials
+        self.num_classes = num_classes
+        self.bins = torch.zeros(num_classes + 2, dtype=torch.int64, device=job.image.device)
+        self.highest = self.bins[0]
+        self.kept: list[Tensor] = []
+
+    def add(self, labels: Tensor) -> None:
+        if self.job.trials - self.missing < self.job.keep:
+            self.kept.append(labels.clone())  # a compiled function may use the memory again
+        self.missing -= len(labels)
+        self.highest = torch.maximum(self.highest, labels.amax())
+        index = torch.where((labels >= FAILED) & (labels < self.num_classes), labels, self.num_classes).add_(1)
+        self.bins.index_add_(0, index, torch.ones_like(index))
+
+    def tally(self) -> Tally:
+        failures, *by_class, wrong = self.bins.tolist()
+        if wrong:
+            raise UserError(
+                f"the base classifier returned {wrong:,} of {self.job.trials:,} labels outside 0 to "
+                f"{self.num_classes - 1} (the highest is {int(self.highest)}; {FAILED} is a failed trial)"
+            )
+        labels = torch.cat(self.kept)[: self.job.keep].cpu() if self.kept else torch.empty(0, dtype=torch.int64)
+        return Tally(Votes(tuple(by_class), failures), labels)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One block of a job's stream, of which the first ``length`` samples are wanted."""
+
+    count: _Count
+    number: int
+    length: int
+
+    def draw(self, noise: Noise) -> Tensor | None:
+        """The noise, drawn whole so that any n sees the same samples; None for a job without noise."""
+        image, key = self.count.job.image, self.count.job.key
+        if key is None:
+            return None
+        generator = block_generator(key, self.number, image.device)
+        return noise.sample((block_size(image.numel()), *image.shape), generator)
+
+    def noisy(self, drawn: Tensor | None) -> Tensor:
+        """The noisy copies ``(length, C, H, W)``, on the image's device."""
+        image = self.count.job.image
+        if drawn is None:
+            return image.expand(self.length, -1, -1, -1)
+        return drawn.to(image.device).add_(image)[: self.length]
+
+
+def _blocks(jobs: Iterable[Job], num_classes: int) -> Iterator[_Block]:
+    """The blocks of all jobs, in order."""
+    for job in jobs:
+        if job.trials < 1:
+            raise ValueError(f"n = {job.trials}: expected at least 1")
+        count = _Count(job, num_classes)
+        step = block_size(job.image.numel()) if job.key else job.trials
+        for number, start in enumerate(range(0, job.trials, step)):
+            yield _Block(count, number, min(step, job.trials - start))
+
+
+def _drawn(blocks: Iterator[_Block], noise: Noise) -> Iterator[tuple[_Count, Tensor]]:
+    """The noisy copies of all blocks; on a processor as many blocks are drawn at once as it has threads.
+
+    A generator's normals come from one thread, so one block after the other would leave the other cores idle.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads(), "certify-noise") as pool:
+        for first in blocks:
+            wave = [first, *itertools.islice(blocks, _at_once(first) - 1)]
+            drawn = [pool.submit(block.draw, noise) for block in wave[1:]]
+            yield first.count, first.noisy(first.draw(noise))
+            for block, future in zip(wave[1:], drawn, strict=True):
+                yield block.count, block.noisy(future.result())
+
+
+def _at_once(block: _Block) -> int:
+    """Blocks like this one to draw at once: small ones cost less than a thread's start, large ones take memory."""
+    image = block.count.job.image
+    values = block_size(image.numel()) * image.numel()
+    if image.device.type != "cpu" or values < _SMALL:
+        return 1
+    return max(1, min(torch.get_num_threads(), _WAVE // values))
+
+
+def label_batch(classifier: BaseClassifier, batch: Tensor) -> tuple[Tensor, int]:
+    """Labels of one batch, and how many samples fit in memory at once: out of memory halves it and tries again."""
     try:
-        return classifier(batch)
+        labels = classifier(batch)
     except CertifyError:
         raise
     except Exception as error:  # any classifier may stand there, also the user's own code
         if len(batch) == 1 or not _out_of_memory(error):
             raise RunFault(f"the base classifier failed: {type(error).__name__}: {first_line(error)}") from error
+    else:
+        if labels.shape != (len(batch),) or labels.is_floating_point():
+            raise UserError(
+                f"the base classifier returned {labels.dtype} of shape {tuple(labels.shape)} for {len(batch)} images; "
+                f"expected integer labels ({len(batch)},)"
+            )
+        return labels, len(batch)
     if batch.device.type == "cuda":
         torch.cuda.empty_cache()
-    half = len(batch) // 2
-    return torch.cat([label_batch(classifier, batch[:half]), label_batch(classifier, batch[half:])])
+    half = (len(batch) + 1) // 2
+    first, fits = label_batch(classifier, batch[:half])
+    second, _ = label_batch(classifier, batch[half:])
+    return torch.cat([first, second]), fits
 
 
 def _out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or ("memory" in text and "alloc" in text)
-
-
-def _tally(labels: Tensor, trials: int, num_classes: int) -> Tensor:
-    """Counts ``(K + 1,)``, failures first; exactly one label a trial."""
-    labels = labels.cpu()
-    if labels.shape != (trials,) or labels.is_floating_point():
-        raise UserError(
-            f"the base classifier returned {labels.dtype} of shape {tuple(labels.shape)} for {trials} images; "
-            f"expected integer labels ({trials},)"
-        )
-    if int(labels.min()) < FAILED or int(labels.max()) >= num_classes:
-        raise UserError(
-            f"the base classifier returned labels from {int(labels.min())} to {int(labels.max())}; "
-            f"expected 0 to {num_classes - 1}, or {FAILED} for a failed trial"
-        )
-    return torch.bincount(labels + 1, minlength=num_classes + 1)

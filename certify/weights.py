@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import UserError, first_line
+from certify.hub import UNTRAINED
 
 _CONTAINERS = ("state_dict", "model", "model_state", "model_state_dict", "net")
 _WRAPPERS = ("module", "_orig_mod")  # DataParallel, torch.compile
@@ -50,7 +51,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(net: nn.Module, path: str | Path, architecture: str) -> str:
-    """Load a checkpoint into ``net``, every key or none.
+    """Load a checkpoint into ``net``, every key or none; ``untrained`` leaves it as it was built.
 
     Prefixes that DataParallel and torch.compile leave in names are taken off, wherever they stand.
 
@@ -60,6 +61,8 @@ def load_weights(net: nn.Module, path: str | Path, architecture: str) -> str:
     Raises:
         UserError: keys or shapes that do not fit; the first few are listed.
     """
+    if path == UNTRAINED:
+        return UNTRAINED
     own = net.state_dict()
     state = read_state_dict(path)
     stripped = _strip_wrappers(state, own)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+os.environ["CERTIFY_CACHE"] = tempfile.mkdtemp(prefix="certify-tests-")  # choices of other runs must not decide here
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 

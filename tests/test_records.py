@@ -33,7 +33,7 @@ def run(args: list[str]) -> int:
 
 def without_times(path: Path) -> list[dict[str, Any]]:
     header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for key in ("created", "command", "batch_size"):
+    for key in ("created", "command", "batch_size", "execution"):
         header.pop(key)
     return [header, *({k: v for k, v in row.items() if k != "seconds"} for row in rows)]
 

@@ -138,19 +138,21 @@ def test_radius_approaches_the_truth(linear_classifier: Any) -> None:
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 100, 333, 1000, 5000])
 def test_votes_do_not_depend_on_the_batch_size(batch_size: int, linear_classifier: Any) -> None:
     image = torch.full((1, 3, 5), 0.5)
-    g = SmoothedClassifier(linear_classifier(torch.ones(15), 7.4), 0.25)
-    reference = g.votes(image, 1234, stage="estimation", image_id="x")
-    assert g.votes(image, 1234, stage="estimation", image_id="x", batch_size=batch_size) == reference
+    classifier = linear_classifier(torch.ones(15), 7.4)
+    reference = SmoothedClassifier(classifier, 0.25).votes(image, 1234, stage="estimation", image_id="x")
+    g = SmoothedClassifier(classifier, 0.25, batch_size=batch_size)
+    assert g.votes(image, 1234, stage="estimation", image_id="x") == reference
     assert reference.trials == 1234
     assert 0 < reference.counts[0] < 1234
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_votes_of_a_float32_network_do_not_depend_on_the_batch_size(batch_size: int) -> None:
-    g = SmoothedClassifier(load_classifier("digits"), 0.5)
+    classifier = load_classifier("digits")
     image = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(3))
-    reference = g.votes(image, 1500, stage="estimation", image_id="x")
-    assert g.votes(image, 1500, stage="estimation", image_id="x", batch_size=batch_size) == reference
+    reference = SmoothedClassifier(classifier, 0.5).votes(image, 1500, stage="estimation", image_id="x")
+    g = SmoothedClassifier(classifier, 0.5, batch_size=batch_size)
+    assert g.votes(image, 1500, stage="estimation", image_id="x") == reference
     assert len(reference.as_dict()) > 3
 
 
@@ -162,7 +164,7 @@ def test_more_labels_than_images_are_refused(linear_classifier: Any) -> None:
             return super().__call__(images).repeat(2)
 
     with pytest.raises(UserError, match=r"shape \(200,\) for 100 images"):
-        SmoothedClassifier(Twice(torch.ones(4), 0.0), 0.25).certify(torch.zeros(1, 2, 2), n=100, batch_size=100)
+        SmoothedClassifier(Twice(torch.ones(4), 0.0), 0.25, batch_size=100).certify(torch.zeros(1, 2, 2), n=100)
 
 
 def test_fewer_samples_are_a_prefix_of_more(linear_classifier: Any) -> None:
@@ -174,12 +176,12 @@ def test_fewer_samples_are_a_prefix_of_more(linear_classifier: Any) -> None:
             seen.append(images.clone())
             return super().__call__(images)
 
-    g = SmoothedClassifier(Spy(torch.ones(12), 6.0), 0.25)
+    g = SmoothedClassifier(Spy(torch.ones(12), 6.0), 0.25, batch_size=64)
     image = torch.full((3, 2, 2), 0.5)
     g.votes(image, 150, stage="estimation", image_id="x")
     short = torch.cat(seen)
     seen.clear()
-    g.votes(image, 1000, stage="estimation", image_id="x", batch_size=64)
+    g.votes(image, 1000, stage="estimation", image_id="x")
     assert torch.equal(torch.cat(seen)[:150], short)
 
 
@@ -207,7 +209,7 @@ def test_out_of_memory_halves_the_batch(linear_classifier: Any) -> None:
 
     image = torch.full((3, 4, 4), 0.5)
     arguments = (torch.ones(48), 24.0)
-    small = SmoothedClassifier(Small(*arguments), 0.25).votes(image, 1000, stage="e", image_id="x", batch_size=400)
+    small = SmoothedClassifier(Small(*arguments), 0.25, batch_size=400).votes(image, 1000, stage="e", image_id="x")
     assert small == SmoothedClassifier(linear_classifier(*arguments), 0.25).votes(image, 1000, stage="e", image_id="x")
     assert Small.largest == 50
 
@@ -217,7 +219,7 @@ def test_a_label_out_of_range_is_an_error(linear_classifier: Any) -> None:
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             return torch.full((len(images),), 7)
 
-    with pytest.raises(ValueError, match="labels from 7 to 7; expected 0 to 1"):
+    with pytest.raises(ValueError, match="100 of 100 labels outside 0 to 1"):
         SmoothedClassifier(Wrong(torch.ones(4), 0.0), 0.25).certify(torch.zeros(1, 2, 2), n=100)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from certify import __version__
-from certify.cli import info, run, show
+from certify.cli import bench, info, run, show
 from certify.errors import CertifyError
 
 
@@ -65,7 +65,7 @@ def group() -> None:
     """  # noqa: D301
 
 
-for _command in (run.run, run.predict, show.plot, show.table, info.list_, info.doctor):
+for _command in (run.run, run.predict, show.plot, show.table, bench.bench, info.list_, info.doctor):
     group.add_command(_command)
 
 

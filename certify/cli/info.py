@@ -75,12 +75,13 @@ def doctor(as_json: bool) -> None:
     report: dict[str, Any] = {"hub": _hub(hub)}
     import torch
 
-    from certify.runner import device_name, versions
+    from certify.runner import versions
+    from certify.tuning import machine_name
 
     report["versions"] = versions()
-    report["devices"] = [f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"]
+    report["devices"] = [f"cpu ({torch.get_num_threads()} threads, {machine_name(torch.device('cpu'))})"]
     report["devices"] += [
-        f"cuda:{i} ({device_name(torch.device('cuda', i))})" for i in range(torch.cuda.device_count())
+        f"cuda:{i} ({machine_name(torch.device('cuda', i))})" for i in range(torch.cuda.device_count())
     ]
     report["extras"] = {
         extra: all(importlib.util.find_spec(p) is not None for p in packages) for extra, packages in EXTRAS.items()

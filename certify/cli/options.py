@@ -89,6 +89,19 @@ def check_radii(radii: list[float] | None) -> None:
         raise UserError(f"--radii {','.join(f'{r:g}' for r in radii)}: expected numbers from 0")
 
 
+class BatchSize(Count):
+    """A number of samples, or ``auto`` (None)."""
+
+    name = "auto|integer"
+
+    def __init__(self) -> None:
+        super().__init__("auto or a batch size")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """``auto`` to None, other text to a whole number."""
+        return None if value == "auto" else super().convert(value, param, ctx)
+
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -152,17 +165,38 @@ n = click.option(
     "--n", type=Count("a number of samples"), default=100_000, show_default=True, help="Noise samples an image."
 )
 
+engine_options = _apply(
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Arithmetic behind the noise; auto measures, and keeps float32 unless another is faster and agrees.",
+    ),
+    click.option(
+        "--compile",
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        show_default=True,
+        help="Compile the base classifier; auto does where the run is long enough to pay for it.",
+    ),
+    click.option(
+        "--batch-size",
+        type=BatchSize(),
+        default="auto",
+        show_default=True,
+        metavar="N",
+        help="Samples a forward pass; changes no noise.",
+    ),
+)
+
 compute_options = _apply(
     click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`)."),
     click.option("--seed", type=Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise."),
     click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator."
     ),
-    click.option(
-        "--batch-size",
-        type=Count("a batch size"),
-        help="Samples a forward pass (default: chosen by image size); changes no noise.",
-    ),
+    engine_options,
     click.option("--out", metavar="PATH", help="Run file (.jsonl), or a folder for it (default: runs/)."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),
     click.option("--quiet", is_flag=True, help="No plan and no progress on stderr."),

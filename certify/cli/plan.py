@@ -38,7 +38,12 @@ def show_plan(
     classes = {label for label in images.labels if label is not None}
     if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
         warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")
-    say(f"device     {smoothed.device}, float32" + (f", {_threads()} threads" if smoothed.device.type == "cpu" else ""))
+    threads = f", {_threads()} threads" if smoothed.device.type == "cpu" else ""
+    say(f"device     {smoothed.device}{threads}")
+    if smoothed.execution is not None:
+        say(f"engine     {smoothed.execution.describe()}")
+        for why in smoothed.execution.why:
+            say(f"           {why}")
     there = f": {len(file.done):,} of {len(images):,} images are there already" if file.resumed else ""
     say(f"run file   {file.path}{there}")
     if settings.procedure == "predict":
@@ -77,11 +82,13 @@ def check_base(smoothed: SmoothedClassifier, images: ImageSet, most: int = 50) -
 
     if not images.labelled:
         return
-    correct = total = 0
+    loaded, truth = [], []
     for i in range(0, len(images), max(1, -(-len(images) // most))):
         with contextlib.suppress(CertifyError):
-            correct += smoothed.base_label(images.load(i)) == images.labels[i]
-            total += 1
+            loaded.append(images.load(i))
+            truth.append(images.labels[i])
+    labels, total = smoothed.base_labels(loaded), len(loaded)
+    correct = sum(a == b for a, b in zip(labels, truth, strict=True))
     if total and near_chance(correct, total, smoothed.num_classes):
         warn(
             f"without noise the classifier is right on {correct} of {total} images, which is near chance: "

@@ -67,10 +67,10 @@ def predict(**given: Any) -> None:
 
 def _execute(procedure: str, o: dict[str, Any]) -> None:
     """The whole verb: check what is cheap, load, plan, work, summarise."""
-    _check_first(o)
+    check_first(o)
     say = _silent if o["quiet"] or o["as_json"] else _say
     demonstration = _without_data(o) if o["data"] is None else ""
-    smoothed = _smoothed(o)
+    smoothed = load_smoothed(o)
     images = _images(o, smoothed.classifier)
 
     from certify.records import RunFile, read_run
@@ -86,9 +86,9 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         data=o["data"],
         denoiser=o["denoiser"],
         command=command,
-        batch_size=o["batch_size"],
     )
     path = _run_path(o["out"], header)
+    header = _prepare(smoothed, images, settings, header, path)
     with RunFile(path, header) as file:
         show_plan(smoothed, images, settings, file, say)
         if demonstration:
@@ -103,22 +103,23 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     summarise(finished, o["radii"], as_json=o["as_json"])
 
 
-def _check_first(o: dict[str, Any]) -> None:
+def check_first(o: dict[str, Any]) -> None:
     """Everything that can be refused before torch is imported."""
     from certify import hub
     from certify.bounds import BOUNDS
 
-    BOUNDS.get(o["bound"])
+    BOUNDS.get(o.get("bound", "clopper-pearson"))
     source = hub.find_source(o["model"], o["weights"])
     hub.require_weights(source, o["weights"])
     if o["denoiser"] != "none":
         from denoisers import DENOISERS
 
         DENOISERS.get(o["denoiser"])
-    check_radii(o["radii"])
+    check_radii(o.get("radii"))
 
 
-def _smoothed(o: dict[str, Any]) -> SmoothedClassifier:
+def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
+    """The smoothed classifier that the options name, with its denoiser, on its device."""
     from certify.classifiers import load_classifier
     from certify.smoothing import SmoothedClassifier
 
@@ -136,7 +137,33 @@ def _smoothed(o: dict[str, Any]) -> SmoothedClassifier:
         std=o["std"],
         num_classes=o["num_classes"],
     )
-    return SmoothedClassifier(classifier, o["sigma"], denoiser=denoiser, device=device)
+    return SmoothedClassifier(
+        classifier,
+        o["sigma"],
+        denoiser=denoiser,
+        device=device,
+        precision=o["precision"],
+        compile=o["compile"],
+        batch_size=o["batch_size"],
+    )
+
+
+def _prepare(
+    smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, header: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """Decide how the base classifier is run, as the file says if the run was begun; the header that says so."""
+    from certify.records import peek_header
+    from certify.runner import execution_of, with_execution
+
+    begun = peek_header(path)
+    execution = execution_of(begun, smoothed.wanted) if begun else None
+    image = first_image(images)
+    if image is None:
+        return header
+    execution = smoothed.prepare(image, len(images) * settings.samples, execution)
+    if any("compilation failed" in why for why in execution.why):
+        warn(execution.why[-1])
+    return with_execution(header, execution)
 
 
 def _without_data(o: dict[str, Any]) -> str:
@@ -185,14 +212,13 @@ def _work(
     from tqdm import tqdm
 
     from certify.runner import process
-    from certify.votes import measure_rate
 
     left = len(images) - len(file.done)
     with _stoppable(file, len(images)):
         first = first_image(images) if left else None
         if first is not None:
             check_base(smoothed, images)
-            rate = measure_rate(smoothed.base, first.to(smoothed.device), smoothed.noise, o["batch_size"])
+            rate = smoothed.measure_rate(first)
             total = left * settings.samples
             say(f"cost       {left:,} images x {settings.samples:,} samples = {total:,}: about {clock(total / rate)}")
         hidden = True if say is _silent else None  # None: shown on a terminal only
@@ -210,7 +236,6 @@ def _work(
                 settings,
                 file,
                 strict=o["strict"],
-                batch_size=o["batch_size"],
                 progress=bar.update,
                 warn=warn,
             )

@@ -17,6 +17,7 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool) -> None:
     """Print the table (or one JSON object) on stdout; for certificates, draw the curve beside the run file."""
     rows = run.usable
     _warn_of_failures(rows)
+    _warn_of_disagreement(run)
     curve, picture = None, None
     if run.header["procedure"] == "certify":
         from analysis.curves import curves
@@ -52,6 +53,29 @@ def _warn_of_failures(rows: list[dict[str, Any]]) -> None:
         warn(f"{failures:,} of {trials:,} samples failed (NaN or no finite answer); they count against every class")
 
 
+def _agreement(run: Run) -> tuple[int, int]:
+    """Labels that plain float32 gives too, and labels compared."""
+    found = [row["agreement"] for row in run.usable if "agreement" in row]
+    return sum(same for same, _ in found), sum(compared for _, compared in found)
+
+
+def _warn_of_disagreement(run: Run) -> None:
+    same, compared = _agreement(run)
+    if compared and same < 0.95 * compared:
+        warn(
+            f"only {same:,} of {compared:,} labels are those of plain float32: the certificates are about the "
+            "classifier as it was run; pass --precision float32 for the other one"
+        )
+
+
+def how_it_ran(header: dict[str, Any]) -> str:
+    """Precision, folding, compilation, batches and device in words."""
+    from certify.execution import Execution
+
+    execution = Execution(*(header[k] for k in ("precision", "folded", "compiled", "batch_size")))
+    return f"{execution.describe()}, on {header['accelerator'] or header['device']}"
+
+
 def _count(rows: list[dict[str, Any]]) -> tuple[int, int, int]:
     """Images right without noise, images right when smoothed, and abstentions."""
     return (
@@ -70,6 +94,7 @@ def _as_json(run: Run, curve: Curve | None, radii: list[float], picture: Path | 
         shares = {f"{r:g}": float(a) for r, a in zip(radii, curve.accuracy(radii), strict=True)}
     labelled = rows[0]["label"] is not None
     base, smoothed, abstained = _count(rows)
+    same, compared = _agreement(run)
     return {
         "run": str(run.path),
         "images": len(rows),
@@ -79,6 +104,8 @@ def _as_json(run: Run, curve: Curve | None, radii: list[float], picture: Path | 
         "smoothed_accuracy": smoothed / len(rows) if labelled else None,
         "abstained": abstained,
         "unreadable": len(run.images) - len(rows),
+        "ran_as": {k: run.header[k] for k in ("precision", "folded", "compiled", "batch_size", "device")},
+        "agreement_with_float32": same / compared if compared else None,
         "samples": samples,
         "samples_per_second": round(samples / seconds, 1) if seconds else None,
         "curve": str(picture) if picture else None,
@@ -104,6 +131,10 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float]) -> str:
     else:
         lines += _each(rows)
     lines.append(f"abstained                  {abstained} of {len(rows)}")
+    lines.append(f"ran as                     {how_it_ran(header)}")
+    same, compared = _agreement(run)
+    if compared:
+        lines.append(f"labels as in plain float32 {same / compared:.2%} of {compared:,} compared")
     error = f"wrong with probability at most {header['alpha']:g}"
     if curve is not None:
         lines.append(

@@ -1,0 +1,57 @@
+"""``certify bench``: this engine against the plain loop on the user's own model and machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from certify.cli import options
+
+
+@click.command(short_help="Measure the speed on your model, against the plain loop.")
+@options.classifier_options
+@click.option(
+    "--sigma", type=options.Positive("a number above 0"), default=0.25, show_default=True, help="Noise, [0, 1] pixels."
+)
+@click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`).")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator.")
+@options.engine_options
+@options.n
+@click.option(
+    "--pairs", type=options.Count("a number of pairs"), default=3, show_default=True, help="Turns of each, in turn."
+)
+@click.option("--seconds", type=options.Positive("seconds"), default=5.0, show_default=True, help="Length of one turn.")
+@click.option("--turn", type=options.Count("a number of samples"), help="Samples of a turn, in place of --seconds.")
+@click.option("--reference-batch", type=options.Count("a batch size"), help="Batch of the plain loop.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(**o: Any) -> None:
+    """Measure this engine against the plain loop (float32, eager, batches of 1,000), both on your model, in turn.
+
+    Prints samples a second, the ratio with its spread, the share of the machine's matrix-product speed, the seconds of
+    a certificate with everything included, and how many labels agree with plain float32. `--weights untrained` measures
+    an architecture whose weights are not at hand.
+    """
+    from certify.cli.run import check_first, load_smoothed
+
+    check_first(o)
+    smoothed = load_smoothed(o)
+
+    from analysis.bench import compare, in_words
+    from certify.images import load_images
+
+    data = "digits" if o["model"] == "digits" else "photos"
+    images = load_images(data, smoothed.classifier, labels="none", max_images=2)  # type: ignore[arg-type]
+    found = compare(
+        smoothed,
+        [images.load(i) for i in range(len(images))],
+        n=o["n"],
+        pairs=o["pairs"],
+        seconds=o["seconds"],
+        turn=o["turn"],
+        reference_batch=o["reference_batch"],
+        progress=(lambda text: None) if o["as_json"] else (lambda text: click.echo(f"{text} ...", err=True)),
+    )
+    click.echo(json.dumps(asdict(found)) if o["as_json"] else in_words(found))

@@ -1,0 +1,329 @@
+"""Which way of running a base classifier is the fastest here, for so much work: measured, decided, remembered.
+
+Deciding may cost a few hundredths of the run, so little work is done without asking. A choice is remembered for this
+machine, so that the same command computes the same way again; a resumed run takes what its file says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from certify.errors import CertifyError, UserError
+from certify.execution import PRECISIONS, Execution, cache_folder, convertible, default_batch_size, prepare
+from certify.streams import block_generator, block_size
+from certify.types import BaseClassifier, Noise
+
+LITTLE_WORK = 2**24
+"""Values (samples x C x H x W) below which nothing is measured, folded or compiled."""
+
+_SHARE = 0.02  # of the run that may go into measuring, compilation apart
+_FASTER = 1.05  # what counts as faster: below, it may be the machine's noise
+_WORTH_TRYING = 1.5  # a precision's matrix products over float32's
+_AGREEMENT = 0.95  # of labels with float32: below, a precision is not chosen
+
+# What compiling costs and brings, before it was tried here (benchmarks/log.md).
+_COMPILE_SECONDS, _COMPILE_SECONDS_A_LAYER = 5.0, 0.1
+_COMPILE_GAIN = {"float32": 1.2, "bfloat16": 1.5, "float16": 1.5}
+_COMPILE_MARGIN = 4.0  # compile when it should save so many times what it costs
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks for; ``auto`` (None for the batch size) leaves it to measurements.
+
+    Attributes:
+        precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        compile: ``auto``, ``on`` or ``off``.
+        batch_size: samples a forward pass.
+    """
+
+    precision: str = "auto"
+    compile: str = "auto"
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("auto", *PRECISIONS):
+            raise UserError(f"precision {self.precision!r}; expected auto, {', '.join(PRECISIONS)}")
+        if self.compile not in ("auto", "on", "off"):
+            raise UserError(f"compile {self.compile!r}; expected auto, on or off")
+
+
+def choose(
+    base: BaseClassifier, example: Tensor, noise: Noise, samples: int, wanted: Wanted, *, again: bool = False
+) -> tuple[BaseClassifier, Execution]:
+    """The base classifier run in the fastest way for so many samples, and what that is and why.
+
+    Args:
+        base: the base classifier in float32, on its device.
+        example: one clean image ``(C, H, W)`` on the same device.
+        noise: the smoothing distribution.
+        samples: noisy copies that the run holds.
+        wanted: what is fixed already.
+        again: whether to measure although a choice is remembered.
+    """
+    size = wanted.batch_size or default_batch_size(example)
+    first = Execution(
+        "float32" if wanted.precision == "auto" else wanted.precision, False, wanted.compile == "on", size
+    )
+    if not convertible(base):
+        return prepare(base, first, example)
+    if samples * example.numel() <= LITTLE_WORK:
+        return prepare(base, replace(first, why=("little work: nothing measured",)), example)
+    key = _key(base, example, samples, wanted)
+    remembered = None if again else _recall(key)
+    if remembered is not None:
+        return prepare(base, remembered, example)
+    search = _Search(base, example, noise, samples)
+    search.consider(replace(first, folded=True, compiled=False))
+    if wanted.precision == "auto":
+        search.precisions()
+    if wanted.batch_size is None:
+        search.batch_sizes()
+    if wanted.compile == "on" or (wanted.compile == "auto" and search.compiling_pays()):
+        search.compile(forced=wanted.compile == "on")
+    _remember(key, search.best)
+    return search.run, search.best
+
+
+class _Search:
+    """The fastest execution found so far, its speed, and what was learnt on the way."""
+
+    def __init__(self, base: BaseClassifier, example: Tensor, noise: Noise, samples: int) -> None:
+        self.base, self.example, self.noise, self.samples = base, example, noise, samples
+        self.run, self.best, self.speed = base, Execution("float32", False, False, 1), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What the run takes at the speed found so far."""
+        return self.samples / self.speed
+
+    def batch(self, size: int) -> Tensor:
+        generator = block_generator(b"tune" * 8, 0, self.example.device)
+        return self.noise.sample((size, *self.example.shape), generator).to(self.example.device).add_(self.example)
+
+    def consider(self, execution: Execution, faster: float = 0.0) -> float:
+        """Measure; keep it when it is so many times faster. Returns its speed."""
+        run, real = prepare(self.base, execution, self.example)
+        speed = measure_speed(run, self.batch(real.batch_size))
+        if speed > faster * self.speed:
+            self.run, self.best, self.speed = run, real, speed
+        return speed
+
+    def say(self, why: str) -> None:
+        self.best = replace(self.best, why=(*self.best.why, why))
+
+    def precisions(self) -> None:
+        """16-bit arithmetic, where the machine is faster at it and the labels stay."""
+        full = product_speed("float32", self.example.device)
+        gains = {p: product_speed(p, self.example.device) / full for p in ("bfloat16", "float16")}
+        if max(gains.values()) < _WORTH_TRYING:
+            slow = " and ".join(f"{gain:.2g} in {precision}" for precision, gain in gains.items())
+            self.say(f"float32: matrix products run at {slow} of its speed here")
+        for precision in (p for p, gain in gains.items() if gain >= _WORTH_TRYING):
+            before, execution = self.speed, replace(self.best, precision=precision)
+            try:
+                run, _ = prepare(self.base, execution, self.example)
+                agreement = self.agreement(run)
+            except CertifyError as error:
+                self.say(f"not {precision}: {error}")
+                continue
+            if agreement < _AGREEMENT:
+                self.say(f"not {precision}: {agreement:.0%} of labels agree with float32's")
+            elif (speed := self.consider(execution, 1.2)) > 1.2 * before:
+                self.say(f"{precision}: {speed / before:.1f} times float32's {before:,.0f} samples/s")
+                return
+            else:
+                self.say(f"not {precision}: {speed / before:.2f} times float32's speed")
+
+    def agreement(self, run: BaseClassifier) -> float:
+        noisy = self.batch(min(100, max(8, int(_SHARE * self.seconds * self.speed))))
+        with torch.no_grad():
+            return float((self.base(noisy) == run(noisy)).double().mean())
+
+    def batch_sizes(self) -> None:
+        """Larger batches while they are faster; if the first is not, smaller ones. Stops at its share of the time."""
+        end = time.perf_counter() + min(_SHARE * self.seconds, 20.0)
+        sizes = [self.best.batch_size]
+        for factor in (4.0, 0.25):
+            size = round(self.best.batch_size * factor)
+            while size >= 1 and size * self.example.numel() <= _room(self.example.device):
+                if time.perf_counter() + 3 * size / self.speed > end:
+                    break
+                sizes.append(size)
+                if not self._faster_in(size):
+                    break
+                size = round(size * factor)
+            if self.best.batch_size != sizes[0]:
+                break
+        if len(sizes) > 1:
+            self.say(f"batches of {self.best.batch_size}: {self.speed:,.0f} samples/s, fastest of {sorted(sizes)}")
+
+    def _faster_in(self, size: int) -> bool:
+        try:
+            speed = measure_speed(self.run, self.batch(size))
+        except Exception:  # out of memory, most likely
+            return False
+        if speed <= _FASTER * self.speed:
+            return False
+        self.best, self.speed = replace(self.best, batch_size=size), speed
+        return True
+
+    def compiling_pays(self) -> bool:
+        """Whether the time it saves is well above what it costs, by what was measured elsewhere."""
+        cost, gain = _compile_seconds(self.base), _COMPILE_GAIN[self.best.precision]
+        needed = _COMPILE_MARGIN * cost * self.speed / (1 - 1 / gain)
+        if self.samples >= needed:
+            return True
+        self.say(
+            f"eager: compiling would take about {cost:.0f} s and pay from {_round(needed):,} samples; "
+            f"this run has {self.samples:,}"
+        )
+        return False
+
+    def compile(self, *, forced: bool) -> None:
+        """Compile, and keep it if it is faster (or wanted)."""
+        before, start = self.speed, time.perf_counter()
+        run, real = prepare(self.base, replace(self.best, compiled=True), self.example)
+        cost = time.perf_counter() - start
+        if not real.compiled:
+            self.best = real
+            return
+        speed = measure_speed(run, self.batch(real.batch_size))
+        if forced or speed > _FASTER * before:
+            self.run, self.best, self.speed = run, real, speed
+            self.say(f"compiled in {cost:.0f} s: {speed:,.0f} samples/s against {before:,.0f}")
+        else:
+            self.say(f"eager: compiled in {cost:.0f} s it ran {speed:,.0f} samples/s, eagerly {before:,.0f}")
+
+
+def measure_speed(run: Callable[[Tensor], Tensor], batch: Tensor, seconds: float = 0.2) -> float:
+    """Samples a second of one batch again and again; its labels are thrown away."""
+    with torch.no_grad():
+        run(batch).cpu()
+        done, start = 0, time.perf_counter()
+        while not done or time.perf_counter() - start < seconds:
+            run(batch).cpu()
+            done += len(batch)
+    return done / (time.perf_counter() - start)
+
+
+def measure_rate(run: BaseClassifier, example: Tensor, noise: Noise, size: int) -> float:
+    """Samples a second, noise included: one block of it and some batches."""
+    length = block_size(example.numel())
+    generator = block_generator(b"rate" * 8, 0, example.device)
+    noise.sample((length, *example.shape), generator)  # the first one pays for memory
+    start = time.perf_counter()
+    noisy = noise.sample((length, *example.shape), generator).to(example.device).add_(example)
+    drawing = (time.perf_counter() - start) / length
+    repeats = -(-size // length)
+    return 1.0 / (drawing + 1.0 / measure_speed(run, noisy.repeat(repeats, 1, 1, 1)[:size], 0.5))
+
+
+def product_speed(precision: str, device: torch.device) -> float:
+    """Operations a second of a square matrix product in this precision, the best of some: the machine's ceiling."""
+    accelerator = device.type != "cpu"
+    size, most = (8192, 30) if accelerator else (1024, 5)
+    dtype = PRECISIONS[precision]
+    if not accelerator and dtype != torch.float32:  # without instructions of its own a product takes seconds
+        small = _product_seconds(256, dtype, device, 2)
+        if small > 4 * _product_seconds(256, torch.float32, device, 2):
+            return 2 * 256**3 / small
+    return 2 * size**3 / _product_seconds(size, dtype, device, most)
+
+
+def _product_seconds(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> float:
+    a = torch.rand(size, size, device=device).to(dtype)
+    best = math.inf
+    for _ in range(repeats + 1):  # the first one warms up
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _compile_seconds(base: BaseClassifier) -> float:
+    assert isinstance(base, nn.Module)
+    layers = sum(any(True for _ in module.parameters(recurse=False)) for module in base.modules())
+    return _COMPILE_SECONDS + _COMPILE_SECONDS_A_LAYER * layers
+
+
+def _room(device: torch.device) -> float:
+    """Values of input a batch may have: an accelerator raises when it is full, a processor's memory must not be."""
+    if device.type != "cpu":
+        return 2.0**28
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 2.0**22
+    return free / 4 / 4 / 100  # a quarter of it, 4 bytes a value, activations 100 times the input
+
+
+def _round(samples: float) -> int:
+    digits = max(0, int(math.log10(samples)) - 1)
+    return int(math.ceil(samples / 10**digits) * 10**digits)
+
+
+def _key(base: BaseClassifier, example: Tensor, samples: int, wanted: Wanted) -> str:
+    """Everything a choice depends on; amounts of work within a factor of three share one."""
+    facts = {
+        "base": base.describe(),
+        "shape": list(example.shape),
+        "work": round(2 * math.log10(samples)),
+        "wanted": asdict(wanted),
+        "device": str(example.device),
+        "machine": machine_name(example.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def machine_name(device: torch.device) -> str:
+    """The accelerator's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _recall(key: str) -> Execution | None:
+    """The choice made here before; anything unreadable is none."""
+    try:
+        found = json.loads((cache_folder() / "choices.json").read_text(encoding="utf-8"))[key]
+        execution = Execution(**{**found["execution"], "why": tuple(found["execution"]["why"])})
+        date = str(found["date"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return replace(execution, why=(*execution.why, f"chosen on this machine on {date}"))
+
+
+def _remember(key: str, execution: Execution) -> None:
+    """Best effort: a home that cannot be written costs the measurements again, nothing else."""
+    path = cache_folder() / "choices.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            choices = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            choices = {}
+        choices[key] = {"execution": asdict(execution), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(choices, indent=1), encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        return
