@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from certify.allocator import keep_freed_memory
-from certify.classifiers import Classifier
-from certify.execution import PRECISIONS
+from certify.errors import UserError
+from certify.execution import Execution, convertible
+from certify.machine import machine_name, product_speed
 from certify.pipeline import Pipeline
 from certify.smoothing import KEPT, SmoothedClassifier
-from certify.tuning import machine_name, product_speed
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ class Measured:
     torch: str
 
 
-def reference_votes(score: nn.Module, image: Tensor, sigma: float, n: int, batch: int, num_classes: int) -> Tensor:
+def reference_votes(plain: Plain, image: Tensor, sigma: float, n: int, batch: int, num_classes: int) -> Tensor:
     """The field's loop (Cohen, Rosenfeld and Kolter 2019): float32, eager, one generator; counts ``(K,)``."""
+    keep_freed_memory(64 << 20)  # as in a process that this engine never ran in
     counts = torch.zeros(num_classes, dtype=torch.int64, device=image.device)
     with torch.no_grad():
         left = n
@@ -83,24 +84,27 @@ def reference_votes(score: nn.Module, image: Tensor, sigma: float, n: int, batch
             this = min(batch, left)
             left -= this
             copies = image.repeat(this, 1, 1, 1)
-            scores = score(copies + torch.randn_like(copies) * sigma)
-            counts += torch.bincount(scores.argmax(1), minlength=num_classes)
+            labels = plain(copies + torch.randn_like(copies) * sigma)
+            counts += torch.bincount(labels, minlength=num_classes)
     return counts.cpu()
 
 
-class _Plain(nn.Module):
-    """Denoiser and classifier as code without further thought runs them: contiguous layout, scores out."""
+class Plain(nn.Module):
+    """Labels the way code without further thought computes them: float32, eager, contiguous layout, argmax."""
 
     def __init__(self, base: Pipeline) -> None:
         super().__init__()
-        self.pipeline = copy.deepcopy(base)
-        self.pipeline.to(memory_format=torch.contiguous_format)
-        classifier = self.pipeline.classifier
-        if isinstance(classifier, Classifier):
-            classifier.channels_last = False
+        self.pipeline = base
+        if convertible(base):
+            self.pipeline = copy.deepcopy(base).to(memory_format=torch.contiguous_format)
+            self.pipeline.classifier.channels_last = False  # type: ignore[attr-defined]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.pipeline.logits(images)
+        """Labels ``(B,)`` of noisy images ``(B, C, H, W)``."""
+        try:
+            return self.pipeline.logits(images).argmax(1)
+        except UserError:  # this classifier gives labels only
+            return self.pipeline(images)  # type: ignore[no-any-return]
 
 
 def compare(
@@ -130,7 +134,7 @@ def compare(
     image = images[0].to(smoothed.device)
     large = image.numel() > 2**14 and smoothed.device.type == "cpu"
     batch = reference_batch or (16 if large else 1000)
-    sigma, plain = smoothed.noise.scale, _Plain(smoothed.base)
+    sigma, plain = smoothed.noise.scale, Plain(smoothed.base)
     flops = _flops(plain, image)
 
     progress("deciding how to run")
@@ -144,7 +148,6 @@ def compare(
         return samples / (time.perf_counter() - start)
 
     def reference(samples: int) -> float:
-        keep_freed_memory(64 << 20)  # as in a process that this engine never ran in
         start = time.perf_counter()
         reference_votes(plain, image, sigma, samples, batch, smoothed.num_classes)
         return samples / (time.perf_counter() - start)
@@ -195,12 +198,12 @@ def _whole(samples: float, batch: int) -> int:
     return max(1, round(samples / batch)) * batch
 
 
-def _flops(score: nn.Module, image: Tensor) -> float:
+def _flops(plain: Plain, image: Tensor) -> float:
     """Of one forward pass of one image; 0 where the counter sees none (ONNX, a Python function)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        score(image[None])
+        plain(image[None])
     return float(counter.get_total_flops())
 
 
@@ -221,7 +224,7 @@ def in_words(found: Measured) -> str:
     rows = [
         ("machine", f"{found.machine}, {found.threads} threads, torch {found.torch}"),
         ("reference", f"{found.reference:,.1f} samples/s (float32, eager, batches of {found.reference_batch})"),
-        ("engine", f"{found.engine:,.1f} samples/s ({_how(ran)})"),
+        ("engine", f"{found.engine:,.1f} samples/s ({Execution(**ran).describe()})"),
         *(("", why) for why in ran["why"]),
         ("ratio", f"{found.ratio:.2f} ({found.ratio_min:.2f} to {found.ratio_max:.2f} over {found.pairs} pairs)"),
     ]
@@ -242,10 +245,3 @@ def in_words(found: Measured) -> str:
         ("labels", f"{found.same} of {found.compared} are those of plain float32"),
     ]
     return "\n".join(f"{name:<11} {text}".rstrip() for name, text in rows)
-
-
-def _how(ran: dict[str, Any]) -> str:
-    from certify.execution import Execution
-
-    assert ran["precision"] in PRECISIONS
-    return Execution(**ran).describe()

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from certify.bounds import clopper_pearson_lower as clopper_pearson_lower
+    from certify.certificates import Prediction as Prediction
+    from certify.certificates import certificate_from_votes as certificate_from_votes
+    from certify.certificates import prediction_from_votes as prediction_from_votes
     from certify.classifiers import Classifier as Classifier
     from certify.classifiers import load_classifier as load_classifier
     from certify.errors import CertifyError as CertifyError
@@ -25,10 +28,7 @@ if TYPE_CHECKING:
     from certify.pipeline import Pipeline as Pipeline
     from certify.records import Run as Run
     from certify.records import read_run as read_run
-    from certify.smoothing import Prediction as Prediction
     from certify.smoothing import SmoothedClassifier as SmoothedClassifier
-    from certify.smoothing import certificate_from_votes as certificate_from_votes
-    from certify.smoothing import prediction_from_votes as prediction_from_votes
     from certify.types import ABSTAIN as ABSTAIN
     from certify.types import BaseClassifier as BaseClassifier
     from certify.types import Certificate as Certificate
@@ -42,16 +42,16 @@ _HOME = {
     "Classifier": "classifiers",
     "Gaussian": "noise",
     "Pipeline": "pipeline",
-    "Prediction": "smoothing",
+    "Prediction": "certificates",
     "Run": "records",
     "SmoothedClassifier": "smoothing",
     "UserError": "errors",
     "Votes": "types",
-    "certificate_from_votes": "smoothing",
+    "certificate_from_votes": "certificates",
     "clopper_pearson_lower": "bounds",
     "load_classifier": "classifiers",
     "load_images": "images",
-    "prediction_from_votes": "smoothing",
+    "prediction_from_votes": "certificates",
     "read_run": "records",
 }
 

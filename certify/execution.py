@@ -7,14 +7,15 @@ Which way is the fastest is decided in ``certify/tuning.py``.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -115,10 +116,10 @@ def _converted(base: BaseClassifier, execution: Execution, noisy: Tensor) -> tup
 
 
 def _noisy(example: Tensor, size: int) -> Tensor:
-    """A batch to try things on: the image with noise of its own, the same every time."""
+    """A batch to try things on: at most 64 noisy copies of the image, the same every time, again and again."""
     generator = torch.Generator().manual_seed(0)
-    noise = 0.25 * torch.randn((size, *example.shape), generator=generator)
-    return noise.to(example.device).add_(example)
+    noise = 0.25 * torch.randn((min(size, 64), *example.shape), generator=generator)
+    return noise.to(example.device).add_(example).repeat(-(-size // 64), 1, 1, 1)[:size].contiguous()
 
 
 class _AtSigma(nn.Module):
@@ -180,23 +181,62 @@ def _cast(fast: Pipeline, precision: str, noisy: Tensor) -> None:
         ) from error
 
 
+class Compiled:
+    """A base classifier as one compiled function with frozen weights, one for each shape of batch it is given.
+
+    The weights are part of the compiled code, so those of ``fast`` must not change any more.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, fast: BaseClassifier) -> None:
+        self.fast = fast
+        self.num_classes = fast.num_classes
+        self._shapes: set[torch.Size] = set()
+
+        def labels(noisy: Tensor) -> Tensor:
+            return fast(noisy)
+
+        # A code object of its own: the compiler counts recompilations by it, and gives up on the ninth classifier.
+        labels.__code__ = labels.__code__.replace(co_name=f"labels_{next(self._numbers)}")
+        self._function: Callable[[Tensor], Tensor] = torch.compile(labels, dynamic=False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Labels ``(B,)`` of noisy images ``(B, C, H, W)``; compiles at the first batch of a shape."""
+        if images.shape in self._shapes:
+            return self._function(images)
+        from torch._inductor import config  # takes half a second, which eager runs need not wait for
+
+        # Freezing must be set while the function is traced, not only while it is lowered: as an option of
+        # torch.compile it has no effect. One launch a batch on an accelerator, by a recorded graph.
+        options: dict[str, Any] = {"freezing": True}
+        if images.device.type == "cuda":
+            options["triton.cudagraphs"] = True
+        else:
+            options["compile_threads"] = 1  # no worker processes, which would go on beside the run
+        with config.patch(options), _quiet():
+            labels = self._function(images)
+        self._shapes.add(images.shape)
+        return labels
+
+    def describe(self) -> dict[str, Any]:
+        """What the base classifier says."""
+        return self.fast.describe()
+
+
 def _compiled(fast: BaseClassifier, execution: Execution, noisy: Tensor) -> tuple[BaseClassifier, Execution]:
-    """One compiled function with frozen weights, for batches of exactly this size; compiled now, or not at all."""
+    """The base classifier compiled for batches like this one; compiled now, or not at all."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-    options: dict[str, Any] = {"freezing": True}
-    if noisy.device.type == "cuda":
-        options["triton.cudagraphs"] = True  # one launch a batch
     try:
-        with torch.no_grad(), _quiet():
-            function = torch.compile(fast, dynamic=False, options=options)
+        with torch.no_grad():
+            function = Compiled(fast)
             expected, labels = fast(noisy), function(noisy)
             if labels.shape != expected.shape or (labels == expected).double().mean() < 0.5:
                 raise RuntimeError("the compiled function gives other labels")
     except Exception as error:  # no compiler, an operator it does not know, a bug in it: all the same to the user
-        torch._dynamo.reset()
         reason = f"compilation failed ({type(error).__name__}: {first_line(error)[:160]}), running eagerly"
         return fast, replace(execution, compiled=False, why=(*execution.why, reason))
-    return cast(BaseClassifier, function), execution
+    return function, execution
 
 
 @contextmanager

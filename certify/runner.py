@@ -18,21 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from certify.certificates import certificate_from_votes, check_counts, prediction_from_votes
 from certify.errors import ImageError, UserError
 from certify.execution import Execution
 from certify.images import ImageSet
 from certify.labels import readable
+from certify.machine import machine_name
 from certify.records import SCHEMA, RunFile
-from certify.smoothing import (
-    KEPT,
-    SmoothedClassifier,
-    certificate_from_votes,
-    check_counts,
-    image_digest,
-    prediction_from_votes,
-)
+from certify.smoothing import KEPT, SmoothedClassifier, image_digest
 from certify.streams import STREAM
-from certify.tuning import Wanted, machine_name
+from certify.tuning import Wanted
 from certify.types import Votes
 from certify.votes import Tally
 

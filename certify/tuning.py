@@ -12,16 +12,17 @@ import hashlib
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from certify.errors import CertifyError, UserError
 from certify.execution import PRECISIONS, Execution, cache_folder, convertible, default_batch_size, prepare
+from certify.machine import machine_name, product_speed, room_for_inputs
 from certify.streams import block_generator, block_size
 from certify.types import BaseClassifier, Noise
 
@@ -34,7 +35,7 @@ _WORTH_TRYING = 1.5  # a precision's matrix products over float32's
 _AGREEMENT = 0.95  # of labels with float32: below, a precision is not chosen
 
 # What compiling costs and brings, before it was tried here (benchmarks/log.md).
-_COMPILE_SECONDS, _COMPILE_SECONDS_A_LAYER = 5.0, 0.1
+_COMPILE_SECONDS, _COMPILE_SECONDS_A_LAYER = 5.0, 0.05
 _COMPILE_GAIN = {"float32": 1.2, "bfloat16": 1.5, "float16": 1.5}
 _COMPILE_MARGIN = 4.0  # compile when it should save so many times what it costs
 
@@ -158,7 +159,7 @@ class _Search:
         sizes = [self.best.batch_size]
         for factor in (4.0, 0.25):
             size = round(self.best.batch_size * factor)
-            while size >= 1 and size * self.example.numel() <= _room(self.example.device):
+            while size >= 1 and size * self.example.numel() <= room_for_inputs(self.example.device):
                 if time.perf_counter() + 3 * size / self.speed > end:
                     break
                 sizes.append(size)
@@ -194,13 +195,17 @@ class _Search:
 
     def compile(self, *, forced: bool) -> None:
         """Compile, and keep it if it is faster (or wanted)."""
-        before, start = self.speed, time.perf_counter()
+        start = time.perf_counter()
         run, real = prepare(self.base, replace(self.best, compiled=True), self.example)
         cost = time.perf_counter() - start
         if not real.compiled:
             self.best = real
             return
-        speed = measure_speed(run, self.batch(real.batch_size))
+        batch = self.batch(real.batch_size)
+        before, speed = (
+            max(speeds)
+            for speeds in zip(*([measure_speed(f, batch) for f in (self.run, run)] for _ in range(3)), strict=True)
+        )
         if forced or speed > _FASTER * before:
             self.run, self.best, self.speed = run, real, speed
             self.say(f"compiled in {cost:.0f} s: {speed:,.0f} samples/s against {before:,.0f}")
@@ -231,43 +236,10 @@ def measure_rate(run: BaseClassifier, example: Tensor, noise: Noise, size: int) 
     return 1.0 / (drawing + 1.0 / measure_speed(run, noisy.repeat(repeats, 1, 1, 1)[:size], 0.5))
 
 
-def product_speed(precision: str, device: torch.device) -> float:
-    """Operations a second of a square matrix product in this precision, the best of some: the machine's ceiling."""
-    accelerator = device.type != "cpu"
-    size, most = (8192, 30) if accelerator else (1024, 5)
-    dtype = PRECISIONS[precision]
-    if not accelerator and dtype != torch.float32:  # without instructions of its own a product takes seconds
-        small = _product_seconds(256, dtype, device, 2)
-        if small > 4 * _product_seconds(256, torch.float32, device, 2):
-            return 2 * 256**3 / small
-    return 2 * size**3 / _product_seconds(size, dtype, device, most)
-
-
-def _product_seconds(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> float:
-    a = torch.rand(size, size, device=device).to(dtype)
-    best = math.inf
-    for _ in range(repeats + 1):  # the first one warms up
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def _compile_seconds(base: BaseClassifier) -> float:
     assert isinstance(base, nn.Module)
     layers = sum(any(True for _ in module.parameters(recurse=False)) for module in base.modules())
     return _COMPILE_SECONDS + _COMPILE_SECONDS_A_LAYER * layers
-
-
-def _room(device: torch.device) -> float:
-    """Values of input a batch may have: an accelerator raises when it is full, a processor's memory must not be."""
-    if device.type != "cpu":
-        return 2.0**28
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 2.0**22
-    return free / 4 / 4 / 100  # a quarter of it, 4 bytes a value, activations 100 times the input
 
 
 def _round(samples: float) -> int:
@@ -290,40 +262,32 @@ def _key(base: BaseClassifier, example: Tensor, samples: int, wanted: Wanted) ->
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def machine_name(device: torch.device) -> str:
-    """The accelerator's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+def _choices() -> dict[str, Any]:
+    try:
+        choices = json.loads((cache_folder() / "choices.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return choices if isinstance(choices, dict) else {}
 
 
 def _recall(key: str) -> Execution | None:
     """The choice made here before; anything unreadable is none."""
     try:
-        found = json.loads((cache_folder() / "choices.json").read_text(encoding="utf-8"))[key]
+        found = _choices()[key]
         execution = Execution(**{**found["execution"], "why": tuple(found["execution"]["why"])})
         date = str(found["date"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
     return replace(execution, why=(*execution.why, f"chosen on this machine on {date}"))
 
 
 def _remember(key: str, execution: Execution) -> None:
     """Best effort: a home that cannot be written costs the measurements again, nothing else."""
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    choices = {**_choices(), key: {"execution": asdict(execution), "date": date}}
     path = cache_folder() / "choices.json"
-    try:
+    beside = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            choices = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            choices = {}
-        choices[key] = {"execution": asdict(execution), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
-        beside = path.with_suffix(f".{os.getpid()}")
         beside.write_text(json.dumps(choices, indent=1), encoding="utf-8")
         beside.replace(path)
-    except OSError:
-        return

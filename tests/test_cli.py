@@ -142,6 +142,33 @@ def test_predict_with_too_few_samples_is_warned_of(capsys: pytest.CaptureFixture
     assert "n = 10 can decide nothing at alpha = 0.001: pass --n 11" in capsys.readouterr().err
 
 
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    """The figures follow from each other, in words and as JSON; a function of labels only is measured too."""
+    run("bench", "--model", "digits", "--seconds", "0.05", "--pairs", "2", "--n", "1000", "--json")
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == ""
+    assert found["ratio_min"] <= found["ratio"] <= found["ratio_max"]
+    assert found["certificate"] == pytest.approx(found["prepared"] + 1000 / found["engine"])
+    assert found["flops"] == 2 * (64 * 128 + 128 * 128 + 128 * 10)
+    assert found["share"] == pytest.approx(found["engine"] * found["flops"] / found["ceiling"])
+    assert (found["same"], found["compared"]) == (200, 200)
+    options = ["--seconds", "0.05", "--pairs", "1", "--n", "1000", "--input-size", "1x8x8", "--num-classes", "10"]
+    Path("only_labels.py").write_text("def f(images):\n    return (images.mean((1, 2, 3)) > 0.5).long()\n")
+    run("bench", "--model", "only_labels:f", *options)
+    out, err = capsys.readouterr()
+    for text in ("reference ", "engine ", "ratio ", "certificate ", "200 of 200 are those of plain float32"):
+        assert text in out
+    assert "ceiling" not in out
+    assert "warming up" in err
+
+
+def test_an_untrained_model_is_enough_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--seconds", "0.05", "--pairs", "1", "--n", "1000", "--reference-batch", "10"]
+    run("bench", "--model", "cifar_resnet20", "--weights", "untrained", *options)
+    assert "float32, eager, batches of 10)" in capsys.readouterr().out
+
+
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     run("list", "models", "cifar_resnet")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [

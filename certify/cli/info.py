@@ -75,8 +75,8 @@ def doctor(as_json: bool) -> None:
     report: dict[str, Any] = {"hub": _hub(hub)}
     import torch
 
+    from certify.machine import machine_name
     from certify.runner import versions
-    from certify.tuning import machine_name
 
     report["versions"] = versions()
     report["devices"] = [f"cpu ({torch.get_num_threads()} threads, {machine_name(torch.device('cpu'))})"]

@@ -23,7 +23,7 @@ def show_plan(
     smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, file: RunFile, say: Callable[[str], None]
 ) -> None:
     """What was asked for and what it turned out to be; warn of what cannot work."""
-    from certify.smoothing import largest_radius
+    from certify.certificates import largest_radius
 
     header, sigma = file.header, smoothed.noise.scale
     for step in header["pipeline"]:

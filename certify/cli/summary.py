@@ -38,8 +38,8 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool) -> None:
 
 def _radii(header: dict[str, Any]) -> list[float]:
     from analysis.curves import default_radii
+    from certify.certificates import largest_radius
     from certify.noise import NOISES
-    from certify.smoothing import largest_radius
 
     noise = NOISES.get(header["noise"])(header["sigma"])
     return default_radii(largest_radius(noise, header["n"], header["alpha"], header["bound"]))
