@@ -97,7 +97,7 @@ class Plain(nn.Module):
         self.pipeline = base
         if convertible(base):
             self.pipeline = copy.deepcopy(base).to(memory_format=torch.contiguous_format)
-            self.pipeline.classifier.channels_last = False  # type: ignore[attr-defined]
+            self.pipeline.channels_last = self.pipeline.classifier.channels_last = False  # type: ignore[attr-defined]
 
     def forward(self, images: Tensor) -> Tensor:
         """Labels ``(B,)`` of noisy images ``(B, C, H, W)``."""

@@ -77,29 +77,30 @@ def amounts(case: str, o: argparse.Namespace) -> None:
 
 
 def whole(case: str, o: argparse.Namespace, n: int, found: Measured) -> tuple[float, float, str]:
-    """The middle one of five whole runs of each, in turn; the engine remembers its choice from the first on."""
+    """The middle one of five whole runs of each, in turn; the engine decides anew in each (compiled code is cached)."""
     pairs = []
-    plain, images = smoothed(case, o)
-    loop = Plain(plain.base)
     for i in range(6):
-        g = SmoothedClassifier(plain.classifier, 0.25, denoiser=plain.base.denoiser, device=o.device)
+        g, images = smoothed(case, o)
+        loop = Plain(g.base)
         start = time.perf_counter()
+        g.prepare(images[0], n, again=True)
         g.votes(images[0], n, stage="benchmark", image_id=str(i))
         middle = time.perf_counter()
-        reference_votes(loop, images[0], 0.25, n, found.reference_batch, plain.num_classes)
+        reference_votes(loop, images[0], 0.25, n, found.reference_batch, g.num_classes)
         pairs.append((middle - start, time.perf_counter() - middle))
     mine, theirs = (sorted(t)[2] for t in zip(*pairs[1:], strict=True))
     return mine, theirs, "whole runs"
 
 
 def memory(case: str, o: argparse.Namespace) -> None:
-    """Peak memory of processes that differ in n alone: two batches, 100 and 1,000."""
+    """Peak memory of processes that run alike and differ in n alone: 2, 10 and 100 batches."""
     g, images = smoothed(case, o)
     batch = g.prepare(images[0], 10**6).batch_size
     peaks = {}
     for n in (2 * batch, 10 * batch, 100 * batch):
         command = [sys.executable, __file__, "peak", case, "--n", str(n), "--batch-size", str(batch)]
-        command += ["--compile", o.compile, *(["--classifiers", o.classifiers] if o.classifiers else [])]
+        command += ["--compile", o.compile, "--precision", o.precision]
+        command += ["--classifiers", o.classifiers] if o.classifiers else []
         peaks[n] = int(subprocess.run(command, capture_output=True, check=True).stdout.split()[-1])
     print(f"{case}, batches of {batch}: " + ", ".join(f"n = {n:,}: {p / 1024:,.0f} MiB" for n, p in peaks.items()))
     save(case, {"peak_kib": peaks, "batch_size": batch})
@@ -108,6 +109,7 @@ def memory(case: str, o: argparse.Namespace) -> None:
 def peak(case: str, o: argparse.Namespace) -> None:
     """Peak memory of this process after n samples, in KiB."""
     g, images = smoothed(case, o)
+    g.prepare(images[0], 10**6)
     g.votes(images[0], o.n, stage="benchmark")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 

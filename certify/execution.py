@@ -38,6 +38,7 @@ class Execution:
         compiled: whether denoiser, normalisation, network and argmax run as one compiled function.
         batch_size: samples a forward pass.
         why: how this was decided, in words.
+        failed: what was wanted and could not be done, such as compiling; empty when all went well.
     """
 
     precision: str
@@ -45,6 +46,7 @@ class Execution:
     compiled: bool
     batch_size: int
     why: tuple[str, ...] = ()
+    failed: str = ""
 
     @property
     def plain(self) -> bool:
@@ -144,7 +146,7 @@ def _fold(fast: Pipeline, base: Pipeline, noisy: Tensor) -> bool:
     if folded_net is None and folded_denoiser is None:
         return False
     classifier.net, fast.denoiser = folded_net or net, folded_denoiser or denoiser
-    classifier.net.to(memory_format=torch.channels_last)
+    fast.to(memory_format=torch.channels_last)
     try:
         with torch.no_grad():
             same = torch.allclose(fast.logits(noisy), base.logits(noisy), rtol=1e-3, atol=1e-3, equal_nan=True)
@@ -157,7 +159,7 @@ def _fold(fast: Pipeline, base: Pipeline, noisy: Tensor) -> bool:
 
 def _folded(net: nn.Module) -> nn.Module | None:
     """The network with its batch norms folded; None where there are none, or where it cannot be traced."""
-    if not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
+    if not _batch_norms(net):
         return None
     from torch.fx.experimental.optimization import fuse
 
@@ -166,7 +168,11 @@ def _folded(net: nn.Module) -> nn.Module | None:
         folded: nn.Module = fuse(graph, inplace=True, no_trace=True)
     except Exception:  # control flow that depends on the data
         return None
-    return folded.eval()
+    return folded.eval() if _batch_norms(folded) < _batch_norms(net) else None
+
+
+def _batch_norms(net: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
 
 
 def _cast(fast: Pipeline, precision: str, noisy: Tensor) -> None:
@@ -203,9 +209,8 @@ class Compiled:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Labels ``(B,)`` of noisy images ``(B, C, H, W)``; compiles at the first batch of a shape."""
-        if images.shape in self._shapes:
-            return self._function(images)
-        from torch._inductor import config  # takes half a second, which eager runs need not wait for
+        from torch._dynamo import config as tracing  # takes half a second, which eager runs need not wait for
+        from torch._inductor import config as lowering
 
         # Freezing must be set while the function is traced, not only while it is lowered: as an option of
         # torch.compile it has no effect. One launch a batch on an accelerator, by a recorded graph.
@@ -214,10 +219,14 @@ class Compiled:
             options["triton.cudagraphs"] = True
         else:
             options["compile_threads"] = 1  # no worker processes, which would go on beside the run
-        with config.patch(options), _quiet():
-            labels = self._function(images)
-        self._shapes.add(images.shape)
-        return labels
+        with lowering.patch(options), tracing.patch(recompile_limit=64):
+            images = images.contiguous()
+            if images.shape in self._shapes:
+                return self._function(images)
+            with _quiet():
+                labels = self._function(images)
+            self._shapes.add(images.shape)
+            return labels
 
     def describe(self) -> dict[str, Any]:
         """What the base classifier says."""
@@ -231,11 +240,11 @@ def _compiled(fast: BaseClassifier, execution: Execution, noisy: Tensor) -> tupl
         with torch.no_grad():
             function = Compiled(fast)
             expected, labels = fast(noisy), function(noisy)
-            if labels.shape != expected.shape or (labels == expected).double().mean() < 0.5:
+            if labels.shape != expected.shape or (labels != expected).sum() > max(1, len(labels) // 20):
                 raise RuntimeError("the compiled function gives other labels")
     except Exception as error:  # no compiler, an operator it does not know, a bug in it: all the same to the user
-        reason = f"compilation failed ({type(error).__name__}: {first_line(error)[:160]}), running eagerly"
-        return fast, replace(execution, compiled=False, why=(*execution.why, reason))
+        reason = f"compilation failed ({type(error).__name__}: {first_line(error)[:160]}): running eagerly"
+        return fast, replace(execution, compiled=False, why=(*execution.why, reason), failed=reason)
     return function, execution
 
 

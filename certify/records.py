@@ -167,7 +167,8 @@ def _check(run: Run) -> None:
 class RunFile:
     """A run file being written: created with its header, or continued where it stopped.
 
-    Every image is appended and flushed at once, so a kill loses at most the image in work. Use as a context manager.
+    Every image is appended and flushed at once, so a kill loses at most the images in work, those that share a
+    batch. Use as a context manager.
 
     Args:
         path: of the file.

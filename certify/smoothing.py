@@ -129,14 +129,14 @@ class SmoothedClassifier:
         """For each image the tallies of its stages; images share batches.
 
         Args:
-            images: pairs of an image ``(C, H, W)`` and the name of its noise (None: a hash of the image), pulled as
-                they are needed, in another thread.
+            images: pairs of an image ``(C, H, W)`` and the name of its noise (None: a hash of the image), pulled a few
+                blocks of noise ahead.
             stages: noisy copies of each stage; each stage draws its own.
             seed: with the name and the stage it fixes all noise.
             clean: whether to label the image without noise too, as stage ``"clean"``.
             progress: called with the number of noisy samples done since the last call.
         """
-        from certify.execution import Execution
+        from certify.execution import Execution, default_batch_size
         from certify.streams import stream_key
         from certify.votes import Job, count_votes
 
@@ -146,7 +146,8 @@ class SmoothedClassifier:
             return
         if self.execution is None and stages:
             self.prepare(first[0], sum(stages.values()))
-        execution = self.execution or Execution("float32", False, False, self.wanted.batch_size or 100)
+        size = self.wanted.batch_size or default_batch_size(self._check(first[0]).to(self.device))
+        execution = self.execution or Execution("float32", False, False, size)
 
         def jobs() -> Iterator[Job]:
             for image, name in itertools.chain([first], queue):

@@ -13,26 +13,30 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from certify import __version__
 from certify.errors import CertifyError, UserError
 from certify.execution import PRECISIONS, Execution, cache_folder, convertible, default_batch_size, prepare
 from certify.machine import machine_name, product_speed, room_for_inputs
 from certify.streams import block_generator, block_size
 from certify.types import BaseClassifier, Noise
+from certify.votes import label_batch
 
 LITTLE_WORK = 2**24
 """Values (samples x C x H x W) below which nothing is measured, folded or compiled."""
 
+_SHORT = 5.0  # seconds: a shorter run is not worth measuring precisions and batch sizes for
 _SHARE = 0.02  # of the run that may go into measuring, compilation apart
 _FASTER = 1.05  # what counts as faster: below, it may be the machine's noise
 _WORTH_TRYING = 1.5  # a precision's matrix products over float32's
 _AGREEMENT = 0.95  # of labels with float32: below, a precision is not chosen
+
+_REMEMBERED = 500  # choices
 
 # What compiling costs and brings, before it was tried here (benchmarks/log.md).
 _COMPILE_SECONDS, _COMPILE_SECONDS_A_LAYER = 5.0, 0.05
@@ -59,6 +63,8 @@ class Wanted:
             raise UserError(f"precision {self.precision!r}; expected auto, {', '.join(PRECISIONS)}")
         if self.compile not in ("auto", "on", "off"):
             raise UserError(f"compile {self.compile!r}; expected auto, on or off")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"batch size {self.batch_size}; expected a whole number from 1, or None for auto")
 
 
 def choose(
@@ -72,38 +78,43 @@ def choose(
         noise: the smoothing distribution.
         samples: noisy copies that the run holds.
         wanted: what is fixed already.
-        again: whether to measure although a choice is remembered.
+        again: measure although a choice is remembered, and leave that one as it is.
     """
     size = wanted.batch_size or default_batch_size(example)
-    first = Execution(
-        "float32" if wanted.precision == "auto" else wanted.precision, False, wanted.compile == "on", size
-    )
-    if not convertible(base):
-        return prepare(base, first, example)
-    if samples * example.numel() <= LITTLE_WORK:
-        return prepare(base, replace(first, why=("little work: nothing measured",)), example)
+    precision = "float32" if wanted.precision == "auto" else wanted.precision
+    first = Execution(precision, folded=False, compiled=False, batch_size=size)
+    if not convertible(base) or samples * example.numel() <= LITTLE_WORK:
+        why = ("little work: nothing measured",) if convertible(base) else ()
+        return prepare(base, replace(first, compiled=wanted.compile == "on", why=why), example)
     key = _key(base, example, samples, wanted)
     remembered = None if again else _recall(key)
     if remembered is not None:
         return prepare(base, remembered, example)
-    search = _Search(base, example, noise, samples)
-    search.consider(replace(first, folded=True, compiled=False))
-    if wanted.precision == "auto":
-        search.precisions()
-    if wanted.batch_size is None:
-        search.batch_sizes()
+    search = _Search(base, example, noise, samples, first)
+    if (wanted.precision, wanted.compile) != ("float32", "off"):  # which asks for the classifier untouched
+        search.fold()
+    if search.seconds > _SHORT:
+        if wanted.precision == "auto":
+            search.precisions()
+        if wanted.batch_size is None:
+            search.batch_sizes()
     if wanted.compile == "on" or (wanted.compile == "auto" and search.compiling_pays()):
         search.compile(forced=wanted.compile == "on")
-    _remember(key, search.best)
+    if not again and not search.best.failed:
+        _remember(key, search.best)
     return search.run, search.best
 
 
 class _Search:
     """The fastest execution found so far, its speed, and what was learnt on the way."""
 
-    def __init__(self, base: BaseClassifier, example: Tensor, noise: Noise, samples: int) -> None:
+    def __init__(self, base: BaseClassifier, example: Tensor, noise: Noise, samples: int, first: Execution) -> None:
         self.base, self.example, self.noise, self.samples = base, example, noise, samples
-        self.run, self.best, self.speed = base, Execution("float32", False, False, 1), 0.0
+        self.run, self.best = prepare(base, first, example)
+        batch = self.batch(first.batch_size)
+        with torch.no_grad():
+            self.best = replace(self.best, batch_size=label_batch(self.run, batch)[1])
+        self.speed = measure_speed(self.run, batch)
 
     @property
     def seconds(self) -> float:
@@ -114,16 +125,27 @@ class _Search:
         generator = block_generator(b"tune" * 8, 0, self.example.device)
         return self.noise.sample((size, *self.example.shape), generator).to(self.example.device).add_(self.example)
 
-    def consider(self, execution: Execution, faster: float = 0.0) -> float:
-        """Measure; keep it when it is so many times faster. Returns its speed."""
-        run, real = prepare(self.base, execution, self.example)
-        speed = measure_speed(run, self.batch(real.batch_size))
-        if speed > faster * self.speed:
-            self.run, self.best, self.speed = run, real, speed
-        return speed
+    def better(
+        self, run: BaseClassifier, execution: Execution, factor: float, *, rounds: int = 2
+    ) -> tuple[float, float]:
+        """Both in turn; the new one is taken when it is so many times faster. Returns the old and the new speed."""
+        mine, other = self.batch(self.best.batch_size), self.batch(execution.batch_size)
+        turns = [(measure_speed(self.run, mine), measure_speed(run, other)) for _ in range(rounds)]
+        old, new = max(a for a, _ in turns), max(b for _, b in turns)
+        self.speed = old
+        if new > factor * old:
+            self.run, self.best, self.speed = run, replace(execution, why=self.best.why), new
+        return old, new
 
     def say(self, why: str) -> None:
         self.best = replace(self.best, why=(*self.best.why, why))
+
+    def fold(self) -> None:
+        """Batch norms into convolutions, where there are any and it helps."""
+        run, real = prepare(self.base, replace(self.best, folded=True), self.example)
+        if real.folded:
+            old, new = self.better(run, real, 1.0)
+            self.say(f"batch norms {'' if self.best.folded else 'not '}folded: {new:,.0f} samples/s against {old:,.0f}")
 
     def precisions(self) -> None:
         """16-bit arithmetic, where the machine is faster at it and the labels stay."""
@@ -133,25 +155,25 @@ class _Search:
             slow = " and ".join(f"{gain:.2g} in {precision}" for precision, gain in gains.items())
             self.say(f"float32: matrix products run at {slow} of its speed here")
         for precision in (p for p, gain in gains.items() if gain >= _WORTH_TRYING):
-            before, execution = self.speed, replace(self.best, precision=precision)
             try:
-                run, _ = prepare(self.base, execution, self.example)
+                run, real = prepare(self.base, replace(self.best, precision=precision), self.example)
                 agreement = self.agreement(run)
             except CertifyError as error:
                 self.say(f"not {precision}: {error}")
                 continue
             if agreement < _AGREEMENT:
                 self.say(f"not {precision}: {agreement:.0%} of labels agree with float32's")
-            elif (speed := self.consider(execution, 1.2)) > 1.2 * before:
-                self.say(f"{precision}: {speed / before:.1f} times float32's {before:,.0f} samples/s")
+                continue
+            old, new = self.better(run, real, 1.2)
+            if self.best.precision == precision:
+                self.say(f"{precision}: {new:,.0f} samples/s against float32's {old:,.0f}")
                 return
-            else:
-                self.say(f"not {precision}: {speed / before:.2f} times float32's speed")
+            self.say(f"not {precision}: {new / old:.2f} times float32's speed")
 
     def agreement(self, run: BaseClassifier) -> float:
-        noisy = self.batch(min(100, max(8, int(_SHARE * self.seconds * self.speed))))
+        noisy = self.batch(min(100, max(8, int(_SHARE * self.samples))))
         with torch.no_grad():
-            return float((self.base(noisy) == run(noisy)).double().mean())
+            return float((label_batch(self.base, noisy)[0] == label_batch(run, noisy)[0]).double().mean())
 
     def batch_sizes(self) -> None:
         """Larger batches while they are faster; if the first is not, smaller ones. Stops at its share of the time."""
@@ -160,7 +182,7 @@ class _Search:
         for factor in (4.0, 0.25):
             size = round(self.best.batch_size * factor)
             while size >= 1 and size * self.example.numel() <= room_for_inputs(self.example.device):
-                if time.perf_counter() + 3 * size / self.speed > end:
+                if time.perf_counter() + 5 * size / self.speed > end:
                     break
                 sizes.append(size)
                 if not self._faster_in(size):
@@ -172,14 +194,11 @@ class _Search:
             self.say(f"batches of {self.best.batch_size}: {self.speed:,.0f} samples/s, fastest of {sorted(sizes)}")
 
     def _faster_in(self, size: int) -> bool:
-        try:
-            speed = measure_speed(self.run, self.batch(size))
-        except Exception:  # out of memory, most likely
-            return False
-        if speed <= _FASTER * self.speed:
-            return False
-        self.best, self.speed = replace(self.best, batch_size=size), speed
-        return True
+        with torch.no_grad():
+            if label_batch(self.run, self.batch(size))[1] < size:  # it does not fit in memory
+                return False
+        self.better(self.run, replace(self.best, batch_size=size), _FASTER)
+        return self.best.batch_size == size
 
     def compiling_pays(self) -> bool:
         """Whether the time it saves is well above what it costs, by what was measured elsewhere."""
@@ -201,25 +220,18 @@ class _Search:
         if not real.compiled:
             self.best = real
             return
-        batch = self.batch(real.batch_size)
-        before, speed = (
-            max(speeds)
-            for speeds in zip(*([measure_speed(f, batch) for f in (self.run, run)] for _ in range(3)), strict=True)
-        )
-        if forced or speed > _FASTER * before:
-            self.run, self.best, self.speed = run, real, speed
-            self.say(f"compiled in {cost:.0f} s: {speed:,.0f} samples/s against {before:,.0f}")
-        else:
-            self.say(f"eager: compiled in {cost:.0f} s it ran {speed:,.0f} samples/s, eagerly {before:,.0f}")
+        old, new = self.better(run, real, 0.0 if forced else _FASTER, rounds=3)
+        how = "compiled" if self.best.compiled else "eager: compiled"
+        self.say(f"{how} in {cost:.0f} s: {new:,.0f} samples/s against {old:,.0f} eagerly")
 
 
-def measure_speed(run: Callable[[Tensor], Tensor], batch: Tensor, seconds: float = 0.2) -> float:
+def measure_speed(run: BaseClassifier, batch: Tensor, seconds: float = 0.2) -> float:
     """Samples a second of one batch again and again; its labels are thrown away."""
     with torch.no_grad():
-        run(batch).cpu()
+        label_batch(run, batch)[0].cpu()
         done, start = 0, time.perf_counter()
         while not done or time.perf_counter() - start < seconds:
-            run(batch).cpu()
+            label_batch(run, batch)[0].cpu()
             done += len(batch)
     return done / (time.perf_counter() - start)
 
@@ -228,9 +240,10 @@ def measure_rate(run: BaseClassifier, example: Tensor, noise: Noise, size: int) 
     """Samples a second, noise included: one block of it and some batches."""
     length = block_size(example.numel())
     generator = block_generator(b"rate" * 8, 0, example.device)
-    noise.sample((length, *example.shape), generator)  # the first one pays for memory
+    float(noise.sample((length, *example.shape), generator).sum())  # the first one pays for memory
     start = time.perf_counter()
     noisy = noise.sample((length, *example.shape), generator).to(example.device).add_(example)
+    float(noisy[-1, -1, -1, -1])  # waits for the device
     drawing = (time.perf_counter() - start) / length
     repeats = -(-size // length)
     return 1.0 / (drawing + 1.0 / measure_speed(run, noisy.repeat(repeats, 1, 1, 1)[:size], 0.5))
@@ -250,6 +263,7 @@ def _round(samples: float) -> int:
 def _key(base: BaseClassifier, example: Tensor, samples: int, wanted: Wanted) -> str:
     """Everything a choice depends on; amounts of work within a factor of three share one."""
     facts = {
+        "certify": __version__,
         "base": base.describe(),
         "shape": list(example.shape),
         "work": round(2 * math.log10(samples)),
@@ -274,9 +288,12 @@ def _recall(key: str) -> Execution | None:
     """The choice made here before; anything unreadable is none."""
     try:
         found = _choices()[key]
-        execution = Execution(**{**found["execution"], "why": tuple(found["execution"]["why"])})
+        execution = Execution(**{**found["execution"], "why": tuple(map(str, found["execution"]["why"]))})
         date = str(found["date"])
     except (KeyError, TypeError):
+        return None
+    numbers = (execution.folded, execution.compiled, execution.batch_size)
+    if execution.precision not in PRECISIONS or [type(n) for n in numbers] != [bool, bool, int] or numbers[2] < 1:
         return None
     return replace(execution, why=(*execution.why, f"chosen on this machine on {date}"))
 
@@ -284,7 +301,7 @@ def _recall(key: str) -> Execution | None:
 def _remember(key: str, execution: Execution) -> None:
     """Best effort: a home that cannot be written costs the measurements again, nothing else."""
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    choices = {**_choices(), key: {"execution": asdict(execution), "date": date}}
+    choices = dict([*_choices().items(), (key, {"execution": asdict(execution), "date": date})][-_REMEMBERED:])
     path = cache_folder() / "choices.json"
     beside = path.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):

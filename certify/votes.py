@@ -89,9 +89,10 @@ def count_votes(
             labels, largest = label_batch(classifier, noisy)
             labels = labels[:waiting]
             start = 0
-            for count, piece in batch:
-                count.add(labels[start : start + len(piece)])
-                start += len(piece)
+            for count, pieces in itertools.groupby(batch, key=lambda part: part[0]):
+                length = sum(len(piece) for _, piece in pieces)
+                count.add(labels[start : start + length])
+                start += length
         if progress is not None and (done := sum(len(piece) for count, piece in batch if count.job.key)):
             progress(done)
         size, waiting = min(size, largest), 0
@@ -124,14 +125,15 @@ class _Count:
         self.job, self.missing = job, job.trials
         self.num_classes = num_classes
         self.bins = torch.zeros(num_classes + 2, dtype=torch.int64, device=job.image.device)
-        self.highest = self.bins[0]
+        self.lowest = self.highest = self.bins[0]
         self.kept: list[Tensor] = []
 
     def add(self, labels: Tensor) -> None:
         if self.job.trials - self.missing < self.job.keep:
             self.kept.append(labels.clone())  # a compiled function may use the memory again
         self.missing -= len(labels)
-        self.highest = torch.maximum(self.highest, labels.amax())
+        low, high = labels.aminmax()
+        self.lowest, self.highest = torch.minimum(self.lowest, low), torch.maximum(self.highest, high)
         index = torch.where((labels >= FAILED) & (labels < self.num_classes), labels, self.num_classes).add_(1)
         self.bins.index_add_(0, index, torch.ones_like(index))
 
@@ -140,7 +142,7 @@ class _Count:
         if wrong:
             raise UserError(
                 f"the base classifier returned {wrong:,} of {self.job.trials:,} labels outside 0 to "
-                f"{self.num_classes - 1} (the highest is {int(self.highest)}; {FAILED} is a failed trial)"
+                f"{self.num_classes - 1} (from {int(self.lowest)} to {int(self.highest)}; {FAILED} is a failed trial)"
             )
         labels = torch.cat(self.kept)[: self.job.keep].cpu() if self.kept else torch.empty(0, dtype=torch.int64)
         return Tally(Votes(tuple(by_class), failures), labels)
@@ -219,11 +221,12 @@ def label_batch(classifier: BaseClassifier, batch: Tensor) -> tuple[Tensor, int]
                 f"the base classifier returned {labels.dtype} of shape {tuple(labels.shape)} for {len(batch)} images; "
                 f"expected integer labels ({len(batch)},)"
             )
-        return labels, len(batch)
+        return labels.long(), len(batch)
     if batch.device.type == "cuda":
         torch.cuda.empty_cache()
     half = (len(batch) + 1) // 2
     first, fits = label_batch(classifier, batch[:half])
+    first = first.clone()  # a compiled function may use the memory again
     second, _ = label_batch(classifier, batch[half:])
     return torch.cat([first, second]), fits
 

@@ -13,19 +13,23 @@ from certify.errors import CertifyError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from certify.execution import Execution
     from certify.images import ImageSet
-    from certify.records import RunFile
     from certify.runner import Settings
     from certify.smoothing import SmoothedClassifier
 
 
 def show_plan(
-    smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, file: RunFile, say: Callable[[str], None]
+    smoothed: SmoothedClassifier,
+    images: ImageSet,
+    settings: Settings,
+    header: dict[str, Any],
+    say: Callable[[str], None],
 ) -> None:
     """What was asked for and what it turned out to be; warn of what cannot work."""
     from certify.certificates import largest_radius
 
-    header, sigma = file.header, smoothed.noise.scale
+    sigma = smoothed.noise.scale
     for step in header["pipeline"]:
         if step["step"] == "denoiser":
             say(f"denoiser   {step['name']}, between the noise and the classifier")
@@ -38,14 +42,6 @@ def show_plan(
     classes = {label for label in images.labels if label is not None}
     if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
         warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")
-    threads = f", {_threads()} threads" if smoothed.device.type == "cpu" else ""
-    say(f"device     {smoothed.device}{threads}")
-    if smoothed.execution is not None:
-        say(f"engine     {smoothed.execution.describe()}")
-        for why in smoothed.execution.why:
-            say(f"           {why}")
-    there = f": {len(file.done):,} of {len(images):,} images are there already" if file.resumed else ""
-    say(f"run file   {file.path}{there}")
     if settings.procedure == "predict":
         say(f"procedure  predict: n = {settings.n:,}, alpha = {settings.alpha:g}, sigma = {sigma:g} in [0, 1] pixels")
         need = 1 + math.ceil(-math.log2(settings.alpha))  # n agreeing votes have a p-value of 2^(1 - n)
@@ -66,6 +62,14 @@ def show_plan(
             f"n = {settings.n} can certify nothing at alpha = {settings.alpha:g}: every image will abstain; "
             f"pass --n {need} or more"
         )
+
+
+def show_engine(execution: Execution, smoothed: SmoothedClassifier, say: Callable[[str], None]) -> None:
+    """How the base classifier is run, where, and why so."""
+    threads = f" ({_threads()} threads)" if smoothed.device.type == "cpu" else ""
+    say(f"engine     {execution.describe()}, on {smoothed.device}{threads}")
+    for why in execution.why:
+        say(f"           {why}")
 
 
 def first_image(images: ImageSet) -> Tensor | None:

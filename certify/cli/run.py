@@ -13,11 +13,14 @@ import click
 
 from certify.cli import options
 from certify.cli.options import check_radii
-from certify.cli.plan import check_base, clock, first_image, show_plan
+from certify.cli.plan import check_base, clock, first_image, show_engine, show_plan
 from certify.cli.summary import summarise, warn
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from certify.execution import Execution
     from certify.images import ImageSet
     from certify.records import RunFile
     from certify.runner import Settings
@@ -73,8 +76,8 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     smoothed = load_smoothed(o)
     images = _images(o, smoothed.classifier)
 
-    from certify.records import RunFile, read_run
-    from certify.runner import Settings, run_header
+    from certify.records import RunFile, peek_header, read_run
+    from certify.runner import Settings, execution_of, run_header, with_execution
 
     settings = Settings(o["n"], o["n0"], o["alpha"], o["seed"], o["bound"], procedure)
     command = "certify " + " ".join(shlex.quote(a) for a in sys.argv[1:])
@@ -88,12 +91,18 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         command=command,
     )
     path = _run_path(o["out"], header)
-    header = _prepare(smoothed, images, settings, header, path)
+    show_plan(smoothed, images, settings, header, say)
+    begun = peek_header(path)
+    execution = execution_of(begun, smoothed.wanted) if begun else _decide(smoothed, images, settings, say)
+    if execution is not None:
+        show_engine(execution, smoothed, say)
+        header = with_execution(header, execution)
     with RunFile(path, header) as file:
-        show_plan(smoothed, images, settings, file, say)
+        there = f": {len(file.done):,} of {len(images):,} images are there already" if file.resumed else ""
+        say(f"run file   {path}{there}")
         if demonstration:
             say(demonstration)
-        _work(smoothed, images, settings, file, o, say)
+        _work(smoothed, images, settings, file, execution, o, say)
     finished = read_run(path)
     if not finished.usable:
         first = finished.images[0]
@@ -148,22 +157,28 @@ def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
     )
 
 
-def _prepare(
-    smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, header: dict[str, Any], path: Path
-) -> dict[str, Any]:
-    """Decide how the base classifier is run, as the file says if the run was begun; the header that says so."""
-    from certify.records import peek_header
-    from certify.runner import execution_of, with_execution
-
-    begun = peek_header(path)
-    execution = execution_of(begun, smoothed.wanted) if begun else None
+def _decide(
+    smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, say: Callable[[str], None]
+) -> Execution | None:
+    """How to run the base classifier for so much work; None when no image can be read."""
     image = first_image(images)
     if image is None:
-        return header
-    execution = smoothed.prepare(image, len(images) * settings.samples, execution)
-    if any("compilation failed" in why for why in execution.why):
-        warn(execution.why[-1])
-    return with_execution(header, execution)
+        return None
+    say("engine     deciding how to run the classifier ...")
+    execution = smoothed.prepare(image, len(images) * settings.samples)
+    if execution.failed:
+        warn(execution.failed)
+    return execution
+
+
+def _prepare_again(smoothed: SmoothedClassifier, image: Tensor, execution: Execution, file: RunFile) -> None:
+    """Run the base classifier as the file says; stop where this machine cannot."""
+    real = smoothed.prepare(image, 1, execution)
+    if (real.precision, real.folded, real.compiled) != (execution.precision, execution.folded, execution.compiled):
+        raise UserError(
+            f"{file.path} was begun as {execution.describe()}; here it can only go on as {real.describe()} "
+            f"({real.why[-1]}): name another --out"
+        )
 
 
 def _without_data(o: dict[str, Any]) -> str:
@@ -205,6 +220,7 @@ def _work(
     images: ImageSet,
     settings: Settings,
     file: RunFile,
+    execution: Execution | None,
     o: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
@@ -216,7 +232,9 @@ def _work(
     left = len(images) - len(file.done)
     with _stoppable(file, len(images)):
         first = first_image(images) if left else None
-        if first is not None:
+        if first is not None and execution is not None:
+            if smoothed.execution is None:
+                _prepare_again(smoothed, first, execution, file)
             check_base(smoothed, images)
             rate = smoothed.measure_rate(first)
             total = left * settings.samples
