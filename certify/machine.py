@@ -32,9 +32,9 @@ def product_speed(precision: str, device: torch.device) -> float:
     size, most = (8192, 30) if accelerator else (1024, 5)
     dtype = PRECISIONS[precision]
     if not accelerator and dtype != torch.float32:  # without instructions of its own a product takes seconds
-        small = _product_seconds(256, dtype, device, 2)
-        if small > 4 * _product_seconds(256, torch.float32, device, 2):
-            return 2 * 256**3 / small
+        small = _product_seconds(128, dtype, device, 2)
+        if small > 4 * _product_seconds(128, torch.float32, device, 2):
+            return 2 * 128**3 / small
     return 2 * size**3 / _product_seconds(size, dtype, device, most)
 
 

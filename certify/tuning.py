@@ -30,6 +30,7 @@ from certify.votes import label_batch
 LITTLE_WORK = 2**24
 """Values (samples x C x H x W) below which nothing is measured, folded or compiled."""
 
+_WINDOW = 0.2  # seconds of one measurement, at most
 _SHORT = 5.0  # seconds: a shorter run is not worth measuring precisions and batch sizes for
 _SHARE = 0.02  # of the run that may go into measuring, compilation apart
 _FASTER = 1.05  # what counts as faster: below, it may be the machine's noise
@@ -114,7 +115,9 @@ class _Search:
         batch = self.batch(first.batch_size)
         with torch.no_grad():
             self.best = replace(self.best, batch_size=label_batch(self.run, batch)[1])
-        self.speed = measure_speed(self.run, batch)
+        self.window = 0.0
+        self.speed = measure_speed(self.run, batch, self.window)
+        self.window = min(_WINDOW, _SHARE / 4 * self.seconds)
 
     @property
     def seconds(self) -> float:
@@ -130,7 +133,10 @@ class _Search:
     ) -> tuple[float, float]:
         """Both in turn; the new one is taken when it is so many times faster. Returns the old and the new speed."""
         mine, other = self.batch(self.best.batch_size), self.batch(execution.batch_size)
-        turns = [(measure_speed(self.run, mine), measure_speed(run, other)) for _ in range(rounds)]
+        window = self.window
+        with torch.no_grad():
+            label_batch(run, other)
+        turns = [(measure_speed(self.run, mine, window), measure_speed(run, other, window)) for _ in range(rounds)]
         old, new = max(a for a, _ in turns), max(b for _, b in turns)
         self.speed = old
         if new > factor * old:
@@ -225,10 +231,9 @@ class _Search:
         self.say(f"{how} in {cost:.0f} s: {new:,.0f} samples/s against {old:,.0f} eagerly")
 
 
-def measure_speed(run: BaseClassifier, batch: Tensor, seconds: float = 0.2) -> float:
-    """Samples a second of one batch again and again; its labels are thrown away."""
+def measure_speed(run: BaseClassifier, batch: Tensor, seconds: float) -> float:
+    """Samples a second of one batch again and again, for so long but at least once, once warm."""
     with torch.no_grad():
-        label_batch(run, batch)[0].cpu()
         done, start = 0, time.perf_counter()
         while not done or time.perf_counter() - start < seconds:
             label_batch(run, batch)[0].cpu()
@@ -246,7 +251,10 @@ def measure_rate(run: BaseClassifier, example: Tensor, noise: Noise, size: int) 
     float(noisy[-1, -1, -1, -1])  # waits for the device
     drawing = (time.perf_counter() - start) / length
     repeats = -(-size // length)
-    return 1.0 / (drawing + 1.0 / measure_speed(run, noisy.repeat(repeats, 1, 1, 1)[:size], 0.5))
+    batch = noisy.repeat(repeats, 1, 1, 1)[:size]
+    with torch.no_grad():
+        label_batch(run, batch)
+    return 1.0 / (drawing + 1.0 / measure_speed(run, batch, 0.5))
 
 
 def _compile_seconds(base: BaseClassifier) -> float:

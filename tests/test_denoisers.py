@@ -7,6 +7,7 @@ import torch
 
 from certify import SmoothedClassifier, load_classifier
 from denoisers import DENOISERS, load_denoiser
+from denoisers.dncnn import DnCNN
 
 
 @pytest.mark.parametrize("name", list(DENOISERS))
@@ -46,3 +47,11 @@ def test_a_denoiser_is_part_of_the_base_classifier() -> None:
     assert [step["step"] for step in denoised.base.describe()["steps"]] == ["denoiser", "classifier"]
     x = torch.rand(5, 1, 8, 8)
     assert denoised.base(x).tolist() == classifier(load_denoiser("median")(x, 0.25)).tolist()
+
+
+@pytest.mark.parametrize("channels", [64, 128])
+def test_dncnn_has_the_published_size_and_starts_as_the_identity(channels: int) -> None:
+    net = DnCNN(channels).eval()
+    assert sum(p.numel() for p in net.parameters()) == {64: 558_400, 128: 2_222_720}[channels]
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(net(images, 0.25), images)

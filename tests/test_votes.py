@@ -1,0 +1,143 @@
+"""The loop: images share batches, blocks are drawn at once, memory stays small; the votes are those of each alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from certify import Gaussian
+from certify.pipeline import Pipeline
+from certify.streams import block_generator, block_size, stream_key
+from certify.votes import Job, count_votes
+
+STAGES = {"selection": 10, "estimation": 1500}
+
+
+class TestLoop:
+    @pytest.mark.parametrize("batch_size", [1, 64, 1000])
+    def test_images_that_share_batches_get_the_votes_they_get_alone(
+        self, batch_size: int, linear_classifier: Any
+    ) -> None:
+        f = Pipeline(linear_classifier(torch.ones(12), 6.0))
+        images = [torch.full((3, 2, 2), v) for v in (0.45, 0.5, 0.55)]
+        jobs = [Job(x, stream_key(0, str(i), s), n, keep=3) for i, x in enumerate(images) for s, n in STAGES.items()]
+        alone = [next(count_votes(f, Gaussian(0.25), [job], batch_size=1000)) for job in jobs]
+        together = list(count_votes(f, Gaussian(0.25), jobs, batch_size=batch_size))
+        assert [t.votes for t in together] == [t.votes for t in alone]
+        assert [t.labels.tolist() for t in together] == [t.labels.tolist() for t in alone]
+
+    def test_full_batches(self, linear_classifier: Any) -> None:
+        """Twenty images of 10 + 20 samples: batches of 64 to the last but one, not sixty small ones."""
+        sizes: list[int] = []
+
+        class Spy(linear_classifier):  # type: ignore[misc]
+            def __call__(self, images: Tensor) -> Tensor:
+                sizes.append(len(images))
+                return super().__call__(images)
+
+        f = Pipeline(Spy(torch.ones(12), 6.0))
+        image = torch.full((3, 2, 2), 0.5)
+        jobs = [Job(image, stream_key(0, str(i), s), n) for i in range(20) for s, n in (("a", 10), ("b", 20))]
+        tallies = list(count_votes(f, Gaussian(0.25), jobs, batch_size=64))
+        assert sizes == [64] * 9 + [24]
+        assert [t.votes.trials for t in tallies] == [10, 20] * 20
+
+    def test_without_noise_the_image_itself(self, linear_classifier: Any) -> None:
+        f = Pipeline(linear_classifier(torch.ones(12), 6.0))
+        jobs = [Job(torch.full((3, 2, 2), v), None, 1, keep=1) for v in (0.4, 0.6, 0.4)]
+        assert [int(t.labels) for t in count_votes(f, Gaussian(0.25), jobs, batch_size=2)] == [0, 1, 0]
+
+    def test_images_of_several_sizes(self) -> None:
+        class Mean:
+            num_classes = 2
+
+            def __call__(self, images: Tensor) -> Tensor:
+                return (images.mean((1, 2, 3)) > 0.5).long()
+
+            def describe(self) -> dict[str, Any]:
+                return {}
+
+        shapes = [(1, 4, 4), (1, 8, 8), (3, 4, 4)]
+        jobs = [Job(torch.full(s, 0.6), stream_key(0, str(s), "a"), 150) for s in shapes]
+        assert [t.votes.trials for t in count_votes(Mean(), Gaussian(0.1), jobs, batch_size=64)] == [150] * 3
+
+    def test_memory_that_is_too_small_is_learnt_once(self, linear_classifier: Any) -> None:
+        """After one batch that did not fit, all later ones are smaller: no failure a batch."""
+        failures: list[int] = []
+
+        class Small(linear_classifier):  # type: ignore[misc]
+            def __call__(self, images: Tensor) -> Tensor:
+                if len(images) > 50:
+                    failures.append(len(images))
+                    raise MemoryError
+                return super().__call__(images)
+
+        f = Pipeline(Small(torch.ones(48), 24.0))
+        job = Job(torch.full((3, 4, 4), 0.5), stream_key(0, "x", "a"), 5000)
+        (tally,) = count_votes(f, Gaussian(0.25), [job], batch_size=400)
+        assert tally.votes.trials == 5000
+        assert failures == [400, 200, 100, 100, 200, 100, 100]
+
+    def test_a_classifier_that_uses_its_output_again(self, linear_classifier: Any) -> None:
+        """Labels in memory that the next call overwrites, as recorded graphs give them, and batches that are halved."""
+        buffer = torch.zeros(400, dtype=torch.int64)
+
+        class Reusing(linear_classifier):  # type: ignore[misc]
+            def __call__(self, images: Tensor) -> Tensor:
+                if len(images) > 100:
+                    raise MemoryError
+                return buffer[: len(images)].copy_(super().__call__(images))
+
+        job = Job(torch.full((3, 4, 4), 0.5), stream_key(0, "x", "a"), 1000, keep=500)
+        arguments = (torch.ones(48), 24.0)
+        (found,) = count_votes(Pipeline(Reusing(*arguments)), Gaussian(0.25), [job], batch_size=400)
+        (plain,) = count_votes(Pipeline(linear_classifier(*arguments)), Gaussian(0.25), [job], batch_size=400)
+        assert found.votes == plain.votes
+        assert torch.equal(found.labels, plain.labels)
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+    def test_labels_of_any_integer_type(self, dtype: torch.dtype, linear_classifier: Any) -> None:
+        class Typed(linear_classifier):  # type: ignore[misc]
+            def __call__(self, images: Tensor) -> Tensor:
+                return super().__call__(images).to(dtype)
+
+        job = Job(torch.full((3, 4, 4), 0.5), stream_key(0, "x", "a"), 1000)
+        (found,) = count_votes(Pipeline(Typed(torch.ones(48), 24.0)), Gaussian(0.25), [job], batch_size=400)
+        (plain,) = count_votes(Pipeline(linear_classifier(torch.ones(48), 24.0)), Gaussian(0.25), [job], batch_size=400)
+        assert found.votes == plain.votes
+
+    def test_blocks_drawn_at_once_are_the_blocks_drawn_one_by_one(self, linear_classifier: Any) -> None:
+        """Blocks of 307,200 values are drawn on several threads; the samples are those of the stream, in order."""
+        seen: list[Tensor] = []
+
+        class Spy(linear_classifier):  # type: ignore[misc]
+            def __call__(self, images: Tensor) -> Tensor:
+                seen.append(images.clone())
+                return super().__call__(images)
+
+        key, image = stream_key(0, "x", "a"), torch.zeros(3, 32, 32)
+        list(count_votes(Pipeline(Spy(torch.ones(3072), 0.0)), Gaussian(0.25), [Job(image, key, 450)], batch_size=64))
+        step = block_size(3072)
+        drawn = [0.25 * torch.randn((step, 3, 32, 32), generator=block_generator(key, b)) for b in range(5)]
+        assert torch.equal(torch.cat(seen), torch.cat(drawn)[:450])
+
+
+def test_memory_does_not_grow_with_n() -> None:
+    """Peak memory of 400,000 samples is that of 20,000, in processes of their own."""
+    code = """
+import resource, sys, torch
+from certify import SmoothedClassifier, load_classifier
+g = SmoothedClassifier(load_classifier("digits"), 0.25)
+g.votes(torch.rand(1, 8, 8), int(sys.argv[1]), stage="a")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", code, n], capture_output=True, check=True).stdout)
+        for n in ("20000", "400000")
+    ]
+    assert peaks[1] < 1.1 * peaks[0]
