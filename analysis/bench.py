@@ -132,9 +132,8 @@ def compare(
         progress: called with what is being done.
     """
     image = images[0].to(smoothed.device)
-    large = image.numel() > 2**14 and smoothed.device.type == "cpu"
-    batch = reference_batch or (16 if large else 1000)
-    sigma, plain = smoothed.noise.scale, Plain(smoothed.base)
+    batch = reference_batch or _usual_batch(image)
+    plain = Plain(smoothed.base)
     flops = _flops(plain, image)
 
     progress("deciding how to run")
@@ -143,30 +142,24 @@ def compare(
     prepared = time.perf_counter() - start
     ceiling = product_speed(execution.precision, smoothed.device)  # and at the end: a shared machine has its moments
 
-    def engine(samples: int) -> float:
-        start = time.perf_counter()
-        smoothed.votes(images[0], samples, stage="benchmark", image_id=str(len(rates["engine"])))
-        return samples / (time.perf_counter() - start)
+    def engine(samples: int) -> None:
+        smoothed.votes(images[0], samples, stage="benchmark")
 
-    def reference(samples: int) -> float:
-        start = time.perf_counter()
-        reference_votes(plain, image, sigma, samples, batch, smoothed.num_classes)
-        return samples / (time.perf_counter() - start)
+    def reference(samples: int) -> None:
+        reference_votes(plain, image, smoothed.noise.scale, samples, batch, smoothed.num_classes)
 
-    rates: dict[str, list[float]] = {"engine": [], "reference": []}
     progress("warming up")
-    lengths = {}
-    for name, run, least in (("engine", engine, execution.batch_size), ("reference", reference, batch)):
+    turns = []
+    for run, least in ((engine, execution.batch_size), (reference, batch)):
         run(least)
-        speed = run(max(least, min(n, int(run(least)))))
-        lengths[name] = turn or _whole(speed * seconds, least)
+        turns.append((run, turn or _samples_in(seconds, run, least)))
+    rates = []
     for pair in range(pairs):
         progress(f"pair {pair + 1} of {pairs}")
-        rates["engine"].append(engine(lengths["engine"]))
-        rates["reference"].append(reference(lengths["reference"]))
+        rates.append([_rate(run, samples) for run, samples in turns])
 
-    ratios = [a / b for a, b in zip(rates["engine"], rates["reference"], strict=True)]
-    mine, theirs = statistics.median(rates["engine"]), statistics.median(rates["reference"])
+    ratios = [a / b for a, b in rates]
+    mine, theirs = (statistics.median(column) for column in zip(*rates, strict=True))
     progress("comparing labels")
     same, compared = _agreement(smoothed, images)
     ceiling = max(ceiling, product_speed(execution.precision, smoothed.device))
@@ -177,7 +170,7 @@ def compare(
         ratio_min=min(ratios),
         ratio_max=max(ratios),
         pairs=pairs,
-        turn=(lengths["engine"], lengths["reference"]),
+        turn=(turns[0][1], turns[1][1]),
         reference_batch=batch,
         prepared=prepared,
         certificate=prepared + n / mine,
@@ -195,8 +188,22 @@ def compare(
     )
 
 
-def _whole(samples: float, batch: int) -> int:
-    return max(1, round(samples / batch)) * batch
+def _usual_batch(image: Tensor) -> int:
+    large = image.numel() > 2**14 and image.device.type == "cpu"
+    return 16 if large else 1000
+
+
+def _rate(run: Callable[[int], None], samples: int) -> float:
+    start = time.perf_counter()
+    run(samples)
+    return samples / (time.perf_counter() - start)
+
+
+def _samples_in(seconds: float, run: Callable[[int], None], batch: int) -> int:
+    """Samples of so many seconds, in whole batches."""
+    guess = _rate(run, batch)
+    speed = _rate(run, max(1, round(guess / batch)) * batch)  # a second's worth
+    return max(1, round(speed * seconds / batch)) * batch
 
 
 def _flops(plain: Plain, image: Tensor) -> float:
