@@ -125,7 +125,8 @@ class _Count:
         self.job, self.missing = job, job.trials
         self.num_classes = num_classes
         self.bins = torch.zeros(num_classes + 2, dtype=torch.int64, device=job.image.device)
-        self.lowest = self.highest = self.bins[0]
+        extremes = torch.iinfo(torch.int64)
+        self.lowest, self.highest = self.bins.new_tensor(extremes.max), self.bins.new_tensor(extremes.min)
         self.kept: list[Tensor] = []
 
     def add(self, labels: Tensor) -> None:

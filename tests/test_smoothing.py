@@ -219,7 +219,7 @@ def test_a_label_out_of_range_is_an_error(linear_classifier: Any) -> None:
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             return torch.full((len(images),), 7)
 
-    with pytest.raises(ValueError, match="100 of 100 labels outside 0 to 1"):
+    with pytest.raises(ValueError, match=r"100 of 100 labels outside 0 to 1 \(from 7 to 7"):
         SmoothedClassifier(Wrong(torch.ones(4), 0.0), 0.25).certify(torch.zeros(1, 2, 2), n=100)
 
 
