@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -148,16 +148,8 @@ def compare(
     def reference(samples: int) -> None:
         reference_votes(plain, image, smoothed.noise.scale, samples, batch, smoothed.num_classes)
 
-    progress("warming up")
-    turns = []
-    for run, least in ((engine, execution.batch_size), (reference, batch)):
-        run(least)
-        turns.append((run, turn or _samples_in(seconds, run, least)))
-    rates = []
-    for pair in range(pairs):
-        progress(f"pair {pair + 1} of {pairs}")
-        rates.append([_rate(run, samples) for run, samples in turns])
-
+    runs = [(engine, execution.batch_size), (reference, batch)]
+    rates, lengths = _in_turn(runs, pairs, seconds, turn, progress)
     ratios = [a / b for a, b in rates]
     mine, theirs = (statistics.median(column) for column in zip(*rates, strict=True))
     progress("comparing labels")
@@ -170,7 +162,7 @@ def compare(
         ratio_min=min(ratios),
         ratio_max=max(ratios),
         pairs=pairs,
-        turn=(turns[0][1], turns[1][1]),
+        turn=(lengths[0], lengths[1]),
         reference_batch=batch,
         prepared=prepared,
         certificate=prepared + n / mine,
@@ -191,6 +183,26 @@ def compare(
 def _usual_batch(image: Tensor) -> int:
     large = image.numel() > 2**14 and image.device.type == "cpu"
     return 16 if large else 1000
+
+
+def _in_turn(
+    runs: Sequence[tuple[Callable[[int], None], int]],
+    pairs: int,
+    seconds: float,
+    turn: int | None,
+    progress: Callable[[str], None],
+) -> tuple[list[list[float]], list[int]]:
+    """Rates of the functions in every pair of turns, once warm, and the samples of their turns."""
+    progress("warming up")
+    lengths = []
+    for run, batch in runs:
+        run(batch)
+        lengths.append(turn or _samples_in(seconds, run, batch))
+    rates = []
+    for pair in range(pairs):
+        progress(f"pair {pair + 1} of {pairs}")
+        rates.append([_rate(run, samples) for (run, _), samples in zip(runs, lengths, strict=True)])
+    return rates, lengths
 
 
 def _rate(run: Callable[[int], None], samples: int) -> float:

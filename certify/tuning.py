@@ -113,8 +113,7 @@ class _Search:
         self.base, self.example, self.noise, self.samples = base, example, noise, samples
         self.run, self.best = prepare(base, first, example)
         batch = self.batch(first.batch_size)
-        with torch.no_grad():
-            self.best = replace(self.best, batch_size=label_batch(self.run, batch)[1])
+        self.best = replace(self.best, batch_size=label_batch(self.run, batch)[1])
         self.window = 0.0
         self.speed = measure_speed(self.run, batch, self.window)
         self.window = min(_WINDOW, _SHARE / 4 * self.seconds)
@@ -134,8 +133,7 @@ class _Search:
         """Both in turn; the new one is taken when it is so many times faster. Returns the old and the new speed."""
         mine, other = self.batch(self.best.batch_size), self.batch(execution.batch_size)
         window = self.window
-        with torch.no_grad():
-            label_batch(run, other)
+        label_batch(run, other)  # warms up
         turns = [(measure_speed(self.run, mine, window), measure_speed(run, other, window)) for _ in range(rounds)]
         old, new = max(a for a, _ in turns), max(b for _, b in turns)
         self.speed = old
@@ -178,8 +176,7 @@ class _Search:
 
     def agreement(self, run: BaseClassifier) -> float:
         noisy = self.batch(min(100, max(8, int(_SHARE * self.samples))))
-        with torch.no_grad():
-            return float((label_batch(self.base, noisy)[0] == label_batch(run, noisy)[0]).double().mean())
+        return float((label_batch(self.base, noisy)[0] == label_batch(run, noisy)[0]).double().mean())
 
     def batch_sizes(self) -> None:
         """Larger batches while they are faster; if the first is not, smaller ones. Stops at its share of the time."""
@@ -200,9 +197,8 @@ class _Search:
             self.say(f"batches of {self.best.batch_size}: {self.speed:,.0f} samples/s, fastest of {sorted(sizes)}")
 
     def _faster_in(self, size: int) -> bool:
-        with torch.no_grad():
-            if label_batch(self.run, self.batch(size))[1] < size:  # it does not fit in memory
-                return False
+        if label_batch(self.run, self.batch(size))[1] < size:  # it does not fit in memory
+            return False
         self.better(self.run, replace(self.best, batch_size=size), _FASTER)
         return self.best.batch_size == size
 
@@ -233,11 +229,10 @@ class _Search:
 
 def measure_speed(run: BaseClassifier, batch: Tensor, seconds: float) -> float:
     """Samples a second of one batch again and again, for so long but at least once, once warm."""
-    with torch.no_grad():
-        done, start = 0, time.perf_counter()
-        while not done or time.perf_counter() - start < seconds:
-            label_batch(run, batch)[0].cpu()
-            done += len(batch)
+    done, start = 0, time.perf_counter()
+    while not done or time.perf_counter() - start < seconds:
+        label_batch(run, batch)[0].cpu()
+        done += len(batch)
     return done / (time.perf_counter() - start)
 
 
@@ -252,8 +247,7 @@ def measure_rate(run: BaseClassifier, example: Tensor, noise: Noise, size: int) 
     drawing = (time.perf_counter() - start) / length
     repeats = -(-size // length)
     batch = noisy.repeat(repeats, 1, 1, 1)[:size]
-    with torch.no_grad():
-        label_batch(run, batch)
+    label_batch(run, batch)  # warms up
     return 1.0 / (drawing + 1.0 / measure_speed(run, batch, 0.5))
 
 

@@ -85,14 +85,13 @@ def count_votes(
         noisy = batch[0][1] if len(batch) == 1 else torch.cat([piece for _, piece in batch])
         if fixed_shape and len(noisy) < size:
             noisy = torch.cat([noisy, noisy[-1:].expand(size - len(noisy), -1, -1, -1)])
-        with torch.no_grad():
-            labels, largest = label_batch(classifier, noisy)
-            labels = labels[:waiting]
-            start = 0
-            for count, pieces in itertools.groupby(batch, key=lambda part: part[0]):
-                length = sum(len(piece) for _, piece in pieces)
-                count.add(labels[start : start + length])
-                start += length
+        labels, largest = label_batch(classifier, noisy)
+        labels = labels[:waiting]
+        start = 0
+        for count, pieces in itertools.groupby(batch, key=lambda part: part[0]):
+            length = sum(len(piece) for _, piece in pieces)
+            count.add(labels[start : start + length])
+            start += length
         if progress is not None and (done := sum(len(piece) for count, piece in batch if count.job.key)):
             progress(done)
         size, waiting = min(size, largest), 0
@@ -210,7 +209,8 @@ def _at_once(block: _Block) -> int:
 def label_batch(classifier: BaseClassifier, batch: Tensor) -> tuple[Tensor, int]:
     """Labels of one batch, and how many samples fit in memory at once: out of memory halves it and tries again."""
     try:
-        labels = classifier(batch)
+        with torch.no_grad():
+            labels = classifier(batch)
     except CertifyError:
         raise
     except Exception as error:  # any classifier may stand there, also the user's own code
