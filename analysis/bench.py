@@ -20,7 +20,8 @@ from certify.errors import UserError
 from certify.execution import Execution, convertible
 from certify.machine import machine_name, product_speed
 from certify.pipeline import Pipeline
-from certify.smoothing import KEPT, SmoothedClassifier
+from certify.sampling import KEPT
+from certify.smoothing import SmoothedClassifier
 
 
 @dataclass(frozen=True)

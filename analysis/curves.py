@@ -50,9 +50,16 @@ class Curve:
         return "certified accuracy" if self.labelled else "certified fraction"
 
     @property
+    def norm(self) -> str:
+        """What the radii are measured in."""
+        return str(self.run.header.get("norm", "l2"))
+
+    @property
     def note(self) -> str:
-        """What a reader must know: a partial run, images left out."""
+        """What a reader must know: a partial run, images left out, radii that were never asked for."""
         parts = []
+        if self.run.header.get("procedure") == "decide":
+            parts.append("decided at r = " + ", ".join(f"{r:g}" for r in self.run.header["stopping"]["radii"]))
         if self.run.partial:
             parts.append(f"partial: {len(self.run.images)} of {self.run.header['expected']}")
         left_out = len(self.run.images) - self.total

@@ -11,6 +11,7 @@ import numpy as np
 
 from analysis.curves import Curve, proportion_interval
 from certify.errors import RunFault, UserError
+from certify.norms import IN_TEX
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -71,7 +72,7 @@ def plot_curves(curves: Sequence[Curve], path: str | Path, *, title: str | None 
                 axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, lw=0)
         largest = max((c.radii[-1] for c in curves if len(c.radii)), default=1.0)
         axes.set(xlim=(0, 1.04 * largest), ylim=(0, 1.0))
-        axes.set_xlabel(r"$\ell_2$ radius (images in [0, 1] pixels)")
+        axes.set_xlabel(f"{IN_TEX[curves[0].norm]} radius (images in [0, 1] pixels)")
         axes.set_ylabel(f"{curves[0].quantity}\n(shaded: 95 % over images)" if band else curves[0].quantity)
         if title:
             axes.set_title(title, fontsize=9)

@@ -39,7 +39,7 @@ def read_any(path: str | Path) -> Run:
     if head.split(b"\t")[0].strip() == b"idx":
         return _read_log(path)
     run = read_run(path, allow_partial=True)
-    if run.header.get("procedure", "certify") != "certify":
+    if run.header.get("procedure", "certify") == "predict":
         raise NoRadii(f"{path} holds predictions, which have no radius; expected a run of `certify --model ...`")
     return run
 

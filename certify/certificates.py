@@ -2,48 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from certify.bounds import BOUNDS, check_alpha
+import numpy as np
+
+from certify.bounds import BOUNDS, Bound, Evidence, Interval, check_alpha
 from certify.errors import UserError
-from certify.types import ABSTAIN, Certificate, Noise, Votes
+from certify.sequential import RULES, Boundary, shared_level
+from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Certificate, Decision, Noise, Votes
 
 
 def certificate_from_votes(
-    selection: Votes, estimation: Votes, *, noise: Noise, alpha: float, bound: str = "clopper-pearson"
+    selection: Votes,
+    estimation: Votes,
+    *,
+    noise: Noise,
+    alpha: float,
+    bound: str = "clopper-pearson",
+    uniform: float = 1.0,
 ) -> Certificate:
     """CERTIFY of Cohen, Rosenfeld and Kolter (2019): from two stages of votes to a radius or an abstention.
 
     The class comes from the selection votes alone (a tie goes to the lowest class); its probability is bounded from the
     estimation votes, where failures count as trials. With probability at least 1 - alpha over the draws, a returned
-    radius is valid.
+    radius is valid. Without selection votes an anytime-valid bound runs on all classes at once at alpha / 2, which
+    covers any number of them (:mod:`certify.sequential`, p0 = 1/2).
 
     Args:
-        selection: votes of n0 noisy copies.
+        selection: votes of n0 noisy copies; of none, if the bound is anytime-valid.
         estimation: votes of n fresh noisy copies.
-        noise: the distribution both were drawn from.
+        noise: the distribution both were drawn from; it states the radius in its norm.
         alpha: probability of error, in (0, 1).
-        bound: name of a one-sided bound.
+        bound: name of a bound.
+        uniform: for a randomized bound, a draw from (0, 1] that is independent of the votes.
 
     Returns:
-        The certificate: an abstention unless the lower bound is above 1/2.
+        The certificate: an abstention unless the class's lower bound is above the others' upper bound.
+
+    Raises:
+        UserError: no selection votes, and a bound that needs them.
     """
     check_alpha(alpha)
-    lower_bound: Callable[[int, int, float], float] = BOUNDS.get(bound)
-    chosen = selection.leading()[0] if any(selection.counts) else ABSTAIN  # every selection sample may have failed
+    compute = BOUNDS.get(bound)
+    assert isinstance(compute, Bound)
+    selected = selection.trials > 0
+    if not selected and not compute.anytime:
+        raise UserError(
+            f"bound {bound!r} needs a class that was chosen from other votes than those it counts, but there are no "
+            "selection votes (n0 = 0); expected an anytime-valid bound such as betting"
+        )
+    chooser = selection if selected else estimation
+    chosen = chooser.leading()[0] if any(chooser.counts) else ABSTAIN  # every selection sample may have failed
     successes = estimation.counts[chosen] if 0 <= chosen < len(estimation.counts) else 0
-    p_lower = lower_bound(successes, estimation.trials, alpha)
-    certified = p_lower > 0.5  # written so that NaN abstains
+    rivals = (count for c, count in enumerate(estimation.counts) if c != chosen)
+    evidence = Evidence(successes, max(rivals, default=0) + estimation.failures, estimation.trials, uniform)
+    found: Interval = compute(evidence, alpha if selected else alpha / 2)
+    certified = chosen >= 0 and found.lower > found.upper  # written so that NaN abstains
+    if not selected:  # what the proof for all classes at once demands, at p0 = 1/2
+        certified = certified and successes - 1 >= (estimation.trials - 1) / 2
     return Certificate(
         prediction=chosen if certified else ABSTAIN,
-        radius=noise.radius(p_lower) if certified else 0.0,
-        p_lower=p_lower,
+        radius=noise.radius(found.lower, found.upper) if certified else 0.0,
+        p_lower=found.lower,
         norm=noise.norm,
         alpha=alpha,
         selection=selection,
         estimation=estimation,
+        p_other=found.upper,
     )
+
+
+def decision_from_counts(
+    looks: Sequence[tuple[int, int, int]],
+    votes: Votes,
+    *,
+    radii: Sequence[float],
+    noise: Noise,
+    alpha: float,
+    rule: str,
+    drawn: int,
+) -> Decision:
+    """What the counts settle at the last look at each radius: the one way from counts to a :class:`Decision`.
+
+    Args:
+        looks: for each radius the leading class, its votes and the samples then.
+        votes: all votes up to the last of these looks.
+        radii: ascending.
+        noise: states the radii in its norm.
+        alpha: probability of error, in (0, 1).
+        rule: name of the stopping rule.
+        drawn: samples that were labelled in all.
+    """
+    outcomes: list[str] = []
+    prediction, largest = ABSTAIN, 0.0
+    p0s, level = needed(radii, noise, alpha, rule)
+    for radius, p0, (leader, successes, trials) in zip(radii, p0s, looks, strict=True):
+        there: Boundary = RULES.get(rule)(p0, level, np.array([trials]))
+        robust, hopeless = successes >= there.up[0], successes <= there.low[0]
+        outcomes.append(ROBUST if robust else NOT_CERTIFIABLE if hopeless else UNDECIDED)
+        if robust:
+            prediction, largest = leader, radius
+    return Decision(
+        tuple(radii), tuple(outcomes), prediction, largest, noise.norm, alpha, rule, tuple(looks), votes, drawn
+    )
+
+
+def needed(radii: Sequence[float], noise: Noise, alpha: float, rule: str) -> tuple[list[float], float]:
+    """The probability that each radius needs, and the level at which the rule runs on every class.
+
+    Raises:
+        UserError: a radius that is not positive, or that this noise cannot certify with any number of samples.
+    """
+    p0s = [noise.probability(radius) for radius in radii]
+    for radius, p0 in zip(radii, p0s, strict=True):
+        if not (radius >= 0 and 0.5 <= p0 < 1.0):
+            raise UserError(
+                f"radius {radius:g} ({noise.norm}): expected one from 0 that {noise.name} noise of sigma = "
+                f"{noise.scale:g} can certify; pass a smaller radius or a larger --sigma"
+            )
+    return p0s, shared_level(rule, alpha, p0s)
 
 
 @dataclass(frozen=True)
@@ -79,9 +158,13 @@ def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
     return Prediction(first if p_value <= alpha else ABSTAIN, p_value, votes)
 
 
-def largest_radius(noise: Noise, n: int, alpha: float, bound: str = "clopper-pearson") -> float:
+def largest_radius(
+    noise: Noise, n: int, alpha: float, bound: str = "clopper-pearson", *, selected: bool = True
+) -> float:
     """The radius when all n votes agree: nothing larger can come out of a run. 0 means that n is too small."""
-    return noise.radius(BOUNDS.get(bound)(n, n, alpha))
+    luckiest = Evidence(n, 0, n, uniform=math.ulp(0.5))
+    found: Interval = BOUNDS.get(bound)(luckiest, alpha if selected else alpha / 2)
+    return noise.radius(found.lower, found.upper)
 
 
 def check_counts(n: int, n0: int, alpha: float) -> None:

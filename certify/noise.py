@@ -6,28 +6,31 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from certify.errors import UserError
 from certify.registry import Registry
 
 if TYPE_CHECKING:
     import torch
 
-# Relative margin that covers the error of ndtri (2.5 ulp measured) and of the product with sigma.
+    from certify.types import Noise
+
+# Relative margin that covers the error of ndtri (2.5 ulp measured), of log1p, and of the products around them.
 _OUTWARD = 1e-14
 
 NOISES = Registry("noise")
 
 
 @dataclass(frozen=True)
-class Gaussian:
-    """Isotropic Gaussian noise, which certifies l2 balls (Cohen, Rosenfeld and Kolter 2019, theorem 1).
+class _Additive:
+    """What the distributions that are added in float32 have in common.
 
     Attributes:
-        sigma: standard deviation in [0, 1] pixels.
+        sigma: standard deviation of one pixel's noise, in [0, 1] pixels, whatever the distribution.
     """
 
     sigma: float
-    name = "gaussian"
-    norm = "l2"
+
+    one_shape = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.sigma) and self.sigma > 0):
@@ -40,6 +43,26 @@ class Gaussian:
         """The standard deviation."""
         return self.sigma
 
+    def input(self, image: torch.Tensor) -> torch.Tensor:
+        """The image that is certified: any image will do."""
+        return image
+
+    def add(self, image: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """Noisy copies, in the noise's own memory."""
+        return drawn.add_(image)
+
+    def failed(self, drawn: torch.Tensor) -> torch.Tensor | None:
+        """No draw can fail."""
+        return None
+
+
+@dataclass(frozen=True)
+class Gaussian(_Additive):
+    """Isotropic Gaussian noise, which certifies l2 balls (Cohen, Rosenfeld and Kolter 2019, theorem 1)."""
+
+    name = "gaussian"
+    norm = "l2"
+
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """Noise of this shape, float32, drawn on the generator's device."""
         import torch
@@ -47,19 +70,142 @@ class Gaussian:
         noise = torch.empty(shape, device=generator.device, dtype=torch.float32)
         return noise.normal_(0.0, self.sigma, generator=generator)
 
-    def radius(self, p_lower: float) -> float:
-        """R = sigma * Phi^-1(p_lower), rounded down; 0 when p_lower <= 1/2 or is NaN."""
-        if not p_lower > 0.5:
-            return 0.0
-        from scipy.special import ndtri
+    def radius(self, p_lower: float, p_other: float | None = None) -> float:
+        """R = sigma/2 (Phi^-1(p_lower) - Phi^-1(p_other)), rounded down.
 
-        return self.sigma * float(ndtri(p_lower)) * (1.0 - _OUTWARD)
+        It is sigma Phi^-1(p_lower) for p_other = 1 - p_lower.
+        """
+        return gaussian_radius(self.sigma, p_lower, p_other)
 
     def probability(self, radius: float) -> float:
         """Phi(radius / sigma): the probability that is needed for this radius."""
-        from scipy.special import ndtr
+        return gaussian_probability(self.sigma, radius)
 
-        return float(ndtr(radius / self.sigma))
+
+def gaussian_radius(sigma: float, p_lower: float, p_other: float | None = None) -> float:
+    """The l2 radius under Gaussian noise, rounded down; 0 without a majority or with NaN.
+
+    Args:
+        sigma: standard deviation.
+        p_lower: lower bound on the class's probability.
+        p_other: upper bound on every other class's probability; None: 1 - p_lower.
+    """
+    from scipy.special import ndtri
+
+    if p_other is None:
+        if not p_lower > 0.5:
+            return 0.0
+        above = float(ndtri(p_lower))
+        below = -above
+    else:
+        if not p_lower > p_other:
+            return 0.0
+        above, below = float(ndtri(p_lower)), float(ndtri(p_other))
+    return max(0.0, sigma / 2 * (above - below - _OUTWARD * (abs(above) + abs(below))))
+
+
+def gaussian_probability(sigma: float, radius: float) -> float:
+    """Phi(radius / sigma), the inverse of :func:`gaussian_radius` with one argument."""
+    from scipy.special import ndtr
+
+    return float(ndtr(radius / sigma))
+
+
+@dataclass(frozen=True)
+class Uniform(_Additive):
+    """Independent uniform noise on [-lambda, lambda], which certifies l1 balls (Yang et al. 2020, theorem 2).
+
+    lambda = sqrt(3) sigma, so that sigma is the standard deviation here too.
+    """
+
+    name = "uniform"
+    norm = "l1"
+
+    @property
+    def half_width(self) -> float:
+        """Lambda."""
+        return math.sqrt(3.0) * self.sigma
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """Noise of this shape, float32, drawn on the generator's device."""
+        import torch
+
+        noise = torch.empty(shape, device=generator.device, dtype=torch.float32)
+        return noise.uniform_(-self.half_width, self.half_width, generator=generator)
+
+    def radius(self, p_lower: float, p_other: float | None = None) -> float:
+        """R = lambda (p_lower - p_other), rounded down: 2 lambda (p_lower - 1/2) for p_other = 1 - p_lower."""
+        gap = 2 * (p_lower - 0.5) if p_other is None else p_lower - p_other
+        return self.half_width * gap * (1.0 - _OUTWARD) if gap > 0 else 0.0
+
+    def probability(self, radius: float) -> float:
+        """1/2 + radius / (2 lambda): above 1 for a radius that this noise cannot certify."""
+        return 0.5 + radius / (2 * self.half_width)
+
+
+@dataclass(frozen=True)
+class Laplace(_Additive):
+    """Independent Laplace noise of scale b, which certifies l1 balls (Lecuyer et al. 2019; Teng, Lee and Yuan 2020).
+
+    b = sigma / sqrt(2), so that sigma is the standard deviation here too.
+    """
+
+    name = "laplace"
+    norm = "l1"
+
+    @property
+    def b(self) -> float:
+        """The scale parameter."""
+        return self.sigma / math.sqrt(2.0)
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """Noise of this shape, float32, drawn on the generator's device: an exponential with a random sign."""
+        import torch
+
+        noise = torch.empty(shape, device=generator.device, dtype=torch.float32)
+        noise.exponential_(1.0 / self.b, generator=generator)
+        sign = torch.empty(shape, device=generator.device, dtype=torch.float32).bernoulli_(0.5, generator=generator)
+        return noise.mul_(sign.mul_(2.0).sub_(1.0))
+
+    def radius(self, p_lower: float, p_other: float | None = None) -> float:
+        """R = max(b/2 log(p_lower / p_other), -b log(1 - p_lower + p_other)), rounded down.
+
+        It is -b log(2 (1 - p_lower)) for p_other = 1 - p_lower.
+        """
+        other = 1.0 - p_lower if p_other is None else p_other
+        if not p_lower > other:
+            return 0.0
+        ratio = math.log(p_lower / other) / 2
+        total = -math.log1p(other - p_lower)
+        return self.b * (max(ratio, total) * (1.0 - _OUTWARD))
+
+    def probability(self, radius: float) -> float:
+        """1 - exp(-radius / b) / 2."""
+        return 0.5 - math.expm1(-radius / self.b) / 2
 
 
 NOISES.add("gaussian", Gaussian, "isotropic Gaussian, l2 (default)")
+NOISES.add("exact", "certify.exact:ExactGaussian", "Gaussian on the 8-bit grid in integers, l2: survives rounding")
+NOISES.add("uniform", Uniform, "independent uniform, l1")
+NOISES.add("laplace", Laplace, "independent Laplace, l1")
+
+
+def make_noise(name: str, sigma: float, *, rounded: bool = False) -> Noise:
+    """A smoothing distribution by name.
+
+    Args:
+        name: in ``NOISES``.
+        sigma: standard deviation, in [0, 1] pixels.
+        rounded: with ``exact`` only: round images to the 8-bit grid instead of refusing them.
+
+    Raises:
+        UserError: an unknown name, sigma out of range, or rounding for a noise that needs none.
+    """
+    build = NOISES.get(name)
+    if rounded and name != "exact":
+        raise UserError(f"noise {name!r} takes any image; rounding to 8 bits (--round) belongs to noise 'exact' only")
+    try:
+        noise: Noise = build(sigma, rounded=True) if rounded else build(sigma)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return noise

@@ -1,170 +1,35 @@
-"""A run: chosen images, one after the other, through the smoothed classifier into the run file.
+"""A run: chosen images through the smoothed classifier into the run file.
 
-Pure bookkeeping around :mod:`certify.smoothing`; the command line adds words, a progress bar and pictures.
+Pure bookkeeping around :mod:`certify.sampling`; the command line adds words, a progress bar and pictures.
 """
 
 from __future__ import annotations
 
-import datetime
 import logging
-import platform
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from certify.certificates import certificate_from_votes, check_counts, prediction_from_votes
-from certify.errors import ImageError, UserError
-from certify.execution import Execution
+from certify.adaptive import Deciding, Measuring, Watch
+from certify.certificates import certificate_from_votes, prediction_from_votes
+from certify.errors import ImageError
 from certify.images import ImageSet
 from certify.labels import readable
-from certify.machine import machine_name
-from certify.records import SCHEMA, RunFile
-from certify.smoothing import KEPT, SmoothedClassifier, image_digest
-from certify.streams import STREAM
-from certify.tuning import Wanted
-from certify.types import Votes
+from certify.records import RunFile
+from certify.rows import certified_row, decided_row, predicted_row, unusable_row
+from certify.sampling import NoisyClassifier, image_digest
+from certify.settings import Settings
+from certify.streams import bound_draw
+from certify.types import Decision
 from certify.votes import Tally
 
 _LOG = logging.getLogger("certify")
 
-PROCEDURES = ("certify", "predict")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of a run.
-
-    Attributes:
-        n: estimation samples.
-        n0: selection samples (0 for ``predict``, which has one stage).
-        alpha: probability of error for each image.
-        seed: of all noise.
-        bound: name of the one-sided bound.
-        procedure: ``"certify"`` or ``"predict"``.
-    """
-
-    n: int = 100_000
-    n0: int = 100
-    alpha: float = 0.001
-    seed: int = 0
-    bound: str = "clopper-pearson"
-    procedure: str = "certify"
-
-    def __post_init__(self) -> None:
-        check_counts(self.n, self.n0 if self.procedure == "certify" else 1, self.alpha)
-        if self.procedure not in PROCEDURES:
-            raise UserError(f"procedure {self.procedure!r}; expected one of {', '.join(PROCEDURES)}")
-
-    @property
-    def stages(self) -> dict[str, int]:
-        """Noisy copies of each stage."""
-        return {"selection": self.n0, "estimation": self.n} if self.procedure == "certify" else {"prediction": self.n}
-
-    @property
-    def samples(self) -> int:
-        """Noisy copies an image."""
-        return sum(self.stages.values())
-
-    def compared(self, index: int) -> bool:
-        """Whether this image's first labels (at most ``KEPT``) are compared with plain float32's.
-
-        Of every image at n = 100,000, of every tenth at 10,000: about a thousandth of all samples.
-        """
-        return index % -(-1000 * KEPT // self.n) == 0
-
-
-def run_header(
-    smoothed: SmoothedClassifier,
-    images: ImageSet,
-    settings: Settings,
-    *,
-    model: str,
-    data: str,
-    denoiser: str = "none",
-    command: str = "",
-) -> dict[str, Any]:
-    """Everything that shaped the run, and how many images it owes.
-
-    How the base classifier is run stands there as it was asked for, until :func:`with_execution` says what ran.
-    """
-    wanted = smoothed.wanted
-    return {
-        "type": "run",
-        "schema": SCHEMA,
-        "procedure": settings.procedure,
-        "model": model,
-        "data": data,
-        "denoiser": denoiser,
-        "noise": smoothed.noise.name,
-        "norm": smoothed.noise.norm,
-        "sigma": smoothed.noise.scale,
-        "n0": settings.n0 if settings.procedure == "certify" else 0,
-        "n": settings.n,
-        "alpha": settings.alpha,
-        "bound": settings.bound if settings.procedure == "certify" else "binomial test",
-        "seed": settings.seed,
-        "precision": wanted.precision,
-        "compiled": wanted.compile,
-        "folded": "auto",
-        "device": smoothed.device.type,
-        "accelerator": machine_name(smoothed.device) if smoothed.device.type != "cpu" else None,
-        "torch": ".".join(torch.__version__.split(".")[:2]),
-        "expected": len(images),
-        "images": images.describe(),
-        "pipeline": smoothed.base.describe()["steps"],
-        "stream": STREAM,
-        "versions": versions(),
-        "machine": {"processor": machine_name(torch.device("cpu")), "threads": torch.get_num_threads()},
-        "batch_size": wanted.batch_size or "auto",
-        "execution": {"asked": asdict(wanted)},
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
-    found = {"python": platform.python_version()}
-    for package in ("certify-toolkit", "torch", "torchvision", "timm", "numpy", "scipy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def with_execution(header: dict[str, Any], execution: Execution) -> dict[str, Any]:
-    """The header, saying how the base classifier is really run and why."""
-    asked = header["execution"]["asked"]
-    how = {key: getattr(execution, key) for key in ("precision", "folded", "compiled", "batch_size")}
-    return {**header, **how, "execution": {"asked": asked, "why": list(execution.why)}}
-
-
-def execution_of(header: Mapping[str, Any], wanted: Wanted) -> Execution | None:
-    """How the run of this header was run, unless the user asks for something else now; None if it does not say."""
-    try:
-        found = Execution(*(header[key] for key in ("precision", "folded", "compiled", "batch_size")))
-        asked = header["execution"]["asked"]
-    except (KeyError, TypeError):
-        return None
-    found = replace(found, why=("as the run file says",))
-    if asked == asdict(wanted):
-        return found
-    if wanted.precision not in ("auto", found.precision):
-        found = replace(found, precision=wanted.precision)
-    if wanted.compile != "auto":
-        found = replace(found, compiled=wanted.compile == "on")
-    return replace(found, batch_size=wanted.batch_size or found.batch_size)
-
 
 def process(
-    smoothed: SmoothedClassifier,
+    smoothed: NoisyClassifier,
     images: ImageSet,
     settings: Settings,
     file: RunFile,
@@ -173,16 +38,18 @@ def process(
     progress: Callable[[int], None] | None = None,
     warn: Callable[[str], None] = _LOG.warning,
 ) -> None:
-    """Certify (or predict) every image that the file does not hold yet, and append its line.
+    """Certify (or predict, or decide) every image that the file does not hold yet, and append its line.
 
     An image that cannot be used is named, recorded with its ``error`` and counts as an abstention without trials; with
-    ``strict`` it ends the run.
+    ``strict`` it ends the run. ``progress`` is called with samples, or with images where they stop by themselves.
 
     Raises:
         ImageError: with ``strict``, the first unusable image.
         RunFault: the run file cannot be written.
     """
-    pulled: deque[tuple[int, Tensor | ImageError]] = deque()  # images share batches: some are on their way at once
+    tell = progress or (lambda done: None)
+    pulled: list[tuple[int, Tensor | None]] = []  # the k-th image that was handed on: its index, and itself until done
+    unusable: list[tuple[int, ImageError]] = []
 
     def usable() -> Iterator[tuple[Tensor, str]]:
         for index, item in enumerate(images.items):
@@ -193,8 +60,9 @@ def process(
                 if known is not None:
                     raise ImageError(known["error"])
                 image = images.load(index)
+                smoothed.check(image)
             except ImageError as error:
-                pulled.append((index, error))
+                unusable.append((index, error))
                 if strict:
                     return  # raised when the images before it are written
                 continue
@@ -210,83 +78,95 @@ def process(
         start = now
         file.append(line)
 
-    def write_unusable() -> None:
-        while pulled and isinstance(pulled[0][1], ImageError):
-            index, error = pulled.popleft()
+    def write_unusable(before: float) -> None:
+        while unusable and unusable[0][0] < before:
+            index, error = unusable.pop(0)
             if strict:
                 raise ImageError(f"image {images.items[index].id} {error}; drop --strict to go on without it") from None
             warn(f"image {images.items[index].id} {error}; it is left out")
-            write(index, _unusable(settings, str(error)))
-            if progress is not None:
-                progress(settings.samples)
+            write(index, unusable_row(settings.procedure, str(error)))
+            tell(1 if settings.adaptive else settings.samples)
 
-    for tallies in smoothed.tallies(usable(), settings.stages, seed=settings.seed, clean=True, progress=progress):
-        write_unusable()
-        index, image = pulled.popleft()
-        assert isinstance(image, Tensor)
-        row = _row(smoothed, tallies, settings)
+    answers = _adaptive if settings.adaptive else _fixed
+    for place, clean, row, labels in answers(smoothed, usable(), settings, tell):
+        index, image = pulled[place]
+        assert image is not None
+        pulled[place] = index, None
+        write_unusable(index)
+        image = smoothed.check(image)
         if settings.compared(index) and smoothed.execution is not None and not smoothed.execution.plain:
-            row |= _agreement(smoothed, image, images.items[index].id, tallies, settings)
-        write(index, {**row, "image": image_digest(image)})
-    write_unusable()
-
-
-def _row(smoothed: SmoothedClassifier, tallies: Mapping[str, Tally], settings: Settings) -> dict[str, Any]:
-    """The keys of one image's line that follow from its votes."""
-    answer: dict[str, Any]
-    if settings.procedure == "certify":
-        selection, estimation = tallies["selection"].votes, tallies["estimation"].votes
-        certificate = certificate_from_votes(
-            selection, estimation, noise=smoothed.noise, alpha=settings.alpha, bound=settings.bound
-        )
-        answer = {
-            "prediction": certificate.prediction,
-            "radius": certificate.radius,
-            "p_lower": certificate.p_lower,
-            **_stages(selection, estimation),
+            stage = next(iter(settings.stages))
+            name = images.items[index].id
+            same = smoothed.agreement(image, labels, stage=stage, seed=settings.seed, image_id=name)
+            row |= {"agreement": [same, len(labels)]}  # with plain float32, of the first stage's first labels
+        names = getattr(smoothed.classifier, "class_names", None)
+        row |= {
+            "base": clean,
+            "class": None if row["prediction"] < 0 else readable(names, row["prediction"]),
+            "base_class": readable(names, clean),
+            "image": image_digest(image),
+            "values": image.numel(),
         }
-    else:
-        predicted = prediction_from_votes(tallies["prediction"].votes, alpha=settings.alpha)
-        answer = {
-            "prediction": predicted.prediction,
-            "radius": None,
-            "p_lower": None,
-            **_stages(Votes(()), predicted.votes),
-            "p_value": predicted.p_value,
-        }
-    base, names = int(tallies["clean"].labels[0]), getattr(smoothed.classifier, "class_names", None)
-    return {
-        **answer,
-        "base": base,
-        "class": None if answer["prediction"] < 0 else readable(names, answer["prediction"]),
-        "base_class": readable(names, base),
-    }
+        write(index, row)
+    write_unusable(len(images))
 
 
-def _agreement(
-    smoothed: SmoothedClassifier, image: Tensor, image_id: str, tallies: Mapping[str, Tally], settings: Settings
+Answer = tuple[int, int, dict[str, Any], Tensor]
+"""An image's place among those handed on, its label without noise, its keys, its first labels."""
+
+
+def _fixed(
+    smoothed: NoisyClassifier, images: Iterable[tuple[Tensor, str]], settings: Settings, tell: Callable[[int], None]
+) -> Iterator[Answer]:
+    """Answers from as many samples for every image, in their order."""
+    handed: list[tuple[str, int]] = []
+
+    def noted() -> Iterator[tuple[Tensor, str]]:
+        for image, name in images:
+            handed.append((name, image.numel()))
+            yield image, name
+
+    found = smoothed.tallies(noted(), settings.stages, seed=settings.seed, clean=True, progress=tell)
+    for place, tallies in enumerate(found):
+        row = _row(smoothed, tallies, settings, *handed[place])
+        yield place, int(tallies["clean"].labels[0]), row, tallies[next(iter(settings.stages))].labels
+
+
+def _row(
+    smoothed: NoisyClassifier, tallies: Mapping[str, Tally], settings: Settings, image_id: str, values: int
 ) -> dict[str, Any]:
-    """How many of the first stage's first labels plain float32 gives too."""
-    stage = next(iter(settings.stages))
-    labels = tallies[stage].labels
-    same = smoothed.agreement(image, labels, stage=stage, seed=settings.seed, image_id=image_id)
-    return {"agreement": [same, len(labels)]}
+    if settings.procedure == "predict":
+        return predicted_row(prediction_from_votes(tallies["prediction"].votes, alpha=settings.alpha))
+    uniform = bound_draw(settings.seed, image_id)
+    certificate = certificate_from_votes(
+        tallies["selection"].votes,
+        tallies["estimation"].votes,
+        noise=smoothed.stated(values),
+        alpha=settings.alpha,
+        bound=settings.bound,
+        uniform=uniform,
+    )
+    return certified_row(certificate) | {"uniform": uniform}
 
 
-def _stages(selection: Votes, estimation: Votes) -> dict[str, Any]:
-    return {
-        "votes": estimation.as_dict(),
-        "selection": selection.as_dict(),
-        "trials": estimation.trials,
-        "failures": estimation.failures,
-        "selection_failures": selection.failures,
-    }
+def _adaptive(
+    smoothed: NoisyClassifier, images: Iterable[tuple[Tensor, str]], settings: Settings, tell: Callable[[int], None]
+) -> Iterator[Answer]:
+    """Answers from as many samples as each image takes, as they come."""
 
+    def watch(image: Tensor) -> Watch:
+        noise, classes = smoothed.stated(image.numel()), smoothed.num_classes
+        n, alpha = settings.n, settings.alpha
+        if settings.tolerance is not None:
+            return Measuring(classes, n=n, tolerance=settings.tolerance, noise=noise, alpha=alpha)
+        return Deciding(classes, n=n, radii=settings.radii, noise=noise, alpha=alpha, rule=settings.rule)
 
-def _unusable(settings: Settings, reason: str) -> dict[str, Any]:
-    nothing = None if settings.procedure == "predict" else 0.0
-    empty = {"prediction": -1, "radius": nothing, "p_lower": nothing, **_stages(Votes(()), Votes(()))}
-    return {**empty, "base": None, "image": None, "error": reason}
+    found = smoothed.settled(images, watch, seed=settings.seed)
+    for settled in found:
+        result = settled.watch.result()
+        row = decided_row(result) if isinstance(result, Decision) else certified_row(result)
+        yield settled.index, settled.clean, row | {"drawn": settled.watch.drawn}, settled.labels
+        tell(1)
 
 
 def near_chance(correct: int, total: int, num_classes: int) -> bool:

@@ -42,6 +42,12 @@ def stream_key(seed: int, image_id: str, stage: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
+def bound_draw(seed: int, image_id: str) -> float:
+    """The uniform draw in (0, 1] that a randomized bound uses for one image: 53 bits, from a stream of its own."""
+    word = int.from_bytes(stream_key(seed, image_id, "bound")[:8], "little") >> 11
+    return (word + 1) * 2.0**-53
+
+
 def _twister_words(seed: int) -> np.ndarray:
     """The 624 words that a Mersenne twister has after plain seeding, by numpy's implementation."""
     words: np.ndarray = np.random.RandomState(seed).get_state(legacy=False)["state"]["key"]

@@ -125,7 +125,8 @@ class _Search:
 
     def batch(self, size: int) -> Tensor:
         generator = block_generator(b"tune" * 8, 0, self.example.device)
-        return self.noise.sample((size, *self.example.shape), generator).to(self.example.device).add_(self.example)
+        drawn = self.noise.sample((size, *self.example.shape), generator)
+        return self.noise.add(self.example, drawn.to(self.example.device))
 
     def better(
         self, run: BaseClassifier, execution: Execution, factor: float, *, rounds: int = 2
@@ -242,7 +243,7 @@ def measure_rate(run: BaseClassifier, example: Tensor, noise: Noise, size: int) 
     generator = block_generator(b"rate" * 8, 0, example.device)
     float(noise.sample((length, *example.shape), generator).sum())  # the first one pays for memory
     start = time.perf_counter()
-    noisy = noise.sample((length, *example.shape), generator).to(example.device).add_(example)
+    noisy = noise.add(example, noise.sample((length, *example.shape), generator).to(example.device))
     float(noisy[-1, -1, -1, -1])  # waits for the device
     drawing = (time.perf_counter() - start) / length
     repeats = -(-size // length)

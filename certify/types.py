@@ -53,16 +53,40 @@ class Noise(Protocol):
         """The norm its radii are measured in."""
         ...
 
-    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """One block of noise, float32 of the given shape, drawn from ``generator`` alone and on its device."""
+    @property
+    def one_shape(self) -> bool:
+        """Whether all batches must have one shape, so that rounding gives an input the same label in each of them."""
         ...
 
-    def radius(self, p_lower: float) -> float:
-        """The radius certified when the class has at least this probability: 0 at p <= 1/2, never rounded up."""
+    def input(self, image: torch.Tensor) -> torch.Tensor:
+        """The image that is certified, of ``(C, H, W)``: this one, or rounded to where the noise is defined.
+
+        Raises:
+            UserError: the noise is not defined around this image.
+        """
+        ...
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """One block of noise, drawn from ``generator`` alone and on its device; what :meth:`add` takes."""
+        ...
+
+    def add(self, image: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """Noisy copies of the image, float32, on its device; ``drawn`` may be overwritten."""
+        ...
+
+    def failed(self, drawn: torch.Tensor) -> torch.Tensor | None:
+        """Which samples of a block were not drawn from the distribution, bool ``(B,)``; None: they all were."""
+        ...
+
+    def radius(self, p_lower: float, p_other: float | None = None) -> float:
+        """The radius when the class has at least ``p_lower`` and every other one at most ``p_other`` (1 - p_lower).
+
+        0 without a majority, never rounded up.
+        """
         ...
 
     def probability(self, radius: float) -> float:
-        """The probability at which ``radius`` is reached: the inverse of :meth:`radius`."""
+        """The probability at which ``radius`` is reached: the inverse of :meth:`radius`; above 1 if it cannot be."""
         ...
 
 
@@ -119,8 +143,9 @@ class Certificate:
         p_lower: lower confidence bound on the probability of the selected class.
         norm: the radius's norm, such as ``"l2"``.
         alpha: probability that the statement is wrong, at most.
-        selection: first-stage votes, which chose the class.
+        selection: first-stage votes, which chose the class; none when an anytime-valid bound needs no choice.
         estimation: second-stage votes, which bound its probability.
+        p_other: upper confidence bound on the probability of every other class.
     """
 
     prediction: int
@@ -130,6 +155,7 @@ class Certificate:
     alpha: float
     selection: Votes
     estimation: Votes
+    p_other: float
 
     @property
     def abstained(self) -> bool:
@@ -140,3 +166,46 @@ class Certificate:
     def counts(self) -> tuple[int, ...]:
         """The estimation votes by class."""
         return self.estimation.counts
+
+
+ROBUST, NOT_CERTIFIABLE, UNDECIDED = "robust", "not certifiable", "undecided"
+"""What can be settled about one image at one radius."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the smoothed classifier is certifiably robust at given radii, with as few samples as that took.
+
+    With probability at least 1 - alpha over the noise draws, all of this is true: where it says robust, the smoothed
+    classifier predicts ``prediction`` at every point nearer than that radius in ``norm``; where it says not
+    certifiable, no class's probability exceeds what that radius needs, so that more samples would not certify it
+    either. The statement is about this one image.
+
+    Attributes:
+        radii: in [0, 1] pixels, ascending.
+        outcomes: ``"robust"``, ``"not certifiable"`` or ``"undecided"`` for each radius.
+        prediction: class in [0, K) that is robust at ``radius``, or ``ABSTAIN``.
+        radius: the largest radius with outcome robust; 0 if there is none.
+        norm: the radii's norm.
+        alpha: probability that any of this is wrong, at most.
+        rule: name of the stopping rule.
+        looks: for each radius the leading class, its votes and all samples when it was settled, or at the end.
+        votes: all votes up to the sample that settled the last radius.
+        drawn: samples that were labelled in all; those beyond ``votes.trials`` are ignored.
+    """
+
+    radii: tuple[float, ...]
+    outcomes: tuple[str, ...]
+    prediction: int
+    radius: float
+    norm: str
+    alpha: float
+    rule: str
+    looks: tuple[tuple[int, int, int], ...]
+    votes: Votes
+    drawn: int
+
+    @property
+    def robust(self) -> bool | None:
+        """Whether it is robust at the largest radius that was asked for; None while undecided."""
+        return {ROBUST: True, NOT_CERTIFIABLE: False, UNDECIDED: None}[self.outcomes[-1]]

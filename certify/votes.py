@@ -31,12 +31,14 @@ class Job:
         key: the noise stream (:func:`certify.streams.stream_key`); None adds no noise.
         trials: n >= 1.
         keep: how many of the first labels to keep one by one.
+        start: samples of the stream to leave out, because they were labelled before.
     """
 
     image: Tensor
     key: bytes | None
     trials: int
     keep: int = 0
+    start: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +62,11 @@ def count_votes(
 
     Jobs share batches. The noise of a job depends on its key alone: not on the batch size, on the other jobs or on the
     number of workers. Memory does not grow with the trials; a batch that does not fit in memory is halved, and so are
-    all later ones.
+    all later ones. A sample that was not drawn from the distribution is a failure, whatever its label.
 
     Args:
         classifier: the base classifier, on the images' device.
-        noise: the smoothing distribution; drawn and added in float32.
+        noise: the smoothing distribution.
         jobs: pulled some blocks ahead of the work.
         batch_size: samples a forward pass.
         fixed_shape: fill every batch up to ``batch_size`` with samples that are not counted (compiled classifiers).
@@ -77,36 +79,38 @@ def count_votes(
     keep_freed_memory()
     size, classes = batch_size, classifier.num_classes
     unfinished: deque[_Count] = deque()
-    batch: list[tuple[_Count, Tensor]] = []
+    batch: list[_Piece] = []
     waiting = 0
 
     def flush() -> None:
         nonlocal size, waiting
-        noisy = batch[0][1] if len(batch) == 1 else torch.cat([piece for _, piece in batch])
+        noisy = batch[0].noisy if len(batch) == 1 else torch.cat([piece.noisy for piece in batch])
         if fixed_shape and len(noisy) < size:
             noisy = torch.cat([noisy, noisy[-1:].expand(size - len(noisy), -1, -1, -1)])
         labels, largest = label_batch(classifier, noisy)
         labels = labels[:waiting]
+        if any(piece.failed is not None for piece in batch):
+            labels = labels.masked_fill(torch.cat([piece.mask() for piece in batch]), FAILED)
         start = 0
-        for count, pieces in itertools.groupby(batch, key=lambda part: part[0]):
-            length = sum(len(piece) for _, piece in pieces)
+        for count, pieces in itertools.groupby(batch, key=lambda piece: piece.count):
+            length = sum(len(piece.noisy) for piece in pieces)
             count.add(labels[start : start + length])
             start += length
-        if progress is not None and (done := sum(len(piece) for count, piece in batch if count.job.key)):
+        if progress is not None and (done := sum(len(piece.noisy) for piece in batch if piece.count.job.key)):
             progress(done)
         size, waiting = min(size, largest), 0
         batch.clear()
 
-    for count, block in _drawn(_blocks(jobs, classes), noise):
-        if not unfinished or unfinished[-1] is not count:
-            unfinished.append(count)
-        if batch and batch[0][1].shape[1:] != block.shape[1:]:
+    for whole in _drawn(_blocks(jobs, classes), noise):
+        if not unfinished or unfinished[-1] is not whole.count:
+            unfinished.append(whole.count)
+        if batch and batch[0].noisy.shape[1:] != whole.noisy.shape[1:]:
             flush()
-        noisy = block
-        while len(noisy):
-            piece, noisy = noisy[: size - waiting], noisy[size - waiting :]
-            batch.append((count, piece))
-            waiting += len(piece)
+        rest = whole
+        while len(rest.noisy):
+            piece, rest = rest.split(size - waiting)
+            batch.append(piece)
+            waiting += len(piece.noisy)
             if waiting >= size:
                 flush()
                 while unfinished and not unfinished[0].missing:
@@ -149,12 +153,31 @@ class _Count:
 
 
 @dataclass(frozen=True, eq=False)
+class _Piece:
+    """Noisy copies that follow each other in one job; ``failed`` marks those that were not drawn properly, if any."""
+
+    count: _Count
+    noisy: Tensor
+    failed: Tensor | None = None
+
+    def split(self, length: int) -> tuple[_Piece, _Piece]:
+        ends = (slice(None, length), slice(length, None))
+        first, second = (
+            _Piece(self.count, self.noisy[end], None if self.failed is None else self.failed[end]) for end in ends
+        )
+        return first, second
+
+    def mask(self) -> Tensor:
+        return self.noisy.new_zeros(len(self.noisy), dtype=torch.bool) if self.failed is None else self.failed
+
+
+@dataclass(frozen=True, eq=False)
 class _Block:
-    """One block of a job's stream, of which the first ``length`` samples are wanted."""
+    """One block of a job's stream, of which the samples in ``wanted`` are wanted."""
 
     count: _Count
     number: int
-    length: int
+    wanted: slice
 
     def draw(self, noise: Noise) -> Tensor | None:
         """The noise, drawn whole so that any n sees the same samples; None for a job without noise."""
@@ -164,12 +187,14 @@ class _Block:
         generator = block_generator(key, self.number, image.device)
         return noise.sample((block_size(image.numel()), *image.shape), generator)
 
-    def noisy(self, drawn: Tensor | None) -> Tensor:
-        """The noisy copies ``(length, C, H, W)``, on the image's device."""
+    def noisy(self, noise: Noise, drawn: Tensor | None) -> _Piece:
+        """The wanted noisy copies, on the image's device."""
         image = self.count.job.image
         if drawn is None:
-            return image.expand(self.length, -1, -1, -1)
-        return drawn.to(image.device).add_(image)[: self.length]
+            return _Piece(self.count, image.expand(self.wanted.stop, -1, -1, -1))
+        drawn = drawn[self.wanted].to(image.device)
+        failed = noise.failed(drawn)
+        return _Piece(self.count, noise.add(image, drawn), failed)
 
 
 def _blocks(jobs: Iterable[Job], num_classes: int) -> Iterator[_Block]:
@@ -178,12 +203,12 @@ def _blocks(jobs: Iterable[Job], num_classes: int) -> Iterator[_Block]:
         if job.trials < 1:
             raise ValueError(f"n = {job.trials}: expected at least 1")
         count = _Count(job, num_classes)
-        step = block_size(job.image.numel()) if job.key else job.trials
-        for number, start in enumerate(range(0, job.trials, step)):
-            yield _Block(count, number, min(step, job.trials - start))
+        step, end = block_size(job.image.numel()) if job.key else job.trials, job.start + job.trials
+        for number in range(job.start // step, -(-end // step)):
+            yield _Block(count, number, slice(max(0, job.start - number * step), min(step, end - number * step)))
 
 
-def _drawn(blocks: Iterator[_Block], noise: Noise) -> Iterator[tuple[_Count, Tensor]]:
+def _drawn(blocks: Iterator[_Block], noise: Noise) -> Iterator[_Piece]:
     """The noisy copies of all blocks; on a processor as many blocks are drawn at once as it has threads.
 
     A generator's normals come from one thread, so one block after the other would leave the other cores idle.
@@ -192,9 +217,9 @@ def _drawn(blocks: Iterator[_Block], noise: Noise) -> Iterator[tuple[_Count, Ten
         for first in blocks:
             wave = [first, *itertools.islice(blocks, _at_once(first) - 1)]
             drawn = [pool.submit(block.draw, noise) for block in wave[1:]]
-            yield first.count, first.noisy(first.draw(noise))
+            yield first.noisy(noise, first.draw(noise))
             for block, future in zip(wave[1:], drawn, strict=True):
-                yield block.count, block.noisy(future.result())
+                yield block.noisy(noise, future.result())
 
 
 def _at_once(block: _Block) -> int:

@@ -38,6 +38,7 @@ Capture = pytest.CaptureFixture[str]
 Content = bytes | str | Path | Callable[[], bytes]  # a path stands for a folder
 DIR = Path()
 D = "--model digits --sigma 0.25 --n 100 --n0 10 --max 2 --quiet "  # of two equal options the last one counts
+S = "--model digits --sigma 0.25 --max 2 --quiet "
 R = "--model cifar_resnet20 --sigma 0.25 --n 100 --quiet "
 W = R + "--weights "
 MODEL = "--sigma 1 --n 100 --data digits --max 1 --quiet --model "
@@ -159,6 +160,9 @@ CASES = [
     case("bound", D + "--bound clopper", "unknown bound 'clopper'", "clopper-pearson"),
     case("denoiser", D + "--denoiser medain", "unknown denoiser 'medain'", "median"),
     case("device", D + "--device gpu", "'gpu'", "cpu"),
+    case("noise", D + "--noise unifrom", "unknown noise 'unifrom'", "uniform"),
+    case("rule", D + "--radius 0.25 --rule beting", "unknown rule 'beting'", "betting"),
+    case("norm", D + "--norm l3", "--norm", "'l3'", "linf"),
     case("list", "list modles", "'modles'", "models"),
     *(case(f"long {o}", f"{D} --{o} {LONG}", LONG) for o in ("data", "model", "weights", "out", "class-map")),
     # numbers
@@ -207,6 +211,24 @@ CASES = [
     case("no size", MODEL + "badmodule5:network", "badmodule5:network", "--input-size", badmodule5_py=MODULE),
     case("shape", MODEL + "badmodule6:network --input-size 1x8x8", "(4, 1, 8, 8)", "(4, K)", badmodule6_py=MODULE),
     case("fails late", MODEL + "badmodule7:late --num-classes 10", "it broke", code=1, badmodule7_py=MODULE),
+    case("radius below 0", S + "--radius=-1", "--radius -1", "from 0"),
+    case("radius out of reach", S + "--radius 3", "radius 3 (l2)", "sigma = 0.25", "smaller radius"),
+    case("radius of nothing", S + "--radius x", "--radius", "'x'", "0,0.25,0.5"),
+    case("radius beyond uniform", S + "--noise uniform --radius 0.5", "radius 0.5 (l1)", "uniform noise"),
+    case("radius and tolerance", S + "--radius 0.1 --tolerance 0.1", "--radius and --tolerance", "expected one"),
+    case("tolerance of 2", S + "--tolerance 2", "--tolerance", "'2'", "between 0 and 1"),
+    case("selection for a radius", S + "--radius 0.25 --n0 10", "--n0 with --radius", "leave it out"),
+    case("bound for a radius", S + "--radius 0.25 --bound best", "--bound best with --radius", "--rule"),
+    case(
+        "peeking", S + "--tolerance 0.1 --bound clopper-pearson", "--bound clopper-pearson with --tolerance", "fixed n"
+    ),
+    case("rule for a tolerance", S + "--tolerance 0.1 --rule union-bound", "--rule union-bound", "expected betting"),
+    case("off the grid", S + "--noise exact", "8-bit grid", "--round"),
+    case("rounding for nothing", S + "--round", "--round", "'exact'"),
+    case("recompute nothing", "recompute x.jsonl", "--alpha", "--bound", x_jsonl=""),
+    case("recompute nowhere", "recompute nowhere.jsonl --alpha 0.1", "nowhere.jsonl", "No such file"),
+    case("recompute no run", "recompute x.jsonl --alpha 0.1", "not a run file", x_jsonl="hello\n"),
+    case("recompute by what", "recompute x.jsonl --bound clopper", "unknown bound", "clopper-pearson", x_jsonl=""),
     case("precision", D + "--precision half", "--precision", "'half'", "bfloat16"),
     case("compile", D + "--compile maybe", "--compile", "'maybe'", "auto"),
     case("batch size", D + "--batch-size many", "--batch-size", "'many'", "auto or a batch size"),

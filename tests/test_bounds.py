@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from flint import arb, ctx
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from certify.bounds import BOUNDS, clopper_pearson_lower
+from certify.bounds import BOUNDS, Evidence, Interval, clopper_pearson_lower, randomized_lower
 from certify.noise import Gaussian
 
 
@@ -89,25 +90,118 @@ def test_agrees_with_statsmodels_two_sided_at_twice_alpha() -> None:
         assert clopper_pearson_lower(k, n, alpha) == pytest.approx(reference, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", list(BOUNDS))
+def interval(name: str, k: int, others: int, n: int, alpha: float, uniform: float = 1.0) -> Interval:
+    found: Interval = BOUNDS.get(name)(Evidence(k, others, n, uniform), alpha)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in BOUNDS if not BOUNDS.get(name).randomized])  # type: ignore[attr-defined]
 @pytest.mark.parametrize("alpha", [0.3, 0.05, 0.001])
 def test_coverage_is_exact_by_enumeration(name: str, alpha: float) -> None:
     """P(bound > p) <= alpha for every p: summed over all counts, no sampling. Worst case just below each bound."""
-    bound = BOUNDS.get(name)
     for n in range(1, 61):
-        lower = np.array([bound(k, n, alpha) for k in range(n + 1)])
-        grid = np.concatenate([np.linspace(0.001, 0.999, 999), np.nextafter(lower[lower > 0], 0), lower[lower > 0]])
+        found = [interval(name, k, n - k, n, alpha) for k in range(n + 1)]
+        lower, upper = np.array([i.lower for i in found]), np.array([i.upper for i in found])
+        edges = np.concatenate([lower, 1 - upper])
+        grid = np.concatenate([np.linspace(0.001, 0.999, 999), np.nextafter(edges[edges > 0], 0), edges[edges > 0]])
         pmf = stats.binom.pmf(np.arange(n + 1)[:, None], n, grid[None])
-        error = (pmf * (lower[:, None] > grid[None])).sum(axis=0)
+        wrong = (lower[:, None] > grid[None]) | (upper[:, None] < 1 - grid[None] - 1e-15)
+        error = (pmf * wrong).sum(axis=0)
         assert error.max() <= alpha * (1 + 1e-9), (n, grid[error.argmax()])
+
+
+@pytest.mark.parametrize("name", [name for name in BOUNDS if not BOUNDS.get(name).randomized])  # type: ignore[attr-defined]
+@pytest.mark.parametrize("alpha", [0.3, 0.05])
+def test_the_strongest_rival_is_bounded_whichever_it_is(name: str, alpha: float) -> None:
+    """Four classes, all multinomial counts of n = 12 enumerated: P(class above or any rival below) <= alpha.
+
+    The rival is the largest count among the votes that bound it, and no share of alpha is paid for there being three.
+    """
+    n = 12
+    counts = np.array([c for c in itertools.product(range(n + 1), repeat=4) if sum(c) == n])
+    found = [interval(name, int(c[0]), int(max(c[1:])), n, alpha) for c in counts]
+    lower, upper = np.array([i.lower for i in found]), np.array([i.upper for i in found])
+    points = [(0.4, 0.3, 0.2, 0.1), (0.4, 0.2, 0.2, 0.2), (0.25, 0.25, 0.25, 0.25), (0.9, 0.05, 0.03, 0.02)]
+    points += [(0.1, 0.8, 0.05, 0.05), (0.5, 0.5, 0.0, 0.0), (0.7, 0.28, 0.01, 0.01)]
+    points += [tuple(p) for p in np.random.default_rng(0).dirichlet(np.ones(4), 200)]
+    worst = 0.0
+    for p in points:
+        chance = stats.multinomial.pmf(counts, n, np.array(p) / sum(p))
+        worst = max(worst, float(chance[(lower > p[0]) | (upper < max(p[1:]))].sum()))
+    assert worst <= alpha * (1 + 1e-9)
+    assert worst > 0.05 * alpha  # the sum saw errors at all
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.05, 0.01])
+def test_randomized_coverage_is_exactly_alpha(alpha: float) -> None:
+    """The chance that the bound exceeds p, over votes and the uniform draw, is alpha itself, and never more.
+
+    For each count the draws W that put the bound above p are those below some W*, found by bisection. Where p is so
+    near 1 that "all agree" with a tiny W decides, the cap makes it smaller.
+    """
+    for n in (3, 10, 40):
+        for p in (0.05, 0.3, 0.5, 0.8):
+            error = 0.0
+            for k in range(n + 1):
+                low, high = 0.0, 1.0
+                for _ in range(45):
+                    middle = (low + high) / 2
+                    above = randomized_lower(k, n, alpha, max(middle, 1e-16)) > p
+                    low, high = (middle, high) if above else (low, middle)
+                error += float(stats.binom.pmf(k, n, p)) * low
+            assert error <= alpha * (1 + 1e-6), (n, p)
+            spared = p**n * min(1.0, 2 * alpha)  # at most what the cap can take away
+            assert error >= alpha * (1 - 1e-6) - spared, (n, p)
+
+
+def test_randomized_is_never_above_the_exact_one() -> None:
+    """Ball arithmetic: at the bound, (1 - W) P(B > k) + W P(B = k) + ... is at most alpha."""
+    draw = random.Random(5)
+    for _ in range(150):
+        n = round(10 ** draw.uniform(0.5, 7))
+        k = draw.choice([n, n - 1, max(0, n - draw.randint(0, 40)), draw.randint(0, n)])
+        alpha, w = 10 ** draw.uniform(-12, -0.5), draw.choice([draw.random() + 1e-9, 1.0, 1e-6])
+        lower = randomized_lower(k, n, alpha, min(w, 1.0))
+        assert lower >= clopper_pearson_lower(k, n, alpha)
+        if lower == 0.0:
+            continue
+
+        def chance(lower: float = lower, k: int = k, n: int = n, w: float = min(w, 1.0)) -> arb:
+            more = arb(lower).beta_lower(k + 1, n - k, regularized=True) if k < n else arb(0)
+            at_least = arb(lower).beta_lower(k, n - k + 1, regularized=True) if k else arb(1)
+            return (1 - arb(w)) * more + arb(w) * at_least
+
+        assert not decide(lambda: (chance(), arb(alpha))), (k, n, alpha, w)  # noqa: B023
+
+
+def test_randomized_bound_keeps_the_radius_finite() -> None:
+    radii = [Gaussian(1.0).radius(randomized_lower(1000, 1000, 0.001, w)) for w in (1.0, 0.5, 0.01, 0.002, 1e-9, 1e-16)]
+    assert radii == sorted(radii)
+    assert radii[-1] == radii[-3] == pytest.approx(stats.norm.ppf(0.5**0.001), rel=1e-9)
+
+
+def test_best_is_nearly_the_better_of_both() -> None:
+    """What the docstring promises, for radii at n = 1,000 and more."""
+    noise, alpha = Gaussian(1.0), 0.001
+    for n in (1000, 100_000):
+        for p, rival in [(0.999, 0.001), (0.99, 0.002), (0.9, 0.1), (0.9, 0.02), (0.7, 0.3), (0.7, 0.05), (0.45, 0.3)]:
+            k, others = round(n * p), round(n * rival)
+            radius = {}
+            for name in ("clopper-pearson", "runner-up", "best"):
+                found = interval(name, k, others, n, alpha)
+                radius[name] = noise.radius(found.lower, found.upper)
+            assert radius["best"] >= 0.996 * radius["clopper-pearson"]
+            if p < 0.5:
+                assert radius["clopper-pearson"] == 0.0 < radius["best"]
+            else:
+                assert radius["best"] >= 0.98 * radius["runner-up"]
 
 
 @pytest.mark.parametrize("name", list(BOUNDS))
 def test_bound_is_monotone(name: str) -> None:
-    bound = BOUNDS.get(name)
-    values = [bound(k, 200, 0.001) for k in range(201)]
+    values = [interval(name, k, 200 - k, 200, 0.001, 0.3).lower for k in range(201)]
     assert values == sorted(values)
-    assert bound(90, 100, 0.01) > bound(90, 100, 0.001)
+    assert interval(name, 90, 10, 100, 0.01).lower > interval(name, 90, 10, 100, 0.001).lower
 
 
 @pytest.mark.parametrize(("k", "n", "alpha"), [(-1, 10, 0.1), (11, 10, 0.1), (0, 0, 0.1)])

@@ -119,7 +119,7 @@ def test_plot_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "digits, σ = 0.25, n = 500" in out
     assert "r = 0.25" in out
     run("table", "a.jsonl", "--format", "csv", "-o", "t.csv")
-    assert Path("t.csv").read_text().startswith("run,model,denoiser,sigma,n,alpha,")
+    assert Path("t.csv").read_text().startswith("run,model,denoiser,noise,norm,sigma,n,alpha,bound,")
     run("plot", "a.jsonl", "b.jsonl", "-o", "curve.svg")
     assert "<svg" in Path("curve.svg").read_text()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify import Gaussian
+from certify import Gaussian, SmoothedClassifier
 from certify.pipeline import Pipeline
 from certify.streams import block_generator, block_size, stream_key
 from certify.votes import Job, count_votes
@@ -141,3 +141,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         for n in ("20000", "400000")
     ]
     assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_exact_noise_keeps_one_batch_shape(linear_classifier: Any) -> None:
+    """Rounding may depend on a batch's shape: with exact noise every forward pass has the same one."""
+    sizes: set[int] = set()
+
+    class Spy(linear_classifier):  # type: ignore[misc]
+        def __call__(self, images: Tensor) -> Tensor:
+            sizes.add(len(images))
+            return super().__call__(images)
+
+    g = SmoothedClassifier(Spy(torch.ones(12), 6.0), 0.25, noise="exact", batch_size=64)
+    image = torch.full((3, 2, 2), 128, dtype=torch.uint8)
+    assert g.votes(image, 150, stage="estimation").trials == 150
+    assert g.decide(image, radius=0.1).drawn > 0
+    assert sizes == {64}

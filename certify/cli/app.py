@@ -53,19 +53,20 @@ class CertifyGroup(click.Group):
 )
 @click.version_option(__version__, "-V", "--version", prog_name="certify")
 def group() -> None:
-    """Certified l2 robustness of a frozen image classifier, by (denoised) randomized smoothing.
+    """Certified robustness of a frozen image classifier, by (denoised) randomized smoothing.
 
     \b
       certify --model digits --sigma 0.25             a certificate for each image, a table, a curve
       certify --model resnet50 --sigma 0.25 --data D  your classifier on your images
       certify plot RUN... -o curve.png                certified accuracy over radius
       certify table RUN... --radii 0,0.25,0.5         the same in numbers
+      certify --model M --sigma S --data D --radius R   yes or no at a radius, with as few samples as it takes
 
     sigma and radii are in pixels of images scaled to [0, 1].
     """  # noqa: D301
 
 
-for _command in (run.run, run.predict, show.plot, show.table, bench.bench, info.list_, info.doctor):
+for _command in (run.run, run.predict, show.plot, show.table, show.recompute, bench.bench, info.list_, info.doctor):
     group.add_command(_command)
 
 

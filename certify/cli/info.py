@@ -23,11 +23,11 @@ def _registries() -> dict[str, Any]:
     return {"datasets": DATASETS, "denoisers": DENOISERS, "noises": NOISES, "bounds": BOUNDS}
 
 
-@click.command("list", short_help="List models, datasets, denoisers, noises, bounds.")
+@click.command("list", short_help="List models, datasets, denoisers, noises, bounds, rules.")
 @click.argument("kind", required=False)
 @click.argument("pattern", required=False)
 def list_(kind: str | None, pattern: str | None) -> None:
-    """List models, datasets, denoisers, noises or bounds; PATTERN filters by part of the name."""
+    """List models, datasets, denoisers, noises, bounds or stopping rules; PATTERN filters by part of the name."""
     from certify.registry import unknown_name
 
     if kind is None:
@@ -76,7 +76,7 @@ def doctor(as_json: bool) -> None:
     import torch
 
     from certify.machine import machine_name
-    from certify.runner import versions
+    from certify.settings import versions
 
     report["versions"] = versions()
     report["devices"] = [f"cpu ({torch.get_num_threads()} threads, {machine_name(torch.device('cpu'))})"]

@@ -83,10 +83,15 @@ class Positive(ParamType):
         return number
 
 
-def check_radii(radii: list[float] | None) -> None:
+def check_radii(radii: list[float] | None, option: str = "--radii") -> None:
     """Refuse negative and infinite radii."""
     if radii is not None and not all(0 <= r < float("inf") for r in radii):
-        raise UserError(f"--radii {','.join(f'{r:g}' for r in radii)}: expected numbers from 0")
+        raise UserError(f"{option} {','.join(f'{r:g}' for r in radii)}: expected numbers from 0")
+
+
+def given_by_user(name: str) -> bool:
+    """Whether an option was given, rather than left to its default."""
+    return click.get_current_context().get_parameter_source(name) != click.core.ParameterSource.DEFAULT
 
 
 class BatchSize(Count):
@@ -119,6 +124,14 @@ sigma = click.option(
     type=Positive("a number above 0, in [0, 1] pixels (0.25, not 64 of 255)"),
     required=True,
     help="Standard deviation of the noise, in pixels of images scaled to [0, 1].",
+)
+
+noise_options = _apply(
+    sigma,
+    click.option(
+        "--noise", default="gaussian", show_default=True, help="Smoothing distribution (`certify list noises`)."
+    ),
+    click.option("--round", "rounded", is_flag=True, help="With --noise exact: round images to the 8-bit grid first."),
 )
 
 classifier_options = _apply(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.summary import warn
 from certify.errors import CertifyError
+from certify.norms import IN_WORDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from certify.execution import Execution
     from certify.images import ImageSet
-    from certify.runner import Settings
+    from certify.settings import Settings
     from certify.smoothing import SmoothedClassifier
+    from certify.types import Noise
 
 
 def show_plan(
@@ -42,26 +45,57 @@ def show_plan(
     classes = {label for label in images.labels if label is not None}
     if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
         warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")
+    noise = f"{smoothed.noise.name} noise, sigma = {sigma:g} in [0, 1] pixels"
     if settings.procedure == "predict":
-        say(f"procedure  predict: n = {settings.n:,}, alpha = {settings.alpha:g}, sigma = {sigma:g} in [0, 1] pixels")
+        say(f"procedure  predict: n = {settings.n:,}, alpha = {settings.alpha:g}, {noise}")
         need = 1 + math.ceil(-math.log2(settings.alpha))  # n agreeing votes have a p-value of 2^(1 - n)
         if settings.n < need:
             warn(f"n = {settings.n} can decide nothing at alpha = {settings.alpha:g}: pass --n {need} or more")
         return
-    say(
-        f"procedure  n0 = {settings.n0:,}, n = {settings.n:,}, alpha = {settings.alpha:g}, {settings.bound}, "
-        f"sigma = {sigma:g} in [0, 1] pixels"
+    first = first_image(images)
+    stated = smoothed.stated(first.numel() if first is not None else 1)
+    if first is not None:
+        smoothed.check(first)
+    if settings.procedure == "decide":
+        _show_deciding(settings, stated, noise, say)
+        return
+    if settings.adaptive:
+        how = f"until the radius is known to {settings.tolerance:.0%}, n = {settings.n:,} at most"
+    else:
+        how = f"n0 = {settings.n0:,}, n = {settings.n:,}"
+    say(f"procedure  {how}, alpha = {settings.alpha:g}, {settings.bound}, {noise}")
+    largest = functools.partial(
+        largest_radius, stated, alpha=settings.alpha, bound=settings.bound, selected=not settings.adaptive
     )
-    cap = largest_radius(smoothed.noise, settings.n, settings.alpha, settings.bound)
-    say(f"radius     at most {cap:.4g} ({cap / sigma:.2f} sigma) at this n and alpha")
+    cap = largest(n=settings.n)
+    own = "" if stated.norm == smoothed.noise.norm else f", implied by the {IN_WORDS[smoothed.noise.norm]} radius"
+    in_sigma = f" ({cap / sigma:.2f} sigma)" if stated.norm == "l2" else ""
+    say(f"radius     {IN_WORDS[stated.norm]}, at most {cap:.4g}{in_sigma} at this n and alpha{own}")
     if cap == 0.0:
-        need = next(
-            n for n in range(1, 10_000) if largest_radius(smoothed.noise, n, settings.alpha, settings.bound) > 0
-        )
+        need = next(n for n in range(1, 10_000) if largest(n=n) > 0)
         warn(
             f"n = {settings.n} can certify nothing at alpha = {settings.alpha:g}: every image will abstain; "
             f"pass --n {need} or more"
         )
+
+
+def _show_deciding(settings: Settings, stated: Noise, noise: str, say: Callable[[str], None]) -> None:
+    """The radii, what they need, and the fewest samples that can settle them."""
+    from certify.certificates import needed
+    from certify.sequential import thresholds
+
+    p0s, level = needed(settings.radii, stated, settings.alpha, settings.rule)
+    say(
+        f"procedure  decide by {settings.rule}: n = {settings.n:,} at most, alpha = {settings.alpha:g} for each image "
+        f"and all radii, {noise}"
+    )
+    for radius, p0 in zip(settings.radii, p0s, strict=True):
+        up = thresholds(settings.rule, p0, level, settings.n).until(settings.n).up[: settings.n + 1]
+        enough = next((n for n, least in enumerate(up) if least <= n), None)
+        few = f"robust after {enough:,} samples at the earliest" if enough is not None else "out of reach"
+        say(f"radius     {radius:g} ({IN_WORDS[stated.norm]}) needs a probability of {p0:.5f}: {few}")
+        if enough is None:
+            warn(f"no image can be settled as robust at {radius:g} within n = {settings.n:,}: pass a larger --n")
 
 
 def show_engine(execution: Execution, smoothed: SmoothedClassifier, say: Callable[[str], None]) -> None:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from certify.execution import Execution
     from certify.images import ImageSet
     from certify.records import RunFile
-    from certify.runner import Settings
+    from certify.settings import Settings
     from certify.smoothing import SmoothedClassifier
 
 
 @click.command(short_help="Certify images (the default verb).")
 @options.classifier_options
-@options.sigma
+@options.noise_options
 @options.data_options
 @click.option(
     "--n0", type=options.Count("a number of samples"), default=100, show_default=True, help="Selection samples."
@@ -38,23 +38,44 @@ if TYPE_CHECKING:
 @options.alpha
 @click.option("--bound", default="clopper-pearson", show_default=True, help="Confidence bound (`certify list bounds`).")
 @click.option(
+    "--norm",
+    type=click.Choice(["l1", "l2", "linf"]),
+    help="Norm of the radii, implied by the noise's own (default), which is l2 for Gaussian noise.",
+)
+@click.option(
+    "--radius",
+    type=options.Numbers(),
+    help="Only decide whether images are robust at these radii, each with as few "
+    "samples as that takes; --n is the most.",
+)
+@click.option(
+    "--tolerance",
+    type=options.Positive("a share between 0 and 1, such as 0.1", below=1.0),
+    help="Stop each image once its radius is known to this relative tolerance; --n is the most samples.",
+)
+@click.option("--rule", default="betting", show_default=True, help="Stopping rule of --radius (`certify list rules`).")
+@click.option(
     "--radii", type=options.Numbers(), help="Radii of the table (default: round numbers up to the largest possible)."
 )
 @options.compute_options
 def run(**given: Any) -> None:
-    """Certify images: a class and an l2 radius for each, or an abstention.
+    """Certify images: a class and a radius for each, or an abstention.
 
     Cohen, Rosenfeld and Kolter (2019): n0 noisy copies choose a class, n fresh ones bound its probability from below
     (Clopper-Pearson at alpha), and the radius is sigma * Phi^-1 of the bound. Results go to a run file; the same
     command goes on where it stopped. The largest possible radius is sigma times 1.50 at n = 100, 2.46 at 1,000, 3.20 at
-    10,000 and 3.81 at 100,000 (alpha = 0.001).
+    10,000 and 3.81 at 100,000 (alpha = 0.001). With --radius the question is yes or no, and most images answer it
+    within a few hundred samples.
     """
-    _execute("certify", given)
+    if given["radius"] is not None:
+        _execute("decide", given)
+    else:
+        _execute("certify", given)
 
 
 @click.command(short_help="Predict with the smoothed classifier.")
 @options.classifier_options
-@options.sigma
+@options.noise_options
 @options.data_options
 @options.n
 @options.alpha
@@ -65,7 +86,8 @@ def predict(**given: Any) -> None:
     PREDICT of Cohen, Rosenfeld and Kolter (2019): n noisy copies, and a two-sided binomial test at alpha between the
     two leading classes.
     """
-    _execute("predict", {**given, "n0": 1, "bound": "clopper-pearson", "radii": None})
+    nothing = dict.fromkeys(("radii", "radius", "tolerance", "norm"))
+    _execute("predict", {**given, **nothing, "n0": 1, "bound": "clopper-pearson", "rule": "betting"})
 
 
 def _execute(procedure: str, o: dict[str, Any]) -> None:
@@ -77,9 +99,10 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     images = _images(o, smoothed.classifier)
 
     from certify.records import RunFile, peek_header, read_run
-    from certify.runner import Settings, execution_of, run_header, with_execution
+    from certify.settings import Settings, execution_of, run_header, with_execution
 
-    settings = Settings(o["n"], o["n0"], o["alpha"], o["seed"], o["bound"], procedure)
+    radii = tuple(sorted(set(o["radius"] or ())))
+    settings = Settings(o["n"], o["n0"], o["alpha"], o["seed"], o["bound"], procedure, radii, o["tolerance"], o["rule"])
     command = "certify " + " ".join(shlex.quote(a) for a in sys.argv[1:])
     header = run_header(
         smoothed,
@@ -102,22 +125,23 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         say(f"run file   {path}{there}")
         if demonstration:
             say(demonstration)
-        _work(smoothed, images, settings, file, execution, o, say)
+        rate = _work(smoothed, images, settings, file, execution, o, say)
     finished = read_run(path)
     if not finished.usable:
         first = finished.images[0]
         raise UserError(
             f"none of the {len(finished.images)} images could be used; the first, {first['id']}: {first['error']}"
         )
-    summarise(finished, o["radii"], as_json=o["as_json"])
+    summarise(finished, o["radii"], as_json=o["as_json"], rate=rate)
 
 
 def check_first(o: dict[str, Any]) -> None:
     """Everything that can be refused before torch is imported."""
     from certify import hub
-    from certify.bounds import BOUNDS
+    from certify.noise import make_noise
 
-    BOUNDS.get(o.get("bound", "clopper-pearson"))
+    make_noise(o.get("noise", "gaussian"), o["sigma"], rounded=o.get("rounded", False))
+    _check_procedure(o)
     source = hub.find_source(o["model"], o["weights"])
     hub.require_weights(source, o["weights"])
     if o["denoiser"] != "none":
@@ -125,6 +149,35 @@ def check_first(o: dict[str, Any]) -> None:
 
         DENOISERS.get(o["denoiser"])
     check_radii(o.get("radii"))
+
+
+def _check_procedure(o: dict[str, Any]) -> None:
+    """Refuse options that contradict each other; a tolerance fixes the bound."""
+    from certify.bounds import BOUNDS
+    from certify.sequential import RULES
+
+    BOUNDS.get(o.get("bound", "clopper-pearson"))
+    RULES.get(o.get("rule", "betting"))
+    radii, tolerance = o.get("radius"), o.get("tolerance")
+    check_radii(radii, "--radius")
+    if radii is not None and tolerance is not None:
+        raise UserError("--radius and --tolerance: decide at a radius, or measure it to a tolerance; expected one")
+    if radii is None and tolerance is None:
+        return
+    option = "--radius" if radii is not None else "--tolerance"
+    if options.given_by_user("n0"):
+        raise UserError(f"--n0 with {option}: no selection samples are drawn there; leave it out")
+    if options.given_by_user("bound") and (radii is not None or o["bound"] != "betting"):
+        raise UserError(
+            f"--bound {o['bound']} with {option}: the votes are looked at while they come, which a bound for a fixed n "
+            "does not survive; leave --bound out" + (" (--rule names the stopping rule)" if radii is not None else "")
+        )
+    if tolerance is not None:
+        if o["rule"] != "betting":
+            raise UserError(
+                f"--rule {o['rule']} with --tolerance: expected betting, the rule that can look at any time"
+            )
+        o["bound"] = "betting"
 
 
 def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
@@ -150,6 +203,9 @@ def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
         classifier,
         o["sigma"],
         denoiser=denoiser,
+        noise=o.get("noise", "gaussian"),
+        norm=o.get("norm"),
+        rounded=o.get("rounded", False),
         device=device,
         precision=o["precision"],
         compile=o["compile"],
@@ -165,7 +221,7 @@ def _decide(
     if image is None:
         return None
     say("engine     deciding how to run the classifier ...")
-    execution = smoothed.prepare(image, len(images) * settings.samples)
+    execution = smoothed.prepare(image, len(images) * settings.likely)
     if execution.failed:
         warn(execution.failed)
     return execution
@@ -183,8 +239,7 @@ def _prepare_again(smoothed: SmoothedClassifier, image: Tensor, execution: Execu
 
 def _without_data(o: dict[str, Any]) -> str:
     """Fill in images that are at hand, and so few of them or of their samples that an answer comes soon; in words."""
-    default = click.core.ParameterSource.DEFAULT
-    is_default = {k: click.get_current_context().get_parameter_source(k) == default for k in ("n", "skip", "ids")}
+    is_default = {name: not options.given_by_user(name) for name in ("n", "skip", "ids")}
     how = "pass your own images with --data FOLDER, FILE.zip, FILE.npz or IMAGE"
     if o["model"] == "digits":
         o["data"] = "digits"
@@ -223,13 +278,13 @@ def _work(
     execution: Execution | None,
     o: dict[str, Any],
     say: Callable[[str], None],
-) -> None:
-    """Say what it costs, warn when the base classifier only guesses, then do what is left."""
+) -> float | None:
+    """Say what it costs, warn when the base classifier only guesses, then do what is left; samples a second."""
     from tqdm import tqdm
 
     from certify.runner import process
 
-    left = len(images) - len(file.done)
+    left, rate = len(images) - len(file.done), None
     with _stoppable(file, len(images)):
         first = first_image(images) if left else None
         if first is not None and execution is not None:
@@ -238,12 +293,14 @@ def _work(
             check_base(smoothed, images)
             rate = smoothed.measure_rate(first)
             total = left * settings.samples
-            say(f"cost       {left:,} images x {settings.samples:,} samples = {total:,}: about {clock(total / rate)}")
+            most = "at most " if settings.adaptive else ""
+            work = f"{left:,} images x {most}{settings.samples:,} samples = {total:,}"
+            say(f"cost       {work}: {most or 'about '}{clock(total / rate)}")
         hidden = True if say is _silent else None  # None: shown on a terminal only
         with tqdm(
-            total=left * settings.samples,
-            unit=" samples",
-            unit_scale=True,
+            total=left if settings.adaptive else left * settings.samples,
+            unit=" images" if settings.adaptive else " samples",
+            unit_scale=not settings.adaptive,
             disable=hidden,
             leave=False,
             file=sys.stderr,
@@ -257,6 +314,7 @@ def _work(
                 progress=bar.update,
                 warn=warn,
             )
+    return rate
 
 
 @contextlib.contextmanager
@@ -280,13 +338,8 @@ def _run_path(out: str | None, header: dict[str, Any]) -> Path:
         return target
     if target.suffix and not target.is_dir():
         raise UserError(f"--out {out!r}: expected a file ending in .jsonl, or a folder")
-    words: tuple[str, ...] = (
-        Path(header["model"]).stem,
-        Path(header["data"]).stem,
-        f"sigma{header['sigma']:g}",
-        f"n{header['n']}",
-    )
-    words = words if header["procedure"] == "certify" else (header["procedure"], *words)
+    words = [Path(header["model"]).stem, Path(header["data"]).stem, f"sigma{header['sigma']:g}", f"n{header['n']}"]
+    words = words if header["procedure"] == "certify" else [header["procedure"], *words]
     name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
     return target / f"{name}-{identity_digest(header)}.jsonl"
 

@@ -1,14 +1,16 @@
-"""``certify plot`` and ``certify table``: from run files (and the field's logs) to pictures and numbers."""
+"""``certify plot``, ``table`` and ``recompute``: from run files (and the field's logs) to pictures and numbers."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import click
 
 from certify.cli import options
 from certify.cli.summary import warn
-from certify.errors import RunFault
+from certify.errors import RunFault, UserError
 
 runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 
@@ -43,22 +45,52 @@ def plot(runs: tuple[str, ...], out: str, title: str | None, no_band: bool) -> N
     show_default=True,
     help="Form of the table.",
 )
-@click.option("--intervals", is_flag=True, help="Add the 95 % interval over images to each cell (csv always has it).")
+@click.option(
+    "--intervals",
+    is_flag=True,
+    help="Add the 95 % interval over images to each cell (csv and --simultaneous always have one).",
+)
+@click.option(
+    "--simultaneous",
+    is_flag=True,
+    help="One line a radius, with the share that holds for all images at once and an interval that allows for wrong "
+    "certificates.",
+)
+@click.option(
+    "--correction",
+    type=click.Choice(["holm", "bonferroni"]),
+    help="For --simultaneous: holm (at one radius) or bonferroni (at all radii together). Default: holm, and "
+    "bonferroni where images stopped by themselves.",
+)
 @click.option("-o", "--out", help="Write to this file instead of stdout.")
-def table(runs: tuple[str, ...], radii: list[float] | None, style: str, intervals: bool, out: str | None) -> None:
+def table(
+    runs: tuple[str, ...],
+    radii: list[float] | None,
+    style: str,
+    intervals: bool,
+    simultaneous: bool,
+    correction: str | None,
+    out: str | None,
+) -> None:
     """Tabulate certified accuracy at given radii, one line a run.
 
-    RUN is a run file of certify, or a log with columns idx label predict radius correct time.
+    RUN is a run file of certify, or a log with columns idx label predict radius correct time. A certificate speaks for
+    its image alone; --simultaneous says from the votes what holds for all images of a run at once.
     """
     from analysis.curves import curves, default_radii
     from analysis.runs import read_all
-    from analysis.tables import compare
+    from analysis.tables import compare, compare_families
 
     options.check_radii(radii)
+    if correction and not simultaneous:
+        raise UserError(f"--correction {correction} is for all images at once; pass --simultaneous too")
     found = curves(read_all(runs, warn))
     if radii is None:
         radii = default_radii(max((float(c.radii[-1]) for c in found if len(c.radii)), default=0.0))
-    text = compare(found, radii, style, intervals=intervals)
+    if simultaneous:
+        text = compare_families(found, radii, style, correction)
+    else:
+        text = compare(found, radii, style, intervals=intervals)
     if out is None:
         click.echo(text)
         return
@@ -67,3 +99,38 @@ def table(runs: tuple[str, ...], radii: list[float] | None, style: str, interval
     except OSError as error:
         raise RunFault(f"could not write {out}: {error.strerror}") from None
     click.echo(f"wrote {out}")
+
+
+@click.command(short_help="Another alpha or bound from the votes of a run.")
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--alpha",
+    type=options.Positive("a probability strictly between 0 and 1, such as 0.001", below=1.0),
+    help="Probability of error for each image (default: as in the run).",
+)
+@click.option("--bound", help="Confidence bound (`certify list bounds`; default: as in the run).")
+@click.option("--out", metavar="FILE", help="New run file (default: beside RUN, named by alpha and bound).")
+@click.option("--radii", type=options.Numbers(), help="Radii of the table (default: round numbers).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def recompute(
+    run: str, alpha: float | None, bound: str | None, out: str | None, radii: list[float] | None, as_json: bool
+) -> None:
+    """Certify the votes of RUN again, at another alpha or with another bound, into a new run file: no model, no images.
+
+    Choose both before you look: the smallest of several tries has no guarantee. A bound that the run's design cannot
+    support is refused: fixed-n bounds where images stopped by themselves, or where no selection votes chose the class.
+    """
+    from certify.bounds import BOUNDS
+    from certify.cli.summary import summarise
+    from certify.recompute import recompute_file
+
+    if bound is not None:
+        BOUNDS.get(bound)
+    options.check_radii(radii)
+    source = Path(run)
+    words = [source.stem, *([f"alpha{alpha:g}"] if alpha is not None else []), *([bound] if bound else [])]
+    if len(words) == 1:
+        raise UserError("recompute without --alpha and --bound would change nothing; pass one of them")
+    target = Path(out) if out else source.with_name("-".join(words) + ".jsonl")
+    command = "certify " + " ".join(shlex.quote(a) for a in sys.argv[1:])
+    summarise(recompute_file(source, target, alpha=alpha, bound=bound, command=command), radii, as_json=as_json)

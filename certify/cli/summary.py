@@ -13,22 +13,25 @@ if TYPE_CHECKING:
     from certify.records import Run
 
 
-def summarise(run: Run, radii: list[float] | None, *, as_json: bool) -> None:
-    """Print the table (or one JSON object) on stdout; for certificates, draw the curve beside the run file."""
+def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float | None = None) -> None:
+    """Print the table (or one JSON object) on stdout; for certificates, draw the curve beside the run file.
+
+    ``rate``, in samples a second, says what the samples that were not needed would have taken.
+    """
     rows = run.usable
     _warn_of_failures(rows)
     _warn_of_disagreement(run)
     curve, picture = None, None
-    if run.header["procedure"] == "certify":
+    if run.header["procedure"] != "predict":
         from analysis.curves import curves
 
         (curve,) = curves([run])
-        radii = radii or _radii(run.header)
+        radii = radii or _radii(run)
         picture = run.path.with_suffix(".png")
     if as_json:
-        click.echo(json.dumps(_as_json(run, curve, radii or [], picture)))
+        click.echo(json.dumps(_as_json(run, curve, radii or [], picture, rate)))
     else:
-        click.echo(_in_words(run, curve, radii or []))
+        click.echo(_in_words(run, curve, radii or [], rate))
         click.echo(f"\nrun file   {run.path}" + (f"\ncurve      {picture}" if picture else ""))
     if curve is not None and picture is not None:
         from analysis.plots import plot_curves
@@ -36,13 +39,17 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool) -> None:
         plot_curves([curve], picture)  # last: when it cannot be written, the numbers are out already
 
 
-def _radii(header: dict[str, Any]) -> list[float]:
+def _radii(run: Run) -> list[float]:
     from analysis.curves import default_radii
     from certify.certificates import largest_radius
-    from certify.noise import NOISES
+    from certify.rows import noise_of
 
-    noise = NOISES.get(header["noise"])(header["sigma"])
-    return default_radii(largest_radius(noise, header["n"], header["alpha"], header["bound"]))
+    header = run.header
+    if header["procedure"] == "decide":
+        return list(header["stopping"]["radii"])
+    noise = noise_of(header, run.usable[0].get("values", 1))
+    selected = not header.get("stopping")
+    return default_radii(largest_radius(noise, header["n"], header["alpha"], header["bound"], selected=selected))
 
 
 def _warn_of_failures(rows: list[dict[str, Any]]) -> None:
@@ -85,9 +92,28 @@ def _count(rows: list[dict[str, Any]]) -> tuple[int, int, int]:
     )
 
 
-def _as_json(run: Run, curve: Curve | None, radii: list[float], picture: Path | None) -> dict[str, Any]:
+def _samples(run: Run) -> tuple[int, int]:
+    """Samples that were labelled, and samples that the same images take at the fixed n."""
+    rows, header = run.usable, run.header
+    drawn = sum(row.get("drawn", row["trials"] + header["n0"]) for row in rows)
+    return drawn, len(rows) * (header["n"] + header["n0"])
+
+
+def _outcomes(run: Run) -> dict[str, dict[str, int]]:
+    """How many images are robust, not certifiable and undecided at each radius."""
+    found: dict[str, dict[str, int]] = {}
+    for row in run.usable:
+        for decision in row.get("decisions", ()):
+            at = found.setdefault(f"{decision['radius']:g}", {"robust": 0, "not certifiable": 0, "undecided": 0})
+            at[decision["outcome"]] += 1
+    return found
+
+
+def _as_json(
+    run: Run, curve: Curve | None, radii: list[float], picture: Path | None, rate: float | None
+) -> dict[str, Any]:
     rows = run.usable
-    samples = sum(r["trials"] for r in rows) + len(rows) * run.header["n0"]
+    drawn, fixed = _samples(run)
     seconds = sum(r["seconds"] for r in rows)
     shares = None
     if curve is not None:
@@ -98,22 +124,28 @@ def _as_json(run: Run, curve: Curve | None, radii: list[float], picture: Path | 
     return {
         "run": str(run.path),
         "images": len(rows),
+        "norm": run.header["norm"],
         "certified_accuracy": shares if labelled else None,
         "certified_fraction": None if labelled else shares,
+        "decisions": _outcomes(run) or None,
         "base_accuracy": base / len(rows) if labelled else None,
         "smoothed_accuracy": smoothed / len(rows) if labelled else None,
         "abstained": abstained,
         "unreadable": len(run.images) - len(rows),
         "ran_as": {k: run.header[k] for k in ("precision", "folded", "compiled", "batch_size", "device")},
         "agreement_with_float32": same / compared if compared else None,
-        "samples": samples,
-        "samples_per_second": round(samples / seconds, 1) if seconds else None,
+        "samples": drawn,
+        "samples_at_fixed_n": fixed,
+        "samples_per_second": round(drawn / seconds, 1) if seconds else None,
+        "seconds": round(seconds, 3),
+        "seconds_at_fixed_n": round(fixed / rate, 1) if rate else None,
         "curve": str(picture) if picture else None,
     }
 
 
-def _in_words(run: Run, curve: Curve | None, radii: list[float]) -> str:
+def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | None) -> str:
     from analysis.tables import one_run, share
+    from certify.norms import IN_WORDS
 
     rows, header = run.usable, run.header
     lines = [
@@ -124,21 +156,36 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float]) -> str:
     lines.append("")
     if curve is not None:
         lines += [one_run(curve, radii), ""]
+    deciding = header["procedure"] == "decide"
+    for radius, outcomes in _outcomes(run).items():
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        lines.append(f"{f'decided at {radius}':<26} {counts}")
     base, smoothed, abstained = _count(rows)
     if rows[0]["label"] is not None:
         lines.append(f"base accuracy (no noise)   {share(base, len(rows))}")
-        lines.append(f"smoothed accuracy          {share(smoothed, len(rows))}")
+        if not deciding:
+            lines.append(f"smoothed accuracy          {share(smoothed, len(rows))}")
     else:
-        lines += _each(rows)
-    lines.append(f"abstained                  {abstained} of {len(rows)}")
+        lines += _each(rows, header["norm"])
+    if not deciding:
+        lines.append(f"abstained                  {abstained} of {len(rows)}")
+    if header.get("stopping"):
+        lines.append(f"samples                    {_saved(run, rate)}")
     lines.append(f"ran as                     {how_it_ran(header)}")
     same, compared = _agreement(run)
     if compared:
         lines.append(f"labels as in plain float32 {same / compared:.2%} of {compared:,} compared")
     error = f"wrong with probability at most {header['alpha']:g}"
-    if curve is not None:
+    norm = IN_WORDS[header["norm"]]
+    if deciding:
         lines.append(
-            "\nEach certificate says: no change of l2 norm below its radius alters the smoothed classifier's\n"
+            f"\nRobust at r: no change of {norm} norm below r alters the smoothed classifier's prediction.\n"
+            "Not certifiable: no class is probable enough for r, whatever the number of samples.\n"
+            f"For each image all of this is {error} over the noise draws."
+        )
+    elif curve is not None:
+        lines.append(
+            f"\nEach certificate says: no change of {norm} norm below its radius alters the smoothed classifier's\n"
             f"prediction. For its image it is {error} over the noise draws."
         )
     else:
@@ -148,9 +195,21 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float]) -> str:
     return "\n".join(lines)
 
 
-def _each(rows: list[dict[str, Any]], most: int = 20) -> list[str]:
+def _saved(run: Run, rate: float | None) -> str:
+    """What stopping early was worth."""
+    from certify.cli.plan import clock
+
+    (drawn, fixed), seconds = _samples(run), sum(row["seconds"] for row in run.usable)
+    text = f"{drawn:,} instead of {fixed:,}: {fixed / max(drawn, 1):,.0f} times fewer"
+    if rate is None:
+        return text
+    return f"{text}; {clock(seconds)} instead of about {clock(fixed / rate)}"
+
+
+def _each(rows: list[dict[str, Any]], norm: str, most: int = 20) -> list[str]:
     """Without labels there is no accuracy: the predictions themselves."""
     from analysis.tables import render
+    from certify.norms import IN_WORDS
 
     shown = [
         [
@@ -162,7 +221,11 @@ def _each(rows: list[dict[str, Any]], most: int = 20) -> list[str]:
         for r in rows[:most]
     ]
     more = [f"... and {len(rows) - most} more, in the run file"] if len(rows) > most else []
-    return [render(["image", "smoothed class", "l2 radius", "class without noise"], shown, "text"), *more, ""]
+    return [
+        render(["image", "smoothed class", f"{IN_WORDS[norm]} radius", "class without noise"], shown, "text"),
+        *more,
+        "",
+    ]
 
 
 def floor4(radius: float) -> str:

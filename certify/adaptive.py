@@ -1,0 +1,283 @@
+"""As few samples as it takes: images share batches, undecided ones go on, each stops as soon as it is settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from certify.certificates import certificate_from_votes, decision_from_counts, largest_radius, needed
+from certify.sequential import betting_interval, thresholds
+from certify.types import ABSTAIN, Certificate, Decision, Noise, Votes
+from certify.votes import Job, Tally
+
+_LEAST = 16  # samples of an image's first piece
+_HARD = 8  # images with as much work as this share of a batch that may keep new ones waiting
+_OPEN_BYTES = 2**28  # of images that wait for more samples
+
+Label = Callable[[Iterable[Job]], Iterator[Tally]]
+
+
+class Watch(Protocol):
+    """The votes of one image so far, and when they are enough. What it does depends on these votes alone."""
+
+    drawn: int
+    """Samples that were labelled."""
+    want: int
+    """Samples to label next; 0 when the image is settled."""
+
+    def add(self, labels: np.ndarray) -> None:
+        """Take the labels of the next samples, int64, failures below 0."""
+        ...
+
+    def result(self) -> Any:
+        """What the votes so far say."""
+        ...
+
+
+@dataclass(eq=False)
+class _Counts:
+    """Votes for each class so far."""
+
+    num_classes: int
+    by_class: np.ndarray = field(init=False)
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        self.by_class = np.zeros(self.num_classes, dtype=np.int64)
+
+    def leading(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """After each of these labels the largest count so far, and the class that has it."""
+        classes = np.union1d(np.flatnonzero(self.by_class), labels[labels >= 0])
+        if not len(classes):
+            return np.zeros(len(labels), dtype=np.int64), np.full(len(labels), ABSTAIN)
+        counts = self.by_class[classes, None] + np.cumsum(labels[None, :] == classes[:, None], axis=1)
+        return counts.max(axis=0), classes[counts.argmax(axis=0)]
+
+    def add(self, labels: np.ndarray) -> None:
+        self.by_class += np.bincount(labels[labels >= 0], minlength=self.num_classes)
+        self.seen += len(labels)
+
+    def votes(self) -> Votes:
+        return Votes(tuple(self.by_class.tolist()), self.seen - int(self.by_class.sum()))
+
+
+class Deciding:
+    """Stops when every radius is settled: robust, or not certifiable (:mod:`certify.sequential`).
+
+    Args:
+        num_classes: K.
+        n: the most samples.
+        radii: ascending, in the noise's norm.
+        noise: the smoothing distribution.
+        alpha: probability that anything that is settled is wrong, at most.
+        rule: name of the stopping rule.
+    """
+
+    def __init__(
+        self, num_classes: int, *, n: int, radii: Sequence[float], noise: Noise, alpha: float, rule: str
+    ) -> None:
+        self._p0s, level = needed(radii, noise, alpha, rule)
+        self._tables = [thresholds(rule, p0, level, n) for p0 in self._p0s]
+        self._n, self._radii, self._noise, self._alpha, self._rule = n, tuple(radii), noise, alpha, rule
+        self._counts = _Counts(num_classes)
+        self._looks: list[tuple[int, int, int] | None] = [None] * len(self._p0s)
+        self.drawn = 0
+        self.want = self._next()
+
+    def _next(self) -> int:
+        """What settles the open radii if the votes go on as they began, in pieces of a sixteenth to a quarter."""
+        seen, most = self._counts.seen, int(self._counts.by_class.max())
+        left = self._n - seen
+        if None not in self._looks or not left:
+            return 0
+        if not seen:
+            return min(left, _LEAST)
+        least, reach = max(_LEAST // 2, seen // 16), max(2 * _LEAST, seen // 4)
+        ahead = slice(seen + 1, seen + reach + 1)
+        soonest = reach
+        for p0, table, look in zip(self._p0s, self._tables, self._looks, strict=True):
+            if look is None:
+                there, agreeing = table.until(seen + reach), most + np.arange(1, reach + 1)
+                settled = agreeing >= there.up[ahead] if most >= p0 * seen else most <= there.low[ahead]
+                soonest = min(soonest, int(settled.argmax()) + 1) if settled.any() else soonest
+        return min(left, max(least, soonest))
+
+    def add(self, labels: np.ndarray) -> None:
+        """Look after every sample; what comes after the last look is ignored."""
+        self.drawn += len(labels)
+        counts, seen = self._counts, self._counts.seen
+        largest, leaders = counts.leading(labels)
+        for j, table in enumerate(self._tables):
+            if self._looks[j] is not None:
+                continue
+            there = table.until(seen + len(labels))
+            span = slice(seen + 1, seen + len(labels) + 1)
+            hits = np.flatnonzero((largest >= there.up[span]) | (largest <= there.low[span]))
+            if len(hits):
+                at = int(hits[0])
+                self._looks[j] = int(leaders[at]), int(largest[at]), seen + at + 1
+        looks = [look for look in self._looks if look is not None]
+        used = max(trials for *_, trials in looks) - seen if len(looks) == len(self._looks) else len(labels)
+        counts.add(labels[:used])
+        self.want = self._next()
+
+    def result(self) -> Decision:
+        """What is settled."""
+        votes = self._counts.votes()
+        (leader,) = votes.leading()
+        last = leader, votes.counts[leader], votes.trials
+        return decision_from_counts(
+            [look or last for look in self._looks],
+            votes,
+            radii=self._radii,
+            noise=self._noise,
+            alpha=self._alpha,
+            rule=self._rule,
+            drawn=self.drawn,
+        )
+
+
+class Measuring:
+    """Stops when the radius is known to a relative tolerance, or the image certainly has none.
+
+    The radius comes from the betting rule's lower bound, the largest it can still be from its upper bound and from n.
+
+    Args:
+        num_classes: K.
+        n: the most samples.
+        tolerance: in (0, 1): the radius is at least 1 - tolerance of what it can still be.
+        noise: the smoothing distribution.
+        alpha: probability that the radius is wrong, at most.
+    """
+
+    bound = "betting"
+
+    def __init__(self, num_classes: int, *, n: int, tolerance: float, noise: Noise, alpha: float) -> None:
+        self._n, self._tolerance, self._noise, self._alpha = n, tolerance, noise, alpha
+        self._cap = largest_radius(noise, n, alpha, self.bound, selected=False)
+        self._counts = _Counts(num_classes)
+        self.drawn = 0
+        self.want = min(n, 4 * _LEAST)
+
+    def add(self, labels: np.ndarray) -> None:
+        """All labels count; then look."""
+        self.drawn += len(labels)
+        self._counts.add(labels)
+        more = max(4 * _LEAST, self._counts.seen // 8)  # looked at after each piece
+        self.want = 0 if self._known() else min(self._n - self._counts.seen, more)
+
+    def _known(self) -> bool:
+        found = betting_interval(int(self._counts.by_class.max()), self._counts.seen, self._alpha / 2)
+        if found.upper <= 0.5:
+            return True
+        possible = min(self._noise.radius(min(found.upper, 1 - 1e-15)), self._cap)
+        return found.lower > 0.5 and self.result().radius >= (1.0 - self._tolerance) * possible
+
+    def result(self) -> Certificate:
+        """The radius that the votes so far prove."""
+        votes = self._counts.votes()
+        return certificate_from_votes(Votes(()), votes, noise=self._noise, alpha=self._alpha, bound=self.bound)
+
+
+@dataclass(eq=False)
+class _Open:
+    """An image in work."""
+
+    index: int
+    job: Job
+    watch: Watch
+    clean: int | None = None
+    first: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """An image that is done.
+
+    Attributes:
+        index: its place among the images.
+        watch: with its result.
+        clean: its label without noise.
+        labels: its first labels, ``(keep,)``.
+    """
+
+    index: int
+    watch: Watch
+    clean: int
+    labels: Tensor
+
+
+def settle(
+    label: Label,
+    images: Iterable[tuple[Tensor, bytes]],
+    watch: Callable[[Tensor], Watch],
+    *,
+    batch_size: int,
+    keep: int = 0,
+) -> Iterator[Settled]:
+    """Label samples of all images until each is settled; as they are settled, not in their order.
+
+    Work goes in rounds of about one batch: pieces of the images in work, those with the fewest samples first. New
+    images are opened while a round has room; a few hard ones, which want more than a batch, do not keep them waiting.
+    What is settled about an image does not depend on the others.
+
+    Args:
+        label: :func:`certify.votes.count_votes` with everything but its jobs.
+        images: on the device, with their noise streams; pulled as they are opened.
+        watch: makes the watch of an image.
+        batch_size: samples of a round, about.
+        keep: how many first labels to keep.
+    """
+    queue = enumerate(images)
+    work: list[_Open] = []
+    more = True
+    while True:
+        work.sort(key=lambda image: image.watch.drawn)
+        most = max(1, batch_size // _HARD)
+        planned = sum(min(most, image.watch.want) for image in work)
+        held = sum(image.job.image.nbytes for image in work)
+        while more and planned < batch_size and (held < _OPEN_BYTES or not work):
+            index, found = next(queue, (-1, None))
+            if found is None:
+                more = False
+                break
+            opened = _Open(index, Job(found[0], found[1], 1), watch(found[0]))
+            work.insert(0, opened)
+            planned, held = planned + min(most, opened.watch.want), held + opened.job.image.nbytes
+        if not work:
+            return
+        chosen: list[_Open] = []
+        room = batch_size
+        for image in work:
+            if room > 0:
+                chosen.append(image)
+                room -= image.watch.want
+        _round(label, chosen, keep)
+        for image in [image for image in chosen if not image.watch.want]:
+            work.remove(image)
+            assert image.clean is not None
+            assert image.first is not None
+            yield Settled(image.index, image.watch, image.clean, image.first)
+
+
+def _round(label: Label, chosen: Sequence[_Open], keep: int) -> None:
+    """One piece of each of these images; of a new one its label without noise too."""
+
+    def jobs() -> Iterator[Job]:
+        for image in chosen:
+            if image.clean is None:
+                yield Job(image.job.image, None, 1, keep=1)
+            want = image.watch.want
+            yield replace(image.job, trials=want, keep=want, start=image.watch.drawn)
+
+    tallies = label(jobs())
+    for image in chosen:  # a job is pulled before its tally is there, so it saw the image as it is here
+        if image.clean is None:
+            image.clean = int(next(tallies).labels[0])
+        labels = next(tallies).labels
+        image.first = labels[:keep] if image.first is None else image.first
+        image.watch.add(labels.numpy())

@@ -1,0 +1,102 @@
+"""Norms: their names, and what a certificate in one implies in another."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from certify.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from certify.types import Noise
+
+ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
+IN_WORDS = {"l1": "l1", "l2": "l2", "linf": "l-infinity"}
+IN_TEX = {"l1": r"$\ell_1$", "l2": r"$\ell_2$", "linf": r"$\ell_\infty$"}
+
+
+def implied_factor(native: str, wanted: str, values: int) -> float:
+    """The factor f such that a certified ball of radius R in ``native`` contains the ``wanted`` ball of radius f R.
+
+    For p <= q, ||x||_q <= ||x||_p <= d^(1/p - 1/q) ||x||_q in d dimensions: l2 implies l1 with factor 1 and l-infinity
+    with 1/sqrt(d). Rounded down.
+
+    Args:
+        native: norm of the certificate.
+        wanted: norm of the statement.
+        values: d = C * H * W.
+
+    Raises:
+        UserError: an unknown norm.
+    """
+    for name in (native, wanted):
+        if name not in ORDERS:
+            raise UserError(f"norm {name!r}; expected one of {', '.join(ORDERS)}")
+    loss = 1.0 / ORDERS[native] - 1.0 / ORDERS[wanted]
+    return 1.0 if loss <= 0 else float(values) ** -loss * (1.0 - 1e-14)
+
+
+@dataclass(frozen=True)
+class Implied:
+    """A noise whose radii are stated in another norm than its own.
+
+    Attributes:
+        noise: the noise itself.
+        norm: of the radii.
+        values: d = C * H * W of the images.
+    """
+
+    noise: Noise
+    norm: str
+    values: int
+
+    @property
+    def name(self) -> str:
+        """The noise's name."""
+        return self.noise.name
+
+    @property
+    def scale(self) -> float:
+        """The noise's scale."""
+        return self.noise.scale
+
+    @property
+    def one_shape(self) -> bool:
+        """The noise's own."""
+        return self.noise.one_shape
+
+    def input(self, image: torch.Tensor) -> torch.Tensor:
+        """The noise's own."""
+        return self.noise.input(image)
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """The noise's own."""
+        return self.noise.sample(shape, generator)
+
+    def add(self, image: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """The noise's own."""
+        return self.noise.add(image, drawn)
+
+    def failed(self, drawn: torch.Tensor) -> torch.Tensor | None:
+        """The noise's own."""
+        return self.noise.failed(drawn)
+
+    def radius(self, p_lower: float, p_other: float | None = None) -> float:
+        """The noise's own radius, carried over to the norm."""
+        return self.noise.radius(p_lower, p_other) * self._factor
+
+    def probability(self, radius: float) -> float:
+        """The probability at which this radius, in this norm, is reached."""
+        return self.noise.probability(radius / self._factor)
+
+    @property
+    def _factor(self) -> float:
+        return implied_factor(self.noise.norm, self.norm, self.values)
+
+
+def in_norm(noise: Noise, norm: str | None, values: int) -> Noise:
+    """The noise with its radii stated in ``norm`` (None: its own)."""
+    return noise if norm in (None, noise.norm) else Implied(noise, str(norm), values)

@@ -1,0 +1,136 @@
+"""Another alpha or another bound from the votes of a run file: no model, no images, a new file."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from certify.bounds import BOUNDS, check_alpha
+from certify.errors import RunFault, UserError
+from certify.records import Run, read_run
+from certify.rows import answer
+
+
+def recompute(
+    run: Run, *, alpha: float | None = None, bound: str | None = None, command: str = ""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and image lines of the same votes at another alpha or bound.
+
+    Every certificate is again wrong with probability at most the new alpha, provided that alpha and bound were not
+    chosen by looking at the results. What the run's design cannot support is refused.
+
+    Args:
+        run: as it was read.
+        alpha: probability of error for each image; None keeps it.
+        bound: name of a bound; None keeps it.
+        command: for the record.
+
+    Raises:
+        UserError: alpha out of range, an unknown bound, or one that these votes cannot support.
+    """
+    header = run.header
+    if "procedure" not in header or "noise" not in header:
+        raise UserError(f"{run.path} names no procedure or noise; expected a run file of certify")
+    alpha = header["alpha"] if alpha is None else alpha
+    bound = header["bound"] if bound is None else bound
+    try:
+        check_alpha(alpha)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    _check_design(run, bound)
+    origin = {"run": run.path.name, "sha256": hashlib.sha256(run.path.read_bytes()).hexdigest()}
+    kept = {key: header[key] for key in ("alpha", "bound", "created", "command")}
+    changed = {
+        **header,
+        "alpha": alpha,
+        "bound": bound,
+        "recomputed": {**origin, "from": kept},
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+    return changed, [_line(changed, row) for row in run.images]
+
+
+def _line(header: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """An image's line with its answer renewed; an unusable image stays as it is."""
+    if "error" in row:
+        return row
+    if header["bound"] == "randomized" and "uniform" not in row:
+        from certify.streams import bound_draw
+
+        row = {**row, "uniform": bound_draw(header["seed"], row["id"])}
+    renewed = {**row, **answer(header, row)}
+    if renewed["prediction"] != row["prediction"]:  # the name of a class that was an abstention may not be known
+        renewed["class"] = row["base_class"] if renewed["prediction"] == row["base"] else None
+        if renewed["prediction"] >= 0 and renewed["class"] is None:
+            renewed["class"] = str(renewed["prediction"])
+    return renewed
+
+
+def _check_design(run: Run, bound: str) -> None:
+    """Refuse a bound that the way these votes came about does not support, with the reason."""
+    header, path = run.header, run.path
+    stopping, procedure = header.get("stopping") or {}, header["procedure"]
+    if procedure == "predict":
+        if bound != header["bound"]:
+            raise UserError(f"{path} holds predictions, which have no radius: --bound {bound} has nothing to bound")
+        return
+    if procedure == "decide":
+        if bound != stopping["rule"]:
+            raise UserError(
+                f"{path} was stopped by looking at its votes (rule {stopping['rule']}): --bound {bound} cannot decide "
+                f"at its radii; leave --bound out, and pass --alpha alone"
+            )
+        return
+    anytime = BOUNDS.get(bound).anytime  # type: ignore[attr-defined]
+    if anytime:
+        return
+    if stopping:
+        raise UserError(
+            f"{path} was stopped by looking at its votes (rule {stopping['rule']}): --bound {bound} holds for a fixed "
+            "n only, peeking breaks it; expected an anytime-valid bound such as betting"
+        )
+    if not header["n0"]:
+        raise UserError(
+            f"{path} has no selection votes (n0 = 0): the class would be chosen by the votes that --bound {bound} "
+            "counts; expected an anytime-valid bound such as betting"
+        )
+
+
+def recompute_file(
+    source: str | Path,
+    target: str | Path,
+    *,
+    alpha: float | None = None,
+    bound: str | None = None,
+    allow_partial: bool = False,
+    command: str = "",
+) -> Run:
+    """Write the recomputed run beside the old one, whole or not at all.
+
+    Raises:
+        UserError: as :func:`recompute`; the target is there already.
+        RunFault: it cannot be written.
+    """
+    target = Path(target)
+    if target.exists():
+        raise UserError(f"{target} is there already and is left alone: name another --out")
+    run = read_run(source, allow_partial=allow_partial)
+    header, rows = recompute(run, alpha=alpha, bound=bound, command=command)
+    lines = [json.dumps(line, allow_nan=False) for line in (header, *rows)]
+    beside = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RunFault(f"could not write {target}: {error.strerror}; {run.path} is untouched") from None
+    return Run(target, header, rows)

@@ -1,0 +1,232 @@
+"""Anytime-valid stopping rules: when the votes so far settle whether a probability is above or below p0.
+
+A rule is a function ``(p0, alpha, n) -> Boundary``. With probability at least 1 - alpha, at no sample size up to n does
+the boundary settle the wrong side, so one may look after every sample and stop at once. It depends on the counts (H of
+T) alone, hence it is a table and a check is a look-up.
+
+All classes at once. A radius needs p0 >= 1/2, so no class has to be selected beforehand: running the rule on every
+class at level ``shared_level(...)`` is wrong with probability at most alpha in all, for any number of classes. Proof
+for the betting rule. Let E_c be class c's wealth against its own true p_c; each is a martingale from 1, so
+sum_c p_c E_c is one from at most 1, and by Ville's inequality it reaches 1 / alpha with probability at most alpha.
+(Above) If class c with p_c <= p0 is settled above p0 at (H, T), its wealth against p0 exceeds 1 / level. The boundary
+demands (H - 1)/(T - 1) >= p0, and p^(H-1) (1-p)^(T-H) increases up to there, hence p_c E_c >= p0 / level. (Below)
+"Every class is below p0" is wrong only if some p_c >= p0 > H/T; then E_c is at least the wealth against p0, and again
+p_c E_c >= p0 / level. So level = alpha p0, with the smallest p0 when there are several. For the union-bound rule see
+:func:`shared_level`.
+
+Sources: Voracek (NeurIPS 2024), algorithms 1 and 2; Krichevsky and Trofimov (1981); Ville (1939). The argument for all
+classes at once is ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from certify.bounds import Bound, Evidence, Interval, check_alpha
+from certify.registry import Registry
+
+_LOG_MARGIN = 1e-6  # exceeds the error of log-wealth up to T = 10^7 (5e-8 against ball arithmetic)
+_OUTWARD = 1e-12
+_CHUNK = 4096
+
+RULES = Registry("rule")
+
+
+@dataclass(frozen=True, eq=False)
+class Boundary:
+    """What settles p against p0 after T samples, for T = 0 .. n, int64 ``(n + 1,)``.
+
+    Attributes:
+        up: the least count that settles p >= p0; T + 1 where none does.
+        low: the greatest count that settles p <= p0; -1 where none does.
+    """
+
+    up: np.ndarray
+    low: np.ndarray
+
+
+def log_wealth(successes: np.ndarray, trials: np.ndarray, p0: float) -> np.ndarray:
+    """Log of the Krichevsky-Trofimov wealth against p0: the Beta(1/2, 1/2) mixture over the Bernoulli(p0) likelihood.
+
+    Under p0 the wealth is a martingale from 1. Lowered by a margin for floating-point error, that of p0 included.
+    """
+    from scipy.special import betaln
+
+    failures = trials - successes
+    exact = betaln(successes + 0.5, failures + 0.5) - math.log(math.pi)
+    exact = exact - successes * math.log(p0) - failures * math.log1p(-p0)
+    margin: np.ndarray = _LOG_MARGIN + 1e-15 * (successes / p0 + failures / (1.0 - p0))
+    return np.asarray(exact - margin)
+
+
+def _never(trials: np.ndarray) -> Boundary:
+    return Boundary(trials + 1, np.full_like(trials, -1))
+
+
+def _bisect(settled: Callable[[np.ndarray], np.ndarray], inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
+    """For each entry the count nearest to ``inner`` at which ``settled`` holds; it holds at ``outer`` by convention."""
+    inner, outer = inner.copy(), outer.copy()
+    while (np.abs(outer - inner) > 1).any():
+        middle = (inner + outer) // 2
+        holds = settled(middle)
+        moved = np.abs(outer - inner) > 1
+        outer = np.where(moved & holds, middle, outer)
+        inner = np.where(moved & ~holds, middle, inner)
+    return outer
+
+
+def _boundary(settled: Callable[[np.ndarray, np.ndarray, bool], np.ndarray], trials: np.ndarray, p0: float) -> Boundary:
+    """Both sides by bisection: ``settled(counts, trials, above)`` is monotone on either side of p0 * trials."""
+    centre = np.floor(p0 * trials).astype(np.int64)
+    above = _bisect(lambda h: settled(h, trials, True), centre, trials + 1)
+    above = np.maximum(above, np.ceil(p0 * (trials - 1) * (1 + 1e-15)).astype(np.int64) + 1)  # (H - 1)/(T - 1) >= p0
+    low = _bisect(lambda h: settled(h, trials, False), np.minimum(centre + 1, trials), np.full_like(trials, -1))
+    return Boundary(np.minimum(above, trials + 1), low)
+
+
+def _check(p0: float, alpha: float) -> None:
+    check_alpha(alpha)
+    if not 0.5 <= p0 < 1.0:
+        raise ValueError(f"p0 = {p0}: expected a probability from 1/2 to 1")
+
+
+def betting_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
+    """Betting (Voracek 2024, algorithm 2): settled once the wealth against p0 exceeds 1 / alpha, checked at every T.
+
+    One wealth serves both sides: P(it ever exceeds 1 / alpha) <= alpha when p = p0, and where p0 is excluded every
+    value beyond it is, because log-wealth is convex in p with its minimum at H/T.
+    """
+    _check(p0, alpha)
+    limit = -math.log(alpha)
+
+    def settled(count: np.ndarray, trials: np.ndarray, above: bool) -> np.ndarray:
+        inside = (count >= 0) & (count <= trials)
+        return np.asarray(inside & (log_wealth(np.clip(count, 0, trials), trials, p0) > limit))
+
+    return _boundary(settled, trials, p0)
+
+
+def check_times(n: int) -> list[int]:
+    """Sample sizes at which the union-bound rule looks: the first above 1.1^k for k = 11, 12, ..., up to n."""
+    times: list[int] = []
+    k = 11
+    while (time := int(1.1**k) + 1) <= n:
+        if not times or time > times[-1]:
+            times.append(time)
+        k += 1
+    return times
+
+
+def union_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
+    """Union bound (Voracek 2024, algorithm 1): Clopper-Pearson at the t-th of geometric times at 5 alpha/((t+4)(t+5)).
+
+    These levels sum to alpha. Between the times nothing is settled.
+    """
+    from scipy.special import betainc, betaincc
+
+    _check(p0, alpha)
+    found = _never(trials)
+    times = np.array(check_times(int(trials.max(initial=0))), dtype=np.int64)
+    number = np.searchsorted(times, trials)
+    looked = np.zeros(len(trials), dtype=bool)
+    looked[number < len(times)] = times[number[number < len(times)]] == trials[number < len(times)]
+    if not looked.any():
+        return found
+    t = number[looked] + 1.0
+    level = 5 * alpha / ((t + 4) * (t + 5)) * (1 - 1e-9)  # more than the error of betainc
+
+    def settled(count: np.ndarray, trials: np.ndarray, above: bool) -> np.ndarray:
+        if above:  # P(Bin(T, p0) >= count)
+            return np.asarray(
+                (count <= trials)
+                & (betainc(np.maximum(count, 1), trials - np.minimum(count, trials) + 1, p0) <= level)
+                & (count >= 1)
+            )
+        return np.asarray(
+            (count >= 0)
+            & (count < trials)
+            & (betaincc(np.maximum(count, 0) + 1, np.maximum(trials - count, 1), p0) <= level)
+        )
+
+    there = _boundary(settled, trials[looked], p0)
+    found.up[looked], found.low[looked] = there.up, there.low
+    return found
+
+
+RULES.add("betting", betting_boundary, "betting e-process, checked at every sample (default)")
+RULES.add("union-bound", union_boundary, "Clopper-Pearson at geometric times with alpha shared out")
+
+
+def shared_level(rule: str, alpha: float, p0s: Sequence[float]) -> float:
+    """The level at which a rule may run on every class and for every p0, so that all of it errs by at most alpha.
+
+    Betting: alpha times the smallest p0 (module docstring). Union bound, at one look with level a: P(Bin(T, p) >= h) is
+    convex in p up to (h - 1)/(T - 1) >= p0 and 0 at p = 0, so class c is wrongly settled above p0 with probability at
+    most a p_c / p0. If every class is below p0 these sum to at most a / p0; if class c* is above, the others sum to
+    a (1 - p0) / p0 and c* is wrongly settled below with probability a: again a / p0. With several p0, c* may lie
+    between two of them and be wrong on either side: a (1 + 1/p0).
+    """
+    least = min(p0s)
+    return alpha * least if rule == "betting" or len(p0s) == 1 else alpha * least / (1.0 + least)
+
+
+class Thresholds:
+    """A rule's boundary for one p0, computed as far as it is asked for."""
+
+    def __init__(self, rule: str, p0: float, level: float, n: int) -> None:
+        self._rule, self._p0, self._level, self._n = RULES.get(rule), p0, level, n
+        self._known = _never(np.zeros(1, dtype=np.int64))
+
+    def until(self, trials: int) -> Boundary:
+        """The boundary for T = 0 .. at least ``trials``."""
+        size = len(self._known.up)
+        if trials >= size:
+            end = min(max(2 * size, trials + 1, _CHUNK), max(self._n, trials) + 1)
+            more = self._rule(self._p0, self._level, np.arange(size, end, dtype=np.int64))
+            self._known = Boundary(
+                np.concatenate([self._known.up, more.up]), np.concatenate([self._known.low, more.low])
+            )
+        return self._known
+
+
+@functools.lru_cache(maxsize=64)
+def thresholds(rule: str, p0: float, level: float, n: int) -> Thresholds:
+    """Thresholds that all images of a run share."""
+    _check(p0, level)
+    return Thresholds(rule, p0, level, n)
+
+
+def betting_interval(successes: int, trials: int, alpha: float) -> Interval:
+    """Anytime-valid interval for a proportion: every p against which the wealth is at most 1 / alpha.
+
+    With probability at least 1 - alpha it holds p at every T at once. Rounded outward.
+    """
+    from scipy.optimize import brentq
+
+    check_alpha(alpha)
+    limit, h, t = -math.log(alpha), np.asarray(float(successes)), np.asarray(float(trials))
+
+    def excess(p: float) -> float:
+        return float(log_wealth(h, t, p)) - limit
+
+    mean = successes / trials
+    tiny = 1e-15
+    lower, upper = 0.0, 1.0
+    if successes and excess(tiny) > 0:
+        lower = max(0.0, float(brentq(excess, tiny, min(mean, 1 - tiny), xtol=1e-15)) - _OUTWARD)
+    if successes < trials and excess(1 - tiny) > 0:
+        upper = min(1.0, float(brentq(excess, max(mean, tiny), 1 - tiny, xtol=1e-15)) + _OUTWARD)
+    return Interval(lower, upper)
+
+
+def _betting(evidence: Evidence, alpha: float) -> Interval:
+    lower = betting_interval(evidence.successes, evidence.trials, alpha).lower
+    return Interval(lower, 1.0 - lower)
+
+
+BETTING = Bound(_betting, anytime=True)

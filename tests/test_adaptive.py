@@ -1,0 +1,252 @@
+"""As few samples as it takes: decisions are those of the boundary, whatever the batches, and true."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from certify import Gaussian, SmoothedClassifier, Votes
+from certify.adaptive import Deciding, Measuring, settle
+from certify.certificates import certificate_from_votes, decision_from_counts, largest_radius
+from certify.errors import UserError
+from certify.sequential import RULES, shared_level
+from certify.types import ABSTAIN
+from certify.votes import Job, Tally
+
+NOISE = Gaussian(0.25)
+
+
+def half_space(linear_classifier: Any, distance: float) -> tuple[Any, Tensor]:
+    """A classifier and an image of class 1 at this distance from the boundary, negative on the other side."""
+    image = torch.full((3, 4, 4), 0.5)
+    weight = torch.linspace(-1, 2, 48)
+    offset = float(image.flatten().double() @ weight.double()) - distance * float(weight.double().norm())
+    return linear_classifier(weight, offset), image
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("distance", [0.05, 0.2, 0.29, 0.45, 0.9])
+def test_decides_what_is_true_at_the_first_sample_that_settles_it(
+    rule: str, distance: float, linear_classifier: Any
+) -> None:
+    """The same votes, walked through one by one with the table at hand, settle at the same sample."""
+    classifier, image = half_space(linear_classifier, distance)
+    g = SmoothedClassifier(classifier, 0.25)
+    d = g.decide(image, radius=[0.5, 0.25], rule=rule, n=20_000, image_id="x")
+    assert d.radii == (0.25, 0.5)
+    labels: list[int] = []
+
+    class Spy(type(classifier)):  # type: ignore[misc]
+        def __call__(self, images: Tensor) -> Tensor:
+            found = super().__call__(images)
+            labels.extend(found.tolist())
+            return found
+
+    SmoothedClassifier(Spy(classifier.weight, classifier.offset), 0.25).votes(
+        image, 20_000, stage="estimation", image_id="x"
+    )
+    ones = np.cumsum(np.array(labels[-20_000:]))
+    trials = np.arange(1, 20_001)
+    most = np.maximum(ones, trials - ones)
+    p0s = [NOISE.probability(r) for r in d.radii]
+    level = shared_level(rule, 0.001, p0s)
+    for p0, radius, outcome, (leader, votes, samples) in zip(p0s, d.radii, d.outcomes, d.looks, strict=True):
+        at = RULES.get(rule)(p0, level, trials)
+        hits = np.flatnonzero((most >= at.up) | (most <= at.low))
+        assert samples == (trials[hits[0]] if len(hits) else 20_000)
+        assert votes == most[samples - 1]
+        if outcome != "undecided":
+            assert outcome == ("robust" if distance > radius else "not certifiable")
+            assert leader == int(ones[samples - 1] * 2 > samples)
+    assert d.votes.trials == max(samples for *_, samples in d.looks) <= d.drawn
+    assert d.drawn <= d.votes.trials + max(32, d.votes.trials / 4)
+    assert (d.prediction, d.radius) == {0.9: (1, 0.5), 0.45: (1, 0.25), 0.29: (1, 0.25)}.get(distance, (ABSTAIN, 0.0))
+    assert d.robust is (distance > 0.5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 5000])
+def test_decisions_do_not_depend_on_batches_or_on_other_images(batch_size: int, linear_classifier: Any) -> None:
+    classifier, _ = half_space(linear_classifier, 0.3)
+    generator = torch.Generator().manual_seed(0)
+    images = [(torch.rand(3, 4, 4, generator=generator), str(i)) for i in range(12)]
+
+    def watch(image: Tensor) -> Deciding:
+        return Deciding(2, n=3000, radii=(0.1, 0.3), noise=NOISE, alpha=0.01, rule="betting")
+
+    g = SmoothedClassifier(classifier, 0.25, batch_size=batch_size)
+    together = {s.index: s.watch.result() for s in g.settled(images, watch)}
+    assert sorted(together) == list(range(12))
+    for i, (image, name) in enumerate(images):
+        one = SmoothedClassifier(classifier, 0.25).decide(image, radius=(0.1, 0.3), n=3000, alpha=0.01, image_id=name)
+        assert together[i] == one
+    assert {d.outcomes for d in together.values()} >= {("robust", "robust"), ("not certifiable", "not certifiable")}
+
+
+def test_false_decisions_are_rare(linear_classifier: Any) -> None:
+    """Real decisions, noise and all, of half-spaces at and around the radius, at a large alpha."""
+    generator, alpha, total, wrong, settled = torch.Generator().manual_seed(1), 0.1, 300, 0, 0
+    for i in range(total):
+        distance = 0.2 + 0.1 * float(torch.randn(1, generator=generator)) * (i % 2)
+        classifier, image = half_space(linear_classifier, distance)
+        d = SmoothedClassifier(classifier, 0.25).decide(image, radius=0.2, alpha=alpha, n=400, image_id=str(i))
+        wrong += (d.outcomes[0] == "robust" and (distance < 0.2 or d.prediction != 1)) or (
+            d.outcomes[0] == "not certifiable" and distance > 0.2
+        )
+        settled += d.robust is not None
+    assert wrong / total <= alpha + 5 * math.sqrt(alpha * (1 - alpha) / total)
+    assert settled > 0.2 * total
+
+
+def test_a_decision_never_flips_after_stopping() -> None:
+    """What comes after the look that settles it is ignored, also within a piece."""
+    rng = np.random.default_rng(3)
+    watch = Deciding(3, n=10_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
+    watch.add((rng.random(500) < 0.97).astype(np.int64))
+    before = watch.result()
+    assert (before.outcomes, before.prediction, watch.want) == (("robust",), 1, 0)
+    assert before.votes.trials < 200 < before.drawn == 500
+    watch.add(np.zeros(5000, dtype=np.int64))
+    after = watch.result()
+    assert (after.outcomes, after.looks, after.votes) == (before.outcomes, before.looks, before.votes)
+
+
+def test_failures_are_nobodys_votes() -> None:
+    watch = Deciding(3, n=10_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
+    watch.add(np.full(100, -1))
+    assert watch.result().outcomes == ("not certifiable",)
+    assert watch.result().votes.failures == watch.result().votes.trials < 20
+    watch = Deciding(3, n=10_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
+    watch.add(np.where(np.arange(3000) % 10 < 7, 1, -1))  # 70 %, and 84 % are needed
+    assert watch.result().outcomes == ("not certifiable",)
+
+
+def test_hardly_a_sample_is_drawn_that_is_not_needed() -> None:
+    """If all votes agree, about as many are drawn as settle it; n is the cap."""
+    for radius, fewest in ((0.25, 56), (0.5, 460)):
+        watch = Deciding(2, n=100_000, radii=(radius,), noise=NOISE, alpha=0.001, rule="betting")
+        while watch.want:
+            watch.add(np.ones(watch.want, dtype=np.int64))
+        assert fewest == watch.result().votes.trials <= watch.drawn <= 1.02 * fewest
+    watch = Deciding(2, n=50, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
+    while watch.want:
+        watch.add(np.ones(watch.want, dtype=np.int64))
+    assert (watch.drawn, watch.result().outcomes, watch.result().robust) == (50, ("undecided",), None)
+
+
+def test_few_samples_first_and_new_images_while_there_is_room() -> None:
+    """Hard images do not hold up the others: all easy ones are settled while two never are."""
+    rounds: list[int] = []
+
+    def label(jobs: Iterable[Job]) -> Iterator[Tally]:
+        rounds.append(0)
+        for job in jobs:
+            if job.key is None:
+                yield Tally(Votes((1, 0)), torch.zeros(1, dtype=torch.int64))
+                continue
+            rounds[-1] += job.trials
+            hard = job.key in (b"0", b"1")
+            where = torch.arange(job.start, job.start + job.trials)
+            yield Tally(Votes((job.trials, 0)), (where * 0.841345 % 1 < 0.841345).long() if hard else where * 0)
+
+    images = [(torch.zeros(1, 2, 2), str(i).encode()) for i in range(200)]
+
+    def watch(image: Tensor) -> Deciding:
+        return Deciding(2, n=100_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
+
+    done = list(settle(label, images, watch, batch_size=256, keep=10))
+    assert {s.index for s in done[-2:]} == {0, 1}
+    assert sorted(s.index for s in done) == list(range(200))
+    assert all(s.clean == 0 and len(s.labels) == 10 for s in done)
+    assert max(rounds) < 256 + 100_000 / 8
+    assert sum(rounds) == sum(s.watch.drawn for s in done)
+    easy = 198 * 56
+    assert sum(size >= 256 for size in rounds) > 0.9 * easy / 256  # nearly all easy work went in full batches
+
+
+@pytest.mark.parametrize("distance", [0.1, 0.3, 0.6])
+def test_the_radius_is_known_to_the_tolerance(distance: float, linear_classifier: Any) -> None:
+    classifier, image = half_space(linear_classifier, distance)
+    g = SmoothedClassifier(classifier, 0.25)
+    samples = []
+    for tolerance in (0.4, 0.15):
+        c = g.certify(image, tolerance=tolerance, n=100_000, image_id="x")
+        assert (1 - tolerance) * distance <= c.radius <= distance
+        assert c.selection.trials == 0
+        again = certificate_from_votes(Votes(()), c.estimation, noise=NOISE, alpha=0.001, bound="betting")
+        assert again == c
+        samples.append(c.estimation.trials)
+    assert samples[0] < samples[1] < 100_000
+
+
+def test_measuring_stops_at_once_where_there_is_no_radius() -> None:
+    watch = Measuring(3, n=100_000, tolerance=0.1, noise=NOISE, alpha=0.001)
+    while watch.want:
+        watch.add(np.arange(watch.drawn, watch.drawn + watch.want) % 3)
+    assert watch.drawn < 300
+    assert watch.result().abstained
+
+
+def test_measuring_all_agreeing_votes_stops_near_the_cap_of_n() -> None:
+    watch = Measuring(2, n=10_000, tolerance=0.1, noise=NOISE, alpha=0.001)
+    while watch.want:
+        watch.add(np.ones(watch.want, dtype=np.int64))
+    cap = largest_radius(NOISE, 10_000, 0.001, "betting", selected=False)
+    assert 0.9 * cap <= watch.result().radius < cap
+    assert watch.drawn < 6000
+
+
+@pytest.mark.parametrize("p", [0.5, 0.8, 0.97])
+def test_measured_bounds_hold_although_they_are_looked_at(p: float) -> None:
+    """300 images whose votes are drawn with a known p, stopped by their own votes: radii too large at most alpha."""
+    rng, alpha, total, wrong = np.random.default_rng(11), 0.1, 300, 0
+    for _ in range(total):
+        watch = Measuring(2, n=1000, tolerance=0.2, noise=NOISE, alpha=alpha)
+        while watch.want:
+            watch.add((rng.random(watch.want) < p).astype(np.int64))
+        c = watch.result()
+        wrong += c.radius > NOISE.radius(p) + 1e-12 or c.prediction == 0
+    assert wrong / total <= alpha + 5 * math.sqrt(alpha * (1 - alpha) / total)
+
+
+def test_bounds_for_a_fixed_n_need_selection_votes() -> None:
+    with pytest.raises(UserError, match="chosen from other votes than those it counts"):
+        certificate_from_votes(Votes(()), Votes((0, 100)), noise=NOISE, alpha=0.001)
+
+
+def test_a_stricter_alpha_undecides(linear_classifier: Any) -> None:
+    classifier, image = half_space(linear_classifier, 0.4)
+    d = SmoothedClassifier(classifier, 0.25).decide(image, radius=0.25, alpha=0.01, image_id="x")
+    again = {
+        alpha: decision_from_counts(
+            d.looks, d.votes, radii=d.radii, noise=NOISE, alpha=alpha, rule=d.rule, drawn=d.drawn
+        ).outcomes
+        for alpha in (0.1, 0.01, 1e-9)
+    }
+    assert again == {0.1: ("robust",), 0.01: ("robust",), 1e-9: ("undecided",)}
+
+
+@pytest.mark.parametrize("radius", [-0.1, math.nan, 10.0])
+def test_radii_that_cannot_be_are_refused(radius: float, linear_classifier: Any) -> None:
+    classifier, image = half_space(linear_classifier, 0.3)
+    with pytest.raises(UserError, match="expected one from 0"):
+        SmoothedClassifier(classifier, 0.25).decide(image, radius=radius)
+
+
+def test_other_noises_and_norms(linear_classifier: Any) -> None:
+    """The same call under uniform noise in l1, and in l-infinity from Gaussian noise."""
+    image = torch.full((1, 4, 4), 0.5)
+    classifier = linear_classifier(torch.eye(16)[0], 0.2)  # one pixel decides: l1 distance 0.3
+    g = SmoothedClassifier(classifier, 0.25, noise="uniform")
+    d = g.decide(image, radius=(0.25, 0.35), image_id="x")
+    assert (d.outcomes, d.norm, d.prediction) == (("robust", "not certifiable"), "l1", 1)
+    g = SmoothedClassifier(classifier, 0.25, norm="linf")
+    d = g.decide(image, radius=(0.05, 0.08), image_id="x")  # 0.3 in l2 is 0.075 in l-infinity
+    assert (d.outcomes, d.norm) == (("robust", "not certifiable"), "linf")
+    assert norm.cdf(0.05 * 4 / 0.25) < d.looks[0][1] / d.looks[0][2]
