@@ -55,11 +55,21 @@ class Curve:
         return str(self.run.header.get("norm", "l2"))
 
     @property
+    def decided(self) -> list[float]:
+        """The radii at which its images were decided; between them nothing was asked. Empty: every radius is known."""
+        stopping = self.run.header.get("stopping") or {}
+        return list(stopping.get("radii", ()))
+
+    def at_least(self, radius: float) -> bool:
+        """Whether the accuracy at this radius is only known to be at least what is counted: nobody asked there."""
+        return bool(self.decided) and radius not in self.decided
+
+    @property
     def note(self) -> str:
         """What a reader must know: a partial run, images left out, radii that were never asked for."""
         parts = []
-        if self.run.header.get("procedure") == "decide":
-            parts.append("decided at r = " + ", ".join(f"{r:g}" for r in self.run.header["stopping"]["radii"]))
+        if self.decided:
+            parts.append("decided at r = " + ", ".join(f"{r:g}" for r in self.decided))
         if self.run.partial:
             parts.append(f"partial: {len(self.run.images)} of {self.run.header['expected']}")
         left_out = len(self.run.images) - self.total
@@ -120,6 +130,8 @@ def names(runs: Sequence[Run]) -> list[str]:
         parts = [str(header.get("model", run.path.stem))]
         if header.get("sigma") is not None:
             parts.append(f"σ = {header['sigma']:g}")
+        if header.get("noise", "gaussian") != "gaussian" and "noise" not in differing:
+            parts.append(f"{header['noise']} noise")
         for key in differing:
             value = header.get(key)
             if value is not None and value != "none":

@@ -97,7 +97,8 @@ class Family:
     def p_values(self, radius: float) -> np.ndarray:
         """For each image the p-value of "its class has at most the probability that ``radius`` needs", ``(m,)``.
 
-        Binomial where the class was fixed; else the betting rule's, the best of all looks (it holds at all of them).
+        Binomial where the class was fixed; else by the betting wealth, the best of all looks: it holds at all of them,
+        whichever rule chose when to look.
 
         Args:
             radius: in the run's norm, from 0.
@@ -107,7 +108,7 @@ class Family:
         found = np.ones(self.successes.shape)
         for values in np.unique(self.values).tolist():
             same = self.values == values
-            p0 = noise_of(self.run.header, values).probability(radius) * (1.0 + _P0_OUTWARD)
+            p0 = noise_of(self.run.header, values or None).probability(radius) * (1.0 + _P0_OUTWARD)
             test = binomial_p if self.fixed else betting_p
             found[same] = test(self.successes[same], self.trials[same], p0)
         return np.asarray(found.min(axis=1, initial=1.0))
@@ -145,7 +146,7 @@ def family(run: Run) -> Family:
     """The family of a run's usable images.
 
     Raises:
-        UserError: no counts, as in published logs; predictions; or a stopping rule without a p-value.
+        UserError: no counts, as in published logs, or predictions.
     """
     header, rows = run.header, run.usable
     if header.get("noise") is None or any("votes" not in row or "selection" not in row for row in rows):
@@ -153,11 +154,6 @@ def family(run: Run) -> Family:
     if header.get("procedure", "certify") == "predict":
         raise UserError(f"{run.path} holds predictions, which have no radius; expected a run of `certify --model ...`")
     stopping = header.get("stopping")
-    if stopping is not None and stopping["rule"] != "betting":
-        raise UserError(
-            f"{run.path} was stopped by rule {stopping['rule']}, whose votes give no p-value; expected rule betting or "
-            "a fixed n: certify again with --rule betting"
-        )
     stages = [votes_of(row) for row in rows]
     fixed = stopping is None and all(selection.trials for selection, _ in stages)
     classes, looks = [], []
@@ -171,7 +167,7 @@ def family(run: Run) -> Family:
         looks.append([(count, estimation.trials), *_earlier(row, chosen)])
     width = max(map(len, looks), default=1)
     table = np.array([[*found, *[(0, 0)] * (width - len(found))] for found in looks]).reshape(-1, width, 2)
-    values = np.array([row.get("values", 1) for row in rows], dtype=np.int64)
+    values = np.array([row.get("values", 0) for row in rows], dtype=np.int64)
     return Family(run, np.array(classes, dtype=np.int64), table[..., 0], table[..., 1], values, fixed)
 
 

@@ -64,21 +64,31 @@ def plot_curves(curves: Sequence[Curve], path: str | Path, *, title: str | None 
         figure, axes = plt.subplots(figsize=(4.8, 3.3), layout="constrained")
         for i, curve in enumerate(curves):
             colour, dashes = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
-            radii, reached = steps(curve)
             name = curve.name + (f" ({curve.note})" if curve.note else "")
+            if curve.decided:
+                _points(axes, curve, colour, name, band)
+                continue
+            radii, reached = steps(curve)
             axes.step(radii, reached / curve.total, where="pre", color=colour, ls=dashes, lw=1.6, label=name)
             if band:
                 low, high = proportion_interval(reached, curve.total)
                 axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, lw=0)
-        largest = max((c.radii[-1] for c in curves if len(c.radii)), default=1.0)
+        largest = max((r for c in curves for r in (*c.radii[-1:], *c.decided)), default=1.0)
         axes.set(xlim=(0, 1.04 * largest), ylim=(0, 1.0))
         axes.set_xlabel(f"{IN_TEX[curves[0].norm]} radius (images in [0, 1] pixels)")
-        axes.set_ylabel(f"{curves[0].quantity}\n(shaded: 95 % over images)" if band else curves[0].quantity)
+        axes.set_ylabel(f"{curves[0].quantity}\n(95 % interval over images)" if band else curves[0].quantity)
         if title:
             axes.set_title(title, fontsize=9)
         _legend(axes, curves)
         _save(figure, Path(path))
         plt.close(figure)
+
+
+def _points(axes: Any, curve: Curve, colour: str, name: str, band: bool) -> None:
+    """Accuracy where it was asked for, and nowhere else."""
+    share, (low, high) = curve.accuracy(curve.decided), curve.interval(curve.decided)
+    reach = [share - low, high - share] if band else None
+    axes.errorbar(curve.decided, share, yerr=reach, fmt="o", ms=5, lw=1.4, capsize=3, color=colour, label=name)
 
 
 def _legend(axes: Any, curves: Sequence[Curve]) -> None:

@@ -43,9 +43,10 @@ def compare(curves: Sequence[Curve], radii: Sequence[float], style: str = "text"
     rows = []
     for c in curves:
         low, high = c.interval(radii)
+        least = r"$\geq$ " if style == "latex" else "≥ "
         cells = [
-            f"{a:.3f} [{lo:.3f}, {hi:.3f}]" if intervals else f"{a:.3f}"
-            for a, lo, hi in zip(c.accuracy(radii), low, high, strict=True)
+            least * c.at_least(r) + (f"{a:.3f} [{lo:.3f}, {hi:.3f}]" if intervals else f"{a:.3f}")
+            for r, a, lo, hi in zip(radii, c.accuracy(radii), low, high, strict=True)
         ]
         rows.append([c.name.replace("σ", sigma), _images(c), str(abstained(c)), *cells])
     quantity = curves[0].quantity
@@ -61,9 +62,10 @@ def _csv(curves: Sequence[Curve], radii: Sequence[float]) -> tuple[list[str], li
     for c in curves:
         low, high = c.interval(radii)
         about = [str(c.run.path), *(c.run.header.get(k) for k in keys)]
-        about += [c.total, c.run.header["expected"], abstained(c), c.quantity]
+        about += [c.total, c.run.header["expected"], abstained(c)]
         for r, a, lo, hi in zip(radii, c.accuracy(radii), low, high, strict=True):
-            rows.append([*about, r, float(a), float(lo), float(hi)])
+            quantity = c.quantity + " (at least)" * c.at_least(r)
+            rows.append([*about, quantity, r, float(a), float(lo), float(hi)])
     return header, rows
 
 
@@ -93,7 +95,13 @@ def compare_families(
         low, high = accuracy_interval(c.successes(radii), c.total, c.run.header["alpha"])
         name = [c.name.replace("σ", "sigma" if style == "latex" else "σ"), _images(c)]
         for i, (r, a) in enumerate(zip(radii, c.accuracy(radii), strict=True)):
-            cells = [f"{r:g}", f"{a:.3f}", f"{low[i]:.3f} - {high[i]:.3f}", f"{_at_once(c, f, r, correction):.3f}"]
+            least = "≥ " if c.at_least(r) and style != "latex" else ""
+            cells = [
+                f"{r:g}",
+                f"{least}{a:.3f}",
+                f"{low[i]:.3f} - {high[i]:.3f}",
+                f"{_at_once(c, f, r, correction):.3f}",
+            ]
             rows.append([*(name if i == 0 else ["", ""]), *cells, CORRECTIONS[f.correction(correction)]])
     title, notes = _guarantees(curves, {f.correction(correction) for f in found})
     if style == "latex":
@@ -128,7 +136,7 @@ def _guarantees(curves: Sequence[Curve], methods: set[str]) -> tuple[str, list[s
     if any(c.run.header.get("procedure") == "decide" for c in curves):
         notes.append(
             "Images that were decided stopped once settled at alpha each; to have all m of them at once, decide at "
-            "alpha / m, then `certify recompute --alpha`."
+            "alpha/m, then `certify recompute --alpha`."
         )
     title = f"{quantity} at {norm} radius r (images in [0, 1] pixels), for each image and for all of them at once"
     return title, notes
@@ -162,7 +170,7 @@ def one_run(c: Curve, radii: Sequence[float]) -> str:
     """The table at the end of a run: certified accuracy at a few radii, with its interval."""
     low, high = c.interval(radii)
     rows = [
-        [f"{r:g}", f"{a:.3f}", f"{lo:.3f} - {hi:.3f}"]
+        [f"{r:g}", "≥ " * c.at_least(r) + f"{a:.3f}", f"{lo:.3f} - {hi:.3f}"]
         for r, a, lo, hi in zip(radii, c.accuracy(radii), low, high, strict=True)
     ]
     return render([f"{IN_WORDS[c.norm]} radius >=", c.quantity, "95 % interval"], rows, "text")

@@ -44,10 +44,7 @@ def radii(alpha: float = 0.001) -> str:
         ]:
             found = [radius(name, round(n * p), round(n * rival), n, alpha) for name in NAMES]
             best = max(found)
-            cells = [
-                ("*" if value == best and value > 0 else "") + (f"{value:.3f}" if value else "abstains")
-                for value in found
-            ]
+            cells = ["abstains" if not r else f"**{r:.3f}**" if r == best else f"{r:.3f}" for r in found]
             rows.append([f"{n:,}", f"{p:g}", f"{rival:g}", *cells])
     return render(["n", "p_A", "p_B", *NAMES], rows, "markdown")
 
@@ -88,7 +85,7 @@ def errors() -> str:
 
 
 if __name__ == "__main__":
-    print("radius / sigma at alpha = 0.001 (* the largest)\n")
+    print("radius / sigma at alpha = 0.001 (the largest in bold)\n")
     print(radii())
     print("\nlargest probability of being wrong\n")
     print(errors())

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from certify.errors import UserError as UserError
     from certify.images import load_images as load_images
     from certify.noise import Gaussian as Gaussian
+    from certify.noise import make_noise as make_noise
     from certify.pipeline import Pipeline as Pipeline
     from certify.records import Run as Run
     from certify.records import read_run as read_run
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from certify.types import ABSTAIN as ABSTAIN
     from certify.types import BaseClassifier as BaseClassifier
     from certify.types import Certificate as Certificate
+    from certify.types import Decision as Decision
     from certify.types import Votes as Votes
 
 _HOME = {
@@ -40,6 +42,7 @@ _HOME = {
     "Certificate": "types",
     "CertifyError": "errors",
     "Classifier": "classifiers",
+    "Decision": "types",
     "Gaussian": "noise",
     "Pipeline": "pipeline",
     "Prediction": "certificates",
@@ -51,6 +54,7 @@ _HOME = {
     "clopper_pearson_lower": "bounds",
     "load_classifier": "classifiers",
     "load_images": "images",
+    "make_noise": "noise",
     "prediction_from_votes": "certificates",
     "read_run": "records",
 }

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from certify.certificates import certificate_from_votes, decision_from_counts, largest_radius, needed
 from certify.sequential import betting_interval, thresholds
+from certify.streams import block_size
 from certify.types import ABSTAIN, Certificate, Decision, Noise, Votes
 from certify.votes import Job, Tally
 
 _LEAST = 16  # samples of an image's first piece
 _HARD = 8  # images with as much work as this share of a batch that may keep new ones waiting
-_OPEN_BYTES = 2**28  # of images that wait for more samples
+_OPEN_BYTES = 2**30  # of images that wait for more samples, with a block of noise each
 
 Label = Callable[[Iterable[Job]], Iterator[Tally]]
 
@@ -193,6 +194,10 @@ class _Open:
     clean: int | None = None
     first: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return self.job.image.nbytes * (1 + block_size(self.job.image.numel()))
+
 
 @dataclass(frozen=True, eq=False)
 class Settled:
@@ -239,15 +244,15 @@ def settle(
         work.sort(key=lambda image: image.watch.drawn)
         most = max(1, batch_size // _HARD)
         planned = sum(min(most, image.watch.want) for image in work)
-        held = sum(image.job.image.nbytes for image in work)
+        held = sum(image.nbytes for image in work)
         while more and planned < batch_size and (held < _OPEN_BYTES or not work):
             index, found = next(queue, (-1, None))
             if found is None:
                 more = False
                 break
-            opened = _Open(index, Job(found[0], found[1], 1), watch(found[0]))
+            opened = _Open(index, Job(found[0], found[1], 1, drawn={}), watch(found[0]))
             work.insert(0, opened)
-            planned, held = planned + min(most, opened.watch.want), held + opened.job.image.nbytes
+            planned, held = planned + min(most, opened.watch.want), held + opened.nbytes
         if not work:
             return
         chosen: list[_Open] = []

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from certify.certificates import Prediction, certificate_from_votes, decision_from_counts, prediction_from_votes
+from certify.errors import UserError
 from certify.noise import make_noise
 from certify.norms import in_norm
 from certify.types import Certificate, Decision, Noise, Votes
@@ -65,10 +66,17 @@ def _stages(selection: Votes, estimation: Votes) -> dict[str, Any]:
     }
 
 
-def noise_of(header: Mapping[str, Any], values: int = 1) -> Noise:
-    """The smoothing distribution of a run, its radii stated in the run's norm for images of so many values."""
+def noise_of(header: Mapping[str, Any], values: int | None) -> Noise:
+    """The smoothing distribution of a run, its radii stated in the run's norm for images of so many values.
+
+    Raises:
+        UserError: an implied norm, and a line that does not say how many values its image has.
+    """
     noise = make_noise(header["noise"], header["sigma"], rounded=bool(header.get("rounded")))
-    return in_norm(noise, header.get("norm"), values)
+    norm = header.get("norm", noise.norm)
+    if norm != noise.norm and values is None:
+        raise UserError(f"a line without `values` in a run whose norm {norm} is implied: its radius cannot be stated")
+    return in_norm(noise, norm, values or 1)
 
 
 def votes_of(row: Mapping[str, Any]) -> tuple[Votes, Votes]:
@@ -84,7 +92,7 @@ def answer(header: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         UserError: the header's bound needs what the votes do not have.
     """
     selection, estimation = votes_of(row)
-    alpha, noise = header["alpha"], noise_of(header, row.get("values", 1))
+    alpha, noise = header["alpha"], noise_of(header, row.get("values"))
     if header["procedure"] == "predict":
         return predicted_row(prediction_from_votes(estimation, alpha=alpha))
     if header["procedure"] == "decide":

@@ -18,6 +18,7 @@ from certify.images import ImageSet
 from certify.machine import machine_name
 from certify.records import SCHEMA
 from certify.sampling import KEPT, NoisyClassifier
+from certify.sequential import DEFAULT_RULE
 from certify.streams import STREAM
 from certify.tuning import Wanted
 
@@ -54,7 +55,7 @@ class Settings:
     procedure: str = "certify"
     radii: tuple[float, ...] = ()
     tolerance: float | None = None
-    rule: str = "betting"
+    rule: str = DEFAULT_RULE
 
     def __post_init__(self) -> None:
         check_counts(self.n, self.n0 if self.procedure == "certify" else 1, self.alpha)
@@ -100,7 +101,8 @@ class Settings:
         """How images stop, as the header says it; None: at n."""
         if not self.adaptive:
             return None
-        return {"rule": self.rule, "radii": list(self.radii), "tolerance": self.tolerance}
+        rule = self.rule if self.procedure == "decide" else MEASURING_BOUND
+        return {"rule": rule, "radii": list(self.radii), "tolerance": self.tolerance}
 
 
 def run_header(

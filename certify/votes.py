@@ -32,6 +32,7 @@ class Job:
         trials: n >= 1.
         keep: how many of the first labels to keep one by one.
         start: samples of the stream to leave out, because they were labelled before.
+        drawn: where to keep the noise of a block of which samples are left over, by its number; None keeps nothing.
     """
 
     image: Tensor
@@ -39,6 +40,7 @@ class Job:
     trials: int
     keep: int = 0
     start: int = 0
+    drawn: dict[int, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,11 +183,16 @@ class _Block:
 
     def draw(self, noise: Noise) -> Tensor | None:
         """The noise, drawn whole so that any n sees the same samples; None for a job without noise."""
-        image, key = self.count.job.image, self.count.job.key
+        image, key, kept = self.count.job.image, self.count.job.key, self.count.job.drawn
         if key is None:
             return None
-        generator = block_generator(key, self.number, image.device)
-        return noise.sample((block_size(image.numel()), *image.shape), generator)
+        size = block_size(image.numel())
+        drawn = kept.pop(self.number, None) if kept else None
+        if drawn is None:
+            drawn = noise.sample((size, *image.shape), block_generator(key, self.number, image.device))
+        if kept is not None and self.wanted.stop < size:
+            kept[self.number] = drawn  # what is wanted of it now will be overwritten, the rest will not
+        return drawn
 
     def noisy(self, noise: Noise, drawn: Tensor | None) -> _Piece:
         """The wanted noisy copies, on the image's device."""

@@ -295,8 +295,6 @@ def test_runs_without_p_values_are_refused(tmp_path: Path) -> None:
         family(read_any(log))
     with pytest.raises(UserError, match="no radius"):
         family(run_of([1], procedure="predict"))
-    with pytest.raises(UserError, match=r"rule union-bound.*certify again"):
-        family(run_of([1], **{**ALONE, "stopping": {"rule": "union-bound", "radii": [0.1], "tolerance": None}}))
     with pytest.raises(UserError, match="expected one of holm, bonferroni"):
         simultaneous(run_of([1]), 0.0, method="hochberg")
     for radius in (-0.1, float("nan"), float("inf")):

@@ -47,7 +47,7 @@ def test_the_chance_of_ever_being_wrong_is_at_most_alpha(rule: str, p0: float, a
     n = 1500
     at = boundary(rule, p0, alpha, n)
     above, below = ever_crosses(at, p0, n)
-    if rule == "betting":  # both sides from one wealth
+    if rule == "betting":  # both sides from one wealth; of the other rules only one side can be wrong
         assert above + below <= alpha
     assert max(above, below) <= alpha
     for p in (p0 - 0.02, p0 - 0.2):
@@ -87,7 +87,7 @@ def test_simulated_sequences(p0: float) -> None:
 def test_boundaries_never_retreat(rule: str, p0: float) -> None:
     """Each further sample moves a threshold by 0 or 1, so what is settled could not be unsettled by agreeing votes."""
     at = boundary(rule, p0, 0.001, 20_000)
-    times = np.arange(20_001) if rule == "betting" else np.array(check_times(20_000))
+    times = np.array(check_times(20_000)) if rule == "union-bound" else np.arange(20_001)
     reachable = times[at.up[times] <= times]
     assert len(reachable)
     assert (np.diff(at.up[reachable]) >= 0).all()
@@ -109,6 +109,30 @@ def test_betting_thresholds_by_brute_force() -> None:
             assert at.low[t] == (low[-1] if low else -1)
 
 
+def test_one_sided_thresholds_by_brute_force() -> None:
+    for p0, alpha in itertools.product((0.5, 0.84, 0.99), (0.1, 0.001)):
+        at = boundary("one-sided", p0, alpha, 120)
+        for t in range(1, 121):
+            h = np.arange(t + 1)
+            above, below = (
+                log_wealth(h, np.full(t + 1, t), p0, side) > -math.log(alpha) for side in ("above", "below")
+            )
+            up = [k for k in h if above[k] and k - 1 >= p0 * (t - 1)]
+            low = [k for k in h if below[k]]
+            assert at.up[t] == (up[0] if up else t + 1)
+            assert at.low[t] == (low[-1] if low else -1)
+
+
+def test_one_sided_needs_fewer_samples_where_votes_agree() -> None:
+    """Against betting with one wealth, at one radius and one alpha: the earliest decision comes sooner."""
+    for p0, gain in ((0.8413447, 0.88), (0.9772499, 0.78)):
+        first = {
+            rule: int(np.argmax(boundary(rule, p0, 0.001 * p0, 1000).up <= np.arange(1001)))
+            for rule in ("betting", "one-sided")
+        }
+        assert first["one-sided"] < gain * first["betting"]
+
+
 def test_union_thresholds_are_clopper_pearson_at_the_shared_levels() -> None:
     p0, alpha, n = 0.9, 0.01, 5000
     at = boundary("union-bound", p0, alpha, n)
@@ -128,16 +152,18 @@ def test_union_thresholds_are_clopper_pearson_at_the_shared_levels() -> None:
     assert (at.low[between] == -1).all()
 
 
-def test_wealth_is_a_martingale_under_p0() -> None:
+@pytest.mark.parametrize("side", ["both", "above", "below"])
+def test_wealth_is_a_martingale_under_p0(side: str) -> None:
     """The mean of the wealth over all counts is 1 at every sample size."""
     for p0, t in itertools.product((0.5, 0.84, 0.999), (1, 7, 100)):
         h = np.arange(t + 1)
-        mean = float((stats.binom.pmf(h, t, p0) * np.exp(log_wealth(h, np.full(t + 1, t), p0))).sum())
+        mean = float((stats.binom.pmf(h, t, p0) * np.exp(log_wealth(h, np.full(t + 1, t), p0, side))).sum())
         assert mean == pytest.approx(1.0, abs=5e-6)  # the margin takes a millionth
         assert mean <= 1.0
 
 
-def test_log_wealth_is_never_above_the_exact_one() -> None:
+@pytest.mark.parametrize("side", ["both", "above", "below"])
+def test_log_wealth_is_never_above_the_exact_one(side: str) -> None:
     ctx.prec = 300
     rng = np.random.default_rng(0)
     for _ in range(400):
@@ -146,7 +172,15 @@ def test_log_wealth_is_never_above_the_exact_one() -> None:
         h = int(np.clip(round(t * p0 + rng.uniform(-6, 6) * math.sqrt(t * p0 * (1 - p0))), 0, t))
         exact = (arb(h) + arb("0.5")).lgamma() + (arb(t - h) + arb("0.5")).lgamma() - arb(t + 1).lgamma()
         exact -= arb.pi().log() + h * arb(p0).log() + (t - h) * (1 - arb(p0)).log()
-        found = float(log_wealth(np.asarray(h), np.asarray(t), p0))
+        if side != "both":  # regularised incomplete beta functions: P(Beta < p0), or 1 - that
+            a, b = (t - h, h) if side == "above" else (h, t - h)
+            half = arb("0.5")
+            wanted = 1 - arb(p0) if side == "above" else arb(p0)
+            mass = wanted.beta_lower(a + half, b + half, regularized=True)
+            if not mass > arb("1e-250"):
+                continue  # no such count is ever settled
+            exact += mass.log() - wanted.beta_lower(half, half, regularized=True).log()
+        found = float(log_wealth(np.asarray(h), np.asarray(t), p0, side))
         assert arb(found) < exact
         assert arb(found) > exact - arb("1e-5")
 

@@ -58,9 +58,10 @@ def group() -> None:
     \b
       certify --model digits --sigma 0.25             a certificate for each image, a table, a curve
       certify --model resnet50 --sigma 0.25 --data D  your classifier on your images
+      certify ... --radius 0.25                       yes or no at a radius, with as few samples as it takes
       certify plot RUN... -o curve.png                certified accuracy over radius
       certify table RUN... --radii 0,0.25,0.5         the same in numbers
-      certify --model M --sigma S --data D --radius R   yes or no at a radius, with as few samples as it takes
+      certify table RUN --simultaneous                what holds for all images at once
 
     sigma and radii are in pixels of images scaled to [0, 1].
     """  # noqa: D301

@@ -53,7 +53,9 @@ if TYPE_CHECKING:
     type=options.Positive("a share between 0 and 1, such as 0.1", below=1.0),
     help="Stop each image once its radius is known to this relative tolerance; --n is the most samples.",
 )
-@click.option("--rule", default="betting", show_default=True, help="Stopping rule of --radius (`certify list rules`).")
+@click.option(
+    "--rule", default="one-sided", show_default=True, help="Stopping rule of --radius (`certify list rules`)."
+)
 @click.option(
     "--radii", type=options.Numbers(), help="Radii of the table (default: round numbers up to the largest possible)."
 )
@@ -87,7 +89,7 @@ def predict(**given: Any) -> None:
     two leading classes.
     """
     nothing = dict.fromkeys(("radii", "radius", "tolerance", "norm"))
-    _execute("predict", {**given, **nothing, "n0": 1, "bound": "clopper-pearson", "rule": "betting"})
+    _execute("predict", {**given, **nothing, "n0": 1, "bound": "clopper-pearson", "rule": "one-sided"})
 
 
 def _execute(procedure: str, o: dict[str, Any]) -> None:
@@ -154,10 +156,10 @@ def check_first(o: dict[str, Any]) -> None:
 def _check_procedure(o: dict[str, Any]) -> None:
     """Refuse options that contradict each other; a tolerance fixes the bound."""
     from certify.bounds import BOUNDS
-    from certify.sequential import RULES
+    from certify.sequential import DEFAULT_RULE, RULES
 
     BOUNDS.get(o.get("bound", "clopper-pearson"))
-    RULES.get(o.get("rule", "betting"))
+    RULES.get(o.get("rule", DEFAULT_RULE))
     radii, tolerance = o.get("radius"), o.get("tolerance")
     check_radii(radii, "--radius")
     if radii is not None and tolerance is not None:
@@ -173,7 +175,7 @@ def _check_procedure(o: dict[str, Any]) -> None:
             "does not survive; leave --bound out" + (" (--rule names the stopping rule)" if radii is not None else "")
         )
     if tolerance is not None:
-        if o["rule"] != "betting":
+        if options.given_by_user("rule") and o["rule"] != "betting":
             raise UserError(
                 f"--rule {o['rule']} with --tolerance: expected betting, the rule that can look at any time"
             )

@@ -86,7 +86,8 @@ def table(
         raise UserError(f"--correction {correction} is for all images at once; pass --simultaneous too")
     found = curves(read_all(runs, warn))
     if radii is None:
-        radii = default_radii(max((float(c.radii[-1]) for c in found if len(c.radii)), default=0.0))
+        asked = sorted({r for c in found for r in c.decided}) if all(c.decided for c in found) else []
+        radii = asked or default_radii(max((float(c.radii[-1]) for c in found if len(c.radii)), default=0.0))
     if simultaneous:
         text = compare_families(found, radii, style, correction)
     else:

@@ -47,7 +47,7 @@ def _radii(run: Run) -> list[float]:
     header = run.header
     if header["procedure"] == "decide":
         return list(header["stopping"]["radii"])
-    noise = noise_of(header, run.usable[0].get("values", 1))
+    noise = noise_of(header, run.usable[0].get("values"))
     selected = not header.get("stopping")
     return default_radii(largest_radius(noise, header["n"], header["alpha"], header["bound"], selected=selected))
 
