@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from certify.bounds import BOUNDS
 from certify.certificates import Prediction, certificate_from_votes, check_counts, prediction_from_votes
 from certify.sampling import NoisyClassifier, image_digest
-from certify.sequential import DEFAULT_RULE, RULES
+from certify.sequential import DEFAULT_CAP, DEFAULT_RULE, RULES
 from certify.types import Certificate, Decision
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class SmoothedClassifier(NoisyClassifier):
         *,
         radius: float | Sequence[float],
         alpha: float = 0.001,
-        n: int = 100_000,
+        n: int = DEFAULT_CAP,
         rule: str = DEFAULT_RULE,
         seed: int = 0,
         image_id: str | None = None,

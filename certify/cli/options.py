@@ -175,7 +175,11 @@ alpha = click.option(
 )
 
 n = click.option(
-    "--n", type=Count("a number of samples"), default=100_000, show_default=True, help="Noise samples an image."
+    "--n",
+    type=Count("a number of samples"),
+    default=100_000,
+    show_default=True,
+    help="Noise samples an image; the most of them with --radius (default there: 20000) and --tolerance.",
 )
 
 engine_options = _apply(

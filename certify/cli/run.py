@@ -70,7 +70,9 @@ def run(**given: Any) -> None:
     within a few hundred samples.
     """
     if given["radius"] is not None:
-        _execute("decide", given)
+        from certify.sequential import DEFAULT_CAP
+
+        _execute("decide", given if options.given_by_user("n") else {**given, "n": DEFAULT_CAP})
     else:
         _execute("certify", given)
 

@@ -200,7 +200,8 @@ def _saved(run: Run, rate: float | None) -> str:
     from certify.cli.plan import clock
 
     (drawn, fixed), seconds = _samples(run), sum(row["seconds"] for row in run.usable)
-    text = f"{drawn:,} instead of {fixed:,}: {fixed / max(drawn, 1):,.0f} times fewer"
+    full = f"{fixed:,} (n = {run.header['n']:,} each)"
+    text = f"{drawn:,} instead of {full}: {fixed / max(drawn, 1):,.0f} times fewer"
     if rate is None:
         return text
     return f"{text}; {clock(seconds)} instead of about {clock(fixed / rate)}"
