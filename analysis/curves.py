@@ -41,8 +41,12 @@ class Curve:
         return self.successes(radii) / self.total
 
     def interval(self, radii: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Exact (Clopper-Pearson) interval at each radius, for the images as a sample of what they stand for."""
-        return proportion_interval(self.successes(radii), self.total, confidence)
+        """Exact (Clopper-Pearson) interval at each radius, for the images as a sample of what they stand for.
+
+        Where the accuracy is only known to be at least what is counted, it has no upper end below 1.
+        """
+        low, high = proportion_interval(self.successes(radii), self.total, confidence)
+        return low, np.where([self.at_least(float(r)) for r in radii], 1.0, high)
 
     @property
     def quantity(self) -> str:
@@ -90,8 +94,14 @@ def curve(run: Run, name: str = "") -> Curve:
     """The curve of one run.
 
     Raises:
-        UserError: no usable image, or some images with labels and some without.
+        UserError: no usable image, some images with labels and some without, or an unfinished run whose images stop
+            by themselves: those that are there are the easy ones.
     """
+    if run.partial and run.header.get("stopping"):
+        raise UserError(
+            f"{run.path} is unfinished: {len(run.images)} of {run.header['expected']} images, and those that are "
+            "settled soon come first, so their share would mislead; run its command again"
+        )
     rows = run.usable
     if not rows:
         raise UserError(f"{run.path} holds no finished image yet")

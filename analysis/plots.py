@@ -73,7 +73,7 @@ def plot_curves(curves: Sequence[Curve], path: str | Path, *, title: str | None 
             if band:
                 low, high = proportion_interval(reached, curve.total)
                 axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, lw=0)
-        largest = max((r for c in curves for r in (*c.radii[-1:], *c.decided)), default=1.0)
+        largest = max((r for c in curves for r in (*c.radii[-1:], *c.decided)), default=0.0) or 1.0
         axes.set(xlim=(0, 1.04 * largest), ylim=(0, 1.0))
         axes.set_xlabel(f"{IN_TEX[curves[0].norm]} radius (images in [0, 1] pixels)")
         axes.set_ylabel(f"{curves[0].quantity}\n(95 % interval over images)" if band else curves[0].quantity)

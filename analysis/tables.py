@@ -136,7 +136,7 @@ def _guarantees(curves: Sequence[Curve], methods: set[str]) -> tuple[str, list[s
     if any(c.run.header.get("procedure") == "decide" for c in curves):
         notes.append(
             "Images that were decided stopped once settled at alpha each; to have all m of them at once, decide at "
-            "alpha/m, then `certify recompute --alpha`."
+            "alpha/m with --rule betting, then `certify recompute --alpha`."
         )
     title = f"{quantity} at {norm} radius r (images in [0, 1] pixels), for each image and for all of them at once"
     return title, notes

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.tables import render
-from certify.sequential import RULES, shared_level
+from certify.sequential import RULES
 
 CASES = {
     0.8413447460685429: (0.999, 0.99, 0.95, 0.9, 0.8, 0.7, 0.4),  # one sigma
@@ -20,7 +20,8 @@ CASES = {
 
 def expected_samples(rule: str, p0: float, p: float, alpha: float = 0.001, n: int = 10_000) -> float:
     """The sum over T of the chance that T votes have not settled it; counts that hardly ever occur are left out."""
-    at = RULES.get(rule)(p0, shared_level(rule, alpha, [p0]), np.arange(n + 1))
+    found = RULES.get(rule)
+    at = found(p0, found.level(alpha, [p0]), np.arange(n + 1))
     alive, first, total = np.array([1.0]), 0, 0.0  # chances of the counts first, first + 1, ...
     for t in range(1, n + 1):
         total += float(alive.sum())

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from certify.certificates import certificate_from_votes, decision_from_counts, largest_radius, needed
+from certify.errors import UserError
 from certify.sequential import betting_interval, thresholds
 from certify.streams import block_size
 from certify.types import ABSTAIN, Certificate, Decision, Noise, Votes
@@ -158,6 +159,8 @@ class Measuring:
     bound = "betting"
 
     def __init__(self, num_classes: int, *, n: int, tolerance: float, noise: Noise, alpha: float) -> None:
+        if not 0 < tolerance < 1:  # NaN is refused too
+            raise UserError(f"tolerance {tolerance:g}: expected a share between 0 and 1, such as 0.1")
         self._n, self._tolerance, self._noise, self._alpha = n, tolerance, noise, alpha
         self._cap = largest_radius(noise, n, alpha, self.bound, selected=False)
         self._counts = _Counts(num_classes)
@@ -207,7 +210,7 @@ class Settled:
         index: its place among the images.
         watch: with its result.
         clean: its label without noise.
-        labels: its first labels, ``(keep,)``.
+        labels: its first labels: those of its first piece, ``keep`` at most.
     """
 
     index: int

@@ -10,7 +10,7 @@ import numpy as np
 
 from certify.bounds import BOUNDS, Bound, Evidence, Interval, check_alpha
 from certify.errors import UserError
-from certify.sequential import RULES, Boundary, shared_level
+from certify.sequential import RULES, Boundary, Rule
 from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Certificate, Decision, Noise, Votes
 
 
@@ -122,7 +122,9 @@ def needed(radii: Sequence[float], noise: Noise, alpha: float, rule: str) -> tup
                 f"radius {radius:g} ({noise.norm}): expected one from 0 that {noise.name} noise of sigma = "
                 f"{noise.scale:g} can certify; pass a smaller radius or a larger --sigma"
             )
-    return p0s, shared_level(rule, alpha, p0s)
+    found = RULES.get(rule)
+    assert isinstance(found, Rule)
+    return p0s, found.level(alpha, p0s)
 
 
 @dataclass(frozen=True)

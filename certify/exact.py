@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from certify.errors import UserError
+from certify.errors import ImageError
 from certify.noise import Gaussian
 
 FAILED_DRAW = -(2**15)
@@ -51,7 +51,7 @@ class ExactGaussian(Gaussian):
     sigma is the exact value of the Python float, in the sampler as in the radius.
 
     Attributes:
-        sigma: standard deviation before rounding, in [0, 1] pixels, below 21.
+        sigma: standard deviation before rounding, in [0, 1] pixels, below 21.16.
         rounded: whether images off the 8-bit grid are rounded to it, rather than refused.
     """
 
@@ -63,7 +63,9 @@ class ExactGaussian(Gaussian):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.k > _LARGEST_K:
-            raise ValueError(f"sigma = {self.sigma}: exact noise goes up to 21, in [0, 1] pixels (0.25, not 64 of 255)")
+            raise ValueError(
+                f"sigma = {self.sigma}: exact noise goes up to 21.16, in [0, 1] pixels (0.25, not 64 of 255)"
+            )
 
     @property
     def k(self) -> int:
@@ -74,13 +76,13 @@ class ExactGaussian(Gaussian):
         """The 8-bit image ``(C, H, W)``, as float32 v / 255, that this image is or, if ``rounded``, is nearest to.
 
         Raises:
-            UserError: the image is off the grid and ``rounded`` is not set.
+            ImageError: the image is off the grid and ``rounded`` is not set.
         """
         steps = image.to(torch.float32) * 255.0
         whole = steps.round()
         off = int(((steps - whole).abs() > _OFF_GRID).sum())
         if off and not self.rounded:
-            raise UserError(
+            raise ImageError(
                 f"{off:,} of the image's {image.numel():,} values are off the 8-bit grid (resized?); exact noise needs "
                 "v / 255, v = 0 to 255: --round (rounded=True in Python) certifies the nearest 8-bit image"
             )

@@ -159,13 +159,16 @@ class Laplace(_Additive):
         return self.sigma / math.sqrt(2.0)
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """Noise of this shape, float32, drawn on the generator's device: an exponential with a random sign."""
+        """Noise of this shape, float32, drawn on the generator's device: the difference of two exponentials."""
         import torch
 
-        noise = torch.empty(shape, device=generator.device, dtype=torch.float32)
-        noise.exponential_(1.0 / self.b, generator=generator)
-        sign = torch.empty(shape, device=generator.device, dtype=torch.float32).bernoulli_(0.5, generator=generator)
-        return noise.mul_(sign.mul_(2.0).sub_(1.0))
+        first, second = (
+            torch.empty(shape, device=generator.device, dtype=torch.float32).exponential_(
+                1.0 / self.b, generator=generator
+            )
+            for _ in range(2)
+        )
+        return first.sub_(second)
 
     def radius(self, p_lower: float, p_other: float | None = None) -> float:
         """R = max(b/2 log(p_lower / p_other), -b log(1 - p_lower + p_other)), rounded down.
@@ -175,8 +178,9 @@ class Laplace(_Additive):
         other = 1.0 - p_lower if p_other is None else p_other
         if not p_lower > other:
             return 0.0
-        ratio = math.log(p_lower / other) / 2
-        total = -math.log1p(other - p_lower)
+        other = max(other, math.ulp(0.0))  # a probability of 0 would certify everything
+        ratio = (math.log(p_lower) - math.log(other)) / 2
+        total = -math.log((1.0 - p_lower) + other)
         return self.b * (max(ratio, total) * (1.0 - _OUTWARD))
 
     def probability(self, radius: float) -> float:

@@ -1,18 +1,19 @@
 """Anytime-valid stopping rules: when the votes so far settle whether a probability is above or below p0.
 
-A rule is a function ``(p0, alpha, n) -> Boundary``. With probability at least 1 - alpha, at no sample size up to n does
-the boundary settle the wrong side, so one may look after every sample and stop at once. It depends on the counts (H of
-T) alone, hence it is a table and a check is a look-up.
+A rule is a function ``(p0, level, sample sizes) -> Boundary``. With probability at least 1 - level, at no sample size
+does the boundary settle the wrong side, so one may look after every sample and stop at once. It depends on the counts
+(H of T) alone, hence it is a table and a check is a look-up.
 
 All classes at once. A radius needs p0 >= 1/2, so no class has to be selected beforehand: running the rule on every
-class at level ``shared_level(...)`` is wrong with probability at most alpha in all, for any number of classes. Proof
-for the betting rule. Let E_c be class c's wealth against its own true p_c; each is a martingale from 1, so
+class at level ``Rule.level(alpha, p0s)`` is wrong with probability at most alpha in all, for any number of classes.
+Proof for the betting rule. Let E_c be class c's wealth against its own true p_c; each is a martingale from 1, so
 sum_c p_c E_c is one from at most 1, and by Ville's inequality it reaches 1 / alpha with probability at most alpha.
 (Above) If class c with p_c <= p0 is settled above p0 at (H, T), its wealth against p0 exceeds 1 / level. The boundary
 demands (H - 1)/(T - 1) >= p0, and p^(H-1) (1-p)^(T-H) increases up to there, hence p_c E_c >= p0 / level. (Below)
 "Every class is below p0" is wrong only if some p_c >= p0 > H/T; then E_c is at least the wealth against p0, and again
-p_c E_c >= p0 / level. So level = alpha p0, with the smallest p0 when there are several. For the union-bound rule see
-:func:`shared_level`.
+p_c E_c >= p0 / level. So level = alpha p0, with the smallest p0 when there are several. By the one-sided rule E_c is
+the wealth that mixes over q > p0 where p_c <= p0, and over q < p0 otherwise; a wealth above 1 already puts H/T on the
+right side. The other levels: :func:`betting_level`, :func:`one_sided_level`, :func:`union_level`.
 
 Sources: Voracek (NeurIPS 2024), algorithms 1 and 2; Krichevsky and Trofimov (1981); Ville (1939). The argument for all
 classes at once and the one-sided rule are ours.
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from certify.bounds import Bound, Evidence, Interval, check_alpha
+from certify.bounds import Bound, Evidence, Interval, check_share
 from certify.registry import Registry
 
 _LOG_MARGIN = 1e-6  # exceeds the error of log-wealth up to T = 10^7 (5e-8 against ball arithmetic)
@@ -37,6 +38,23 @@ _CHUNK = 4096
 RULES = Registry("rule")
 DEFAULT_RULE, DEFAULT_CAP = "one-sided", 20_000
 """Where nothing else is asked for. More samples than these settle a few more images in a hundred."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A stopping rule, and the level at which it may run on every class and every radius at once.
+
+    Attributes:
+        boundary: from p0, level and the sample sizes to the boundary there.
+        level: from alpha and all p0 to the level.
+    """
+
+    boundary: Callable[[float, float, np.ndarray], Boundary]
+    level: Callable[[float, Sequence[float]], float]
+
+    def __call__(self, p0: float, level: float, trials: np.ndarray) -> Boundary:
+        """The boundary; wrong at any of the sample sizes with probability at most ``level`` for one class."""
+        return self.boundary(p0, level, trials)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,17 +110,23 @@ def _bisect(settled: Callable[[np.ndarray], np.ndarray], inner: np.ndarray, oute
     return outer
 
 
-def _boundary(settled: Callable[[np.ndarray, np.ndarray, bool], np.ndarray], trials: np.ndarray, p0: float) -> Boundary:
-    """Both sides by bisection: ``settled(counts, trials, above)`` is monotone on either side of p0 * trials."""
-    centre = np.floor(p0 * trials).astype(np.int64)
-    above = _bisect(lambda h: settled(h, trials, True), centre, trials + 1)
-    above = np.maximum(above, np.ceil(p0 * (trials - 1) * (1 + 1e-15)).astype(np.int64) + 1)  # (H - 1)/(T - 1) >= p0
-    low = _bisect(lambda h: settled(h, trials, False), np.minimum(centre + 1, trials), np.full_like(trials, -1))
-    return Boundary(np.minimum(above, trials + 1), low)
+def _boundary(
+    settled: Callable[[np.ndarray, np.ndarray, bool], np.ndarray], trials: np.ndarray, p0: float, reach: np.ndarray
+) -> Boundary:
+    """Both sides by bisection: ``settled(counts, trials, above)`` is monotone on either side of p0 * trials.
+
+    ``reach``: counts so far from p0 * trials should be settled, if there are any; what is found is checked.
+    """
+    centre, reach = np.floor(p0 * trials).astype(np.int64), np.ceil(reach).astype(np.int64) + 1
+    up = _bisect(lambda h: settled(h, trials, True), centre, np.minimum(centre + reach, trials + 1))
+    up = np.where(settled(up, trials, True), up, trials + 1)
+    up = np.maximum(up, np.ceil(p0 * (trials - 1) * (1 + 1e-15)).astype(np.int64) + 1)  # (H - 1)/(T - 1) >= p0
+    low = _bisect(lambda h: settled(h, trials, False), np.minimum(centre + 1, trials), np.maximum(centre - reach, -1))
+    return Boundary(np.minimum(up, trials + 1), np.where(settled(low, trials, False), low, -1))
 
 
 def _check(p0: float, alpha: float) -> None:
-    check_alpha(alpha)
+    check_share(alpha)
     if not 0.5 <= p0 < 1.0:
         raise ValueError(f"p0 = {p0}: expected a probability from 1/2 to 1")
 
@@ -134,7 +158,9 @@ def _bet(p0: float, alpha: float, trials: np.ndarray, sides: tuple[str, str]) ->
         wealth = log_wealth(np.clip(count, 0, trials), trials, p0, sides[0] if above else sides[1])
         return np.asarray(inside & (wealth > limit))
 
-    return _boundary(settled, trials, p0)
+    # log-wealth is at least T KL(H/T, p0) - log(T)/2 - 3 on its side, and KL(p, p0) >= 2 (p - p0)^2 (Pinsker)
+    reach = np.sqrt(trials * (limit + np.log(trials + 1.0) / 2 + 3) / 2)
+    return _boundary(settled, trials, p0, reach)
 
 
 def check_times(n: int) -> list[int]:
@@ -179,30 +205,43 @@ def union_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
             & (betaincc(np.maximum(count, 0) + 1, np.maximum(trials - count, 1), p0) <= level)
         )
 
-    there = _boundary(settled, trials[looked], p0)
+    reach = np.sqrt(trials[looked] * -np.log(level) / 2)  # Hoeffding's inequality
+    there = _boundary(settled, trials[looked], p0, reach)
     found.up[looked], found.low[looked] = there.up, there.low
     return found
 
 
-RULES.add("one-sided", one_sided_boundary, "betting with a wealth for each side, checked at every sample (default)")
-RULES.add("betting", betting_boundary, "betting with one wealth for both sides, checked at every sample")
-RULES.add("union-bound", union_boundary, "Clopper-Pearson at geometric times with alpha shared out")
+def betting_level(alpha: float, p0s: Sequence[float]) -> float:
+    """Alpha times the smallest p0: one wealth a class serves all p0 (module docstring)."""
+    return alpha * min(p0s)
 
 
-def shared_level(rule: str, alpha: float, p0s: Sequence[float]) -> float:
-    """The level at which a rule may run on every class and for every p0, so that all of it errs by at most alpha.
+def one_sided_level(alpha: float, p0s: Sequence[float]) -> float:
+    """The same for one p0; several share alpha, because each has wealths of its own."""
+    return alpha * min(p0s) / len(p0s)
 
-    Betting: alpha times the smallest p0 (module docstring). One-sided: by the same proof, with the wealth of the side
-    on which each p_c is wrong; each p0 has wealths of its own, so several p0 share alpha. Union bound, at one look with
-    level a: P(Bin(T, p) >= h) is convex in p up to (h - 1)/(T - 1) >= p0 and 0 at p = 0, so class c is wrongly settled
-    above p0 with probability at most a p_c / p0. If every class is below p0 these sum to at most a / p0; if class c* is
-    above, the others sum to a (1 - p0) / p0 and c* is wrongly settled below with probability a: again a / p0. With
-    several p0, c* may lie between two of them and be wrong on either side: a (1 + 1/p0).
+
+def union_level(alpha: float, p0s: Sequence[float]) -> float:
+    """For one p0 alpha p0; for several alpha p0 / (1 + p0) with the smallest.
+
+    At one look with level a: P(Bin(T, p) >= h) is convex in p up to (h - 1)/(T - 1) >= p0 and 0 at p = 0, so class c is
+    wrongly settled above p0 with probability at most a p_c / p0. If every class is below p0 these sum to at most
+    a / p0; if class c* is above, the others sum to a (1 - p0) / p0 and c* is wrongly settled below with probability a:
+    again a / p0. With several p0, c* may lie between two of them and be wrong on either side: a (1 + 1/p0).
     """
     least = min(p0s)
-    if rule == "one-sided":
-        return alpha * least / len(p0s)
-    return alpha * least if rule == "betting" or len(p0s) == 1 else alpha * least / (1.0 + least)
+    return alpha * least if len(p0s) == 1 else alpha * least / (1.0 + least)
+
+
+RULES.add(
+    "one-sided",
+    Rule(one_sided_boundary, one_sided_level),
+    "betting with a wealth for each side, checked at every sample (default)",
+)
+RULES.add(
+    "betting", Rule(betting_boundary, betting_level), "betting with one wealth for both sides, checked at every sample"
+)
+RULES.add("union-bound", Rule(union_boundary, union_level), "Clopper-Pearson at geometric times with alpha shared out")
 
 
 class Thresholds:
@@ -211,6 +250,18 @@ class Thresholds:
     def __init__(self, rule: str, p0: float, level: float, n: int) -> None:
         self._rule, self._p0, self._level, self._n = RULES.get(rule), p0, level, n
         self._known = _never(np.zeros(1, dtype=np.int64))
+
+    def earliest(self) -> int | None:
+        """The fewest samples that can settle p >= p0, or None within n."""
+        size = 64
+        while True:
+            up = self.until(min(size, self._n)).up[: self._n + 1]
+            found = np.flatnonzero(up <= np.arange(len(up)))
+            if len(found):
+                return int(found[0])
+            if len(up) > self._n:
+                return None
+            size = 2 * len(up)
 
     def until(self, trials: int) -> Boundary:
         """The boundary for T = 0 .. at least ``trials``."""
@@ -238,7 +289,7 @@ def betting_interval(successes: int, trials: int, alpha: float) -> Interval:
     """
     from scipy.optimize import brentq
 
-    check_alpha(alpha)
+    check_share(alpha)
     limit, h, t = -math.log(alpha), np.asarray(float(successes)), np.asarray(float(trials))
 
     def excess(p: float) -> float:

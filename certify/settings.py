@@ -65,8 +65,6 @@ class Settings:
             raise UserError("a procedure decide has radii to decide, and no other has")
         if self.tolerance is not None and (self.procedure, self.bound) != ("certify", MEASURING_BOUND):
             raise UserError(f"a tolerance belongs to procedure certify with bound {MEASURING_BOUND}")
-        if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise UserError(f"tolerance {self.tolerance:g}; expected a share between 0 and 1, such as 0.1")
 
     @property
     def adaptive(self) -> bool:

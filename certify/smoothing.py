@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from certify.bounds import BOUNDS
 from certify.certificates import Prediction, certificate_from_votes, check_counts, prediction_from_votes
+from certify.errors import UserError
 from certify.sampling import NoisyClassifier, image_digest
 from certify.sequential import DEFAULT_CAP, DEFAULT_RULE, RULES
 from certify.types import Certificate, Decision
@@ -56,6 +57,8 @@ class SmoothedClassifier(NoisyClassifier):
         check_counts(n, n0, alpha)
         BOUNDS.get(bound)
         if tolerance is not None:
+            if bound not in ("clopper-pearson", "betting"):
+                raise UserError(f"bound {bound!r} with a tolerance: expected betting, which holds whenever one stops")
             from certify.adaptive import Measuring
 
             measuring = functools.partial(Measuring, self.num_classes, n=n, tolerance=tolerance, alpha=alpha)
@@ -79,7 +82,7 @@ class SmoothedClassifier(NoisyClassifier):
         self,
         image: torch.Tensor | np.ndarray,
         *,
-        radius: float | Sequence[float],
+        radius: float | Iterable[float],
         alpha: float = 0.001,
         n: int = DEFAULT_CAP,
         rule: str = DEFAULT_RULE,
@@ -108,7 +111,10 @@ class SmoothedClassifier(NoisyClassifier):
 
         check_counts(n, 1, alpha)
         RULES.get(rule)
-        radii = sorted({float(r) for r in ([radius] if isinstance(radius, int | float) else radius)})
+        several = radius if isinstance(radius, Iterable) else [radius]
+        radii = sorted({float(r) for r in several})
+        if not radii:
+            raise UserError("no radius: expected one or several, such as 0.25")
         deciding = functools.partial(Deciding, self.num_classes, n=n, radii=radii, alpha=alpha, rule=rule)
         decided: Decision = self._settle_one(image, deciding, seed, image_id, progress)
         return decided

@@ -16,7 +16,7 @@ from certify import Gaussian, SmoothedClassifier, Votes
 from certify.adaptive import Deciding, Measuring, settle
 from certify.certificates import certificate_from_votes, decision_from_counts, largest_radius
 from certify.errors import UserError
-from certify.sequential import RULES, shared_level
+from certify.sequential import RULES
 from certify.types import ABSTAIN
 from certify.votes import Job, Tally
 
@@ -56,7 +56,7 @@ def test_decides_what_is_true_at_the_first_sample_that_settles_it(
     trials = np.arange(1, 20_001)
     most = np.maximum(ones, trials - ones)
     p0s = [NOISE.probability(r) for r in d.radii]
-    level = shared_level(rule, 0.001, p0s)
+    level = RULES.get(rule).level(0.001, p0s)  # type: ignore[attr-defined]
     for p0, radius, outcome, (leader, votes, samples) in zip(p0s, d.radii, d.outcomes, d.looks, strict=True):
         at = RULES.get(rule)(p0, level, trials)
         hits = np.flatnonzero((most >= at.up) | (most <= at.low))
@@ -252,3 +252,25 @@ def test_other_noises_and_norms(linear_classifier: Any) -> None:
     d = g.decide(image, radius=(0.05, 0.08), image_id="x")  # 0.3 in l2 is 0.075 in l-infinity
     assert (d.outcomes, d.norm) == (("robust", "not certifiable"), "linf")
     assert norm.cdf(0.05 * 4 / 0.25) < d.looks[0][1] / d.looks[0][2]
+
+
+def test_tiny_alphas_leave_something_to_share(linear_classifier: Any) -> None:
+    classifier, image = half_space(linear_classifier, 0.4)
+    g = SmoothedClassifier(classifier, 0.25)
+    assert g.decide(image, radius=0.1, alpha=1e-40, image_id="x").robust
+    assert g.certify(image, alpha=1e-40, bound="best", n=1000, image_id="x").radius > 0
+    with pytest.raises(UserError, match="alpha"):
+        g.decide(image, radius=0.1, alpha=1e-41)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 5.0, -1.0, math.nan])
+def test_tolerances_that_cannot_be_are_refused(tolerance: float, linear_classifier: Any) -> None:
+    classifier, image = half_space(linear_classifier, 0.4)
+    g = SmoothedClassifier(classifier, 0.25)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        g.certify(image, tolerance=tolerance)
+    with pytest.raises(UserError, match="expected betting"):
+        g.certify(image, tolerance=0.1, bound="best")
+    with pytest.raises(UserError, match="no radius"):
+        g.decide(image, radius=[])
+    assert g.decide(image, radius=np.float32(0.1), image_id="x").robust

@@ -223,6 +223,7 @@ CASES = [
         "peeking", S + "--tolerance 0.1 --bound clopper-pearson", "--bound clopper-pearson with --tolerance", "fixed n"
     ),
     case("rule for a tolerance", S + "--tolerance 0.1 --rule union-bound", "--rule union-bound", "expected betting"),
+    case("rule for nothing", S + "--rule betting", "--rule betting without --radius", "add --radius"),
     case("off the grid", S + "--noise exact", "8-bit grid", "--round"),
     case("rounding for nothing", S + "--round", "--round", "'exact'"),
     case("recompute nothing", "recompute x.jsonl", "--alpha", "--bound", x_jsonl=""),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from certify import read_run
@@ -14,6 +15,7 @@ from certify.cli.app import main
 from certify.errors import UserError
 from certify.recompute import recompute, recompute_file
 from certify.rows import answer
+from certify.sequential import RULES
 
 DIGITS = ["--model", "digits", "--sigma", "0.25", "--max", "8", "--skip", "40", "--quiet"]
 RUNS = {
@@ -31,6 +33,11 @@ def run(*args: str, code: int = 0) -> None:
     with pytest.raises(SystemExit) as ended:
         main(list(args))
     assert (ended.value.code or 0) == code
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +170,50 @@ def test_a_stopped_decide_run_goes_on(runs: dict[str, Path], tmp_path: Path) -> 
     run(*DIGITS, *RUNS["decide"], "--out", str(path))
     old, new = ({row["id"]: {**row, "seconds": 0} for row in read_run(p).images} for p in (runs["decide"], path))
     assert old == new
+
+
+def test_an_unfinished_decide_run_shows_no_accuracy(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images that are settled soon come first: their share is not the share."""
+    path = tmp_path / "part.jsonl"
+    path.write_text("".join(runs["decide"].read_text().splitlines(keepends=True)[:4]))
+    for verb in (["table"], ["plot", "-o", str(tmp_path / "x.png")]):
+        run(verb[0], str(path), *verb[1:], code=2)
+        assert "3 of 8 images, and those that are settled soon come first" in capsys.readouterr().err
+
+
+def test_json_of_a_decided_run_says_only_what_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    run(*DIGITS, "--radius", "0.1", "--radii", "0,0.1,0.3", "--json", "--out", "decided.jsonl")
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["certified_accuracy"]) == ["0.1"]
+    assert (result["smoothed_accuracy"], result["abstained"]) == (None, None)
+    assert sum(result["decisions"]["0.1"].values()) == 8
+    run("table", "decided.jsonl", "--radii", "0", "--intervals")
+    assert ", 1.000]" in capsys.readouterr().out  # at least, so no upper end
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_all_images_at_once_after_early_stopping(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decided at alpha / m and recomputed at alpha: what is certified by betting holds for all images at once."""
+    run(*DIGITS, "--radius", "0.1", "--rule", rule, "--alpha", str(0.001 / 8), "--out", f"{rule}.jsonl")
+    run("recompute", f"{rule}.jsonl", "--alpha", "0.001", "--out", f"{rule}-again.jsonl")
+    capsys.readouterr()
+    run("table", f"{rule}-again.jsonl", "--simultaneous", "--format", "csv")
+    header, line = (text.split(",") for text in capsys.readouterr().out.splitlines()[:2])
+    row = dict(zip(header, line, strict=True))
+    assert float(row["all_at_once"]) <= float(row["value"]) > 0.3
+    if rule == "betting":
+        assert row["all_at_once"] == row["value"]
+
+
+def test_one_image_off_the_grid_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.full((5, 8, 8), 100 / 255, dtype=np.float32)
+    x[2] += 0.3 / 255
+    np.savez(tmp_path / "x.npz", x=x)
+    out = str(tmp_path / "out.jsonl")
+    common = ["--model", "digits", "--sigma", "0.25", "--data", str(tmp_path / "x.npz"), "--labels", "none", "--quiet"]
+    run(*common, "--noise", "exact", "--n", "100", "--out", out)
+    assert "8-bit grid" in capsys.readouterr().err
+    found = read_run(out)
+    assert [row["id"] for row in found.images if "error" in row] == [found.images[2]["id"]]

@@ -17,10 +17,11 @@ EXTRAS = {"onnx": ("onnxruntime",), "test": ("pytest", "flint")}
 def _registries() -> dict[str, Any]:
     from certify.bounds import BOUNDS
     from certify.noise import NOISES
+    from certify.sequential import RULES
     from certify.sources import DATASETS
     from denoisers import DENOISERS
 
-    return {"datasets": DATASETS, "denoisers": DENOISERS, "noises": NOISES, "bounds": BOUNDS}
+    return {"datasets": DATASETS, "denoisers": DENOISERS, "noises": NOISES, "bounds": BOUNDS, "rules": RULES}
 
 
 @click.command("list", short_help="List models, datasets, denoisers, noises, bounds, rules.")

@@ -91,7 +91,8 @@ def check_radii(radii: list[float] | None, option: str = "--radii") -> None:
 
 def given_by_user(name: str) -> bool:
     """Whether an option was given, rather than left to its default."""
-    return click.get_current_context().get_parameter_source(name) != click.core.ParameterSource.DEFAULT
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (None, click.core.ParameterSource.DEFAULT)
 
 
 class BatchSize(Count):

@@ -90,8 +90,7 @@ def _show_deciding(settings: Settings, stated: Noise, noise: str, say: Callable[
         f"and all radii, {noise}"
     )
     for radius, p0 in zip(settings.radii, p0s, strict=True):
-        up = thresholds(settings.rule, p0, level, settings.n).until(settings.n).up[: settings.n + 1]
-        enough = next((n for n, least in enumerate(up) if least <= n), None)
+        enough = thresholds(settings.rule, p0, level, settings.n).earliest()
         few = f"robust after {enough:,} samples at the earliest" if enough is not None else "out of reach"
         say(f"radius     {radius:g} ({IN_WORDS[stated.norm]}) needs a probability of {p0:.5f}: {few}")
         if enough is None:
@@ -123,7 +122,7 @@ def check_base(smoothed: SmoothedClassifier, images: ImageSet, most: int = 50) -
     loaded, truth = [], []
     for i in range(0, len(images), max(1, -(-len(images) // most))):
         with contextlib.suppress(CertifyError):
-            loaded.append(images.load(i))
+            loaded.append(smoothed.check(images.load(i)))
             truth.append(images.labels[i])
     labels, total = smoothed.base_labels(loaded), len(loaded)
     correct = sum(a == b for a, b in zip(labels, truth, strict=True))

@@ -166,6 +166,8 @@ def _check_procedure(o: dict[str, Any]) -> None:
     check_radii(radii, "--radius")
     if radii is not None and tolerance is not None:
         raise UserError("--radius and --tolerance: decide at a radius, or measure it to a tolerance; expected one")
+    if radii is None and options.given_by_user("rule") and tolerance is None and "rule" in o:
+        raise UserError(f"--rule {o['rule']} without --radius: there is nothing to stop early; add --radius R")
     if radii is None and tolerance is None:
         return
     option = "--radius" if radii is not None else "--tolerance"
@@ -299,7 +301,7 @@ def _work(
             total = left * settings.samples
             most = "at most " if settings.adaptive else ""
             work = f"{left:,} images x {most}{settings.samples:,} samples = {total:,}"
-            say(f"cost       {work}: {most or 'about '}{clock(total / rate)}")
+            say(f"cost       {work}: {most}about {clock(total / rate)}")
         hidden = True if say is _silent else None  # None: shown on a terminal only
         with tqdm(
             total=left if settings.adaptive else left * settings.samples,

@@ -110,7 +110,7 @@ def table(
     help="Probability of error for each image (default: as in the run).",
 )
 @click.option("--bound", help="Confidence bound (`certify list bounds`; default: as in the run).")
-@click.option("--out", metavar="FILE", help="New run file (default: beside RUN, named by alpha and bound).")
+@click.option("--out", metavar="PATH", help="New run file (.jsonl), or a folder for it (default: RUN's).")
 @click.option("--radii", type=options.Numbers(), help="Radii of the table (default: round numbers).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def recompute(
@@ -124,14 +124,16 @@ def recompute(
     from certify.bounds import BOUNDS
     from certify.cli.summary import summarise
     from certify.recompute import recompute_file
+    from certify.sequential import RULES
 
-    if bound is not None:
+    if bound is not None and bound not in RULES:
         BOUNDS.get(bound)
     options.check_radii(radii)
     source = Path(run)
     words = [source.stem, *([f"alpha{alpha:g}"] if alpha is not None else []), *([bound] if bound else [])]
     if len(words) == 1:
         raise UserError("recompute without --alpha and --bound would change nothing; pass one of them")
-    target = Path(out) if out else source.with_name("-".join(words) + ".jsonl")
+    name = "-".join(words) + ".jsonl"
+    target = source.with_name(name) if out is None else Path(out) if Path(out).suffix == ".jsonl" else Path(out) / name
     command = "certify " + " ".join(shlex.quote(a) for a in sys.argv[1:])
     summarise(recompute_file(source, target, alpha=alpha, bound=bound, command=command), radii, as_json=as_json)

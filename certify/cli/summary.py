@@ -117,9 +117,11 @@ def _as_json(
     seconds = sum(r["seconds"] for r in rows)
     shares = None
     if curve is not None:
-        shares = {f"{r:g}": float(a) for r, a in zip(radii, curve.accuracy(radii), strict=True)}
+        known = [r for r in radii if not curve.at_least(r)]
+        shares = {f"{r:g}": float(a) for r, a in zip(known, curve.accuracy(known), strict=True)}
     labelled = rows[0]["label"] is not None
     base, smoothed, abstained = _count(rows)
+    deciding = run.header["procedure"] == "decide"  # which says nothing about the prediction alone
     same, compared = _agreement(run)
     return {
         "run": str(run.path),
@@ -129,8 +131,8 @@ def _as_json(
         "certified_fraction": None if labelled else shares,
         "decisions": _outcomes(run) or None,
         "base_accuracy": base / len(rows) if labelled else None,
-        "smoothed_accuracy": smoothed / len(rows) if labelled else None,
-        "abstained": abstained,
+        "smoothed_accuracy": smoothed / len(rows) if labelled and not deciding else None,
+        "abstained": None if deciding else abstained,
         "unreadable": len(run.images) - len(rows),
         "ran_as": {k: run.header[k] for k in ("precision", "folded", "compiled", "batch_size", "device")},
         "agreement_with_float32": same / compared if compared else None,
@@ -180,7 +182,7 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | N
     if deciding:
         lines.append(
             f"\nRobust at r: no change of {norm} norm below r alters the smoothed classifier's prediction.\n"
-            "Not certifiable: no class is probable enough for r, whatever the number of samples.\n"
+            "Not certifiable: no class has the probability that r needs (a bound with the runner-up may still do).\n"
             f"For each image all of this is {error} over the noise draws."
         )
     elif curve is not None:
@@ -202,7 +204,7 @@ def _saved(run: Run, rate: float | None) -> str:
     (drawn, fixed), seconds = _samples(run), sum(row["seconds"] for row in run.usable)
     full = f"{fixed:,} (n = {run.header['n']:,} each)"
     text = f"{drawn:,} instead of {full}: {fixed / max(drawn, 1):,.0f} times fewer"
-    if rate is None:
+    if rate is None or 2 * seconds > fixed / rate:
         return text
     return f"{text}; {clock(seconds)} instead of about {clock(fixed / rate)}"
 
@@ -215,7 +217,7 @@ def _each(rows: list[dict[str, Any]], norm: str, most: int = 20) -> list[str]:
     shown = [
         [
             r["id"],
-            "abstains" if r["prediction"] < 0 else r["class"],
+            _class_or_outcome(r),
             "-" if r["radius"] is None else floor4(r["radius"]),
             r["base_class"],
         ]
@@ -227,6 +229,13 @@ def _each(rows: list[dict[str, Any]], norm: str, most: int = 20) -> list[str]:
         *more,
         "",
     ]
+
+
+def _class_or_outcome(row: dict[str, Any]) -> str:
+    if row["prediction"] >= 0:
+        return str(row["class"])
+    outcomes = [decision["outcome"] for decision in row.get("decisions", ())]
+    return outcomes[0] if outcomes else "abstains"
 
 
 def floor4(radius: float) -> str:
