@@ -93,22 +93,25 @@ def process(
         assert image is not None
         pulled[place] = index, None
         write_unusable(index)
-        image = smoothed.check(image)
+        line = row | _about(smoothed, image, clean, row["prediction"])
         if settings.compared(index) and smoothed.execution is not None and not smoothed.execution.plain:
-            stage = next(iter(settings.stages))
-            name = images.items[index].id
+            stage, name = next(iter(settings.stages)), images.items[index].id
             same = smoothed.agreement(image, labels, stage=stage, seed=settings.seed, image_id=name)
-            row |= {"agreement": [same, len(labels)]}  # with plain float32, of the first stage's first labels
-        names = getattr(smoothed.classifier, "class_names", None)
-        row |= {
-            "base": clean,
-            "class": None if row["prediction"] < 0 else readable(names, row["prediction"]),
-            "base_class": readable(names, clean),
-            "image": image_digest(image),
-            "values": image.numel(),
-        }
-        write(index, row)
+            line["agreement"] = [same, len(labels)]  # with plain float32, of the first stage's first labels
+        write(index, line)
     write_unusable(len(images))
+
+
+def _about(smoothed: NoisyClassifier, image: Tensor, clean: int, prediction: int) -> dict[str, Any]:
+    """The keys that say which image it was, and what its classes are called."""
+    names, certified = getattr(smoothed.classifier, "class_names", None), smoothed.check(image)
+    return {
+        "base": clean,
+        "class": None if prediction < 0 else readable(names, prediction),
+        "base_class": readable(names, clean),
+        "image": image_digest(certified),
+        "values": certified.numel(),
+    }
 
 
 Answer = tuple[int, int, dict[str, Any], Tensor]

@@ -71,6 +71,10 @@ class NoisyClassifier:
         named = noise is None or isinstance(noise, str)
         if (sigma is not None) != named:
             raise UserError("give either sigma ([0, 1] pixels; and a noise by name) or a ready-made noise, not both")
+        if rounded and not named:
+            raise UserError(
+                "rounded belongs to noise 'exact' by name; a ready-made noise says for itself whether it rounds"
+            )
         self.noise: Noise = (
             make_noise(str(noise or "gaussian"), float(sigma or 0.0), rounded=rounded) if named else noise  # type: ignore[assignment]
         )

@@ -34,7 +34,7 @@ def bench(**o: Any) -> None:
     a certificate with everything included, and how many labels agree with plain float32. `--weights untrained` measures
     an architecture whose weights are not at hand.
     """
-    from certify.cli.run import check_first, load_smoothed
+    from certify.cli.load import check_first, load_smoothed
 
     check_first(o)
     smoothed = load_smoothed(o)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.options import check_radii
+from certify.cli.load import check_first, chosen_images, load_smoothed, without_data
 from certify.cli.plan import check_base, clock, first_image, show_engine, show_plan
 from certify.cli.summary import summarise, warn
 from certify.errors import RunFault, UserError
@@ -98,9 +98,9 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     """The whole verb: check what is cheap, load, plan, work, summarise."""
     check_first(o)
     say = _silent if o["quiet"] or o["as_json"] else _say
-    demonstration = _without_data(o) if o["data"] is None else ""
+    demonstration = without_data(o) if o["data"] is None else ""
     smoothed = load_smoothed(o)
-    images = _images(o, smoothed.classifier)
+    images = chosen_images(o, smoothed.classifier)
 
     from certify.records import RunFile, peek_header, read_run
     from certify.settings import Settings, execution_of, run_header, with_execution
@@ -139,86 +139,6 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     summarise(finished, o["radii"], as_json=o["as_json"], rate=rate)
 
 
-def check_first(o: dict[str, Any]) -> None:
-    """Everything that can be refused before torch is imported."""
-    from certify import hub
-    from certify.noise import make_noise
-
-    make_noise(o.get("noise", "gaussian"), o["sigma"], rounded=o.get("rounded", False))
-    _check_procedure(o)
-    source = hub.find_source(o["model"], o["weights"])
-    hub.require_weights(source, o["weights"])
-    if o["denoiser"] != "none":
-        from denoisers import DENOISERS
-
-        DENOISERS.get(o["denoiser"])
-    check_radii(o.get("radii"))
-
-
-def _check_procedure(o: dict[str, Any]) -> None:
-    """Refuse options that contradict each other; a tolerance fixes the bound."""
-    from certify.bounds import BOUNDS
-    from certify.sequential import DEFAULT_RULE, RULES
-
-    BOUNDS.get(o.get("bound", "clopper-pearson"))
-    RULES.get(o.get("rule", DEFAULT_RULE))
-    radii, tolerance = o.get("radius"), o.get("tolerance")
-    check_radii(radii, "--radius")
-    if radii is not None and tolerance is not None:
-        raise UserError("--radius and --tolerance: decide at a radius, or measure it to a tolerance; expected one")
-    if radii is None and options.given_by_user("rule") and tolerance is None and "rule" in o:
-        raise UserError(f"--rule {o['rule']} without --radius: there is nothing to stop early; add --radius R")
-    if radii is None and tolerance is None:
-        return
-    option = "--radius" if radii is not None else "--tolerance"
-    if options.given_by_user("n0"):
-        raise UserError(f"--n0 with {option}: no selection samples are drawn there; leave it out")
-    if options.given_by_user("bound") and (radii is not None or o["bound"] != "betting"):
-        raise UserError(
-            f"--bound {o['bound']} with {option}: the votes are looked at while they come, which a bound for a fixed n "
-            "does not survive; leave --bound out" + (" (--rule names the stopping rule)" if radii is not None else "")
-        )
-    if tolerance is not None:
-        if options.given_by_user("rule") and o["rule"] != "betting":
-            raise UserError(
-                f"--rule {o['rule']} with --tolerance: expected betting, the rule that can look at any time"
-            )
-        o["bound"] = "betting"
-
-
-def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
-    """The smoothed classifier that the options name, with its denoiser, on its device."""
-    from certify.classifiers import load_classifier
-    from certify.smoothing import SmoothedClassifier
-
-    device = _device(o["device"])
-    denoiser = None
-    if o["denoiser"] != "none":
-        from denoisers import load_denoiser
-
-        denoiser = load_denoiser(o["denoiser"])
-    classifier = load_classifier(
-        o["model"],
-        weights=o["weights"],
-        input_size=o["input_size"],
-        mean=o["mean"],
-        std=o["std"],
-        num_classes=o["num_classes"],
-    )
-    return SmoothedClassifier(
-        classifier,
-        o["sigma"],
-        denoiser=denoiser,
-        noise=o.get("noise", "gaussian"),
-        norm=o.get("norm"),
-        rounded=o.get("rounded", False),
-        device=device,
-        precision=o["precision"],
-        compile=o["compile"],
-        batch_size=o["batch_size"],
-    )
-
-
 def _decide(
     smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, say: Callable[[str], None]
 ) -> Execution | None:
@@ -241,39 +161,6 @@ def _prepare_again(smoothed: SmoothedClassifier, image: Tensor, execution: Execu
             f"{file.path} was begun as {execution.describe()}; here it can only go on as {real.describe()} "
             f"({real.why[-1]}): name another --out"
         )
-
-
-def _without_data(o: dict[str, Any]) -> str:
-    """Fill in images that are at hand, and so few of them or of their samples that an answer comes soon; in words."""
-    is_default = {name: not options.given_by_user(name) for name in ("n", "skip", "ids")}
-    how = "pass your own images with --data FOLDER, FILE.zip, FILE.npz or IMAGE"
-    if o["model"] == "digits":
-        o["data"] = "digits"
-        if is_default["skip"] and is_default["ids"]:
-            o["skip"] = 5
-        return f"demo       no --data: the digits held out from training; {how}"
-    o["data"] = "photos"
-    if not is_default["n"]:
-        return f"demo       no --data: scikit-learn's two photographs; {how}"
-    o["n"] = min(o["n"], 1000)
-    few = f"n = {o['n']:,} for a quick answer (--n sets it)"
-    return f"demo       no --data: scikit-learn's two photographs, {few}; {how}"
-
-
-def _images(o: dict[str, Any], classifier: Any) -> ImageSet:
-    from certify.images import load_images
-
-    return load_images(
-        o["data"],
-        classifier,
-        skip=o["skip"],
-        max_images=o["max_images"],
-        ids=o["ids"].split(",") if o["ids"] else None,
-        labels=o["labels"],
-        class_map=o["class_map"],
-        root=o["root"],
-        download=o["download"],
-    )
 
 
 def _work(
@@ -348,21 +235,6 @@ def _run_path(out: str | None, header: dict[str, Any]) -> Path:
     words = words if header["procedure"] == "certify" else [header["procedure"], *words]
     name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
     return target / f"{name}-{identity_digest(header)}.jsonl"
-
-
-def _device(wanted: str) -> str:
-    import torch
-
-    accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    accelerators += ["mps"] if torch.backends.mps.is_available() else []
-    if wanted == "auto":
-        return accelerators[0] if accelerators else "cpu"
-    known = ["cpu", *accelerators, *(["cuda"] if torch.cuda.is_available() else [])]
-    if wanted not in known:
-        raise UserError(
-            f"--device {wanted!r} does not exist on this machine; expected auto or one of {', '.join(known)}"
-        )
-    return wanted
 
 
 def _say(text: str) -> None:

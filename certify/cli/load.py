@@ -1,0 +1,142 @@
+"""From the command's options to the objects they name; everything cheap is checked first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from certify.cli import options
+from certify.cli.options import check_radii
+from certify.errors import UserError
+
+if TYPE_CHECKING:
+    from certify.images import ImageSet
+    from certify.smoothing import SmoothedClassifier
+
+
+def check_first(o: dict[str, Any]) -> None:
+    """Everything that can be refused before torch is imported."""
+    from certify import hub
+    from certify.noise import make_noise
+
+    make_noise(o.get("noise", "gaussian"), o["sigma"], rounded=o.get("rounded", False))
+    _check_procedure(o)
+    source = hub.find_source(o["model"], o["weights"])
+    hub.require_weights(source, o["weights"])
+    if o["denoiser"] != "none":
+        from denoisers import DENOISERS
+
+        DENOISERS.get(o["denoiser"])
+    check_radii(o.get("radii"))
+
+
+def _check_procedure(o: dict[str, Any]) -> None:
+    """Refuse options that contradict each other; a tolerance fixes the bound."""
+    from certify.bounds import BOUNDS
+    from certify.sequential import DEFAULT_RULE, RULES
+
+    BOUNDS.get(o.get("bound", "clopper-pearson"))
+    RULES.get(o.get("rule", DEFAULT_RULE))
+    radii, tolerance = o.get("radius"), o.get("tolerance")
+    check_radii(radii, "--radius")
+    if radii is not None and tolerance is not None:
+        raise UserError("--radius and --tolerance: decide at a radius, or measure it to a tolerance; expected one")
+    if radii is None and options.given_by_user("rule") and tolerance is None and "rule" in o:
+        raise UserError(f"--rule {o['rule']} without --radius: there is nothing to stop early; add --radius R")
+    if radii is None and tolerance is None:
+        return
+    option = "--radius" if radii is not None else "--tolerance"
+    if options.given_by_user("n0"):
+        raise UserError(f"--n0 with {option}: no selection samples are drawn there; leave it out")
+    if options.given_by_user("bound") and (radii is not None or o["bound"] != "betting"):
+        raise UserError(
+            f"--bound {o['bound']} with {option}: the votes are looked at while they come, which a bound for a fixed n "
+            "does not survive; leave --bound out" + (" (--rule names the stopping rule)" if radii is not None else "")
+        )
+    if tolerance is not None:
+        if options.given_by_user("rule") and o["rule"] != "betting":
+            raise UserError(
+                f"--rule {o['rule']} with --tolerance: expected betting, the rule that can look at any time"
+            )
+        o["bound"] = "betting"
+
+
+def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
+    """The smoothed classifier that the options name, with its denoiser, on its device."""
+    from certify.classifiers import load_classifier
+    from certify.smoothing import SmoothedClassifier
+
+    device = _device(o["device"])
+    denoiser = None
+    if o["denoiser"] != "none":
+        from denoisers import load_denoiser
+
+        denoiser = load_denoiser(o["denoiser"])
+    classifier = load_classifier(
+        o["model"],
+        weights=o["weights"],
+        input_size=o["input_size"],
+        mean=o["mean"],
+        std=o["std"],
+        num_classes=o["num_classes"],
+    )
+    return SmoothedClassifier(
+        classifier,
+        o["sigma"],
+        denoiser=denoiser,
+        noise=o.get("noise", "gaussian"),
+        norm=o.get("norm"),
+        rounded=o.get("rounded", False),
+        device=device,
+        precision=o["precision"],
+        compile=o["compile"],
+        batch_size=o["batch_size"],
+    )
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    accelerators += ["mps"] if torch.backends.mps.is_available() else []
+    if wanted == "auto":
+        return accelerators[0] if accelerators else "cpu"
+    known = ["cpu", *accelerators, *(["cuda"] if torch.cuda.is_available() else [])]
+    if wanted not in known:
+        raise UserError(
+            f"--device {wanted!r} does not exist on this machine; expected auto or one of {', '.join(known)}"
+        )
+    return wanted
+
+
+def without_data(o: dict[str, Any]) -> str:
+    """Fill in images that are at hand, and so few of them or of their samples that an answer comes soon; in words."""
+    is_default = {name: not options.given_by_user(name) for name in ("n", "skip", "ids")}
+    how = "pass your own images with --data FOLDER, FILE.zip, FILE.npz or IMAGE"
+    if o["model"] == "digits":
+        o["data"] = "digits"
+        if is_default["skip"] and is_default["ids"]:
+            o["skip"] = 5
+        return f"demo       no --data: the digits held out from training; {how}"
+    o["data"] = "photos"
+    if not is_default["n"]:
+        return f"demo       no --data: scikit-learn's two photographs; {how}"
+    o["n"] = min(o["n"], 1000)
+    few = f"n = {o['n']:,} for a quick answer (--n sets it)"
+    return f"demo       no --data: scikit-learn's two photographs, {few}; {how}"
+
+
+def chosen_images(o: dict[str, Any], classifier: Any) -> ImageSet:
+    """The images that the options choose, with the classifier's labels for them."""
+    from certify.images import load_images
+
+    return load_images(
+        o["data"],
+        classifier,
+        skip=o["skip"],
+        max_images=o["max_images"],
+        ids=o["ids"].split(",") if o["ids"] else None,
+        labels=o["labels"],
+        class_map=o["class_map"],
+        root=o["root"],
+        download=o["download"],
+    )
