@@ -30,7 +30,6 @@ from certify.bounds import check_alpha
 from certify.errors import UserError
 from certify.records import Run
 from certify.rows import noise_of, votes_of
-from certify.types import ABSTAIN
 
 CORRECTIONS = {"holm": "Holm", "bonferroni": "Bonferroni"}
 
@@ -158,13 +157,11 @@ def family(run: Run) -> Family:
     fixed = stopping is None and all(selection.trials for selection, _ in stages)
     classes, looks = [], []
     for row, (selection, estimation) in zip(rows, stages, strict=True):
-        chooser = selection if fixed else estimation
-        chosen = chooser.leading()[0] if any(chooser.counts) else ABSTAIN
+        chosen = (selection if fixed else estimation).leader
         if not fixed and row["prediction"] >= 0:  # what was settled last; any class may be asked about
             chosen = row["prediction"]
-        count = estimation.counts[chosen] if 0 <= chosen < len(estimation.counts) else 0
         classes.append(chosen)
-        looks.append([(count, estimation.trials), *_earlier(row, chosen)])
+        looks.append([(estimation.of(chosen), estimation.trials), *_earlier(row, chosen)])
     width = max(map(len, looks), default=1)
     table = np.array([[*found, *[(0, 0)] * (width - len(found))] for found in looks]).reshape(-1, width, 2)
     values = np.array([row.get("values", 0) for row in rows], dtype=np.int64)

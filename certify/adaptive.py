@@ -11,9 +11,9 @@ from torch import Tensor
 
 from certify.certificates import certificate_from_votes, decision_from_counts, largest_radius, needed
 from certify.errors import UserError
-from certify.sequential import betting_interval, thresholds
+from certify.sequential import MEASURING_BOUND, betting_upper, thresholds
 from certify.streams import block_size
-from certify.types import ABSTAIN, Certificate, Decision, Noise, Votes
+from certify.types import ABSTAIN, Certificate, Decision, Radii, Votes
 from certify.votes import Job, Tally
 
 _LEAST = 16  # samples of an image's first piece
@@ -80,7 +80,7 @@ class Deciding:
     """
 
     def __init__(
-        self, num_classes: int, *, n: int, radii: Sequence[float], noise: Noise, alpha: float, rule: str
+        self, num_classes: int, *, n: int, radii: Sequence[float], noise: Radii, alpha: float, rule: str
     ) -> None:
         self._p0s, level = needed(radii, noise, alpha, rule)
         self._tables = [thresholds(rule, p0, level, n) for p0 in self._p0s]
@@ -156,13 +156,11 @@ class Measuring:
         alpha: probability that the radius is wrong, at most.
     """
 
-    bound = "betting"
-
-    def __init__(self, num_classes: int, *, n: int, tolerance: float, noise: Noise, alpha: float) -> None:
+    def __init__(self, num_classes: int, *, n: int, tolerance: float, noise: Radii, alpha: float) -> None:
         if not 0 < tolerance < 1:  # NaN is refused too
             raise UserError(f"tolerance {tolerance:g}: expected a share between 0 and 1, such as 0.1")
         self._n, self._tolerance, self._noise, self._alpha = n, tolerance, noise, alpha
-        self._cap = largest_radius(noise, n, alpha, self.bound, selected=False)
+        self._cap = largest_radius(noise, n, alpha, MEASURING_BOUND, selected=False)
         self._counts = _Counts(num_classes)
         self.drawn = 0
         self.want = min(n, 4 * _LEAST)
@@ -175,16 +173,16 @@ class Measuring:
         self.want = 0 if self._known() else min(self._n - self._counts.seen, more)
 
     def _known(self) -> bool:
-        found = betting_interval(int(self._counts.by_class.max()), self._counts.seen, self._alpha / 2)
-        if found.upper <= 0.5:
+        upper = betting_upper(int(self._counts.by_class.max()), self._counts.seen, self._alpha / 2)
+        if upper <= 0.5:
             return True
-        possible = min(self._noise.radius(min(found.upper, 1 - 1e-15)), self._cap)
-        return found.lower > 0.5 and self.result().radius >= (1.0 - self._tolerance) * possible
+        certificate, possible = self.result(), min(self._noise.radius(min(upper, 1 - 1e-15)), self._cap)
+        return not certificate.abstained and certificate.radius >= (1.0 - self._tolerance) * possible
 
     def result(self) -> Certificate:
         """The radius that the votes so far prove."""
         votes = self._counts.votes()
-        return certificate_from_votes(Votes(()), votes, noise=self._noise, alpha=self._alpha, bound=self.bound)
+        return certificate_from_votes(Votes(()), votes, noise=self._noise, alpha=self._alpha, bound=MEASURING_BOUND)
 
 
 @dataclass(eq=False)

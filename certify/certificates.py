@@ -11,14 +11,14 @@ import numpy as np
 from certify.bounds import BOUNDS, Bound, Evidence, Interval, check_alpha
 from certify.errors import UserError
 from certify.sequential import RULES, Boundary, Rule
-from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Certificate, Decision, Noise, Votes
+from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Certificate, Decision, Radii, Votes
 
 
 def certificate_from_votes(
     selection: Votes,
     estimation: Votes,
     *,
-    noise: Noise,
+    noise: Radii,
     alpha: float,
     bound: str = "clopper-pearson",
     uniform: float = 1.0,
@@ -53,9 +53,8 @@ def certificate_from_votes(
             f"bound {bound!r} needs a class that was chosen from other votes than those it counts, but there are no "
             "selection votes (n0 = 0); expected an anytime-valid bound such as betting"
         )
-    chooser = selection if selected else estimation
-    chosen = chooser.leading()[0] if any(chooser.counts) else ABSTAIN  # every selection sample may have failed
-    successes = estimation.counts[chosen] if 0 <= chosen < len(estimation.counts) else 0
+    chosen = (selection if selected else estimation).leader  # ABSTAIN where every sample failed
+    successes = estimation.of(chosen)
     rivals = (count for c, count in enumerate(estimation.counts) if c != chosen)
     evidence = Evidence(successes, max(rivals, default=0) + estimation.failures, estimation.trials, uniform)
     found: Interval = compute(evidence, alpha if selected else alpha / 2)
@@ -79,7 +78,7 @@ def decision_from_counts(
     votes: Votes,
     *,
     radii: Sequence[float],
-    noise: Noise,
+    noise: Radii,
     alpha: float,
     rule: str,
     drawn: int,
@@ -109,7 +108,7 @@ def decision_from_counts(
     )
 
 
-def needed(radii: Sequence[float], noise: Noise, alpha: float, rule: str) -> tuple[list[float], float]:
+def needed(radii: Sequence[float], noise: Radii, alpha: float, rule: str) -> tuple[list[float], float]:
     """The probability that each radius needs, and the level at which the rule runs on every class.
 
     Raises:
@@ -161,7 +160,7 @@ def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
 
 
 def largest_radius(
-    noise: Noise, n: int, alpha: float, bound: str = "clopper-pearson", *, selected: bool = True
+    noise: Radii, n: int, alpha: float, bound: str = "clopper-pearson", *, selected: bool = True
 ) -> float:
     """The radius when all n votes agree: nothing larger can come out of a run. 0 means that n is too small."""
     luckiest = Evidence(n, 0, n, uniform=math.ulp(0.5))

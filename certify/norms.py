@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 from certify.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
-    from certify.types import Noise
+    from certify.types import Noise, Radii
 
 ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 IN_WORDS = {"l1": "l1", "l2": "l2", "linf": "l-infinity"}
@@ -41,7 +39,7 @@ def implied_factor(native: str, wanted: str, values: int) -> float:
 
 @dataclass(frozen=True)
 class Implied:
-    """A noise whose radii are stated in another norm than its own.
+    """What a noise certifies, stated in another norm than its own.
 
     Attributes:
         noise: the noise itself.
@@ -63,27 +61,6 @@ class Implied:
         """The noise's scale."""
         return self.noise.scale
 
-    @property
-    def one_shape(self) -> bool:
-        """The noise's own."""
-        return self.noise.one_shape
-
-    def input(self, image: torch.Tensor) -> torch.Tensor:
-        """The noise's own."""
-        return self.noise.input(image)
-
-    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """The noise's own."""
-        return self.noise.sample(shape, generator)
-
-    def add(self, image: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """The noise's own."""
-        return self.noise.add(image, drawn)
-
-    def failed(self, drawn: torch.Tensor) -> torch.Tensor | None:
-        """The noise's own."""
-        return self.noise.failed(drawn)
-
     def radius(self, p_lower: float, p_other: float | None = None) -> float:
         """The noise's own radius, carried over to the norm."""
         return self.noise.radius(p_lower, p_other) * self._factor
@@ -97,6 +74,6 @@ class Implied:
         return implied_factor(self.noise.norm, self.norm, self.values)
 
 
-def in_norm(noise: Noise, norm: str | None, values: int) -> Noise:
-    """The noise with its radii stated in ``norm`` (None: its own)."""
+def in_norm(noise: Noise, norm: str | None, values: int) -> Radii:
+    """What the noise certifies, its radii stated in ``norm`` (None: its own)."""
     return noise if norm in (None, noise.norm) else Implied(noise, str(norm), values)

@@ -9,7 +9,7 @@ from certify.certificates import Prediction, certificate_from_votes, decision_fr
 from certify.errors import UserError
 from certify.noise import make_noise
 from certify.norms import in_norm
-from certify.types import Certificate, Decision, Noise, Votes
+from certify.types import Certificate, Decision, Radii, Votes
 
 
 def certified_row(certificate: Certificate) -> dict[str, Any]:
@@ -66,8 +66,8 @@ def _stages(selection: Votes, estimation: Votes) -> dict[str, Any]:
     }
 
 
-def noise_of(header: Mapping[str, Any], values: int | None) -> Noise:
-    """The smoothing distribution of a run, its radii stated in the run's norm for images of so many values.
+def noise_of(header: Mapping[str, Any], values: int | None) -> Radii:
+    """What the noise of a run certifies, stated in the run's norm for images of so many values.
 
     Raises:
         UserError: an implied norm, and a line that does not say how many values its image has.

@@ -59,8 +59,7 @@ def process(
             try:
                 if known is not None:
                     raise ImageError(known["error"])
-                image = images.load(index)
-                smoothed.check(image)
+                image = smoothed.check(images.load(index))
             except ImageError as error:
                 unusable.append((index, error))
                 if strict:
@@ -104,13 +103,13 @@ def process(
 
 def _about(smoothed: NoisyClassifier, image: Tensor, clean: int, prediction: int) -> dict[str, Any]:
     """The keys that say which image it was, and what its classes are called."""
-    names, certified = getattr(smoothed.classifier, "class_names", None), smoothed.check(image)
+    names = getattr(smoothed.classifier, "class_names", None)
     return {
         "base": clean,
         "class": None if prediction < 0 else readable(names, prediction),
         "base_class": readable(names, clean),
-        "image": image_digest(certified),
-        "values": certified.numel(),
+        "image": image_digest(image),
+        "values": image.numel(),
     }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from certify.errors import UserError
 from certify.noise import make_noise
 from certify.norms import implied_factor, in_norm
-from certify.types import BaseClassifier, Noise, Votes
+from certify.types import BaseClassifier, Noise, Radii, Votes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,8 +121,8 @@ class NoisyClassifier:
             self._run, self.execution = executions.prepare(self.base, execution, example)
         return self.execution
 
-    def stated(self, values: int) -> Noise:
-        """The noise, its radii stated in this classifier's norm for images of so many values (C * H * W)."""
+    def stated(self, values: int) -> Radii:
+        """What the noise certifies, stated in this classifier's norm for images of so many values (C * H * W)."""
         return in_norm(self.noise, self.norm, values)
 
     def measure_rate(self, image: torch.Tensor | np.ndarray) -> float:

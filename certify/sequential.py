@@ -32,10 +32,13 @@ from certify.bounds import Bound, Evidence, Interval, check_share
 from certify.registry import Registry
 
 _LOG_MARGIN = 1e-6  # exceeds the error of log-wealth up to T = 10^7 (5e-8 against ball arithmetic)
-_OUTWARD = 1e-12
+_OUTWARD, _TINY = 1e-12, 1e-15
 _CHUNK = 4096
 
 RULES = Registry("rule")
+MEASURING_BOUND = "betting"
+"""The bound of images that stop once their radius is known."""
+
 DEFAULT_RULE, DEFAULT_CAP = "one-sided", 20_000
 """Where nothing else is asked for. More samples than these settle a few more images in a hundred."""
 
@@ -282,11 +285,27 @@ def thresholds(rule: str, p0: float, level: float, n: int) -> Thresholds:
     return Thresholds(rule, p0, level, n)
 
 
-def betting_interval(successes: int, trials: int, alpha: float) -> Interval:
-    """Anytime-valid interval for a proportion: every p against which the wealth is at most 1 / alpha.
+def betting_lower(successes: int, trials: int, alpha: float) -> float:
+    """The lower end of an anytime-valid interval: of all p against which the wealth is at most 1 / alpha.
 
-    With probability at least 1 - alpha it holds p at every T at once. Rounded outward.
+    With probability at least 1 - alpha the interval holds the true p at every T at once. Rounded outward.
     """
+    if not successes:
+        check_share(alpha)
+        return 0.0
+    return max(0.0, _end(successes, trials, alpha, _TINY) - _OUTWARD)
+
+
+def betting_upper(successes: int, trials: int, alpha: float) -> float:
+    """The upper end of the interval of :func:`betting_lower`."""
+    if successes == trials:
+        check_share(alpha)
+        return 1.0
+    return min(1.0, _end(successes, trials, alpha, 1 - _TINY) + _OUTWARD)
+
+
+def _end(successes: int, trials: int, alpha: float, far: float) -> float:
+    """Where between H/T and ``far`` the wealth reaches 1 / alpha; 0 or 1 if it does not."""
     from scipy.optimize import brentq
 
     check_share(alpha)
@@ -295,18 +314,14 @@ def betting_interval(successes: int, trials: int, alpha: float) -> Interval:
     def excess(p: float) -> float:
         return float(log_wealth(h, t, p)) - limit
 
-    mean = successes / trials
-    tiny = 1e-15
-    lower, upper = 0.0, 1.0
-    if successes and excess(tiny) > 0:
-        lower = max(0.0, float(brentq(excess, tiny, min(mean, 1 - tiny), xtol=1e-15)) - _OUTWARD)
-    if successes < trials and excess(1 - tiny) > 0:
-        upper = min(1.0, float(brentq(excess, max(mean, tiny), 1 - tiny, xtol=1e-15)) + _OUTWARD)
-    return Interval(lower, upper)
+    if excess(far) <= 0:
+        return 0.0 if far < 0.5 else 1.0
+    mean = min(max(successes / trials, _TINY), 1 - _TINY)
+    return float(brentq(excess, min(far, mean), max(far, mean), xtol=1e-15))
 
 
 def _betting(evidence: Evidence, alpha: float) -> Interval:
-    lower = betting_interval(evidence.successes, evidence.trials, alpha).lower
+    lower = betting_lower(evidence.successes, evidence.trials, alpha)
     return Interval(lower, 1.0 - lower)
 
 

@@ -18,14 +18,11 @@ from certify.images import ImageSet
 from certify.machine import machine_name
 from certify.records import SCHEMA
 from certify.sampling import KEPT, NoisyClassifier
-from certify.sequential import DEFAULT_RULE
+from certify.sequential import DEFAULT_RULE, MEASURING_BOUND
 from certify.streams import STREAM
 from certify.tuning import Wanted
 
 PROCEDURES = ("certify", "predict", "decide")
-
-MEASURING_BOUND = "betting"
-"""The bound that holds whenever an image stops."""
 
 USUAL_SAMPLES = 1000
 """A guess at the samples an image takes where it stops by itself, to decide how much preparing pays."""

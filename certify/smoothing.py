@@ -10,7 +10,7 @@ from certify.bounds import BOUNDS
 from certify.certificates import Prediction, certificate_from_votes, check_counts, prediction_from_votes
 from certify.errors import UserError
 from certify.sampling import NoisyClassifier, image_digest
-from certify.sequential import DEFAULT_CAP, DEFAULT_RULE, RULES
+from certify.sequential import DEFAULT_CAP, DEFAULT_RULE, MEASURING_BOUND, RULES
 from certify.types import Certificate, Decision
 
 if TYPE_CHECKING:
@@ -57,8 +57,10 @@ class SmoothedClassifier(NoisyClassifier):
         check_counts(n, n0, alpha)
         BOUNDS.get(bound)
         if tolerance is not None:
-            if bound not in ("clopper-pearson", "betting"):
-                raise UserError(f"bound {bound!r} with a tolerance: expected betting, which holds whenever one stops")
+            if bound not in ("clopper-pearson", MEASURING_BOUND):
+                raise UserError(
+                    f"bound {bound!r} with a tolerance: expected {MEASURING_BOUND}, which holds whenever one stops"
+                )
             from certify.adaptive import Measuring
 
             measuring = functools.partial(Measuring, self.num_classes, n=n, tolerance=tolerance, alpha=alpha)

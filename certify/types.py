@@ -35,8 +35,8 @@ class BaseClassifier(Protocol):
         ...
 
 
-class Noise(Protocol):
-    """A smoothing distribution: how to draw it, and what a probability under it certifies."""
+class Radii(Protocol):
+    """What a probability under a smoothing distribution certifies, in one norm."""
 
     @property
     def name(self) -> str:
@@ -52,6 +52,21 @@ class Noise(Protocol):
     def norm(self) -> str:
         """The norm its radii are measured in."""
         ...
+
+    def radius(self, p_lower: float, p_other: float | None = None) -> float:
+        """The radius when the class has at least ``p_lower`` and every other one at most ``p_other`` (1 - p_lower).
+
+        0 without a majority, never rounded up.
+        """
+        ...
+
+    def probability(self, radius: float) -> float:
+        """The probability at which ``radius`` is reached: the inverse of :meth:`radius`; above 1 if it cannot be."""
+        ...
+
+
+class Noise(Radii, Protocol):
+    """A smoothing distribution: how to draw it, and what a probability under it certifies."""
 
     @property
     def one_shape(self) -> bool:
@@ -76,17 +91,6 @@ class Noise(Protocol):
 
     def failed(self, drawn: torch.Tensor) -> torch.Tensor | None:
         """Which samples of a block were not drawn from the distribution, bool ``(B,)``; None: they all were."""
-        ...
-
-    def radius(self, p_lower: float, p_other: float | None = None) -> float:
-        """The radius when the class has at least ``p_lower`` and every other one at most ``p_other`` (1 - p_lower).
-
-        0 without a majority, never rounded up.
-        """
-        ...
-
-    def probability(self, radius: float) -> float:
-        """The probability at which ``radius`` is reached: the inverse of :meth:`radius`; above 1 if it cannot be."""
         ...
 
 
@@ -114,6 +118,15 @@ class Votes:
     def leading(self, m: int = 1) -> list[int]:
         """The m classes with most votes, most first; a tie goes to the lowest class."""
         return sorted(range(len(self.counts)), key=lambda c: (-self.counts[c], c))[:m]
+
+    @property
+    def leader(self) -> int:
+        """The class with most votes; ``ABSTAIN`` if no trial gave an answer."""
+        return self.leading()[0] if any(self.counts) else ABSTAIN
+
+    def of(self, c: int) -> int:
+        """Votes of one class; 0 for ``ABSTAIN`` and for classes beyond the counts."""
+        return self.counts[c] if 0 <= c < len(self.counts) else 0
 
     def as_dict(self) -> dict[str, int]:
         """The non-zero counts by class, as JSON writes them."""

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from command import run
 from PIL import Image
 from scipy.stats import norm
-
-from certify.cli.app import main
 
 DIGITS = ["--model", "digits", "--sigma", "0.25"]
 
@@ -17,12 +16,6 @@ DIGITS = ["--model", "digits", "--sigma", "0.25"]
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def run(*args: str, code: int = 0) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(list(args))
-    assert (ended.value.code or 0) == code
 
 
 def test_the_default_verb(capsys: pytest.CaptureFixture[str]) -> None:

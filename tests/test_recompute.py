@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import run
 
 from certify import read_run
 from certify.bounds import BOUNDS
-from certify.cli.app import main
 from certify.errors import UserError
 from certify.recompute import recompute, recompute_file
 from certify.rows import answer
@@ -27,12 +27,6 @@ RUNS = {
     "union": ["--radius", "0.25", "--rule", "union-bound"],
     "tolerance": ["--tolerance", "0.3", "--n", "20000"],
 }
-
-
-def run(*args: str, code: int = 0) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(list(args))
-    assert (ended.value.code or 0) == code
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ import pytest
 from flint import arb, ctx
 from scipy import stats
 
-from certify.sequential import RULES, Boundary, betting_interval, check_times, log_wealth, thresholds
+from certify.bounds import Interval
+from certify.sequential import RULES, Boundary, betting_lower, betting_upper, check_times, log_wealth, thresholds
 
 P0S = [0.5, 0.8, 0.95, 0.999]
 
@@ -247,7 +248,7 @@ def test_the_earliest_decision() -> None:
 
 def test_betting_interval_is_what_the_wealth_does_not_exclude() -> None:
     for h, t, alpha in [(0, 1, 0.1), (5, 5, 0.1), (90, 100, 0.001), (99_990, 100_000, 0.001), (3, 1000, 0.05)]:
-        found = betting_interval(h, t, alpha)
+        found = Interval(betting_lower(h, t, alpha), betting_upper(h, t, alpha))
         limit = -math.log(alpha)
         h_, t_ = np.asarray(h), np.asarray(t)
         for edge, outside in ((found.lower, -1e-7), (found.upper, 1e-7)):

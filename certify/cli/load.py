@@ -32,32 +32,33 @@ def check_first(o: dict[str, Any]) -> None:
 def _check_procedure(o: dict[str, Any]) -> None:
     """Refuse options that contradict each other; a tolerance fixes the bound."""
     from certify.bounds import BOUNDS
-    from certify.sequential import DEFAULT_RULE, RULES
+    from certify.sequential import DEFAULT_RULE, MEASURING_BOUND, RULES
 
     BOUNDS.get(o.get("bound", "clopper-pearson"))
-    RULES.get(o.get("rule", DEFAULT_RULE))
-    radii, tolerance = o.get("radius"), o.get("tolerance")
+    radii, tolerance, rule = o.get("radius"), o.get("tolerance"), o.get("rule")
+    o["rule"] = rule or DEFAULT_RULE
+    RULES.get(o["rule"])
     check_radii(radii, "--radius")
     if radii is not None and tolerance is not None:
         raise UserError("--radius and --tolerance: decide at a radius, or measure it to a tolerance; expected one")
-    if radii is None and options.given_by_user("rule") and tolerance is None and "rule" in o:
-        raise UserError(f"--rule {o['rule']} without --radius: there is nothing to stop early; add --radius R")
     if radii is None and tolerance is None:
+        if rule is not None:
+            raise UserError(f"--rule {rule} without --radius: there is nothing to stop early; add --radius R")
         return
     option = "--radius" if radii is not None else "--tolerance"
     if options.given_by_user("n0"):
         raise UserError(f"--n0 with {option}: no selection samples are drawn there; leave it out")
-    if options.given_by_user("bound") and (radii is not None or o["bound"] != "betting"):
+    if options.given_by_user("bound") and (radii is not None or o["bound"] != MEASURING_BOUND):
         raise UserError(
             f"--bound {o['bound']} with {option}: the votes are looked at while they come, which a bound for a fixed n "
             "does not survive; leave --bound out" + (" (--rule names the stopping rule)" if radii is not None else "")
         )
     if tolerance is not None:
-        if options.given_by_user("rule") and o["rule"] != "betting":
+        if rule not in (None, MEASURING_BOUND):
             raise UserError(
-                f"--rule {o['rule']} with --tolerance: expected betting, the rule that can look at any time"
+                f"--rule {rule} with --tolerance: expected {MEASURING_BOUND}, the rule that can look at any time"
             )
-        o["bound"] = "betting"
+        o["bound"] = MEASURING_BOUND
 
 
 def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:

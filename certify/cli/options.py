@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +89,11 @@ def check_radii(radii: list[float] | None, option: str = "--radii") -> None:
     """Refuse negative and infinite radii."""
     if radii is not None and not all(0 <= r < float("inf") for r in radii):
         raise UserError(f"{option} {','.join(f'{r:g}' for r in radii)}: expected numbers from 0")
+
+
+def command_line() -> str:
+    """This command as it was typed, for the record."""
+    return "certify " + " ".join(shlex.quote(a) for a in sys.argv[1:])
 
 
 def given_by_user(name: str) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from certify.images import ImageSet
     from certify.settings import Settings
     from certify.smoothing import SmoothedClassifier
-    from certify.types import Noise
+    from certify.types import Radii
 
 
 def show_plan(
@@ -79,7 +79,7 @@ def show_plan(
         )
 
 
-def _show_deciding(settings: Settings, stated: Noise, noise: str, say: Callable[[str], None]) -> None:
+def _show_deciding(settings: Settings, stated: Radii, noise: str, say: Callable[[str], None]) -> None:
     """The radii, what they need, and the fewest samples that can settle them."""
     from certify.certificates import needed
     from certify.sequential import thresholds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +52,7 @@ if TYPE_CHECKING:
     type=options.Positive("a share between 0 and 1, such as 0.1", below=1.0),
     help="Stop each image once its radius is known to this relative tolerance; --n is the most samples.",
 )
-@click.option(
-    "--rule", default="one-sided", show_default=True, help="Stopping rule of --radius (`certify list rules`)."
-)
+@click.option("--rule", show_default="one-sided", help="Stopping rule of --radius (`certify list rules`).")
 @click.option(
     "--radii", type=options.Numbers(), help="Radii of the table (default: round numbers up to the largest possible)."
 )
@@ -90,8 +87,8 @@ def predict(**given: Any) -> None:
     PREDICT of Cohen, Rosenfeld and Kolter (2019): n noisy copies, and a two-sided binomial test at alpha between the
     two leading classes.
     """
-    nothing = dict.fromkeys(("radii", "radius", "tolerance", "norm"))
-    _execute("predict", {**given, **nothing, "n0": 1, "bound": "clopper-pearson", "rule": "one-sided"})
+    nothing = dict.fromkeys(("radii", "radius", "tolerance", "norm", "rule"))
+    _execute("predict", {**given, **nothing, "n0": 1, "bound": "clopper-pearson"})
 
 
 def _execute(procedure: str, o: dict[str, Any]) -> None:
@@ -107,7 +104,6 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
 
     radii = tuple(sorted(set(o["radius"] or ())))
     settings = Settings(o["n"], o["n0"], o["alpha"], o["seed"], o["bound"], procedure, radii, o["tolerance"], o["rule"])
-    command = "certify " + " ".join(shlex.quote(a) for a in sys.argv[1:])
     header = run_header(
         smoothed,
         images,
@@ -115,7 +111,7 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         model=o["model"],
         data=o["data"],
         denoiser=o["denoiser"],
-        command=command,
+        command=options.command_line(),
     )
     path = _run_path(o["out"], header)
     show_plan(smoothed, images, settings, header, say)

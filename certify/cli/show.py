@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 import click
@@ -135,5 +133,5 @@ def recompute(
         raise UserError("recompute without --alpha and --bound would change nothing; pass one of them")
     name = "-".join(words) + ".jsonl"
     target = source.with_name(name) if out is None else Path(out) if Path(out).suffix == ".jsonl" else Path(out) / name
-    command = "certify " + " ".join(shlex.quote(a) for a in sys.argv[1:])
-    summarise(recompute_file(source, target, alpha=alpha, bound=bound, command=command), radii, as_json=as_json)
+    renewed = recompute_file(source, target, alpha=alpha, bound=bound, command=options.command_line())
+    summarise(renewed, radii, as_json=as_json)
