@@ -215,6 +215,10 @@ class Classifier(nn.Module):
             raise UserError(f"classifier {self.name!r} has {found} classes, not {stated}; drop --num-classes")
         return int(found)
 
+    def identity(self) -> str:
+        """What tells it from another: the hash of its file where that defines it, else of its tensors."""
+        return self.code or state_digest(self.net) or self.name
+
     def describe(self) -> dict[str, Any]:
         """Everything that fixes the function, as JSON."""
         return {

@@ -157,6 +157,12 @@ def _fold(fast: Pipeline, base: Pipeline, noisy: Tensor) -> bool:
     return same
 
 
+def folded_copy(net: nn.Module) -> nn.Module:
+    """A network of its own with its batch norms folded where they can be; gradients go through it to its input."""
+    own = copy.deepcopy(net)
+    return _folded(own) or own
+
+
 def _folded(net: nn.Module) -> nn.Module | None:
     """The network with its batch norms folded; None where there are none, or where it cannot be traced."""
     if not _batch_norms(net):

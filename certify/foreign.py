@@ -30,20 +30,34 @@ def _names(num_classes: int | None) -> tuple[tuple[str, ...], ...] | None:
 def build_torchscript(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
     """A TorchScript file; the input size comes from ``--input-size``."""
     _refuse_weights(name, weights)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated, but the files are what people have
-            net = torch.jit.load(name, map_location="cpu")
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"{name} is not a TorchScript file ({first_line(error)}); save it with torch.jit.save, "
-            "or, if it is a checkpoint, name its architecture and pass it as --weights"
-        ) from None
-    names, digest = _names(num_classes), _file_digest(name)
+    net = open_torchscript(name, "name its architecture and pass it as --weights")
+    names, digest = _names(num_classes), file_digest(name)
     return ClassifierSpec(net, InputSpec(None), names, num_classes, Path(name).name, digest, native=False)
 
 
-def _file_digest(path: str | Path) -> str:
+def open_torchscript(path: str | Path, if_checkpoint: str) -> Any:
+    """A TorchScript module on the CPU.
+
+    Args:
+        path: an existing file.
+        if_checkpoint: advice, for a file that holds weights alone.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated, but the files are what people have
+            return torch.jit.load(str(path), map_location="cpu")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is not a TorchScript file ({first_line(error)}); save it with torch.jit.save, "
+            f"or, if it is a checkpoint, {if_checkpoint}"
+        ) from None
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -90,7 +104,7 @@ def build_onnx(name: str, weights: str | Path | None, num_classes: int | None) -
     spec = square_input((channels, height, width)) if channels and height and width else InputSpec(None)
     outputs = net.session.get_outputs()[0].shape
     found = outputs[1] if len(outputs) == 2 and isinstance(outputs[1], int) else num_classes
-    return ClassifierSpec(net, spec, _names(found), num_classes, Path(name).name, _file_digest(name), native=False)
+    return ClassifierSpec(net, spec, _names(found), num_classes, Path(name).name, file_digest(name), native=False)
 
 
 class FunctionNet(nn.Module):
@@ -111,12 +125,7 @@ def build_callable(name: str, weights: str | Path | None, num_classes: int | Non
 
     The object may carry ``num_classes``, ``input_size`` (C, H, W), ``mean``, ``std`` and ``class_names``.
     """
-    found = import_object(name)
-    if not isinstance(found, nn.Module) and _takes_nothing(found, name):
-        try:
-            found = found()
-        except Exception as error:  # the user's own code
-            raise UserError(f"{name} failed: {type(error).__name__}: {first_line(error)}") from error
+    found, code = build_object(name)
     if not isinstance(found, nn.Module) and not callable(found):
         raise UserError(f"{name} gave {type(found).__name__}; expected a module or a function from images to labels")
     net = found if isinstance(found, nn.Module) else FunctionNet(found)
@@ -134,9 +143,26 @@ def build_callable(name: str, weights: str | Path | None, num_classes: int | Non
     stated = num_classes or getattr(found, "num_classes", None)
     given = getattr(found, "class_names", None)
     names = tuple((str(n),) for n in given) if given is not None else _names(stated)
-    defined = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    code = _file_digest(defined) if defined else None
     return ClassifierSpec(net, spec, names, stated, loaded, code, native=isinstance(found, nn.Module))
+
+
+def build_object(name: str) -> tuple[Any, str | None]:
+    """What ``package.module:attribute`` names, or returns if it can be called without arguments.
+
+    Returns:
+        The object, and the SHA-256 of the file that defines it.
+
+    Raises:
+        UserError: it cannot be imported, or fails.
+    """
+    found = import_object(name)
+    if not isinstance(found, nn.Module) and _takes_nothing(found, name):
+        try:
+            found = found()
+        except Exception as error:  # the user's own code
+            raise UserError(f"{name} failed: {type(error).__name__}: {first_line(error)}") from error
+    defined = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return found, file_digest(defined) if defined else None
 
 
 def import_object(name: str) -> Any:

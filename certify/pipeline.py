@@ -6,6 +6,7 @@ Everything that happens after the noise sits here, so that what is certified is 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,12 +18,17 @@ from certify.types import BaseClassifier
 def state_digest(module: nn.Module) -> str | None:
     """SHA-256 over names, shapes and values of all parameters and buffers; None when there are none."""
     tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)}
+    return tensors_digest(tensors) if tensors else None
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and values."""
     total = hashlib.sha256()
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().contiguous()
         total.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return total.hexdigest() if tensors else None
+    return total.hexdigest()
 
 
 class Pipeline(nn.Module):

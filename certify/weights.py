@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from certify.errors import UserError, first_line
 from certify.hub import UNTRAINED
 
-_CONTAINERS = ("state_dict", "model", "model_state", "model_state_dict", "net")
+_CONTAINERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "params_ema", "params")
 _WRAPPERS = ("module", "_orig_mod")  # DataParallel, torch.compile
 
 

@@ -5,6 +5,7 @@ Image i out depends on image i in only; the shape stays; values are those of the
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from certify.registry import Registry
@@ -16,12 +17,41 @@ DENOISERS = Registry("denoiser")
 DENOISERS.add("gaussian", "denoisers.classical:GaussianBlur", "linear: convolution with a Gaussian kernel")
 DENOISERS.add("median", "denoisers.classical:Median", "3x3 median of each channel")
 
+ARCHITECTURES = Registry("architecture")
+ARCHITECTURES.add("dncnn", "denoisers.dncnn:DnCNN", "17 convolutions of 64 channels; Zhang et al. 2017")
+ARCHITECTURES.add("dncnn-wide", "denoisers.dncnn:wide", "the same with 128 channels")
+ARCHITECTURES.add("memnet", "denoisers.memnet:MemNet", "3 memory blocks of 6 residual blocks; Tai et al. 2017")
+ARCHITECTURES.add("unet", "denoisers.unet:UNet", "told the noise level: one set of weights for all of them")
 
-def load_denoiser(name: str) -> nn.Module:
-    """The denoiser registered under ``name``.
+SHIPPED = Path(__file__).parent / "data"
+"""Folder of the trained denoisers in this package."""
+
+
+def load_denoiser(
+    name: str,
+    *,
+    sigma: float | None = None,
+    image: tuple[int, int, int] | None = None,
+    classifier: str | None = None,
+) -> nn.Module:
+    """The denoiser that ``name`` means, frozen, in evaluation mode.
+
+    Args:
+        name: a registered or shipped denoiser, a file that ``certify train`` wrote, ``ARCHITECTURE=CHECKPOINT``, a
+            TorchScript file, ``deepinv:NAME[=FILE]``, ``diffusers:FOLDER``, ``package.module:callable``, or ``auto``.
+        sigma: noise level it is going to be used at; ``auto`` needs it, others warn when they were trained for another.
+        image: (C, H, W) of the images, likewise; others take the channels from it (default: 3).
+        classifier: ``Classifier.identity()`` of what is behind it: ``auto`` prefers weights trained for exactly that.
 
     Raises:
         UserError: no such denoiser; the nearest names are listed.
     """
-    module: nn.Module = DENOISERS.get(name)()
-    return module
+    import warnings
+
+    from denoisers.find import find_denoiser
+    from denoisers.weights import Trained
+
+    found = find_denoiser(name, sigma=sigma, image=image, classifier=classifier)
+    if isinstance(found, Trained) and sigma is not None and not found.card.covers(sigma):
+        warnings.warn(found.card.mismatch(sigma), stacklevel=2)
+    return found

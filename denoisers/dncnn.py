@@ -27,17 +27,22 @@ class DnCNN(nn.Module):
                 nn.BatchNorm2d(channels, eps=1e-4, momentum=momentum),
                 nn.ReLU(),
             ]
-        self.net = nn.Sequential(*layers, nn.Conv2d(channels, image_channels, 3, padding=1, bias=False))
-        for module in self.net:
+        self.dncnn = nn.Sequential(*layers, nn.Conv2d(channels, image_channels, 3, padding=1, bias=False))
+        for module in self.dncnn:
             if isinstance(module, nn.Conv2d):
                 nn.init.orthogonal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        last = self.net[-1]
+        last = self.dncnn[-1]
         assert isinstance(last, nn.Conv2d)
         nn.init.zeros_(last.weight)
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """``(B, C, H, W)`` to the same shape; deterministic, sigma is not used."""
-        cleaned: Tensor = noisy - self.net(noisy)
+        cleaned: Tensor = noisy - self.dncnn(noisy)
         return cleaned
+
+
+def wide(**options: int) -> DnCNN:
+    """DnCNN with 128 channels (2,222,720 parameters for RGB)."""
+    return DnCNN(channels=128, **options)

@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from certify.cli import options
 from certify.cli.options import check_radii
+from certify.cli.summary import warn
 from certify.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from certify.classifiers import Classifier
     from certify.images import ImageSet
     from certify.smoothing import SmoothedClassifier
 
@@ -23,9 +27,9 @@ def check_first(o: dict[str, Any]) -> None:
     source = hub.find_source(o["model"], o["weights"])
     hub.require_weights(source, o["weights"])
     if o["denoiser"] != "none":
-        from denoisers import DENOISERS
+        from denoisers.names import find_source
 
-        DENOISERS.get(o["denoiser"])
+        find_source(o["denoiser"])
     check_radii(o.get("radii"))
 
 
@@ -67,11 +71,6 @@ def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
     from certify.smoothing import SmoothedClassifier
 
     device = _device(o["device"])
-    denoiser = None
-    if o["denoiser"] != "none":
-        from denoisers import load_denoiser
-
-        denoiser = load_denoiser(o["denoiser"])
     classifier = load_classifier(
         o["model"],
         weights=o["weights"],
@@ -80,6 +79,7 @@ def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
         std=o["std"],
         num_classes=o["num_classes"],
     )
+    denoiser = None if o["denoiser"] == "none" else denoiser_for(classifier, o["denoiser"], o["sigma"])
     return SmoothedClassifier(
         classifier,
         o["sigma"],
@@ -92,6 +92,25 @@ def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
         compile=o["compile"],
         batch_size=o["batch_size"],
     )
+
+
+def denoiser_for(classifier: Classifier | None, name: str, sigma: float) -> nn.Module:
+    """The denoiser of this name, tried on what the classifier takes; a warning where it was trained for other noise.
+
+    Raises:
+        UserError: no such denoiser, or one for other images.
+    """
+    from denoisers.adapters import check_contract
+    from denoisers.find import find_denoiser
+    from denoisers.weights import Trained
+
+    size = classifier.input.size if classifier is not None else None
+    denoiser = find_denoiser(name, sigma=sigma, image=size, classifier=classifier.identity() if classifier else None)
+    if isinstance(denoiser, Trained) and not denoiser.card.covers(sigma):
+        warn(denoiser.card.mismatch(sigma))
+    if size is not None:
+        check_contract(denoiser, size, sigma)
+    return denoiser
 
 
 def _device(wanted: str) -> str:

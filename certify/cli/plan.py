@@ -35,7 +35,8 @@ def show_plan(
     sigma = smoothed.noise.scale
     for step in header["pipeline"]:
         if step["step"] == "denoiser":
-            say(f"denoiser   {step['name']}, between the noise and the classifier")
+            about = f" ({step['objective']}, trained for sigma {step['trained_for']})" if "trained_for" in step else ""
+            say(f"denoiser   {step['name']}{about}, between the noise and the classifier")
             continue
         size = "x".join(map(str, step["input"])) if step["input"] else "any size"
         norm = f"mean {_list(step['mean'])} std {_list(step['std'])}" if step["mean"] else "none"

@@ -1,0 +1,289 @@
+"""Denoisers that somebody else wrote, behind this package's call: deepinv, any Python callable, TorchScript.
+
+``check_contract`` finds out by trial whether a denoiser keeps to what a certificate needs of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.foreign import build_object, file_digest, open_torchscript
+from certify.hub import UNTRAINED, is_file
+from certify.registry import unknown_name
+from certify.weights import load_weights
+
+_LEVELS = ("sigma", "ths", "noise_level")
+"""What others call the noise level (``ths``: the threshold of deepinv's variational denoisers)."""
+
+_CHANNELS = ("in_channels", "out_channels", "in_nc", "in_chans", "img_channels", "channels")
+"""What deepinv's classes call the number of the image's channels."""
+
+_Parameters = list[tuple[str, bool]]
+"""Name of each argument of a forward function, in order, and whether it must be given."""
+
+
+class Adapted(nn.Module):
+    """A foreign denoiser, called as it wants to be: with the level by name, by position, or without it.
+
+    In evaluation mode, and its weights need no gradients.
+
+    Args:
+        inner: a module, or a function of noisy images.
+        facts: what ``describe`` says; ``name`` at least.
+        parameters: of its forward, where Python cannot tell them.
+        tensor_level: hand over the level as a tensor without dimensions instead of a number.
+        restarts: one image at a time, each from a fresh start (``restart = True``).
+
+    Raises:
+        UserError: it wants more than images and a level.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        facts: dict[str, Any],
+        parameters: _Parameters | None = None,
+        *,
+        tensor_level: bool = False,
+        restarts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.facts = facts
+        self.tensor_level = tensor_level
+        self.restarts = restarts
+        if parameters is None:
+            parameters = _parameters(inner.forward if isinstance(inner, nn.Module) else inner)
+        self.level = _level(parameters)
+        given = {self.level, parameters[1][0]} if self.level == "" else {self.level}
+        unmet = [name for name, needed in parameters[1:] if needed and name not in given]
+        if not parameters or unmet:
+            wants = f"also wants {', '.join(unmet)}" if unmet else "takes nothing"
+            raise UserError(f"denoiser {facts['name']} {wants}; expected forward(noisy) or forward(noisy, sigma)")
+        self.requires_grad_(False).eval()
+
+    def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+        """``(B, C, H, W)`` to the same shape; ``generator`` is not used.
+
+        Raises:
+            UserError: it needs the level and there is none.
+        """
+        if not self.restarts:
+            return self._answer(noisy, sigma)
+        answers = []
+        for image in noisy.split(1):
+            self.inner.restart = True
+            answers.append(self._answer(image, sigma))
+        return torch.cat(answers)
+
+    def _answer(self, noisy: Tensor, sigma: float | None) -> Tensor:
+        if self.level is None:
+            output = self.inner(noisy)
+        elif sigma is None:
+            raise UserError(f"denoiser {self.facts['name']} needs the noise level: forward(noisy, sigma)")
+        else:
+            level = torch.tensor(sigma, dtype=noisy.dtype, device=noisy.device) if self.tensor_level else sigma
+            output = self.inner(noisy, **{self.level: level}) if self.level else self.inner(noisy, level)
+        if isinstance(self.inner, nn.Module):
+            answer: Tensor = output
+            return answer
+        return (output if isinstance(output, Tensor) else torch.as_tensor(np.asarray(output))).to(noisy)
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, for the record."""
+        return dict(self.facts)
+
+
+def _level(parameters: _Parameters) -> str | None:
+    """How the level is handed over: by this name, by position (the empty name), or not at all (None)."""
+    named = next((name for name, _ in parameters[1:] if name in _LEVELS), None)
+    if named is not None:
+        return named
+    return "" if len(parameters) > 1 and parameters[1][1] else None
+
+
+def _parameters(function: Callable[..., Any]) -> _Parameters:
+    try:
+        found = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some built-in functions do not say
+        return [("", True)]
+    single = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] or found[:1]
+    return [("" if p.kind == p.POSITIONAL_ONLY else p.name, p.default is p.empty) for p in single]
+
+
+def load_deepinv(name: str, weights: str | Path | None = None, channels: int = 3) -> nn.Module:
+    """A denoiser of deepinv by the name of its class, such as ``DRUNet``.
+
+    Those that iterate until a whole batch has converged, starting at the last answer (total variation), are given one
+    image at a time and start anew; their threshold is sigma.
+
+    Args:
+        name: in ``deepinv.models``; built with its defaults.
+        weights: a checkpoint; without it the weights that deepinv publishes are downloaded.
+        channels: of the images.
+
+    Raises:
+        UserError: deepinv is missing, an unknown name (with the nearest), weights that do not fit.
+        RunFault: weights that cannot be downloaded.
+    """
+    label = f"deepinv:{name}"
+    if weights is not None and weights != UNTRAINED and not is_file(weights):
+        raise UserError(f"no weights file {str(weights)!r} for {label}; expected an existing checkpoint")
+    try:
+        from deepinv import models
+    except ImportError:
+        raise UserError(f"{label} needs deepinv: pip install 'certify-toolkit[denoisers]'") from None
+    known = {key: build for key, build in vars(models).items() if _builds_denoiser(build, models.Denoiser)}
+    if name not in known:
+        raise unknown_name("denoiser", name, known, "not in deepinv.models")
+    accepted = inspect.signature(known[name]).parameters
+    options: dict[str, Any] = {
+        key: channels for key in _CHANNELS if key in accepted and isinstance(accepted[key].default, int)
+    }
+    published = "pretrained" in accepted
+    if published:
+        options["pretrained"] = (accepted["pretrained"].default or "download") if weights is None else None
+    try:
+        with _quick_and_safe():
+            net: nn.Module = known[name](**options)
+    except Exception as error:  # deepinv's own types, and those of the packages it needs
+        reason = first_line(error)
+        if weights is None and published and isinstance(error, OSError):
+            raise RunFault(f"could not fetch the weights of {label}: {reason}; pass a file: {label}=FILE") from error
+        advice = f"; pass its weights in a file: {label}=FILE" if weights is None and published else ""
+        raise UserError(f"cannot build {label} for {channels} channels: {reason}{advice}") from error
+    trained = next(net.parameters(), None) is not None
+    if trained and weights is None and not published:
+        raise UserError(f"deepinv publishes no weights for {name}; pass them in a file: {label}=FILE")
+    if not trained and weights is not None:
+        raise UserError(f"{label} has no weights to load {weights} into; write {label}")
+    loaded = "none" if not trained else "published" if weights is None else load_weights(net, weights, label)
+    facts = {"name": label, "version": version("deepinv"), "channels": channels, "weights": loaded}
+    return Adapted(net, facts, restarts=hasattr(net, "restart"))
+
+
+def _builds_denoiser(found: Any, base: type) -> bool:
+    """Whether this is a denoiser's class, or a function in place of one, that can be built from its defaults."""
+    if not (inspect.isclass(found) and issubclass(found, base) and found is not base) and not inspect.isfunction(found):
+        return False
+    parameters = _parameters(found)
+    of_class = inspect.isclass(found) or "pretrained" in dict(parameters)
+    return of_class and not any(needed for _, needed in parameters)
+
+
+@contextlib.contextmanager
+def _quick_and_safe() -> Iterator[None]:
+    """Build a network whose weights are replaced at once: no orthogonal start, no pickled code, nothing on stdout.
+
+    deepinv's DRUNet spends half a minute on orthogonal weights, and its downloads are unpickled without restrictions
+    unless torch is told not to.
+    """
+    orthogonal, variable = nn.init.orthogonal_, "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    nn.init.orthogonal_ = lambda tensor, *_, **__: tensor
+    os.environ[variable] = "1"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        nn.init.orthogonal_ = orthogonal
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
+
+
+def load_callable(spec: str) -> nn.Module:
+    """``package.module:callable``: a module, a function ``f(noisy)`` or ``f(noisy, sigma)``, or what makes one.
+
+    What can be called without arguments (a class, a factory) is called, and must give a module or such a function.
+
+    Raises:
+        UserError: it cannot be imported, fails, or is neither.
+    """
+    found, code = build_object(spec)
+    if isinstance(found, type):
+        raise UserError(f"{spec} is a class that needs arguments; write a function without any that returns it built")
+    if not callable(found):
+        raise UserError(f"{spec} gave {type(found).__name__}; expected a module or a function f(noisy, sigma)")
+    return Adapted(found, {"name": spec, "code_sha256": code})
+
+
+def load_torchscript(path: str | Path) -> nn.Module:
+    """A TorchScript file whose forward takes ``(noisy)`` or ``(noisy, sigma)``, sigma as a number or a tensor.
+
+    Raises:
+        UserError: no such file, not TorchScript, or a forward with other arguments.
+    """
+    if not is_file(path):
+        raise UserError(f"no TorchScript file {str(path)!r}; expected one saved by torch.jit.save")
+    net = open_torchscript(path, "write ARCHITECTURE=FILE, such as dncnn=FILE")
+    try:
+        _, *arguments = net.forward.schema.arguments
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} has no forward that can be called ({first_line(error)})") from None
+    parameters = [(argument.name, not argument.has_default_value()) for argument in arguments]
+    kinds = {argument.name: str(argument.type) for argument in arguments}
+    level = _level(parameters)
+    kind = kinds[level or parameters[1][0]] if level is not None else "float"
+    if kind not in ("float", "Optional[float]", "Tensor", "Optional[Tensor]"):
+        raise UserError(f"{path} takes the noise level as {kind}; expected a float or a Tensor")
+    facts = {"name": Path(path).name, "code_sha256": file_digest(path)}
+    return Adapted(net, facts, parameters, tensor_level="Tensor" in kind)
+
+
+def check_contract(module: nn.Module, shape: tuple[int, int, int], sigma: float | None) -> None:
+    """Try a denoiser on three noisy images, together and one by one.
+
+    Args:
+        module: ``forward(noisy, sigma)``.
+        shape: of an image, (C, H, W).
+        sigma: the noise level it will be told.
+
+    Raises:
+        UserError: it fails on such images, changes their shape, gives numbers that are not finite, writes into its
+            input, or treats an image differently alone and in a batch.
+    """
+    own = getattr(module, "describe", None)
+    name = f"denoiser {own()['name'] if callable(own) else type(module).__name__}"
+    wanted = "x".join(map(str, shape))
+    device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+    draws = torch.Generator().manual_seed(0)
+    images = torch.rand((3, *shape), generator=draws)
+    images = (images + (sigma or 0.0) * torch.randn(images.shape, generator=draws)).to(device)
+    given = images.clone()
+    try:
+        with torch.no_grad():
+            together = module(given, sigma)
+            alone = [module(given[i : i + 1], sigma) for i in (2, 1, 0)]  # in another order: some remember the last one
+    except CertifyError:
+        raise
+    except Exception as error:  # anybody's code
+        raise UserError(
+            f"{name} fails on images of {wanted}: {first_line(error)}; does it take that many channels, and that size?"
+        ) from error
+    if not torch.equal(given, images):
+        raise UserError(f"{name} writes into the images it is given; work on a copy: noisy = noisy.clone()")
+    for output, count in ((together, 3), *((one, 1) for one in alone)):
+        if not isinstance(output, Tensor) or output.shape != (count, *shape):
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise UserError(f"{name} returned {got} for {count} images of {wanted}; expected {(count, *shape)}")
+    if not together.isfinite().all():
+        raise UserError(f"{name} returned NaN or infinity at sigma = {sigma}; expected finite pixels")
+    difference = float((together - torch.cat(alone[::-1])).abs().max())
+    if not difference <= 1e-4 * float(together.abs().max()):
+        raise UserError(
+            f"{name} answers differently alone and in a batch, by {difference:.2g} (left in training mode? random?); "
+            "a certificate needs a fixed function of one image"
+        )

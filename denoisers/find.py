@@ -1,0 +1,93 @@
+"""From what ``--denoiser`` means to the module, and the choice of shipped weights that ``auto`` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from certify.errors import UserError
+from certify.weights import load_weights
+from denoisers import ARCHITECTURES, DENOISERS, SHIPPED
+from denoisers.names import AUTO, find_source, shipped_names
+from denoisers.weights import Card, read_card, read_denoiser
+
+
+def shipped() -> dict[str, Card]:
+    """The trained denoisers of this package by name."""
+    return {name: read_card(SHIPPED / f"{name}.safetensors") for name in shipped_names()}
+
+
+def find_denoiser(
+    name: str,
+    *,
+    sigma: float | None = None,
+    image: tuple[int, int, int] | None = None,
+    classifier: str | None = None,
+) -> nn.Module:
+    """See :func:`denoisers.load_denoiser`."""
+    from denoisers import adapters
+
+    channels = image[0] if image else 3
+    source = find_source(choose(shipped(), sigma, image, classifier) if name == AUTO else name)
+    module: nn.Module
+    if source.kind == "card":
+        assert source.file is not None
+        module = read_denoiser(source.file, source.name)
+    elif source.kind == "checkpoint":
+        module = ARCHITECTURES.get(source.name)(image_channels=channels)
+        loaded = load_weights(module, source.file or "", source.name)
+        module = adapters.Adapted(module, {"name": source.name, "weights": loaded}, [("noisy", True), ("sigma", False)])
+    elif source.kind == "deepinv":
+        module = adapters.load_deepinv(source.name, source.file, channels=channels)
+    elif source.kind == "diffusers":
+        from denoisers.diffusion import load_diffusers
+
+        module = load_diffusers(source.name)
+    elif source.kind == "torchscript":
+        module = adapters.load_torchscript(source.file or "")
+    elif source.kind == "python":
+        module = adapters.load_callable(source.name)
+    else:
+        module = DENOISERS.get(source.name)()
+    return module.requires_grad_(False).eval()
+
+
+def choose(
+    cards: Mapping[str, Card], sigma: float | None, image: tuple[int, int, int] | None, classifier: str | None
+) -> str:
+    """The name of the weights that fit best: trained for these images and this noise level.
+
+    Of several, those trained for exactly this classifier come first, then those trained through surrogates or queries,
+    then those trained on images alone; those made for another classifier come last.
+
+    Args:
+        cards: by name.
+        sigma: noise level.
+        image: (C, H, W).
+        classifier: SHA-256 of the classifier behind the denoiser, or None.
+
+    Raises:
+        UserError: none fits; says what there is for images of this size.
+    """
+    if sigma is None or image is None:
+        raise UserError("denoiser 'auto' needs the noise level and the images' size; name a denoiser instead")
+    same_size = {name: card for name, card in cards.items() if tuple(card.image) == tuple(image)}
+    fitting = [name for name, card in same_size.items() if card.covers(sigma)]
+    if not fitting:
+        have = "; ".join(f"{name} for sigma {card.levels()}" for name, card in same_size.items())
+        size = "x".join(map(str, image))
+        raise UserError(
+            f"--denoiser auto: no shipped denoiser for {size} images at sigma {sigma:g}"
+            f" ({have or 'none of this size'}); train one: certify train --denoiser unet --data D --sigma {sigma:g}"
+        )
+
+    def preference(name: str) -> tuple[int, bool, str]:
+        card = cards[name]
+        own = classifier is not None and any(c.get("sha256") == classifier for c in card.classifiers)
+        if card.access == "white-box" and not own:
+            return 4, card.continuous, name
+        rank = {"white-box": 0, "surrogates": 1, "queries": 0 if own else 2, "none": 3}[card.access]
+        return rank, card.continuous, name  # of equals, the one made for this level alone
+
+    return min(fitting, key=preference)

@@ -1,0 +1,73 @@
+"""MemNet as denoised smoothing uses it (Tai et al. 2017; Salman et al. 2020): the network predicts what to add.
+
+Its parts are named as in the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+
+def _layer(inputs: int, outputs: int, size: int = 3) -> nn.Sequential:
+    """Batch norm, ReLU, convolution without bias, in this order."""
+    convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+    return nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(inputs), relu=nn.ReLU(), conv=convolution))
+
+
+class MemoryBlock(nn.Module):
+    """Residual blocks in a row, and a gate that mixes their outputs with those of all earlier memory blocks.
+
+    Args:
+        channels: width.
+        residuals: residual blocks of two layers each.
+        earlier: how many earlier outputs the gate gets, the first features included.
+    """
+
+    def __init__(self, channels: int, residuals: int, earlier: int) -> None:
+        super().__init__()
+        self.recursive_unit = nn.ModuleList(
+            nn.Sequential(OrderedDict(relu_conv1=_layer(channels, channels), relu_conv2=_layer(channels, channels)))
+            for _ in range(residuals)
+        )
+        self.gate_unit = _layer((residuals + earlier) * channels, channels, size=1)
+
+    def forward(self, features: Tensor, memory: list[Tensor]) -> Tensor:
+        """The block's output ``(B, C, H, W)`` from the last one's, and from all so far (the last one's included)."""
+        own = []
+        for block in self.recursive_unit:
+            features = features + block(features)
+            own.append(features)
+        mixed: Tensor = self.gate_unit(torch.cat(own + memory, dim=1))
+        return mixed
+
+
+class MemNet(nn.Module):
+    """Features, memory blocks that each see all before them, and back to an image that is added to the input.
+
+    Untrained it is *not* the identity: its last convolution starts like the others, from torch's default.
+
+    Args:
+        channels: width; the published network has 64 (1,436,678 parameters for RGB).
+        blocks: memory blocks.
+        residuals: residual blocks in each of them.
+        image_channels: of the images.
+    """
+
+    def __init__(self, channels: int = 64, blocks: int = 3, residuals: int = 6, image_channels: int = 3) -> None:
+        super().__init__()
+        self.feature_extractor = _layer(image_channels, channels)
+        self.dense_memory = nn.ModuleList(MemoryBlock(channels, residuals, 1 + i) for i in range(blocks))
+        self.reconstructor = _layer(channels, image_channels)
+
+    def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+        """``(B, C, H, W)`` to the same shape; deterministic, sigma is not used."""
+        features = self.feature_extractor(noisy)
+        memory = [features]
+        for block in self.dense_memory:
+            features = block(features, memory)
+            memory.append(features)
+        cleaned: Tensor = noisy + self.reconstructor(features)
+        return cleaned
