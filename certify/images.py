@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,27 @@ from certify.labels import ClassNames, class_index, map_names, name_index, read_
 from certify.sources import Item, Source, open_source
 
 if TYPE_CHECKING:
-    from certify.classifiers import Classifier, InputSpec
+    from certify.classifiers import InputSpec
+
+
+class Viewer(Protocol):
+    """Who looks at the images: gives the classes that labels refer to, and the input that images are brought to."""
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """For each class index, every name it goes by, or None."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def input(self) -> InputSpec:
+        """Size and transform."""
+        ...
+
 
 _SLACK = 1e-6  # float32 arithmetic leaves values like -3e-8; they are clamped, anything further out is refused
 
@@ -100,7 +120,7 @@ class ImageSet:
 
 def load_images(
     data: str,
-    classifier: Classifier,
+    classifier: Viewer,
     *,
     skip: int = 1,
     max_images: int | None = None,

@@ -216,16 +216,19 @@ def _indexed(
     return Source(name, [item(i) for i in range(len(x))], classes)
 
 
-def _digits(root: Path, download: bool) -> Source:
-    from sklearn.datasets import load_digits
+def _digits(name: str, train: bool) -> Callable[..., Source]:
+    def open_dataset(root: Path, download: bool) -> Source:
+        from sklearn.datasets import load_digits
 
-    from certify.digits import TRAIN_IMAGES
+        from certify.digits import TRAIN_IMAGES
 
-    found = load_digits()
-    images = (found.images[TRAIN_IMAGES:] / 16.0).astype(np.float32)
-    labels = [str(int(t)) for t in found.target[TRAIN_IMAGES:]]
-    ids = range(TRAIN_IMAGES, TRAIN_IMAGES + len(images))
-    return _indexed("digits", images, labels, ids)
+        found = load_digits()
+        ids = range(TRAIN_IMAGES) if train else range(TRAIN_IMAGES, len(found.images))
+        images = (found.images[ids.start : ids.stop] / 16.0).astype(np.float32)
+        labels = [str(int(t)) for t in found.target[ids.start : ids.stop]]
+        return _indexed(name, images, labels, ids)
+
+    return open_dataset
 
 
 def _photos(root: Path, download: bool) -> Source:
@@ -239,13 +242,13 @@ def _photos(root: Path, download: bool) -> Source:
     return Source("photos", items)
 
 
-def _torchvision(name: str) -> Callable[..., Source]:
+def _torchvision(name: str, train: bool) -> Callable[..., Source]:
     def open_dataset(root: Path, download: bool) -> Source:
         import torchvision.datasets as library
 
         kind = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}[name]
         try:
-            found = getattr(library, kind)(str(root), train=False, download=download)
+            found = getattr(library, kind)(str(root), train=train, download=download)
         except (RuntimeError, OSError) as error:
             if download:
                 raise RunFault(f"could not download {name} to {root}: {str(error)[:160]}") from None
@@ -254,7 +257,8 @@ def _torchvision(name: str) -> Callable[..., Source]:
         if name == "mnist":
             names = [c.partition(" ")[0] for c in names]
         images = found.data.numpy() if hasattr(found.data, "numpy") else found.data
-        return _indexed(name, images, [names[int(t)] for t in found.targets], classes=tuple(names))
+        shown = f"{name}-train" if train else name
+        return _indexed(shown, images, [names[int(t)] for t in found.targets], classes=tuple(names))
 
     return open_dataset
 
@@ -269,8 +273,10 @@ def _imagenet(root: Path, download: bool) -> Source:
     return Source("imagenet", source.items)
 
 
-DATASETS.add("digits", _digits, "scikit-learn's 8x8 digits: the 500 held out (in the package)")
+DATASETS.add("digits", _digits("digits", False), "scikit-learn's 8x8 digits: the 500 held out (in the package)")
+DATASETS.add("digits-train", _digits("digits-train", True), "the 1,297 digits before them, for training")
 DATASETS.add("photos", _photos, "two photographs without labels (in the package)")
 for _name in ("cifar10", "cifar100", "mnist", "fashion_mnist"):
-    DATASETS.add(_name, _torchvision(_name), "torchvision's test set, under --root")
+    DATASETS.add(_name, _torchvision(_name, False), "torchvision's test set, under --root")
+    DATASETS.add(f"{_name}-train", _torchvision(_name, True), "torchvision's training set, under --root")
 DATASETS.add("imagenet", _imagenet, "the validation set as val/<wnid>/ under --root")

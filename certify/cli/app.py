@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from certify import __version__
-from certify.cli import bench, info, run, show
+from certify.cli import bench, evaluate, info, run, show, train
 from certify.errors import CertifyError
 
 
@@ -62,12 +62,25 @@ def group() -> None:
       certify plot RUN... -o curve.png                certified accuracy over radius
       certify table RUN... --radii 0,0.25,0.5         the same in numbers
       certify table RUN --simultaneous                what holds for all images at once
+      certify train --denoiser unet --sigma 0.25 ...  a denoiser to put in front of it
+      certify evaluate-denoiser --denoiser D ...      its PSNR, SSIM, accuracy, and a picture
 
     sigma and radii are in pixels of images scaled to [0, 1].
     """  # noqa: D301
 
 
-for _command in (run.run, run.predict, show.plot, show.table, show.recompute, bench.bench, info.list_, info.doctor):
+for _command in (
+    run.run,
+    run.predict,
+    train.train,
+    evaluate.evaluate_denoiser,
+    show.plot,
+    show.table,
+    show.recompute,
+    bench.bench,
+    info.list_,
+    info.doctor,
+):
     group.add_command(_command)
 
 

@@ -11,7 +11,12 @@ import click
 
 from certify.errors import RunFault
 
-EXTRAS = {"onnx": ("onnxruntime",), "test": ("pytest", "flint")}
+EXTRAS = {
+    "onnx": ("onnxruntime",),
+    "train": ("accelerate", "skimage", "tensorboard"),
+    "denoisers": ("deepinv", "diffusers"),
+    "test": ("pytest", "flint"),
+}
 
 
 def _registries() -> dict[str, Any]:

@@ -1,0 +1,243 @@
+"""``certify evaluate-denoiser``: what a denoiser makes of noisy images, in numbers and in pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from certify.cli import options
+from certify.cli.load import _device, chosen_images, denoiser_for
+from certify.cli.summary import warn
+from certify.errors import ImageError, UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from certify.classifiers import Classifier
+    from certify.cli.quality import Evaluated
+    from certify.images import ImageSet
+    from training.evaluate import Example, Outcome, Share
+
+_MOST = 500
+_OF_A_CLASSIFIER = {"weights": "--weights", "mean": "--mean", "std": "--std", "num_classes": "--num-classes"}
+
+
+@click.command("evaluate-denoiser", short_help="Measure a denoiser: PSNR, SSIM, accuracy behind it, pictures.")
+@click.option("--denoiser", required=True, help="The denoiser: a name (`certify list denoisers`) or a file.")
+@click.option(
+    "--sigma",
+    type=options.Numbers(),
+    required=True,
+    help="Standard deviation of the noise in [0, 1] pixels; several separated by commas.",
+)
+@options.classifier_options
+@options.data_options
+@click.option("--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Seed of the noise.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator.")
+@click.option("--grid", metavar="FILE", help="Picture to write: .png, .svg or .pdf (default: a .png under runs/).")
+@click.option(
+    "--images",
+    "rows",
+    type=options.Count("how many images to show", least=0),
+    default=8,
+    show_default=True,
+    help="Rows of the picture; 0 draws none.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def evaluate_denoiser(**o: Any) -> None:
+    """Measure a denoiser on images plus Gaussian noise, once for each image: PSNR, SSIM, and a picture.
+
+    With --model also how often the classifier is right, and how often it says what it says without noise. Without
+    --model images keep their own size, or take that of --input-size. At most 500 images are taken (--max), spread over
+    the data (or every K-th: --skip). These are empirical figures; certificates come from `certify --denoiser`.
+    """
+    sigmas = _check_first(o)
+    classifier = _classifier(o) if o["model"] else None
+    images = _images(o, classifier)
+    shape, device = _shape(images), _device(o["device"])
+
+    import torch
+
+    from certify.cli.quality import Evaluated, as_json, draw, in_words
+    from training.evaluate import measure, summarise
+
+    if device.startswith("cuda"):  # float32 means float32, as when certifying
+        torch.backends.cudnn.allow_tf32 = False
+    denoisers = {sigma: _denoiser(classifier, o["denoiser"], sigma, shape).to(device) for sigma in sigmas}
+    classifier = classifier.to(device) if classifier is not None else None
+    shown: dict[str, list[Outcome]] = {images.items[i].id: [] for i in _spread(len(images), o["rows"])}
+    shapes, unusable = set[tuple[int, ...]](), set[str]()
+    reports = []
+    with _progress(len(images) * len(sigmas), o["as_json"]) as bar:
+
+        def watched(sigma: float) -> Iterator[Outcome]:
+            usable = _usable(images, unusable, o["strict"])
+            for found in measure(denoisers[sigma], usable, sigma, classifier=classifier, seed=o["seed"], device=device):
+                if found.example.id in shown:
+                    shown[found.example.id].append(_apart(found))
+                shapes.add(tuple(found.noisy.shape))
+                bar.update()
+                yield found
+
+        for sigma in sigmas:
+            reports.append(summarise(watched(sigma), sigma, o["seed"]))
+    _warn_near_chance(reports[0].clean_accuracy, classifier)
+    described = [_describe(denoisers[sigma]) for sigma in sigmas]
+    done = Evaluated(o["denoiser"], o["model"], images, shapes, reports, described, len(unusable))
+    kept = [outcomes for outcomes in shown.values() if outcomes]
+    picture = _picture(o, done) if kept else None
+    click.echo(json.dumps(as_json(done, picture)) if o["as_json"] else in_words(done))
+    if picture is not None:
+        draw(done, kept, picture, classifier.class_names if classifier else None)  # last: the numbers are out already
+        if not o["as_json"]:
+            click.echo(f"\npicture    {picture}")
+
+
+for _option in evaluate_denoiser.params:
+    if _option.name == "model":  # required by every other verb
+        _option.required = False
+        _option.help = f"{_option.help} Without one: no accuracies."
+
+
+def _check_first(o: dict[str, Any]) -> list[float]:
+    """Everything that can be refused before torch is imported; the noise levels, each once."""
+    from analysis.plots import check_format
+    from certify import hub
+    from certify.noise import make_noise
+    from denoisers.names import find_source
+
+    find_source(o["denoiser"])
+    sigmas = list(dict.fromkeys(o["sigma"]))
+    for sigma in sigmas:
+        make_noise("gaussian", sigma)
+    if o["grid"] is not None:
+        check_format(o["grid"])
+    if o["model"]:
+        hub.require_weights(hub.find_source(o["model"], o["weights"]), o["weights"])
+        return sigmas
+    for name, option in _OF_A_CLASSIFIER.items():
+        if o[name] is not None:
+            raise UserError(f"{option} without --model: there is no classifier it could belong to; add --model NAME")
+    return sigmas
+
+
+def _denoiser(classifier: Classifier | None, name: str, sigma: float, shape: tuple[int, int, int]) -> nn.Module:
+    """The denoiser for this noise level, and for the classifier's input or else for images of this shape."""
+    from denoisers import load_denoiser
+
+    if classifier is not None:
+        return denoiser_for(classifier, name, sigma)
+    with warnings.catch_warnings(record=True) as said:
+        found = load_denoiser(name, sigma=sigma, image=shape)
+    for warning in said:  # such as: trained for another noise level
+        warn(str(warning.message))
+    return found
+
+
+def _classifier(o: dict[str, Any]) -> Classifier:
+    from certify.classifiers import load_classifier
+
+    names = ("weights", "input_size", "mean", "std", "num_classes")
+    return load_classifier(o["model"], **{name: o[name] for name in names})
+
+
+def _images(o: dict[str, Any], classifier: Classifier | None) -> ImageSet:
+    """The images that the options choose: without --data those at hand, without --skip spread over the data."""
+    if o["data"] is None:
+        o["data"] = "digits" if o["model"] == "digits" else "photos"
+        if not o["as_json"]:
+            which = "the digits held out from training" if o["model"] == "digits" else "scikit-learn's two photographs"
+            click.echo(f"demo       no --data: {which}; pass your own images with --data", err=True)
+    most = o["max_images"] or _MOST
+    if classifier is None:
+        from certify.classifiers import InputSpec, square_input
+
+        own = square_input(o["input_size"]) if o["input_size"] else InputSpec(None)
+        chooser: Any = SimpleNamespace(input=own, class_names=None, num_classes=0)
+        o["labels"] = "none"
+    else:
+        chooser = classifier
+    found = chosen_images({**o, "max_images": None}, chooser)
+    chosen = range(len(found))[:most] if options.given_by_user("skip") else _spread(len(found), most)
+    return dataclasses.replace(found, items=[found.items[i] for i in chosen], labels=[found.labels[i] for i in chosen])
+
+
+def _shape(images: ImageSet) -> tuple[int, int, int]:
+    """The classifier's input, or the shape of the first image that can be read."""
+    from certify.cli.plan import first_image
+
+    if images.input.size is not None:
+        return images.input.size
+    first = first_image(images)
+    if first is None:
+        raise UserError(f"none of the {len(images)} images of {images.name} can be read; expected one or more")
+    channels, height, width = first.shape
+    return channels, height, width
+
+
+def _usable(images: ImageSet, unusable: set[str], strict: bool) -> Iterator[Example]:
+    """The images that can be read; the others are named once."""
+    from training.evaluate import Example
+
+    for index, item in enumerate(images.items):
+        if item.id in unusable:
+            continue
+        try:
+            image = images.load(index)
+        except ImageError as error:
+            if strict:
+                raise ImageError(f"{item.id}: {error}") from None
+            unusable.add(item.id)
+            warn(f"{item.id}: {error}; it is left out")
+            continue
+        yield Example(item.id, image, images.labels[index])
+
+
+def _spread(total: int, most: int) -> list[int]:
+    """So many indices, evenly."""
+    count = min(most, total)
+    return [i * total // count for i in range(count)]
+
+
+def _apart(found: Outcome) -> Outcome:
+    """The same in memory of its own, so that its batch can go."""
+    return dataclasses.replace(found, noisy=found.noisy.clone(), denoised=found.denoised.clone())
+
+
+def _progress(total: int, hidden: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=" images", disable=hidden or None, leave=False, file=sys.stderr)
+
+
+def _warn_near_chance(found: Share | None, classifier: Classifier | None) -> None:
+    from certify.runner import near_chance
+
+    if found and classifier and near_chance(found.count, found.total, classifier.num_classes):
+        warn(
+            f"without noise the classifier is right on {found.count} of {found.total} images, which is near chance: "
+            "wrong class order (--class-map)? normalised twice or not at all (--mean, --std)? another model's weights?"
+        )
+
+
+def _describe(denoiser: nn.Module) -> dict[str, Any]:
+    own = getattr(denoiser, "describe", None)
+    return dict(own()) if callable(own) else {"name": type(denoiser).__name__}
+
+
+def _picture(o: dict[str, Any], done: Evaluated) -> Path:
+    """Where the picture goes: as named, or a telling name under runs/."""
+    if o["grid"] is not None:
+        return Path(o["grid"])
+    levels = "sigma" + "_".join(f"{report.sigma:g}" for report in done.reports)
+    words = ["denoiser", done.denoiser_name, Path(done.images.name).stem, levels]
+    name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
+    return Path("runs") / f"{name}.png"

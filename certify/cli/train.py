@@ -1,0 +1,283 @@
+"""``certify train``: a denoiser for a frozen classifier, or a classifier under noise."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from certify.cli import options
+from certify.errors import RunFault, UserError
+
+if TYPE_CHECKING:
+    from certify.classifiers import Classifier
+    from training.loop import Outcome
+
+
+class LevelsOption(options.ParamType):
+    """Noise levels: one, several with commas between them, or LOW:HIGH."""
+
+    name = "numbers|LOW:HIGH"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[tuple[float, ...], bool]:
+        """``"0.1:1"`` to ``((0.1, 1.0), True)``."""
+        if isinstance(value, tuple):
+            return value
+        ranged = ":" in str(value)
+        try:
+            numbers = tuple(float(v) for v in str(value).split(":" if ranged else ","))
+            if not all(0 <= v < float("inf") for v in numbers) or (ranged and not 0 < numbers[0] < numbers[1]):
+                raise ValueError
+        except (ValueError, IndexError):
+            self.fail(f"{value!r}; expected levels in [0, 1] pixels: 0.25, or 0.12,0.25,0.5, or 0.1:1", param, ctx)
+        return numbers, ranged
+
+
+@click.command(short_help="Train a denoiser for a frozen classifier.")
+@click.option("--denoiser", metavar="ARCHITECTURE", help="What to train: dncnn, dncnn-wide, memnet, unet.")
+@click.option("--train-classifier", metavar="MODEL", help="Train this classifier under noise instead (Cohen 2019).")
+@click.option("--option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the architecture; repeatable.")
+@click.option("--objective", show_default="mse", help="mse, stability, classification, mse+stability, zeroth-order.")
+@click.option("--sigma", type=LevelsOption(), required=True, help="Noise: 0.25, or 0.12,0.25 or 0.1:1 (per image).")
+@click.option("--classifier", metavar="MODEL", help="The frozen classifier; with --surrogate the target, never used.")
+@click.option("--weights", metavar="FILE", help="Its checkpoint.")
+@click.option(
+    "--surrogate", multiple=True, metavar="MODEL[=FILE]", help="Query access: train through this one; repeatable."
+)
+@click.option("--init", metavar="DENOISER", help="Start from these weights (MSE first, then --objective stability).")
+@click.option("--data", required=True, help="Training images: a dataset's name, a folder, .zip or .npz.")
+@click.option("--input-size", type=options.Size(), metavar="CxHxW", help="Size of the images, without a classifier.")
+@click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data).")
+@click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root.")
+@click.option("--max", "max_images", type=options.Count("the most images to take"), help="Use at most so many images.")
+@click.option("--held-out", type=options.Count("a number of images"), help="Held out to choose weights by.")
+@click.option("--epochs", type=float, default=10.0, show_default=True, help="Passes over the images; may be 0.5.")
+@click.option("--batch-size", type=options.Count("a batch size"), default=64, show_default=True, help="Images a step.")
+@click.option("--optimizer", default="adam", show_default=True, help="adam, sgd, adam-then-sgd.")
+@click.option("--rate", type=options.Positive("a rate above 0"), default=1e-3, show_default=True, help="Peak rate.")
+@click.option("--weight-decay", type=float, default=1e-4, show_default=True, help="L2 penalty.")
+@click.option("--schedule", default="one-cycle", show_default=True, help="one-cycle, step, constant.")
+@click.option("--queries", type=options.Count("queries"), default=20, show_default=True, help="zeroth-order: an image.")
+@click.option("--no-augment", is_flag=True, help="Do not move and mirror the images.")
+@click.option(
+    "--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Of everything drawn."
+)
+@click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto takes an accelerator.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto: bfloat16 where the machine multiplies it faster.",
+)
+@click.option("--compile", type=click.Choice(["on", "off"]), default="off", show_default=True, help="Compile.")
+@click.option("--validations", type=options.Count("a number"), default=20, show_default=True, help="Looks at held-out.")
+@click.option(
+    "--store", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="Stored numbers."
+)
+@click.option("--licence", default="MIT", show_default=True, help="Of the weights, for the card.")
+@click.option("--out", metavar="DIR", required=True, help="Folder for weights, checkpoint and metrics.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--quiet", is_flag=True, help="No plan and no progress on stderr.")
+def train(**o: Any) -> None:
+    """Train a denoiser D so that f(D(x + noise)) is right; f stays frozen.
+
+    Salman et al. (2020). mse needs no classifier; stability and classification send gradients through --classifier, or
+    through one or many --surrogate (query access: the target itself is never used). The same command goes on where it
+    stopped. The result, OUT/denoiser.safetensors, goes to `certify --denoiser`.
+    """
+    from training.losses import phases
+
+    if (o["denoiser"] is None) == (o["train_classifier"] is None):
+        raise UserError("expected --denoiser ARCHITECTURE or --train-classifier MODEL, one of the two")
+    o["objective"] = o["objective"] or ("classification" if o["train_classifier"] else "mse")
+    phases(o["objective"])
+    if o["denoiser"]:
+        from denoisers import ARCHITECTURES
+
+        ARCHITECTURES.get(o["denoiser"])
+        if min(o["sigma"][0]) <= 0:
+            raise UserError("--sigma 0: a denoiser needs noise; expected levels above 0")
+    outcome = _train(o)
+    _report(outcome, o)
+
+
+def _train(o: dict[str, Any]) -> Outcome:
+    from tqdm import tqdm
+
+    from training.data import load_training_data
+    from training.loop import Schedule, make_accelerator
+    from training.recipe import Recipe
+
+    say = _silent if o["quiet"] or o["as_json"] else _say
+    recipe = Recipe(
+        objective=o["objective"],
+        sigmas=o["sigma"][0],
+        continuous=o["sigma"][1],
+        epochs=o["epochs"],
+        batch_size=o["batch_size"],
+        optimizer=o["optimizer"],
+        rate=o["rate"],
+        weight_decay=o["weight_decay"],
+        schedule=o["schedule"],
+        augment=not o["no_augment"],
+        queries=o["queries"],
+        seed=o["seed"],
+    )
+    driver = make_accelerator(o["device"], _precision(o), o["out"])
+    target = _classifier(o["classifier"], o["weights"]) if o["classifier"] else None
+    surrogates = [_classifier(*_split(s)) for s in o["surrogate"]]
+    spec = None
+    viewer: Any = surrogates[0] if surrogates else target
+    if o["train_classifier"]:
+        from training.classifier import untrained
+
+        spec = untrained(o["train_classifier"])
+        viewer = _Viewer(spec)
+    hidden = say is _silent
+    say(f"data       reading {o['data']} ...")
+    data = load_training_data(
+        o["data"],
+        viewer,
+        size=o["input_size"],
+        seed=o["seed"],
+        held_out=o["held_out"],
+        max_images=o["max_images"],
+        root=o["root"],
+        download=o["download"],
+    )
+    steps = recipe.steps(len(data.train))
+    about = f"{len(data.train):,} images of {'x'.join(map(str, data.image))}, {len(data.held_out):,} held out"
+    say(f"data       {data.about['name']}: {about}")
+    say(f"training   {recipe.objective}, {steps:,} steps of {recipe.batch_size}, on {driver.device}, {_precision(o)}")
+    with tqdm(
+        total=steps * recipe.batch_size, unit=" images", disable=hidden or None, leave=False, file=sys.stderr
+    ) as bar:
+
+        def progress(images: int, loss: float) -> None:
+            bar.update(images)
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+
+        common = {
+            "driver": driver,
+            "licence": o["licence"],
+            "command": options.command_line(),
+            "schedule": Schedule(validations=o["validations"]),
+            "compile": o["compile"] == "on",
+            "progress": progress,
+        }
+        try:
+            return _run(o, data, recipe, spec, target, surrogates, common)
+        except KeyboardInterrupt:
+            fault = RunFault(f"stopped; the same command goes on from the last checkpoint in {o['out']}")
+            fault.exit_code = 130
+            raise fault from None
+
+
+def _run(
+    o: dict[str, Any],
+    data: Any,
+    recipe: Any,
+    spec: Any,
+    target: Classifier | None,
+    surrogates: list[Classifier],
+    common: dict[str, Any],
+) -> Outcome:
+    if spec is not None:
+        from training.classifier import train_classifier
+
+        return train_classifier(o["train_classifier"], spec, data, recipe, o["out"], **common)
+    from training.denoiser import train_denoiser
+    from training.guides import Guides
+    from training.losses import OBJECTIVES, phases
+
+    needed = any(OBJECTIVES.get(name)().classifier for name in phases(recipe.objective))
+    if surrogates:
+        guides, watched = Guides(surrogates, target), []
+    else:
+        guides = Guides([target] if target is not None and needed else [])
+        watched = [target] if target is not None and not needed else []
+    return train_denoiser(
+        o["denoiser"],
+        data,
+        recipe,
+        o["out"],
+        guides=guides,
+        watched_by=watched,
+        options=_architecture_options(o["extra"]),
+        init=o["init"],
+        stored=o["store"],
+        **common,
+    )
+
+
+class _Viewer:
+    """An architecture that is to be trained, as the one who looks at the images."""
+
+    def __init__(self, spec: Any) -> None:
+        self.class_names, self.num_classes, self.input = spec.class_names, spec.num_classes or 10, spec.input
+
+
+def _classifier(model: str, weights: str | None) -> Classifier:
+    from certify.classifiers import load_classifier
+
+    return load_classifier(model, weights=weights)
+
+
+def _split(surrogate: str) -> tuple[str, str | None]:
+    model, _, weights = surrogate.partition("=")
+    return model, weights or None
+
+
+def _precision(o: dict[str, Any]) -> str:
+    """The arithmetic: what was asked, or bfloat16 where products of it are faster."""
+    if o["precision"] != "auto":
+        return str(o["precision"])
+    import torch
+
+    if o["device"] != "cpu" and torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return "bfloat16" if has_tiles else "float32"
+
+
+def _architecture_options(given: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in given:
+        key, _, text = item.partition("=")
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            raise UserError(
+                f"--option {item!r}: expected KEY=VALUE with a number or list, such as channels=96"
+            ) from None
+    return found
+
+
+def _report(outcome: Outcome, o: dict[str, Any]) -> None:
+    from training import classifier, denoiser
+
+    path = Path(o["out"]) / (classifier.WEIGHTS if o["train_classifier"] else denoiser.WEIGHTS)
+    found = {
+        "weights": str(path),
+        "steps": outcome.steps,
+        "chosen_at_step": outcome.best_step,
+        "images_per_second": round(outcome.images_per_second, 1),
+        "held_out": outcome.best,
+    }
+    if o["as_json"]:
+        click.echo(json.dumps(found))
+        return
+    figures = ", ".join(f"{k} {v:g}" for k, v in outcome.best.items())
+    click.echo(f"{path}: chosen at step {outcome.best_step:,} of {outcome.steps:,}; held-out images: {figures}")
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _silent(text: str) -> None:
+    pass

@@ -1,0 +1,246 @@
+"""Training: it learns, resumes to the same weights, leaves classifiers alone, and says what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from certify import load_classifier
+from certify.classifiers import Classifier, ClassifierSpec
+from certify.errors import RunFault, UserError
+from certify.pipeline import state_digest
+from certify.weights import read_state_dict
+from denoisers.weights import read_denoiser
+from training import loop
+from training.data import Levels, augment, load_training_data
+from training.denoiser import WEIGHTS, train_denoiser
+from training.guides import Guides
+from training.held_out import denoiser_scores
+from training.loop import Schedule, draw_order, make_accelerator
+from training.losses import OBJECTIVES, Batch
+from training.recipe import Recipe
+
+SMALL = {"channels": [8, 16], "blocks": 1}
+
+
+@pytest.fixture(scope="module")
+def digits() -> Classifier:
+    return load_classifier("digits")
+
+
+@pytest.fixture(scope="module")
+def data(digits: Classifier) -> Any:
+    return load_training_data("digits-train", digits, held_out=400)
+
+
+def run(data: Any, out: Path, recipe: Recipe, **more: Any) -> Any:
+    options = more.pop("options", SMALL)
+    return train_denoiser("unet", data, recipe, out, driver=make_accelerator("cpu"), options=options, **more)
+
+
+def test_mse_training_beats_the_identity_and_the_best_guess_from_one_pixel(data: Any, tmp_path: Path) -> None:
+    """Held-out images: below the error of the noisy image (sigma^2) and of the untrained network (Wiener's)."""
+    sigma = 0.25
+    untrained = run(data, tmp_path / "a", Recipe(epochs=0.01), schedule=Schedule(validations=1))
+    trained = run(data, tmp_path / "b", Recipe(epochs=12, rate=5e-3, sigmas=(sigma,)), schedule=Schedule(validations=3))
+    noisy_psnr = -20 * torch.tensor(sigma).log10().item()
+    assert trained.best["psnr@0.25"] > max(noisy_psnr, untrained.best["psnr@0.25"]) + 2
+    denoiser = read_denoiser(tmp_path / "b" / WEIGHTS)
+    again = denoiser_scores(denoiser, data, (sigma,), "mse", [])
+    assert again["psnr@0.25"] == pytest.approx(trained.best["psnr@0.25"], abs=2e-3)
+
+
+def test_stability_training_raises_accuracy_and_leaves_the_classifier_alone(
+    data: Any, digits: Classifier, tmp_path: Path
+) -> None:
+    before = state_digest(digits.net)
+    recipe = Recipe("mse+stability", (0.5,), epochs=24, rate=5e-3)
+    guides = Guides([digits])
+    outcome = run(data, tmp_path, recipe, guides=guides, schedule=Schedule(validations=4))
+    none = denoiser_scores(Identity(), data, (0.5,), "stability", [digits])
+    # 400 images: three standard errors of a difference of accuracies are at most 3 * sqrt(2 * 0.25 / 400) = 0.106
+    assert outcome.best["accuracy@0.5"] > none["accuracy@0.5"] + 0.106
+    assert state_digest(digits.net) == before
+    assert all(p.grad is None for p in digits.parameters())
+    assert guides.unchanged()
+    card = read_denoiser(tmp_path / WEIGHTS).card
+    assert (card.objective, card.access, card.classifiers[0]["sha256"]) == ("mse+stability", "white-box", before)
+
+
+class Identity(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, noisy: Tensor, sigma: Tensor | None = None) -> Tensor:
+        return noisy
+
+
+class Forbidden(Classifier):
+    """A target that must not be asked anything."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        raise AssertionError("the target was used")
+
+    forward = logits
+
+
+def other_digits(seed: int) -> Classifier:
+    """The digits architecture with other weights: another classifier of the same task."""
+    from certify.digits import digits_net
+
+    torch.manual_seed(seed)
+    own = load_classifier("digits")
+    return Classifier(f"other{seed}", ClassifierSpec(digits_net(), own.input, own.class_names, 10))
+
+
+def test_query_access_takes_surrogates_in_turn_and_never_the_target(
+    data: Any, digits: Classifier, tmp_path: Path
+) -> None:
+    target = Forbidden("digits", ClassifierSpec(digits.net, digits.input, digits.class_names, 10), 10)
+    surrogates = [other_digits(1), other_digits(2), other_digits(3)]
+    guides = Guides(surrogates, target)
+    assert [guides.at(i).name for i in range(5)] == ["other1", "other2", "other3", "other1", "other2"]  # type: ignore[union-attr]
+    run(data, tmp_path, Recipe("stability", epochs=0.2), guides=guides, schedule=Schedule(validations=1))
+    assert all(p.grad is None for p in target.parameters())
+    card = read_denoiser(tmp_path / WEIGHTS).card
+    assert card.access == "surrogates"
+    assert digits.identity() not in [c["sha256"] for c in card.classifiers]
+    with pytest.raises(UserError, match="surrogate 'digits' is the target itself"):
+        Guides([*surrogates, digits], target)
+
+
+def test_gradients_reach_the_denoiser_only(data: Any, digits: Classifier) -> None:
+    """Every objective: finite, a gradient for the output, none for the classifier."""
+    clean = data.take(data.train[:8]).float() / 255
+    for name in OBJECTIVES:
+        output = (clean + 0.1).requires_grad_(True)
+        labels = data.labels[data.train[:8]]
+        batch = Batch(clean, output, torch.full((8,), 0.25), labels, digits, torch.Generator().manual_seed(0), 4)
+        loss = OBJECTIVES.get(name)().loss(batch)
+        loss.backward()
+        assert loss.isfinite()
+        assert output.grad is not None
+        assert output.grad.abs().sum() > 0
+        assert all(p.grad is None for p in digits.parameters())
+
+
+def test_a_killed_training_ends_with_the_same_weights(data: Any, digits: Classifier, tmp_path: Path) -> None:
+    recipe = Recipe("mse+stability", (0.12, 0.5), epochs=0.7, optimizer="adam-then-sgd")
+    guides = {"guides": Guides([digits])}
+    whole = run(data, tmp_path / "whole", recipe, schedule=Schedule(4), **guides)
+    every_step = Schedule(4, checkpoint_seconds=0.0)
+    part = run(data, tmp_path / "parts", recipe, schedule=Schedule(4, 0.0, stop_after=5), **guides)
+    assert not part.finished
+    resumed = run(data, tmp_path / "parts", recipe, schedule=every_step, **guides)
+    assert resumed.finished
+    assert resumed.steps == whole.steps
+    a, b = (read_denoiser(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
+    assert a.card.sha256 == b.card.sha256
+    assert resumed.best == whole.best
+    lines = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == sorted(lines)
+    with pytest.raises(UserError, match="holds another training"):
+        run(data, tmp_path / "parts", Recipe("mse", epochs=0.7), **guides)
+
+
+def test_a_checkpoint_that_was_being_replaced_is_found(data: Any, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=0.5)
+    run(data, tmp_path, recipe, schedule=Schedule(1, 0.0, stop_after=3))
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # killed between the two renames
+    assert run(data, tmp_path, recipe, schedule=Schedule(1)).steps == recipe.steps(len(data.train))
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(epochs=1)
+    run(data, tmp_path, recipe, schedule=Schedule(14, 0.0, stop_after=5))
+    good = read_denoiser(tmp_path / WEIGHTS).card.sha256
+    plain = loop.make_batch
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "make_batch", lambda *a: (plain(*a)[0], plain(*a)[1] * float("nan"), plain(*a)[2]))
+        with pytest.raises(
+            RunFault, match=r"the loss is nan after step 5 of 14: stopped; the checkpoint of step 5"
+        ):
+            run(data, tmp_path, recipe, schedule=Schedule(14, 0.0))
+    assert read_denoiser(tmp_path / WEIGHTS).card.sha256 == good
+    assert run(data, tmp_path, recipe, schedule=Schedule(14)).finished  # and goes on from there
+
+
+def test_weights_that_are_no_numbers_never_become_a_checkpoint(data: Any, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=4, rate=1e38, optimizer="sgd", schedule="constant")
+    with pytest.raises(RunFault, match=r"weights are no numbers .* checkpoint of step|the loss is (nan|inf)"):
+        run(data, tmp_path, recipe, schedule=Schedule(56, 0.0))
+    if (tmp_path / "checkpoint").exists():
+        assert all(v.isfinite().all() for v in read_state_dict(tmp_path / "checkpoint" / "model.safetensors").values())
+
+
+def test_the_same_images_whatever_the_number_of_processes(data: Any) -> None:
+    recipe = Recipe(batch_size=50)
+    whole = draw_order(data.train, recipe, 30, 0, 1)[0]
+    parts = [draw_order(data.train, recipe, 30, rank, 2)[0] for rank in range(2)]
+    assert sorted(whole.tolist()) == sorted(torch.cat(parts).tolist())
+    epoch = torch.cat([draw_order(data.train, recipe, s, 0, 1)[0] for s in range(len(data.train) // 50 + 1)])
+    assert set(epoch[: len(data.train)].tolist()) == set(data.train.tolist())  # each image once an epoch
+
+
+def test_held_out_images_are_never_trained_on(data: Any) -> None:
+    assert not set(data.train.tolist()) & set(data.held_out.tolist())
+    assert len(data.train) + len(data.held_out) == 1297
+
+
+def test_levels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = Levels((0.1, 1.0), continuous=True).draw(20_000, generator)
+    assert 0.1 <= drawn.min() < drawn.max() <= 1.0
+    # log-uniform: the logarithm's mean is that of its ends, with standard error (log 10 / sqrt(12)) / sqrt(20,000)
+    assert drawn.log().mean().item() == pytest.approx(torch.tensor([0.1, 1.0]).log().mean().item(), abs=5 * 0.0047)
+    assert set(Levels((0.25, 0.5)).draw(100, generator).tolist()) == {0.25, 0.5}
+
+
+def test_augmented_images_are_windows_of_the_padded_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.arange(3 * 16 * 16, dtype=torch.float32).view(1, 3, 16, 16)
+    padded = nn.functional.pad(image, (2, 2, 2, 2), mode="reflect")
+    windows = {
+        tuple(v.flatten().tolist())
+        for dy in range(5)
+        for dx in range(5)
+        for w in [padded[..., dy : dy + 16, dx : dx + 16]]
+        for v in (w, w.flip(3))
+    }
+    out = augment(image.expand(400, -1, -1, -1), generator)
+    seen = {tuple(v.flatten().tolist()) for v in out}
+    assert seen <= windows
+    assert len(seen) == 50  # all of them: each is missed with probability (1 - 1/50)^400 = 3e-4
+
+
+def test_rates_and_phases_are_functions_of_the_step() -> None:
+    cycle = Recipe(rate=1.0)
+    rates = [cycle.rate_at(s, 1000) for s in range(1000)]
+    assert max(rates) == pytest.approx(1.0, abs=0.02)
+    assert rates.index(max(rates)) in range(95, 105)
+    assert rates[-1] < 0.02
+    published = Recipe(rate=1e-3, schedule="step", epochs=90)
+    assert [published.rate_at(s, 90) for s in (0, 29, 30, 59, 60, 89)] == pytest.approx(
+        [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5]
+    )
+    both = Recipe("mse+stability", first_share=0.25)
+    assert [both.phase(s, 100)[0] for s in (0, 24, 25, 99)] == ["mse", "mse", "stability", "stability"]
+    switch = Recipe(optimizer="adam-then-sgd", sgd_rate=0.5, schedule="constant")
+    assert [switch.uses_sgd(s, 90) for s in (49, 50)] == [False, True]
+    assert [switch.rate_at(s, 90) for s in (49, 50)] == [1e-3, 0.5]
+
+
+def test_an_objective_without_what_it_needs(data: Any, tmp_path: Path) -> None:
+    for objective in ("stability", "classification", "zeroth-order"):
+        with pytest.raises(UserError, match=f"--objective {objective} needs a frozen classifier"):
+            run(data, tmp_path, Recipe(objective))
+    with pytest.raises(UserError, match="unknown objective 'stabilty'; nearest: stability"):
+        Recipe("stabilty")

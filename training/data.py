@@ -1,0 +1,183 @@
+"""Training images: in memory as bytes where they fit, split for validation, augmented, given their noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from certify.classifiers import InputSpec, square_input
+from certify.errors import UserError
+from certify.images import ImageSet, Viewer, load_images
+from certify.sources import open_source
+
+IN_MEMORY = 8 * 2**30
+"""Bytes of images that are kept in memory; beyond that they are decoded for every batch."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Images looked at without a classifier: classes are those of the data, sizes those of the first image."""
+
+    input: InputSpec
+    num_classes: int
+    class_names: tuple[tuple[str, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Images to train on, and those held out of them to choose weights by.
+
+    Attributes:
+        take: indices ``(B,)`` to images ``(B, C, H, W)``, uint8.
+        labels: class indices ``(N,)``, or None.
+        image: (C, H, W).
+        train: indices to train on.
+        held_out: indices to validate on: the same for the same data and seed, and never trained on.
+        about: name, sizes and hash, for the card.
+    """
+
+    take: Callable[[Tensor], Tensor]
+    labels: Tensor | None
+    image: tuple[int, int, int]
+    train: Tensor
+    held_out: Tensor
+    about: dict[str, Any]
+
+
+def load_training_data(
+    data: str,
+    viewer: Viewer | None = None,
+    *,
+    size: tuple[int, int, int] | None = None,
+    seed: int = 0,
+    held_out: int | None = None,
+    max_images: int | None = None,
+    root: str | None = None,
+    download: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> TrainingData:
+    """The images that ``data`` names, as ``viewer`` (a classifier) wants to see them.
+
+    Args:
+        data: a dataset's name or a path, as for certifying.
+        viewer: gives size, transform and classes; without one they are the data's own.
+        size: (C, H, W), where there is no viewer and the images differ in size.
+        seed: of the split.
+        held_out: how many images to hold out; None: a tenth, at most 1,000.
+        max_images: use only so many.
+        root: folder of torchvision's datasets.
+        download: whether a missing dataset may be downloaded.
+        progress: told how many images were read since the last call.
+
+    Raises:
+        UserError: no such data, images of different sizes, too few images.
+    """
+    images = load_images(
+        data, viewer or _own_view(data, size, root, download), max_images=max_images, root=root, download=download
+    )
+    first = images.load(0)
+    image = tuple(first.shape)
+    assert len(image) == 3
+    n = len(images)
+    if n < 2:
+        raise UserError(f"{images.name} holds {n} image; expected at least 2, one of them held out")
+    keep = min(1000, max(1, n // 10)) if held_out is None else held_out
+    if not 1 <= keep < n:
+        raise UserError(f"--held-out {keep} of {n} images; expected at least 1, and fewer than there are")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    take = _reader(images, image, progress)
+    labels = torch.tensor([int(v) for v in images.labels if v is not None]) if images.labelled else None
+    about = {"name": images.name, "images": n, "held_out": keep, "sha256": images.digest()}
+    return TrainingData(take, labels, image, order[keep:], order[:keep].sort().values, about)
+
+
+def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, download: bool) -> View:
+    source = open_source(data, root=root, download=download)
+    names = {item.name for item in source.items if item.name is not None}
+    if size is not None:
+        spec = square_input(size, resize=size[1])
+    else:
+        shape = tuple(ImageSet(source.name, source.items[:1], [None], 1, "", {}, InputSpec(None)).load(0).shape)
+        spec = InputSpec((shape[0], shape[1], shape[2]))
+    return View(spec, len(names))
+
+
+def _reader(
+    images: ImageSet, image: tuple[int, int, int], progress: Callable[[int], None]
+) -> Callable[[Tensor], Tensor]:
+    """All images in memory, or a function that decodes the wanted ones."""
+
+    def read(index: int) -> Tensor:
+        found = images.load(index)
+        if tuple(found.shape) != image:
+            raise UserError(
+                f"{images.items[index].id} is {_size(found.shape)} and the first image {_size(image)}; "
+                "give one size: --input-size CxHxW"
+            )
+        return (found * 255).round().to(torch.uint8)
+
+    channels, height, width = image
+    if len(images) * channels * height * width <= IN_MEMORY:
+        stack = torch.empty((len(images), *image), dtype=torch.uint8)
+        for i in range(len(images)):
+            stack[i] = read(i)
+            progress(1)
+        return lambda indices: stack[indices]
+    pool = ThreadPoolExecutor()
+    return lambda indices: torch.stack(list(pool.map(read, indices.tolist())))
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to an eighth of its size (edges reflected) and mirrored half of the time.
+
+    4 pixels for CIFAR's 32, as the field does; digits and other images of one channel are moved by a pixel or so and
+    never mirrored.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        generator: on the CPU.
+    """
+    batch, channels, height, width = images.shape
+    by_y, by_x = height // 8, width // 8
+    padded = pad(images.float(), (by_x, by_x, by_y, by_y), mode="reflect")
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    dy = torch.randint(2 * by_y + 1, (batch,), generator=generator).to(images.device)
+    dx = torch.randint(2 * by_x + 1, (batch,), generator=generator).to(images.device)
+    moved = windows[torch.arange(batch, device=images.device), :, dy, dx]
+    if channels == 1:
+        return moved
+    mirrored = (torch.rand(batch, generator=generator) < 0.5).to(images.device)
+    return torch.where(mirrored[:, None, None, None], moved.flip(3), moved)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels to train for: one or several, one of them drawn for each image, or a range (log-uniform)."""
+
+    sigmas: tuple[float, ...]
+    continuous: bool = False
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """``count`` levels."""
+        values = torch.tensor(self.sigmas)
+        if self.continuous:
+            low, high = values.min().log(), values.max().log()
+            return (low + (high - low) * torch.rand(count, generator=generator)).exp()
+        return values[torch.randint(len(values), (count,), generator=generator)]
+
+    def checked(self) -> tuple[float, ...]:
+        """The levels at which held-out images are looked at: all, or the field's usual ones within the range."""
+        if not self.continuous:
+            return tuple(sorted(set(self.sigmas)))
+        low, high = min(self.sigmas), max(self.sigmas)
+        return tuple(s for s in (0.12, 0.25, 0.5, 1.0) if low <= s <= high) or (low, high)

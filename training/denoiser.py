@@ -1,0 +1,161 @@
+"""From a recipe to a denoiser's file with its card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from certify.classifiers import Classifier
+from certify.errors import UserError
+from certify.settings import versions
+from denoisers import ARCHITECTURES
+from denoisers.adapters import Adapted
+from denoisers.find import find_denoiser
+from denoisers.weights import Card, Trained, save_denoiser
+from training.data import Levels, TrainingData
+from training.guides import Guides
+from training.held_out import denoiser_scores
+from training.loop import Outcome, Schedule, train
+from training.losses import OBJECTIVES, phases
+from training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+WEIGHTS = "denoiser.safetensors"
+
+
+def train_denoiser(
+    architecture: str,
+    data: TrainingData,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    driver: Accelerator,
+    guides: Guides | None = None,
+    watched_by: Sequence[Classifier] = (),
+    options: dict[str, Any] | None = None,
+    init: str | None = None,
+    stored: str = "float32",
+    licence: str = "MIT",
+    command: str = "",
+    schedule: Schedule | None = None,
+    compile: bool = False,
+    progress: Callable[[int, float], None] = lambda images, loss: None,
+) -> Outcome:
+    """Train a denoiser; the best weights on held-out images go to ``out/denoiser.safetensors``.
+
+    Args:
+        architecture: a name of ``ARCHITECTURES``.
+        data: training images.
+        recipe: objective, levels, optimizer, seed.
+        out: folder for weights, checkpoint and metrics.
+        driver: of :func:`training.loop.make_accelerator`.
+        guides: the frozen classifiers that the objective needs.
+        watched_by: classifiers that held-out accuracy is measured with, where the objective needs none.
+        options: of the architecture.
+        init: a denoiser to start from, of the same architecture.
+        stored: type of the stored numbers: ``float32``, or ``float16`` for half the size.
+        licence: of the weights.
+        command: for the card.
+        schedule: of validation and checkpoints.
+        compile: whether the network is compiled.
+        progress: told images done since the last call, and the loss.
+
+    Raises:
+        UserError: an objective without the classifier or labels it needs; an ``init`` that does not fit.
+        RunFault: the loss is no number any more.
+    """
+    guides = guides or Guides([])
+    check_needs(recipe, data, guides)
+    net, before = build(architecture, data.image, recipe.seed, options, init)
+    last = phases(recipe.objective)[-1]
+    judges = [c for i in range(len(guides)) if (c := guides.at(i)) is not None] or list(watched_by)
+    for judge in judges:
+        judge.to(driver.device)
+    levels = Levels(recipe.sigmas, recipe.continuous).checked()
+    zeroth = not OBJECTIVES.get(last)().gradients
+    card = Card(
+        architecture=architecture,
+        options=options or {},
+        image=data.image,
+        sigmas=tuple(sorted(set(recipe.sigmas))),
+        continuous=recipe.continuous,
+        objective=recipe.objective,
+        access="queries" if zeroth else guides.access,
+        classifiers=tuple(guides.describe()),
+        data=data.about,
+        started_from=before,
+        command=command,
+        versions=versions(),
+        licence=licence,
+        stored=stored,
+    )
+
+    def keep(trained: nn.Module, scores: dict[str, float], step: int) -> None:
+        shaped = {**recipe.describe(), "chosen_at_step": step, "of_steps": recipe.steps(len(data.train))}
+        save_denoiser(Path(out) / WEIGHTS, trained, replace(card, training=shaped, validation=scores))
+
+    outcome = train(
+        net,
+        data,
+        recipe,
+        guides,
+        out,
+        validate=lambda trained: denoiser_scores(trained, data, levels, last, judges),
+        keep=keep,
+        driver=driver,
+        schedule=schedule,
+        compile=compile,
+        progress=progress,
+    )
+    if not guides.unchanged():
+        raise AssertionError("a frozen classifier changed while the denoiser was trained")
+    return outcome
+
+
+def check_needs(recipe: Recipe, data: TrainingData, guides: Guides) -> None:
+    """Refuse an objective whose classifier, labels or classes are missing."""
+    for name in phases(recipe.objective):
+        objective = OBJECTIVES.get(name)()
+        if objective.classifier and not len(guides):
+            raise UserError(
+                f"--objective {recipe.objective} needs a frozen classifier: --classifier M, or --surrogate M for query "
+                "access (mse needs none)"
+            )
+        if objective.labels and data.labels is None:
+            raise UserError(f"--objective {recipe.objective} needs labels, and {data.about['name']} has none")
+        if objective.labels and data.labels is not None and len(data.labels.unique()) < 2:
+            raise UserError(f"{data.about['name']} holds one class only; --objective {recipe.objective} needs several")
+
+
+def build(
+    architecture: str,
+    image: tuple[int, int, int],
+    seed: int,
+    options: dict[str, Any] | None = None,
+    init: str | None = None,
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """An untrained network, or one with the weights of ``init``; and what the card says about those."""
+    torch.manual_seed(seed)
+    try:
+        net: nn.Module = ARCHITECTURES.get(architecture)(image_channels=image[0], **(options or {}))
+    except TypeError as error:
+        raise UserError(f"--option does not fit {architecture}: {error}") from None
+    if init is None:
+        return net, None
+    start = find_denoiser(init, image=image)
+    inner = start.net if isinstance(start, Trained) else start.inner if isinstance(start, Adapted) else start
+    try:
+        net.load_state_dict(inner.state_dict())
+    except RuntimeError:
+        raise UserError(f"--init {init} is not a {architecture} with these options; expected the same one") from None
+    if not isinstance(start, Trained):
+        return net, {"name": init}
+    card = start.card
+    return net, {"sha256": card.sha256, "objective": card.objective, "command": card.command, "access": card.access}

@@ -1,0 +1,112 @@
+"""How a network is trained: every number that shapes the weights, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from certify.errors import UserError
+from training.losses import phases
+
+OPTIMIZERS = ("adam", "sgd", "adam-then-sgd")
+SCHEDULES = ("one-cycle", "step", "constant")
+_WARM_UP, _LAST = 0.1, 0.01  # one-cycle: share of steps until the peak, final rate as a share of it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything besides data and networks that shapes the weights.
+
+    The published setting (Salman et al. 2020, repository) is epochs 90, batches of 256, rate 1e-3, schedule ``step``.
+
+    Attributes:
+        objective: a name of ``OBJECTIVES`` or ``PHASES``.
+        sigmas: noise levels in [0, 1] pixels.
+        continuous: every level between the smallest and the largest.
+        epochs: passes over the training images; fractions are understood.
+        batch_size: images a step.
+        optimizer: ``adam``, ``sgd`` (momentum 0.9), or ``adam-then-sgd``.
+        rate: learning rate at its peak.
+        weight_decay: L2 penalty, as torch's Adam and SGD apply it.
+        schedule: ``one-cycle`` (a tenth up, cosine down), ``step`` (a tenth after each third), ``constant``.
+        switch_at: share of the steps after which ``adam-then-sgd`` is SGD.
+        sgd_rate: learning rate SGD starts with there.
+        first_share: share of the steps for the first of two phases.
+        augment: whether images are moved and mirrored.
+        queries: queries an image a step, for ``zeroth-order``.
+        seed: of initial weights, order, augmentation and noise.
+    """
+
+    objective: str = "mse"
+    sigmas: tuple[float, ...] = (0.25,)
+    continuous: bool = False
+    epochs: float = 10.0
+    batch_size: int = 64
+    optimizer: str = "adam"
+    rate: float = 1e-3
+    weight_decay: float = 1e-4
+    schedule: str = "one-cycle"
+    switch_at: float = 50 / 90
+    sgd_rate: float = 1e-3
+    first_share: float = 0.5
+    augment: bool = True
+    queries: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        phases(self.objective)
+        for name, value, known in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
+            if value not in known:
+                raise UserError(f"--{name} {value!r}: expected one of {', '.join(known)}")
+        if self.continuous and len(set(self.sigmas)) < 2:
+            raise UserError("--sigma LOW:HIGH: expected two different levels, such as 0.1:1")
+        if not (self.epochs > 0 and math.isfinite(self.epochs) and self.batch_size > 0):
+            raise UserError(f"--epochs {self.epochs} --batch-size {self.batch_size}: expected numbers above 0")
+
+    def steps(self, images: int) -> int:
+        """Steps of the whole training on so many images."""
+        return max(1, round(self.epochs * images / self.batch_size))
+
+    def phase(self, step: int, steps: int) -> tuple[str, int, int]:
+        """The objective at this step, the step within its phase, and the phase's length."""
+        names = phases(self.objective)
+        if len(names) == 1:
+            return names[0], step, steps
+        first = max(1, min(steps - 1, round(self.first_share * steps)))
+        return (names[0], step, first) if step < first else (names[1], step - first, steps - first)
+
+    def uses_sgd(self, step: int, steps: int) -> bool:
+        """Whether this step is SGD's."""
+        return self.optimizer == "sgd" or (self.optimizer == "adam-then-sgd" and step >= self.switch_at * steps)
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of this step: a pure function of it, so that a resumed training has the same one."""
+        _, inner, length = self.phase(step, steps)
+        peak = self.rate
+        if self.optimizer == "adam-then-sgd" and self.uses_sgd(step, steps):
+            start = math.ceil(self.switch_at * steps)
+            inner, length, peak = step - start, steps - start, self.sgd_rate
+        if self.schedule == "constant":
+            return peak
+        share = inner / max(1, length)
+        if self.schedule == "step":
+            return peak * 0.1 ** int(3 * share)
+        if share < _WARM_UP:
+            return peak * (_LAST + (1 - _LAST) * (inner + 1) / (_WARM_UP * length + 1))
+        down = (share - _WARM_UP) / (1 - _WARM_UP)
+        return peak * (_LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * down)))
+
+    def describe(self) -> dict[str, Any]:
+        """For the card."""
+        return asdict(self)
+
+    def digest(self, *parts: Any) -> str:
+        """What must be the same for a training to go on from a checkpoint."""
+        text = json.dumps([asdict(self), *parts], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()

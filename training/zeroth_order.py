@@ -1,0 +1,279 @@
+"""Training a denoiser through queries alone: gradients by finite differences of a black box's scores.
+
+The idea is ZO-AE-DS (Zhang, Yao, Jia, Yi, Hong, Chang and Liu, "How to Robustify Black-Box ML Models? A Zeroth-Order
+Optimization Perspective", ICLR 2022, arXiv 2203.14195): estimate the gradient of each image's own loss with respect to
+a representation of few dimensions d through queries, and feed the estimate into the denoiser by the chain rule. Their
+representation is the latent of a trained autoencoder (192 values for CIFAR-10), which then stays between denoiser and
+classifier. Ours is a replacement that needs no training and adds nothing to what is certified: the lowest k x k
+frequencies of each channel (orthonormal DCT-II; k = 8 gives d = 192 for RGB). Only the estimate is confined to them:
+what the gradient has at higher frequencies is not seen. Cost: q + 1 queries an image a step with q random directions,
+d + 1 (193 at k = 8) coordinate by coordinate.
+
+    black_box = QueryOnly(classifier.logits, budget=1_000_000)
+    target = black_box(clean).argmax(dim=1)
+    denoised = denoiser(noisy, sigma)
+    gradient = estimate_gradient(lambda images: stability(black_box(images), target), denoised, ...)
+    surrogate_loss(denoised, gradient).backward()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from certify.errors import RunFault, UserError
+from training.losses import Batch, Objective
+
+SIZE, STEP = 8, 0.05
+"""Of the objective: 8 x 8 frequencies a channel; steps of 0.05, which move a pixel of a CIFAR image by 0.001."""
+
+Method = Literal["random", "coordinate"]
+
+SMALLEST_PROBABILITY = 1e-12
+"""Probabilities below it (an answer rounded to 0) count as this when their logarithm is taken."""
+
+
+@contextmanager
+def _forward_only(device: torch.device) -> Iterator[None]:
+    """No autograd, and no autocast: half precision would drown differences over small steps."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@dataclass(frozen=True)
+class LowFrequencies:
+    """The subspace of low spatial frequencies of ``(C, H, W)`` images, with an orthonormal basis.
+
+    Attributes:
+        channels: C.
+        vertical: ``(kh, H)``, orthonormal rows: the first DCT-II vectors of length H.
+        horizontal: ``(kw, W)``, the same of length W.
+    """
+
+    channels: int
+    vertical: Tensor
+    horizontal: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, kh, kw), of one image's coefficients."""
+        return self.channels, len(self.vertical), len(self.horizontal)
+
+    @property
+    def dimensions(self) -> int:
+        """The number d of coefficients."""
+        return math.prod(self.shape)
+
+    def analyse(self, images: Tensor) -> Tensor:
+        """Coefficients ``(B, C, kh, kw)`` of images ``(B, C, H, W)``."""
+        return self.vertical @ images @ self.horizontal.T
+
+    def synthesise(self, coefficients: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` with these coefficients ``(B, C, kh, kw)``; lengths are kept."""
+        return self.vertical.T @ coefficients @ self.horizontal
+
+
+def lowest_frequencies(
+    shape: Sequence[int],
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> LowFrequencies:
+    """The ``size x size`` lowest frequencies of each channel of ``(C, H, W)`` images; capped at H and W.
+
+    Raises:
+        UserError: a size below 1.
+    """
+    if size < 1:
+        raise UserError(f"size {size} of the low frequencies: expected 1 or more, such as 8 (of 8x8 frequencies)")
+    channels, height, width = shape
+
+    def vectors(length: int) -> Tensor:
+        frequency = torch.arange(min(size, length), dtype=torch.float64)[:, None]
+        position = torch.arange(length, dtype=torch.float64) + 0.5
+        waves: Tensor = (2 / length) ** 0.5 * torch.cos(math.pi / length * frequency * position)
+        waves[0] = length**-0.5
+        return waves.to(device=device, dtype=dtype)
+
+    return LowFrequencies(channels, vectors(height), vectors(width))
+
+
+def queries_per_image(method: Method, queries: int, dimensions: int) -> int:
+    """What one estimate costs for each image: one query at the image itself and one a direction."""
+    return 1 + (queries if method == "random" else dimensions)
+
+
+def estimate_gradient(
+    loss: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    method: Method,
+    queries: int,
+    step: float,
+    size: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Gradient of each image's own loss, projected on the low frequencies, by forward differences of length mu.
+
+    random (RGE): d / q * sum_i [loss(x + mu u_i) - loss(x)] / mu * u_i with u_i uniform on the subspace's unit sphere,
+    other ones for every image. Its mean is exactly the projected gradient of the smoothed loss (averaged over the ball
+    of radius mu around x in the subspace). Where the loss is linear, its variance summed over coordinates is
+    (d - 1) / q times the squared length of the projected gradient.
+
+    coordinate (CGE): one difference for each of the d basis vectors, nothing random, exact up to mu / 2 times the
+    second derivative (the published code takes central differences, for twice the queries).
+
+    Differences are taken in float32 or better, whatever autocast says. mu moves a pixel by about mu / sqrt(C H W): a
+    black box that rounds its images to 8 bits sees nothing of a step that moves them by less than 1/255.
+
+    Args:
+        loss: images ``(B, C, H, W)``, in their order, to losses ``(B,)``.
+        images: ``(B, C, H, W)``; where the gradient is wanted, such as the denoiser's output.
+        method: ``random`` or ``coordinate``.
+        queries: q, the directions of ``random``; ``coordinate`` takes all d and ignores it.
+        step: mu, the l2 length of a step in [0, 1] pixels; 0.005 by default in the published code, there of its latent.
+        size: k, of the k x k lowest frequencies of each channel.
+        generator: of the directions; one on the CPU gives the same directions on every device.
+
+    Returns:
+        ``(B, C, H, W)``, without autograd history.
+
+    Raises:
+        UserError: a setting out of range, or a loss that is not one number an image.
+    """
+    if method not in ("random", "coordinate"):
+        raise UserError(f"method {method!r}: expected 'random' or 'coordinate'")
+    if queries < 1 or not 0 < step < math.inf:
+        raise UserError(f"queries {queries}, step {step}: expected 1 or more, and a finite step above 0")
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    basis = lowest_frequencies(images.shape[1:], size, dtype, images.device)
+    with _forward_only(images.device):
+        x = images.detach().to(dtype)
+        here = loss(x)
+        if here.shape != (len(x),):
+            raise UserError(f"loss returned {tuple(here.shape)} for {len(x)} images; expected one number an image")
+
+        def slope(direction: Tensor) -> Tensor:
+            return (loss(x + step * basis.synthesise(direction)) - here) / step
+
+        total = x.new_zeros((len(x), *basis.shape))
+        if method == "random":
+            for _ in range(queries):
+                normal = torch.randn(total.shape, generator=generator, device=generator.device).to(total)
+                direction = normal / normal.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                total += slope(direction).view(-1, 1, 1, 1) * direction
+            total *= basis.dimensions / queries
+        else:
+            for unit in torch.eye(basis.dimensions, dtype=dtype, device=x.device).view(-1, 1, *basis.shape):
+                total += slope(unit).view(-1, 1, 1, 1) * unit
+        return basis.synthesise(total)
+
+
+def surrogate_loss(images: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar whose gradient with respect to ``images`` is ``gradient / B``, that of the mean loss.
+
+    Backwards from it, autograd goes through what made the images (the denoiser) and stops there: the chain rule.
+    Its value means nothing.
+    """
+    return (images * gradient.detach()).sum() / len(images)
+
+
+def stability(scores: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy ``(B,)`` of scores ``(B, K)`` against the black box's own labels ``(B,)`` of the clean images."""
+    return cross_entropy(scores, target, reduction="none")
+
+
+def margin(scores: Tensor, target: Tensor, confidence: float = 0.0) -> Tensor:
+    """Carlini and Wagner's margin ``(B,)``: best other score less the target's, no lower than ``-confidence``.
+
+    Flat once the target leads by ``confidence`` (2017, "Towards Evaluating the Robustness of Neural Networks", f_6,
+    with the roles exchanged: here the target is to be kept).
+    """
+    own = scores.gather(1, target[:, None])[:, 0]
+    other = scores.scatter(1, target[:, None], -math.inf).amax(dim=1)
+    return (other - own).clamp_min(-confidence)
+
+
+class QueryOnly:
+    """A classifier as queries see it: images ``(B, C, H, W)`` in, scores ``(B, K)`` out, no autograd, images counted.
+
+    Not a module: no optimizer finds its parameters.
+
+    Args:
+        classifier: any function from images to scores.
+        budget: images that may be sent in all, or None.
+        spent: images sent before, when training goes on from a checkpoint.
+        probabilities: the scores are probabilities; their logarithm is returned, which the losses take as logits.
+    """
+
+    def __init__(
+        self,
+        classifier: Callable[[Tensor], Tensor],
+        budget: int | None = None,
+        *,
+        spent: int = 0,
+        probabilities: bool = False,
+    ) -> None:
+        self._classifier = classifier
+        self.budget = budget
+        self.spent = spent
+        self.probabilities = probabilities
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits, or logarithms of probabilities, ``(B, K)``, in float32 or better.
+
+        Raises:
+            RunFault: the budget does not cover these images (none is sent), or an answer is not finite.
+            UserError: answers that are not (B, K) scores, or not probabilities though declared so.
+        """
+        if self.budget is not None and self.spent + len(images) > self.budget:
+            raise RunFault(
+                f"query budget: {self.spent} of {self.budget} images are spent and {len(images)} more were asked for; "
+                "the last checkpoint is kept, give a larger budget to go on from it"
+            )
+        self.spent += len(images)
+        with _forward_only(images.device):
+            scores = self._classifier(images.detach()).detach()
+        if scores.ndim != 2 or len(scores) != len(images) or not scores.is_floating_point():
+            raise UserError(
+                f"the classifier returned {tuple(scores.shape)} {scores.dtype} for {len(images)} images; "
+                "expected (B, K) scores: labels alone have no finite differences"
+            )
+        if not scores.isfinite().all():
+            raise RunFault("the classifier returned scores that are not finite; the last checkpoint is kept")
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if not self.probabilities:
+            return scores
+        if scores.min() < 0 or scores.max() > 1 + 1e-3:
+            raise UserError(
+                "the classifier returned scores outside of 0 to 1; drop probabilities=True if they are logits"
+            )
+        return scores.clamp_min(SMALLEST_PROBABILITY).log()
+
+
+def objective() -> Objective:
+    """Stability by queries alone: ``queries`` + 3 of them an image a step, for label, loss and directions."""
+    return Objective(_estimated, gradients=False)
+
+
+def _estimated(batch: Batch) -> Tensor:
+    """The stability loss's value, with the estimate as its gradient."""
+    assert batch.classifier is not None
+    black_box = QueryOnly(batch.classifier.logits)
+    target = black_box(batch.clean).argmax(dim=1)
+
+    def loss(images: Tensor) -> Tensor:
+        return stability(black_box(images), target)
+
+    gradient = estimate_gradient(
+        loss, batch.output, method="random", queries=batch.queries, step=STEP, size=SIZE, generator=batch.generator
+    )
+    carrier = surrogate_loss(batch.output, gradient)
+    return carrier + (loss(batch.output.detach()).mean() - carrier).detach()
