@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from certify.errors import RunFault
+
+if TYPE_CHECKING:
+    from certify.registry import Registry
 
 EXTRAS = {
     "onnx": ("onnxruntime",),
@@ -19,27 +22,81 @@ EXTRAS = {
 }
 
 
-def _registries() -> dict[str, Any]:
+def _registries() -> dict[str, Registry]:
     from certify.bounds import BOUNDS
     from certify.noise import NOISES
     from certify.sequential import RULES
     from certify.sources import DATASETS
+    from denoisers import ARCHITECTURES
+
+    return {
+        "datasets": DATASETS,
+        "denoisers": _denoisers(),
+        "architectures": ARCHITECTURES,
+        "objectives": _objectives(),
+        "noises": NOISES,
+        "bounds": BOUNDS,
+        "rules": RULES,
+    }
+
+
+def _objectives() -> Registry:
+    """What ``certify train --objective`` takes."""
+    from certify.registry import Registry
+    from training.losses import OBJECTIVES, PHASES
+
+    found = Registry("objective")
+    for name in OBJECTIVES:
+        found.add(name, "", OBJECTIVES.note(name))
+    for name, parts in PHASES.items():
+        found.add(name, "", f"{parts[0]}, then fine-tuned for {parts[1]}")
+    return found
+
+
+def _denoisers() -> Registry:
+    """What ``--denoiser`` takes: those without weights, those shipped, and every other form."""
+    from certify.registry import Registry
     from denoisers import DENOISERS
+    from denoisers.find import shipped
 
-    return {"datasets": DATASETS, "denoisers": DENOISERS, "noises": NOISES, "bounds": BOUNDS, "rules": RULES}
+    found = Registry("denoiser")
+    for name in DENOISERS:
+        found.add(name, "", DENOISERS.note(name))
+    for name, card in shipped().items():
+        size = "x".join(map(str, card.image))
+        through = f" through {', '.join(c['name'] for c in card.classifiers)}" if card.classifiers else ""
+        found.add(name, "", f"{card.architecture} for {size}, sigma {card.levels()}: {card.objective}{through}")
+    for form, note in FORMS.items():
+        found.add(form, "", note)
+    return found
 
 
-@click.command("list", short_help="List models, datasets, denoisers, noises, bounds, rules.")
+FORMS = {
+    "auto": "of the shipped ones the best for images, noise and classifier",
+    "FILE.safetensors": "what `certify train` wrote",
+    "ARCH=CHECKPOINT": "weights without a card: dncnn=FILE, memnet=FILE, ...",
+    "FILE.pt": "TorchScript",
+    "module:callable": "any Python function or module",
+    "deepinv:NAME[=FILE]": "a model of deepinv, such as deepinv:DRUNet (extra: denoisers)",
+    "diffusers:FOLDER": "a diffusion model as one-shot denoiser (extra: denoisers)",
+}
+"""What ``--denoiser`` takes besides names."""
+
+
+@click.command("list", short_help="List models, datasets, denoisers, objectives, bounds, ...")
 @click.argument("kind", required=False)
 @click.argument("pattern", required=False)
 def list_(kind: str | None, pattern: str | None) -> None:
-    """List models, datasets, denoisers, noises, bounds or stopping rules; PATTERN filters by part of the name."""
+    """List models, datasets, denoisers, architectures and objectives of training, noises, bounds or stopping rules.
+
+    PATTERN filters by part of the name.
+    """
     from certify.registry import unknown_name
 
     if kind is None:
         for name, registry in _registries().items():
-            click.echo(f"{name:<10} {', '.join(registry)}")
-        click.echo("models     see `certify list models [PATTERN]`")
+            click.echo(f"{name:<13} {', '.join(registry)}")
+        click.echo("models        see `certify list models [PATTERN]`")
         return
     if kind in ("models", "model"):
         _list_models(pattern or "")
@@ -50,7 +107,7 @@ def list_(kind: str | None, pattern: str | None) -> None:
         raise unknown_name("kind", kind, ["models", *registries], "expected one of models, " + ", ".join(registries))
     for name in found:
         if (pattern or "") in name:
-            click.echo(f"{name:<18} {found.note(name)}")
+            click.echo(f"{name:<20} {found.note(name)}")
 
 
 def _list_models(pattern: str) -> None:
