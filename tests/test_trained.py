@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import run
 from safetensors.torch import load_file, save_file
 
 from certify import load_classifier
@@ -18,7 +19,6 @@ from denoisers import SHIPPED, load_denoiser
 from denoisers.find import choose, shipped
 from denoisers.unet import UNet
 from denoisers.weights import Card, Trained, read_card, read_denoiser, save_denoiser
-from command import run
 
 CARD = Card("unet", {"channels": [8, 16], "blocks": 1}, (1, 8, 8), (0.25,), False, "mse", "none")
 

@@ -165,9 +165,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
     plain = loop.make_batch
     with monkeypatch.context() as patched:
         patched.setattr(loop, "make_batch", lambda *a: (plain(*a)[0], plain(*a)[1] * float("nan"), plain(*a)[2]))
-        with pytest.raises(
-            RunFault, match=r"the loss is nan after step 5 of 14: stopped; the checkpoint of step 5"
-        ):
+        with pytest.raises(RunFault, match=r"the loss is nan after step 5 of 14: stopped; the checkpoint of step 5"):
             run(data, tmp_path, recipe, schedule=Schedule(14, 0.0))
     assert read_denoiser(tmp_path / WEIGHTS).card.sha256 == good
     assert run(data, tmp_path, recipe, schedule=Schedule(14)).finished  # and goes on from there

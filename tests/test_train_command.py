@@ -1,0 +1,144 @@
+"""``certify train`` from a user's side: what it writes works, and mistakes get one line."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import run
+from PIL import Image
+from safetensors import safe_open
+
+from certify import load_classifier
+from certify.records import read_run
+from denoisers.weights import read_card
+
+UNET = ["train", "--denoiser", "unet", "--option", "channels=[8,16]", "--option", "blocks=1", "--quiet"]
+SHORT = ["--data", "digits-train", "--epochs", "0.5", "--validations", "1"]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_train_then_certify(capsys: Capture) -> None:
+    """The file goes to --denoiser, its card says how it was made, and the same command has nothing left to do."""
+    command = [*UNET, *SHORT, "--objective", "stability", "--classifier", "digits", "--sigma", "0.1:1", "--out", "d"]
+    run(*command)
+    card = read_card("d/denoiser.safetensors")
+    assert (card.objective, card.access, card.sigmas, card.continuous) == ("stability", "white-box", (0.1, 1.0), True)
+    assert card.classifiers[0]["sha256"] == load_classifier("digits").identity()
+    assert "accuracy@0.25" in card.validation
+    assert "chosen at step 9 of 9" in capsys.readouterr().out
+    before = Path("d/denoiser.safetensors").read_bytes()
+    run(*command, "--json")
+    assert json.loads(capsys.readouterr().out)["steps"] == 9
+    assert Path("d/denoiser.safetensors").read_bytes() == before
+
+    run(*"--model digits --sigma 0.25 --n 100 --n0 10 --max 3 --quiet --out r.jsonl".split(), "--denoiser",
+        "d/denoiser.safetensors")  # fmt: skip
+    step = read_run("r.jsonl").header["pipeline"][0]
+    assert (step["sha256"], step["trained_for"]) == (card.sha256, "0.1 to 1")
+
+
+def test_fine_tuning_starts_from_the_given_weights() -> None:
+    run(*UNET, *SHORT, "--sigma", "0.25", "--out", "a")
+    more = ["--classifier", "digits", "--objective", "classification", "--init", "a/denoiser.safetensors"]
+    run(*UNET, *SHORT, "--sigma", "0.25", "--rate", "1e-12", *more, "--out", "b")  # a rate that moves nothing
+    a, b = read_card("a/denoiser.safetensors"), read_card("b/denoiser.safetensors")
+    assert b.started_from is not None
+    assert b.started_from["sha256"] == a.sha256
+    assert b.validation["psnr@0.25"] == pytest.approx(a.validation["psnr@0.25"], abs=0.3)  # but for batch statistics
+
+
+def test_a_classifier_under_noise(capsys: Capture) -> None:
+    """Cohen's baseline: its accuracy under the noise it was trained with beats that of the shipped classifier."""
+    options = "--train-classifier digits --sigma 0.5 --data digits-train --epochs 20 --rate 3e-3 --out c --quiet"
+    run("train", *options.split(), "--validations", "2")
+    with safe_open("c/classifier.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["card"])["training"]["sigmas"] == [0.5]
+    line = "--model digits --sigma 0.5 --n 200 --n0 20 --skip 5 --quiet".split()
+    run(*line, "--weights", "c/classifier.safetensors", "--out", "trained.jsonl")
+    run(*line, "--out", "shipped.jsonl")
+    right = [
+        sum(row["prediction"] == row["label"] for row in read_run(f"{name}.jsonl").images)
+        for name in ("trained", "shipped")
+    ]
+    assert right[0] > right[1] + 20  # of the same 100 images
+
+
+def photos(sizes: list[tuple[int, int]], classes: int = 2) -> str:
+    """A zip of class folders with grey pictures of these sizes."""
+    with zipfile.ZipFile("photos.zip", "w") as archive:
+        for i, (height, width) in enumerate(sizes):
+            out = BytesIO()
+            Image.fromarray(np.full((height, width, 3), 90, np.uint8)).save(out, "PNG")
+            archive.writestr(f"class{i % classes}/{i}.png", out.getvalue())
+    return "photos.zip"
+
+
+def test_images_of_any_one_size_without_a_classifier() -> None:
+    data = photos([(16, 24)] * 6)
+    run(*UNET, "--sigma", "0.25", "--data", data, "--epochs", "1", "--batch-size", "2", "--out", "d")
+    assert read_card("d/denoiser.safetensors").image == (3, 16, 24)
+
+
+D = "train --denoiser unet --data digits-train --out d --sigma "
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("train --sigma 0.25 --data digits-train --out d", "expected --denoiser ARCHITECTURE or --train-classifier"),
+        ("train --denoiser dncn --sigma 0.25 --data digits-train --out d", "unknown architecture 'dncn'; nearest: dncnn"),
+        (D + "0", "a denoiser needs noise"),
+        (D + "1:0.5", "expected levels in [0, 1] pixels"),
+        (D + "x", "'x'; expected levels"),
+        (D + "1 --objective stab", "unknown objective 'stab'"),
+        (D + "1 --objective stability", "needs a frozen classifier"),
+        (D + "1 --optimizer adma", "expected one of adam, sgd"),
+        (D + "1 --option width=3", "--option does not fit unet"),
+        (D + "1 --option width", "expected KEY=VALUE"),
+        ("train --denoiser unet --sigma 1 --data nothing.zip --out d", "nothing.zip"),
+        (D + "1 --held-out 1297", "--held-out 1297 of 1297"),
+        (D + "1 --init median", "--init median is not a unet"),
+        (D + "1 --epochs 0", "expected numbers above 0"),
+        (D + "1 --objective stability --classifier digits --surrogate digits", "surrogate 'digits' is the target"),
+        ("train --train-classifier digits --objective mse --sigma 1 --data digits-train --out d", "expected classification"),
+        ("train --denoiser unet --sigma 1 --data photos.zip --epochs 1 --out d", "class1/1.png is 3x16x20 and the first"),
+        ("--model digits --sigma 0.25 --denoiser dncnn", "is an architecture without weights"),
+        ("--model digits --sigma 0.25 --denoiser nothing.safetensors", "no denoiser file 'nothing.safetensors'"),
+        ("--model digits --sigma 3 --denoiser auto --n 100 --max 1", "no shipped denoiser for 1x8x8 images at sigma 3"),
+        ("--model digits --sigma 0.25 --denoiser large.safetensors --n 100 --max 1", "channels"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_line(options: str, words: str, capsys: Capture) -> None:
+    import torch
+
+    from denoisers.dncnn import DnCNN
+    from denoisers.weights import Card, save_denoiser
+
+    photos([(16, 16), (16, 20)] * 3)
+    torch.manual_seed(0)
+    options_of = {"channels": 8, "depth": 3}
+    card = Card("dncnn", options_of, (3, 32, 32), (0.25,), False, "mse", "none")
+    save_denoiser("large.safetensors", DnCNN(**options_of), card)
+    run(*options.split(), "--quiet", code=2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("certify: ")
+    assert words in lines[0]
+
+
+def test_one_class_is_not_enough_for_labels(capsys: Capture) -> None:
+    data = photos([(8, 8)] * 6, classes=1)
+    run(
+        "train", "--train-classifier", "cifar_resnet20", "--sigma", "0", "--data", data, "--out", "d", "--quiet", code=2
+    )
+    assert "class" in capsys.readouterr().err
