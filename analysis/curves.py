@@ -130,10 +130,13 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
     return found
 
 
-def names(runs: Sequence[Run]) -> list[str]:
-    """A legend for each run: its model and sigma, and whatever else differs between the runs."""
-    keys = ("data", "denoiser", "noise", "n", "alpha", "bound", "seed")
-    differing = [k for k in keys if len({repr(run.header.get(k)) for run in runs}) > 1]
+NAMING = ("data", "denoiser", "noise", "n", "alpha", "bound", "seed")
+"""Header keys that tell runs apart, besides model and sigma."""
+
+
+def names(runs: Sequence[Run], keys: Sequence[str] = NAMING) -> list[str]:
+    """A legend for each run: its model and sigma, and whatever else of ``keys`` differs between the runs."""
+    differing = [k for k in keys if k != "model" and len({repr(run.header.get(k)) for run in runs}) > 1]
 
     def name(run: Run) -> str:
         header = run.header
@@ -145,9 +148,7 @@ def names(runs: Sequence[Run]) -> list[str]:
         for key in differing:
             value = header.get(key)
             if value is not None and value != "none":
-                parts.append(
-                    f"{value}" if key in ("data", "denoiser", "noise", "bound") else f"{key} = {_number(value)}"
-                )
+                parts.append(value if isinstance(value, str) else f"{key} = {_number(value)}")
         return ", ".join(parts)
 
     found = [name(run) for run in runs]
