@@ -49,8 +49,8 @@ class Envelope:
         if any(c.decided for c in self.runs) and not self.decided:
             asked = "; ".join(", ".join(f"{r:g}" for r in c.decided) for c in self.runs)
             raise UserError(
-                f"the runs of {self.name or self.runs[0].run.path} were decided at no common radius ({asked}); pass the "
-                "same --radius at every sigma"
+                f"the runs of {self.name or self.runs[0].run.path} were decided at no common radius ({asked}); an "
+                "envelope needs one: pass the same --radius at every sigma"
             )
 
     @property
@@ -73,7 +73,7 @@ class Envelope:
         return np.asarray(np.max([c.accuracy(radii) for c in self.runs], axis=0))
 
     def winner(self, radius: float) -> Curve:
-        """The run with the largest certified accuracy at this radius; of equals the better at 0, then the smaller sigma."""
+        """The run with the largest accuracy at this radius; of equals the better at 0, then the smaller sigma."""
         return max(self.runs, key=lambda c: (*c.accuracy([radius, 0.0]), -_sigma(c)))
 
     def interval(self, radii: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +125,7 @@ class Envelope:
             texts.setdefault(say(c), []).append(_sigma(c))
         if len(texts) == 1:
             return next(iter(texts))
-        return "; ".join(f"σ {', '.join(f'{s:g}' for s in found)}: {text}" for text, found in texts.items() if text)
+        return "; ".join(f"{text} at σ {', '.join(f'{s:g}' for s in found)}" for text, found in texts.items() if text)
 
 
 Line = Curve | Envelope
@@ -158,7 +158,7 @@ def group(curves: Sequence[Curve]) -> list[Envelope]:
     runs = [Run(found[0].run.path, json.loads(key)) for key, found in groups.items()]
     return [
         Envelope(tuple(sorted(found, key=_sigma)), name)
-        for name, found in zip(names(runs, METHOD), groups.values(), strict=True)
+        for name, found in zip(names(runs, [k for k in METHOD if k != "rounded"]), groups.values(), strict=True)
     ]
 
 
@@ -179,7 +179,7 @@ def method(header: Mapping[str, Any], *, own: bool = False) -> dict[str, Any]:
             kept = {"step": role}
         elif own:
             named = {key: _opened(kept[key], header["sigma"]) for key in ("name", "weights") if key in kept}
-            if _opened(header.get(role), header["sigma"]) != header.get(role) or named.items() - kept.items():
+            if _opened(header.get(role), header["sigma"]) != header.get(role) or {**kept, **named} != kept:
                 kept = {key: value for key, value in {**kept, **named}.items() if key not in _MADE_FOR_SIGMA}
         steps.append(kept)
     found["pipeline"] = steps

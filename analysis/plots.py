@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from analysis.curves import Curve, proportion_interval
+from analysis.envelope import Envelope, Line
 from certify.errors import RunFault, UserError
 from certify.norms import IN_TEX
 
@@ -28,6 +29,7 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.title_fontsize": 8,
     "svg.hashsalt": "certify",  # the same run gives the same file
     "pdf.fonttype": 42,
 }
@@ -47,8 +49,19 @@ def steps(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     return radii, reached
 
 
-def plot_curves(curves: Sequence[Curve], path: str | Path, *, title: str | None = None, band: bool = True) -> None:
-    """Write the figure: one line a run, a shaded 95 % band over images, axes with units.
+def outline(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Corners of the line and of its band, for ``where="pre"``: radii, accuracy, lower and upper ends."""
+    if isinstance(line, Envelope):
+        radii = np.concatenate([[0.0], line.radii, np.nextafter(line.radii[-1:], np.inf)])
+        return radii, line.accuracy(radii), *line.interval(radii)
+    radii, reached = steps(line)
+    return radii, reached / line.total, *proportion_interval(reached, line.total)
+
+
+def plot_curves(lines: Sequence[Line], path: str | Path, *, title: str | None = None, band: bool = True) -> None:
+    """Write the figure: one line a run or envelope, a shaded 95 % band over images, axes with units.
+
+    The single runs of an envelope are faint lines of its colour.
 
     Raises:
         UserError: a format that is not written.
@@ -62,42 +75,69 @@ def plot_curves(curves: Sequence[Curve], path: str | Path, *, title: str | None 
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4.8, 3.3), layout="constrained")
-        for i, curve in enumerate(curves):
+        labels, legend_title = _legend_texts(lines)
+        for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
             colour, dashes = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
-            name = curve.name + (f" ({curve.note})" if curve.note else "")
-            if curve.decided:
-                _points(axes, curve, colour, name, band)
+            if isinstance(line, Envelope):
+                _single_runs(axes, line, colour)
+            if line.decided:
+                _points(axes, line, colour, label, band)
                 continue
-            radii, reached = steps(curve)
-            axes.step(radii, reached / curve.total, where="pre", color=colour, ls=dashes, lw=1.6, label=name)
+            radii, share, low, high = outline(line)
+            axes.step(radii, share, where="pre", color=colour, ls=dashes, lw=1.6, label=label)
             if band:
-                low, high = proportion_interval(reached, curve.total)
                 axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, lw=0)
-        largest = max((r for c in curves for r in (*c.radii[-1:], *c.decided)), default=0.0) or 1.0
+        largest = max((r for line in lines for r in (*line.radii[-1:], *line.decided)), default=0.0) or 1.0
         axes.set(xlim=(0, 1.04 * largest), ylim=(0, 1.0))
-        axes.set_xlabel(f"{IN_TEX[curves[0].norm]} radius (images in [0, 1] pixels)")
-        axes.set_ylabel(f"{curves[0].quantity}\n(95 % interval over images)" if band else curves[0].quantity)
+        axes.set_xlabel(f"{IN_TEX[lines[0].norm]} radius (images in [0, 1] pixels)")
+        axes.set_ylabel(f"{lines[0].quantity}\n(95 % interval over images)" if band else lines[0].quantity)
         if title:
             axes.set_title(title, fontsize=9)
-        _legend(axes, curves)
+        _legend(axes, labels, legend_title)
         _save(figure, Path(path))
         plt.close(figure)
 
 
-def _points(axes: Any, curve: Curve, colour: str, name: str, band: bool) -> None:
+def _points(axes: Any, line: Line, colour: str, name: str, band: bool) -> None:
     """Accuracy where it was asked for, and nowhere else."""
-    share, (low, high) = curve.accuracy(curve.decided), curve.interval(curve.decided)
+    share, (low, high) = line.accuracy(line.decided), line.interval(line.decided)
     reach = [share - low, high - share] if band else None
-    axes.errorbar(curve.decided, share, yerr=reach, fmt="o", ms=5, lw=1.4, capsize=3, color=colour, label=name)
+    axes.errorbar(line.decided, share, yerr=reach, fmt="o", ms=5, lw=1.4, capsize=3, color=colour, label=name)
 
 
-def _legend(axes: Any, curves: Sequence[Curve]) -> None:
+def _single_runs(axes: Any, envelope: Envelope, colour: str) -> None:
+    """The runs that an envelope is the maximum of, faintly."""
+    faint = {"color": colour, "lw": 0.7, "alpha": 0.6}
+    for curve in envelope.runs:
+        if curve.decided:
+            axes.plot(curve.decided, curve.accuracy(curve.decided), ls="", marker="o", ms=2.5, mew=0, **faint)
+        else:
+            radii, reached = steps(curve)
+            axes.step(radii, reached / curve.total, where="pre", **faint)
+
+
+def _legend_texts(lines: Sequence[Line]) -> tuple[list[str], str | None]:
+    """A label for each line; above them, once, what an envelope is and over which sigmas (or these by the names)."""
+    names = [line.name for line in lines]
+    levels = [line.levels for line in lines if isinstance(line, Envelope)]
+    over = "σ"
+    if len(set(levels)) == 1:
+        over = f"σ = {levels[0]}"
+    elif levels:
+        names = [f"{name}, σ = {found}" for name, found in zip(names, levels, strict=True)]
+    labels = [name + (f" ({line.note})" if line.note else "") for name, line in zip(names, lines, strict=True)]
+    title = f"upper envelope over {over} (faint: single runs):\nat each radius the best, chosen on these images"
+    return labels, title if levels else None
+
+
+def _legend(axes: Any, labels: Sequence[str], title: str | None) -> None:
     """Inside when there is room above the curves' falling ends, below the axes otherwise."""
-    longest = max(len(c.name) + len(c.note) for c in curves)
-    if len(curves) <= 5 and longest <= 44:
+    longest = max(len(label) for label in labels)
+    if len(labels) <= 5 and longest <= 44 and title is None:
         axes.legend(loc="upper right")
     else:
-        axes.figure.legend(loc="outside lower center", ncols=1 if longest > 40 else 2)
+        columns = 1 if longest > 40 else 2
+        axes.figure.legend(loc="outside lower center", ncols=columns, title=title, alignment="left")
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.curves import Curve, proportion_interval
+from analysis.envelope import Envelope, Line
 from analysis.families import CORRECTIONS, Family, accuracy_interval, family
 from certify.errors import UserError
 from certify.norms import IN_WORDS
 
 FORMATS = {"text": "simple", "markdown": "pipe", "latex": "latex_booktabs", "csv": ""}
+
+_IN_LATEX = {"σ": r"$\sigma$", "≥": r"$\geq$"}
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str) -> str:
@@ -28,44 +31,106 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str) -> 
 
     align = ["left", *("right" for _ in header[1:])]
     table: str = tabulate(rows, headers=list(header), tablefmt=FORMATS[style], disable_numparse=True, colalign=align)
+    for sign, command in _IN_LATEX.items() if style == "latex" else ():  # tabulate would escape them in the cells
+        table = table.replace(sign, command)
     return table
 
 
-def compare(curves: Sequence[Curve], radii: Sequence[float], style: str = "text", *, intervals: bool = False) -> str:
-    """One line a run: images, abstentions, certified accuracy at each radius.
+def compare(
+    lines: Sequence[Line],
+    radii: Sequence[float],
+    style: str = "text",
+    *,
+    intervals: bool = False,
+    relative_to: float | None = None,
+) -> str:
+    """One line a run: images, abstentions, certified accuracy at each radius; or one line an envelope.
 
-    CSV always carries the 95 % interval over images, in columns of its own; the other formats with ``intervals``.
+    An envelope's cell adds the accuracy at r = 0 and the sigma of the run that is the best at this radius. CSV always
+    carries the 95 % interval over images, in columns of its own; the other formats with ``intervals``.
+
+    Args:
+        lines: all of them runs' curves, or all envelopes.
+        radii: of the columns.
+        style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"``.
+        intervals: add the interval to each cell.
+        relative_to: divide every accuracy by this, in (0, 1]; a known number, with no interval of its own.
+
+    Raises:
+        UserError: ``relative_to`` an accuracy, and images without labels.
     """
+    if relative_to is not None and not lines[0].labelled:
+        raise UserError("images without labels have no accuracy to divide; leave out --relative-to")
     if style == "csv":
-        return render(*_csv(curves, radii), style)
-    sigma = "σ" if style != "latex" else "sigma"
-    header = ["run", "images", "abstained", *(f"r = {r:g}" for r in radii)]
+        return render(*_csv(lines, radii, relative_to), style)
+    header = ["method", "sigma", "images"] if isinstance(lines[0], Envelope) else ["run", "images", "abstained"]
     rows = []
-    for c in curves:
-        low, high = c.interval(radii)
-        least = r"$\geq$ " if style == "latex" else "≥ "
-        cells = [
-            least * c.at_least(r) + (f"{a:.3f} [{lo:.3f}, {hi:.3f}]" if intervals else f"{a:.3f}")
-            for r, a, lo, hi in zip(radii, c.accuracy(radii), low, high, strict=True)
+    for line in lines:
+        if isinstance(line, Envelope):
+            about = [line.name, line.levels, line.said(_images)]
+        else:
+            about = [line.name, _images(line), str(abstained(line))]
+        rows.append([*about, *_cells(line, radii, relative_to or 1.0, intervals=intervals)])
+    caption = "\n".join(_caption(lines, relative_to, intervals=intervals))
+    caption = textwrap.indent(caption, "% ") + "\n" if style == "latex" else f"{caption}\n\n"
+    return caption + render([*header, *(f"r = {r:g}" for r in radii)], rows, style)
+
+
+def _cells(line: Line, radii: Sequence[float], divisor: float, *, intervals: bool) -> list[str]:
+    def number(value: float, *, least: bool) -> str:
+        return "≥ " * least + f"{value / divisor:.3f}"
+
+    found = []
+    low, high = line.interval(radii)
+    for r, value, lo, hi in zip(radii, line.accuracy(radii), low, high, strict=True):
+        cell = number(value, least=line.at_least(r))
+        if intervals:
+            cell += f" [{lo / divisor:.3f}, {hi / divisor:.3f}]"
+        if isinstance(line, Envelope):
+            best = line.winner(r)
+            clean = number(best.accuracy([0.0])[0], least=best.at_least(0.0))
+            cell += f" ({clean}; σ {best.run.header['sigma']:g})"
+        found.append(cell)
+    return found
+
+
+def _caption(lines: Sequence[Line], relative_to: float | None, *, intervals: bool) -> list[str]:
+    """What the numbers are."""
+    where = f"{lines[0].quantity} at {IN_WORDS[lines[0].norm]} radius r (images in [0, 1] pixels)"
+    found = [where if relative_to is None else f"{where}, divided by {relative_to:g}"]
+    if isinstance(lines[0], Envelope):
+        found += [
+            "upper envelope over sigma: at each radius the best run, chosen on these images",
+            "(in brackets: that run at r = 0, and its sigma)",
         ]
-        rows.append([c.name.replace("σ", sigma), _images(c), str(abstained(c)), *cells])
-    quantity = curves[0].quantity
-    caption = f"{quantity} at {IN_WORDS[curves[0].norm]} radius r (images in [0, 1] pixels)"
-    comment = f"% {caption}\n" if style == "latex" else f"{caption}\n\n"
-    return comment + render(header, rows, style)
+        if intervals:
+            found.append("[95 % interval over images for the best of the runs, Bonferroni over their number]")
+    return found
 
 
-def _csv(curves: Sequence[Curve], radii: Sequence[float]) -> tuple[list[str], list[list[Any]]]:
+def _csv(
+    lines: Sequence[Line], radii: Sequence[float], relative_to: float | None = None
+) -> tuple[list[str], list[list[Any]]]:
+    """One line a run and radius; of an envelope the line of its best run there, and what makes it an envelope."""
     keys = ("model", "denoiser", "noise", "norm", "sigma", "n", "alpha", "bound")
     header = ["run", *keys, "images", "expected", "abstained", "quantity", "radius", "value", "low95", "high95"]
+    if isinstance(lines[0], Envelope):
+        header += ["method", "sigmas", "clean"]
+    if relative_to is not None:
+        header.append("relative_to")
+    divisor = relative_to or 1.0
     rows = []
-    for c in curves:
-        low, high = c.interval(radii)
-        about = [str(c.run.path), *(c.run.header.get(k) for k in keys)]
-        about += [c.total, c.run.header["expected"], abstained(c)]
-        for r, a, lo, hi in zip(radii, c.accuracy(radii), low, high, strict=True):
-            quantity = c.quantity + " (at least)" * c.at_least(r)
-            rows.append([*about, quantity, r, float(a), float(lo), float(hi)])
+    for line in lines:
+        low, high = line.interval(radii)
+        for r, *values in zip(radii, line.accuracy(radii), low, high, strict=True):
+            c = line.winner(r) if isinstance(line, Envelope) else line
+            row = [str(c.run.path), *(c.run.header.get(k) for k in keys)]
+            row += [c.total, c.run.header["expected"], abstained(c)]
+            upper = " (upper envelope)" if c is not line else ""
+            row += [c.quantity + upper + " (at least)" * line.at_least(r), r, *(float(v) / divisor for v in values)]
+            if isinstance(line, Envelope):
+                row += [line.name, line.levels, float(c.accuracy([0.0])[0]) / divisor]
+            rows.append(row if relative_to is None else [*row, relative_to])
     return header, rows
 
 
@@ -93,12 +158,11 @@ def compare_families(
     rows = []
     for c, f in zip(curves, found, strict=True):
         low, high = accuracy_interval(c.successes(radii), c.total, c.run.header["alpha"])
-        name = [c.name.replace("σ", "sigma" if style == "latex" else "σ"), _images(c)]
+        name = [c.name, _images(c)]
         for i, (r, a) in enumerate(zip(radii, c.accuracy(radii), strict=True)):
-            least = "≥ " if c.at_least(r) and style != "latex" else ""
             cells = [
                 f"{r:g}",
-                f"{least}{a:.3f}",
+                "≥ " * c.at_least(r) + f"{a:.3f}",
                 f"{low[i]:.3f} - {high[i]:.3f}",
                 f"{_at_once(c, f, r, correction):.3f}",
             ]

@@ -33,7 +33,7 @@ def find_denoiser(
     module: nn.Module
     if source.kind == "card":
         assert source.file is not None
-        module = read_denoiser(source.file, source.name)
+        module = read_denoiser(source.file, source.name or None)
     elif source.kind == "checkpoint":
         module = ARCHITECTURES.get(source.name)(image_channels=channels)
         loaded = load_weights(module, source.file or "", source.name)

@@ -25,7 +25,7 @@ class DenoiserSource:
     Attributes:
         kind: ``registered``, ``card`` (a file with one), ``auto``, ``checkpoint``, ``torchscript``, ``deepinv``,
             ``diffusers`` or ``python``.
-        name: of the denoiser, architecture, model, callable or folder.
+        name: of the denoiser, architecture, model, callable or folder; empty where the file says it.
         file: of its weights, or None.
     """
 
@@ -63,7 +63,7 @@ def find_source(name: str) -> DenoiserSource:  # noqa: PLR0911 - one answer a fo
         return DenoiserSource("checkpoint", architecture, _existing(checkpoint))
     suffix = Path(name).suffix.lower()
     if suffix == ".safetensors" or suffix in _TORCHSCRIPT:
-        return DenoiserSource("torchscript" if suffix in _TORCHSCRIPT else "card", Path(name).stem, _existing(name))
+        return DenoiserSource("torchscript" if suffix in _TORCHSCRIPT else "card", "", _existing(name))
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
         return DenoiserSource("python", name)
     if name in ARCHITECTURES:

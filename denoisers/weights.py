@@ -16,6 +16,9 @@ from certify.errors import UserError, first_line
 from certify.pipeline import tensors_digest
 
 FORMAT = 1
+UNNAMED = "denoiser"
+"""What training calls every file of weights, without its ending: the folder tells them apart."""
+
 _KEY = "card"
 _STORED = {"float32": torch.float32, "float16": torch.float16}
 
@@ -184,4 +187,9 @@ def read_denoiser(path: str | Path, name: str | None = None) -> Trained:
         raise UserError(
             f"the card of {path} does not match its tensors: {card.architecture} {card.options}: {first_line(error)}"
         ) from None
-    return Trained(net.requires_grad_(False).eval(), card, name or Path(path).stem)
+    return Trained(net.requires_grad_(False).eval(), card, name or _name(Path(path)))
+
+
+def _name(path: Path) -> str:
+    """A file's name; with its folder's where training gave it the name that it gives to all."""
+    return path.stem if path.stem != UNNAMED else f"{path.resolve().parent.name}/{path.stem}"

@@ -16,7 +16,7 @@ from certify.settings import versions
 from denoisers import ARCHITECTURES
 from denoisers.adapters import Adapted
 from denoisers.find import find_denoiser
-from denoisers.weights import Card, Trained, save_denoiser
+from denoisers.weights import UNNAMED, Card, Trained, save_denoiser
 from training.data import Levels, TrainingData
 from training.guides import Guides
 from training.held_out import denoiser_scores
@@ -27,7 +27,7 @@ from training.recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-WEIGHTS = "denoiser.safetensors"
+WEIGHTS = f"{UNNAMED}.safetensors"
 
 
 def train_denoiser(

@@ -39,10 +39,8 @@ class Evaluated:
 
     @property
     def denoiser_name(self) -> str:
-        """The denoiser as a word; what ``auto`` chose."""
-        if self.denoiser == "auto":
-            return ", ".join(dict.fromkeys(str(about["name"]) for about in self.described))
-        return _plain(self.denoiser)
+        """The denoiser as it calls itself; what ``auto`` chose."""
+        return ", ".join(dict.fromkeys(str(about["name"]) for about in self.described))
 
 
 def _plain(name: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,7 +13,16 @@ from certify.cli import options
 from certify.cli.summary import warn
 from certify.errors import RunFault, UserError
 
+if TYPE_CHECKING:
+    from analysis.envelope import Line
+
 runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+
+envelope_option = click.option(
+    "--envelope",
+    is_flag=True,
+    help="One line a method: at each radius the best of its runs over sigma, chosen on the images they share.",
+)
 
 
 @click.command()
@@ -18,17 +30,20 @@ runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN..."
 @click.option("-o", "--out", default="curve.png", show_default=True, help="Picture to write: .png, .svg or .pdf.")
 @click.option("--title", help="Title above the axes.")
 @click.option("--no-band", is_flag=True, help="Leave out the shaded 95 % interval over images.")
-def plot(runs: tuple[str, ...], out: str, title: str | None, no_band: bool) -> None:
+@envelope_option
+def plot(runs: tuple[str, ...], out: str, title: str | None, no_band: bool, envelope: bool) -> None:
     """Draw certified accuracy over radius, one line a run.
 
     RUN is a run file of certify, or a log with columns idx label predict radius correct time.
     """
     from analysis.curves import curves
+    from analysis.envelope import group
     from analysis.plots import check_format, plot_curves
     from analysis.runs import read_all
 
     check_format(out)
-    plot_curves(curves(read_all(runs, warn)), out, title=title, band=not no_band)
+    found = curves(read_all(runs, warn))
+    plot_curves(group(found) if envelope else found, out, title=title, band=not no_band)
     click.echo(f"wrote {out}")
 
 
@@ -48,6 +63,12 @@ def plot(runs: tuple[str, ...], out: str, title: str | None, no_band: bool) -> N
     is_flag=True,
     help="Add the 95 % interval over images to each cell (csv and --simultaneous always have one).",
 )
+@envelope_option
+@click.option(
+    "--relative-to",
+    type=options.Positive("a number above 0 and at most 1, such as 0.832", below=math.nextafter(1.0, 2.0)),
+    help="Divide every accuracy by this one, such as that of the classifier without noise.",
+)
 @click.option(
     "--simultaneous",
     is_flag=True,
@@ -66,6 +87,8 @@ def table(
     radii: list[float] | None,
     style: str,
     intervals: bool,
+    envelope: bool,
+    relative_to: float | None,
     simultaneous: bool,
     correction: str | None,
     out: str | None,
@@ -76,20 +99,26 @@ def table(
     its image alone; --simultaneous says from the votes what holds for all images of a run at once.
     """
     from analysis.curves import curves, default_radii
+    from analysis.envelope import group
     from analysis.runs import read_all
     from analysis.tables import compare, compare_families
 
     options.check_radii(radii)
     if correction and not simultaneous:
         raise UserError(f"--correction {correction} is for all images at once; pass --simultaneous too")
+    if simultaneous and envelope:
+        raise UserError("--simultaneous speaks for one run, --envelope chooses among several; pass one of them")
+    if simultaneous and relative_to is not None:
+        raise UserError("--relative-to divides accuracies, and --simultaneous shows more than those; pass one of them")
     found = curves(read_all(runs, warn))
+    lines: Sequence[Line] = group(found) if envelope else found
     if radii is None:
-        asked = sorted({r for c in found for r in c.decided}) if all(c.decided for c in found) else []
-        radii = asked or default_radii(max((float(c.radii[-1]) for c in found if len(c.radii)), default=0.0))
+        asked = sorted({r for line in lines for r in line.decided}) if all(line.decided for line in lines) else []
+        radii = asked or default_radii(max((float(line.radii[-1]) for line in lines if len(line.radii)), default=0.0))
     if simultaneous:
         text = compare_families(found, radii, style, correction)
     else:
-        text = compare(found, radii, style, intervals=intervals)
+        text = compare(lines, radii, style, intervals=intervals, relative_to=relative_to)
     if out is None:
         click.echo(text)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,8 @@ def train(**o: Any) -> None:
         if min(o["sigma"][0]) <= 0:
             raise UserError("--sigma 0: a denoiser needs noise; expected levels above 0")
     outcome = _train(o)
-    _report(outcome, o)
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes one speaks
+        _report(outcome, o)
 
 
 def _train(o: dict[str, Any]) -> Outcome:
@@ -112,7 +114,7 @@ def _train(o: dict[str, Any]) -> Outcome:
     from training.loop import Schedule, make_accelerator
     from training.recipe import Recipe
 
-    say = _silent if o["quiet"] or o["as_json"] else _say
+    say = _silent if o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")) else _say
     recipe = Recipe(
         objective=o["objective"],
         sigmas=o["sigma"][0],

@@ -1,6 +1,6 @@
 """Images a second in training, beside the plain float32 loop, in turns in one process.
 
-    python benchmarks/training.py unet dncnn --classifier cifar_resnet56 --weights FILE
+    python benchmarks/train_speed.py unet dncnn --classifier cifar_resnet56 --weights FILE
 
 The plain loop is what the field's code does: float32, PyTorch's default layout, eager, the classifier as it was loaded.
 Ours: channels-last layout, the frozen classifier's batch norms folded; with ``--compile`` the network compiled, with
