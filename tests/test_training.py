@@ -21,7 +21,7 @@ from training.data import Levels, augment, load_training_data
 from training.denoiser import WEIGHTS, train_denoiser
 from training.guides import Guides
 from training.held_out import denoiser_scores
-from training.loop import Schedule, draw_order, make_accelerator
+from training.loop import Conduct, Outcome, draw_order, make_accelerator
 from training.losses import OBJECTIVES, Batch
 from training.recipe import Recipe
 
@@ -38,16 +38,16 @@ def data(digits: Classifier) -> Any:
     return load_training_data("digits-train", digits, held_out=400)
 
 
-def run(data: Any, out: Path, recipe: Recipe, **more: Any) -> Any:
-    options = more.pop("options", SMALL)
-    return train_denoiser("unet", data, recipe, out, driver=make_accelerator("cpu"), options=options, **more)
+def run(data: Any, out: Path, recipe: Recipe, *, guides: Guides | None = None, **conduct: Any) -> Outcome:
+    how = Conduct(make_accelerator("cpu"), **conduct)
+    return train_denoiser("unet", data, recipe, out, how, guides=guides, options=SMALL)
 
 
 def test_mse_training_beats_the_identity_and_the_best_guess_from_one_pixel(data: Any, tmp_path: Path) -> None:
     """Held-out images: below the error of the noisy image (sigma^2) and of the untrained network (Wiener's)."""
     sigma = 0.25
-    untrained = run(data, tmp_path / "a", Recipe(epochs=0.01), schedule=Schedule(validations=1))
-    trained = run(data, tmp_path / "b", Recipe(epochs=12, rate=5e-3, sigmas=(sigma,)), schedule=Schedule(validations=3))
+    untrained = run(data, tmp_path / "a", Recipe(epochs=0.01), validations=1)
+    trained = run(data, tmp_path / "b", Recipe(epochs=12, rate=5e-3, sigmas=(sigma,)), validations=3)
     noisy_psnr = -20 * torch.tensor(sigma).log10().item()
     assert trained.best["psnr@0.25"] > max(noisy_psnr, untrained.best["psnr@0.25"]) + 2
     denoiser = read_denoiser(tmp_path / "b" / WEIGHTS)
@@ -61,7 +61,7 @@ def test_stability_training_raises_accuracy_and_leaves_the_classifier_alone(
     before = state_digest(digits.net)
     recipe = Recipe("mse+stability", (0.5,), epochs=24, rate=5e-3)
     guides = Guides([digits])
-    outcome = run(data, tmp_path, recipe, guides=guides, schedule=Schedule(validations=4))
+    outcome = run(data, tmp_path, recipe, guides=guides, validations=4)
     none = denoiser_scores(Identity(), data, (0.5,), "stability", [digits])
     # 400 images: three standard errors of a difference of accuracies are at most 3 * sqrt(2 * 0.25 / 400) = 0.106
     assert outcome.best["accuracy@0.5"] > none["accuracy@0.5"] + 0.106
@@ -106,7 +106,7 @@ def test_query_access_takes_surrogates_in_turn_and_never_the_target(
     surrogates = [other_digits(1), other_digits(2), other_digits(3)]
     guides = Guides(surrogates, target)
     assert [guides.at(i).name for i in range(5)] == ["other1", "other2", "other3", "other1", "other2"]  # type: ignore[union-attr]
-    run(data, tmp_path, Recipe("stability", epochs=0.2), guides=guides, schedule=Schedule(validations=1))
+    run(data, tmp_path, Recipe("stability", epochs=0.2), guides=guides, validations=1)
     assert all(p.grad is None for p in target.parameters())
     card = read_denoiser(tmp_path / WEIGHTS).card
     assert card.access == "surrogates"
@@ -132,12 +132,11 @@ def test_gradients_reach_the_denoiser_only(data: Any, digits: Classifier) -> Non
 
 def test_a_killed_training_ends_with_the_same_weights(data: Any, digits: Classifier, tmp_path: Path) -> None:
     recipe = Recipe("mse+stability", (0.12, 0.5), epochs=0.7, optimizer="adam-then-sgd")
-    guides = {"guides": Guides([digits])}
-    whole = run(data, tmp_path / "whole", recipe, schedule=Schedule(4), **guides)
-    every_step = Schedule(4, checkpoint_seconds=0.0)
-    part = run(data, tmp_path / "parts", recipe, schedule=Schedule(4, 0.0, stop_after=5), **guides)
+    guides = Guides([digits])
+    whole = run(data, tmp_path / "whole", recipe, validations=4, guides=guides)
+    part = run(data, tmp_path / "parts", recipe, validations=4, checkpoint_seconds=0.0, stop_after=5, guides=guides)
     assert not part.finished
-    resumed = run(data, tmp_path / "parts", recipe, schedule=every_step, **guides)
+    resumed = run(data, tmp_path / "parts", recipe, validations=4, checkpoint_seconds=0.0, guides=guides)
     assert resumed.finished
     assert resumed.steps == whole.steps
     a, b = (read_denoiser(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
@@ -146,35 +145,35 @@ def test_a_killed_training_ends_with_the_same_weights(data: Any, digits: Classif
     lines = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert lines == sorted(lines)
     with pytest.raises(UserError, match="holds another training"):
-        run(data, tmp_path / "parts", Recipe("mse", epochs=0.7), **guides)
+        run(data, tmp_path / "parts", Recipe("mse", epochs=0.7), guides=guides)
 
 
 def test_a_checkpoint_that_was_being_replaced_is_found(data: Any, tmp_path: Path) -> None:
     recipe = Recipe(epochs=0.5)
-    run(data, tmp_path, recipe, schedule=Schedule(1, 0.0, stop_after=3))
+    run(data, tmp_path, recipe, validations=1, checkpoint_seconds=0.0, stop_after=3)
     (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # killed between the two renames
-    assert run(data, tmp_path, recipe, schedule=Schedule(1)).steps == recipe.steps(len(data.train))
+    assert run(data, tmp_path, recipe, validations=1).steps == recipe.steps(len(data.train))
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
     data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(epochs=1)
-    run(data, tmp_path, recipe, schedule=Schedule(14, 0.0, stop_after=5))
+    run(data, tmp_path, recipe, validations=14, checkpoint_seconds=0.0, stop_after=5)
     good = read_denoiser(tmp_path / WEIGHTS).card.sha256
     plain = loop.make_batch
     with monkeypatch.context() as patched:
         patched.setattr(loop, "make_batch", lambda *a: (plain(*a)[0], plain(*a)[1] * float("nan"), plain(*a)[2]))
         with pytest.raises(RunFault, match=r"the loss is nan after step 5 of 14: stopped; the checkpoint of step 5"):
-            run(data, tmp_path, recipe, schedule=Schedule(14, 0.0))
+            run(data, tmp_path, recipe, validations=14, checkpoint_seconds=0.0)
     assert read_denoiser(tmp_path / WEIGHTS).card.sha256 == good
-    assert run(data, tmp_path, recipe, schedule=Schedule(14)).finished  # and goes on from there
+    assert run(data, tmp_path, recipe, validations=14).finished  # and goes on from there
 
 
 def test_weights_that_are_no_numbers_never_become_a_checkpoint(data: Any, tmp_path: Path) -> None:
     recipe = Recipe(epochs=4, rate=1e38, optimizer="sgd", schedule="constant")
     with pytest.raises(RunFault, match=r"weights are no numbers .* checkpoint of step|the loss is (nan|inf)"):
-        run(data, tmp_path, recipe, schedule=Schedule(56, 0.0))
+        run(data, tmp_path, recipe, validations=56, checkpoint_seconds=0.0)
     if (tmp_path / "checkpoint").exists():
         assert all(v.isfinite().all() for v in read_state_dict(tmp_path / "checkpoint" / "model.safetensors").values())
 

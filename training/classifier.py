@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +13,12 @@ from certify import hub
 from certify.classifiers import BUILDERS, ClassifierSpec
 from certify.errors import UserError
 from certify.settings import versions
+from training.checkpoint import Scores
 from training.data import Levels, TrainingData
 from training.guides import Guides
 from training.held_out import classifier_scores
-from training.loop import Outcome, Schedule, train
+from training.loop import Conduct, Outcome, train
 from training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 WEIGHTS = "classifier.safetensors"
 
@@ -64,17 +60,11 @@ def train_classifier(
     data: TrainingData,
     recipe: Recipe,
     out: str | Path,
-    *,
-    driver: Accelerator,
-    licence: str = "MIT",
-    command: str = "",
-    schedule: Schedule | None = None,
-    compile: bool = False,
-    progress: Callable[[int, float], None] = lambda images, loss: None,
+    conduct: Conduct,
 ) -> Outcome:
     """Train a classifier under noise (or without: sigma 0); its weights go to ``out/classifier.safetensors``.
 
-    They are read by ``--model MODEL --weights FILE``. See :func:`training.denoiser.train_denoiser` for the rest.
+    They are read by ``--model MODEL --weights FILE``. See :func:`training.denoiser.train_denoiser` for the arguments.
 
     Raises:
         UserError: no labels, or a single class.
@@ -88,12 +78,12 @@ def train_classifier(
         "architecture": model,
         "data": data.about,
         "training": recipe.describe(),
-        "command": command,
+        "command": conduct.command,
         "versions": versions(),
-        "licence": licence,
+        "licence": conduct.licence,
     }
 
-    def keep(trained: nn.Module, scores: dict[str, float], step: int) -> None:
+    def keep(trained: nn.Module, scores: Scores, step: int) -> None:
         from safetensors.torch import save
 
         assert isinstance(trained, Normalised)
@@ -110,10 +100,8 @@ def train_classifier(
         recipe,
         Guides([]),
         out,
+        conduct,
+        identity=model,
         validate=lambda trained: classifier_scores(trained, data, levels),
         keep=keep,
-        driver=driver,
-        schedule=schedule,
-        compile=compile,
-        progress=progress,
     )

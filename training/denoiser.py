@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,15 +17,13 @@ from denoisers import ARCHITECTURES
 from denoisers.adapters import Adapted
 from denoisers.find import find_denoiser
 from denoisers.weights import UNNAMED, Card, Trained, save_denoiser
+from training.checkpoint import Scores
 from training.data import Levels, TrainingData
 from training.guides import Guides
 from training.held_out import denoiser_scores
-from training.loop import Outcome, Schedule, train
+from training.loop import Conduct, Outcome, train
 from training.losses import OBJECTIVES, phases
 from training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 WEIGHTS = f"{UNNAMED}.safetensors"
 
@@ -35,18 +33,13 @@ def train_denoiser(
     data: TrainingData,
     recipe: Recipe,
     out: str | Path,
+    conduct: Conduct,
     *,
-    driver: Accelerator,
     guides: Guides | None = None,
     watched_by: Sequence[Classifier] = (),
     options: dict[str, Any] | None = None,
     init: str | None = None,
     stored: str = "float32",
-    licence: str = "MIT",
-    command: str = "",
-    schedule: Schedule | None = None,
-    compile: bool = False,
-    progress: Callable[[int, float], None] = lambda images, loss: None,
 ) -> Outcome:
     """Train a denoiser; the best weights on held-out images go to ``out/denoiser.safetensors``.
 
@@ -55,17 +48,12 @@ def train_denoiser(
         data: training images.
         recipe: objective, levels, optimizer, seed.
         out: folder for weights, checkpoint and metrics.
-        driver: of :func:`training.loop.make_accelerator`.
+        conduct: device, checkpoints, progress, what the card says of command and licence.
         guides: the frozen classifiers that the objective needs.
         watched_by: classifiers that held-out accuracy is measured with, where the objective needs none.
         options: of the architecture.
         init: a denoiser to start from, of the same architecture.
         stored: type of the stored numbers: ``float32``, or ``float16`` for half the size.
-        licence: of the weights.
-        command: for the card.
-        schedule: of validation and checkpoints.
-        compile: whether the network is compiled.
-        progress: told images done since the last call, and the loss.
 
     Raises:
         UserError: an objective without the classifier or labels it needs; an ``init`` that does not fit.
@@ -75,11 +63,9 @@ def train_denoiser(
     check_needs(recipe, data, guides)
     net, before = build(architecture, data.image, recipe.seed, options, init)
     last = phases(recipe.objective)[-1]
-    judges = [c for i in range(len(guides)) if (c := guides.at(i)) is not None] or list(watched_by)
+    judges = guides.working or list(watched_by)
     for judge in judges:
-        judge.to(driver.device)
-    levels = Levels(recipe.sigmas, recipe.continuous).checked()
-    zeroth = not OBJECTIVES.get(last)().gradients
+        judge.to(conduct.driver.device)
     card = Card(
         architecture=architecture,
         options=options or {},
@@ -87,32 +73,31 @@ def train_denoiser(
         sigmas=tuple(sorted(set(recipe.sigmas))),
         continuous=recipe.continuous,
         objective=recipe.objective,
-        access="queries" if zeroth else guides.access,
+        access=guides.access if OBJECTIVES.get(last)().gradients else "queries",
         classifiers=tuple(guides.describe()),
         data=data.about,
         started_from=before,
-        command=command,
+        command=conduct.command,
         versions=versions(),
-        licence=licence,
+        licence=conduct.licence,
         stored=stored,
     )
 
-    def keep(trained: nn.Module, scores: dict[str, float], step: int) -> None:
+    def keep(trained: nn.Module, scores: Scores, step: int) -> None:
         shaped = {**recipe.describe(), "chosen_at_step": step, "of_steps": recipe.steps(len(data.train))}
         save_denoiser(Path(out) / WEIGHTS, trained, replace(card, training=shaped, validation=scores))
 
+    levels = Levels(recipe.sigmas, recipe.continuous).checked()
     outcome = train(
         net,
         data,
         recipe,
         guides,
         out,
+        conduct,
+        identity=[architecture, options, before],
         validate=lambda trained: denoiser_scores(trained, data, levels, last, judges),
         keep=keep,
-        driver=driver,
-        schedule=schedule,
-        compile=compile,
-        progress=progress,
     )
     if not guides.unchanged():
         raise AssertionError("a frozen classifier changed while the denoiser was trained")

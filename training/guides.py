@@ -18,6 +18,8 @@ class Guides:
     Each works as a copy with its batch norms folded, which is faster and the same up to rounding; the classifiers that
     were handed in are not touched, and :meth:`unchanged` proves it.
 
+    ``working`` holds the copies.
+
     Args:
         classifiers: the target alone, or surrogates.
         target: the classifier that surrogates stand for: compared with each of them, and never called.
@@ -30,7 +32,7 @@ class Guides:
         self.originals = list(classifiers)
         self.digests = [c.identity() for c in self.originals]
         self._refuse(target)
-        self._fast = [_folded(c) for c in self.originals]
+        self.working = [_folded(c) for c in self.originals]
         self.access = "none" if not self.originals else "white-box" if target is None else "surrogates"
 
     def _refuse(self, target: Classifier | None) -> None:
@@ -54,16 +56,16 @@ class Guides:
 
     def at(self, step: int) -> Classifier | None:
         """The classifier of this step; the same order in every run."""
-        return self._fast[step % len(self._fast)] if self._fast else None
+        return self.working[step % len(self.working)] if self.working else None
 
     def to(self, device: torch.device) -> None:
         """Move the working copies."""
-        for classifier in self._fast:
+        for classifier in self.working:
             classifier.to(device)
 
     def unchanged(self) -> bool:
         """Whether every classifier is bit for bit what it was, and no gradient was kept for it."""
-        pure = all(p.grad is None for c in (*self.originals, *self._fast) for p in c.parameters())
+        pure = all(p.grad is None for c in (*self.originals, *self.working) for p in c.parameters())
         return pure and [c.identity() for c in self.originals] == self.digests
 
     def describe(self) -> list[dict[str, str]]:

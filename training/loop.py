@@ -7,11 +7,7 @@ training that was killed and goes on ends with the weights it would have had.
 from __future__ import annotations
 
 import functools
-import json
 import math
-import os
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +18,7 @@ from torch import Tensor, nn
 
 from certify.errors import RunFault, UserError
 from certify.streams import block_generator, stream_key
+from training.checkpoint import Checkpoints, Meter, Scores
 from training.data import Levels, TrainingData, augment
 from training.guides import Guides
 from training.losses import OBJECTIVES, Batch
@@ -30,26 +27,32 @@ from training.recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Scores = dict[str, float]
-Validate = Callable[[nn.Module], Scores]
-"""A network in evaluation mode to its figures on held-out images; ``score`` among them, smaller is better."""
-
 _LOG_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """When to write what.
+class Conduct:
+    """How a training is conducted; besides rounding, nothing here changes the weights.
 
     Attributes:
+        driver: of :func:`make_accelerator`.
+        compile: whether the network is compiled.
         validations: how often the held-out images are looked at.
         checkpoint_seconds: between checkpoints.
         stop_after: stop after so many steps of this call, as if killed there; None: to the end.
+        progress: told images done since the last call, and the loss.
+        command: what was typed, for the card.
+        licence: of the weights, for the card.
     """
 
+    driver: Accelerator
+    compile: bool = False
     validations: int = 20
     checkpoint_seconds: float = 120.0
     stop_after: int | None = None
+    progress: Callable[[int, float], None] = lambda images, loss: None
+    command: str = ""
+    licence: str = "MIT"
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,11 @@ def train(
     recipe: Recipe,
     guides: Guides,
     out: str | Path,
+    conduct: Conduct,
     *,
-    validate: Validate,
+    identity: Any,
+    validate: Callable[[nn.Module], Scores],
     keep: Callable[[nn.Module, Scores, int], None],
-    driver: Accelerator,
-    schedule: Schedule | None = None,
-    compile: bool = False,
-    progress: Callable[[int, float], None] = lambda images, loss: None,
 ) -> Outcome:
     """Train ``net`` in place, from the checkpoint in ``out`` if there is one.
 
@@ -117,69 +118,54 @@ def train(
         recipe: how.
         guides: the frozen classifiers; empty where the objective needs none.
         out: folder for ``checkpoint/`` and ``metrics.jsonl``.
-        validate: figures on held-out images.
-        keep: called with the network whenever its score is the best so far; it writes the weights.
-        driver: of :func:`make_accelerator`.
-        schedule: when to validate and checkpoint.
-        compile: whether the network is compiled.
-        progress: told images done since the last call, and the loss.
+        conduct: device, checkpoints, progress.
+        identity: what the network is and starts from, as JSON; another one does not go on from this checkpoint.
+        validate: a network in evaluation mode to its figures on held-out images; ``score`` among them, less is better.
+        keep: called with the network, its figures and the step whenever its score is the best; it writes the weights.
 
     Raises:
-        UserError: a checkpoint of another training in ``out``; an objective without what it needs.
+        UserError: a checkpoint of another training in ``out``.
         RunFault: the loss is no number any more; says where the last good weights are.
     """
-    plan = schedule or Schedule()
+    driver = conduct.driver
     guides.to(driver.device)
     net.to(driver.device)
     if any(p.ndim == 4 for p in net.parameters()):
         net.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
-    optimizers = _optimizers(net, recipe)
-    model, *prepared = driver.prepare(net, *optimizers)
-    if compile:
+    model, *optimizers = driver.prepare(net, *_optimizers(net, recipe))
+    if conduct.compile:
         net.compile()
-    state = _State(Path(out), recipe.digest(data.about, guides.describe(), driver.num_processes), driver)
+    digest = recipe.digest(identity, data.about, guides.describe(), driver.num_processes)
+    state = Checkpoints(Path(out), digest, driver)
     state.resume()
-    steps = recipe.steps(len(data.train))
-    every = max(1, steps // plan.validations)
-    meter, saved, done = _Meter(), time.monotonic(), 0
-    while state.step < steps and (plan.stop_after is None or done < plan.stop_after):
+    steps, start, meter = recipe.steps(len(data.train)), state.step, Meter()
+    every = max(1, steps // conduct.validations)
+    conduct.progress(start * recipe.batch_size, float("nan"))
+    while state.step < steps and (conduct.stop_after is None or state.step - start < conduct.stop_after):
         model.train()
-        loss = _step(model, prepared, data, recipe, guides, state.step, steps, driver)
+        loss = _step(model, optimizers, data, recipe, guides, state.step, steps, driver)
         if not math.isfinite(loss):
             raise _no_number(f"the loss is {loss}", state, steps)
         state.step += 1
-        done += 1
         meter.add(recipe.batch_size, loss)
-        progress(recipe.batch_size, loss)
-        last = state.step == steps
-        if last or meter.since >= _LOG_SECONDS:
-            state.log(
-                {
-                    "images": state.step * recipe.batch_size,
-                    **meter.take(),
-                    "rate": recipe.rate_at(state.step - 1, steps),
-                }
-            )
-        if last or state.step % every == 0:
-            begun = time.monotonic()
-            model.eval()
-            scores = validate(net)
-            state.log({"held_out": scores})
-            if scores["score"] < state.best.get("score", float("inf")):
-                state.best, state.best_step = scores, state.step
-                if driver.is_main_process:
-                    keep(net, scores, state.step)
-            meter.pause(time.monotonic() - begun)
-        if last or time.monotonic() - saved > plan.checkpoint_seconds or state.step % every == 0:
+        conduct.progress(recipe.batch_size, loss)
+        look = state.step == steps or state.step % every == 0
+        if look or meter.since >= _LOG_SECONDS:
+            rate = recipe.rate_at(state.step - 1, steps)
+            state.log({"images": state.step * recipe.batch_size, **meter.take(), "rate": rate})
+        if look:
+            with meter.paused():
+                model.eval()
+                state.judge(validate(net), lambda scores, step: keep(net, scores, step))
+        if look or state.age > conduct.checkpoint_seconds:
             if not all(p.isfinite().all() for p in net.parameters()):
                 raise _no_number("the weights are no numbers any more", state, steps)
             state.save()
-            saved = time.monotonic()
     driver.end_training()
     return Outcome(state.step, state.step >= steps, state.best, state.best_step, meter.rate)
 
 
-def _no_number(what: str, state: _State, steps: int) -> RunFault:
+def _no_number(what: str, state: Checkpoints, steps: int) -> RunFault:
     return RunFault(
         f"{what} after step {state.step} of {steps}: stopped; the checkpoint of step {state.saved} and the best "
         f"weights so far are in {state.out} (try a smaller --rate)"
@@ -252,97 +238,3 @@ def make_batch(
     sigma = Levels(recipe.sigmas, recipe.continuous).draw(len(indices), generator).to(device)
     noise = torch.randn(clean.shape, generator=generator).to(device)
     return clean, clean + sigma[:, None, None, None] * noise, sigma
-
-
-class _Meter:
-    """Loss and speed since the last report, and speed overall; pauses do not count."""
-
-    def __init__(self) -> None:
-        self.begun = self.start = time.monotonic()
-        self.images = self.all = 0
-        self.losses: list[float] = []
-
-    @property
-    def since(self) -> float:
-        return time.monotonic() - self.start
-
-    @property
-    def rate(self) -> float:
-        return self.all / max(1e-9, time.monotonic() - self.begun)
-
-    def add(self, images: int, loss: float) -> None:
-        self.images += images
-        self.all += images
-        self.losses.append(loss)
-
-    def pause(self, seconds: float) -> None:
-        self.start += seconds
-        self.begun += seconds
-
-    def take(self) -> dict[str, float]:
-        found = {"loss": sum(self.losses) / len(self.losses), "images_per_second": self.images / max(1e-9, self.since)}
-        self.start, self.images, self.losses = time.monotonic(), 0, []
-        return found
-
-
-class _State:
-    """Step and best score, in ``out``: a checkpoint is written beside the old one and then takes its place."""
-
-    def __init__(self, out: Path, digest: str, driver: Accelerator) -> None:
-        self.out, self.digest, self.driver = out, digest, driver
-        self.step = self.saved = self.best_step = 0
-        self.best: Scores = {}
-        self.folder, self.old, self.new = (out / f"checkpoint{end}" for end in ("", ".old", ".new"))
-        self.metrics = out / "metrics.jsonl"
-
-    def resume(self) -> None:
-        """Go on from the checkpoint, if there is one; lines of metrics after it are dropped."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        found = next((f for f in (self.folder, self.old) if (f / "state.json").is_file()), None)
-        if found is None:
-            self.metrics.unlink(missing_ok=True)
-            return
-        state = json.loads((found / "state.json").read_text())
-        if state["digest"] != self.digest:
-            raise UserError(
-                f"{self.out} holds another training (other options, data or classifiers); name another --out, or "
-                f"remove {found}"
-            )
-        self.driver.load_state(str(found))
-        self.step = self.saved = state["step"]
-        self.best, self.best_step = state["best"], state["best_step"]
-        if self.driver.is_main_process and self.metrics.is_file():
-            lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= self.step]
-            beside = self.metrics.with_suffix(".new")
-            beside.write_text("".join(line + "\n" for line in lines))
-            os.replace(beside, self.metrics)
-
-    def save(self) -> None:
-        """Everything that is needed to go on."""
-        self.driver.wait_for_everyone()
-        self.driver.save_state(str(self.new))
-        if self.driver.is_main_process:
-            state = {"step": self.step, "best": self.best, "best_step": self.best_step, "digest": self.digest}
-            (self.new / "state.json").write_text(json.dumps(state))
-            if self.folder.exists():
-                shutil.rmtree(self.old, ignore_errors=True)
-                os.replace(self.folder, self.old)
-            os.replace(self.new, self.folder)
-            shutil.rmtree(self.old, ignore_errors=True)
-        self.saved = self.step
-        self.driver.wait_for_everyone()
-
-    def log(self, values: dict[str, Any]) -> None:
-        """One line of metrics, flushed, and the same for TensorBoard."""
-        if self.driver.is_main_process:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
-        flat = {f"held_out/{k}": v for k, v in values["held_out"].items()} if "held_out" in values else values
-        self.driver.log(flat, step=self.step)
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 62  # torn

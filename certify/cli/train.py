@@ -15,7 +15,7 @@ from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
     from certify.classifiers import Classifier
-    from training.loop import Outcome
+    from training.loop import Conduct, Outcome
 
 
 class LevelsOption(options.ParamType):
@@ -111,7 +111,7 @@ def _train(o: dict[str, Any]) -> Outcome:
     from tqdm import tqdm
 
     from training.data import load_training_data
-    from training.loop import Schedule, make_accelerator
+    from training.loop import Conduct, make_accelerator
     from training.recipe import Recipe
 
     say = _silent if o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")) else _say
@@ -163,16 +163,16 @@ def _train(o: dict[str, Any]) -> Outcome:
             bar.update(images)
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
-        common = {
-            "driver": driver,
-            "licence": o["licence"],
-            "command": options.command_line(),
-            "schedule": Schedule(validations=o["validations"]),
-            "compile": o["compile"] == "on",
-            "progress": progress,
-        }
+        conduct = Conduct(
+            driver,
+            compile=o["compile"] == "on",
+            validations=o["validations"],
+            progress=progress,
+            command=options.command_line(),
+            licence=o["licence"],
+        )
         try:
-            return _run(o, data, recipe, spec, target, surrogates, common)
+            return _run(o, data, recipe, spec, target, surrogates, conduct)
         except KeyboardInterrupt:
             fault = RunFault(f"stopped; the same command goes on from the last checkpoint in {o['out']}")
             fault.exit_code = 130
@@ -186,12 +186,12 @@ def _run(
     spec: Any,
     target: Classifier | None,
     surrogates: list[Classifier],
-    common: dict[str, Any],
+    conduct: Conduct,
 ) -> Outcome:
     if spec is not None:
         from training.classifier import train_classifier
 
-        return train_classifier(o["train_classifier"], spec, data, recipe, o["out"], **common)
+        return train_classifier(o["train_classifier"], spec, data, recipe, o["out"], conduct)
     from training.denoiser import train_denoiser
     from training.guides import Guides
     from training.losses import OBJECTIVES, phases
@@ -207,12 +207,12 @@ def _run(
         data,
         recipe,
         o["out"],
+        conduct,
         guides=guides,
         watched_by=watched,
         options=_architecture_options(o["extra"]),
         init=o["init"],
         stored=o["store"],
-        **common,
     )
 
 

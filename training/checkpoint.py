@@ -1,0 +1,136 @@
+"""What training leaves in its folder: checkpoints, metrics, the best figures so far; and its speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from certify.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Scores = dict[str, float]
+"""Figures on held-out images; ``score`` among them, less is better."""
+
+
+class Meter:
+    """Loss and speed since the last report, and speed overall; pauses do not count."""
+
+    def __init__(self) -> None:
+        self.begun = self.start = time.monotonic()
+        self.images = self.all = 0
+        self.losses: list[float] = []
+
+    @property
+    def since(self) -> float:
+        """Seconds since the last report."""
+        return time.monotonic() - self.start
+
+    @property
+    def rate(self) -> float:
+        """Images a second overall."""
+        return self.all / max(1e-9, time.monotonic() - self.begun)
+
+    def add(self, images: int, loss: float) -> None:
+        """One step."""
+        self.images += images
+        self.all += images
+        self.losses.append(loss)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count."""
+        begun = time.monotonic()
+        yield
+        self.start += time.monotonic() - begun
+        self.begun += time.monotonic() - begun
+
+    def take(self) -> dict[str, float]:
+        """Mean loss and images a second since the last call."""
+        found = {"loss": sum(self.losses) / len(self.losses), "images_per_second": self.images / max(1e-9, self.since)}
+        self.start, self.images, self.losses = time.monotonic(), 0, []
+        return found
+
+
+class Checkpoints:
+    """Step and best score, in ``out``: a checkpoint is written beside the old one and then takes its place."""
+
+    def __init__(self, out: Path, digest: str, driver: Accelerator) -> None:
+        self.out, self.digest, self.driver = out, digest, driver
+        self.step = self.saved = self.best_step = 0
+        self._written = time.monotonic()
+        self.best: Scores = {}
+        self.folder, self.old, self.new = (out / f"checkpoint{end}" for end in ("", ".old", ".new"))
+        self.metrics = out / "metrics.jsonl"
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one; lines of metrics after it are dropped."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        found = next((f for f in (self.folder, self.old) if (f / "state.json").is_file()), None)
+        if found is None:
+            self.metrics.unlink(missing_ok=True)
+            return
+        state = json.loads((found / "state.json").read_text())
+        if state["digest"] != self.digest:
+            raise UserError(
+                f"{self.out} holds another training (other options, data or classifiers); name another --out, or "
+                f"remove {found}"
+            )
+        self.driver.load_state(str(found))
+        self.step = self.saved = state["step"]
+        self.best, self.best_step = state["best"], state["best_step"]
+        if self.driver.is_main_process and self.metrics.is_file():
+            lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= self.step]
+            beside = self.metrics.with_suffix(".new")
+            beside.write_text("".join(line + "\n" for line in lines))
+            os.replace(beside, self.metrics)
+
+    def save(self) -> None:
+        """Everything that is needed to go on."""
+        self.driver.wait_for_everyone()
+        self.driver.save_state(str(self.new))
+        if self.driver.is_main_process:
+            state = {"step": self.step, "best": self.best, "best_step": self.best_step, "digest": self.digest}
+            (self.new / "state.json").write_text(json.dumps(state))
+            if self.folder.exists():
+                shutil.rmtree(self.old, ignore_errors=True)
+                os.replace(self.folder, self.old)
+            os.replace(self.new, self.folder)
+            shutil.rmtree(self.old, ignore_errors=True)
+        self.saved, self._written = self.step, time.monotonic()
+        self.driver.wait_for_everyone()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last checkpoint."""
+        return time.monotonic() - self._written
+
+    def judge(self, scores: Scores, keep: Callable[[Scores, int], None]) -> None:
+        """Log figures on held-out images, and keep the weights if they are the best so far."""
+        self.log({"held_out": scores})
+        if scores["score"] < self.best.get("score", float("inf")):
+            self.best, self.best_step = scores, self.step
+            if self.driver.is_main_process:
+                keep(scores, self.step)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """One line of metrics, flushed, and the same for TensorBoard."""
+        if self.driver.is_main_process:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        flat = {f"held_out/{k}": v for k, v in values["held_out"].items()} if "held_out" in values else values
+        self.driver.log(flat, step=self.step)
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62  # torn
