@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from certify.classifiers import Classifier
 from certify.streams import block_generator, stream_key
 from training.data import TrainingData
-from training.losses import OBJECTIVES, Batch
+from training.losses import Batch, mse
 
 _BATCH = 100
 MOST = 500
@@ -33,32 +33,37 @@ def denoiser_scores(
         net: in evaluation mode.
         data: its held-out images are used.
         sigmas: noise levels.
-        objective: ``score`` is its loss, averaged over levels and classifiers.
+        objective: what ``score``, averaged over levels, is made of: the loss itself for ``mse``; else the share of
+            denoised images whose label is wrong (``classification``) or not that of the clean image, because that
+            share, not the cross-entropy, is what certificates are made of.
         classifiers: frozen, on the network's device; accuracies are averaged over them.
         seed: of the noise.
 
     Returns:
-        ``score``, and for every level ``psnr@S`` (dB) and, with classifiers and labels, ``accuracy@S``.
+        ``score``, and for every level ``psnr@S`` (dB) and, with classifiers, ``agreement@S`` (the label of the clean
+        image is kept) and, with labels too, ``accuracy@S``.
     """
     found: dict[str, float] = {}
     scores = []
-    loss = OBJECTIVES.get("stability" if objective == "zeroth-order" else objective)()
     for sigma in sigmas:
-        losses, errors, hits, count = [], [], 0, 0
+        errors, losses, right, kept = [], [], [], []
         for i, (clean, labels) in enumerate(_batches(data, next(net.parameters()).device)):
-            output = net(_noisy(clean, sigma, i, seed), torch.full((len(clean),), sigma, device=clean.device))
             level = torch.full((len(clean),), sigma, device=clean.device)
-            for classifier in classifiers or (None,):
-                batch = Batch(clean, output, level, labels, classifier, torch.Generator())
-                losses.append(float(loss.loss(batch)) * len(clean))
-                if classifier is not None and labels is not None:
-                    hits += int((classifier(output) == labels).sum())
+            output = net(_noisy(clean, sigma, i, seed), level)
             errors.append((output - clean).pow(2).mean((1, 2, 3)).clamp_min(1e-12))
-            count += len(clean)
-        scores.append(sum(losses) / (count * max(1, len(classifiers))))
+            losses.append(mse(Batch(clean, output, level, labels, None, torch.Generator())) * len(clean))
+            for classifier in classifiers:
+                answer = classifier(output)
+                kept.append(answer == classifier(clean))
+                right.extend([] if labels is None else [answer == labels])
         found[f"psnr@{sigma:g}"] = round(float(-10 * torch.cat(errors).log10().mean()), 3)
-        if classifiers and data.labels is not None:
-            found[f"accuracy@{sigma:g}"] = round(hits / (count * len(classifiers)), 4)
+        for name, hits in (("agreement", kept), ("accuracy", right)):
+            if hits:
+                found[f"{name}@{sigma:g}"] = round(float(torch.cat(hits).double().mean()), 4)
+        if objective == "mse":
+            scores.append(float(sum(losses)) / len(torch.cat(errors)))
+        else:
+            scores.append(1 - float(torch.cat(right if objective == "classification" else kept).double().mean()))
     return {"score": sum(scores) / len(scores), **found}
 
 
