@@ -192,6 +192,15 @@ def test_held_out_images_are_never_trained_on(data: Any) -> None:
     assert len(data.train) + len(data.held_out) == 1297
 
 
+def test_a_part_of_the_data_is_spread_over_it(digits: Classifier) -> None:
+    part = load_training_data("digits-train", digits, max_images=100)
+    assert len(part.train) + len(part.held_out) == 100
+    everything = load_training_data("digits-train", digits)
+    assert torch.equal(part.take(torch.arange(100)), everything.take(torch.arange(0, 1200, 12)))
+    assert part.labels is not None
+    assert len(part.labels.unique()) == 10
+
+
 def test_levels() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = Levels((0.1, 1.0), continuous=True).draw(20_000, generator)

@@ -70,7 +70,7 @@ def load_training_data(
         size: (C, H, W), where there is no viewer and the images differ in size.
         seed: of the split.
         held_out: how many images to hold out; None: a tenth, at most 1,000.
-        max_images: use only so many.
+        max_images: use only so many, spread over the data.
         root: folder of torchvision's datasets.
         download: whether a missing dataset may be downloaded.
         progress: told how many images were read since the last call.
@@ -78,9 +78,11 @@ def load_training_data(
     Raises:
         UserError: no such data, images of different sizes, too few images.
     """
-    images = load_images(
-        data, viewer or _own_view(data, size, root, download), max_images=max_images, root=root, download=download
-    )
+    view = viewer or _own_view(data, size, root, download)
+    images = load_images(data, view, root=root, download=download)
+    if max_images is not None and max_images < len(images):  # spread out: the first of class folders are of one class
+        skip = len(images) // max_images
+        images = load_images(data, view, skip=skip, max_images=max_images, root=root, download=download)
     first = images.load(0)
     image = tuple(first.shape)
     assert len(image) == 3

@@ -66,6 +66,10 @@ class Recipe:
                 raise UserError(f"--{name} {value!r}: expected one of {', '.join(known)}")
         if self.continuous and len(set(self.sigmas)) < 2:
             raise UserError("--sigma LOW:HIGH: expected two different levels, such as 0.1:1")
+        if not (0 < self.switch_at < 1 and 0 < self.first_share < 1):
+            raise UserError(
+                f"--switch-at {self.switch_at:g} --first-share {self.first_share:g}: expected between 0 and 1"
+            )
         if not (self.epochs > 0 and math.isfinite(self.epochs) and self.batch_size > 0):
             raise UserError(f"--epochs {self.epochs} --batch-size {self.batch_size}: expected numbers above 0")
 

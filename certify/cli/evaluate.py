@@ -38,7 +38,8 @@ _OF_A_CLASSIFIER = {"weights": "--weights", "mean": "--mean", "std": "--std", "n
     required=True,
     help="Standard deviation of the noise in [0, 1] pixels; several separated by commas.",
 )
-@options.classifier_options
+@options.model_if_any
+@options.input_options
 @options.data_options
 @click.option("--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Seed of the noise.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator.")
@@ -99,12 +100,6 @@ def evaluate_denoiser(**o: Any) -> None:
         draw(done, kept, picture, classifier.class_names if classifier else None)  # last: the numbers are out already
         if not o["as_json"]:
             click.echo(f"\npicture    {picture}")
-
-
-for _option in evaluate_denoiser.params:
-    if _option.name == "model":  # required by every other verb
-        _option.required = False
-        _option.help = f"{_option.help} Without one: no accuracies."
 
 
 def _check_first(o: dict[str, Any]) -> list[float]:

@@ -142,13 +142,14 @@ noise_options = _apply(
     click.option("--round", "rounded", is_flag=True, help="With --noise exact: round images to the 8-bit grid first."),
 )
 
-classifier_options = _apply(
-    click.option(
-        "--model",
-        required=True,
-        help="The frozen classifier: digits, cifar_resnet56, any timm or torchvision name, hf-hub:OWNER/NAME, "
-        "a TorchScript or ONNX file, or package.module:callable.",
-    ),
+_MODEL = (
+    "The frozen classifier: digits, cifar_resnet56, any timm or torchvision name, hf-hub:OWNER/NAME, "
+    "a TorchScript or ONNX file, or package.module:callable."
+)
+
+model_if_any = click.option("--model", help=f"{_MODEL} Without one: no accuracies.")
+
+input_options = _apply(
     click.option(
         "--weights", metavar="FILE", help="Its checkpoint (.pth .pt .th .tar .safetensors), if not the published one."
     ),
@@ -157,6 +158,8 @@ classifier_options = _apply(
     click.option("--std", type=Numbers(), help="Deviation that it divides by, per channel, in place of its own."),
     click.option("--num-classes", type=Count("the number of classes"), help="Classes, where the model does not say."),
 )
+
+classifier_options = _apply(click.option("--model", required=True, help=_MODEL), input_options)
 
 data_options = _apply(
     click.option("--data", help="Images: a dataset's name (`certify list datasets`), an image, folder, .zip or .npz."),

@@ -43,17 +43,23 @@ class LevelsOption(options.ParamType):
 @click.option("--option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the architecture; repeatable.")
 @click.option("--objective", show_default="mse", help="mse, stability, classification, mse+stability, zeroth-order.")
 @click.option("--sigma", type=LevelsOption(), required=True, help="Noise: 0.25, or 0.12,0.25 or 0.1:1 (per image).")
-@click.option("--classifier", metavar="MODEL", help="The frozen classifier; with --surrogate the target, never used.")
-@click.option("--weights", metavar="FILE", help="Its checkpoint.")
+@click.option(
+    "--classifier", "--model", metavar="MODEL", help="The frozen classifier; with --surrogate the target, never used."
+)
+@options.input_options
 @click.option(
     "--surrogate", multiple=True, metavar="MODEL[=FILE]", help="Query access: train through this one; repeatable."
 )
 @click.option("--init", metavar="DENOISER", help="Start from these weights (MSE first, then --objective stability).")
 @click.option("--data", required=True, help="Training images: a dataset's name, a folder, .zip or .npz.")
-@click.option("--input-size", type=options.Size(), metavar="CxHxW", help="Size of the images, without a classifier.")
 @click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data).")
 @click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root.")
-@click.option("--max", "max_images", type=options.Count("the most images to take"), help="Use at most so many images.")
+@click.option(
+    "--max",
+    "max_images",
+    type=options.Count("the most images to take"),
+    help="Use at most so many images, spread over the data.",
+)
 @click.option("--held-out", type=options.Count("a number of images"), help="Held out to choose weights by.")
 @click.option("--epochs", type=float, default=10.0, show_default=True, help="Passes over the images; may be 0.5.")
 @click.option("--batch-size", type=options.Count("a batch size"), default=64, show_default=True, help="Images a step.")
@@ -61,6 +67,13 @@ class LevelsOption(options.ParamType):
 @click.option("--rate", type=options.Positive("a rate above 0"), default=1e-3, show_default=True, help="Peak rate.")
 @click.option("--weight-decay", type=float, default=1e-4, show_default=True, help="L2 penalty.")
 @click.option("--schedule", default="one-cycle", show_default=True, help="one-cycle, step, constant.")
+@click.option(
+    "--switch-at", type=float, show_default="50/90", help="adam-then-sgd: share of the steps that are Adam's."
+)
+@click.option(
+    "--sgd-rate", type=options.Positive("a rate above 0"), default=1e-3, show_default=True, help="SGD's there."
+)
+@click.option("--first-share", type=float, default=0.5, show_default=True, help="mse+stability: share of mse.")
 @click.option("--queries", type=options.Count("queries"), default=20, show_default=True, help="zeroth-order: an image.")
 @click.option("--no-augment", is_flag=True, help="Do not move and mirror the images.")
 @click.option(
@@ -126,11 +139,14 @@ def _train(o: dict[str, Any]) -> Outcome:
         weight_decay=o["weight_decay"],
         schedule=o["schedule"],
         augment=not o["no_augment"],
+        switch_at=50 / 90 if o["switch_at"] is None else o["switch_at"],
+        sgd_rate=o["sgd_rate"],
+        first_share=o["first_share"],
         queries=o["queries"],
         seed=o["seed"],
     )
     driver = make_accelerator(o["device"], _precision(o), o["out"])
-    target = _classifier(o["classifier"], o["weights"]) if o["classifier"] else None
+    target = _target(o)
     surrogates = [_classifier(*_split(s)) for s in o["surrogate"]]
     spec = None
     viewer: Any = surrogates[0] if surrogates else target
@@ -223,10 +239,23 @@ class _Viewer:
         self.class_names, self.num_classes, self.input = spec.class_names, spec.num_classes or 10, spec.input
 
 
-def _classifier(model: str, weights: str | None) -> Classifier:
+def _target(o: dict[str, Any]) -> Classifier | None:
+    """The classifier that is named, with the user's settings in place of its own."""
+    if o["classifier"]:
+        return _classifier(o["classifier"], o["weights"], **{k: o[k] for k in _OF_A_CLASSIFIER[1:]})
+    alone = next((name for name in _OF_A_CLASSIFIER if o[name] is not None and name != "input_size"), None)
+    if alone is not None:
+        raise UserError(f"--{alone.replace('_', '-')} without --classifier: there is nothing it could be of")
+    return None
+
+
+_OF_A_CLASSIFIER = ("weights", "input_size", "mean", "std", "num_classes")
+
+
+def _classifier(model: str, weights: str | None, **settings: Any) -> Classifier:
     from certify.classifiers import load_classifier
 
-    return load_classifier(model, weights=weights)
+    return load_classifier(model, weights=weights, **settings)
 
 
 def _split(surrogate: str) -> tuple[str, str | None]:
