@@ -39,8 +39,9 @@ def data(digits: Classifier) -> Any:
 
 
 def run(data: Any, out: Path, recipe: Recipe, *, guides: Guides | None = None, **conduct: Any) -> Outcome:
+    init = conduct.pop("init", None)
     how = Conduct(make_accelerator("cpu"), **conduct)
-    return train_denoiser("unet", data, recipe, out, how, guides=guides, options=SMALL)
+    return train_denoiser("unet", data, recipe, out, how, guides=guides, options=SMALL, init=init)
 
 
 def test_mse_training_beats_the_identity_and_the_best_guess_from_one_pixel(data: Any, tmp_path: Path) -> None:
@@ -70,6 +71,25 @@ def test_stability_training_raises_accuracy_and_leaves_the_classifier_alone(
     assert guides.unchanged()
     card = read_denoiser(tmp_path / WEIGHTS).card
     assert (card.objective, card.access, card.classifiers[0]["sha256"]) == ("mse+stability", "white-box", before)
+
+
+def test_queries_alone_improve_on_squared_error(data: Any, digits: Classifier, tmp_path: Path) -> None:
+    """Zeroth-order fine-tuning: more labels of clean images are kept, and no gradient of the classifier was used."""
+
+    class NoGradients(Classifier):
+        def logits(self, images: Tensor) -> Tensor:
+            assert not torch.is_grad_enabled()
+            return super().logits(images)
+
+    target = NoGradients("digits", ClassifierSpec(digits.net, digits.input, digits.class_names, 10))
+    run(data, tmp_path / "mse", Recipe(sigmas=(0.5,), epochs=12, rate=5e-3), validations=1)
+    recipe = Recipe("zeroth-order", (0.5,), epochs=5, rate=2e-3)
+    start = str(tmp_path / "mse" / WEIGHTS)
+    after = run(data, tmp_path / "zo", recipe, guides=Guides([target]), init=start, validations=1)
+    before = denoiser_scores(read_denoiser(start), data, (0.5,), "stability", [digits])
+    # 400 images, of which some 60 change sides: one standard error of the difference is sqrt(60) / 400 = 0.02
+    assert after.best["agreement@0.5"] > before["agreement@0.5"] + 0.04
+    assert read_denoiser(tmp_path / "zo" / WEIGHTS).card.access == "queries"
 
 
 class Identity(nn.Module):
