@@ -204,7 +204,7 @@ def _step(
     optimizer.zero_grad()
     with driver.autocast():
         output = model(noisy, sigma)
-        batch = Batch(clean, output, sigma, labels, guides.at(step), generator, recipe.queries)
+        batch = Batch(clean, output, sigma, labels, guides.at(step), generator, recipe.queries, recipe.temperature)
         loss = objective.loss(batch)
     driver.backward(loss)
     optimizer.step()

@@ -28,6 +28,7 @@ class Batch:
         classifier: the frozen classifier whose turn it is, or None.
         generator: for objectives that draw.
         queries: for objectives that estimate gradients: directions an image.
+        temperature: what the classifier's logits are divided by before the cross-entropy.
     """
 
     clean: Tensor
@@ -37,6 +38,12 @@ class Batch:
     classifier: Classifier | None
     generator: torch.Generator
     queries: int = 20
+    temperature: float = 1.0
+
+    def logits(self) -> Tensor:
+        """The classifier's logits ``(B, K)`` of the output, at the batch's temperature."""
+        assert self.classifier is not None
+        return self.classifier.logits(self.output) / self.temperature
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def stability(batch: Batch) -> Tensor:
     assert batch.classifier is not None
     with torch.no_grad():
         target = batch.classifier(batch.clean)
-    return cross_entropy(batch.classifier.logits(batch.output), target, ignore_index=FAILED)
+    return cross_entropy(batch.logits(), target, ignore_index=FAILED)
 
 
 def classification(batch: Batch) -> Tensor:
@@ -83,7 +90,7 @@ def classification(batch: Batch) -> Tensor:
     The first is CLF of Salman et al. 2020, the second the noise augmentation of Cohen et al. 2019.
     """
     assert batch.labels is not None
-    scores = batch.output if batch.classifier is None else batch.classifier.logits(batch.output)
+    scores = batch.output if batch.classifier is None else batch.logits()
     return cross_entropy(scores, batch.labels)
 
 

@@ -36,6 +36,9 @@ class Recipe:
         sgd_rate: learning rate SGD starts with there.
         first_share: share of the steps for the first of two phases.
         augment: whether images are moved and mirrored.
+        temperature: the frozen classifier's logits are divided by it before the cross-entropy; 1 is the published loss.
+            A classifier that never saw noise is far too sure of what it makes of denoised images. Above 1 training
+            spends itself on its votes, which are all that a certificate counts, not on its confidence.
         queries: queries an image a step, for ``zeroth-order``.
         seed: of initial weights, order, augmentation and noise.
     """
@@ -53,6 +56,7 @@ class Recipe:
     sgd_rate: float = 1e-3
     first_share: float = 0.5
     augment: bool = True
+    temperature: float = 1.0
     queries: int = 20
     seed: int = 0
 
@@ -70,6 +74,8 @@ class Recipe:
             raise UserError(
                 f"--switch-at {self.switch_at:g} --first-share {self.first_share:g}: expected between 0 and 1"
             )
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature:g}: expected a number above 0")
         if not (self.epochs > 0 and math.isfinite(self.epochs) and self.batch_size > 0):
             raise UserError(f"--epochs {self.epochs} --batch-size {self.batch_size}: expected numbers above 0")
 

@@ -270,7 +270,7 @@ def _estimated(batch: Batch) -> Tensor:
     target = black_box(batch.clean).argmax(dim=1)
 
     def loss(images: Tensor) -> Tensor:
-        return stability(black_box(images), target)
+        return stability(black_box(images) / batch.temperature, target)
 
     gradient = estimate_gradient(
         loss, batch.output, method="random", queries=batch.queries, step=STEP, size=SIZE, generator=batch.generator

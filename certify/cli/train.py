@@ -74,6 +74,13 @@ class LevelsOption(options.ParamType):
     "--sgd-rate", type=options.Positive("a rate above 0"), default=1e-3, show_default=True, help="SGD's there."
 )
 @click.option("--first-share", type=float, default=0.5, show_default=True, help="mse+stability: share of mse.")
+@click.option(
+    "--temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="The frozen classifier's logits are divided by it.",
+)
 @click.option("--queries", type=options.Count("queries"), default=20, show_default=True, help="zeroth-order: an image.")
 @click.option("--no-augment", is_flag=True, help="Do not move and mirror the images.")
 @click.option(
@@ -142,6 +149,7 @@ def _train(o: dict[str, Any]) -> Outcome:
         switch_at=50 / 90 if o["switch_at"] is None else o["switch_at"],
         sgd_rate=o["sgd_rate"],
         first_share=o["first_share"],
+        temperature=o["temperature"],
         queries=o["queries"],
         seed=o["seed"],
     )
