@@ -60,6 +60,7 @@ class UNet(nn.Module):
     def __init__(self, channels: tuple[int, ...] = (48, 96, 192), blocks: int = 2, image_channels: int = 3) -> None:
         super().__init__()
         self.channels = tuple(channels)
+        self.bottleneck_channels = channels[-1]
         self.step = _FOLD * 2 ** (len(channels) - 1)
         self.embed = nn.Sequential(
             nn.Linear(1, _LEVEL_FEATURES), nn.ReLU(), nn.Linear(_LEVEL_FEATURES, _LEVEL_FEATURES), nn.ReLU()
@@ -73,6 +74,12 @@ class UNet(nn.Module):
         self.tail = nn.Conv2d(channels[0], folded, 3, padding=1)
         nn.init.zeros_(self.tail.weight)
         nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
+
+    @property
+    def bottleneck(self) -> nn.Module:
+        """The last block at the coarsest scale: what the network makes of the picture as a whole."""
+        found: nn.Module = self.down[-1][-1]  # type: ignore[index]
+        return found
 
     def forward(
         self, noisy: Tensor, sigma: float | Tensor | None = None, *, generator: torch.Generator | None = None

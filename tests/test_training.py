@@ -15,11 +15,14 @@ from certify.classifiers import Classifier, ClassifierSpec
 from certify.errors import RunFault, UserError
 from certify.pipeline import state_digest
 from certify.weights import read_state_dict
+from denoisers.dncnn import DnCNN
+from denoisers.unet import UNet
 from denoisers.weights import read_denoiser
 from training import loop
 from training.data import Levels, augment, load_training_data
 from training.denoiser import WEIGHTS, train_denoiser
 from training.guides import Guides
+from training.head import with_head
 from training.held_out import denoiser_scores
 from training.loop import Conduct, Outcome, draw_order, make_accelerator
 from training.losses import OBJECTIVES, Batch
@@ -92,6 +95,27 @@ def test_queries_alone_improve_on_squared_error(data: Any, digits: Classifier, t
     assert read_denoiser(tmp_path / "zo" / WEIGHTS).card.access == "queries"
 
 
+def test_a_head_reads_classes_off_the_bottleneck_and_is_thrown_away(data: Any, tmp_path: Path) -> None:
+    """Its scores are those of the features, its gradient reaches them, and the file is a plain denoiser."""
+    torch.manual_seed(0)
+    net = UNet((8, 16), 1, 1)
+    seen: list[Tensor] = []
+    headed = with_head(net, data.labels, 0)
+    net.down[-1][0].register_forward_hook(lambda module, given, output: seen.append(output))
+    noisy = torch.rand(6, 1, 8, 8)
+    _, scores = headed(noisy, torch.full((6,), 0.5))
+    assert torch.equal(scores, headed.head(seen[0].mean((2, 3))))
+    scores.sum().backward()
+    assert net.head.weight.grad.abs().sum() > 0
+    assert net.tail.weight.grad is None  # classes are read before the way up
+    run(data, tmp_path, Recipe("mse+classes", epochs=0.2), validations=1)
+    found = read_denoiser(tmp_path / WEIGHTS)
+    assert not any("head" in key and "net.head" not in key for key in found.state_dict())
+    assert found.card.access == "none"
+    with pytest.raises(UserError, match="needs a network with a bottleneck, such as unet; DnCNN has none"):
+        with_head(DnCNN(8, 3), data.labels, 0)
+
+
 class Identity(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +165,9 @@ def test_gradients_reach_the_denoiser_only(data: Any, digits: Classifier) -> Non
     for name in OBJECTIVES:
         output = (clean + 0.1).requires_grad_(True)
         labels = data.labels[data.train[:8]]
-        batch = Batch(clean, output, torch.full((8,), 0.25), labels, digits, torch.Generator().manual_seed(0), 4)
+        scores = output.flatten(1)[:, :10]  # of the network's own, where an objective wants some
+        generator = torch.Generator().manual_seed(0)
+        batch = Batch(clean, output, torch.full((8,), 0.25), labels, digits, generator, 4, scores=scores)
         loss = OBJECTIVES.get(name)().loss(batch)
         loss.backward()
         assert loss.isfinite()

@@ -20,6 +20,7 @@ from denoisers.weights import UNNAMED, Card, Trained, save_denoiser
 from training.checkpoint import Scores
 from training.data import Levels, TrainingData
 from training.guides import Guides
+from training.head import with_head
 from training.held_out import denoiser_scores
 from training.loop import Conduct, Outcome, train
 from training.losses import OBJECTIVES, phases
@@ -83,20 +84,24 @@ def train_denoiser(
         stored=stored,
     )
 
+    headed = any(OBJECTIVES.get(name)().head for name in phases(recipe.objective))
+    assert not headed or data.labels is not None  # refused before
+    whole = with_head(net, data.labels, recipe.seed) if headed and data.labels is not None else net
+
     def keep(trained: nn.Module, scores: Scores, step: int) -> None:
         shaped = {**recipe.describe(), "chosen_at_step": step, "of_steps": recipe.steps(len(data.train))}
-        save_denoiser(Path(out) / WEIGHTS, trained, replace(card, training=shaped, validation=scores))
+        save_denoiser(Path(out) / WEIGHTS, net, replace(card, training=shaped, validation=scores))
 
     levels = Levels(recipe.sigmas, recipe.continuous).checked()
     outcome = train(
-        net,
+        whole,
         data,
         recipe,
         guides,
         out,
         conduct,
         identity=[architecture, options, before],
-        validate=lambda trained: denoiser_scores(trained, data, levels, last, judges),
+        validate=lambda trained: denoiser_scores(net, data, levels, last, judges),
         keep=keep,
     )
     if not guides.unchanged():

@@ -33,9 +33,9 @@ def denoiser_scores(
         net: in evaluation mode.
         data: its held-out images are used.
         sigmas: noise levels.
-        objective: what ``score``, averaged over levels, is made of: the loss itself for ``mse``; else the share of
-            denoised images whose label is wrong (``classification``) or not that of the clean image, because that
-            share, not the cross-entropy, is what certificates are made of.
+        objective: what ``score``, averaged over levels, is made of: squared error for ``mse`` and ``mse+classes``;
+            else the share of denoised images whose label is wrong (``classification``) or not that of the clean
+            image, because that share, not the cross-entropy, is what certificates are made of.
         classifiers: frozen, on the network's device; accuracies are averaged over them.
         seed: of the noise.
 
@@ -60,7 +60,7 @@ def denoiser_scores(
         for name, hits in (("agreement", kept), ("accuracy", right)):
             if hits:
                 found[f"{name}@{sigma:g}"] = round(float(torch.cat(hits).double().mean()), 4)
-        if objective == "mse":
+        if objective.startswith("mse"):
             scores.append(float(sum(losses)) / len(torch.cat(errors)))
         else:
             scores.append(1 - float(torch.cat(right if objective == "classification" else kept).double().mean()))

@@ -203,8 +203,10 @@ def _step(
         group["lr"] = recipe.rate_at(step, steps)
     optimizer.zero_grad()
     with driver.autocast():
-        output = model(noisy, sigma)
-        batch = Batch(clean, output, sigma, labels, guides.at(step), generator, recipe.queries, recipe.temperature)
+        found = model(noisy, sigma)
+        output, scores = found if isinstance(found, tuple) else (found, None)
+        guide = guides.at(step)
+        batch = Batch(clean, output, sigma, labels, guide, generator, recipe.queries, recipe.temperature, scores)
         loss = objective.loss(batch)
     driver.backward(loss)
     optimizer.step()

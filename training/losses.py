@@ -29,6 +29,7 @@ class Batch:
         generator: for objectives that draw.
         queries: for objectives that estimate gradients: directions an image.
         temperature: what the classifier's logits are divided by before the cross-entropy.
+        scores: class scores ``(B, K)`` read off the network's own features, or None.
     """
 
     clean: Tensor
@@ -39,6 +40,7 @@ class Batch:
     generator: torch.Generator
     queries: int = 20
     temperature: float = 1.0
+    scores: Tensor | None = None
 
     def logits(self) -> Tensor:
         """The classifier's logits ``(B, K)`` of the output, at the batch's temperature."""
@@ -55,12 +57,14 @@ class Objective:
         classifier: whether it needs a frozen classifier.
         labels: whether it needs the images' labels.
         gradients: whether it sends gradients through the classifier.
+        head: whether it needs class scores from the network's own features.
     """
 
     loss: Callable[[Batch], Tensor]
     classifier: bool = True
     labels: bool = False
     gradients: bool = True
+    head: bool = False
 
 
 def mse(batch: Batch) -> Tensor:
@@ -98,6 +102,7 @@ OBJECTIVES = Registry("objective")
 OBJECTIVES.add("mse", lambda: Objective(mse, classifier=False), "squared error; needs nothing from a classifier")
 OBJECTIVES.add("stability", lambda: Objective(stability), "f's own label of the clean image; needs no labels")
 OBJECTIVES.add("classification", lambda: Objective(classification, labels=True), "the true label, through f")
+OBJECTIVES.add("mse+classes", "training.head:objective", "squared error, and the label read off the own bottleneck")
 OBJECTIVES.add("zeroth-order", "training.zeroth_order:objective", "stability by queries alone: gradients estimated")
 
 PHASES = {"mse+stability": ("mse", "stability")}

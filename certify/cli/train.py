@@ -41,7 +41,9 @@ class LevelsOption(options.ParamType):
 @click.option("--denoiser", metavar="ARCHITECTURE", help="What to train: dncnn, dncnn-wide, memnet, unet.")
 @click.option("--train-classifier", metavar="MODEL", help="Train this classifier under noise instead (Cohen 2019).")
 @click.option("--option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the architecture; repeatable.")
-@click.option("--objective", show_default="mse", help="mse, stability, classification, mse+stability, zeroth-order.")
+@click.option(
+    "--objective", show_default="mse", help="mse, mse+classes, stability, classification, mse+stability, zeroth-order."
+)
 @click.option("--sigma", type=LevelsOption(), required=True, help="Noise: 0.25, or 0.12,0.25 or 0.1:1 (per image).")
 @click.option(
     "--classifier", "--model", metavar="MODEL", help="The frozen classifier; with --surrogate the target, never used."
