@@ -6,6 +6,7 @@ function ``(name, weights, num_classes) -> ClassifierSpec`` in a module of its o
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -216,8 +217,9 @@ class Classifier(nn.Module):
         return int(found)
 
     def identity(self) -> str:
-        """What tells it from another: the hash of its file where that defines it, else of its tensors."""
-        return self.code or state_digest(self.net) or self.name
+        """What tells it from another: a hash of its tensors, and of the file that defines it where they do not."""
+        own = state_digest(self.net) or self.name
+        return own if self.code is None else hashlib.sha256(f"{self.code} {own}".encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """Everything that fixes the function, as JSON."""

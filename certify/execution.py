@@ -157,10 +157,12 @@ def _fold(fast: Pipeline, base: Pipeline, noisy: Tensor) -> bool:
     return same
 
 
-def folded_copy(net: nn.Module) -> nn.Module:
-    """A network of its own with its batch norms folded where they can be; gradients go through it to its input."""
-    own = copy.deepcopy(net)
-    return _folded(own) or own
+def folded_copy(net: nn.Module) -> nn.Module | None:
+    """A network of its own with its batch norms folded, or None; gradients go through it to its input.
+
+    Whether it still is the same function is for the caller to find out: a convolution may be used twice.
+    """
+    return _folded(copy.deepcopy(net))
 
 
 def _folded(net: nn.Module) -> nn.Module | None:

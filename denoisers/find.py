@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -30,10 +31,15 @@ def find_denoiser(
 
     channels = image[0] if image else 3
     source = find_source(choose(shipped(), sigma, image, classifier) if name == AUTO else name)
-    module: nn.Module
+    module: Any
     if source.kind == "card":
         assert source.file is not None
         module = read_denoiser(source.file, source.name or None)
+        if image is not None and module.card.image[0] != image[0]:
+            raise UserError(
+                f"denoiser {module.name} is for images of {module.card.image[0]} channels, these have {image[0]}; "
+                "name another, or convert the images"
+            )
     elif source.kind == "checkpoint":
         module = ARCHITECTURES.get(source.name)(image_channels=channels)
         loaded = load_weights(module, source.file or "", source.name)
@@ -50,7 +56,8 @@ def find_denoiser(
         module = adapters.load_callable(source.name)
     else:
         module = DENOISERS.get(source.name)()
-    return module.requires_grad_(False).eval()
+    frozen: nn.Module = module.requires_grad_(False).eval()
+    return frozen
 
 
 def choose(
@@ -87,7 +94,7 @@ def choose(
         own = classifier is not None and any(c.get("sha256") == classifier for c in card.classifiers)
         if card.access == "white-box" and not own:
             return 4, card.continuous, name
-        rank = {"white-box": 0, "surrogates": 1, "queries": 0 if own else 2, "none": 3}[card.access]
+        rank = {"white-box": 0, "surrogates": 1, "queries": 0 if own else 2}.get(card.access, 3)
         return rank, card.continuous, name  # of equals, the one made for this level alone
 
     return min(fitting, key=preference)

@@ -58,7 +58,7 @@ def find_source(name: str) -> DenoiserSource:  # noqa: PLR0911 - one answer a fo
     if kind == "diffusers" and rest:
         return DenoiserSource("diffusers", rest)
     architecture, _, checkpoint = name.partition("=")
-    if checkpoint:
+    if checkpoint and not Path(name).is_file():
         ARCHITECTURES.get(architecture)
         return DenoiserSource("checkpoint", architecture, _existing(checkpoint))
     suffix = Path(name).suffix.lower()

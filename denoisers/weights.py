@@ -16,6 +16,9 @@ from certify.errors import UserError, first_line
 from certify.pipeline import tensors_digest
 
 FORMAT = 1
+ACCESS = ("none", "surrogates", "queries", "white-box")
+"""What training used of a classifier, from nothing to its gradients."""
+
 UNNAMED = "denoiser"
 """What training calls every file of weights, without its ending: the folder tells them apart."""
 
@@ -183,7 +186,7 @@ def read_denoiser(path: str | Path, name: str | None = None) -> Trained:
     try:
         net: nn.Module = ARCHITECTURES.get(card.architecture)(image_channels=card.image[0], **card.options)
         net.load_state_dict(tensors)
-    except (TypeError, RuntimeError, ValueError) as error:
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
         raise UserError(
             f"the card of {path} does not match its tensors: {card.architecture} {card.options}: {first_line(error)}"
         ) from None

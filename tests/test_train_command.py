@@ -110,8 +110,22 @@ D = "train --denoiser unet --data digits-train --out d --sigma "
         (D + "1 --init median", "--init median is not a unet"),
         (D + "1 --epochs 0", "expected numbers above 0"),
         (D + "1 --objective stability --classifier digits --surrogate digits", "surrogate 'digits' is the target"),
+        ("train --denoiser unet --data digits --out d --sigma 1", "expected --data digits-train"),
+        (D + "1 --temperature 4", "--temperature belongs to an objective with a classifier"),
+        (D + "1 --queries 5", "--queries belongs to --objective zeroth-order"),
+        (D + "1 --sgd-rate 0.1", "--sgd-rate belongs to --optimizer adam-then-sgd"),
+        (D + "1 --weights x.pt", "--weights without --classifier"),
+        (D + "0.1:0.5:1", "expected levels"),
+        (D + "1 --weight-decay -1", "expected a decay from 0"),
+        (D + "1 --option channels=[]", "--option does not fit unet"),
+        (D + "1 --precision float16 --device cpu", "--precision float16 needs an accelerator"),
+        (D + "1 --device tpu", "--device 'tpu' does not exist"),
+        (D + "1 --objective zeroth-order --surrogate digits", "asks the target itself"),
+        (D + "1 --objective mse+classes --option blocks=0", "needs a network with a bottleneck"),
+        ("train --train-classifier digits --sigma 1 --data digits-train --out d --surrogate digits", "belongs to"),
         ("train --train-classifier digits --objective mse --sigma 1 --data digits-train --out d", "classification"),
         ("train --denoiser unet --sigma 1 --data photos.zip --out d", "class1/1.png is 3x16x20 and the first"),
+        ("--model digits --sigma 1 --denoiser a=b/c.safetensors", "unknown architecture 'a'"),
         ("--model digits --sigma 0.25 --denoiser dncnn", "is an architecture without weights"),
         ("--model digits --sigma 0.25 --denoiser nothing.safetensors", "no denoiser file 'nothing.safetensors'"),
         ("--model digits --sigma 3 --denoiser auto --n 100 --max 1", "no shipped denoiser for 1x8x8 images at sigma 3"),
@@ -142,3 +156,47 @@ def test_one_class_is_not_enough_for_labels(capsys: Capture) -> None:
         "train", "--train-classifier", "cifar_resnet20", "--sigma", "0", "--data", data, "--out", "d", "--quiet", code=2
     )
     assert "class" in capsys.readouterr().err
+
+
+def test_a_path_with_an_equals_sign_is_a_path() -> None:
+    run(*UNET, *SHORT, "--sigma", "0.25", "--out", "sigma=0.25")
+    run(*"--model digits --sigma 0.25 --n 100 --n0 10 --max 2 --quiet --out r.jsonl".split(), "--denoiser",
+        "sigma=0.25/denoiser.safetensors")  # fmt: skip
+
+
+def test_what_a_start_was_made_with_stays_on_the_card(capsys: Capture) -> None:
+    """White-box weights do not become query-access weights by more training, and are refused where they would."""
+    own = ["--classifier", "digits", "--objective", "stability", "--sigma", "0.25"]
+    run(*UNET, *SHORT, *own, "--out", "white")
+    start = ["--init", "white/denoiser.safetensors"]
+    run(*UNET, *SHORT, "--sigma", "0.25", *start, "--out", "more")
+    card = read_card("more/denoiser.safetensors")
+    assert card.access == "white-box"
+    assert [c["sha256"] for c in card.classifiers] == [load_classifier("digits").identity()]
+    options = "--train-classifier digits --sigma 0 --data digits-train --epochs 0.2 --validations 1 --out c --quiet"
+    run("train", *options.split())
+    query = ["--surrogate", "digits=c/classifier.safetensors", *own]
+    run(*UNET, *SHORT, *query, "--out", "query")
+    assert read_card("query/denoiser.safetensors").access == "surrogates"
+    capsys.readouterr()
+    run(*UNET, *SHORT, *query, *start, "--out", "laundered", code=2)
+    assert "--init was trained with the target itself" in capsys.readouterr().err
+
+
+def test_folders_that_are_no_classes_do_not_matter_without_labels() -> None:
+    data = photos([(32, 32)] * 6)  # class0, class1: not CIFAR's
+    common = ["--sigma", "0.25", "--data", data, "--epochs", "1", "--batch-size", "2", "--validations", "1"]
+    weights = ["--classifier", "cifar_resnet20", "--weights", "untrained"]
+    run(*UNET, *common, *weights, "--objective", "stability", "--out", "d")
+    run("train", "--train-classifier", "resnet18", *common, "--out", "c", "--quiet")  # two classes, as the data has
+    with safe_open("c/classifier.safetensors", framework="pt") as file:
+        assert file.get_tensor("fc.weight").shape[0] == 2
+
+
+def test_the_same_seed_gives_the_same_classifier() -> None:
+    options = "--train-classifier digits --sigma 0.5 --data digits-train --epochs 0.5 --validations 1 --quiet --out"
+    for out in ("a", "b"):
+        run("train", *options.split(), out)
+    assert (
+        Path("a/classifier.safetensors").read_bytes()[-1000:] == Path("b/classifier.safetensors").read_bytes()[-1000:]
+    )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_networks
 import torch
 from torch import Tensor, nn
 
 from certify import load_classifier
-from certify.classifiers import Classifier, ClassifierSpec
+from certify.classifiers import Classifier, ClassifierSpec, InputSpec
 from certify.errors import RunFault, UserError
 from certify.pipeline import state_digest
 from certify.weights import read_state_dict
@@ -86,7 +88,7 @@ def test_queries_alone_improve_on_squared_error(data: Any, digits: Classifier, t
 
     target = NoGradients("digits", ClassifierSpec(digits.net, digits.input, digits.class_names, 10))
     run(data, tmp_path / "mse", Recipe(sigmas=(0.5,), epochs=12, rate=5e-3), validations=1)
-    recipe = Recipe("zeroth-order", (0.5,), epochs=5, rate=2e-3)
+    recipe = Recipe("zeroth-order", (0.5,), epochs=10, rate=2e-3, queries=40)
     start = str(tmp_path / "mse" / WEIGHTS)
     after = run(data, tmp_path / "zo", recipe, guides=Guides([target]), init=start, validations=1)
     before = denoiser_scores(read_denoiser(start), data, (0.5,), "stability", [digits])
@@ -148,7 +150,7 @@ def test_query_access_takes_surrogates_in_turn_and_never_the_target(
 ) -> None:
     target = Forbidden("digits", ClassifierSpec(digits.net, digits.input, digits.class_names, 10), 10)
     surrogates = [other_digits(1), other_digits(2), other_digits(3)]
-    guides = Guides(surrogates, target)
+    guides = Guides(surrogates, target, surrogates=True)
     assert [guides.at(i).name for i in range(5)] == ["other1", "other2", "other3", "other1", "other2"]  # type: ignore[union-attr]
     run(data, tmp_path, Recipe("stability", epochs=0.2), guides=guides, validations=1)
     assert all(p.grad is None for p in target.parameters())
@@ -156,7 +158,7 @@ def test_query_access_takes_surrogates_in_turn_and_never_the_target(
     assert card.access == "surrogates"
     assert digits.identity() not in [c["sha256"] for c in card.classifiers]
     with pytest.raises(UserError, match="surrogate 'digits' is the target itself"):
-        Guides([*surrogates, digits], target)
+        Guides([*surrogates, digits], target, surrogates=True)
 
 
 def test_gradients_reach_the_denoiser_only(data: Any, digits: Classifier) -> None:
@@ -218,7 +220,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
 
 def test_weights_that_are_no_numbers_never_become_a_checkpoint(data: Any, tmp_path: Path) -> None:
     recipe = Recipe(epochs=4, rate=1e38, optimizer="sgd", schedule="constant")
-    with pytest.raises(RunFault, match=r"weights are no numbers .* checkpoint of step|the loss is (nan|inf)"):
+    with pytest.raises(RunFault, match=r"weights are no numbers|the loss is (nan|inf)|held-out images give (nan|inf)"):
         run(data, tmp_path, recipe, validations=56, checkpoint_seconds=0.0)
     if (tmp_path / "checkpoint").exists():
         assert all(v.isfinite().all() for v in read_state_dict(tmp_path / "checkpoint" / "model.safetensors").values())
@@ -233,6 +235,61 @@ def test_the_same_images_whatever_the_number_of_processes(data: Any) -> None:
     assert set(epoch[: len(data.train)].tolist()) == set(data.train.tolist())  # each image once an epoch
 
 
+def test_held_out_images_are_a_random_part_of_all_classes(digits: Classifier) -> None:
+    """The first of them too, which are all that is looked at where there are many; the same for every seed."""
+    data = load_training_data("digits-train", digits, held_out=600)
+    assert data.labels is not None
+    assert len(data.labels[data.held_out[:100]].unique()) == 10
+    fewer = load_training_data("digits-train", digits, held_out=300)
+    assert set(fewer.held_out.tolist()) < set(data.held_out.tolist())
+
+
+def test_another_image_size_does_not_go_on(data: Any, digits: Classifier, tmp_path: Path) -> None:
+    run(data, tmp_path, Recipe(epochs=0.5), validations=1, checkpoint_seconds=0.0, stop_after=2)
+    with pytest.raises(UserError, match="holds another training"):
+        run(dataclasses.replace(data, image=(1, 8, 9)), tmp_path, Recipe(epochs=0.5), validations=1)
+    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"checkpoint is damaged .* remove it to start again"):
+        run(data, tmp_path, Recipe(epochs=0.5), validations=1)
+
+
+def test_one_driver_for_two_trainings(data: Any, tmp_path: Path) -> None:
+    conduct = Conduct(make_accelerator("cpu"), validations=1)
+    for name, seed in (("a", 0), ("b", 1)):
+        train_denoiser("unet", data, Recipe(epochs=0.2, seed=seed), tmp_path / name, conduct, options=SMALL)
+        kept = read_state_dict(tmp_path / name / "checkpoint" / "model.safetensors")
+        assert all(torch.equal(kept[k], v) for k, v in read_state_dict(tmp_path / name / WEIGHTS).items())
+
+
+def test_folding_that_changes_a_classifier_is_left_out() -> None:
+    """One convolution used twice with two batch norms: folding both into it gives another function."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.bn1, self.bn2, self.linear = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.bn2(self.conv(self.bn1(self.conv(x)))).mean((2, 3)))
+
+    classifier = small_networks.classifier(small_networks.trained(Twice()))
+    (working,) = Guides([classifier]).working
+    images = torch.rand(8, 3, 16, 16)
+    assert torch.allclose(working.logits(images), classifier.logits(images), atol=1e-4)
+
+
+def test_classifiers_in_one_file_are_told_apart() -> None:
+    """A Python file's hash alone does not say which weights were built from it."""
+
+    def build(seed: int) -> Classifier:
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        return Classifier("m:f", ClassifierSpec(net, InputSpec((3, 2, 2)), num_classes=3, code="c" * 64))
+
+    assert build(0).identity() == build(0).identity() != build(1).identity()
+
+
 def test_held_out_images_are_never_trained_on(data: Any) -> None:
     assert not set(data.train.tolist()) & set(data.held_out.tolist())
     assert len(data.train) + len(data.held_out) == 1297
@@ -242,7 +299,7 @@ def test_a_part_of_the_data_is_spread_over_it(digits: Classifier) -> None:
     part = load_training_data("digits-train", digits, max_images=100)
     assert len(part.train) + len(part.held_out) == 100
     everything = load_training_data("digits-train", digits)
-    assert torch.equal(part.take(torch.arange(100)), everything.take(torch.arange(0, 1200, 12)))
+    assert torch.equal(part.take(torch.arange(100)), everything.take(torch.arange(100) * 1297 // 100))
     assert part.labels is not None
     assert len(part.labels.unique()) == 10
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.errors import UserError
+from certify.errors import RunFault, UserError, first_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,18 +73,27 @@ class Checkpoints:
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one; lines of metrics after it are dropped."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.out}: {error.strerror}; expected a folder") from None
         found = next((f for f in (self.folder, self.old) if (f / "state.json").is_file()), None)
         if found is None:
             self.metrics.unlink(missing_ok=True)
             return
-        state = json.loads((found / "state.json").read_text())
+        try:
+            state = json.loads((found / "state.json").read_text())
+        except ValueError:
+            raise UserError(f"{found} is damaged; remove it to start again") from None
         if state["digest"] != self.digest:
             raise UserError(
                 f"{self.out} holds another training (other options, data or classifiers); name another --out, or "
                 f"remove {found}"
             )
-        self.driver.load_state(str(found))
+        try:
+            self.driver.load_state(str(found))
+        except Exception as error:  # of safetensors, pickle or zip
+            raise UserError(f"{found} is damaged ({first_line(error)}); remove it to start again") from error
         self.step = self.saved = state["step"]
         self.best, self.best_step = state["best"], state["best_step"]
         if self.driver.is_main_process and self.metrics.is_file():
@@ -107,14 +117,22 @@ class Checkpoints:
         self.saved, self._written = self.step, time.monotonic()
         self.driver.wait_for_everyone()
 
-    @property
-    def age(self) -> float:
-        """Seconds since the last checkpoint."""
-        return time.monotonic() - self._written
+    def due(self, seconds: float) -> bool:
+        """Whether the last checkpoint is older; of several processes the first one's clock decides, for all of them."""
+        old = time.monotonic() - self._written > seconds
+        if self.driver.num_processes == 1:
+            return old
+        from accelerate.utils import broadcast_object_list
+
+        return bool(broadcast_object_list([old])[0])
 
     def judge(self, scores: Scores, keep: Callable[[Scores, int], None]) -> None:
         """Log figures on held-out images, and keep the weights if they are the best so far."""
         self.log({"held_out": scores})
+        if not math.isfinite(scores["score"]):
+            raise RunFault(
+                f"held-out images give {scores['score']} at step {self.step}: stopped (try a smaller --rate)"
+            )
         if scores["score"] < self.best.get("score", float("inf")):
             self.best, self.best_step = scores, self.step
             if self.driver.is_main_process:

@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from certify.classifiers import InputSpec, square_input
-from certify.errors import UserError
+from certify.errors import ImageError, UserError
 from certify.images import ImageSet, Viewer, load_images
-from certify.sources import open_source
+from certify.sources import DATASETS, open_source
+
+SPLIT_SEED = 0
+"""Of the split into images to train on and images held out."""
 
 IN_MEMORY = 8 * 2**30
 """Bytes of images that are kept in memory; beyond that they are decoded for every batch."""
@@ -38,7 +41,8 @@ class TrainingData:
         labels: class indices ``(N,)``, or None.
         image: (C, H, W).
         train: indices to train on.
-        held_out: indices to validate on: the same for the same data and seed, and never trained on.
+        held_out: indices to validate on, in random order: the same for the same data in every training, whatever its
+            seed, so that fine-tuning never looks at images that the start was trained on.
         about: name, sizes and hash, for the card.
     """
 
@@ -55,7 +59,7 @@ def load_training_data(
     viewer: Viewer | None = None,
     *,
     size: tuple[int, int, int] | None = None,
-    seed: int = 0,
+    labelled: bool = False,
     held_out: int | None = None,
     max_images: int | None = None,
     root: str | None = None,
@@ -68,7 +72,7 @@ def load_training_data(
         data: a dataset's name or a path, as for certifying.
         viewer: gives size, transform and classes; without one they are the data's own.
         size: (C, H, W), where there is no viewer and the images differ in size.
-        seed: of the split.
+        labelled: whether labels are needed; if not, class folders that are not the viewer's classes do not matter.
         held_out: how many images to hold out; None: a tenth, at most 1,000.
         max_images: use only so many, spread over the data.
         root: folder of torchvision's datasets.
@@ -79,10 +83,10 @@ def load_training_data(
         UserError: no such data, images of different sizes, too few images.
     """
     view = viewer or _own_view(data, size, root, download)
-    images = load_images(data, view, root=root, download=download)
+    images = _open(data, view, root, download, labelled=labelled)
     if max_images is not None and max_images < len(images):  # spread out: the first of class folders are of one class
-        skip = len(images) // max_images
-        images = load_images(data, view, skip=skip, max_images=max_images, root=root, download=download)
+        spread = [images.items[i * len(images) // max_images].id for i in range(max_images)]
+        images = _open(data, view, root, download, labelled=labelled, ids=spread)
     first = images.load(0)
     image = tuple(first.shape)
     assert len(image) == 3
@@ -92,22 +96,41 @@ def load_training_data(
     keep = min(1000, max(1, n // 10)) if held_out is None else held_out
     if not 1 <= keep < n:
         raise UserError(f"--held-out {keep} of {n} images; expected at least 1, and fewer than there are")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
     take = _reader(images, image, progress)
     labels = torch.tensor([int(v) for v in images.labels if v is not None]) if images.labelled else None
     about = {"name": images.name, "images": n, "held_out": keep, "sha256": images.digest()}
-    return TrainingData(take, labels, image, order[keep:], order[:keep].sort().values, about)
+    return TrainingData(take, labels, image, order[keep:], order[:keep], about)
+
+
+def _open(
+    data: str, view: Viewer, root: str | None, download: bool, *, labelled: bool, ids: Sequence[str] | None = None
+) -> ImageSet:
+    """The images, with labels where they are needed or can be had."""
+    if data in DATASETS and (f"{data}-train" in DATASETS or data == "imagenet"):
+        other = f"--data {data}-train" if f"{data}-train" in DATASETS else "the folder of the training images"
+        raise UserError(f"--data {data} are the images that are certified, not to be trained on; expected {other}")
+    try:
+        return load_images(data, view, ids=ids, root=root, download=download)
+    except UserError:
+        if labelled:
+            raise
+        return load_images(data, view, ids=ids, root=root, download=download, labels="none")
+
+
+def count_classes(data: str, root: str | None = None, download: bool = False) -> int:
+    """How many classes the images' folders or labels name; 0 without any."""
+    return len({item.name for item in open_source(data, root=root, download=download).items if item.name is not None})
 
 
 def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, download: bool) -> View:
     source = open_source(data, root=root, download=download)
-    names = {item.name for item in source.items if item.name is not None}
     if size is not None:
         spec = square_input(size, resize=size[1])
     else:
         shape = tuple(ImageSet(source.name, source.items[:1], [None], 1, "", {}, InputSpec(None)).load(0).shape)
         spec = InputSpec((shape[0], shape[1], shape[2]))
-    return View(spec, len(names))
+    return View(spec, count_classes(data, root, download))
 
 
 def _reader(
@@ -116,7 +139,10 @@ def _reader(
     """All images in memory, or a function that decodes the wanted ones."""
 
     def read(index: int) -> Tensor:
-        found = images.load(index)
+        try:
+            found = images.load(index)
+        except ImageError as error:
+            raise UserError(f"image {images.items[index].id} {error}; mend it or take it out") from None
         if tuple(found.shape) != image:
             raise UserError(
                 f"{images.items[index].id} is {_size(found.shape)} and the first image {_size(image)}; "

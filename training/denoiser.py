@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from certify.classifiers import Classifier
-from certify.errors import UserError
+from certify.errors import RunFault, UserError, first_line
+from certify.pipeline import state_digest
 from certify.settings import versions
 from denoisers import ARCHITECTURES
 from denoisers.adapters import Adapted
 from denoisers.find import find_denoiser
-from denoisers.weights import UNNAMED, Card, Trained, save_denoiser
+from denoisers.weights import ACCESS, UNNAMED, Card, Trained, save_denoiser
 from training.checkpoint import Scores
 from training.data import Levels, TrainingData
 from training.guides import Guides
@@ -64,6 +65,8 @@ def train_denoiser(
     check_needs(recipe, data, guides)
     net, before = build(architecture, data.image, recipe.seed, options, init)
     last = phases(recipe.objective)[-1]
+    own = guides.access if OBJECTIVES.get(last)().gradients else "queries"
+    access, classifiers = lineage(own, guides, before)
     judges = guides.working or list(watched_by)
     for judge in judges:
         judge.to(conduct.driver.device)
@@ -74,8 +77,8 @@ def train_denoiser(
         sigmas=tuple(sorted(set(recipe.sigmas))),
         continuous=recipe.continuous,
         objective=recipe.objective,
-        access=guides.access if OBJECTIVES.get(last)().gradients else "queries",
-        classifiers=tuple(guides.describe()),
+        access=access,
+        classifiers=classifiers,
         data=data.about,
         started_from=before,
         command=conduct.command,
@@ -104,6 +107,8 @@ def train_denoiser(
         validate=lambda trained: denoiser_scores(net, data, levels, last, judges),
         keep=keep,
     )
+    if outcome.finished and not (Path(out) / WEIGHTS).is_file():
+        raise RunFault(f"{out} holds a finished training without its weights; remove its checkpoint to train again")
     if not guides.unchanged():
         raise AssertionError("a frozen classifier changed while the denoiser was trained")
     return outcome
@@ -135,17 +140,34 @@ def build(
     torch.manual_seed(seed)
     try:
         net: nn.Module = ARCHITECTURES.get(architecture)(image_channels=image[0], **(options or {}))
-    except TypeError as error:
-        raise UserError(f"--option does not fit {architecture}: {error}") from None
+    except (TypeError, ValueError, IndexError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"--option does not fit {architecture}: {first_line(error)}") from None
     if init is None:
         return net, None
     start = find_denoiser(init, image=image)
     inner = start.net if isinstance(start, Trained) else start.inner if isinstance(start, Adapted) else start
     try:
         net.load_state_dict(inner.state_dict())
-    except RuntimeError:
+    except (RuntimeError, AttributeError):
         raise UserError(f"--init {init} is not a {architecture} with these options; expected the same one") from None
     if not isinstance(start, Trained):
-        return net, {"name": init}
+        return net, {"name": init, "sha256": state_digest(net), "access": "none", "classifiers": []}
     card = start.card
-    return net, {"sha256": card.sha256, "objective": card.objective, "command": card.command, "access": card.access}
+    about = {key: getattr(card, key) for key in ("sha256", "objective", "access", "command", "started_from")}
+    return net, {**about, "classifiers": list(card.classifiers)}
+
+
+def lineage(access: str, guides: Guides, before: dict[str, Any] | None) -> tuple[str, tuple[dict[str, Any], ...]]:
+    """The access and the classifiers of a card: those of this training, and of the weights it starts from.
+
+    Raises:
+        UserError: weights that were made with the target itself, as a start for query access to it.
+    """
+    own = guides.describe()
+    earlier = list(before["classifiers"]) if before else []
+    if guides.target is not None and any(c.get("sha256") == guides.target for c in earlier):
+        raise UserError(
+            "--init was trained with the target itself, which query access excludes; start from other weights"
+        )
+    strongest = max(access, before["access"] if before else "none", key=ACCESS.index)
+    return strongest, (*own, *(c for c in earlier if c not in own))

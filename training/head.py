@@ -54,7 +54,11 @@ def with_head(net: nn.Module, labels: Tensor, seed: int) -> Headed:
         UserError: an architecture without a bottleneck.
     """
     channels = getattr(net, "bottleneck_channels", None)
-    if channels is None:
+    try:
+        found = channels is not None and net.bottleneck is not None
+    except IndexError:  # no blocks
+        found = False
+    if channels is None or not found:
         raise UserError(
             f"--objective mse+classes needs a network with a bottleneck, such as unet; {type(net).__name__} has none"
         )

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from certify.classifiers import Classifier
 from certify.streams import block_generator, stream_key
 from training.data import TrainingData
-from training.losses import Batch, mse
+from training.losses import OBJECTIVES, Batch, mse
 
 _BATCH = 100
 MOST = 500
@@ -33,9 +33,9 @@ def denoiser_scores(
         net: in evaluation mode.
         data: its held-out images are used.
         sigmas: noise levels.
-        objective: what ``score``, averaged over levels, is made of: squared error for ``mse`` and ``mse+classes``;
-            else the share of denoised images whose label is wrong (``classification``) or not that of the clean
-            image, because that share, not the cross-entropy, is what certificates are made of.
+        objective: what ``score``, averaged over levels, is made of: squared error where the objective needs no
+            classifier, else the share of denoised images whose label is wrong (``classification``) or not that of the
+            clean image, because that share, not the cross-entropy, is what certificates are made of.
         classifiers: frozen, on the network's device; accuracies are averaged over them.
         seed: of the noise.
 
@@ -45,6 +45,7 @@ def denoiser_scores(
     """
     found: dict[str, float] = {}
     scores = []
+    by_error = not OBJECTIVES.get(objective)().classifier
     for sigma in sigmas:
         errors, losses, right, kept = [], [], [], []
         for i, (clean, labels) in enumerate(_batches(data, next(net.parameters()).device)):
@@ -59,11 +60,11 @@ def denoiser_scores(
         found[f"psnr@{sigma:g}"] = round(float(-10 * torch.cat(errors).log10().mean()), 3)
         for name, hits in (("agreement", kept), ("accuracy", right)):
             if hits:
-                found[f"{name}@{sigma:g}"] = round(float(torch.cat(hits).double().mean()), 4)
-        if objective.startswith("mse"):
+                found[f"{name}@{sigma:g}"] = round(float(torch.cat(hits).float().mean()), 4)
+        if by_error:
             scores.append(float(sum(losses)) / len(torch.cat(errors)))
         else:
-            scores.append(1 - float(torch.cat(right if objective == "classification" else kept).double().mean()))
+            scores.append(1 - float(torch.cat(right if objective == "classification" else kept).float().mean()))
     return {"score": sum(scores) / len(scores), **found}
 
 

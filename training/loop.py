@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from certify.errors import RunFault, UserError
+from certify.errors import RunFault, UserError, first_line
 from certify.streams import block_generator, stream_key
 from training.checkpoint import Checkpoints, Meter, Scores
 from training.data import Levels, TrainingData, augment
@@ -32,12 +33,12 @@ _LOG_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Conduct:
-    """How a training is conducted; besides rounding, nothing here changes the weights.
+    """How a training is conducted.
 
     Attributes:
         driver: of :func:`make_accelerator`.
         compile: whether the network is compiled.
-        validations: how often the held-out images are looked at.
+        validations: how often the held-out images are looked at; the best of so many is kept.
         checkpoint_seconds: between checkpoints.
         stop_after: stop after so many steps of this call, as if killed there; None: to the end.
         progress: told images done since the last call, and the loss.
@@ -83,8 +84,10 @@ def make_accelerator(device: str = "auto", precision: str = "float32", out: str 
         out: folder of the TensorBoard files, or None for none.
 
     Raises:
-        UserError: accelerate is not installed.
+        UserError: accelerate is not installed, or half precision on a processor, which has no scaling of gradients.
     """
+    if precision == "float16" and (device == "cpu" or not torch.cuda.is_available()):
+        raise UserError("--precision float16 needs an accelerator; expected float32 or bfloat16 on a processor")
     try:
         from accelerate import Accelerator
         from accelerate.utils import is_tensorboard_available
@@ -128,14 +131,18 @@ def train(
         RunFault: the loss is no number any more; says where the last good weights are.
     """
     driver = conduct.driver
+    driver.free_memory()  # of a training before this one with the same driver, whose network it would save
+    torch.manual_seed(recipe.seed)  # for layers that draw
     guides.to(driver.device)
     net.to(driver.device)
     if any(p.ndim == 4 for p in net.parameters()):
         net.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
     model, *optimizers = driver.prepare(net, *_optimizers(net, recipe))
     if conduct.compile:
-        net.compile()
-    digest = recipe.digest(identity, data.about, guides.describe(), driver.num_processes)
+        _compile(net, data, driver.device)
+    digest = recipe.digest(
+        identity, data.image, data.about, conduct.validations, guides.describe(), driver.num_processes
+    )
     state = Checkpoints(Path(out), digest, driver)
     state.resume()
     steps, start, meter = recipe.steps(len(data.train)), state.step, Meter()
@@ -153,23 +160,34 @@ def train(
         if look or meter.since >= _LOG_SECONDS:
             rate = recipe.rate_at(state.step - 1, steps)
             state.log({"images": state.step * recipe.batch_size, **meter.take(), "rate": rate})
-        if look:
-            with meter.paused():
-                model.eval()
-                state.judge(validate(net), lambda scores, step: keep(net, scores, step))
-        if look or state.age > conduct.checkpoint_seconds:
-            if not all(p.isfinite().all() for p in net.parameters()):
+        if look or state.due(conduct.checkpoint_seconds):
+            if not all(v.isfinite().all() for v in net.state_dict().values()):
                 raise _no_number("the weights are no numbers any more", state, steps)
+            if look:
+                with meter.paused():
+                    model.eval()
+                    state.judge(validate(net), lambda scores, step: keep(net, scores, step))
             state.save()
     driver.end_training()
     return Outcome(state.step, state.step >= steps, state.best, state.best_step, meter.rate)
 
 
+def _compile(net: nn.Module, data: TrainingData, device: torch.device) -> None:
+    """Compile the network if this machine can; if not, a warning, and it runs eagerly."""
+    net.compile()
+    net.eval()  # the trial must not count as batch statistics
+    try:
+        with torch.no_grad():
+            net(torch.zeros((2, *data.image), device=device), torch.full((2,), 0.5, device=device))
+    except Exception as error:  # no compiler, an operator it does not know
+        net._compiled_call_impl = None
+        warnings.warn(f"the network cannot be compiled ({first_line(error)}); it runs eagerly", stacklevel=2)
+
+
 def _no_number(what: str, state: Checkpoints, steps: int) -> RunFault:
-    return RunFault(
-        f"{what} after step {state.step} of {steps}: stopped; the checkpoint of step {state.saved} and the best "
-        f"weights so far are in {state.out} (try a smaller --rate)"
-    )
+    kept = f"the checkpoint of step {state.saved} is in {state.out}" if state.saved else "there is no checkpoint yet"
+    best = f", and the best weights so far, of step {state.best_step}" if state.best else ""
+    return RunFault(f"{what} after step {state.step} of {steps}: stopped; {kept}{best} (try a smaller --rate)")
 
 
 def _optimizers(net: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -208,6 +226,11 @@ def _step(
         guide = guides.at(step)
         batch = Batch(clean, output, sigma, labels, guide, generator, recipe.queries, recipe.temperature, scores)
         loss = objective.loss(batch)
+    if not loss.requires_grad:
+        raise UserError(
+            f"no gradient comes back through {guide.name if guide else 'the network'}; expected a torch model: train "
+            "through a --surrogate, or by queries alone: --objective zeroth-order"
+        )
     driver.backward(loss)
     optimizer.step()
     return float(loss.item())

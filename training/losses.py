@@ -83,7 +83,7 @@ def stability(batch: Batch) -> Tensor:
     Images that f cannot label are left out.
     """
     assert batch.classifier is not None
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(batch.clean.device.type, enabled=False):
         target = batch.classifier(batch.clean)
     return cross_entropy(batch.logits(), target, ignore_index=FAILED)
 

@@ -74,6 +74,11 @@ class Recipe:
             raise UserError(
                 f"--switch-at {self.switch_at:g} --first-share {self.first_share:g}: expected between 0 and 1"
             )
+        if not (0 <= self.weight_decay < math.inf and 0 < self.rate < math.inf and 0 <= self.seed < 2**63):
+            raise UserError(
+                f"--weight-decay {self.weight_decay:g} --rate {self.rate:g} --seed {self.seed}: expected a decay from "
+                "0, a rate above 0, a seed from 0 to 2^63 - 1"
+            )
         if not 0 < self.temperature < math.inf:
             raise UserError(f"--temperature {self.temperature:g}: expected a number above 0")
         if not (self.epochs > 0 and math.isfinite(self.epochs) and self.batch_size > 0):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
+from certify.cli.load import _device
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class LevelsOption(options.ParamType):
         ranged = ":" in str(value)
         try:
             numbers = tuple(float(v) for v in str(value).split(":" if ranged else ","))
-            if not all(0 <= v < float("inf") for v in numbers) or (ranged and not 0 < numbers[0] < numbers[1]):
+            wrong = ranged and not (len(numbers) == 2 and 0 < numbers[0] < numbers[1])
+            if wrong or not all(0 <= v < float("inf") for v in numbers):
                 raise ValueError
         except (ValueError, IndexError):
             self.fail(f"{value!r}; expected levels in [0, 1] pixels: 0.25, or 0.12,0.25,0.5, or 0.1:1", param, ctx)
@@ -118,6 +120,7 @@ def train(**o: Any) -> None:
         raise UserError("expected --denoiser ARCHITECTURE or --train-classifier MODEL, one of the two")
     o["objective"] = o["objective"] or ("classification" if o["train_classifier"] else "mse")
     phases(o["objective"])
+    _refuse_unused(o)
     if o["denoiser"]:
         from denoisers import ARCHITECTURES
 
@@ -130,10 +133,12 @@ def train(**o: Any) -> None:
 
 
 def _train(o: dict[str, Any]) -> Outcome:
+    import torch
     from tqdm import tqdm
 
-    from training.data import load_training_data
+    from training.data import View, count_classes, load_training_data
     from training.loop import Conduct, make_accelerator
+    from training.losses import OBJECTIVES, phases
     from training.recipe import Recipe
 
     say = _silent if o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")) else _say
@@ -155,23 +160,26 @@ def _train(o: dict[str, Any]) -> Outcome:
         queries=o["queries"],
         seed=o["seed"],
     )
-    driver = make_accelerator(o["device"], _precision(o), o["out"])
+    driver = make_accelerator(_device(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
     surrogates = [_classifier(*_split(s)) for s in o["surrogate"]]
+    needs = [OBJECTIVES.get(name)() for name in phases(recipe.objective)]
+    hidden = say is _silent
+    say(f"data       reading {o['data']} ...")
     spec = None
     viewer: Any = surrogates[0] if surrogates else target
     if o["train_classifier"]:
         from training.classifier import untrained
 
-        spec = untrained(o["train_classifier"])
-        viewer = _Viewer(spec)
-    hidden = say is _silent
-    say(f"data       reading {o['data']} ...")
+        torch.manual_seed(recipe.seed)
+        classes = count_classes(o["data"], o["root"], o["download"])
+        spec = untrained(o["train_classifier"], o["num_classes"] or classes)
+        viewer = View(spec.input, o["num_classes"] or classes, spec.class_names)
     data = load_training_data(
         o["data"],
         viewer,
         size=o["input_size"],
-        seed=o["seed"],
+        labelled=spec is not None or any(need.labels for need in needs),
         held_out=o["held_out"],
         max_images=o["max_images"],
         root=o["root"],
@@ -222,12 +230,10 @@ def _run(
     from training.guides import Guides
     from training.losses import OBJECTIVES, phases
 
+    given = surrogates or ([target] if target is not None else [])
     needed = any(OBJECTIVES.get(name)().classifier for name in phases(recipe.objective))
-    if surrogates:
-        guides, watched = Guides(surrogates, target), []
-    else:
-        guides = Guides([target] if target is not None and needed else [])
-        watched = [target] if target is not None and not needed else []
+    guides = Guides(given if needed else [], target if surrogates else None, surrogates=bool(surrogates))
+    watched = [] if needed else given  # their accuracy is shown; nothing of them goes into the weights
     return train_denoiser(
         o["denoiser"],
         data,
@@ -242,18 +248,35 @@ def _run(
     )
 
 
-class _Viewer:
-    """An architecture that is to be trained, as the one who looks at the images."""
-
-    def __init__(self, spec: Any) -> None:
-        self.class_names, self.num_classes, self.input = spec.class_names, spec.num_classes or 10, spec.input
+def _refuse_unused(o: dict[str, Any]) -> None:
+    """Refuse options that would change nothing."""
+    of = {
+        "temperature": (
+            o["objective"] not in ("mse", "mse+classes") and o["denoiser"],
+            "an objective with a classifier",
+        ),
+        "queries": (o["objective"] == "zeroth-order", "--objective zeroth-order"),
+        "first_share": (o["objective"] == "mse+stability", "--objective mse+stability"),
+        "switch_at": (o["optimizer"] == "adam-then-sgd", "--optimizer adam-then-sgd"),
+        "sgd_rate": (o["optimizer"] == "adam-then-sgd", "--optimizer adam-then-sgd"),
+        **dict.fromkeys(("classifier", "surrogate", "init", "extra", "store"), (o["denoiser"], "--denoiser")),
+    }
+    for name, (used, where) in of.items():
+        if options.given_by_user(name) and not used:
+            spelled = "option" if name == "extra" else name.replace("_", "-")
+            raise UserError(f"--{spelled} belongs to {where}; leave it out here")
+    if o["objective"] == "zeroth-order" and o["surrogate"]:
+        raise UserError(
+            "--objective zeroth-order asks the target itself; leave --surrogate out, or train for stability"
+        )
 
 
 def _target(o: dict[str, Any]) -> Classifier | None:
     """The classifier that is named, with the user's settings in place of its own."""
     if o["classifier"]:
         return _classifier(o["classifier"], o["weights"], **{k: o[k] for k in _OF_A_CLASSIFIER[1:]})
-    alone = next((name for name in _OF_A_CLASSIFIER if o[name] is not None and name != "input_size"), None)
+    own = ("input_size", "num_classes") if o["train_classifier"] else ("input_size",)
+    alone = next((name for name in _OF_A_CLASSIFIER if o[name] is not None and name not in own), None)
     if alone is not None:
         raise UserError(f"--{alone.replace('_', '-')} without --classifier: there is nothing it could be of")
     return None
