@@ -197,6 +197,5 @@ def test_the_same_seed_gives_the_same_classifier() -> None:
     options = "--train-classifier digits --sigma 0.5 --data digits-train --epochs 0.5 --validations 1 --quiet --out"
     for out in ("a", "b"):
         run("train", *options.split(), out)
-    assert (
-        Path("a/classifier.safetensors").read_bytes()[-1000:] == Path("b/classifier.safetensors").read_bytes()[-1000:]
-    )
+    tails = [Path(f"{out}/classifier.safetensors").read_bytes()[-1000:] for out in ("a", "b")]  # numbers, no card
+    assert tails[0] == tails[1]
