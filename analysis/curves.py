@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -146,13 +147,20 @@ def names(runs: Sequence[Run], keys: Sequence[str] = NAMING) -> list[str]:
         if header.get("noise", "gaussian") != "gaussian" and "noise" not in differing:
             parts.append(f"{header['noise']} noise")
         for key in differing:
-            value = header.get(key)
+            value = _denoiser(header) if key == "denoiser" else header.get(key)
             if value is not None and value != "none":
                 parts.append(value if isinstance(value, str) else f"{key} = {_number(value)}")
         return ", ".join(parts)
 
     found = [name(run) for run in runs]
     return [f"{n} ({run.path.stem})" if found.count(n) > 1 else n for n, run in zip(found, runs, strict=True)]
+
+
+def _denoiser(header: Mapping[str, Any]) -> Any:
+    """The denoiser as it calls itself: what ``auto`` chose, a file without its folders."""
+    steps = header.get("pipeline") or ()
+    own = next((step.get("name") for step in steps if step.get("step") == "denoiser"), None)
+    return own or header.get("denoiser")
 
 
 def _number(value: float | int) -> str:

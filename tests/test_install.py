@@ -31,6 +31,10 @@ def test_a_wheel_installed_elsewhere_runs_the_digits_default(tmp_path: Path) -> 
     subprocess.run(wheel, check=True)
     (built,) = (tmp_path / "dist").glob("*.whl")
     subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(built)], check=True)
+    shipped = Path("denoisers", "data")
+    assert sorted(p.name for p in (tmp_path / "site" / shipped).iterdir()) == sorted(
+        p.name for p in (ROOT / shipped).iterdir()
+    )
     code = (
         "import certify, sys; from pathlib import Path; assert Path(certify.__file__).is_relative_to(sys.path[0]);"
         "from certify.cli import main; main(['--model', 'digits', '--sigma', '0.25', '--n', '1000', '--json'])"

@@ -12,6 +12,7 @@ import torch
 from command import run
 from safetensors.torch import load_file, save_file
 
+from analysis.curves import curves
 from certify import load_classifier
 from certify.errors import UserError
 from certify.records import read_run
@@ -21,6 +22,9 @@ from denoisers.unet import UNet
 from denoisers.weights import Card, Trained, read_card, read_denoiser, save_denoiser
 
 CARD = Card("unet", {"channels": [8, 16], "blocks": 1}, (1, 8, 8), (0.25,), False, "mse", "none")
+
+
+OWN = "digits-unet-stability"
 
 
 def small() -> UNet:
@@ -175,9 +179,10 @@ def test_auto_on_the_digits(tmp_path: Path) -> None:
     run(*line, str(tmp_path / "with.jsonl"), "--denoiser", "auto")
     run(*line, str(tmp_path / "without.jsonl"))
     with_it, without = (read_run(tmp_path / f"{name}.jsonl") for name in ("with", "without"))
+    assert [c.name for c in curves([with_it, without])] == [f"digits, σ = 0.5, {OWN}", "digits, σ = 0.5"]
     step = with_it.header["pipeline"][0]
     own = load_classifier("digits").identity()
-    assert step["name"] == "digits-unet-stability"
+    assert step["name"] == OWN
     assert step["sha256"] == shipped()[step["name"]].sha256
     assert own in [c["sha256"] for c in shipped()[step["name"]].classifiers]
     right = [sum(row["prediction"] == row["label"] for row in r.images) for r in (with_it, without)]
