@@ -157,10 +157,10 @@ def names(runs: Sequence[Run], keys: Sequence[str] = NAMING) -> list[str]:
 
 
 def _denoiser(header: Mapping[str, Any]) -> Any:
-    """The denoiser as it calls itself: what ``auto`` chose, a file without its folders."""
-    steps = header.get("pipeline") or ()
-    own = next((step.get("name") for step in steps if step.get("step") == "denoiser"), None)
-    return own or header.get("denoiser")
+    """The denoiser as it was asked for, or what ``auto`` chose."""
+    asked = header.get("denoiser")
+    steps = header.get("pipeline") or () if asked == "auto" else ()
+    return next((step["name"] for step in steps if step.get("step") == "denoiser"), asked)
 
 
 def _number(value: float | int) -> str:
