@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.load import _device, chosen_images, denoiser_for
+from certify.cli.load import _device, chosen_images, classifier_from, denoiser_for
 from certify.cli.summary import warn
 from certify.errors import ImageError, UserError
 
@@ -61,7 +60,7 @@ def evaluate_denoiser(**o: Any) -> None:
     the data (or every K-th: --skip). These are empirical figures; certificates come from `certify --denoiser`.
     """
     sigmas = _check_first(o)
-    classifier = _classifier(o) if o["model"] else None
+    classifier = classifier_from(o["model"], o) if o["model"] else None
     images = _images(o, classifier)
     shape, device = _shape(images), _device(o["device"])
 
@@ -72,7 +71,10 @@ def evaluate_denoiser(**o: Any) -> None:
 
     if device.startswith("cuda"):  # float32 means float32, as when certifying
         torch.backends.cudnn.allow_tf32 = False
-    denoisers = {sigma: _denoiser(classifier, o["denoiser"], sigma, shape).to(device) for sigma in sigmas}
+    denoisers = {
+        sigma: denoiser_for(o["denoiser"], sigma, classifier.input.size if classifier else shape, classifier).to(device)
+        for sigma in sigmas
+    }
     classifier = classifier.to(device) if classifier is not None else None
     shown: dict[str, list[Outcome]] = {images.items[i].id: [] for i in _spread(len(images), o["rows"])}
     shapes, unusable = set[tuple[int, ...]](), set[str]()
@@ -122,26 +124,6 @@ def _check_first(o: dict[str, Any]) -> list[float]:
         if o[name] is not None:
             raise UserError(f"{option} without --model: there is no classifier it could belong to; add --model NAME")
     return sigmas
-
-
-def _denoiser(classifier: Classifier | None, name: str, sigma: float, shape: tuple[int, int, int]) -> nn.Module:
-    """The denoiser for this noise level, and for the classifier's input or else for images of this shape."""
-    from denoisers import load_denoiser
-
-    if classifier is not None:
-        return denoiser_for(classifier, name, sigma)
-    with warnings.catch_warnings(record=True) as said:
-        found = load_denoiser(name, sigma=sigma, image=shape)
-    for warning in said:  # such as: trained for another noise level
-        warn(str(warning.message))
-    return found
-
-
-def _classifier(o: dict[str, Any]) -> Classifier:
-    from certify.classifiers import load_classifier
-
-    names = ("weights", "input_size", "mean", "std", "num_classes")
-    return load_classifier(o["model"], **{name: o[name] for name in names})
 
 
 def _images(o: dict[str, Any], classifier: Classifier | None) -> ImageSet:

@@ -67,19 +67,12 @@ def _check_procedure(o: dict[str, Any]) -> None:
 
 def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
     """The smoothed classifier that the options name, with its denoiser, on its device."""
-    from certify.classifiers import load_classifier
     from certify.smoothing import SmoothedClassifier
 
     device = _device(o["device"])
-    classifier = load_classifier(
-        o["model"],
-        weights=o["weights"],
-        input_size=o["input_size"],
-        mean=o["mean"],
-        std=o["std"],
-        num_classes=o["num_classes"],
-    )
-    denoiser = None if o["denoiser"] == "none" else denoiser_for(classifier, o["denoiser"], o["sigma"])
+    classifier = classifier_from(o["model"], o)
+    size = classifier.input.size
+    denoiser = None if o["denoiser"] == "none" else denoiser_for(o["denoiser"], o["sigma"], size, classifier)
     return SmoothedClassifier(
         classifier,
         o["sigma"],
@@ -94,8 +87,20 @@ def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
     )
 
 
-def denoiser_for(classifier: Classifier | None, name: str, sigma: float) -> nn.Module:
-    """The denoiser of this name, tried on what the classifier takes; a warning where it was trained for other noise.
+def classifier_from(model: str, o: dict[str, Any]) -> Classifier:
+    """The classifier of this name, with the user's settings in place of its own."""
+    from certify.classifiers import load_classifier
+
+    settings = {name: o[name] for name in ("weights", "input_size", "mean", "std", "num_classes")}
+    return load_classifier(model, **settings)
+
+
+def denoiser_for(
+    name: str, sigma: float, image: tuple[int, int, int] | None, classifier: Classifier | None = None
+) -> nn.Module:
+    """The denoiser of this name for images (C, H, W), tried on what the classifier behind it takes, if there is one.
+
+    A warning where it was trained for other noise.
 
     Raises:
         UserError: no such denoiser, or one for other images.
@@ -104,12 +109,12 @@ def denoiser_for(classifier: Classifier | None, name: str, sigma: float) -> nn.M
     from denoisers.find import find_denoiser
     from denoisers.weights import Trained
 
-    size = classifier.input.size if classifier is not None else None
-    denoiser = find_denoiser(name, sigma=sigma, image=size, classifier=classifier.identity() if classifier else None)
+    own = classifier.identity() if classifier is not None else None
+    denoiser = find_denoiser(name, sigma=sigma, image=image, classifier=own)
     if isinstance(denoiser, Trained) and not denoiser.card.covers(sigma):
         warn(denoiser.card.mismatch(sigma))
-    if size is not None:
-        check_contract(denoiser, size, sigma)
+    if classifier is not None and classifier.input.size is not None:
+        check_contract(denoiser, classifier.input.size, sigma)
     return denoiser
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.load import _device
+from certify.cli.load import _device, classifier_from
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
     from certify.classifiers import Classifier
     from training.loop import Conduct, Outcome
+    from training.recipe import Recipe
 
 
 class LevelsOption(options.ParamType):
@@ -139,30 +140,12 @@ def _train(o: dict[str, Any]) -> Outcome:
     from training.data import View, count_classes, load_training_data
     from training.loop import Conduct, make_accelerator
     from training.losses import OBJECTIVES, phases
-    from training.recipe import Recipe
 
     say = _silent if o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")) else _say
-    recipe = Recipe(
-        objective=o["objective"],
-        sigmas=o["sigma"][0],
-        continuous=o["sigma"][1],
-        epochs=o["epochs"],
-        batch_size=o["batch_size"],
-        optimizer=o["optimizer"],
-        rate=o["rate"],
-        weight_decay=o["weight_decay"],
-        schedule=o["schedule"],
-        augment=not o["no_augment"],
-        switch_at=50 / 90 if o["switch_at"] is None else o["switch_at"],
-        sgd_rate=o["sgd_rate"],
-        first_share=o["first_share"],
-        temperature=o["temperature"],
-        queries=o["queries"],
-        seed=o["seed"],
-    )
+    recipe = _recipe(o)
     driver = make_accelerator(_device(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
-    surrogates = [_classifier(*_split(s)) for s in o["surrogate"]]
+    surrogates = [_surrogate(s) for s in o["surrogate"]]
     needs = [OBJECTIVES.get(name)() for name in phases(recipe.objective)]
     hidden = say is _silent
     say(f"data       reading {o['data']} ...")
@@ -213,10 +196,33 @@ def _train(o: dict[str, Any]) -> Outcome:
             raise fault from None
 
 
+def _recipe(o: dict[str, Any]) -> Recipe:
+    from training.recipe import Recipe
+
+    return Recipe(
+        objective=o["objective"],
+        sigmas=o["sigma"][0],
+        continuous=o["sigma"][1],
+        epochs=o["epochs"],
+        batch_size=o["batch_size"],
+        optimizer=o["optimizer"],
+        rate=o["rate"],
+        weight_decay=o["weight_decay"],
+        schedule=o["schedule"],
+        augment=not o["no_augment"],
+        switch_at=50 / 90 if o["switch_at"] is None else o["switch_at"],
+        sgd_rate=o["sgd_rate"],
+        first_share=o["first_share"],
+        temperature=o["temperature"],
+        queries=o["queries"],
+        seed=o["seed"],
+    )
+
+
 def _run(
     o: dict[str, Any],
     data: Any,
-    recipe: Any,
+    recipe: Recipe,
     spec: Any,
     target: Classifier | None,
     surrogates: list[Classifier],
@@ -274,7 +280,7 @@ def _refuse_unused(o: dict[str, Any]) -> None:
 def _target(o: dict[str, Any]) -> Classifier | None:
     """The classifier that is named, with the user's settings in place of its own."""
     if o["classifier"]:
-        return _classifier(o["classifier"], o["weights"], **{k: o[k] for k in _OF_A_CLASSIFIER[1:]})
+        return classifier_from(o["classifier"], o)
     own = ("input_size", "num_classes") if o["train_classifier"] else ("input_size",)
     alone = next((name for name in _OF_A_CLASSIFIER if o[name] is not None and name not in own), None)
     if alone is not None:
@@ -285,15 +291,12 @@ def _target(o: dict[str, Any]) -> Classifier | None:
 _OF_A_CLASSIFIER = ("weights", "input_size", "mean", "std", "num_classes")
 
 
-def _classifier(model: str, weights: str | None, **settings: Any) -> Classifier:
+def _surrogate(named: str) -> Classifier:
+    """``MODEL`` or ``MODEL=FILE``."""
     from certify.classifiers import load_classifier
 
-    return load_classifier(model, weights=weights, **settings)
-
-
-def _split(surrogate: str) -> tuple[str, str | None]:
-    model, _, weights = surrogate.partition("=")
-    return model, weights or None
+    model, _, weights = named.partition("=")
+    return load_classifier(model, weights=weights or None)
 
 
 def _precision(o: dict[str, Any]) -> str:
