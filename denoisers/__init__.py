@@ -1,4 +1,4 @@
-"""Denoisers: noisy images in, images out, behind one call ``forward(noisy, sigma)``.
+"""Denoisers and purifiers: images in, cleaner images out, behind one call ``forward(noisy, sigma)``.
 
 Image i out depends on image i in only; the shape stays; values are those of the [0, 1] scale.
 """
@@ -22,6 +22,10 @@ ARCHITECTURES.add("dncnn", "denoisers.dncnn:DnCNN", "17 convolutions of 64 chann
 ARCHITECTURES.add("dncnn-wide", "denoisers.dncnn:wide", "the same with 128 channels")
 ARCHITECTURES.add("memnet", "denoisers.memnet:MemNet", "3 memory blocks of 6 residual blocks; Tai et al. 2017")
 ARCHITECTURES.add("unet", "denoisers.unet:UNet", "told the noise level: one set of weights for all of them")
+
+DEFENCES = Registry("defence")
+DEFENCES.add("none", "denoisers.defences:undefended", "the classifier alone")
+DEFENCES.add("denoised", "denoisers.defences:smoothed", "denoised smoothing's votes, used as a plain classifier")
 
 SHIPPED = Path(__file__).parent / "data"
 """Folder of the trained denoisers in this package."""
@@ -52,6 +56,6 @@ def load_denoiser(
     from denoisers.weights import Trained
 
     found = find_denoiser(name, sigma=sigma, image=image, classifier=classifier)
-    if isinstance(found, Trained) and sigma is not None and not found.card.covers(sigma):
+    if isinstance(found, Trained) and sigma is not None and found.card.sigmas and not found.card.covers(sigma):
         warnings.warn(found.card.mismatch(sigma), stacklevel=2)
     return found

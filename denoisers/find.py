@@ -10,7 +10,7 @@ from torch import nn
 from certify.errors import UserError
 from certify.weights import load_weights
 from denoisers import ARCHITECTURES, DENOISERS, SHIPPED
-from denoisers.names import AUTO, find_source, shipped_names
+from denoisers.names import AUTO, build_with, find_source, shipped_names
 from denoisers.weights import Card, read_card, read_denoiser
 
 
@@ -55,7 +55,7 @@ def find_denoiser(
     elif source.kind == "python":
         module = adapters.load_callable(source.name)
     else:
-        module = DENOISERS.get(source.name)()
+        module = build_with("denoiser", name, DENOISERS.get(source.name), options=source.options)
     frozen: nn.Module = module.requires_grad_(False).eval()
     return frozen
 
@@ -79,7 +79,7 @@ def choose(
     """
     if sigma is None or image is None:
         raise UserError("denoiser 'auto' needs the noise level and the images' size; name a denoiser instead")
-    same_size = {name: card for name, card in cards.items() if tuple(card.image) == tuple(image)}
+    same_size = {n: card for n, card in cards.items() if tuple(card.image) == tuple(image) and not card.purifier}
     fitting = [name for name, card in same_size.items() if card.covers(sigma)]
     if not fitting:
         have = "; ".join(f"{name} for sigma {card.levels()}" for name, card in same_size.items())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from certify.errors import UserError
+from certify.errors import UserError, first_line
 from certify.registry import unknown_name
 from denoisers import ARCHITECTURES, DENOISERS, SHIPPED
 
@@ -27,11 +31,52 @@ class DenoiserSource:
             ``diffusers`` or ``python``.
         name: of the denoiser, architecture, model, callable or folder; empty where the file says it.
         file: of its weights, or None.
+        options: of a registered denoiser.
     """
 
     kind: str
     name: str
     file: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_options(text: str) -> tuple[str, dict[str, Any]]:
+    """``"gs:std=1:iterations=4"`` to ``("gs", {"std": 1, "iterations": 4})``.
+
+    Raises:
+        UserError: an option that is no KEY=VALUE.
+    """
+    name, *parts = text.split(":")
+    found: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not (equals and key.isidentifier() and value):
+            raise UserError(f"{text!r}: expected NAME:KEY=VALUE:KEY=VALUE, such as gs:std=1:iterations=4; got {part!r}")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return name, found
+
+
+def build_with(kind: str, text: str, builder: Callable[..., Any], *given: Any, options: Mapping[str, Any]) -> Any:
+    """What ``builder(*given, **options)`` makes; options it does not know are the user's mistake.
+
+    Raises:
+        UserError: an unknown option (with those there are), or a value that does not fit.
+    """
+    known = list(inspect.signature(builder).parameters.values())[len(given) :]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known)
+    wrong = [] if takes_any else [key for key in options if key not in {p.name for p in known}]
+    if wrong:
+        names = ", ".join(p.name for p in known) or "none"
+        raise UserError(f"{kind} {text!r} has no option {wrong[0]!r}; its options: {names}")
+    try:
+        return builder(*given, **options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{kind} {text!r}: {first_line(error)}") from None
 
 
 def shipped_names() -> list[str]:
@@ -47,8 +92,9 @@ def find_source(name: str) -> DenoiserSource:  # noqa: PLR0911 - one answer a fo
     """
     if name == AUTO:
         return DenoiserSource("auto", name)
-    if name in DENOISERS:
-        return DenoiserSource("registered", name)
+    if name.partition(":")[0] in DENOISERS:
+        registered, given = parse_options(name)
+        return DenoiserSource("registered", registered, options=given)
     if name in shipped_names():
         return DenoiserSource("card", name, str(SHIPPED / f"{name}.safetensors"))
     kind, _, rest = name.partition(":")

@@ -34,7 +34,7 @@ class Card:
         architecture: its name in ``ARCHITECTURES``.
         options: of the architecture.
         image: (C, H, W) of the images it was trained on.
-        sigmas: noise levels it was trained for, in [0, 1] pixels.
+        sigmas: noise levels it was trained for, in [0, 1] pixels; none where its training adds no noise.
         continuous: whether every level between the smallest and the largest was trained for.
         objective: ``mse``, ``stability``, ...
         access: ``white-box``, ``surrogates``, ``queries``, or ``none`` where no classifier was involved.
@@ -49,6 +49,7 @@ class Card:
         sha256: over the stored tensors.
         stored: type in which floating-point tensors are stored.
         format: of the card.
+        purifier: the defence that these weights are made for, or empty: a denoiser for smoothing.
     """
 
     architecture: str
@@ -69,16 +70,21 @@ class Card:
     sha256: str = ""
     stored: str = "float32"
     format: int = FORMAT
+    purifier: str = ""
 
     def covers(self, sigma: float) -> bool:
         """Whether it was trained for this noise level, to a hundredth of it."""
+        if not self.sigmas:
+            return False
         if self.continuous:
             return min(self.sigmas) * 0.99 <= sigma <= max(self.sigmas) * 1.01
         return any(abs(sigma - own) <= 0.01 * own for own in self.sigmas)
 
     def mismatch(self, sigma: float) -> str:
         """The warning that goes with another noise level than it was trained for."""
-        return f"the denoiser was trained for sigma {self.levels()} and is used at {sigma:g}: expect lower accuracy"
+        return (
+            f"the denoiser was trained for sigma {self.levels() or '0'} and is used at {sigma:g}: expect lower accuracy"
+        )
 
     def levels(self) -> str:
         """The noise levels in words."""
@@ -161,8 +167,8 @@ def _parse(text: str, path: str | Path) -> Card:
         known = {f.name for f in fields(Card)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
         card = Card(**values)
-        if not all(0 < s < float("inf") for s in card.sigmas) or not card.sigmas or len(card.image) != 3:
-            raise ValueError("no noise levels or no image size")
+        if not all(0 < s < float("inf") for s in card.sigmas) or len(card.image) != 3:
+            raise ValueError("impossible noise levels, or no image size")
     except (ValueError, TypeError) as error:
         raise UserError(
             f"the card of {path} cannot be used ({first_line(error)}); expected format {FORMAT} of `certify train`"

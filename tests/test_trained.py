@@ -63,7 +63,7 @@ def tampered(path: Path, **changes: Any) -> Path:
         ({"options": {"chanels": [8]}}, "does not match its tensors"),
         ({"architecture": "resnet"}, "unknown architecture 'resnet'"),
         ({"format": 7}, "expected format 1"),
-        ({"sigmas": []}, "cannot be used"),
+        ({"sigmas": [-0.5]}, "cannot be used"),
         ({"image": [3, 32]}, "cannot be used"),
     ],
 )

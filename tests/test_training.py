@@ -27,7 +27,7 @@ from training.guides import Guides
 from training.head import with_head
 from training.held_out import denoiser_scores
 from training.loop import Conduct, Outcome, draw_order, make_accelerator
-from training.losses import OBJECTIVES, Batch
+from training.losses import OBJECTIVES, Draw, make_objective
 from training.recipe import Recipe
 
 SMALL = {"channels": [8, 16], "blocks": 1}
@@ -102,7 +102,7 @@ def test_a_head_reads_classes_off_the_bottleneck_and_is_thrown_away(data: Any, t
     torch.manual_seed(0)
     net = UNet((8, 16), 1, 1)
     seen: list[Tensor] = []
-    headed = with_head(net, data.labels, 0)
+    headed = with_head(net, data, 0)
     net.down[-1][0].register_forward_hook(lambda module, given, output: seen.append(output))
     noisy = torch.rand(6, 1, 8, 8)
     _, scores = headed(noisy, torch.full((6,), 0.5))
@@ -115,7 +115,7 @@ def test_a_head_reads_classes_off_the_bottleneck_and_is_thrown_away(data: Any, t
     assert not any("head" in key and "net.head" not in key for key in found.state_dict())
     assert found.card.access == "none"
     with pytest.raises(UserError, match="needs a network with a bottleneck, such as unet; DnCNN has none"):
-        with_head(DnCNN(8, 3), data.labels, 0)
+        with_head(DnCNN(8, 3), data, 0)
 
 
 class Identity(nn.Module):
@@ -165,12 +165,13 @@ def test_gradients_reach_the_denoiser_only(data: Any, digits: Classifier) -> Non
     """Every objective: finite, a gradient for the output, none for the classifier."""
     clean = data.take(data.train[:8]).float() / 255
     for name in OBJECTIVES:
-        output = (clean + 0.1).requires_grad_(True)
-        labels = data.labels[data.train[:8]]
-        scores = output.flatten(1)[:, :10]  # of the network's own, where an objective wants some
+        objective = make_objective(name)
         generator = torch.Generator().manual_seed(0)
-        batch = Batch(clean, output, torch.full((8,), 0.25), labels, digits, generator, 4, scores=scores)
-        loss = OBJECTIVES.get(name)().loss(batch)
+        draw = Draw(clean, torch.full((8,), 0.25), data.labels[data.train[:8]], digits, generator, epoch=9.0)
+        prepared = objective.prepare(draw)
+        output = (prepared.target + 0.1).detach().requires_grad_(True)
+        scores = output.flatten(1)[:, :10]  # of the network's own, where an objective wants some
+        loss = objective.loss(loop.make_batch(draw, prepared, (output, scores), Recipe(queries=4)))
         loss.backward()
         assert loss.isfinite()
         assert output.grad is not None
@@ -209,9 +210,11 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
     recipe = Recipe(epochs=1)
     run(data, tmp_path, recipe, validations=14, checkpoint_seconds=0.0, stop_after=5)
     good = read_denoiser(tmp_path / WEIGHTS).card.sha256
-    plain = loop.make_batch
+    plain = loop.draw_batch
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "make_batch", lambda *a: (plain(*a)[0], plain(*a)[1] * float("nan"), plain(*a)[2]))
+        patched.setattr(
+            loop, "draw_batch", lambda *a: dataclasses.replace(plain(*a), clean=plain(*a).clean * float("nan"))
+        )
         with pytest.raises(RunFault, match=r"the loss is nan after step 5 of 14: stopped; the checkpoint of step 5"):
             run(data, tmp_path, recipe, validations=14, checkpoint_seconds=0.0)
     assert read_denoiser(tmp_path / WEIGHTS).card.sha256 == good

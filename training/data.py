@@ -197,6 +197,8 @@ class Levels:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """``count`` levels."""
+        if not self.sigmas:
+            return torch.zeros(count)
         values = torch.tensor(self.sigmas)
         if self.continuous:
             low, high = values.min().log(), values.max().log()

@@ -21,10 +21,9 @@ from denoisers.weights import ACCESS, UNNAMED, Card, Trained, save_denoiser
 from training.checkpoint import Scores
 from training.data import Levels, TrainingData
 from training.guides import Guides
-from training.head import with_head
-from training.held_out import denoiser_scores
+from training.held_out import denoiser_scores, loss_scores
 from training.loop import Conduct, Outcome, train
-from training.losses import OBJECTIVES, phases
+from training.losses import add_noise, make_objective, phases
 from training.recipe import Recipe
 
 WEIGHTS = f"{UNNAMED}.safetensors"
@@ -64,8 +63,9 @@ def train_denoiser(
     guides = guides or Guides([])
     check_needs(recipe, data, guides)
     net, before = build(architecture, data.image, recipe.seed, options, init)
-    last = phases(recipe.objective)[-1]
-    own = guides.access if OBJECTIVES.get(last)().gradients else "queries"
+    objectives = [make_objective(name, recipe.settings) for name in phases(recipe.objective)]
+    last = objectives[-1]
+    own = guides.access if last.gradients else "queries"
     access, classifiers = lineage(own, guides, before)
     judges = guides.working or list(watched_by)
     for judge in judges:
@@ -85,17 +85,22 @@ def train_denoiser(
         versions=versions(),
         licence=conduct.licence,
         stored=stored,
+        purifier=last.purifier,
     )
 
-    headed = any(OBJECTIVES.get(name)().head for name in phases(recipe.objective))
-    assert not headed or data.labels is not None  # refused before
-    whole = with_head(net, data.labels, recipe.seed) if headed and data.labels is not None else net
+    wrap = next((objective.wrap for objective in objectives if objective.wrap is not None), None)
+    whole = net if wrap is None else wrap(net, data, recipe.seed)
 
     def keep(trained: nn.Module, scores: Scores, step: int) -> None:
         shaped = {**recipe.describe(), "chosen_at_step": step, "of_steps": recipe.steps(len(data.train))}
         save_denoiser(Path(out) / WEIGHTS, net, replace(card, training=shaped, validation=scores))
 
-    levels = Levels(recipe.sigmas, recipe.continuous).checked()
+    def validate(trained: nn.Module) -> Scores:
+        if last.prepare is not add_noise:
+            return loss_scores(whole, data, recipe, last, guides)
+        levels = Levels(recipe.sigmas, recipe.continuous).checked()
+        return denoiser_scores(net, data, levels, phases(recipe.objective)[-1], judges)
+
     outcome = train(
         whole,
         data,
@@ -104,7 +109,7 @@ def train_denoiser(
         out,
         conduct,
         identity=[architecture, options, before],
-        validate=lambda trained: denoiser_scores(net, data, levels, last, judges),
+        validate=validate,
         keep=keep,
     )
     if outcome.finished and not (Path(out) / WEIGHTS).is_file():
@@ -117,7 +122,7 @@ def train_denoiser(
 def check_needs(recipe: Recipe, data: TrainingData, guides: Guides) -> None:
     """Refuse an objective whose classifier, labels or classes are missing."""
     for name in phases(recipe.objective):
-        objective = OBJECTIVES.get(name)()
+        objective = make_objective(name, recipe.settings)
         if objective.classifier and not len(guides):
             raise UserError(
                 f"--objective {recipe.objective} needs a frozen classifier: --classifier M, or --surrogate M for query "

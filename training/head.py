@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from certify.errors import UserError
+from training.data import TrainingData
 from training.losses import Batch, Objective, mse
 
 WEIGHT = 0.1
@@ -47,8 +48,8 @@ class Headed(nn.Module):
         return cleaned, scores
 
 
-def with_head(net: nn.Module, labels: Tensor, seed: int) -> Headed:
-    """The denoiser with a fresh head for these labels.
+def with_head(net: nn.Module, data: TrainingData, seed: int) -> Headed:
+    """The denoiser with a fresh head for the labels of these images.
 
     Raises:
         UserError: an architecture without a bottleneck.
@@ -62,16 +63,16 @@ def with_head(net: nn.Module, labels: Tensor, seed: int) -> Headed:
         raise UserError(
             f"--objective mse+classes needs a network with a bottleneck, such as unet; {type(net).__name__} has none"
         )
+    assert data.labels is not None  # refused before
     torch.manual_seed(seed)
-    return Headed(net, channels, int(labels.max()) + 1)
+    return Headed(net, channels, int(data.labels.max()) + 1)
 
 
 def objective() -> Objective:
     """Squared error, and the label read off the bottleneck."""
-    return Objective(_joint, classifier=False, labels=True, head=True)
+    return Objective(_joint, classifier=False, labels=True, wrap=with_head)
 
 
 def _joint(batch: Batch) -> Tensor:
-    assert batch.scores is not None
     assert batch.labels is not None
-    return mse(batch) + WEIGHT * cross_entropy(batch.scores, batch.labels)
+    return mse(batch) + WEIGHT * cross_entropy(batch.extra[0], batch.labels)

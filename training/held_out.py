@@ -10,8 +10,11 @@ from torch.nn.functional import cross_entropy
 
 from certify.classifiers import Classifier
 from certify.streams import block_generator, stream_key
-from training.data import TrainingData
-from training.losses import OBJECTIVES, Batch, mse
+from training.data import Levels, TrainingData
+from training.guides import Guides
+from training.loop import make_batch
+from training.losses import OBJECTIVES, Batch, Draw, Objective, mse
+from training.recipe import Recipe
 
 _BATCH = 100
 MOST = 500
@@ -66,6 +69,28 @@ def denoiser_scores(
         else:
             scores.append(1 - float(torch.cat(right if objective == "classification" else kept).float().mean()))
     return {"score": sum(scores) / len(scores), **found}
+
+
+@torch.no_grad()
+def loss_scores(
+    net: nn.Module, data: TrainingData, recipe: Recipe, objective: Objective, guides: Guides, seed: int = 0
+) -> dict[str, float]:
+    """The objective's own loss on held-out images, as ``score``, for one that shows the network something of its own.
+
+    With the random numbers of the first step in every call; the classifiers take their turns batch by batch.
+    """
+    device = next(net.parameters()).device
+    losses, errors = [], []
+    for i, (clean, labels) in enumerate(_batches(data, device)):
+        generator = block_generator(stream_key(seed, "objective", "held out"), i)
+        sigma = Levels(recipe.sigmas, recipe.continuous).draw(len(clean), generator).to(device)
+        draw = Draw(clean, sigma, labels, guides.at(i), generator, recipe.epochs)
+        prepared = objective.prepare(draw)
+        batch = make_batch(draw, prepared, net(*prepared.inputs), recipe)
+        losses += [float(objective.loss(batch))] * len(clean)
+        errors.append((batch.output - prepared.target).pow(2).mean((1, 2, 3)).clamp_min(1e-12))
+    psnr = float(-10 * torch.cat(errors).log10().mean())
+    return {"score": sum(losses) / len(losses), "psnr": round(psnr, 3)}
 
 
 @torch.no_grad()

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from certify.classifiers import Classifier
 from certify.errors import RunFault, UserError, first_line
 from certify.streams import block_generator, stream_key
 from training.checkpoint import Checkpoints, Meter, Scores
 from training.data import Levels, TrainingData, augment
 from training.guides import Guides
-from training.losses import OBJECTIVES, Batch
+from training.losses import Batch, Draw, Prepared, make_objective
 from training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -212,23 +213,21 @@ def _step(
     driver: Accelerator,
 ) -> float:
     """One step on this process's share of the batch; the loss."""
-    objective = OBJECTIVES.get(recipe.phase(step, steps)[0])()
+    objective = make_objective(recipe.phase(step, steps)[0], recipe.settings)
     indices, generator = draw_order(data.train, recipe, step, driver.process_index, driver.num_processes)
-    clean, noisy, sigma = make_batch(data, indices, recipe, generator, driver.device)
-    labels = data.labels[indices].to(driver.device) if data.labels is not None else None
+    draw = draw_batch(data, indices, recipe, generator, guides.at(step), step, driver.device)
+    with torch.no_grad():
+        prepared = objective.prepare(draw)
     optimizer = optimizers[-1 if recipe.uses_sgd(step, steps) else 0]
     for group in optimizer.param_groups:
         group["lr"] = recipe.rate_at(step, steps)
     optimizer.zero_grad()
     with driver.autocast():
-        found = model(noisy, sigma)
-        output, scores = found if isinstance(found, tuple) else (found, None)
-        guide = guides.at(step)
-        batch = Batch(clean, output, sigma, labels, guide, generator, recipe.queries, recipe.temperature, scores)
-        loss = objective.loss(batch)
+        loss = objective.loss(make_batch(draw, prepared, model(*prepared.inputs), recipe))
     if not loss.requires_grad:
+        by = draw.classifier.name if draw.classifier else "the network"
         raise UserError(
-            f"no gradient comes back through {guide.name if guide else 'the network'}; expected a torch model: train "
+            f"no gradient comes back through {by}; expected a torch model: train "
             "through a --surrogate, or by queries alone: --objective zeroth-order"
         )
     driver.backward(loss)
@@ -254,12 +253,36 @@ def _epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=block_generator(stream_key(seed, "order", "train"), epoch))
 
 
-def make_batch(
-    data: TrainingData, indices: Tensor, recipe: Recipe, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean images, images plus noise, and each image's noise level."""
+def draw_batch(
+    data: TrainingData,
+    indices: Tensor,
+    recipe: Recipe,
+    generator: torch.Generator,
+    guide: Classifier | None,
+    step: int,
+    device: torch.device,
+) -> Draw:
+    """Clean images, augmented, and each image's noise level and label."""
     images = data.take(indices).to(device)
     clean = (augment(images, generator) if recipe.augment else images.float()) / 255
     sigma = Levels(recipe.sigmas, recipe.continuous).draw(len(indices), generator).to(device)
-    noise = torch.randn(clean.shape, generator=generator).to(device)
-    return clean, clean + sigma[:, None, None, None] * noise, sigma
+    labels = data.labels[indices].to(device) if data.labels is not None else None
+    return Draw(clean, sigma, labels, guide, generator, step * recipe.batch_size / len(data.train))
+
+
+def make_batch(draw: Draw, prepared: Prepared, found: Any, recipe: Recipe) -> Batch:
+    """What the objective gets to see: the draw, and what the network made of it."""
+    output, *extra = found if isinstance(found, tuple) else (found,)
+    return Batch(
+        draw.clean,
+        output,
+        draw.sigma,
+        draw.labels,
+        draw.classifier,
+        draw.generator,
+        recipe.queries,
+        recipe.temperature,
+        tuple(extra),
+        prepared,
+        draw.epoch,
+    )

@@ -1,19 +1,65 @@
-"""What a denoiser is trained for: one function an objective, from a batch to a number."""
+"""What a denoiser or purifier is trained for: one function an objective, from a batch to a number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from certify.classifiers import Classifier
+from certify.errors import UserError, first_line
 from certify.registry import Registry
 from certify.types import FAILED
 
+if TYPE_CHECKING:
+    from training.data import TrainingData
+
 _SPREAD = 0.25  # standard deviation of natural images' pixels in [0, 1]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a step's inputs are made of.
+
+    Attributes:
+        clean: ``(B, C, H, W)`` in [0, 1], augmented.
+        sigma: noise level of each image ``(B,)``; 0 where the objective has none.
+        labels: class indices ``(B,)``, or None.
+        classifier: the frozen classifier whose turn it is, or None.
+        generator: everything random comes from it; on the CPU.
+        epoch: passes over the images so far.
+    """
+
+    clean: Tensor
+    sigma: Tensor
+    labels: Tensor | None
+    classifier: Classifier | None
+    generator: torch.Generator
+    epoch: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a step shows the network.
+
+    Attributes:
+        inputs: its arguments, each with B rows.
+        target: the images ``(B, C, H, W)`` that it should make of them.
+    """
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor
+
+
+def add_noise(draw: Draw) -> Prepared:
+    """Clean images plus Gaussian noise, and the noise level."""
+    noise = torch.randn(draw.clean.shape, generator=draw.generator).to(draw.clean.device)
+    return Prepared((draw.clean + draw.sigma[:, None, None, None] * noise, draw.sigma), draw.clean)
 
 
 @dataclass(frozen=True)
@@ -22,14 +68,16 @@ class Batch:
 
     Attributes:
         clean: ``(B, C, H, W)`` in [0, 1].
-        output: what the trained network made of clean + noise: images of the same shape, or logits ``(B, K)``.
+        output: what the trained network made of its inputs: images of the same shape, or logits ``(B, K)``.
         sigma: noise level of each image ``(B,)``.
         labels: class indices ``(B,)``, or None.
         classifier: the frozen classifier whose turn it is, or None.
         generator: for objectives that draw.
         queries: for objectives that estimate gradients: directions an image.
         temperature: what the classifier's logits are divided by before the cross-entropy.
-        scores: class scores ``(B, K)`` read off the network's own features, or None.
+        extra: whatever else the network gave, such as class scores ``(B, K)`` read off its own features.
+        prepared: the inputs and the target; None means clean images.
+        epoch: passes over the images so far.
     """
 
     clean: Tensor
@@ -40,7 +88,14 @@ class Batch:
     generator: torch.Generator
     queries: int = 20
     temperature: float = 1.0
-    scores: Tensor | None = None
+    extra: tuple[Tensor, ...] = ()
+    prepared: Prepared | None = None
+    epoch: float = 0.0
+
+    @property
+    def target(self) -> Tensor:
+        """The images that the network should make."""
+        return self.clean if self.prepared is None else self.prepared.target
 
     def logits(self) -> Tensor:
         """The classifier's logits ``(B, K)`` of the output, at the batch's temperature."""
@@ -57,14 +112,21 @@ class Objective:
         classifier: whether it needs a frozen classifier.
         labels: whether it needs the images' labels.
         gradients: whether it sends gradients through the classifier.
-        head: whether it needs class scores from the network's own features.
+        noise: whether its images get Gaussian noise, so that ``--sigma`` says how much.
+        prepare: what the network is shown; called without gradients of its own.
+        wrap: the network as it is trained, from the bare one, the data and the seed: with a head, or a second network;
+            None trains the bare one. Only the bare one is kept.
+        purifier: the defence that the weights are for, or empty: a denoiser for smoothing.
     """
 
     loss: Callable[[Batch], Tensor]
     classifier: bool = True
     labels: bool = False
     gradients: bool = True
-    head: bool = False
+    noise: bool = True
+    prepare: Callable[[Draw], Prepared] = add_noise
+    wrap: Callable[[nn.Module, TrainingData, int], nn.Module] | None = None
+    purifier: str = ""
 
 
 def mse(batch: Batch) -> Tensor:
@@ -104,6 +166,29 @@ OBJECTIVES.add("stability", lambda: Objective(stability), "f's own label of the 
 OBJECTIVES.add("classification", lambda: Objective(classification, labels=True), "the true label, through f")
 OBJECTIVES.add("mse+classes", "training.head:objective", "squared error, and the label read off the own bottleneck")
 OBJECTIVES.add("zeroth-order", "training.zeroth_order:objective", "stability by queries alone: gradients estimated")
+
+
+def make_objective(name: str, settings: Mapping[str, Any] | None = None) -> Objective:
+    """The objective of this name with its settings.
+
+    Raises:
+        UserError: a setting it does not have (with those there are), or a value that does not fit.
+    """
+    builder = OBJECTIVES.get(name)
+    known = list(inspect.signature(builder).parameters)
+    wrong = [key for key in settings or {} if key not in known]
+    if wrong:
+        raise UserError(
+            f"--set {wrong[0]}: objective {name} has no such setting; its settings: {', '.join(known) or 'none'}"
+        )
+    try:
+        built: Objective = builder(**(settings or {}))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--set does not fit objective {name}: {first_line(error)}") from None
+    return built
+
 
 PHASES = {"mse+stability": ("mse", "stability")}
 """Objectives one after the other in one training: squared error first, then fine-tuned for stability."""

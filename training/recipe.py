@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from certify.errors import UserError
-from training.losses import phases
+from training.losses import make_objective, phases
 
 OPTIMIZERS = ("adam", "sgd", "adam-then-sgd")
 SCHEDULES = ("one-cycle", "step", "constant")
@@ -41,6 +41,7 @@ class Recipe:
             spends itself on its votes, which are all that a certificate counts, not on its confidence.
         queries: queries an image a step, for ``zeroth-order``.
         seed: of initial weights, order, augmentation and noise.
+        settings: of the objective, by name.
     """
 
     objective: str = "mse"
@@ -59,9 +60,12 @@ class Recipe:
     temperature: float = 1.0
     queries: int = 20
     seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        phases(self.objective)
+        for part in phases(self.objective):
+            if make_objective(part, self.settings).noise and not self.sigmas:
+                raise UserError(f"--objective {self.objective} trains under noise: --sigma S, such as --sigma 0.25")
         for name, value, known in (
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("schedule", self.schedule, SCHEDULES),

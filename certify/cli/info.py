@@ -27,12 +27,13 @@ def _registries() -> dict[str, Registry]:
     from certify.noise import NOISES
     from certify.sequential import RULES
     from certify.sources import DATASETS
-    from denoisers import ARCHITECTURES
+    from denoisers import ARCHITECTURES, DEFENCES
 
     return {
         "datasets": DATASETS,
         "denoisers": _denoisers(),
         "architectures": ARCHITECTURES,
+        "defences": DEFENCES,
         "objectives": _objectives(),
         "noises": NOISES,
         "bounds": BOUNDS,

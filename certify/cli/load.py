@@ -111,7 +111,7 @@ def denoiser_for(
 
     own = classifier.identity() if classifier is not None else None
     denoiser = find_denoiser(name, sigma=sigma, image=image, classifier=own)
-    if isinstance(denoiser, Trained) and not denoiser.card.covers(sigma):
+    if isinstance(denoiser, Trained) and denoiser.card.sigmas and not denoiser.card.covers(sigma):
         warn(denoiser.card.mismatch(sigma))
     if classifier is not None and classifier.input.size is not None:
         check_contract(denoiser, classifier.input.size, sigma)

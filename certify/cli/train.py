@@ -47,7 +47,8 @@ class LevelsOption(options.ParamType):
 @click.option(
     "--objective", show_default="mse", help="mse, mse+classes, stability, classification, mse+stability, zeroth-order."
 )
-@click.option("--sigma", type=LevelsOption(), required=True, help="Noise: 0.25, or 0.12,0.25 or 0.1:1 (per image).")
+@click.option("--sigma", type=LevelsOption(), help="Noise, where the objective has any: 0.25, or 0.12,0.25 or 0.1:1.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the objective; repeatable.")
 @click.option(
     "--classifier", "--model", metavar="MODEL", help="The frozen classifier; with --surrogate the target, never used."
 )
@@ -120,13 +121,14 @@ def train(**o: Any) -> None:
     if (o["denoiser"] is None) == (o["train_classifier"] is None):
         raise UserError("expected --denoiser ARCHITECTURE or --train-classifier MODEL, one of the two")
     o["objective"] = o["objective"] or ("classification" if o["train_classifier"] else "mse")
+    o["sigma"] = o["sigma"] or ((), False)
     phases(o["objective"])
     _refuse_unused(o)
     if o["denoiser"]:
         from denoisers import ARCHITECTURES
 
         ARCHITECTURES.get(o["denoiser"])
-        if min(o["sigma"][0]) <= 0:
+        if o["sigma"][0] and min(o["sigma"][0]) <= 0:
             raise UserError("--sigma 0: a denoiser needs noise; expected levels above 0")
     outcome = _train(o)
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes one speaks
@@ -139,14 +141,14 @@ def _train(o: dict[str, Any]) -> Outcome:
 
     from training.data import View, count_classes, load_training_data
     from training.loop import Conduct, make_accelerator
-    from training.losses import OBJECTIVES, phases
+    from training.losses import make_objective, phases
 
     say = _silent if o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")) else _say
     recipe = _recipe(o)
     driver = make_accelerator(_device(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
     surrogates = [_surrogate(s) for s in o["surrogate"]]
-    needs = [OBJECTIVES.get(name)() for name in phases(recipe.objective)]
+    needs = [make_objective(name, recipe.settings) for name in phases(recipe.objective)]
     hidden = say is _silent
     say(f"data       reading {o['data']} ...")
     spec = None
@@ -216,6 +218,7 @@ def _recipe(o: dict[str, Any]) -> Recipe:
         temperature=o["temperature"],
         queries=o["queries"],
         seed=o["seed"],
+        settings=_key_values("--set", o["settings"]),
     )
 
 
@@ -234,10 +237,10 @@ def _run(
         return train_classifier(o["train_classifier"], spec, data, recipe, o["out"], conduct)
     from training.denoiser import train_denoiser
     from training.guides import Guides
-    from training.losses import OBJECTIVES, phases
+    from training.losses import make_objective, phases
 
     given = surrogates or ([target] if target is not None else [])
-    needed = any(OBJECTIVES.get(name)().classifier for name in phases(recipe.objective))
+    needed = any(make_objective(name, recipe.settings).classifier for name in phases(recipe.objective))
     guides = Guides(given if needed else [], target if surrogates else None, surrogates=bool(surrogates))
     watched = [] if needed else given  # their accuracy is shown; nothing of them goes into the weights
     return train_denoiser(
@@ -248,7 +251,7 @@ def _run(
         conduct,
         guides=guides,
         watched_by=watched,
-        options=_architecture_options(o["extra"]),
+        options=_key_values("--option", o["extra"]),
         init=o["init"],
         stored=o["store"],
     )
@@ -311,7 +314,7 @@ def _precision(o: dict[str, Any]) -> str:
     return "bfloat16" if has_tiles else "float32"
 
 
-def _architecture_options(given: tuple[str, ...]) -> dict[str, Any]:
+def _key_values(spelled: str, given: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in given:
         key, _, text = item.partition("=")
@@ -319,7 +322,7 @@ def _architecture_options(given: tuple[str, ...]) -> dict[str, Any]:
             found[key] = json.loads(text)
         except ValueError:
             raise UserError(
-                f"--option {item!r}: expected KEY=VALUE with a number or list, such as channels=96"
+                f"{spelled} {item!r}: expected KEY=VALUE with a number, list, true or false, such as channels=96"
             ) from None
     return found
 
