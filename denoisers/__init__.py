@@ -22,10 +22,12 @@ ARCHITECTURES.add("dncnn", "denoisers.dncnn:DnCNN", "17 convolutions of 64 chann
 ARCHITECTURES.add("dncnn-wide", "denoisers.dncnn:wide", "the same with 128 channels")
 ARCHITECTURES.add("memnet", "denoisers.memnet:MemNet", "3 memory blocks of 6 residual blocks; Tai et al. 2017")
 ARCHITECTURES.add("unet", "denoisers.unet:UNet", "told the noise level: one set of weights for all of them")
+ARCHITECTURES.add("masked-unet", "denoisers.masked:MaskedUNet", "completes masked images, for the defence atop")
 
 DEFENCES = Registry("defence")
 DEFENCES.add("none", "denoisers.defences:undefended", "the classifier alone")
 DEFENCES.add("denoised", "denoisers.defences:smoothed", "denoised smoothing's votes, used as a plain classifier")
+DEFENCES.add("atop", "denoisers.masked:atop", "completes what a random transform left; AToP-style, Lin et al. 2024")
 
 SHIPPED = Path(__file__).parent / "data"
 """Folder of the trained denoisers in this package."""

@@ -166,6 +166,8 @@ OBJECTIVES.add("stability", lambda: Objective(stability), "f's own label of the 
 OBJECTIVES.add("classification", lambda: Objective(classification, labels=True), "the true label, through f")
 OBJECTIVES.add("mse+classes", "training.head:objective", "squared error, and the label read off the own bottleneck")
 OBJECTIVES.add("zeroth-order", "training.zeroth_order:objective", "stability by queries alone: gradients estimated")
+OBJECTIVES.add("complete", "training.atop:completion", "randomly masked images, completed; AToP-style")
+OBJECTIVES.add("atop", "training.atop:fine_tuning", "the same of attacked images, and the true label through f")
 
 
 def make_objective(name: str, settings: Mapping[str, Any] | None = None) -> Objective:

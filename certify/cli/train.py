@@ -318,12 +318,12 @@ def _key_values(spelled: str, given: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in given:
         key, _, text = item.partition("=")
+        if not (key and text):
+            raise UserError(f"{spelled} {item!r}: expected KEY=VALUE, such as channels=96")
         try:
             found[key] = json.loads(text)
-        except ValueError:
-            raise UserError(
-                f"{spelled} {item!r}: expected KEY=VALUE with a number, list, true or false, such as channels=96"
-            ) from None
+        except ValueError:  # a word, such as transform=rt2
+            found[key] = text
     return found
 
 
