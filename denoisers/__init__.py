@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 DENOISERS = Registry("denoiser")
 DENOISERS.add("gaussian", "denoisers.classical:GaussianBlur", "linear: convolution with a Gaussian kernel")
 DENOISERS.add("median", "denoisers.classical:Median", "3x3 median of each channel")
+DENOISERS.add("jpeg", "denoisers.jpeg:jpeg", "coded as JPEG and decoded: its rounding takes small perturbations away")
 
 ARCHITECTURES = Registry("architecture")
 ARCHITECTURES.add("dncnn", "denoisers.dncnn:DnCNN", "17 convolutions of 64 channels; Zhang et al. 2017")
@@ -28,6 +29,8 @@ DEFENCES = Registry("defence")
 DEFENCES.add("none", "denoisers.defences:undefended", "the classifier alone")
 DEFENCES.add("denoised", "denoisers.defences:smoothed", "denoised smoothing's votes, used as a plain classifier")
 DEFENCES.add("atop", "denoisers.masked:atop", "completes what a random transform left; AToP-style, Lin et al. 2024")
+DEFENCES.add("jpeg-nn", "denoisers.jpeg_ensemble:frozen_codec", "JPEG with tables for networks; Zhang, Gao 2021, ours")
+DEFENCES.add("jpeg-ensemble", "denoisers.jpeg_ensemble:ensemble", "the same at several levels, and a vote; theirs, ours")
 
 SHIPPED = Path(__file__).parent / "data"
 """Folder of the trained denoisers in this package."""

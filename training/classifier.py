@@ -1,10 +1,11 @@
-"""Noise-augmented classifier training (Cohen et al. 2019), in the same loop: the baseline that may retrain."""
+"""Classifier training in the same loop: under noise (Cohen et al. 2019), the baseline that may retrain, or on JPEG."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from certify import hub
 from certify.classifiers import BUILDERS, ClassifierSpec
 from certify.errors import UserError
+from certify.pipeline import state_digest, tensors_digest
 from certify.settings import versions
 from training.checkpoint import Scores
 from training.data import Levels, TrainingData
 from training.guides import Guides
 from training.held_out import classifier_scores
+from training.jpeg_noise import codecs_of, coded_scores
 from training.loop import Conduct, Outcome, train
+from training.losses import classification, make_objective
 from training.recipe import Recipe
 
 WEIGHTS = "classifier.safetensors"
@@ -41,16 +45,17 @@ class Normalised(nn.Module):
         return scores
 
 
-def untrained(model: str, num_classes: int | None = None) -> ClassifierSpec:
-    """An architecture with fresh weights.
+def architecture(model: str, num_classes: int | None = None, weights: str = hub.UNTRAINED) -> ClassifierSpec:
+    """An architecture with fresh weights, or those of a checkpoint to start from.
 
     Raises:
-        UserError: no architecture that can be trained.
+        UserError: no architecture that can be trained, or a checkpoint that does not fit.
     """
-    source = hub.find_source(model, hub.UNTRAINED)
+    source = hub.find_source(model, weights)
     if source.kind not in ("built-in", "timm", "torchvision"):
         raise UserError(f"--train-classifier {model!r}: expected an architecture by name, such as cifar_resnet20")
-    spec: ClassifierSpec = BUILDERS.get(source.kind)(source.name, hub.UNTRAINED, num_classes)
+    hub.require_weights(source, weights)
+    spec: ClassifierSpec = BUILDERS.get(source.kind)(source.name, weights, num_classes)
     return spec
 
 
@@ -62,20 +67,39 @@ def train_classifier(
     out: str | Path,
     conduct: Conduct,
 ) -> Outcome:
-    """Train a classifier under noise (or without: sigma 0); its weights go to ``out/classifier.safetensors``.
+    """Train a classifier under noise (or without: sigma 0), or on coded images; to ``out/classifier.safetensors``.
 
-    They are read by ``--model MODEL --weights FILE``. See :func:`training.denoiser.train_denoiser` for the arguments.
+    It is read by ``--model MODEL --weights FILE``. See :func:`training.denoiser.train_denoiser` for the arguments. The
+    card of one that starts from a checkpoint says which, and what its figures were before.
 
     Raises:
-        UserError: no labels, or a single class.
+        UserError: another objective, no labels, or a single class.
     """
-    if recipe.objective != "classification":
-        raise UserError(f"--train-classifier with --objective {recipe.objective}: expected classification")
+    objective = make_objective(recipe.objective, recipe.settings)
+    if objective.loss is not classification:
+        raise UserError(
+            f"--train-classifier with --objective {recipe.objective}: expected classification or jpeg-noise"
+        )
     if data.labels is None or len(data.labels.unique()) < 2:
         raise UserError(f"{data.about['name']} has no labels of at least two classes; a classifier needs them")
-    net = Normalised(spec).requires_grad_(True)
-    card = {
+    net = Normalised(spec).requires_grad_(True).to(conduct.driver.device)
+    start: dict[str, Any] | None = (
+        None if spec.weights == hub.UNTRAINED else {"weights": spec.weights, "sha256": state_digest(net.net)}
+    )
+    codecs = () if objective.noise else codecs_of(recipe.settings)
+    levels = Levels(recipe.sigmas, recipe.continuous).checked()
+
+    def validate(trained: nn.Module) -> Scores:
+        return coded_scores(trained, data, codecs) if codecs else classifier_scores(trained, data, levels)
+
+    records = [codec.describe() for codec in codecs]
+    identity = model if start is None and not records else [model, dict(start or {}), records]
+    if start is not None:
+        start["validation"] = validate(net.eval())
+    card: dict[str, Any] = {
         "architecture": model,
+        "started_from": start,
+        "codecs": records,
         "data": data.about,
         "training": recipe.describe(),
         "command": conduct.command,
@@ -88,12 +112,11 @@ def train_classifier(
 
         assert isinstance(trained, Normalised)
         tensors = {k: v.detach().cpu().contiguous() for k, v in trained.net.state_dict().items()}
-        full = {**card, "validation": scores, "chosen_at_step": step}
+        full = {**card, "validation": scores, "chosen_at_step": step, "sha256": tensors_digest(tensors)}
         beside = Path(out) / f"{WEIGHTS}.new"
         beside.write_bytes(save(tensors, metadata={"card": json.dumps(full, sort_keys=True)}))
         os.replace(beside, Path(out) / WEIGHTS)
 
-    levels = Levels(recipe.sigmas, recipe.continuous).checked()
     return train(
         net,
         data,
@@ -101,7 +124,7 @@ def train_classifier(
         Guides([]),
         out,
         conduct,
-        identity=model,
-        validate=lambda trained: classifier_scores(trained, data, levels),
+        identity=identity,
+        validate=validate,
         keep=keep,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def denoiser_scores(
         errors, losses, right, kept = [], [], [], []
         for i, (clean, labels) in enumerate(_batches(data, next(net.parameters()).device)):
             level = torch.full((len(clean),), sigma, device=clean.device)
-            output = net(_noisy(clean, sigma, i, seed), level)
+            output = net(_noisy(clean, i, sigma, seed), level)
             errors.append((output - clean).pow(2).mean((1, 2, 3)).clamp_min(1e-12))
             losses.append(mse(Batch(clean, output, level, labels, None, torch.Generator())) * len(clean))
             for classifier in classifiers:
@@ -93,21 +94,34 @@ def loss_scores(
     return {"score": sum(losses) / len(losses), "psnr": round(psnr, 3)}
 
 
-@torch.no_grad()
 def classifier_scores(net: nn.Module, data: TrainingData, sigmas: Sequence[float], seed: int = 0) -> dict[str, float]:
     """Cross-entropy (``score``) and accuracy of a noise-trained classifier on noisy held-out images."""
+    return viewed_scores(net, data, {f"{s:g}": functools.partial(_noisy, sigma=s, seed=seed) for s in sigmas})
+
+
+@torch.no_grad()
+def viewed_scores(
+    net: nn.Module, data: TrainingData, views: Mapping[str, Callable[[Tensor, int], Tensor]]
+) -> dict[str, float]:
+    """Cross-entropy (``score``, averaged over views) and ``accuracy@VIEW`` of a classifier on held-out images.
+
+    Args:
+        net: ``forward(images, sigma)`` to logits, in evaluation mode.
+        data: with labels.
+        views: by name, what makes of clean images and their block's number the images that are shown.
+    """
     found: dict[str, float] = {}
     total = 0.0
-    for sigma in sigmas:
+    for name, view in views.items():
         hits, loss, count = 0, 0.0, 0
         for i, (clean, labels) in enumerate(_batches(data, next(net.parameters()).device)):
             assert labels is not None
-            scores = net(_noisy(clean, sigma, i, seed), torch.full((len(clean),), sigma))
+            scores = net(view(clean, i), torch.zeros(len(clean)))
             loss += float(cross_entropy(scores, labels, reduction="sum"))
             hits += int((scores.argmax(1) == labels).sum())
             count += len(clean)
-        total += loss / count / len(sigmas)
-        found[f"accuracy@{sigma:g}"] = round(hits / count, 4)
+        total += loss / count / len(views)
+        found[f"accuracy@{name}"] = round(hits / count, 4)
     return {"score": total, **found}
 
 
@@ -119,6 +133,6 @@ def _batches(data: TrainingData, device: torch.device) -> list[tuple[Tensor, Ten
     ]
 
 
-def _noisy(clean: Tensor, sigma: float, block: int, seed: int) -> Tensor:
+def _noisy(clean: Tensor, block: int, sigma: float, seed: int) -> Tensor:
     generator = block_generator(stream_key(seed, f"sigma {sigma:g}", "held out"), block)
     return clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)

@@ -168,6 +168,7 @@ OBJECTIVES.add("mse+classes", "training.head:objective", "squared error, and the
 OBJECTIVES.add("zeroth-order", "training.zeroth_order:objective", "stability by queries alone: gradients estimated")
 OBJECTIVES.add("complete", "training.atop:completion", "randomly masked images, completed; AToP-style")
 OBJECTIVES.add("atop", "training.atop:fine_tuning", "the same of attacked images, and the true label through f")
+OBJECTIVES.add("jpeg-noise", "training.jpeg_noise:objective", "a classifier on images coded as JPEG; --train-classifier")
 
 
 def make_objective(name: str, settings: Mapping[str, Any] | None = None) -> Objective:

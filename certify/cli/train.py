@@ -42,7 +42,7 @@ class LevelsOption(options.ParamType):
 
 @click.command(short_help="Train a denoiser for a frozen classifier.")
 @click.option("--denoiser", metavar="ARCHITECTURE", help="What to train: dncnn, dncnn-wide, memnet, unet.")
-@click.option("--train-classifier", metavar="MODEL", help="Train this classifier under noise instead (Cohen 2019).")
+@click.option("--train-classifier", metavar="MODEL", help="Train this classifier instead, from --weights or afresh.")
 @click.option("--option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the architecture; repeatable.")
 @click.option(
     "--objective", show_default="mse", help="mse, mse+classes, stability, classification, mse+stability, zeroth-order."
@@ -154,11 +154,12 @@ def _train(o: dict[str, Any]) -> Outcome:
     spec = None
     viewer: Any = surrogates[0] if surrogates else target
     if o["train_classifier"]:
-        from training.classifier import untrained
+        from certify.hub import UNTRAINED
+        from training.classifier import architecture
 
         torch.manual_seed(recipe.seed)
         classes = count_classes(o["data"], o["root"], o["download"])
-        spec = untrained(o["train_classifier"], o["num_classes"] or classes)
+        spec = architecture(o["train_classifier"], o["num_classes"] or classes, o["weights"] or UNTRAINED)
         viewer = View(spec.input, o["num_classes"] or classes, spec.class_names)
     data = load_training_data(
         o["data"],
@@ -284,7 +285,7 @@ def _target(o: dict[str, Any]) -> Classifier | None:
     """The classifier that is named, with the user's settings in place of its own."""
     if o["classifier"]:
         return classifier_from(o["classifier"], o)
-    own = ("input_size", "num_classes") if o["train_classifier"] else ("input_size",)
+    own = ("input_size", "num_classes", "weights") if o["train_classifier"] else ("input_size",)
     alone = next((name for name in _OF_A_CLASSIFIER if o[name] is not None and name not in own), None)
     if alone is not None:
         raise UserError(f"--{alone.replace('_', '-')} without --classifier: there is nothing it could be of")
