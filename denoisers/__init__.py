@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 DENOISERS = Registry("denoiser")
 DENOISERS.add("gaussian", "denoisers.classical:GaussianBlur", "linear: convolution with a Gaussian kernel")
-DENOISERS.add("median", "denoisers.classical:Median", "3x3 median of each channel")
+DENOISERS.add("median", "denoisers.classical:Median", "median of each channel's 3x3, or of size")
+DENOISERS.add("gs", "denoisers.classical:GaussianSmoothing", "a small Gaussian window, several times; Cha et al. 2024")
+DENOISERS.add("bits", "denoisers.classical:BitDepth", "values rounded to 2^bits levels; Xu et al. 2018")
+DENOISERS.add("tv", "denoisers.classical:TotalVariation", "total variation; Rudin et al. 1992, Chambolle 2004")
 DENOISERS.add("jpeg", "denoisers.jpeg:jpeg", "coded as JPEG and decoded: its rounding takes small perturbations away")
 
 ARCHITECTURES = Registry("architecture")
@@ -23,11 +26,13 @@ ARCHITECTURES.add("dncnn", "denoisers.dncnn:DnCNN", "17 convolutions of 64 chann
 ARCHITECTURES.add("dncnn-wide", "denoisers.dncnn:wide", "the same with 128 channels")
 ARCHITECTURES.add("memnet", "denoisers.memnet:MemNet", "3 memory blocks of 6 residual blocks; Tai et al. 2017")
 ARCHITECTURES.add("unet", "denoisers.unet:UNet", "told the noise level: one set of weights for all of them")
+ARCHITECTURES.add("blind-spot", "denoisers.blind_spot:BlindSpot", "never sees the pixel it makes; for the defence ncis")
 ARCHITECTURES.add("masked-unet", "denoisers.masked:MaskedUNet", "completes masked images, for the defence atop")
 
 DEFENCES = Registry("defence")
 DEFENCES.add("none", "denoisers.defences:undefended", "the classifier alone")
 DEFENCES.add("denoised", "denoisers.defences:smoothed", "denoised smoothing's votes, used as a plain classifier")
+DEFENCES.add("ncis", "denoisers.blind_spot:ncis", "a blind-spot network, several times; NCIS-style, Cha et al. 2024")
 DEFENCES.add("atop", "denoisers.masked:atop", "completes what a random transform left; AToP-style, Lin et al. 2024")
 DEFENCES.add("jpeg-nn", "denoisers.jpeg_ensemble:frozen_codec", "JPEG with tables for networks; Zhang, Gao 2021, ours")
 DEFENCES.add("jpeg-ensemble", "denoisers.jpeg_ensemble:ensemble", "the same at several levels, and a vote; theirs, ours")

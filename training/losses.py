@@ -166,6 +166,8 @@ OBJECTIVES.add("stability", lambda: Objective(stability), "f's own label of the 
 OBJECTIVES.add("classification", lambda: Objective(classification, labels=True), "the true label, through f")
 OBJECTIVES.add("mse+classes", "training.head:objective", "squared error, and the label read off the own bottleneck")
 OBJECTIVES.add("zeroth-order", "training.zeroth_order:objective", "stability by queries alone: gradients estimated")
+OBJECTIVES.add("context", "training.context:context", "each pixel from its surroundings; for blind-spot, NCIS-style")
+OBJECTIVES.add("restore", "training.context:restore", "the same of smoothed images: puts back what smoothing takes")
 OBJECTIVES.add("complete", "training.atop:completion", "randomly masked images, completed; AToP-style")
 OBJECTIVES.add("atop", "training.atop:fine_tuning", "the same of attacked images, and the true label through f")
 OBJECTIVES.add("jpeg-noise", "training.jpeg_noise:objective", "a classifier on images coded as JPEG; --train-classifier")
@@ -191,6 +193,11 @@ def make_objective(name: str, settings: Mapping[str, Any] | None = None) -> Obje
             raise
         raise UserError(f"--set does not fit objective {name}: {first_line(error)}") from None
     return built
+
+
+def default_settings(name: str) -> dict[str, Any]:
+    """What the settings of this objective are where none are given."""
+    return {key: p.default for key, p in inspect.signature(OBJECTIVES.get(name)).parameters.items()}
 
 
 PHASES = {"mse+stability": ("mse", "stability")}

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from certify.errors import UserError
-from training.losses import make_objective, phases
+from training.losses import default_settings, make_objective, phases
 
 OPTIMIZERS = ("adam", "sgd", "adam-then-sgd")
 SCHEDULES = ("one-cycle", "step", "constant")
@@ -122,8 +122,9 @@ class Recipe:
         return peak * (_LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * down)))
 
     def describe(self) -> dict[str, Any]:
-        """For the card."""
-        return asdict(self)
+        """For the card, with those settings of the objective that were left at their defaults."""
+        defaults = {key: value for name in phases(self.objective) for key, value in default_settings(name).items()}
+        return {**asdict(self), "settings": {**defaults, **self.settings}}
 
     def digest(self, *parts: Any) -> str:
         """What must be the same for a training to go on from a checkpoint."""
