@@ -1,1 +1,1 @@
-"""Reads run files and makes curves, tables and pictures of them; never samples noise for a certificate."""
+"""Reads run files, makes curves, tables and pictures of them, and attacks; never samples noise for a certificate."""

@@ -13,10 +13,11 @@ from small_networks import network, trained
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from certify.access import QueryAccess
 from certify.errors import RunFault, UserError
 from training.zeroth_order import (
-    QueryOnly,
     estimate_gradient,
+    log_probabilities,
     lowest_frequencies,
     margin,
     queries_per_image,
@@ -35,6 +36,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def ask(target: Any) -> QueryAccess:
+    return QueryAccess(target, "scores", bounded=False)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -141,7 +146,7 @@ def test_full_basis_is_autograd() -> None:
     (truth,) = torch.autograd.grad(cross_entropy(net(x), target, reduction="sum"), x)
     whole = torch.autograd.grad(cross_entropy(net(denoiser(images)), target), list(denoiser.parameters()))
 
-    black_box = QueryOnly(net)
+    black_box = ask(net)
     denoised = denoiser(images)
     errors, found = [], torch.empty(0)
     for step in (1e-4, 1e-5):
@@ -202,7 +207,7 @@ class Watchful(nn.Module):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_autograd_and_exact_counts(method: Any, cost: int, autocast: bool) -> None:
     net = Watchful()
-    black_box = QueryOnly(net)
+    black_box = ask(net)
     images = normal(5, *SHAPE).float().requires_grad_(True)
     target = black_box(images).argmax(1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -224,17 +229,6 @@ def test_no_autograd_and_exact_counts(method: Any, cost: int, autocast: bool) ->
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_budget() -> None:
-    net = Watchful()
-    black_box = QueryOnly(net, budget=30, spent=20)
-    black_box(torch.rand(8, *SHAPE))
-    with pytest.raises(RunFault, match=r"28 of 30 images are spent and 3 more .* last checkpoint is kept"):
-        black_box(torch.rand(3, *SHAPE))
-    black_box(torch.rand(2, *SHAPE))  # what was refused was not sent
-    assert net.batches == [8, 2]
-    assert black_box.spent == 30
-
-
 def test_losses() -> None:
     """Known values, and the same from probabilities as from logits."""
     scores, target = normal(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
@@ -243,10 +237,10 @@ def test_losses() -> None:
     rows = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [5.0, 0.0, 0.0]])
     assert margin(rows, torch.tensor([0, 1, 0]), confidence=2.0).tolist() == [-1.0, 2.0, -2.0]
     images = normal(6, 4)
-    from_probabilities = QueryOnly(lambda x: x.softmax(1), probabilities=True)(images)
+    from_probabilities = log_probabilities(images.softmax(1))
     assert torch.allclose(stability(from_probabilities, target), stability(images, target))
     assert torch.allclose(margin(from_probabilities, target, 9), margin(images, target, 9))
-    assert QueryOnly(lambda _: torch.eye(4), probabilities=True)(images[:4]).isfinite().all()
+    assert log_probabilities(torch.eye(4)).isfinite().all()
 
 
 def test_training_through_queries() -> None:
@@ -273,7 +267,7 @@ def test_training_through_queries() -> None:
         mean = images.mean((1, 2, 3))
         return 12 * torch.stack([0.5 - mean, mean - 0.5], 1)
 
-    black_box = QueryOnly(scores)
+    black_box = ask(scores)
     target = black_box(clean).argmax(1)
     start = Denoiser()
     ends = {}
@@ -324,12 +318,12 @@ def test_mistakes_in_settings(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [
-        (lambda x: x.flatten(1).argmax(1), UserError, "labels alone"),
+        (lambda x: x.flatten(1).argmax(1), UserError, "this one gives labels alone"),
         (lambda x: x.flatten(1)[:1], UserError, "expected \\(B, K\\) scores"),
         (lambda x: x.flatten(1) * float("nan"), RunFault, "not finite"),
-        (lambda x: x.flatten(1), UserError, "drop probabilities=True"),
+        (lambda x: x.flatten(1), UserError, "outside of 0 to 1"),
     ],
 )
 def test_mistakes_in_answers(answer: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        QueryOnly(answer, probabilities=True)(normal(2, *SHAPE))
+        log_probabilities(ask(answer)(normal(2, *SHAPE)))

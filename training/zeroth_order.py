@@ -9,7 +9,7 @@ frequencies of each channel (orthonormal DCT-II; k = 8 gives d = 192 for RGB). O
 what the gradient has at higher frequencies is not seen. Cost: q + 1 queries an image a step with q random directions,
 d + 1 (193 at k = 8) coordinate by coordinate.
 
-    black_box = QueryOnly(classifier.logits, budget=1_000_000)
+    black_box = QueryAccess(classifier.logits, "scores", budget=1_000_000, bounded=False)
     target = black_box(clean).argmax(dim=1)
     denoised = denoiser(noisy, sigma)
     gradient = estimate_gradient(lambda images: stability(black_box(images), target), denoised, ...)
@@ -19,8 +19,7 @@ d + 1 (193 at k = 8) coordinate by coordinate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from certify.errors import RunFault, UserError
+from certify.access import QueryAccess, forward_only
+from certify.errors import UserError
 from training.losses import Batch, Objective
 
 SIZE, STEP = 8, 0.05
@@ -38,13 +38,6 @@ Method = Literal["random", "coordinate"]
 
 SMALLEST_PROBABILITY = 1e-12
 """Probabilities below it (an answer rounded to 0) count as this when their logarithm is taken."""
-
-
-@contextmanager
-def _forward_only(device: torch.device) -> Iterator[None]:
-    """No autograd, and no autocast: half precision would drown differences over small steps."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,7 @@ def estimate_gradient(
         raise UserError(f"queries {queries}, step {step}: expected 1 or more, and a finite step above 0")
     dtype = torch.promote_types(images.dtype, torch.float32)
     basis = lowest_frequencies(images.shape[1:], size, dtype, images.device)
-    with _forward_only(images.device):
+    with forward_only(images.device):
         x = images.detach().to(dtype)
         here = loss(x)
         if here.shape != (len(x),):
@@ -201,61 +194,15 @@ def margin(scores: Tensor, target: Tensor, confidence: float = 0.0) -> Tensor:
     return (other - own).clamp_min(-confidence)
 
 
-class QueryOnly:
-    """A classifier as queries see it: images ``(B, C, H, W)`` in, scores ``(B, K)`` out, no autograd, images counted.
+def log_probabilities(scores: Tensor) -> Tensor:
+    """Logarithms of a black box's probabilities ``(B, K)``, which the losses take as logits; 0 counts as 1e-12.
 
-    Not a module: no optimizer finds its parameters.
-
-    Args:
-        classifier: any function from images to scores.
-        budget: images that may be sent in all, or None.
-        spent: images sent before, when training goes on from a checkpoint.
-        probabilities: the scores are probabilities; their logarithm is returned, which the losses take as logits.
+    Raises:
+        UserError: scores that are no probabilities.
     """
-
-    def __init__(
-        self,
-        classifier: Callable[[Tensor], Tensor],
-        budget: int | None = None,
-        *,
-        spent: int = 0,
-        probabilities: bool = False,
-    ) -> None:
-        self._classifier = classifier
-        self.budget = budget
-        self.spent = spent
-        self.probabilities = probabilities
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits, or logarithms of probabilities, ``(B, K)``, in float32 or better.
-
-        Raises:
-            RunFault: the budget does not cover these images (none is sent), or an answer is not finite.
-            UserError: answers that are not (B, K) scores, or not probabilities though declared so.
-        """
-        if self.budget is not None and self.spent + len(images) > self.budget:
-            raise RunFault(
-                f"query budget: {self.spent} of {self.budget} images are spent and {len(images)} more were asked for; "
-                "the last checkpoint is kept, give a larger budget to go on from it"
-            )
-        self.spent += len(images)
-        with _forward_only(images.device):
-            scores = self._classifier(images.detach()).detach()
-        if scores.ndim != 2 or len(scores) != len(images) or not scores.is_floating_point():
-            raise UserError(
-                f"the classifier returned {tuple(scores.shape)} {scores.dtype} for {len(images)} images; "
-                "expected (B, K) scores: labels alone have no finite differences"
-            )
-        if not scores.isfinite().all():
-            raise RunFault("the classifier returned scores that are not finite; the last checkpoint is kept")
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        if not self.probabilities:
-            return scores
-        if scores.min() < 0 or scores.max() > 1 + 1e-3:
-            raise UserError(
-                "the classifier returned scores outside of 0 to 1; drop probabilities=True if they are logits"
-            )
-        return scores.clamp_min(SMALLEST_PROBABILITY).log()
+    if scores.min() < 0 or scores.max() > 1 + 1e-3:
+        raise UserError("the black box returned scores outside of 0 to 1; if they are logits, take them as they are")
+    return scores.clamp_min(SMALLEST_PROBABILITY).log()
 
 
 def objective() -> Objective:
@@ -266,11 +213,12 @@ def objective() -> Objective:
 def _estimated(batch: Batch) -> Tensor:
     """The stability loss's value, with the estimate as its gradient."""
     assert batch.classifier is not None
-    black_box = QueryOnly(batch.classifier.logits)
-    target = black_box(batch.clean).argmax(dim=1)
+    device = batch.clean.device
+    black_box = QueryAccess(batch.classifier.logits, "scores", bounded=False)  # a denoiser may overshoot a little
+    target = black_box(batch.clean).argmax(dim=1).to(device)
 
     def loss(images: Tensor) -> Tensor:
-        return stability(black_box(images) / batch.temperature, target)
+        return stability(black_box(images).to(device) / batch.temperature, target)
 
     gradient = estimate_gradient(
         loss, batch.output, method="random", queries=batch.queries, step=STEP, size=SIZE, generator=batch.generator

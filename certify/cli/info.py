@@ -18,11 +18,13 @@ EXTRAS = {
     "onnx": ("onnxruntime",),
     "train": ("accelerate", "skimage", "tensorboard"),
     "denoisers": ("deepinv", "diffusers"),
+    "attacks": ("art", "multiprocess", "foolbox"),
     "test": ("pytest", "flint"),
 }
 
 
 def _registries() -> dict[str, Registry]:
+    from analysis.attacks import ATTACKS
     from certify.bounds import BOUNDS
     from certify.noise import NOISES
     from certify.sequential import RULES
@@ -34,6 +36,7 @@ def _registries() -> dict[str, Registry]:
         "denoisers": _denoisers(),
         "architectures": ARCHITECTURES,
         "defences": DEFENCES,
+        "attacks": ATTACKS,
         "objectives": _objectives(),
         "noises": NOISES,
         "bounds": BOUNDS,

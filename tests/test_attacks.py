@@ -1,0 +1,376 @@
+"""Attacks against known margins: none finds an image nearer than there is one; what counts is measured by us."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+import analysis.attacks
+from analysis.attacked import SLACK, Attacked, Proposal, _measured, attack, seeded
+from analysis.attacks import ATTACKS, SCORES, check_attacks, crafter, find_attack, groups_of
+from analysis.attacks.gradients import passing_by
+from certify import load_classifier, load_images
+from certify.access import QueryAccess
+from certify.classifiers import Classifier, ClassifierSpec, InputSpec
+from certify.defence import Defence, Member
+from certify.errors import UserError
+from certify.streams import stream_key
+from denoisers.randomness import Generators, normal
+
+SHAPE = (1, 8, 8)
+WEIGHT = torch.randn(64, generator=torch.Generator().manual_seed(3))
+MARGIN = {"l2": 0.3, "linf": 0.3 * float(WEIGHT.norm() / WEIGHT.abs().sum())}
+"""Distance of the grey image from the linear classifier's boundary: known."""
+
+GREY = torch.full((2, *SHAPE), 0.5)
+ZERO = torch.tensor([0, 0])
+IDS = ["a", "b"]
+
+
+def linear(weight: Tensor = WEIGHT, offset: float | None = None, name: str = "linear") -> Classifier:
+    """Class 1 where ``weight . (x - 0.5) > offset``; both classes' scores are needed, and it is not saturated."""
+    offset = 0.3 * float(weight.norm()) if offset is None else offset
+    layer = nn.Linear(weight.numel(), 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.stack([-weight / 2, weight / 2]))
+        bias = float(weight.sum()) / 2 + offset
+        layer.bias.copy_(torch.tensor([bias / 2, -bias / 2]))
+    return Classifier(name, ClassifierSpec(nn.Sequential(nn.Flatten(), layer), InputSpec(SHAPE)), 2)
+
+
+def asked(target: Any, answers: Any, budget: int | None, count: int = 2) -> list[QueryAccess]:
+    return [QueryAccess(target, answers, budget=budget, key=stream_key(0, str(i), "q")) for i in range(count)]
+
+
+class Jitter(nn.Module):
+    """Adds noise, and writes down the first number of each draw."""
+
+    random = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    def forward(self, images: Tensor, sigma: float | None = None, *, generator: Generators = None) -> Tensor:
+        noise = 0.02 * normal(images, generator)
+        self.drawn += noise[:, 0, 0, 0].tolist()
+        return (images + noise).clamp(0, 1)
+
+
+class Pooled(nn.Module):
+    """The mean of each 2x2 block: takes the finest pattern out altogether."""
+
+    def forward(self, images: Tensor, sigma: float | None = None, *, generator: object = None) -> Tensor:
+        return avg_pool2d(images, 2).repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+class Rounded(nn.Module):
+    """Eighths: autograd gives zeros."""
+
+    def __init__(self, honest: bool) -> None:
+        super().__init__()
+        self.differentiable = not honest
+
+    def forward(self, images: Tensor, sigma: float | None = None, *, generator: object = None) -> Tensor:
+        return (images * 8).round() / 8
+
+
+def behind(purifier: nn.Module | None, classifier: Classifier, **how: Any) -> Defence:
+    return Defence("test", [Member(purifier, classifier)], **how)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_hopskipjump_comes_near_and_never_below(norm: str) -> None:
+    access = asked(linear(), "labels", 1500)
+    found = attack("hopskipjump", GREY, ZERO, IDS, norm=norm, access=access)
+    assert all(found.success)
+    for distance in found.distance:
+        assert MARGIN[norm] * (1 - 1e-5) < distance < 1.15 * MARGIN[norm]
+    assert found.queries == tuple(a.spent for a in access)
+    assert max(found.queries) <= 1500
+    assert linear()(found.images).tolist() == [1, 1]
+    assert 0 <= found.images.min() <= found.images.max() <= 1
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("name", ["blind-pgd", "adaptive-pgd", "transfer", "square"])
+def test_attacks_in_a_ball_succeed_beyond_the_margin_alone(name: str, norm: str) -> None:
+    net = linear()
+    near, far = 0.98 * MARGIN[norm], (2.0 if name == "square" else 1.02) * MARGIN[norm]
+    for eps in (near, far):
+        found = attack(
+            name,
+            GREY[:1],
+            ZERO[:1],
+            IDS[:1],
+            norm=norm,
+            eps=eps,
+            access=asked(net, "scores", 300, 1),
+            classifier=None if name == "transfer" else net,
+            defence=behind(None, linear(1.01 * WEIGHT) if name == "transfer" else net),
+            surrogates=[net],
+            **({"diversity": 0.0} if name == "transfer" else {}),
+        )
+        assert found.success == (eps > MARGIN[norm],)
+        assert found.success[0] == bool(net(found.images)[0] == 1)
+        assert found.distance[0] <= eps + SLACK
+        assert "zero" not in found.notes[0]
+
+
+def test_a_budget_ends_with_the_best_so_far() -> None:
+    """The same attack for longer goes the same way for longer."""
+    nearest = []
+    for budget in (20, 150, 600):
+        access = asked(linear(), "labels", budget, 1)
+        found = attack("hopskipjump", GREY[:1], ZERO[:1], IDS[:1], norm="l2", access=access)
+        assert found.queries[0] <= budget
+        assert found.success == (True,)
+        nearest.append(found.l2[0])
+    assert nearest[0] > nearest[1] > nearest[2]
+    nothing = attack("hopskipjump", GREY, ZERO, IDS, norm="l2", access=asked(linear(), "labels", 1))
+    assert nothing.success == (False, False)
+    assert nothing.queries == (1, 1)
+    assert nothing.notes == ("no wrong answer found",) * 2
+    assert torch.equal(nothing.images, GREY)
+
+
+@pytest.mark.parametrize(("name", "answers"), [("hopskipjump", "labels"), ("square", "scores")])
+def test_a_wrong_answer_about_the_clean_image_ends_it(name: str, answers: Any) -> None:
+    found = attack(name, GREY, ZERO + 1, IDS, norm="l2", eps=0.5, access=asked(linear(), answers, 100))
+    assert (found.success, found.queries, found.l2) == ((True, True), (1, 1), (0.0, 0.0))
+
+
+def test_hopskipjump_stops_at_the_ball() -> None:
+    free = attack("hopskipjump", GREY, ZERO, IDS, norm="l2", access=asked(linear(), "labels", 1000))
+    ball = attack("hopskipjump", GREY, ZERO, IDS, norm="l2", eps=0.6, access=asked(linear(), "labels", 1000))
+    assert all(ball.success)
+    assert max(ball.l2) <= 0.6 + SLACK
+    assert max(ball.queries) < min(free.queries)
+    small = attack("hopskipjump", GREY, ZERO, IDS, norm="l2", eps=0.29, access=asked(linear(), "labels", 300))
+    assert small.success == (False, False)
+    assert torch.equal(small.images, GREY)
+    assert "outside of the ball of 0.29" in small.notes[0]
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_every_attack_keeps_to_the_rules_whatever_the_batch(name: str, norm: str) -> None:
+    """In the ball and in [0, 1] by our own measure; an image gets the same alone; global generators are put back."""
+    digits = load_classifier("digits")
+    chosen = load_images("digits", digits, skip=100)
+    images = torch.stack([chosen.load(i) for i in (0, 1)])
+    labels = torch.tensor([chosen.labels[i] for i in (0, 1)])
+    defence = behind(Jitter(), digits)
+    eps = 1.5 if norm == "l2" else 0.3
+    found = find_attack(name, norm)
+    answers = "scores" if found.needs == SCORES else "labels"
+    numbers = {k: v for k, v in {"steps": 4, "eot": 2}.items() if k in found.options}
+
+    def run(rows: list[int]) -> Attacked:
+        return attack(
+            name,
+            images[rows],
+            labels[rows],
+            [IDS[r] for r in rows],
+            norm=norm,
+            eps=eps,
+            access=[asked(defence, answers, 120)[r] for r in rows],
+            classifier=digits if name == "blind-pgd" else None,
+            defence=defence if name != "transfer" else None,
+            surrogates=[digits],
+            **numbers,
+        )
+
+    state = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()  # noqa: NPY002
+    both, second = run([0, 1]), run([1])
+    after = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()  # noqa: NPY002
+    assert state == after
+    assert torch.equal(both.images[1], second.images[0])
+    assert (both.success[1], both.queries[1], both.notes[1]) == (second.success[0], second.queries[0], second.notes[0])
+    assert 0 <= both.images.min() <= both.images.max() <= 1
+    moved = (both.images - images).double().flatten(1)
+    assert both.l2 == pytest.approx(moved.norm(dim=1).tolist())
+    assert both.linf == pytest.approx(moved.abs().amax(1).tolist())
+    assert max(both.distance) <= eps + SLACK
+    if found.asks:
+        assert 1 <= min(both.queries) <= max(both.queries) <= 120
+    assert groups_of(name) == found.groups != ()
+
+
+def test_what_leaves_the_ball_or_the_range_has_failed() -> None:
+    clean = GREY[:1].expand(4, *SHAPE)
+    proposed = [clean[0] + 0.1, clean[0] + 0.2, clean[0] + 0.6, clean[0] * float("nan")]
+    proposals = [Proposal(image, 1, 7) for image in proposed]
+    found = _measured("x", "linf", 0.15, clean, torch.zeros(4, dtype=torch.long), proposals)
+    assert found.success == (True, False, False, False)
+    assert "linf 0.2, outside of the ball of 0.15" in found.notes[1]
+    assert found.notes[2] == found.notes[3] == "proposed values outside of [0, 1]"
+    assert torch.equal(found.images[1:], clean[1:])
+    assert found.linf == pytest.approx((0.1, 0, 0, 0))
+
+
+def test_knowing_the_purifier_is_worth_something() -> None:
+    """The bare classifier mostly looks at a checkerboard, which pooling takes out; what remains suffices."""
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    weight = ((-1.0) ** (rows + columns) + 0.2).flatten()
+    net = linear(weight, 0.5)
+    defence = behind(Pooled(), net)
+    keys = [stream_key(0, "x", "judge")]
+    blind = attack("blind-pgd", GREY[:1], ZERO[:1], IDS[:1], norm="linf", eps=0.1, classifier=net)
+    assert blind.success == (True,)
+    assert defence(blind.images, keys).tolist() == [0]
+    adaptive = attack("adaptive-pgd", GREY[:1], ZERO[:1], IDS[:1], norm="linf", eps=0.1, defence=defence)
+    assert adaptive.success == (True,)
+    assert defence(adaptive.images, keys).tolist() == [1]
+
+
+def test_purifiers_without_gradients_are_passed_by() -> None:
+    net = linear(offset=0.05 * float(WEIGHT.abs().sum()))
+    given = {"norm": "linf", "eps": 0.1, "steps": 10}
+    plain = attack("adaptive-pgd", GREY, ZERO, IDS, defence=behind(Rounded(honest=False), net), **given)
+    assert plain.success == (False, False)
+    assert plain.notes == ("all 10 gradients were zero",) * 2
+    past = attack("adaptive-pgd", GREY, ZERO, IDS, defence=behind(Rounded(honest=True), net), **given)
+    assert past.success == (True, True)
+    assert past.notes == ("", "")
+
+
+@pytest.mark.parametrize("combine", ["vote", "logits", "probabilities"])
+def test_passing_by_leaves_the_answers(combine: str) -> None:
+    digits = load_classifier("digits")
+    members = [Member(p, digits) for p in (Rounded(honest=True), Jitter(), None)]
+    defence = Defence("test", members, draws=2, combine=combine)
+    images = torch.rand((3, *SHAPE), generator=torch.Generator().manual_seed(0))
+    keys = [stream_key(0, str(i), "t") for i in range(3)]
+    assert torch.equal(passing_by(defence).passes_of(images, keys, 4), defence.passes_of(images, keys, 4))
+    found = attack(
+        "adaptive-pgd", images, ZERO[:1].expand(3), "xyz", norm="l2", eps=0.5, defence=defence, steps=2, eot=2
+    )
+    assert found.notes == ("",) * 3
+
+
+def test_expectation_draws_anew_at_every_step() -> None:
+    jitter = Jitter()
+    found = attack(
+        "adaptive-pgd",
+        GREY[:1],
+        ZERO[:1],
+        IDS[:1],
+        norm="l2",
+        eps=0.1,
+        defence=behind(jitter, linear()),
+        steps=5,
+        eot=3,
+    )
+    assert len(jitter.drawn) == found.queries[0] + 1  # and one for the judge
+    assert len(set(jitter.drawn)) == len(jitter.drawn) >= 5 * 3 + 1
+
+
+def test_a_second_library_agrees() -> None:
+    """Foolbox, on the same classifier: PGD crosses at the same radius, and its HopSkipJump ends where ours does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fb = pytest.importorskip("foolbox")
+    net = linear()
+    model = fb.PyTorchModel(net.net.eval(), bounds=(0, 1), device="cpu")
+    for norm, pgd in (("l2", fb.attacks.L2PGD), ("linf", fb.attacks.LinfPGD)):
+        radii = [0.98 * MARGIN[norm], 1.02 * MARGIN[norm]]
+        _, _, broken = pgd(rel_stepsize=0.25, steps=40)(model, GREY[:1], ZERO[:1], epsilons=radii)
+        ours = [
+            attack("blind-pgd", GREY[:1], ZERO[:1], IDS[:1], norm=norm, eps=eps, classifier=net).success[0]
+            for eps in radii
+        ]
+        assert broken[:, 0].tolist() == ours == [False, True]
+    with seeded(stream_key(0, "foolbox", "test")):
+        theirs, _, _ = fb.attacks.HopSkipJumpAttack(steps=5, max_gradient_eval_steps=300)(
+            model, GREY[:1], ZERO[:1], epsilons=None
+        )
+    ours = attack("hopskipjump", GREY[:1], ZERO[:1], IDS[:1], norm="l2", access=asked(net, "labels", 1500, 1))
+    assert float((theirs - GREY[:1]).norm()) == pytest.approx(ours.l2[0], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("sqare", {}, "unknown attack 'sqare'; nearest: square"),
+        ("square", {"norm": "l1"}, "norm 'l1'; expected one of linf, l2"),
+        ("square", {"access": ("labels", 10)}, "needs scores, and this access answers labels; .* hopskipjump"),
+        ("square", {}, r"needs scores: 0 accesses for 2 images; .*QueryAccess\(defence, 'scores', budget=1000\)"),
+        ("square", {"access": ("scores", None)}, "give the access a budget"),
+        ("hopskipjump", {"access": ("labels", None)}, "give the access a budget"),
+        ("square", {"eps": None, "access": ("scores", 10)}, "works inside a ball; give eps="),
+        ("blind-pgd", {}, "needs gradients of the classifier; give classifier="),
+        ("adaptive-pgd", {}, "needs gradients of the defence; give defence="),
+        ("transfer", {}, "needs surrogates; give surrogates="),
+        ("transfer", {"classifier": linear(), "surrogates": [linear()]}, "a surrogate is the target itself"),
+        (
+            "blind-pgd",
+            {"classifier": linear(), "stepz": 3},
+            "no option 'stepz'; its options: steps, step, random_start",
+        ),
+        ("blind-pgd", {"classifier": linear(), "steps": 0}, "steps 0, step 0.25: expected 1 or more"),
+        ("adaptive-pgd", {"defence": behind(None, linear()), "eot": 0}, "eot 0"),
+        ("blind-pgd", {"classifier": linear(), "eps": -1.0}, "eps -1.0; expected a number above 0"),
+    ],
+)
+def test_mistakes_are_named(name: str, given: dict[str, Any], message: str) -> None:
+    if "access" in given:
+        given = given | {"access": asked(linear(), *given["access"])}
+    with pytest.raises(UserError, match=message):
+        attack(name, GREY, ZERO, IDS, **({"norm": "l2", "eps": 0.5} | given))
+
+
+def test_what_gives_no_gradient_is_refused() -> None:
+    class Detached(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.detach().flatten(1)[:, :2]
+
+    runtime = Classifier("runtime", ClassifierSpec(Detached(), InputSpec(SHAPE)), 2)
+    with pytest.raises(UserError, match=r"gives no gradients .* hopskipjump"):
+        attack("blind-pgd", GREY, ZERO, IDS, norm="l2", eps=0.5, classifier=runtime)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_square_refuses_what_it_would_not_see(norm: str) -> None:
+    """Logits in place of probabilities: their logarithms are all the same, and nothing would ever move."""
+    access = [QueryAccess(linear().logits, "scores", budget=100, num_classes=2) for _ in IDS]
+    with pytest.raises(UserError, match="expected probabilities"):
+        attack("square", GREY, ZERO, IDS, norm=norm, eps=0.5, access=access)
+    nameless = [QueryAccess(linear().logits, "scores", budget=100) for _ in IDS]
+    with pytest.raises(UserError, match="give num_classes="):
+        attack("square", GREY, ZERO, IDS, norm=norm, eps=0.5, access=nameless)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis.attacks.importlib.util, "find_spec", lambda name: None)
+    for call in (
+        lambda: attack("blind-pgd", GREY, ZERO, IDS, norm="l2", eps=0.5, classifier=linear()),
+        lambda: check_attacks(["square"], norm="l2"),
+    ):
+        with pytest.raises(UserError, match=r"pip install 'certify-toolkit\[attacks\]'"):
+            call()
+
+
+def test_the_table_of_defences_gets_its_attacks() -> None:
+    with pytest.raises(UserError, match="transfer needs surrogates"):
+        check_attacks(["blind-pgd", "transfer"], norm="linf")
+    check_attacks(["blind-pgd", "transfer"], norm="linf", surrogates=1)
+
+    class Condition:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    net = linear()
+    craft = crafter(net, eps=2 * MARGIN["linf"], norm="linf", queries=200, steps=5, eot=2)
+    for name in ("hopskipjump", "square", "blind-pgd", "adaptive-pgd"):
+        found = craft(Condition(name), behind(Jitter(), net), GREY[:1], ZERO[:1], IDS[:1])
+        assert found.name == name
+        assert found.images.shape == (1, *SHAPE)
+        assert found.queries[0] <= 200
