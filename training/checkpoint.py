@@ -12,11 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from certify.errors import RunFault, UserError, first_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_AVERAGE = "average.pt"
 Scores = dict[str, float]
 """Figures on held-out images; ``score`` among them, less is better."""
 
@@ -61,10 +65,17 @@ class Meter:
 
 
 class Checkpoints:
-    """Step and best score, in ``out``: a checkpoint is written beside the old one and then takes its place."""
+    """Step and best score, in ``out``: a checkpoint is written beside the old one and then takes its place.
 
-    def __init__(self, out: Path, digest: str, driver: Accelerator) -> None:
-        self.out, self.digest, self.driver = out, digest, driver
+    Args:
+        out: folder.
+        digest: of what must be the same for a training to go on.
+        driver: keeps the network, the optimizers and their states.
+        average: of the weights, or None; it is kept too.
+    """
+
+    def __init__(self, out: Path, digest: str, driver: Accelerator, average: nn.Module | None = None) -> None:
+        self.out, self.digest, self.driver, self.average = out, digest, driver, average
         self.step = self.saved = self.best_step = 0
         self._written = time.monotonic()
         self.best: Scores = {}
@@ -92,6 +103,8 @@ class Checkpoints:
             )
         try:
             self.driver.load_state(str(found))
+            if self.average is not None:
+                self.average.load_state_dict(torch.load(found / _AVERAGE, map_location="cpu", weights_only=True))
         except Exception as error:  # of safetensors, pickle or zip
             raise UserError(f"{found} is damaged ({first_line(error)}); remove it to start again") from error
         self.step = self.saved = state["step"]
@@ -108,6 +121,8 @@ class Checkpoints:
         self.driver.save_state(str(self.new))
         if self.driver.is_main_process:
             state = {"step": self.step, "best": self.best, "best_step": self.best_step, "digest": self.digest}
+            if self.average is not None:
+                torch.save(self.average.state_dict(), self.new / _AVERAGE)
             (self.new / "state.json").write_text(json.dumps(state))
             if self.folder.exists():
                 shutil.rmtree(self.old, ignore_errors=True)

@@ -96,7 +96,7 @@ def train_denoiser(
         save_denoiser(Path(out) / WEIGHTS, net, replace(card, training=shaped, validation=scores))
 
     def validate(trained: nn.Module) -> Scores:
-        if last.prepare is not add_noise:
+        if last.purifier or last.prepare is not add_noise:  # squared error is not what it is for
             return loss_scores(whole, data, recipe, last, guides)
         levels = Levels(recipe.sigmas, recipe.continuous).checked()
         return denoiser_scores(net, data, levels, phases(recipe.objective)[-1], judges)

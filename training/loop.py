@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from certify.classifiers import Classifier
 from certify.errors import RunFault, UserError, first_line
 from certify.streams import block_generator, stream_key
+from training.average import averaged, make_average
 from training.checkpoint import Checkpoints, Meter, Scores
 from training.data import Levels, TrainingData, augment
 from training.guides import Guides
@@ -138,13 +139,14 @@ def train(
     net.to(driver.device)
     if any(p.ndim == 4 for p in net.parameters()):
         net.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
+    average = make_average(net, recipe.ema)
     model, *optimizers = driver.prepare(net, *_optimizers(net, recipe))
     if conduct.compile:
         _compile(net, data, driver.device)
     digest = recipe.digest(
         identity, data.image, data.about, conduct.validations, guides.describe(), driver.num_processes
     )
-    state = Checkpoints(Path(out), digest, driver)
+    state = Checkpoints(Path(out), digest, driver, average)
     state.resume()
     steps, start, meter = recipe.steps(len(data.train)), state.step, Meter()
     every = max(1, steps // conduct.validations)
@@ -154,6 +156,8 @@ def train(
         loss = _step(model, optimizers, data, recipe, guides, state.step, steps, driver)
         if not math.isfinite(loss):
             raise _no_number(f"the loss is {loss}", state, steps)
+        if average is not None:
+            average.update_parameters(net)
         state.step += 1
         meter.add(recipe.batch_size, loss)
         conduct.progress(recipe.batch_size, loss)
@@ -165,7 +169,7 @@ def train(
             if not all(v.isfinite().all() for v in net.state_dict().values()):
                 raise _no_number("the weights are no numbers any more", state, steps)
             if look:
-                with meter.paused():
+                with meter.paused(), averaged(net, average):
                     model.eval()
                     state.judge(validate(net), lambda scores, step: keep(net, scores, step))
             state.save()

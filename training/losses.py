@@ -166,6 +166,7 @@ OBJECTIVES.add("stability", lambda: Objective(stability), "f's own label of the 
 OBJECTIVES.add("classification", lambda: Objective(classification, labels=True), "the true label, through f")
 OBJECTIVES.add("mse+classes", "training.head:objective", "squared error, and the label read off the own bottleneck")
 OBJECTIVES.add("zeroth-order", "training.zeroth_order:objective", "stability by queries alone: gradients estimated")
+OBJECTIVES.add("dsm", "training.score_matching:objective", "denoising score matching; for score and energy")
 OBJECTIVES.add("context", "training.context:context", "each pixel from its surroundings; for blind-spot, NCIS-style")
 OBJECTIVES.add("restore", "training.context:restore", "the same of smoothed images: puts back what smoothing takes")
 OBJECTIVES.add("complete", "training.atop:completion", "randomly masked images, completed; AToP-style")

@@ -40,6 +40,7 @@ class Recipe:
             A classifier that never saw noise is far too sure of what it makes of denoised images. Above 1 training
             spends itself on its votes, which are all that a certificate counts, not on its confidence.
         queries: queries an image a step, for ``zeroth-order``.
+        ema: decay of the running average of the weights, which then is what is validated and kept; 0: none.
         seed: of initial weights, order, augmentation and noise.
         settings: of the objective, by name.
     """
@@ -59,6 +60,7 @@ class Recipe:
     augment: bool = True
     temperature: float = 1.0
     queries: int = 20
+    ema: float = 0.0
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -83,6 +85,8 @@ class Recipe:
                 f"--weight-decay {self.weight_decay:g} --rate {self.rate:g} --seed {self.seed}: expected a decay from "
                 "0, a rate above 0, a seed from 0 to 2^63 - 1"
             )
+        if not 0 <= self.ema < 1:
+            raise UserError(f"--ema {self.ema:g}: expected a decay from 0 (no average) to below 1, such as 0.999")
         if not 0 < self.temperature < math.inf:
             raise UserError(f"--temperature {self.temperature:g}: expected a number above 0")
         if not (self.epochs > 0 and math.isfinite(self.epochs) and self.batch_size > 0):

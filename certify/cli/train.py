@@ -88,6 +88,9 @@ class LevelsOption(options.ParamType):
     help="The frozen classifier's logits are divided by it.",
 )
 @click.option("--queries", type=options.Count("queries"), default=20, show_default=True, help="zeroth-order: an image.")
+@click.option(
+    "--ema", type=float, default=0.0, show_default=True, help="Keep a running average of the weights, of this decay."
+)
 @click.option("--no-augment", is_flag=True, help="Do not move and mirror the images.")
 @click.option(
     "--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Of everything drawn."
@@ -218,6 +221,7 @@ def _recipe(o: dict[str, Any]) -> Recipe:
         first_share=o["first_share"],
         temperature=o["temperature"],
         queries=o["queries"],
+        ema=o["ema"],
         seed=o["seed"],
         settings=_key_values("--set", o["settings"]),
     )
