@@ -160,7 +160,7 @@ class ScorePurifier(nn.Module):
 
 def score_norm(net: nn.Module, images: Tensor) -> Tensor:
     """l2 norms ``(B,)`` of the network's score: small for clean images, larger for attacked or noisy ones."""
-    return _score(net, images).flatten(1).norm(dim=1)
+    return torch.linalg.vector_norm(_score(net, images), dim=(1, 2, 3))
 
 
 @torch.no_grad()
