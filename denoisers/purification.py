@@ -160,7 +160,8 @@ class ScorePurifier(nn.Module):
 
 def score_norm(net: nn.Module, images: Tensor) -> Tensor:
     """l2 norms ``(B,)`` of the network's score: small for clean images, larger for attacked or noisy ones."""
-    return torch.linalg.vector_norm(_score(net, images), dim=(1, 2, 3))
+    norms: Tensor = torch.linalg.vector_norm(_score(net, images), dim=(1, 2, 3))
+    return norms
 
 
 @torch.no_grad()
