@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.comparison import Comparison
 from certify.errors import UserError
-from certify.records import Run, read_run
+from certify.records import COMPARISON, Run, peek_header, read_run
 
 
 class NoRadii(UserError):
@@ -42,6 +43,21 @@ def read_any(path: str | Path) -> Run:
     if run.header.get("procedure", "certify") == "predict":
         raise NoRadii(f"{path} holds predictions, which have no radius; expected a run of `certify --model ...`")
     return run
+
+
+def is_comparison(path: str | Path) -> bool:
+    """Whether this is a file of ``certify compare``."""
+    header = peek_header(path)
+    return header is not None and header["type"] == COMPARISON
+
+
+def read_comparison(path: str | Path) -> Comparison:
+    """A file of ``certify compare``, finished or not.
+
+    Raises:
+        UserError: another file, or a damaged one.
+    """
+    return Comparison(read_run(path, allow_partial=True, kind=COMPARISON))
 
 
 def read_all(paths: Sequence[str | Path], warn: Callable[[str], None]) -> list[Run]:

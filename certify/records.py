@@ -23,11 +23,15 @@ from certify.errors import RunFault, UserError
 
 SCHEMA = 1
 
-_HEADER_START = b'{"type": "run"'
+_HEADER_START = b'{"type": "'
 
 FREE_KEYS = ("data", "created", "command", "versions", "machine", "batch_size", "execution")
 """Header keys that may differ between two commands that mean the same run: names and circumstances, not settings."""
 
+COMPARISON = "comparison"
+"""The other kind of file that is written this way: a header, then one line for each image, defence and condition."""
+
+_OUTCOME_KEYS = ("id", "image", "defence", "condition", "label", "answers")
 IMAGE_KEYS = ("id", "label", "prediction", "radius", "p_lower", "votes", "selection", "trials", "failures", "seconds")
 
 
@@ -90,11 +94,16 @@ def peek_header(path: str | Path) -> dict[str, Any] | None:
         header = json.loads(line) if line.endswith(b"\n") else None
     except (OSError, ValueError, RecursionError):
         return None
-    return header if isinstance(header, dict) and header.get("type") == "run" else None
+    return header if isinstance(header, dict) and header.get("type") in _ROWS else None
 
 
-def read_run(path: str | Path, *, allow_partial: bool = False) -> Run:
+def read_run(path: str | Path, *, allow_partial: bool = False, kind: str = "run") -> Run:
     """Read a run file.
+
+    Args:
+        path: of the file.
+        allow_partial: whether it may owe images.
+        kind: what its header says it is: ``"run"`` or ``COMPARISON``.
 
     Raises:
         UserError: not a run file, written by a newer version, torn in the middle, an image twice, more images than the
@@ -109,7 +118,7 @@ def read_run(path: str | Path, *, allow_partial: bool = False) -> Run:
     torn = lines.pop() != b""  # a whole file ends in a newline
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
-        rows.append(_parse(line, number, path, first=not rows))
+        rows.append(_parse_header(line, path, kind) if not rows else _parse(line, number, path, kind))
     if not rows:
         if not content or content.startswith(_HEADER_START):
             raise UserError(f"{path} holds no header: it was cut off at once; delete it and run the command again")
@@ -123,16 +132,26 @@ def read_run(path: str | Path, *, allow_partial: bool = False) -> Run:
     return run
 
 
-def _parse(line: bytes, number: int, path: Path, *, first: bool) -> dict[str, Any]:
+def _json(line: bytes) -> Any:
     try:
-        row = json.loads(line, parse_constant=_refuse_constant)
+        return json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        row = None
-    if first:
-        if not isinstance(row, dict) or row.get("type") != "run" or not isinstance(row.get("expected"), int):
-            raise UserError(f"{path} is not a run file of certify: its first line is no header")
-        return row
-    if not isinstance(row, dict) or row.get("type") != "image" or not _plausible(row):
+        return None
+
+
+def _parse_header(line: bytes, path: Path, kind: str) -> dict[str, Any]:
+    row = _json(line)
+    if not isinstance(row, dict) or row.get("type") not in _ROWS or not isinstance(row.get("expected"), int):
+        raise UserError(f"{path} is not a run file of certify: its first line is no header")
+    if row["type"] != kind:
+        raise UserError(f"{path} is a {row['type']}, not a {kind}; `certify table` shows both")
+    return row
+
+
+def _parse(line: bytes, number: int, path: Path, kind: str) -> dict[str, Any]:
+    row = _json(line)
+    name, plausible = _ROWS[kind]
+    if not isinstance(row, dict) or row.get("type") != name or not plausible(row):
         raise UserError(
             f"{path} is damaged at line {number}; delete that line and run the command again to redo its image"
         )
@@ -149,6 +168,14 @@ def _plausible(row: Mapping[str, Any]) -> bool:
         return False
     radius = row["radius"]
     return radius is None or (type(radius) in (int, float) and 0 <= radius < math.inf)
+
+
+def _plausible_outcome(row: Mapping[str, Any]) -> bool:
+    return all(k in row for k in _OUTCOME_KEYS) and isinstance(row["answers"], list)
+
+
+_ROWS = {"run": ("image", _plausible), COMPARISON: ("outcome", _plausible_outcome)}
+"""What the lines after a header are called, and whether one can be what it says."""
 
 
 def _check(run: Run) -> None:
@@ -199,7 +226,7 @@ class RunFile:
             return False
         if b"\n" not in content and content.startswith(_HEADER_START):
             return False  # killed while the header was written
-        run = read_run(self.path, allow_partial=True)
+        run = read_run(self.path, allow_partial=True, kind=self.header["type"])
         refuse_other_run(self.path, run.header, self.header)
         self.header = run.header
         self.done = {row["id"]: row for row in run.images}
@@ -230,7 +257,7 @@ class RunFile:
         Raises:
             RunFault: the disk is full or gone; what was written before stays.
         """
-        line = {"type": "image", **row}
+        line = {"type": _ROWS[self.header["type"]][0], **row}
         self._append(self._file, line)
         self.done[row["id"]] = line
 

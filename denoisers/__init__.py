@@ -37,8 +37,12 @@ DEFENCES.add("denoised", "denoisers.defences:smoothed", "denoised smoothing's vo
 DEFENCES.add("ncis", "denoisers.blind_spot:ncis", "a blind-spot network, several times; NCIS-style, Cha et al. 2024")
 DEFENCES.add("ebm", "denoisers.purification:ebm", "noise, then score ascent, several draws; Yoon et al. 2021")
 DEFENCES.add("atop", "denoisers.masked:atop", "completes what a random transform left; AToP-style, Lin et al. 2024")
-DEFENCES.add("jpeg-nn", "denoisers.jpeg_ensemble:frozen_codec", "JPEG with tables for networks; Zhang, Gao 2021, ours")
-DEFENCES.add("jpeg-ensemble", "denoisers.jpeg_ensemble:ensemble", "the same at several levels, and a vote; theirs, ours")
+DEFENCES.add(
+    "jpeg-nn",
+    "denoisers.jpeg_ensemble:frozen_codec",
+    "JPEG with tables for networks; our design, after Zhang, Gao 2021",
+)
+DEFENCES.add("jpeg-ensemble", "denoisers.jpeg_ensemble:ensemble", "the same at several levels, and a vote; our design")
 
 SHIPPED = Path(__file__).parent / "data"
 """Folder of the trained denoisers in this package."""

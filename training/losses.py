@@ -171,7 +171,7 @@ OBJECTIVES.add("context", "training.context:context", "each pixel from its surro
 OBJECTIVES.add("restore", "training.context:restore", "the same of smoothed images: puts back what smoothing takes")
 OBJECTIVES.add("complete", "training.atop:completion", "randomly masked images, completed; AToP-style")
 OBJECTIVES.add("atop", "training.atop:fine_tuning", "the same of attacked images, and the true label through f")
-OBJECTIVES.add("jpeg-noise", "training.jpeg_noise:objective", "a classifier on images coded as JPEG; --train-classifier")
+OBJECTIVES.add("jpeg-noise", "training.jpeg_noise:objective", "a classifier on coded images; for --train-classifier")
 
 
 def make_objective(name: str, settings: Mapping[str, Any] | None = None) -> Objective:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from certify import __version__
-from certify.cli import bench, evaluate, info, run, show, train
+from certify.cli import bench, compare, evaluate, info, run, show, train
 from certify.errors import CertifyError
 
 
@@ -64,6 +64,7 @@ def group() -> None:
       certify table RUN --simultaneous                what holds for all images at once
       certify train --denoiser unet --sigma 0.25 ...  a denoiser to put in front of it
       certify evaluate-denoiser --denoiser D ...      its PSNR, SSIM, accuracy, and a picture
+      certify compare --model M --defences ... ...    defences under attacks, beside certificates
 
     sigma and radii are in pixels of images scaled to [0, 1].
     """  # noqa: D301
@@ -74,6 +75,7 @@ for _command in (
     run.predict,
     train.train,
     evaluate.evaluate_denoiser,
+    compare.compare,
     show.plot,
     show.table,
     show.recompute,

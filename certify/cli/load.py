@@ -95,6 +95,14 @@ def classifier_from(model: str, o: dict[str, Any]) -> Classifier:
     return load_classifier(model, **settings)
 
 
+def surrogate_from(named: str) -> Classifier:
+    """The classifier of ``MODEL`` or ``MODEL=FILE``."""
+    from certify.classifiers import load_classifier
+
+    model, _, weights = named.partition("=")
+    return load_classifier(model, weights=weights or None)
+
+
 def denoiser_for(
     name: str, sigma: float, image: tuple[int, int, int] | None, classifier: Classifier | None = None
 ) -> nn.Module:

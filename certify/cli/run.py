@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
+from certify.cli.files import output_path, stoppable
 from certify.cli.load import check_first, chosen_images, load_smoothed, without_data
 from certify.cli.plan import check_base, clock, first_image, show_engine, show_plan
 from certify.cli.summary import summarise, warn
-from certify.errors import RunFault, UserError
+from certify.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +113,7 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         denoiser=o["denoiser"],
         command=options.command_line(),
     )
-    path = _run_path(o["out"], header)
+    path = output_path(o["out"], _words(header), header)
     show_plan(smoothed, images, settings, header, say)
     begun = peek_header(path)
     execution = execution_of(begun, smoothed.wanted) if begun else _decide(smoothed, images, settings, say)
@@ -174,7 +174,7 @@ def _work(
     from certify.runner import process
 
     left, rate = len(images) - len(file.done), None
-    with _stoppable(file, len(images)):
+    with stoppable(file, len(images), "images"):
         first = first_image(images) if left else None
         if first is not None and execution is not None:
             if smoothed.execution is None:
@@ -206,31 +206,10 @@ def _work(
     return rate
 
 
-@contextlib.contextmanager
-def _stoppable(file: RunFile, expected: int) -> Any:
-    """Ctrl-C ends the run in one line that says what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = f"stopped after {len(file.done):,} of {expected:,} images, which are in {file.path}"
-        fault = RunFault(f"{kept}; the same command goes on from there")
-        fault.exit_code = 130
-        raise fault from None
-
-
-def _run_path(out: str | None, header: dict[str, Any]) -> Path:
-    """Where the run goes: a file as named, or a telling name in a folder."""
-    from certify.records import identity_digest
-
-    target = Path(out or "runs")
-    if target.suffix == ".jsonl":
-        return target
-    if target.suffix and not target.is_dir():
-        raise UserError(f"--out {out!r}: expected a file ending in .jsonl, or a folder")
+def _words(header: dict[str, Any]) -> list[str]:
+    """What the file of a run is called, where only its folder is named."""
     words = [Path(header["model"]).stem, Path(header["data"]).stem, f"sigma{header['sigma']:g}", f"n{header['n']}"]
-    words = words if header["procedure"] == "certify" else [header["procedure"], *words]
-    name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
-    return target / f"{name}-{identity_digest(header)}.jsonl"
+    return words if header["procedure"] == "certify" else [header["procedure"], *words]
 
 
 def _say(text: str) -> None:

@@ -39,9 +39,16 @@ def plot(runs: tuple[str, ...], out: str, title: str | None, no_band: bool, enve
     from analysis.curves import curves
     from analysis.envelope import group
     from analysis.plots import check_format, plot_curves
-    from analysis.runs import read_all
+    from analysis.runs import is_comparison, read_all, read_comparison
 
     check_format(out)
+    if any(is_comparison(path) for path in runs):
+        from analysis.comparison_plot import draw_comparison
+
+        _refuse_beside_comparison(runs, ("title", "no_band", "envelope"))
+        draw_comparison(read_comparison(runs[0]), out)
+        click.echo(f"wrote {out}")
+        return
     found = curves(read_all(runs, warn))
     plot_curves(group(found) if envelope else found, out, title=title, band=not no_band)
     click.echo(f"wrote {out}")
@@ -100,9 +107,12 @@ def table(
     """
     from analysis.curves import curves, default_radii
     from analysis.envelope import group
-    from analysis.runs import read_all
+    from analysis.runs import is_comparison, read_all
     from analysis.tables import compare, compare_families
 
+    if any(is_comparison(path) for path in runs):
+        _table_of_comparison(runs, style, out)
+        return
     options.check_radii(radii)
     if correction and not simultaneous:
         raise UserError(f"--correction {correction} is for all images at once; pass --simultaneous too")
@@ -119,6 +129,10 @@ def table(
         text = compare_families(found, radii, style, correction)
     else:
         text = compare(lines, radii, style, intervals=intervals, relative_to=relative_to)
+    _put(text, out)
+
+
+def _put(text: str, out: str | None) -> None:
     if out is None:
         click.echo(text)
         return
@@ -127,6 +141,24 @@ def table(
     except OSError as error:
         raise RunFault(f"could not write {out}: {error.strerror}") from None
     click.echo(f"wrote {out}")
+
+
+def _refuse_beside_comparison(paths: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """A comparison is shown alone, and options for certificates say nothing about it."""
+    if len(paths) > 1:
+        raise UserError(f"{len(paths)} files, a comparison among them: a comparison is shown alone; name one")
+    given = next((name for name in names if options.given_by_user(name)), None)
+    if given:
+        raise UserError(f"--{given.replace('_', '-')} is for runs of certificates; leave it out for a comparison")
+
+
+def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) -> None:
+    """One file of `certify compare`, whose columns are its own."""
+    from analysis.comparison_tables import tabulate_comparison
+    from analysis.runs import read_comparison
+
+    _refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "relative_to", "simultaneous"))
+    _put(tabulate_comparison(read_comparison(paths[0]), style), out)
 
 
 @click.command(short_help="Another alpha or bound from the votes of a run.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.load import _device, classifier_from
+from certify.cli.load import _device, classifier_from, surrogate_from
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
@@ -41,12 +41,10 @@ class LevelsOption(options.ParamType):
 
 
 @click.command(short_help="Train a denoiser for a frozen classifier.")
-@click.option("--denoiser", metavar="ARCHITECTURE", help="What to train: dncnn, dncnn-wide, memnet, unet.")
+@click.option("--denoiser", metavar="ARCHITECTURE", help="What to train: `certify list architectures`.")
 @click.option("--train-classifier", metavar="MODEL", help="Train this classifier instead, from --weights or afresh.")
 @click.option("--option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the architecture; repeatable.")
-@click.option(
-    "--objective", show_default="mse", help="mse, mse+classes, stability, classification, mse+stability, zeroth-order."
-)
+@click.option("--objective", show_default="mse", help="What it is trained for: `certify list objectives`.")
 @click.option("--sigma", type=LevelsOption(), help="Noise, where the objective has any: 0.25, or 0.12,0.25 or 0.1:1.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the objective; repeatable.")
 @click.option(
@@ -150,7 +148,7 @@ def _train(o: dict[str, Any]) -> Outcome:
     recipe = _recipe(o)
     driver = make_accelerator(_device(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
-    surrogates = [_surrogate(s) for s in o["surrogate"]]
+    surrogates = [surrogate_from(s) for s in o["surrogate"]]
     needs = [make_objective(name, recipe.settings) for name in phases(recipe.objective)]
     hidden = say is _silent
     say(f"data       reading {o['data']} ...")
@@ -264,11 +262,13 @@ def _run(
 
 def _refuse_unused(o: dict[str, Any]) -> None:
     """Refuse options that would change nothing."""
+    from training.losses import make_objective, phases
+
+    settings = _key_values("--set", o["settings"])
+    needs = [make_objective(name, settings) for name in phases(o["objective"])]
     of = {
-        "temperature": (
-            o["objective"] not in ("mse", "mse+classes") and o["denoiser"],
-            "an objective with a classifier",
-        ),
+        "temperature": (any(n.classifier for n in needs) and o["denoiser"], "an objective with a classifier"),
+        "sigma": (any(n.noise for n in needs), "an objective that trains under noise"),
         "queries": (o["objective"] == "zeroth-order", "--objective zeroth-order"),
         "first_share": (o["objective"] == "mse+stability", "--objective mse+stability"),
         "switch_at": (o["optimizer"] == "adam-then-sgd", "--optimizer adam-then-sgd"),
@@ -297,14 +297,6 @@ def _target(o: dict[str, Any]) -> Classifier | None:
 
 
 _OF_A_CLASSIFIER = ("weights", "input_size", "mean", "std", "num_classes")
-
-
-def _surrogate(named: str) -> Classifier:
-    """``MODEL`` or ``MODEL=FILE``."""
-    from certify.classifiers import load_classifier
-
-    model, _, weights = named.partition("=")
-    return load_classifier(model, weights=weights or None)
 
 
 def _precision(o: dict[str, Any]) -> str:

@@ -1,0 +1,200 @@
+"""Defences by conditions, from a comparison's file: accuracies with intervals, and pairs on the same images.
+
+Conditions belong to groups that never share a column: images that nobody attacked (``plain``), attacks that never saw
+the purifier (``blind``), attacks on the whole defended classifier (``adaptive``), and certificates (``certified``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from analysis.sandwich import Contradiction, Crossing, contradictions
+from certify.records import Run
+
+GROUPS = {
+    "plain": "no attack",
+    "blind": "purifier-blind",
+    "adaptive": "adaptive",
+    "certified": "certified",
+}
+"""Groups of conditions, in the order of the table, in words."""
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is done to the images before a defence answers.
+
+    Attributes:
+        name: ``clean``, ``random noise``, or an attack's.
+        group: one of ``GROUPS``.
+    """
+
+    name: str
+    group: str
+
+    @property
+    def short(self) -> str:
+        """Its name beside its group's: ``pgd`` for ``blind-pgd``."""
+        return self.name.removeprefix(f"{self.group}-")
+
+    @property
+    def key(self) -> str:
+        """As it stands in the file: the same attack may be blind in one column and adaptive in another."""
+        return self.name if self.group == "plain" else f"{self.group}: {self.name}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One defence under one condition.
+
+    Attributes:
+        images: how many were judged.
+        right: the sum over images of the share of answers that were right.
+        worst: images for which every answer was right.
+        repeats: answers an image, at most; more than one where the defence draws random numbers.
+        failed: why there is no figure, or empty.
+        queries: of the attack, an image, on average.
+        seconds: an image, on average, of the answers alone.
+    """
+
+    images: int
+    right: float
+    worst: int
+    repeats: int
+    failed: str = ""
+    queries: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, averaged over images and repeats."""
+        return self.right / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval over images (conservative where an image has several answers)."""
+        return wilson(self.right, self.images)
+
+
+def wilson(successes: float, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's interval of a proportion (statsmodels)."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(successes, total, alpha=1 - confidence, method="wilson")
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two defences on the same images.
+
+    Attributes:
+        better: images that only the first gets right.
+        worse: images that only the second gets right.
+        images: in common.
+        p_value: McNemar's exact test of "equally often", two-sided.
+    """
+
+    better: int
+    worse: int
+    images: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison's file, read.
+
+    Attributes:
+        run: header and outcomes.
+    """
+
+    run: Run
+
+    @property
+    def defences(self) -> list[str]:
+        """In the order they were named."""
+        return [str(d["named"]) for d in self.run.header["defences"]]
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """In the order of the table."""
+        return [Condition(c["name"], c["group"]) for c in self.run.header["conditions"]]
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in self.run.images:
+            found.setdefault((row["defence"], row["condition"]), []).append(row)
+        return found
+
+    def cell(self, defence: str, condition: Condition) -> Cell | None:
+        """The figure, or None where nothing was run."""
+        rows = self._rows.get((defence, condition.key), [])
+        if not rows:
+            return None
+        usable = [row for row in rows if "error" not in row]
+        failed = next((str(row["error"]) for row in rows if "error" in row), "")
+        shares = [_share(row) for row in usable]
+        return Cell(
+            images=len(usable),
+            right=sum(shares),
+            worst=sum(share == 1 for share in shares),
+            repeats=max((len(row["answers"]) for row in usable), default=0),
+            failed=failed,
+            queries=_mean(row.get("queries", 0) for row in usable),
+            seconds=_mean(row.get("seconds", 0.0) for row in usable),
+        )
+
+    def pair(self, first: str, second: str, condition: Condition) -> Pair | None:
+        """The two on the images both answered; an image counts as right where most of its answers are."""
+        from statsmodels.stats.contingency_tables import mcnemar
+
+        a, b = (self._most(name, condition) for name in (first, second))
+        common = a.keys() & b.keys()
+        if not common:
+            return None
+        better = sum(a[i] and not b[i] for i in common)
+        worse = sum(b[i] and not a[i] for i in common)
+        test = mcnemar([[0, better], [worse, 0]], exact=True)
+        return Pair(better, worse, len(common), min(1.0, float(test.pvalue)))
+
+    def refuted(self) -> list[Contradiction]:
+        """Every certificate that an attacked image refutes; there must be none."""
+        wrong = []
+        for (_, condition), rows in self._rows.items():
+            if not condition.startswith("certified: "):
+                continue
+            about = {"norm": "l2", "alpha": self.run.header["alpha"]}
+            held = [
+                {"id": r["image"], "prediction": r["answers"][0], "radius": r["radius"]}
+                for r in rows
+                if "error" not in r
+            ]
+            defence = rows[0]["defence"]
+            met = [
+                Crossing(row["image"], "l2", **row["crossing"])
+                for row in self.run.images
+                if row["defence"] == defence and "crossing" in row
+            ]
+            wrong += contradictions(Run(self.run.path, about, held), met)
+        return wrong
+
+    def _most(self, defence: str, condition: Condition) -> dict[str, bool]:
+        rows = self._rows.get((defence, condition.key), [])
+        return {row["image"]: _share(row) > 0.5 for row in rows if "error" not in row}
+
+
+def _share(row: dict[str, Any]) -> float:
+    answers: Sequence[int] = row["answers"]
+    return sum(answer == row["label"] for answer in answers) / len(answers)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else 0.0

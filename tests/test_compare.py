@@ -1,0 +1,274 @@
+"""Defences side by side: one line for each image, defence and condition, the same however the work was cut up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import run as command
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from analysis import compare as engine
+from analysis.compare import CLEAN, RANDOM, SMOOTHING, Plan, Proposed, compare, make_header
+from analysis.comparison import Comparison, Condition, wilson
+from analysis.comparison_plot import draw_comparison
+from analysis.comparison_tables import tabulate_comparison
+from analysis.runs import read_comparison
+from certify import SmoothedClassifier, load_classifier
+from certify.classifiers import Classifier
+from certify.defence import Defence, Member
+from certify.images import ImageSet, load_images
+from certify.records import RunFile, read_run
+from denoisers.defences import build_defence, undefended
+
+BLIND, ADAPTIVE = Condition("shove", "blind"), Condition("shove", "adaptive")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Classifier:
+    return load_classifier("digits")
+
+
+@pytest.fixture(scope="module")
+def images(digits: Classifier) -> ImageSet:
+    return load_images("digits", digits, max_images=12)
+
+
+class Half(nn.Module):
+    def forward(self, images: Tensor, sigma: float | None = None, *, generator: object = None) -> Tensor:
+        return images[..., ::2]
+
+
+class Nothing(nn.Module):
+    def forward(self, images: Tensor, sigma: float | None = None, *, generator: object = None) -> Tensor:
+        return images * float("nan")
+
+
+class Crash(nn.Module):
+    def forward(self, images: Tensor, sigma: float | None = None, *, generator: object = None) -> Tensor:
+        raise ZeroDivisionError("a fault of its own")
+
+
+def defences(digits: Classifier, **broken: nn.Module) -> dict[str, Defence | str]:
+    good = {text: build_defence(text, digits) for text in ("none", "median", "denoised:n=25:denoiser=none")}
+    return good | {name: Defence(name, [Member(module, digits)]) for name, module in broken.items()}
+
+
+def shove(condition: Condition, target: Defence, x: Tensor, labels: Tensor, ids: Sequence[str]) -> Proposed:
+    """Every pixel up by 0.2: the target is asked once an image."""
+    target(x, [b"%d" % i for i in range(len(x))])
+    return Proposed((x + 0.2).clamp(0, 1), [1] * len(x))
+
+
+def run(path: Path, given: Any, digits: Classifier, images: ImageSet, craft: Any = shove, **plan: Any) -> Comparison:
+    conditions = plan.pop("conditions", [CLEAN, RANDOM, BLIND, ADAPTIVE, SMOOTHING])
+    numbers = Plan(conditions, 0.2, "linf", repeats=3, certify_n=200, settings={"eps_text": "0.2"}, **plan)
+    header = make_header(numbers, given, images, model="digits", data="digits")
+    with RunFile(path, header) as file:
+        compare(given, undefended(digits), images, numbers, file, craft)
+    return read_comparison(path)
+
+
+def outcomes(found: Comparison) -> list[dict[str, Any]]:
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in found.run.images]
+    return sorted(rows, key=lambda row: row["id"])
+
+
+def test_outcomes_do_not_depend_on_how_the_images_are_cut_up(
+    digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tmp_path / "a.jsonl", defences(digits), digits, images)
+    monkeypatch.setattr(engine, "CHUNK", 5)
+    parts = run(tmp_path / "b.jsonl", defences(digits), digits, images)
+    assert outcomes(whole) == outcomes(parts)
+    assert not whole.run.partial
+
+
+def test_a_killed_comparison_goes_on_to_the_same_outcomes(
+    digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CHUNK", 5)
+    whole = run(tmp_path / "a.jsonl", defences(digits), digits, images)
+    calls = iter(range(100))
+
+    def killed(*given: Any) -> Proposed:
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return shove(*given)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b.jsonl", defences(digits), digits, images, killed)
+    before = read_run(tmp_path / "b.jsonl", allow_partial=True, kind="comparison")
+    assert 0 < len(before.images) < len(whole.run.images)
+    again = run(tmp_path / "b.jsonl", defences(digits), digits, images)
+    assert outcomes(again) == outcomes(whole)
+    assert again.run.images[: len(before.images)] == before.images
+
+
+def test_the_figures_by_hand(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
+    found = run(tmp_path / "a.jsonl", defences(digits), digits, images)
+    x = torch.stack([images.load(i) for i in range(len(images))])
+    y = torch.tensor([label for label in images.labels if label is not None])
+    for condition, shown in ((CLEAN, x), (BLIND, (x + 0.2).clamp(0, 1))):
+        cell = found.cell("none", condition)
+        assert cell is not None
+        assert cell.right == float((digits(shown) == y).sum())
+        assert (cell.images, cell.repeats) == (12, 1)
+    smoothed = found.cell("denoised:n=25:denoiser=none", CLEAN)
+    assert smoothed is not None
+    assert smoothed.repeats == 3
+    certified = found.cell("denoised:n=25:denoiser=none", SMOOTHING)
+    assert certified is not None
+    g = SmoothedClassifier(digits, 0.25)
+    ids = [item.id for item in images.items]
+    decided = [g.decide(x[i], radius=0.2 * 8, n=200, image_id=ids[i]).prediction for i in range(12)]
+    assert certified.right == sum(a == b for a, b in zip(decided, y.tolist(), strict=True))
+    assert found.cell("none", SMOOTHING) is None  # only smoothing has a certificate
+    moved = [row for row in found.run.images if row["condition"] == "random noise" and row["defence"] == "none"]
+    assert all(row["linf"] <= 0.2 + 1e-6 for row in moved)
+
+
+def test_wilson_and_mcnemar(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
+    z, n, p = 1.959963984540054, 40, 0.3
+    middle, half = (
+        (p + z * z / (2 * n)) / (1 + z * z / n),
+        z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / 4 / n**2),
+    )
+    assert wilson(12, 40) == pytest.approx((middle - half, middle + half))
+    found = run(tmp_path / "a.jsonl", defences(digits), digits, images)
+    pair = found.pair("median", "none", CLEAN)
+    assert pair is not None
+    label = {row["image"]: row["label"] for row in found.run.images}
+    right = {
+        d: {
+            r["image"]
+            for r in found.run.images
+            if r["defence"] == d and r["condition"] == "clean" and r["answers"] == [label[r["image"]]]
+        }
+        for d in ("none", "median")
+    }
+    assert (pair.better, pair.worse) == (len(right["median"] - right["none"]), len(right["none"] - right["median"]))
+    if pair.better + pair.worse:
+        expected = binomtest(pair.better, pair.better + pair.worse, 0.5).pvalue
+        assert pair.p_value == pytest.approx(expected)
+
+
+def test_a_defence_that_breaks_fails_its_own_row(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
+    given = defences(digits, half=Half(), nothing=Nothing(), crash=Crash()) | {"absent": "no weights at hand"}
+    found = run(tmp_path / "a.jsonl", given, digits, images, conditions=[CLEAN, BLIND, ADAPTIVE])
+    text = tabulate_comparison(found)
+    assert not found.run.partial
+    for name, why in {
+        "half": "made (12, 1, 8, 4) of (12, 1, 8, 8)",
+        "nothing": "no finite answer about 12 of 12 images",
+        "crash": "ZeroDivisionError: a fault of its own",
+        "absent": "no weights at hand",
+    }.items():
+        cell = found.cell(name, CLEAN)
+        assert cell is not None
+        assert why in cell.failed
+        assert f"failed: {name}, clean: " in text
+    assert all(not found.cell("median", c).failed for c in (CLEAN, BLIND, ADAPTIVE))  # type: ignore[union-attr]
+
+
+def test_groups_stand_in_every_heading(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
+    found = run(tmp_path / "a.jsonl", defences(digits), digits, images)
+    for style in ("markdown", "latex"):
+        text = tabulate_comparison(found, style)
+        assert "blind: shove" in text
+        assert "adaptive: shove" in text
+    assert "purifier-blind,shove" in tabulate_comparison(found, "csv")
+    for name in ("c.png", "c.svg", "c.pdf"):
+        draw_comparison(found, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_a_certificate_that_an_attack_refutes_is_an_error_that_names_the_image(
+    digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Certificates of radius 9 that nobody earned: the attack moves to another digit, which is nearer than that."""
+    honest = engine._certified
+
+    def boast(*given: Any) -> dict[str, Any]:
+        row = honest(*given)
+        return row | {"answers": [row["label"]], "radius": 9.0}
+
+    def swap(condition: Condition, target: Defence, x: Tensor, labels: Tensor, ids: Sequence[str]) -> Proposed:
+        return Proposed(x.roll(1, 0), [1] * len(x))
+
+    conditions = [CLEAN, ADAPTIVE, SMOOTHING]
+    good = run(tmp_path / "a.jsonl", defences(digits), digits, images, swap, conditions=conditions)
+    assert good.refuted() == []
+    monkeypatch.setattr(engine, "_certified", boast)
+    bad = run(tmp_path / "b.jsonl", defences(digits), digits, images, swap, conditions=conditions)
+    named = {wrong.id for wrong in bad.refuted()}
+    assert named
+    for wrong in bad.refuted():
+        assert wrong.distance < 9.0
+        assert f"image {wrong.id}: class {wrong.certified} is certified within l2 9" in str(wrong)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("art", reason="attacks need the extra: pip install 'certify-toolkit[attacks]'")
+    monkeypatch.chdir(tmp_path)
+    given = (
+        "compare",
+        "--model",
+        "digits",
+        "--max",
+        "4",
+        "--defences",
+        "none,gs:std=1",
+        "--attacks",
+        "blind-pgd,square",
+    )
+    command(*given, "--eps", "1/10", "--queries", "20", "--steps", "3", "--out", "c.jsonl", "--figure", "c.png")
+    shown = capsys.readouterr().out
+    assert "linf distance up to 1/10" in shown
+    rows = read_run("c.jsonl", kind="comparison").images
+    assert len(rows) == 4 * 2 * 5
+    assert all(row["queries"] <= 20 for row in rows if "square" in row["condition"])
+    assert all(row["linf"] <= 0.1 + 1e-6 for row in rows)
+    assert Path("c.png").stat().st_size > 1000
+    command("table", "c.jsonl")
+    assert capsys.readouterr().out == shown
+    command("plot", "c.jsonl", "-o", "d.svg")
+    command("table", "c.jsonl", "c.jsonl", code=2)
+    command("table", "c.jsonl", "--radii", "0,1", code=2)
+    command("recompute", "c.jsonl", "--alpha", "0.01", code=2)
+    assert "is a comparison, not a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--defences", "gss"), "unknown denoiser 'gss'; nearest: gs"),
+        (("--defences", "gs:width=2"), "has no option 'width'; its options: kernel, std, iterations"),
+        (("--defences", "none,,gs"), "expected names separated by commas, each once"),
+        (("--attacks", "pgd"), "unknown attack 'pgd'"),
+        (("--attacks", "transfer"), "attack transfer needs surrogates"),
+        (("--eps", "0"), "expected a distance above 0 in [0, 1] pixels, such as 8/255"),
+        (("--labels", "none"), "has no labels, and accuracies need them"),
+        (("--defences", "ncis"), "no shipped weights for 1x8x8 images; train some"),
+        (("--figure", "c.txt"), "expected a name that ends in .png, .svg, .pdf"),
+        (("--out", "c.csv"), "expected a file ending in .jsonl, or a folder"),
+    ],
+)
+def test_bad_input(
+    changed: tuple[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("art", reason="attacks need the extra: pip install 'certify-toolkit[attacks]'")
+    monkeypatch.chdir(tmp_path)
+    command("compare", "--model", "digits", "--data", "digits", "--max", "2", "--attacks", "none", *changed, code=2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1]
+    assert not list(tmp_path.glob("*.jsonl"))
