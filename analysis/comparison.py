@@ -192,7 +192,7 @@ class Comparison:
 
 def _share(row: dict[str, Any]) -> float:
     answers: Sequence[int] = row["answers"]
-    return sum(answer == row["label"] for answer in answers) / len(answers)
+    return answers.count(row["label"]) / len(answers)
 
 
 def _mean(values: Iterable[float]) -> float:
