@@ -34,16 +34,16 @@ SLACK = 1e-6
 
 @dataclass(frozen=True)
 class Task:
-    """What one image is attacked with; an attack looks at what it declares to need.
+    """What one image is attacked with: what the attack declares to need, and nothing else.
 
     Attributes:
         norm: ``l2`` or ``linf``.
         eps: radius of the ball in [0, 1] pixels; None asks for the nearest wrong image.
         key: 32 bytes that all random numbers come from.
-        access: to the target, by queries.
-        classifier: without its purifier.
-        defence: the whole defended classifier.
-        surrogates: other classifiers of the same task.
+        access: to the target, by queries; None for an attack that does not ask.
+        classifier: without its purifier; None for an attack that does not need its gradients.
+        defence: the whole defended classifier; None for an attack that does not need its gradients.
+        surrogates: other classifiers of the same task; none for an attack that needs none.
     """
 
     norm: str
@@ -85,8 +85,8 @@ class Attacked:
         l2: distance of each of them from the clean image.
         linf: the same in l-infinity.
         success: whether the attacked model (the target of the queries, the bare classifier, the defence, the mean of
-            the surrogates) gave another label than the right one, for a permitted image, at the time of the attack.
-            A random defence may answer otherwise when it is asked again.
+            the surrogates) gave another label than the right one, for a permitted image, at the time of the attack; to
+            queries about an image of a random target, mostly. It may still answer otherwise when it is asked again.
         queries: images that went through the attacked model, for each image.
         notes: for each image; empty where there is nothing to say.
     """
@@ -173,7 +173,15 @@ def attack(
     proposals = []
     for i, image in enumerate(images.detach().cpu().float()):
         key = stream_key(seed, ids[i], f"attack {name} {norm}")
-        task = Task(norm, eps, key, access[i] if found.asks else None, classifier, defence, surrogates)
+        task = Task(
+            norm,
+            eps,
+            key,
+            access[i] if found.asks else None,
+            classifier if found.needs == CLASSIFIER else None,
+            defence if found.needs == DEFENCE else None,
+            surrogates if found.needs == SURROGATES else (),
+        )
         with seeded(key):
             proposals.append(found(image, int(labels[i]), task, **options))
     return _measured(name, norm, eps, images.detach().cpu().float(), labels, proposals)

@@ -19,13 +19,13 @@ from torch import Tensor
 from analysis.comparison import Condition
 from analysis.sandwich import crossing
 from certify.defence import Defence
-from certify.errors import RunFault, UserError, first_line
+from certify.errors import CertifyError, RunFault, UserError, first_line
 from certify.images import ImageSet
 from certify.records import COMPARISON, SCHEMA, RunFile
 from certify.settings import versions
 from certify.smoothing import SmoothedClassifier
 from certify.streams import block_generator, stream_key
-from certify.types import FAILED
+from certify.types import ABSTAIN, FAILED, NOT_CERTIFIABLE
 from denoisers.defences import Noisy
 
 CLEAN = Condition("clean", "plain")
@@ -41,11 +41,17 @@ class Proposed:
 
     Attributes:
         images: ``(B, C, H, W)`` in [0, 1].
-        queries: images sent to the target, for each image.
+        queries: images that went through the attacked model, for each image.
+        notes: what the reader of a figure has to know, for each image; empty where there is nothing to say.
     """
 
     images: Tensor
     queries: Sequence[int]
+    notes: Sequence[str] = ()
+
+    def take(self, rows: Sequence[int]) -> Proposed:
+        """Some of them."""
+        return Proposed(self.images[list(rows)], [self.queries[i] for i in rows], [self.notes[i] for i in rows])
 
 
 Craft = Callable[[Condition, Defence, Tensor, Tensor, Sequence[str]], Proposed]
@@ -86,9 +92,10 @@ def make_header(
 ) -> dict[str, Any]:
     """Everything that shapes a comparison, and how many outcomes it owes."""
     size = images.input.size
-    assert size is not None
+    if size is None:
+        raise UserError(f"{model} does not say which size it takes; give one: --input-size CxHxW")
     about = [
-        {"named": named, **(d.describe() if isinstance(d, Defence) else {"frozen": True, "error": d})}
+        {"named": named, **(d.describe() if isinstance(d, Defence) else {"frozen": True, "built": False})}
         for named, d in defences.items()
     ]
     cells = sum(applies(d, c) for d in defences.values() for c in plan.conditions)
@@ -146,7 +153,8 @@ def compare(
         progress: told how many outcomes were added.
     """
     progress(len(file.done))
-    broken: dict[tuple[str, str], str] = {}  # what failed once is not tried on the next images
+    # what failed once is not tried on the next images, nor when the run goes on
+    broken = {(r["defence"], r["condition"]): str(r["error"]) for r in file.done.values() if "error" in r}
     for chunk in _chunks(images):
         for condition in sorted(plan.conditions, key=lambda c: c.group != "certified"):  # attacks are held against it
             shown = functools.cache(functools.partial(_shown, condition, bare, chunk, plan, craft))
@@ -157,35 +165,41 @@ def compare(
                 why = broken.get((named, condition.key), defence if isinstance(defence, str) else "")
                 if not why and isinstance(defence, Defence):
                     rows, why = _attempt(defence, named, condition, chunk.take(todo), todo, shown, plan, craft)
+                    if condition.group in ("blind", "adaptive"):
+                        why = why or _hold_against_certificates(defence, rows, file, plan)
                 if why:
                     broken[named, condition.key] = why
                     rows = [_row(chunk, i, named, condition, [], error=why) for i in todo]
                 for row in rows:
-                    met = {}
-                    if condition.group in ("blind", "adaptive") and isinstance(defence, Defence):
-                        met = _against_certificate(defence, row, file, plan)
-                    file.append({k: v for k, v in (row | met).items() if k not in _PICTURES})
+                    file.append({k: v for k, v in row.items() if k not in _PICTURES})
                 progress(len(rows))
 
 
 _PICTURES = ("clean", "attacked")
 
 
-def _against_certificate(defence: Defence, row: Mapping[str, Any], file: RunFile, plan: Plan) -> dict[str, Any]:
-    """What the smoothed classifier says about an attacked image inside of its certified radius, if votes changed."""
-    held = file.done.get(_key(row["image"], row["defence"], SMOOTHING))
-    if held is None or "error" in row or row["l2"] >= held["radius"] or set(row["answers"]) == set(held["answers"]):
-        return {}
-    found = crossing(
-        _smoothed(defence),
-        row["image"],
-        row["clean"],
-        row["attacked"],
-        n=plan.certify_n,
-        alpha=plan.alpha,
-        seed=plan.seed,
-    )
-    return {"crossing": {"distance": found.distance, "prediction": found.prediction, "alpha": found.alpha}}
+def _hold_against_certificates(defence: Defence, rows: list[dict[str, Any]], file: RunFile, plan: Plan) -> str:
+    """Add what the smoothed classifier says about images attacked inside of their certified radius, if votes changed.
+
+    Returns:
+        Why that could not be found out, or "".
+    """
+    for row in rows:
+        held = file.done.get(_key(row["image"], row["defence"], SMOOTHING))
+        if held is None or "error" in held or row["l2"] >= held["radius"] or row["answers"] == held["answers"]:
+            continue
+        smoothed, name, n = _smoothed(defence), row["image"], plan.certify_n
+        try:
+            found = crossing(smoothed, name, row["clean"], row["attacked"], n=n, alpha=plan.alpha, seed=plan.seed)
+        except Exception as error:
+            return _fault(error)
+        row["crossing"] = {"distance": found.distance, "prediction": found.prediction, "alpha": found.alpha}
+    return ""
+
+
+def _fault(error: Exception) -> str:
+    """In one line; what this package says needs no name in front."""
+    return str(error) if isinstance(error, CertifyError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _smoothed(defence: Defence) -> SmoothedClassifier:
@@ -206,18 +220,11 @@ def _attempt(
 ) -> tuple[list[dict[str, Any]], str]:
     """One defence's outcomes on these images; or none, and why: its own fault must not take the table with it."""
     try:
-        if condition.group == "adaptive":
-            proposed = _craft(craft, condition, defence, chunk)
-        else:  # the same for every defence
-            every = shown()
-            proposed = Proposed(every.images[list(places)], [every.queries[i] for i in places])
+        own = condition.group == "adaptive"  # else the same for every defence
+        proposed = _craft(craft, condition, defence, chunk) if own else shown().take(places)
         return _outcomes(defence, named, condition, chunk, proposed, plan), ""
-    except RunFault as error:
-        return [], str(error)
-    except UserError:
-        raise
     except Exception as error:
-        return [], f"{type(error).__name__}: {first_line(error)}"
+        return [], _fault(error)
 
 
 @dataclass(frozen=True)
@@ -244,19 +251,20 @@ def _shown(condition: Condition, bare: Defence, chunk: _Chunk, plan: Plan, craft
     """What every defence is shown under a condition that knows none of them."""
     if condition.group == "blind":
         return _craft(craft, condition, bare, chunk)
-    free = [0] * len(chunk.ids)
+    free, silent = [0] * len(chunk.ids), [""] * len(chunk.ids)
     if condition != RANDOM:
-        return Proposed(chunk.images, free)
+        return Proposed(chunk.images, free, silent)
     moved = []
     for image, key in zip(chunk.images, chunk.keys(plan.seed, "random noise"), strict=True):
         step = torch.randn(image.shape, generator=block_generator(key, 0))
         step = step.sign() * plan.eps if plan.norm == "linf" else step * (plan.eps / step.norm())
         moved.append((image + step).clamp(0, 1))
-    return Proposed(torch.stack(moved), free)
+    return Proposed(torch.stack(moved), free, silent)
 
 
 def _craft(craft: Craft, condition: Condition, target: Defence, chunk: _Chunk) -> Proposed:
-    return craft(condition, target, chunk.images, chunk.labels, chunk.ids)
+    found = craft(condition, target, chunk.images, chunk.labels, chunk.ids)
+    return Proposed(found.images, found.queries, found.notes or [""] * len(chunk.ids))
 
 
 def _outcomes(
@@ -280,6 +288,7 @@ def _outcomes(
             "l2": float(distance.norm()),
             "linf": float(distance.abs().max()),
             "queries": int(shown.queries[i]),
+            "note": shown.notes[i],
             "seconds": seconds,
             "clean": chunk.images[i],
             "attacked": shown.images[i],
@@ -293,7 +302,11 @@ def _certified(defence: Defence, named: str, condition: Condition, chunk: _Chunk
     image = chunk.images[i]
     radius = plan.l2_radius(image.numel())
     began = time.perf_counter()
-    found = _smoothed(defence).decide(
+    smoothed = _smoothed(defence)
+    if smoothed.noise.probability(radius) >= 1:  # as far as numbers reach: no vote is that sure
+        about = {"radius": 0.0, "outcome": NOT_CERTIFIABLE, "queries": 0}
+        return _row(chunk, i, named, condition, [ABSTAIN], **about, seconds=0.0)
+    found = smoothed.decide(
         image, radius=radius, alpha=plan.alpha, n=plan.certify_n, seed=plan.seed, image_id=chunk.ids[i]
     )
     about = {"radius": found.radius, "outcome": found.outcomes[-1], "queries": found.drawn}

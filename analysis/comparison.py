@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from analysis.sandwich import Contradiction, Crossing, contradictions
+from certify.errors import RunFault
 from certify.records import Run
 
 GROUPS = {
@@ -46,6 +47,10 @@ class Condition:
     def key(self) -> str:
         """As it stands in the file: the same attack may be blind in one column and adaptive in another."""
         return self.name if self.group == "plain" else f"{self.group}: {self.name}"
+
+
+WORST = Condition("worst", "adaptive")
+"""Not run but found: each image under whichever adaptive attack leaves the least."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,8 @@ class Comparison:
 
     def cell(self, defence: str, condition: Condition) -> Cell | None:
         """The figure, or None where nothing was run."""
+        if condition == WORST:
+            return self._worst(defence)
         rows = self._rows.get((defence, condition.key), [])
         if not rows:
             return None
@@ -151,10 +158,47 @@ class Comparison:
             seconds=_mean(row.get("seconds", 0.0) for row in usable),
         )
 
+    @property
+    def columns(self) -> list[Condition]:
+        """The conditions; after several adaptive ones the worst of them, image by image."""
+        adaptive = [c for c in self.conditions if c.group == "adaptive"]
+        if len(adaptive) < 2:
+            return self.conditions
+        place = self.conditions.index(adaptive[-1]) + 1
+        return [*self.conditions[:place], WORST, *self.conditions[place:]]
+
+    def _worst(self, defence: str) -> Cell | None:
+        """Each image under the adaptive attack that leaves the least of it."""
+        found = [self.cell(defence, c) for c in self.conditions if c.group == "adaptive"]
+        cells = [cell for cell in found if cell is not None]
+        if len(cells) < len(found) or not cells:
+            return None
+        shares: dict[str, list[float]] = {}
+        for c in self.conditions:
+            if c.group == "adaptive":
+                for row in self._rows[defence, c.key]:
+                    if "error" not in row:
+                        shares.setdefault(row["image"], []).append(_share(row))
+        least = [min(given) for given in shares.values()]
+        failed = next((cell.failed for cell in cells if cell.failed), "")
+        return Cell(len(least), sum(least), sum(s == 1 for s in least), max(c.repeats for c in cells), failed)
+
+    def notes(self, defence: str, condition: Condition) -> dict[str, int]:
+        """What an attack had to say about gradients, and about how many images."""
+        found: dict[str, int] = {}
+        for row in self._rows.get((defence, condition.key), []):
+            note = str(row.get("note", ""))
+            if "gradients" in note:
+                found[note] = found.get(note, 0) + 1
+        return found
+
     def pair(self, first: str, second: str, condition: Condition) -> Pair | None:
-        """The two on the images both answered; an image counts as right where most of its answers are."""
+        """The two on the same images, if neither failed; an image counts as right where most of its answers are."""
         from statsmodels.stats.contingency_tables import mcnemar
 
+        cells = [self.cell(name, condition) for name in (first, second)]
+        if any(cell is None or cell.failed for cell in cells):
+            return None
         a, b = (self._most(name, condition) for name in (first, second))
         common = a.keys() & b.keys()
         if not common:
@@ -184,6 +228,16 @@ class Comparison:
             ]
             wrong += contradictions(Run(self.run.path, about, held), met)
         return wrong
+
+    def require_sound(self) -> None:
+        """Stop where an attack refutes a certificate: no picture of such figures.
+
+        Raises:
+            RunFault: names image, radius and distance of each.
+        """
+        wrong = self.refuted()
+        if wrong:
+            raise RunFault(f"{self.run.path}: attacks refute {len(wrong)} certificates: " + "; ".join(map(str, wrong)))
 
     def _most(self, defence: str, condition: Condition) -> dict[str, bool]:
         rows = self._rows.get((defence, condition.key), [])

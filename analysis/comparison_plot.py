@@ -27,7 +27,7 @@ def draw_comparison(found: Comparison, path: str | Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    conditions = found.conditions
+    conditions = found.columns
     height = 0.2 * len(conditions) * len(found.defences) + 1.6
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, min(14.0, max(2.6, height))), layout="constrained")

@@ -36,9 +36,12 @@ def caption_of(found: Comparison) -> list[str]:
     if "blind" in groups:
         lines.append("blind: crafted on the bare classifier or on surrogates; the attacker does not know the purifier")
     if "adaptive" in groups:
-        lines.append("adaptive: crafted on the whole defended classifier: what remains once the attacker knows it")
+        lines.append(
+            "adaptive: crafted on the whole defended classifier: what these attacks left; others may leave less"
+        )
     if "certified" in groups:
-        lines.append(f"certified: share that is right and provably robust at l2 radius {h['l2_radius']:g}")
+        where = f"l2 radius {h['l2_radius']:g} (alpha {h['alpha']:g}, at most {h['certify_n']:,} samples)"
+        lines.append(f"certified: share that is right and provably robust at {where}; undecided counts as not")
     if any(not d["frozen"] for d in h["defences"]):
         lines.append("*: fine-tunes its classifiers; the others leave the classifier frozen")
     if found.run.partial:
@@ -60,8 +63,8 @@ def _name(found: Comparison, defence: str) -> str:
 
 
 def _accuracies(found: Comparison, style: str) -> tuple[list[str], list[list[str]]]:
-    header = ["defence", *(title(c, style) for c in found.conditions)]
-    rows = [[_name(found, d), *(_cell(found.cell(d, c), style) for c in found.conditions)] for d in found.defences]
+    header = ["defence", *(title(c, style) for c in found.columns)]
+    rows = [[_name(found, d), *(_cell(found.cell(d, c), style) for c in found.columns)] for d in found.defences]
     return header, rows
 
 
@@ -120,10 +123,12 @@ def _p(value: float) -> str:
 def _failures(found: Comparison) -> list[str]:
     lines = []
     for d in found.defences:
-        for c in found.conditions:
+        for c in found.columns:
             cell = found.cell(d, c)
             if cell is not None and cell.failed:
                 lines.append(f"failed: {d}, {c.key}: {cell.failed}")
+            if cell is not None:
+                lines += [f"note: {d}, {c.key}: {n} images: {text}" for text, n in found.notes(d, c).items()]
     return ["\n".join(lines)] if lines else []
 
 
@@ -131,21 +136,22 @@ def records(found: Comparison) -> list[dict[str, Any]]:
     """One object for each cell, every number in it."""
     rows = []
     for d in found.defences:
-        for c in found.conditions:
+        for c in found.columns:
             cell = found.cell(d, c)
             if cell is None:
                 continue
-            low, high = cell.interval if cell.images else (None, None)
+            whole = cell.images > 0 and not cell.failed  # half a column is no figure
+            low, high = cell.interval if whole else (None, None)
             rows.append(
                 {
                     "defence": d,
                     "group": GROUPS[c.group],
                     "condition": c.name,
                     "images": cell.images,
-                    "accuracy": cell.accuracy if cell.images else None,
+                    "accuracy": cell.accuracy if whole else None,
                     "low95": low,
                     "high95": high,
-                    "worst_of_repeats": cell.worst / cell.images if cell.images else None,
+                    "worst_of_repeats": cell.worst / cell.images if whole else None,
                     "repeats": cell.repeats,
                     "queries": cell.queries,
                     "seconds": cell.seconds,

@@ -94,7 +94,7 @@ def peek_header(path: str | Path) -> dict[str, Any] | None:
         header = json.loads(line) if line.endswith(b"\n") else None
     except (OSError, ValueError, RecursionError):
         return None
-    return header if isinstance(header, dict) and header.get("type") in _ROWS else None
+    return header if isinstance(header, dict) and str(header.get("type")) in _ROWS else None
 
 
 def read_run(path: str | Path, *, allow_partial: bool = False, kind: str = "run") -> Run:
@@ -141,7 +141,7 @@ def _json(line: bytes) -> Any:
 
 def _parse_header(line: bytes, path: Path, kind: str) -> dict[str, Any]:
     row = _json(line)
-    if not isinstance(row, dict) or row.get("type") not in _ROWS or not isinstance(row.get("expected"), int):
+    if not isinstance(row, dict) or str(row.get("type")) not in _ROWS or not isinstance(row.get("expected"), int):
         raise UserError(f"{path} is not a run file of certify: its first line is no header")
     if row["type"] != kind:
         raise UserError(f"{path} is a {row['type']}, not a {kind}; `certify table` shows both")
@@ -171,7 +171,11 @@ def _plausible(row: Mapping[str, Any]) -> bool:
 
 
 def _plausible_outcome(row: Mapping[str, Any]) -> bool:
-    return all(k in row for k in _OUTCOME_KEYS) and isinstance(row["answers"], list)
+    return (
+        all(k in row for k in _OUTCOME_KEYS)
+        and isinstance(row["answers"], list)
+        and bool(row["answers"] or "error" in row)
+    )
 
 
 _ROWS = {"run": ("image", _plausible), COMPARISON: ("outcome", _plausible_outcome)}

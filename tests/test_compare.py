@@ -17,13 +17,15 @@ from analysis import compare as engine
 from analysis.compare import CLEAN, RANDOM, SMOOTHING, Plan, Proposed, compare, make_header
 from analysis.comparison import Comparison, Condition, wilson
 from analysis.comparison_plot import draw_comparison
-from analysis.comparison_tables import tabulate_comparison
+from analysis.comparison_tables import records, tabulate_comparison
 from analysis.runs import read_comparison
 from certify import SmoothedClassifier, load_classifier
 from certify.classifiers import Classifier
 from certify.defence import Defence, Member
+from certify.errors import UserError
 from certify.images import ImageSet, load_images
 from certify.records import RunFile, read_run
+from certify.streams import stream_key
 from denoisers.defences import build_defence, undefended
 
 BLIND, ADAPTIVE = Condition("shove", "blind"), Condition("shove", "adaptive")
@@ -61,7 +63,7 @@ def defences(digits: Classifier, **broken: nn.Module) -> dict[str, Defence | str
 
 def shove(condition: Condition, target: Defence, x: Tensor, labels: Tensor, ids: Sequence[str]) -> Proposed:
     """Every pixel up by 0.2: the target is asked once an image."""
-    target(x, [b"%d" % i for i in range(len(x))])
+    target(x, [stream_key(0, i, "shove") for i in ids])
     return Proposed((x + 0.2).clamp(0, 1), [1] * len(x))
 
 
@@ -272,3 +274,76 @@ def test_bad_input(
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_what_fails_on_the_way_fails_alone_and_stays_failed(
+    digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal inside of an attack, on the second part of the images: the column fails, the same when it goes on."""
+    monkeypatch.setattr(engine, "CHUNK", 5)
+    calls = iter(range(100))
+
+    def refuses(condition: Condition, target: Defence, *given: Any) -> Proposed:
+        if condition == ADAPTIVE and target.name == "median" and next(calls) == 1:
+            raise UserError("no gradients to climb")
+        return shove(condition, target, *given)
+
+    found = run(tmp_path / "a.jsonl", defences(digits), digits, images, refuses)
+    cell = found.cell("median", ADAPTIVE)
+    assert cell is not None
+    assert (cell.failed, cell.images) == ("no gradients to climb", 5)
+    assert found.pair("median", "none", ADAPTIVE) is None
+    (record,) = [r for r in records(found) if (r["defence"], r["group"]) == ("median", "adaptive")]
+    assert record["accuracy"] is None
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    first = next(i for i, line in enumerate(lines) if "no gradients" in line)
+    (tmp_path / "b.jsonl").write_text("".join(lines[: first + 1]))  # killed right after
+    assert outcomes(run(tmp_path / "b.jsonl", defences(digits), digits, images)) == outcomes(found)
+
+
+def test_a_certificate_that_could_not_be_had_does_not_stop_the_attacks(
+    digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> dict[str, Any]:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(engine, "_certified", fails)
+    found = run(tmp_path / "a.jsonl", defences(digits), digits, images)
+    name = "denoised:n=25:denoiser=none"
+    assert found.cell(name, SMOOTHING).failed == "MemoryError: no room"  # type: ignore[union-attr]
+    assert not found.cell(name, ADAPTIVE).failed  # type: ignore[union-attr]
+
+
+def test_a_radius_that_no_vote_reaches_is_not_certifiable(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
+    given = {"denoised:n=5:denoiser=none:sigma=0.01": build_defence("denoised:n=5:denoiser=none:sigma=0.01", digits)}
+    found = run(tmp_path / "a.jsonl", given, digits, images, conditions=[CLEAN, SMOOTHING])  # radius 160 sigma
+    cell = found.cell(next(iter(given)), SMOOTHING)
+    assert cell is not None
+    assert (cell.right, cell.images, cell.failed) == (0, 12, "")
+
+
+def test_the_worst_attack_is_found_image_by_image(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
+    other = Condition("swap", "adaptive")
+
+    def either(condition: Condition, target: Defence, x: Tensor, labels: Tensor, ids: Sequence[str]) -> Proposed:
+        """Each attack spoils the half of the images that the other leaves alone."""
+        half = torch.tensor([int(i.split("/")[-1].split(".")[0][-1]) % 2 == (condition == other) for i in ids])
+        moved = torch.where(half[:, None, None, None], x.flip(2), x)
+        return Proposed(moved, [1] * len(x), ["all 3 gradients were zero"] * len(x))
+
+    found = run(tmp_path / "a.jsonl", defences(digits), digits, images, either, conditions=[CLEAN, ADAPTIVE, other])
+    (column,) = [c for c in found.columns if c not in found.conditions]
+    worst, cells = found.cell("none", column), [found.cell("none", c) for c in (ADAPTIVE, other)]
+    assert worst is not None
+    right = [
+        {
+            r["image"]
+            for r in found.run.images
+            if r["condition"] == c.key and r["defence"] == "none" and r["answers"] == [r["label"]]
+        }
+        for c in (ADAPTIVE, other)
+    ]
+    assert worst.right == len(right[0] & right[1])
+    assert worst.right < min(cell.right for cell in cells if cell is not None)
+    text = tabulate_comparison(found)
+    assert "note: none, adaptive: swap: 12 images: all 3 gradients were zero" in text

@@ -91,7 +91,7 @@ ATTACKS.add(
 ATTACKS.add(
     "adaptive-pgd",
     Attack("analysis.attacks.gradients:adaptive_pgd", DEFENCE, ("adaptive",)),
-    "gradients of the whole defence, averaged over its draws, past what has none; Athalye et al. 2018",
+    "gradients of the whole defence, averaged over its draws; BPDA where it has none; Athalye et al. 2018",
 )
 
 
@@ -132,6 +132,24 @@ def check_attacks(names: Sequence[str], *, norm: str, surrogates: int = 0) -> No
         need_extra(names[0])
 
 
+def check_surrogates(classifier: Classifier, surrogates: Sequence[Classifier]) -> None:
+    """Refuse surrogates that cannot stand for this classifier.
+
+    Raises:
+        UserError: one of them knows another number of classes, or takes images of another size.
+    """
+    for one in surrogates:
+        for what, found, wanted in (
+            ("classes", one.num_classes, classifier.num_classes),
+            ("input size", one.input.size, classifier.input.size),
+        ):
+            if found != wanted and None not in (found, wanted):  # None takes any size
+                raise UserError(
+                    f"surrogate {one.name}: {what} {found}; expected {wanted}, as {classifier.name} has: it must be a "
+                    "classifier of the same task"
+                )
+
+
 def need_extra(name: str) -> None:
     """Refuse where the library of attacks is not installed.
 
@@ -164,18 +182,22 @@ def crafter(
         norm: ``linf`` or ``l2``.
         queries: images that an attack by queries may send, for each image.
         steps: of attacks by gradients.
-        eot: answers a gradient, of a random defence.
+        eot: passes a gradient, of a random defence.
         seed: of all attacks.
         surrogates: for transfer.
 
     Returns:
         ``craft(condition, target, images, labels, ids)``, where ``condition.name`` names the attack and ``target`` is
         the defence that it meets (the classifier alone where the attack is blind), to an ``Attacked``.
+
+    Raises:
+        UserError: surrogates of another task.
     """
     from analysis.attacked import attack
     from certify.access import QueryAccess
     from certify.streams import stream_key
 
+    check_surrogates(classifier, surrogates)
     numbers = {"steps": steps, "eot": eot}
 
     def craft(condition: Any, target: Defence, images: Tensor, labels: Tensor, ids: Sequence[str]) -> Attacked:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from analysis.attacked import Proposal, Task
+from analysis.attacked import SLACK, Proposal, Task, distances
 from certify.classifiers import labels_from_logits
 from certify.defence import Defence, Member
 from certify.errors import UserError
 from certify.streams import block_generator
 
-_TINY = 1e-30
+
+class _Found(Exception):
+    """The attack has what it came for: an image of the ball that a deterministic model certainly gets wrong."""
 
 
 class _Climbed(nn.Module):
@@ -30,19 +34,32 @@ class _Climbed(nn.Module):
 
     Args:
         log_scores: images ``(B, C, H, W)`` to logarithms of probabilities ``(B, K)``.
-        each: images that go through the attacked model for one image here.
+        each: answers of the attacked model for one image here.
+        sure: an image ``(1, C, H, W)`` to the label that a deterministic model gives it, where that is not what the
+            largest of the log scores says and the first wrong answer ends the attack.
     """
 
-    def __init__(self, log_scores: Callable[[Tensor], Tensor], each: int) -> None:
+    def __init__(
+        self, log_scores: Callable[[Tensor], Tensor], each: int, sure: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
-        self.log_scores, self.each = log_scores, each
+        self.log_scores, self.each, self.sure = log_scores, each, sure
         self.sent = self.steps = self.flat = 0
+        self.best: Tensor | None = None
+        self.rank = (False, -math.inf)
+        self.aim: tuple[Tensor, int, str, float] | None = None
+
+    def keep(self, image: Tensor, label: int, task: Task) -> None:
+        """From now on keep the best of what is seen in the ball: a wrong answer first, then the highest loss."""
+        assert task.eps is not None
+        self.aim = image[None], label, task.norm, task.eps
 
     def forward(self, images: Tensor) -> Tensor:
         """Logarithms of probabilities ``(B, K)``.
 
         Raises:
             UserError: nothing to climb.
+            _Found: the attack may end.
         """
         self.sent += len(images) * self.each
         found = self.log_scores(images)
@@ -53,7 +70,24 @@ class _Climbed(nn.Module):
                     "modules, or an attack that only asks, such as hopskipjump"
                 )
             images.register_hook(self._look)
+        if self.aim is not None:
+            self._weigh(images.detach(), found.detach(), *self.aim)
         return found
+
+    def _weigh(self, images: Tensor, found: Tensor, clean: Tensor, label: int, norm: str, eps: float) -> None:
+        for image, scores in zip(images, found, strict=True):
+            if float(distances(image[None].cpu(), clean, norm)) > eps + SLACK:
+                continue
+            wrong = int(scores.argmax()) != label
+            if self.sure is not None:
+                self.sent += 1
+                with torch.no_grad():
+                    wrong = int(self.sure(image[None])) != label
+            rank = wrong, -float(scores[label].nan_to_num(math.inf))
+            if self.best is None or rank > self.rank:
+                self.best, self.rank = image.cpu().clone(), rank
+            if wrong and self.sure is not None:
+                raise _Found
 
     def _look(self, gradient: Tensor) -> None:
         self.steps += 1
@@ -73,8 +107,12 @@ def _climb(
     random_start: bool,
     decay: float | None,
     device: torch.device,
+    last: bool = False,
 ) -> Proposal:
-    """ART's projected gradient; ``step`` in parts of eps, ``decay`` of the momentum."""
+    """ART's projected gradient; ``step`` in parts of eps, ``decay`` of the momentum.
+
+    The library returns the last image; unless ``last`` is wanted, what is proposed is the best that it went through.
+    """
     from art.attacks.evasion.projected_gradient_descent.projected_gradient_descent_pytorch import (
         ProjectedGradientDescentPyTorch,
     )
@@ -101,9 +139,15 @@ def _climb(
         num_random_init=int(random_start),
         verbose=False,
     )
-    moved = library.generate(image[None].numpy(), y=np.eye(classes, dtype=np.float32)[[label]])
-    proposed = torch.from_numpy(moved).clamp(0, 1)  # adding the projected step rounds, and may leave [0, 1] by 1e-7
-    note = f"all {loss.steps} gradients were zero" if loss.flat == loss.steps else ""
+    if not last:
+        loss.keep(image, label, task)
+    moved = image[None]
+    with suppress(_Found):
+        moved = torch.from_numpy(library.generate(image[None].numpy(), y=np.eye(classes, dtype=np.float32)[[label]]))
+    if loss.best is not None:
+        moved = loss.best[None]
+    proposed = moved.clamp(0, 1)  # adding the projected step rounds, and may leave [0, 1] by 1e-7
+    note = f"all {loss.steps} gradients were zero" if loss.flat == loss.steps > 0 else ""
     with torch.no_grad():
         answer = int(judge(proposed.to(device)))
     return Proposal(proposed[0], answer, loss.sent, note)
@@ -113,6 +157,9 @@ def blind_pgd(
     image: Tensor, label: int, task: Task, *, steps: int = 40, step: float = 0.25, random_start: bool = True
 ) -> Proposal:
     """PGD (Madry et al. 2018) on the cross entropy of the bare classifier; it knows of no purifier.
+
+    It does not end with the first wrong answer: of the images on its way that the classifier gets wrong it proposes the
+    one of the highest loss, which a purifier is least likely to bring back.
 
     Args:
         image: clean, ``(C, H, W)``.
@@ -153,41 +200,49 @@ class _PassedBy(nn.Module):
         return seen + (images - images.detach())  # + 0
 
 
-def passing_by(defence: Defence) -> Defence:
-    """The same defence, with the same answers, and the identity's gradient where a purifier has none of its own.
+def passing_by(defence: Defence, draws: int | None = None) -> Defence:
+    """The defence as its attacker climbs it: with a gradient where a purifier has none of its own.
 
-    Backward pass differentiable approximation (Athalye, Carlini and Wagner 2018), in its simplest form: a purifier
-    returns an image near to the one it got.
+    Backward pass differentiable approximation (BPDA; Athalye, Carlini and Wagner 2018). A purifier with a ``twin()``, a
+    differentiable one that nearly does the same, is replaced by it in both passes, so that answers differ a little from
+    the defence's. Any other keeps its output and gets the identity's gradient: it returns an image near to the one it
+    got. That is an approximation, which may mislead where a purifier moves images far.
+
+    Args:
+        defence: attacked.
+        draws: through each member, in place of the defence's own.
     """
 
     def around(purifier: nn.Module) -> nn.Module | None:
         if isinstance(purifier, nn.Identity):  # stands for none
             return None
-        return purifier if getattr(purifier, "differentiable", True) else _PassedBy(purifier)
+        if getattr(purifier, "differentiable", True):
+            return purifier
+        twin = getattr(purifier, "twin", None)
+        return twin() if callable(twin) else _PassedBy(purifier)
 
     purifiers = [around(purifier) for purifier in defence.purifiers]
     members = [Member(*parts) for parts in zip(purifiers, defence.classifiers, defence.sigmas, strict=True)]
-    return Defence(defence.name, members, draws=defence.draws, combine=defence.combine)
+    return Defence(defence.name, members, draws=draws or defence.draws, combine=defence.combine)
 
 
-def _expected(defence: Defence, key: bytes, eot: int) -> Callable[[Tensor], Tensor]:
-    """Mean over ``eot`` answers, new ones at each call, of the logarithm of the defence's own combination.
+def _expected(defence: Defence, key: bytes, answers: int) -> Callable[[Tensor], Tensor]:
+    """Mean over ``answers``, new ones at each call, of the logarithm of the defence's own combination.
 
-    Of votes, which have no gradient, the mean over passes of the logarithm stands in their place.
+    Votes have no gradient; the logarithm of the mean softmax over passes stands in their place, as in SmoothAdv (Salman
+    et al. 2019).
     """
     turns = itertools.count()
 
     def log_scores(images: Tensor) -> Tensor:
-        many = images.repeat_interleave(eot, 0)
+        many = images.repeat_interleave(answers, 0)
         keys = [hashlib.sha256(key + i.to_bytes(4, "little")).digest() for i in range(len(many))]
         logits = defence.passes_of(many, keys, next(turns))
         if defence.combine == "logits":
             one = logits.mean(1).log_softmax(1)
-        elif defence.combine == "probabilities":
-            one = logits.softmax(2).mean(1).clamp_min(_TINY).log()
         else:
-            one = logits.log_softmax(2).mean(1)
-        return one.view(len(images), eot, -1).mean(1)
+            one = logits.log_softmax(2).logsumexp(1) - math.log(logits.shape[1])
+        return one.view(len(images), answers, -1).mean(1)
 
     return log_scores
 
@@ -202,11 +257,19 @@ def adaptive_pgd(
     random_start: bool = True,
     eot: int = 10,
 ) -> Proposal:
-    """PGD on the whole defence, which the attacker knows: true gradients where there are any.
+    """PGD on the whole defence, which the attacker knows.
 
-    Purifiers that are not differentiable are passed by (BPDA). The loss of a random defence is the mean over ``eot``
-    answers (expectation over transformation, Athalye et al. 2018), other ones at every step and never those of its
-    judge. All of them are in memory at once.
+    Gradients are autograd's, with votes replaced by the mean softmax. They are true ones for a purifier that says it is
+    differentiable, its twin's for one that has a twin, and the identity's for any other (BPDA, :func:`passing_by`).
+
+    The loss of a random defence is an expectation over ``eot`` passes (expectation over transformation, Athalye et al.
+    2018), other ones at every step and never those of its judge. A defence of P passes an answer is asked for
+    ceil(eot / P) answers a gradient, and one of many draws runs through each of its M members at most ceil(eot / M)
+    times an answer: of a smoothed classifier's n votes a few estimate the scores that it expects. All passes of a
+    gradient, fewer than 2 eot or one of each member, are in memory at once.
+
+    A deterministic defence ends the attack with the first image that the defence itself, not its stand-in, gets wrong.
+    Of a random one the image of the highest estimated loss is proposed, those that the estimate gets wrong first.
 
     Args:
         image: clean, ``(C, H, W)``.
@@ -215,23 +278,32 @@ def adaptive_pgd(
         steps: gradients.
         step: length of one, in parts of eps.
         random_start: from a random point of the ball.
-        eot: answers a gradient; 1 where nothing is random.
+        eot: passes a gradient; nothing is repeated where nothing is random.
 
     Raises:
-        UserError: fewer than one answer.
+        UserError: fewer than one pass.
     """
     defence = task.defence
     assert defence is not None
     if eot < 1:
-        raise UserError(f"eot {eot}: expected 1 or more answers a gradient")
-    draws = eot if defence.random else 1
+        raise UserError(f"eot {eot}: expected 1 or more passes a gradient")
+    members = len(defence.classifiers)
+    draws = min(defence.draws, -(-eot // members)) if defence.random else 1
+    answers = -(-eot // (members * draws)) if defence.random else 1
     own = hashlib.sha256(task.key + b"judge").digest()
+
+    def judge(images: Tensor) -> Tensor:
+        return defence(images, [own])
+
+    loss = _Climbed(
+        _expected(passing_by(defence, draws), task.key, answers), answers, None if defence.random else judge
+    )
     return _climb(
         image,
         label,
         task,
-        _Climbed(_expected(passing_by(defence), task.key, draws), draws),
-        lambda proposed: defence(proposed, [own]),
+        loss,
+        judge,
         defence.num_classes,
         steps=steps,
         step=step,
@@ -295,6 +367,7 @@ def transfer(
         random_start=False,
         decay=decay,
         device=first.mean.device,
+        last=True,  # as published: what the surrogates get wrong first is not what transfers best
     )
 
 

@@ -1,7 +1,8 @@
 """Attacks that only ask: HopSkipJump by labels, Square by scores, both of ART, both ended by the budget.
 
 The libraries keep no budget (ART's Square sends three images an iteration) and lose what they had found when they are
-stopped. So every image goes through :class:`_Chase`, which keeps the nearest image that was answered wrongly.
+stopped. So every image goes through :class:`_Chase`, which keeps the nearest image that was answered wrongly; of a
+random target, one that is mostly answered wrongly when it is asked about again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ from certify.classifiers import labels_from_logits
 from certify.errors import UserError
 
 _TINY = 1e-30
+_NEVER = 100.0
+"""Above the logarithm of any ratio of scores: added to the right class it keeps the library from stopping by itself."""
+
+CONFIRM = 5
+"""Further answers about an image that a random target got wrong; most of them must be wrong for the attack to end."""
+
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 """Parts of the budget after which Square's squares shrink to half their area, as in the paper."""
 
@@ -34,6 +41,12 @@ class _Found(Exception):
 
 class _Chase:
     """What a library is given to ask: it counts on, and keeps the nearest image that got a wrong answer.
+
+    One answer of a random target says little. There, an image in the ball that got a wrong answer (the nearest one of a
+    batch, and the clean image like any other) is asked about ``CONFIRM`` times more, out of the same budget, and each
+    image once; only mostly wrong answers count. If none is found, the image in the ball with the most wrong answers is
+    kept, of several the one with the lowest margin, where there are scores; the clean one only if there is no such
+    image. Without a ball, an image is asked about again if it would be the nearest one.
 
     Args:
         access: to the target.
@@ -46,6 +59,8 @@ class _Chase:
         self.access, self.image, self.label, self.task = access, image, label, task
         self.before = access.spent
         self.best, self.answer, self.nearest = image, label, float("inf")
+        self.rank = (0, False, -float("inf"))
+        self.weighed: set[bytes] = set()
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Images to scores, or to 1 at the label: what ART calls predictions ``(B, K)``.
@@ -56,16 +71,63 @@ class _Chase:
         """
         images = torch.from_numpy(np.ascontiguousarray(batch)).float()
         answers = self.access(images)
-        labels = answers if self.access.answers == LABELS else labels_from_logits(answers)
-        far = distances(images, self.image[None], self.task.norm).masked_fill(labels == self.label, float("inf"))
-        nearest = int(far.argmin())
-        if far[nearest] < self.nearest:
-            self.best, self.answer, self.nearest = images[nearest].clone(), int(labels[nearest]), float(far[nearest])
-            if self.nearest <= (self.task.eps + SLACK if self.task.eps is not None else 0.0):
-                raise _Found
+        labels = self._labels(answers)
+        all_far = distances(images, self.image[None], self.task.norm)
+        far = all_far.masked_fill(labels == self.label, float("inf"))
+        if self.access.random:
+            self._weigh(images, answers, labels, all_far)
+            labels = labels.masked_fill(all_far == 0, self.label)  # the library must not take chance for its start
+        elif far.min() < self.nearest:
+            nearest = int(far.argmin())
+            self._take(images[nearest], int(labels[nearest]), float(far[nearest]))
         if self.access.answers == LABELS:
             return _one_hot(labels.masked_fill(labels < 0, self.label + 1), self.access)  # no class: any wrong one
         return answers.float().numpy()
+
+    def _labels(self, answers: Tensor) -> Tensor:
+        return answers if self.access.answers == LABELS else labels_from_logits(answers)
+
+    def _take(self, image: Tensor, answer: int, far: float) -> None:
+        """Keep a wrong image; the attack ends where it is near enough."""
+        self.best, self.answer, self.nearest = image.clone(), answer, far
+        if far <= (self.task.eps + SLACK if self.task.eps is not None else 0.0):
+            raise _Found
+
+    def _weigh(self, images: Tensor, answers: Tensor, labels: Tensor, far: Tensor) -> None:
+        """Answers of a random target: ask again about the nearest wrong image, and keep what comes nearest to one."""
+        ball = float("inf") if self.task.eps is None else self.task.eps + SLACK
+        margins = far + float("inf") if self.access.answers == LABELS else self._margins(answers)
+        wrong = labels != self.label
+        digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+        new = torch.tensor([digest not in self.weighed for digest in digests])
+        doubtful = wrong & new & (far <= ball) & (far < self.nearest)
+        asked = int(far.masked_fill(~doubtful, float("inf")).argmin()) if bool(doubtful.any()) else -1
+        for i, image in enumerate(images):
+            counted = 0
+            if i == asked:
+                self.weighed.add(digests[i])
+                counted, answer = self._again(image)
+                if 2 * counted > CONFIRM:
+                    self._take(image, answer, float(far[i]))
+            rank = counted, bool(wrong[i]), -float(margins[i])
+            if self.task.eps is not None and 0 < far[i] <= ball and rank > self.rank:
+                self.best, self.rank = image.clone(), rank
+
+    def _again(self, image: Tensor) -> tuple[int, int]:
+        """Wrong ones among further answers, as many as the budget has left, and the most frequent of them."""
+        assert self.access.budget is not None
+        many = min(CONFIRM, self.access.budget - self.access.spent)
+        if not many:
+            return 0, self.label
+        labels = self._labels(self.access(image.expand(many, *image.shape)))
+        wrong = labels[labels != self.label]
+        return len(wrong), int(wrong.mode().values) if len(wrong) else self.label
+
+    def _margins(self, scores: Tensor) -> Tensor:
+        """Of the right class over the best other ``(B,)``, of scores ``(B, K)``."""
+        others = scores.clone()
+        others[:, self.label] = -float("inf")
+        return scores[:, self.label] - others.amax(1)
 
     def proposal(self, attack: Callable[[], Any]) -> Proposal:
         """What was found when the attack had ended, by itself or not."""
@@ -73,6 +135,8 @@ class _Chase:
             self(self.image[None].numpy())
             attack()
         note = "" if self.nearest < float("inf") else "no wrong answer found"
+        if note and self.access.random:
+            note = f"no image found that is mostly answered wrongly; this one: {self.rank[0]} of {CONFIRM} more answers"
         return Proposal(self.best, self.answer, self.access.spent - self.before, note)
 
 
@@ -98,7 +162,8 @@ def _logarithms(scores: np.ndarray) -> np.ndarray:
 def hopskipjump(image: Tensor, label: int, task: Task, *, init: int = 100, directions: int = 100) -> Proposal:
     """HopSkipJump (Chen, Jordan and Wainwright 2020), untargeted: along the boundary to the nearest wrong label.
 
-    It ends with the budget, or with the first wrong label inside of the ball where there is one.
+    It ends with the budget, or with the first wrong label inside of the ball where there is one; of a random target,
+    with the first that is confirmed (:class:`_Chase`).
 
     Args:
         image: clean, ``(C, H, W)``.
@@ -181,6 +246,8 @@ def square(image: Tensor, label: int, task: Task, *, fraction: float = 0.8) -> P
         found = notes.pop(about, None)
         if found is None:
             found = _logarithms(chase(batch))
+            if chase.access.random:  # the library would stop at one wrong answer; that is for the chase to say
+                found[:, label] += _NEVER
         notes[about] = found  # the latest last
         while len(notes) > 2:  # the image it holds, and the one it tries
             del notes[next(iter(notes))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from fractions import Fraction
@@ -14,12 +15,13 @@ from certify.cli import options
 from certify.cli.files import output_path, stoppable
 from certify.cli.load import chosen_images, classifier_from, surrogate_from
 from certify.cli.summary import warn
-from certify.errors import RunFault, UserError, first_line
+from certify.errors import ImageError, UserError, first_line
 
 if TYPE_CHECKING:
     from analysis.compare import Plan
     from certify.classifiers import Classifier
     from certify.defence import Defence
+    from certify.images import ImageSet
 
 DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
 ATTACKS_BY_DEFAULT = "blind-pgd,square"
@@ -38,7 +40,7 @@ class Distance(options.ParamType):
             number = float(Fraction(str(value)))
             if not 0 < number < float("inf"):
                 raise ValueError
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             self.fail(f"{value!r}; expected a distance above 0 in [0, 1] pixels, such as 8/255 or 0.5", param, ctx)
         return number, str(value)
 
@@ -120,11 +122,7 @@ def compare(**o: Any) -> None:
         click.echo(json.dumps({"run_file": str(path), "results": records(found)}))
     else:
         click.echo(tabulate_comparison(found, o["style"]))
-    wrong = found.refuted()
-    if wrong:
-        raise RunFault(
-            f"{len(wrong)} certificates are refuted by attacks, no picture is drawn: " + "; ".join(map(str, wrong))
-        )
+    found.require_sound()
     if o["figure"]:
         from analysis.comparison_plot import draw_comparison
 
@@ -132,7 +130,12 @@ def compare(**o: Any) -> None:
 
 
 def _listed(option: str, text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",")]
+    found: list[str] = []
+    for part in text.split(","):
+        if found and part[:1].isdigit():  # the value of an option goes on: levels=90,75
+            found[-1] += f",{part.strip()}"
+        else:
+            found.append(part.strip())
     if "" in found or len(set(found)) < len(found):
         raise UserError(f"{option} {text!r}: expected names separated by commas, each once")
     return found
@@ -158,13 +161,16 @@ def _work(o: dict[str, Any], named: list[str], attacks: list[str]) -> Path:
     from certify.records import RunFile
     from denoisers.defences import undefended
 
+    if o["surrogate"] and "transfer" not in attacks:
+        raise UserError("--surrogate belongs to --attacks transfer; leave it out here")
     check_attacks(attacks, norm=o["norm"], surrogates=len(o["surrogate"]))
     classifier = classifier_from(o["model"], o)
-    images = chosen_images(o, classifier)
+    images = _readable(chosen_images(o, classifier), o["strict"])
     if not images.labelled:
         raise UserError(f"{images.name} has no labels, and accuracies need them: --labels FILE, or a folder a class")
     defences = {text: _build(text, classifier) for text in named}
-    plan = _plan(o, attacks, defences)
+    surrogates = [surrogate_from(s) for s in o["surrogate"]]
+    plan = _plan(o, attacks, defences, [s.identity() for s in surrogates])
     header = make_header(plan, defences, images, model=o["model"], data=o["data"], command=options.command_line())
     path = output_path(o["out"], _words(header), header)
     craft = crafter(
@@ -175,7 +181,7 @@ def _work(o: dict[str, Any], named: list[str], attacks: list[str]) -> Path:
         steps=o["steps"],
         eot=o["eot"],
         seed=o["seed"],
-        surrogates=[surrogate_from(s) for s in o["surrogate"]],
+        surrogates=surrogates,
     )
     say = not (o["quiet"] or o["as_json"])
     with RunFile(path, header) as file:
@@ -197,7 +203,7 @@ def _work(o: dict[str, Any], named: list[str], attacks: list[str]) -> Path:
 
 
 def _build(text: str, classifier: Classifier) -> Defence | str:
-    """The defence, or why there is none: an unknown name stops, a missing weight file fails its rows alone."""
+    """The defence, or why there is none: a user's mistake stops the command, a fault of its own fails its row alone."""
     from denoisers.defences import build_defence
 
     try:
@@ -209,7 +215,25 @@ def _build(text: str, classifier: Classifier) -> Defence | str:
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _plan(o: dict[str, Any], attacks: list[str], defences: dict[str, Any]) -> Plan:
+def _readable(images: ImageSet, strict: bool) -> ImageSet:
+    """The images that can be read: all defences are judged on the same ones."""
+    kept = []
+    for index, item in enumerate(images.items):
+        try:
+            images.load(index)
+        except ImageError as error:
+            if strict:
+                raise ImageError(f"{item.id}: {error}") from None
+            warn(f"{item.id}: {error}; it is left out")
+        else:
+            kept.append(index)
+    if not kept:
+        raise UserError(f"none of the {len(images)} images of {images.name} can be read; expected one or more")
+    items, labels = [images.items[i] for i in kept], [images.labels[i] for i in kept]
+    return dataclasses.replace(images, items=items, labels=labels)
+
+
+def _plan(o: dict[str, Any], attacks: list[str], defences: dict[str, Any], surrogates: list[str]) -> Plan:
     from analysis.attacks import groups_of
     from analysis.compare import CLEAN, RANDOM, SMOOTHING, Plan, applies
     from analysis.comparison import Condition
@@ -225,7 +249,7 @@ def _plan(o: dict[str, Any], attacks: list[str], defences: dict[str, Any]) -> Pl
         "queries": o["queries"],
         "steps": o["steps"],
         "eot": o["eot"],
-        "surrogates": list(o["surrogate"]),
+        "surrogates": surrogates,
     }
     return Plan(conditions, eps, o["norm"], o["repeats"], o["seed"], o["certify_n"], o["alpha"], settings)
 

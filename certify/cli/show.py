@@ -46,7 +46,9 @@ def plot(runs: tuple[str, ...], out: str, title: str | None, no_band: bool, enve
         from analysis.comparison_plot import draw_comparison
 
         _refuse_beside_comparison(runs, ("title", "no_band", "envelope"))
-        draw_comparison(read_comparison(runs[0]), out)
+        comparison = read_comparison(runs[0])
+        comparison.require_sound()
+        draw_comparison(comparison, out)
         click.echo(f"wrote {out}")
         return
     found = curves(read_all(runs, warn))
@@ -158,7 +160,9 @@ def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) ->
     from analysis.runs import read_comparison
 
     _refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "relative_to", "simultaneous"))
-    _put(tabulate_comparison(read_comparison(paths[0]), style), out)
+    found = read_comparison(paths[0])
+    _put(tabulate_comparison(found, style), out)
+    found.require_sound()
 
 
 @click.command(short_help="Another alpha or bound from the votes of a run.")
