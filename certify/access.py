@@ -76,7 +76,7 @@ class QueryAccess:
         UserError: another kind of answers, a negative budget.
     """
 
-    __slots__ = ("__weakref__", "_answers", "_bounded", "_classes", "_token")
+    __slots__ = ("__weakref__", "_answers", "_bounded", "_classes", "_random", "_token")
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class QueryAccess:
             raise UserError(f"query budget {budget}, spent {spent}: expected whole numbers from 0")
         self._answers, self._bounded = answers, bounded
         self._classes = num_classes or getattr(target, "num_classes", None)
+        self._random = getattr(target, "random", False) is True
         self._token = next(_TOKENS).to_bytes(8, "little")
         _TABLE[self._token] = _Held(_asking(target, answers, device), budget, spent, key)
         weakref.finalize(self, _TABLE.pop, self._token, None)
@@ -109,6 +110,11 @@ class QueryAccess:
     def num_classes(self) -> int | None:
         """K, or None where nobody said."""
         return self._classes
+
+    @property
+    def random(self) -> bool:
+        """Whether the target says that two answers about the same image may differ."""
+        return self._random
 
     @property
     def budget(self) -> int | None:

@@ -134,20 +134,6 @@ def _tuned(original: Classifier, file: Path, sha256: str) -> Classifier:
     return Classifier(original.name, spec)
 
 
-def with_twins(defence: Defence) -> Defence:
-    """The same defence with every codec soft, for gradients through the whole of it: the attacker's view."""
-    pairs = zip(defence.purifiers, defence.classifiers, defence.sigmas, strict=True)
-    members = [Member(p.twin() if isinstance(p, Codec) else p, c, s) for p, c, s in pairs]
-    return Defence(
-        defence.name,
-        members,
-        draws=defence.draws,
-        combine=defence.combine,
-        frozen=defence.frozen,
-        about={**defence.about, "twins": True},
-    )
-
-
 def _numbers(levels: Any) -> list[int]:
     try:
         parts = levels.split(",") if isinstance(levels, str) else levels if isinstance(levels, list) else [levels]

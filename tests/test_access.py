@@ -100,6 +100,8 @@ def test_answers_are_those_of_the_target() -> None:
     assert torch.equal(QueryAccess(plain, "labels")(IMAGES), digits(IMAGES))
     assert torch.allclose(QueryAccess(plain, "scores")(IMAGES), digits.logits(IMAGES).softmax(1))
     assert QueryAccess(plain, "labels").num_classes == 10
+    assert not QueryAccess(plain, "labels").random
+    assert QueryAccess(jittered(), "labels").random
     assert QueryAccess(lambda x: x.flatten(1), "labels")(IMAGES).tolist() == IMAGES.flatten(1).argmax(1).tolist()
     assert QueryAccess(lambda x: torch.full((len(x),), -1), "labels")(IMAGES).tolist() == [-1] * 6
 

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 import analysis.attacks
-from analysis.attacked import SLACK, Attacked, Proposal, _measured, attack, seeded
-from analysis.attacks import ATTACKS, SCORES, check_attacks, crafter, find_attack, groups_of
-from analysis.attacks.gradients import passing_by
+from analysis.attacked import SLACK, Attacked, Proposal, Task, _measured, attack, seeded
+from analysis.attacks import ATTACKS, SCORES, check_attacks, check_surrogates, crafter, find_attack, groups_of
+from analysis.attacks.gradients import _expected, passing_by
 from certify import load_classifier, load_images
 from certify.access import QueryAccess
 from certify.classifiers import Classifier, ClassifierSpec, InputSpec
 from certify.defence import Defence, Member
 from certify.errors import UserError
 from certify.streams import stream_key
-from denoisers.randomness import Generators, normal
+from denoisers.jpeg import jpeg
+from denoisers.randomness import Generators, each, normal
 
 SHAPE = (1, 8, 8)
 WEIGHT = torch.randn(64, generator=torch.Generator().manual_seed(3))
@@ -80,6 +81,46 @@ class Rounded(nn.Module):
 
     def forward(self, images: Tensor, sigma: float | None = None, *, generator: object = None) -> Tensor:
         return (images * 8).round() / 8
+
+
+class Lucky(nn.Module):
+    """One answer in twenty is about another image, of class 1."""
+
+    random = True
+
+    def forward(self, images: Tensor, sigma: float | None = None, *, generator: Generators = None) -> Tensor:
+        wrong = [float(torch.rand(1, generator=g)) < 0.05 for g in each(generator, len(images))]
+        push = WEIGHT.sign().view(SHAPE)
+        return torch.stack([x + push if w else x for x, w in zip(images, wrong, strict=True)])
+
+
+class Fold(nn.Module):
+    """Takes out what moved farther than ``width``, after ``inner``: the gradient that is taken for its own goes on."""
+
+    differentiable = False
+
+    def __init__(self, width: float, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.width, self.inner, self.random = width, inner, inner is not None
+
+    def forward(self, images: Tensor, sigma: float | None = None, *, generator: Generators = None) -> Tensor:
+        near = (images - 0.5).abs().amax((1, 2, 3), keepdim=True) < self.width
+        seen = torch.where(near, images, torch.full_like(images, 0.5))
+        return seen if self.inner is None else self.inner(seen, generator=generator)
+
+
+class Reversed(nn.Module):
+    """The negative: the identity's gradient leads away, and its differentiable twin knows better."""
+
+    def __init__(self, differentiable: bool) -> None:
+        super().__init__()
+        self.differentiable = differentiable
+
+    def forward(self, images: Tensor, sigma: float | None = None, *, generator: object = None) -> Tensor:
+        return 1 - (images if self.differentiable else (images * 255).round() / 255)
+
+    def twin(self) -> Reversed:
+        return Reversed(differentiable=True)
 
 
 def behind(purifier: nn.Module | None, classifier: Classifier, **how: Any) -> Defence:
@@ -145,6 +186,43 @@ def test_a_budget_ends_with_the_best_so_far() -> None:
 def test_a_wrong_answer_about_the_clean_image_ends_it(name: str, answers: Any) -> None:
     found = attack(name, GREY, ZERO + 1, IDS, norm="l2", eps=0.5, access=asked(linear(), answers, 100))
     assert (found.success, found.queries, found.l2) == ((True, True), (1, 1), (0.0, 0.0))
+
+
+@pytest.mark.parametrize(("name", "answers"), [("hopskipjump", "labels"), ("square", "scores")])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_one_lucky_answer_of_a_random_target_ends_nothing(name: str, answers: Any, norm: str) -> None:
+    """Below the margin there is nothing to find, and above it what is found is really wrong."""
+    ids, budget = [str(i) for i in range(6)], 150
+    images, labels = GREY[:1].expand(6, *SHAPE), torch.zeros(6, dtype=torch.long)
+    target = behind(Lucky(), linear())
+    keys = [stream_key(0, "x", "judge")]
+
+    def run(eps: float) -> Attacked:
+        return attack(name, images, labels, ids, norm=norm, eps=eps, access=asked(target, answers, budget, 6))
+
+    below, above = run(0.5 * MARGIN[norm]), run(6 * MARGIN[norm])
+    assert sum(below.success) == 0  # three wrong answers in five by chance are rare
+    assert min(below.queries) > budget / 3
+    assert all("mostly answered wrongly" in note for note in below.notes)
+    assert name != "square" or min(below.distance) > 0
+    assert sum(above.success) >= 4
+    for image in above.images[torch.tensor(above.success)]:
+        assert sum(int(target(image[None], keys, turn)) for turn in range(20)) >= 15
+
+
+def test_square_returns_the_lowest_margin_of_a_random_target() -> None:
+    net = linear()
+    found = attack("square", GREY, ZERO, IDS, norm="l2", eps=0.2, access=asked(behind(Jitter(), net), "scores", 150))
+    assert found.success == (False, False)
+    assert min(found.l2) > 0.19
+    assert (net.logits(found.images).diff(dim=1) > net.logits(GREY).diff(dim=1)).all()
+
+
+def test_a_random_target_that_is_mostly_wrong_is_done_with_the_clean_image() -> None:
+    access = asked(behind(Lucky(), linear()), "labels", 100)
+    found = attack("hopskipjump", GREY, ZERO + 1, IDS, norm="l2", eps=0.5, access=access)
+    assert (found.success, found.l2) == ((True, True), (0.0, 0.0))
+    assert max(found.queries) <= 6 + 1
 
 
 def test_hopskipjump_stops_at_the_ball() -> None:
@@ -240,6 +318,83 @@ def test_purifiers_without_gradients_are_passed_by() -> None:
     past = attack("adaptive-pgd", GREY, ZERO, IDS, defence=behind(Rounded(honest=True), net), **given)
     assert past.success == (True, True)
     assert past.notes == ("", "")
+
+
+def test_a_purifier_with_a_twin_is_climbed_by_the_twins_gradients() -> None:
+    net = linear(offset=0.05 * float(WEIGHT.abs().sum()))
+    exact = behind(Reversed(differentiable=False), net)
+    found = attack("adaptive-pgd", GREY, ZERO, IDS, norm="linf", eps=0.1, steps=10, defence=exact)
+    assert found.success == (True, True)
+    assert exact(found.images, [stream_key(0, i, "judge") for i in IDS]).tolist() == [1, 1]
+    soft = passing_by(behind(jpeg(60), net))
+    assert soft.differentiable
+    images = torch.rand((2, *SHAPE), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(soft.purify(images), jpeg(60).twin()(images))
+
+
+@pytest.mark.parametrize("inner", [None, Jitter()])
+def test_the_best_image_on_the_way_is_kept(inner: nn.Module | None) -> None:
+    """The steps go on past where the defence answers wrongly, to where it takes the whole perturbation out."""
+    net = linear(offset=0.03 * float(WEIGHT.abs().sum()))
+    defence = behind(Fold(0.06, inner), net)
+    found = attack("adaptive-pgd", GREY, ZERO, IDS, norm="linf", eps=0.1, steps=10, random_start=False, defence=defence)
+    assert found.success == (True, True)
+    assert found.linf == pytest.approx((0.05, 0.05), abs=1e-5)
+    assert defence(found.images, [stream_key(0, i, "judge") for i in IDS]).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("combine", ["vote", "logits", "probabilities"])
+def test_what_is_climbed_is_the_logarithm_of_the_expected_scores(combine: str) -> None:
+    digits = load_classifier("digits")
+    defence = Defence("test", [Member(p, digits) for p in (Pooled(), None)], combine=combine)
+    images = torch.rand((3, *SHAPE), generator=torch.Generator().manual_seed(0))
+    scores = defence.scores(images, [stream_key(0, str(i), "t") for i in range(3)])
+    assert torch.allclose(_expected(defence, b"", 1)(images).exp(), scores, atol=1e-6)
+
+
+@pytest.mark.parametrize(("draws", "members", "passes"), [(100, 1, 10), (1, 1, 10), (4, 1, 12), (1, 3, 12), (9, 4, 12)])
+def test_the_passes_of_a_gradient_are_bounded(draws: int, members: int, passes: int) -> None:
+    """A hundred votes are not drawn ten times over for one gradient."""
+    jitter, steps = Jitter(), 3
+    defence = Defence("test", [Member(jitter, linear())] * members, draws=draws)
+    attack("adaptive-pgd", GREY[:1], ZERO[:1], IDS[:1], norm="l2", eps=0.1, defence=defence, steps=steps)
+    gradients, rest = divmod(len(jitter.drawn) - draws * members, passes)  # without the judge's
+    assert rest == 0
+    assert steps <= gradients <= steps + 2  # the library asks about the last image again
+
+
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_an_attack_is_handed_what_it_needs_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, seen = find_attack(name, "l2"), []
+
+    def look(image: Tensor, label: int, task: Task) -> Proposal:
+        seen.append(task)
+        return Proposal(image, label, 0)
+
+    module, _, function = found.run.partition(":")
+    monkeypatch.setattr(f"{module}.{function}", look)
+    net = linear()
+    attack(
+        name,
+        GREY,
+        ZERO,
+        IDS,
+        norm="l2",
+        eps=0.5,
+        access=asked(net, "scores", 10),
+        classifier=net,
+        defence=behind(None, net),
+        surrogates=[linear(2 * WEIGHT)],
+    )
+    assert len(seen) == 2
+    for task in seen:
+        given = {
+            "asks": task.access is not None,
+            "gradients of the classifier": task.classifier is not None,
+            "gradients of the defence": task.defence is not None,
+            "surrogates": task.surrogates != (),
+        }
+        assert [what for what, there in given.items() if there] == ["asks" if found.asks else found.needs]
 
 
 @pytest.mark.parametrize("combine", ["vote", "logits", "probabilities"])
@@ -374,3 +529,16 @@ def test_the_table_of_defences_gets_its_attacks() -> None:
         assert found.name == name
         assert found.images.shape == (1, *SHAPE)
         assert found.queries[0] <= 200
+
+
+def test_surrogates_of_another_task_are_refused_at_once() -> None:
+    net, numbers = linear(), {"eps": 0.1, "norm": "linf", "queries": 9, "steps": 5, "eot": 2}
+    check_surrogates(net, [linear(2 * WEIGHT)])
+    large = Classifier(
+        "large", ClassifierSpec(nn.Sequential(nn.AvgPool2d(2), *linear().net), InputSpec((1, 16, 16))), 2
+    )
+    many = Classifier("many", ClassifierSpec(nn.Flatten(), InputSpec(SHAPE)), 64)
+    with pytest.raises(UserError, match=r"surrogate large: input size \(1, 16, 16\); expected \(1, 8, 8\)"):
+        crafter(net, surrogates=[linear(2 * WEIGHT), large], **numbers)
+    with pytest.raises(UserError, match="surrogate many: classes 64; expected 2"):
+        crafter(net, surrogates=[many], **numbers)

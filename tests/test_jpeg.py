@@ -19,6 +19,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from analysis.attacks.gradients import passing_by
 from certify import load_classifier
 from certify.classifiers import Classifier, ClassifierSpec, square_input
 from certify.defence import Defence, Member
@@ -27,7 +28,6 @@ from certify.streams import stream_key
 from denoisers import quantisation
 from denoisers.defences import build_defence
 from denoisers.jpeg import Codec, coefficients, dct_matrix, from_record, jpeg, planes_of, to_images, to_planes
-from denoisers.jpeg_ensemble import with_twins
 from denoisers.quantisation import KINDS, QUALITIES, TableSet, multiplied, read_tables, shape_of, write_tables
 from training.coefficients import Coefficients, Probe, collect, main, measure, rate
 from training.data import TrainingData, load_training_data
@@ -368,7 +368,7 @@ def test_ensembles_of_the_original_classifier(digits: Classifier, measured: Tabl
     same = build_defence(f"jpeg:tables={path}:quality=30", digits)
     assert torch.equal(one.purify(images), same.purify(images))
     assert one.describe()["members"][0]["purifier"]["luma"] == list(measured.steps("nn", 30).luma)
-    soft = with_twins(whole)
+    soft = passing_by(whole)
     assert soft.differentiable
     images.requires_grad_(True)
     (up,) = torch.autograd.grad(soft.scores(images, keys)[:, 0].sum(), images)

@@ -293,7 +293,8 @@ def adaptive_pgd(
     own = hashlib.sha256(task.key + b"judge").digest()
 
     def judge(images: Tensor) -> Tensor:
-        return defence(images, [own])
+        answer: Tensor = defence(images, [own])
+        return answer
 
     loss = _Climbed(
         _expected(passing_by(defence, draws), task.key, answers), answers, None if defence.random else judge

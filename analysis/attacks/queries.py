@@ -75,7 +75,7 @@ class _Chase:
         all_far = distances(images, self.image[None], self.task.norm)
         far = all_far.masked_fill(labels == self.label, float("inf"))
         if self.access.random:
-            self._weigh(images, answers, labels, all_far)
+            answers = self._weigh(images, answers, labels, all_far)
             labels = labels.masked_fill(all_far == 0, self.label)  # the library must not take chance for its start
         elif far.min() < self.nearest:
             nearest = int(far.argmin())
@@ -93,35 +93,42 @@ class _Chase:
         if far <= (self.task.eps + SLACK if self.task.eps is not None else 0.0):
             raise _Found
 
-    def _weigh(self, images: Tensor, answers: Tensor, labels: Tensor, far: Tensor) -> None:
-        """Answers of a random target: ask again about the nearest wrong image, and keep what comes nearest to one."""
+    def _weigh(self, images: Tensor, answers: Tensor, labels: Tensor, far: Tensor) -> Tensor:
+        """Answers of a random target: ask again about the nearest wrong image, and keep what comes nearest to one.
+
+        Returns the answers, with the mean of the further scores in place of those that were chosen for being wrong: a
+        search that held on to them would be stuck at a chance.
+        """
         ball = float("inf") if self.task.eps is None else self.task.eps + SLACK
-        margins = far + float("inf") if self.access.answers == LABELS else self._margins(answers)
         wrong = labels != self.label
         digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
         new = torch.tensor([digest not in self.weighed for digest in digests])
         doubtful = wrong & new & (far <= ball) & (far < self.nearest)
         asked = int(far.masked_fill(~doubtful, float("inf")).argmin()) if bool(doubtful.any()) else -1
-        for i, image in enumerate(images):
-            counted = 0
-            if i == asked:
-                self.weighed.add(digests[i])
-                counted, answer = self._again(image)
-                if 2 * counted > CONFIRM:
-                    self._take(image, answer, float(far[i]))
+        counts = [0] * len(images)
+        if asked >= 0:
+            self.weighed.add(digests[asked])
+            again = self._again(images[asked])
+            found = self._labels(again) if len(again) else again
+            others = found[found != self.label]
+            counts[asked] = len(others)
+            if 2 * len(others) > CONFIRM:
+                self._take(images[asked], int(others.mode().values), float(far[asked]))
+            if self.access.answers != LABELS and len(again):
+                answers = answers.clone()
+                answers[asked] = again.mean(0)
+        margins = far + float("inf") if self.access.answers == LABELS else self._margins(answers)
+        for i, (image, counted) in enumerate(zip(images, counts, strict=True)):
             rank = counted, bool(wrong[i]), -float(margins[i])
             if self.task.eps is not None and 0 < far[i] <= ball and rank > self.rank:
                 self.best, self.rank = image.clone(), rank
+        return answers
 
-    def _again(self, image: Tensor) -> tuple[int, int]:
-        """Wrong ones among further answers, as many as the budget has left, and the most frequent of them."""
+    def _again(self, image: Tensor) -> Tensor:
+        """Further answers about an image, as many as the budget has left: perhaps none."""
         assert self.access.budget is not None
         many = min(CONFIRM, self.access.budget - self.access.spent)
-        if not many:
-            return 0, self.label
-        labels = self._labels(self.access(image.expand(many, *image.shape)))
-        wrong = labels[labels != self.label]
-        return len(wrong), int(wrong.mode().values) if len(wrong) else self.label
+        return self.access(image.expand(many, *image.shape)) if many else torch.empty(0, dtype=torch.long)
 
     def _margins(self, scores: Tensor) -> Tensor:
         """Of the right class over the best other ``(B,)``, of scores ``(B, K)``."""
