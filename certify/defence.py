@@ -72,8 +72,8 @@ class Defence(nn.Module):
         super().__init__()
         if combine not in COMBINE:
             raise UserError(f"defence {name}: combine={combine!r}; expected one of {', '.join(COMBINE)}")
-        if draws < 1:
-            raise UserError(f"defence {name}: draws={draws}; expected 1 or more")
+        if type(draws) is not int or draws < 1:
+            raise UserError(f"defence {name}: draws={draws}; expected a whole number from 1")
         known = {member.classifier.num_classes for member in members}
         if len(known) != 1:
             raise UserError(f"defence {name}: members know {sorted(known)} classes; expected the same for all")

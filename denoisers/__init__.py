@@ -65,7 +65,7 @@ def load_denoiser(
         classifier: ``Classifier.identity()`` of what is behind it: ``auto`` prefers weights trained for exactly that.
 
     Raises:
-        UserError: no such denoiser; the nearest names are listed.
+        UserError: no such denoiser; the nearest names are listed. Weights that cannot be told a noise level.
     """
     import warnings
 
@@ -73,6 +73,8 @@ def load_denoiser(
     from denoisers.weights import Trained
 
     found = find_denoiser(name, sigma=sigma, image=image, classifier=classifier)
-    if isinstance(found, Trained) and sigma is not None and found.card.sigmas and not found.card.covers(sigma):
-        warnings.warn(found.card.mismatch(sigma), stacklevel=2)
+    if isinstance(found, Trained) and sigma is not None:
+        found.check_use(sigma)
+        if not found.card.covers(sigma):
+            warnings.warn(found.card.mismatch(sigma), stacklevel=2)
     return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from certify.classifiers import Classifier
 from certify.defence import Defence, Member
-from certify.errors import UserError
-from denoisers import DEFENCES, DENOISERS, SHIPPED
+from certify.errors import UserError, first_line
+from denoisers import DEFENCES, DENOISERS, SHIPPED, load_denoiser
+from denoisers.classical import GaussianBlur
 from denoisers.find import find_denoiser, shipped
 from denoisers.names import build_with, parse_options
 from denoisers.randomness import Generators, normal
@@ -22,7 +24,8 @@ def build_defence(text: str, classifier: Classifier) -> Defence:
         classifier: the frozen classifier behind it.
 
     Raises:
-        UserError: no such defence, options it does not have, weights for other images.
+        UserError: no such defence, options it does not have, weights for other images, or a denoiser that is none
+            without a noise level.
     """
     head = text.partition(":")[0]
     if head in DEFENCES:
@@ -31,7 +34,28 @@ def build_defence(text: str, classifier: Classifier) -> Defence:
         return built
     if head.isidentifier() and head not in DENOISERS and ":" in text and "=" in text.partition(":")[2]:
         DEFENCES.get(head)  # says what there is
-    return Defence(text, [Member(find_denoiser(text, image=classifier.input.size), classifier)])
+    denoiser = find_denoiser(text, image=classifier.input.size)
+    _check_alone(denoiser, text)
+    return Defence(text, [Member(denoiser, classifier)])
+
+
+def _check_alone(denoiser: nn.Module, text: str) -> None:
+    """Refuse what does something else, or nothing, where no noise was added and so no level is known."""
+    if isinstance(denoiser, GaussianBlur) and denoiser.width is None:
+        raise UserError(
+            f"defence {text}: its width follows the noise, and none is added here; write gaussian:width=0.5, say"
+        )
+    if not isinstance(denoiser, Trained):
+        return
+    if denoiser.card.purifier:
+        own = denoiser.card.purifier
+        raise UserError(f"defence {text}: it holds weights for {own}; write {own}:weights={text}")
+    try:
+        with torch.no_grad():
+            denoiser(torch.zeros(1, *denoiser.card.image))
+    except UserError as error:
+        how = f"denoised:denoiser={text}:sigma={(denoiser.card.sigmas or (0.25,))[0]:g}"
+        raise UserError(f"defence {text}: {first_line(error)}; no noise is added here: write {how}") from None
 
 
 def undefended(classifier: Classifier) -> Defence:
@@ -69,13 +93,17 @@ def smoothed(classifier: Classifier, sigma: float = 0.25, n: int = 100, denoiser
         n: votes.
         denoiser: any of ``--denoiser``, or ``none``.
     """
-    if not 0 < sigma < float("inf"):
+    if isinstance(sigma, bool | str) or not 0 < sigma < float("inf"):
         raise UserError(f"defence denoised: sigma={sigma}; expected a number above 0, such as 0.25")
+    if type(n) is not int or n < 1:
+        raise UserError(f"defence denoised: n={n}; expected a whole number of votes from 1")
+    if not isinstance(denoiser, str):
+        raise UserError(f"defence denoised: denoiser={denoiser}; expected a name or a file")
     size = classifier.input.size
     found = (
         None
         if denoiser == "none"
-        else find_denoiser(denoiser, sigma=sigma, image=size, classifier=classifier.identity())
+        else load_denoiser(denoiser, sigma=sigma, image=size, classifier=classifier.identity())
     )
     return Defence("denoised", [Member(Noisy(found, sigma), classifier)], draws=n, about={"denoiser": denoiser})
 
@@ -93,6 +121,8 @@ def trained(purifier: str, image: tuple[int, int, int] | None, weights: str | No
         UserError: none fits, or the file holds weights of something else.
     """
     if weights is not None:
+        if not isinstance(weights, str):
+            raise UserError(f"defence {purifier}: weights={weights}; expected a file of `certify train`, or a name")
         found = find_denoiser(weights, image=image)
         if not isinstance(found, Trained) or found.card.purifier != purifier:
             raise UserError(f"{weights} holds no weights for {purifier}; expected a file of `certify train` for it")

@@ -35,7 +35,8 @@ def dct_matrix() -> Tensor:
 @functools.cache
 def _dct2(device: torch.device, dtype: torch.dtype) -> Tensor:
     """The two-dimensional transform of a block whose rows follow each other, ``(64, 64)``."""
-    return torch.kron(dct_matrix(), dct_matrix()).to(device, dtype)
+    with torch.inference_mode(False):  # it is kept, and what comes later may need gradients
+        return torch.kron(dct_matrix(), dct_matrix()).to(device, dtype)
 
 
 def coefficients(planes: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def ensemble(
         folder: of the fine-tuned members: ``*.safetensors`` in it, ``classifier.safetensors`` one folder below. Each
             says on its card how the images were coded that it was trained on; so are those it gets.
         tables: without a folder, the file of tables; None takes the shipped ones for images of this size.
-        levels: nominal qualities, such as ``90,75,60``; all there are by default.
+        levels: nominal qualities, such as ``90+75+60``, or with commas, at which the command would split a list of
+            defences; all there are by default.
         table: without a folder, ``nn``, ``std`` or ``flat``.
         combine: how the members' answers become one; one of ``certify.defence.COMBINE``.
 
@@ -136,7 +137,8 @@ def _tuned(original: Classifier, file: Path, sha256: str) -> Classifier:
 
 def _numbers(levels: Any) -> list[int]:
     try:
-        parts = levels.split(",") if isinstance(levels, str) else levels if isinstance(levels, list) else [levels]
-        return [int(part) for part in parts]
+        if isinstance(levels, str):
+            levels = levels.replace("+", ",").split(",")
+        return [int(part) for part in (levels if isinstance(levels, list) else [levels])]
     except (TypeError, ValueError):
-        raise UserError(f"jpeg-ensemble: levels={levels!r}; expected nominal qualities such as 90,75,60") from None
+        raise UserError(f"jpeg-ensemble: levels={levels!r}; expected nominal qualities such as 90+75+60") from None

@@ -73,8 +73,12 @@ class ScorePurifier(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise UserError(f"score purification: kind={kind!r}; expected one of {', '.join(KINDS)}")
-        if steps < 1:
-            raise UserError(f"score purification: steps={steps}; expected 1 or more")
+        if type(steps) is not int or steps < 1:
+            raise UserError(f"score purification: steps={steps}; expected a whole number from 1")
+        numbers = {"step": step, "noise": noise, "quiet": quiet, "threshold": 0 if threshold is None else threshold}
+        for key, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"score purification: {key}={value}; expected a number")
         if not (0 < smallest <= largest < math.inf and 0 < step < math.inf and 0 < delta < math.inf and stop >= 0):
             raise UserError(
                 f"score purification: step={step} delta={delta} stop={stop} smallest={smallest} largest={largest}; "
@@ -219,6 +223,8 @@ def ebm(
         quiet: the share of the noise for images that the detector takes as clean.
         weights: a file of ``certify train --objective dsm``, or a shipped name; None takes the shipped ones that fit.
     """
+    if type(draws) is not int or draws < 1:  # where there is no noise too, which needs one only
+        raise UserError(f"ebm:draws={draws}; expected a whole number from 1")
     found = trained("ebm", classifier.input.size, weights)
     purifier = ScorePurifier(
         found.net,

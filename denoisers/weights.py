@@ -82,9 +82,10 @@ class Card:
 
     def mismatch(self, sigma: float) -> str:
         """The warning that goes with another noise level than it was trained for."""
-        return (
-            f"the denoiser was trained for sigma {self.levels() or '0'} and is used at {sigma:g}: expect lower accuracy"
-        )
+        if not self.sigmas:
+            purpose = f"for the defence {self.purifier}, without noise," if self.purifier else "without noise"
+            return f"these weights were trained {purpose} and are used at sigma {sigma:g}: expect low accuracy"
+        return f"the denoiser was trained for sigma {self.levels()} and is used at {sigma:g}: expect lower accuracy"
 
     def levels(self) -> str:
         """The noise levels in words."""
@@ -104,6 +105,18 @@ class Trained(nn.Module):
         cleaned: Tensor = self.net(noisy, sigma)
         return cleaned
 
+    def check_use(self, sigma: float) -> None:
+        """Refuse weights that cannot denoise: those of a network that takes a mask in place of the level.
+
+        Raises:
+            UserError: they are for the defence ``atop``.
+        """
+        if self.card.purifier == "atop":
+            raise UserError(
+                f"denoiser {self.name} holds weights for atop, which completes masked images and takes no noise level "
+                f"({sigma:g}); expected a denoiser, or the defence atop:weights=FILE of `certify compare`"
+            )
+
     def describe(self) -> dict[str, Any]:
         """The card in short, for the record."""
         card = self.card
@@ -114,6 +127,7 @@ class Trained(nn.Module):
             "access": card.access,
             "trained_for": card.levels(),
             "sha256": card.sha256,
+            **({"purifier": card.purifier} if card.purifier else {}),
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,10 @@ def test_the_cross_entropy_is_added_after_its_warm_up(data: Any, digits: Classif
     without = make_objective("atop", {"weight": 0})
     batch = batch_of(with_term, draw_of(data, digits, epoch=1.99))
     assert torch.equal(with_term.loss(batch), without.loss(batch))
+    batch = dataclasses.replace(batch, output=2 * batch.output - 0.5)
+    assert batch.output.min() < 0
     later = dataclasses.replace(batch, epoch=2.0, temperature=2.0)
-    term = 0.3 * cross_entropy(digits.logits(batch.output) / 2, batch.labels)
+    term = 0.3 * cross_entropy(digits.logits(batch.output.clamp(0, 1)) / 2, batch.labels)
     assert torch.allclose(with_term.loss(later) - without.loss(later), term, atol=1e-6)
 
 
@@ -251,7 +254,7 @@ def test_the_adversarial_term_reaches_the_generator_unless_switched_off(data: An
     made = complete(net, *prepared.inputs[:2])
     judge = copy.deepcopy(whole.discriminator)
     assert judge is not None
-    (-judge.eval()(made, prepared.inputs[1].amax(1)).mean()).backward()
+    (-judge.eval()(made.clamp(0, 1), prepared.inputs[1].amax(1)).mean()).backward()
     own = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     # the same up to the spectral norms, which each call in training sharpens
     assert cosine_similarity(taught - plain, own, 0) > 0.99
@@ -347,5 +350,64 @@ def test_a_classifier_without_gradients_is_refused_in_one_line(data: Any, digits
     deaf = Deaf("deaf", ClassifierSpec(digits.net, digits.input, digits.class_names, 10))
     with pytest.raises(UserError, match=r"no gradient comes back through deaf; .* --set adversarial=false"):
         make_objective("atop").prepare(draw_of(data, deaf))
+    with pytest.raises(UserError, match="--set gan=False: expected true or false"):
+        make_objective("atop", {"gan": "False"})
+    with pytest.raises(UserError, match=r"--set weight=none: expected a number, such as 0.05"):
+        make_objective("atop", {"weight": "none"})
+    with pytest.raises(UserError, match="--set eps=True: expected a number"):
+        make_objective("atop", {"eps": True})
     free = make_objective("atop", {"adversarial": False, "weight": 0})
     assert not any((free.classifier, free.labels, free.gradients))
+
+
+def test_the_discriminator_sees_what_the_classifier_will(data: Any) -> None:
+    """Images that were made are scored within [0, 1], whatever comes out."""
+    seen: list[Tensor] = []
+
+    class Judge(nn.Module):
+        def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+            seen.append(images)
+            return images.mean((1, 2, 3))
+
+    masks = block_masks(IMAGES, 1, seeded())
+    wild = small_net(3)
+    nn.init.normal_(wild.unet.tail.weight, std=10.0)  # type: ignore[union-attr,arg-type]
+    made = Completer(wild, Judge(), True)(IMAGES, masks, IMAGES)[0]
+    assert made.min() < 0
+    assert made.max() > 1
+    assert len(seen) == 3
+    assert all(images.min() >= 0 and images.max() <= 1 for images in seen)
+
+
+def test_without_attack_and_classifier_the_card_claims_no_queries(data: Any, tmp_path: Path) -> None:
+    train(data, tmp_path, Recipe("atop", (), epochs=0.1, settings={"adversarial": False, "weight": 0}), validations=1)
+    assert read_card(tmp_path / "denoiser.safetensors").access == "none"
+
+
+def test_a_network_with_a_mask_is_compiled_on_what_it_is_shown(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial gives no warning and leaves no trace; one that fails on the way back is found before training."""
+    monkeypatch.setattr(nn.Module, "compile", lambda net: setattr(net, "_compiled_call_impl", net._call_impl))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(data, tmp_path / "on", Recipe("complete", (), epochs=0.1), validations=1, compile=True)
+    train(data, tmp_path / "off", Recipe("complete", (), epochs=0.1), validations=1)
+    on, off = (read_card(tmp_path / name / "denoiser.safetensors").sha256 for name in ("on", "off"))
+    assert on == off
+
+    class OneWay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, images: Tensor) -> Tensor:
+            return images.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+            raise RuntimeError("no way back")
+
+    def broken(net: nn.Module) -> None:
+        net._compiled_call_impl = lambda *given: OneWay.apply(net._call_impl(*given)[0])
+
+    monkeypatch.setattr(nn.Module, "compile", broken)
+    with pytest.warns(UserWarning, match=r"cannot be compiled \(no way back\)"):
+        train(data, tmp_path / "back", Recipe("complete", (), epochs=0.1), validations=1, compile=True)

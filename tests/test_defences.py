@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import permutations
+from pathlib import Path
+from typing import Any
 
 import pytest
+import small_networks
 import torch
 from torch import Tensor, nn
 
 from certify import load_classifier
+from certify.cli.load import denoiser_for
 from certify.defence import Defence, Member, majority
 from certify.errors import RunFault, UserError
 from certify.streams import stream_key
 from certify.types import FAILED
-from denoisers import DEFENCES
+from denoisers import ARCHITECTURES, DEFENCES, load_denoiser
 from denoisers.defences import build_defence
+from denoisers.weights import Card, read_denoiser, save_denoiser
 
 IMAGES = torch.rand((5, 1, 8, 8), generator=torch.Generator().manual_seed(0))
 KEYS = [stream_key(0, str(i), "test") for i in range(5)]
 
 
+LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "ncis": ("blind-spot", {"layers": 3, "filters": 4}),
+    "ebm": ("score", {"channels": [8, 16], "blocks": 1}),
+    "atop": ("masked-unet", {"channels": [8, 16], "blocks": 1}),
+    "": ("unet", {"channels": [8, 16], "blocks": 1}),
+}
+
+
+def weights(folder: Path, purifier: str) -> str:
+    """A file of small weights, as if they had been trained for this defence, or for denoising."""
+    architecture, options = LEARNED[purifier]
+    net = small_networks.trained(ARCHITECTURES.get(architecture)(image_channels=1, **options))
+    levels = {"": (0.25,), "ebm": (0.01, 1.0)}.get(purifier, ())
+    card = Card(architecture, options, (1, 8, 8), levels, purifier == "ebm", "any", "none", purifier=purifier)
+    path = folder / f"{architecture}.safetensors"
+    save_denoiser(path, net, card)
+    return str(path)
+
+
 @pytest.fixture(scope="module", params=list(DEFENCES))
-def defence(request: pytest.FixtureRequest) -> Defence:
-    try:
-        return build_defence(request.param, load_classifier("digits"))
-    except UserError as error:
-        if "no shipped weights" not in str(error):
-            raise
-        pytest.skip(f"{request.param} has no weights for digits")
+def defence(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Defence:
+    name = request.param
+    text = f"{name}:weights={weights(tmp_path_factory.mktemp(name), name)}" if name in LEARNED else name
+    return build_defence(text, load_classifier("digits"))
 
 
 def test_an_image_gets_the_same_answer_in_any_batch(defence: Defence) -> None:
@@ -96,8 +118,61 @@ def test_smoothing_as_a_plain_classifier_counts_the_votes_of_its_draws() -> None
         ("denoised:sigma", "expected NAME:KEY=VALUE"),
         ("denoised:sigma=-1", "expected a number above 0"),
         ("gaussian:size=3", "has no option 'size'; its options: width"),
+        ("gaussian", "width follows the noise, and none is added here; write gaussian:width=0.5"),
+        ("denoised:n=2.5", "n=2.5; expected a whole number of votes"),
+        ("denoised:sigma=x", "sigma=x; expected a number above 0"),
+        ("denoised:denoiser=5", "denoiser=5; expected a name or a file"),
+        ("ebm:weights=5", "weights=5; expected a file"),
+        ("ebm:draws=1.5", "draws=1.5; expected a whole number"),
+        ("digits-unet-mse", "write denoised:denoiser=digits-unet-mse:sigma="),
     ],
 )
 def test_bad_names_and_options(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_defence(text, load_classifier("digits"))
+
+
+@pytest.mark.parametrize("purifier", ["ncis", "ebm", "atop"])
+def test_weights_of_a_purifier_are_no_denoiser_in_silence(purifier: str, tmp_path: Path) -> None:
+    """As a defence they need its name; under noise they are warned of, or refused where they take a mask."""
+    digits = load_classifier("digits")
+    file = weights(tmp_path, purifier)
+    with pytest.raises(UserError, match=f"holds weights for {purifier}; write {purifier}:weights="):
+        build_defence(file, digits)
+    assert build_defence(f"{purifier}:weights={file}", digits).name == purifier
+    assert read_denoiser(file).describe()["purifier"] == purifier
+    for load in (lambda s: load_denoiser(file, sigma=s), lambda s: denoiser_for(file, s, (1, 8, 8))):
+        if purifier == "atop":
+            with pytest.raises(UserError, match="holds weights for atop, which completes masked images"):
+                load(0.25)
+        elif purifier == "ebm":
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                load(0.25)  # a score is a denoiser at the levels that it was trained for
+    if purifier == "ncis":
+        with pytest.warns(UserWarning, match="trained for the defence ncis, without noise, and are used at sigma"):
+            load_denoiser(file, sigma=0.25)
+    if purifier == "ebm":
+        with pytest.warns(UserWarning, match="trained for sigma 0.01 to 1 and is used at 2"):
+            load_denoiser(file, sigma=2.0)
+
+
+def test_the_command_warns_of_weights_that_know_no_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    denoiser_for(weights(tmp_path, "ncis"), 0.25, (1, 8, 8))
+    assert "trained for the defence ncis, without noise" in capsys.readouterr().err
+
+
+def test_the_record_of_a_plain_denoiser_is_what_it_was(tmp_path: Path) -> None:
+    """Runs are told apart by it: another key would make old run files another run's."""
+    file = weights(tmp_path, "")
+    names = {"name", "architecture", "objective", "access", "trained_for", "sha256"}
+    assert set(read_denoiser(file).describe()) == names
+    with pytest.raises(UserError, match=r"no noise is added here: write denoised:denoiser=.*:sigma=0.25"):
+        build_defence(file, load_classifier("digits"))
+    assert build_defence(f"denoised:denoiser={file}:n=2", load_classifier("digits"))(IMAGES, KEYS).shape == (5,)
+
+
+@pytest.mark.parametrize("draws", [0, 1.5, True, "2"])
+def test_draws_are_counted(draws: Any) -> None:
+    with pytest.raises(UserError, match="expected a whole number from 1"):
+        Defence("x", [Member(None, load_classifier("digits"))], draws=draws)

@@ -305,7 +305,9 @@ def defence(weights: dict[str, Path]) -> Defence:
     return build_defence(f"ebm:weights={weights['score']}:draws=3:steps=4", load_classifier("digits"))
 
 
-def test_the_defence_draws_again_for_every_pass_and_ignores_their_order(defence: Defence, data: TrainingData) -> None:
+def test_the_defence_draws_again_for_every_pass_and_ignores_their_order(
+    defence: Defence, data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = [stream_key(0, str(i), "test") for i in range(4)]
     x = data.take(data.held_out[:4]).float() / 255
     with torch.no_grad():
@@ -316,7 +318,13 @@ def test_the_defence_draws_again_for_every_pass_and_ignores_their_order(defence:
     assert torch.allclose(passes, alone, atol=1e-3)
     expected = passes.mean(1).argmax(1)
     assert torch.equal(defence(x, keys), expected)
-    assert torch.allclose(passes.flip(1).mean(1), passes.mean(1), atol=1e-5)
+    scores = defence.scores(x, keys)
+    with monkeypatch.context() as patched:
+        patched.setattr(defence, "passes_of", lambda *given: passes.flip(1))
+        assert torch.equal(defence(x, keys), expected)
+        assert torch.allclose(defence.scores(x, keys), scores, atol=1e-5)
+        patched.setattr(defence, "passes_of", lambda *given: passes[:, :1])  # one draw alone says something else
+        assert not torch.allclose(defence.scores(x, keys), scores, atol=1e-5)
     assert defence.combine == "logits"
     assert (defence.random, defence.differentiable, defence.passes) == (True, True, 3 * (2 * 4 + 1))
     (step,) = defence.describe()["members"]
@@ -337,7 +345,10 @@ def test_an_attackers_gradient_goes_through_the_defence(defence: Defence, data: 
     [
         ("noise=-1", "expected noise from 0"),
         ("quiet=2", "quiet in"),
-        ("steps=0", "expected 1 or more"),
+        ("steps=0", "expected a whole number from 1"),
+        ("steps=2.5", "steps=2.5; expected a whole number"),
+        ("threshold=high", "threshold=high; expected a number"),
+        ("noise=0:draws=1.5", "draws=1.5; expected a whole number"),
         ("kind=uniform", "expected one of gaussian, sign"),
         ("step=0", "expected numbers above 0"),
         ("combine=sum", "expected one of vote, logits, probabilities"),

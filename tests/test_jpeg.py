@@ -27,7 +27,7 @@ from certify.errors import UserError
 from certify.streams import stream_key
 from denoisers import quantisation
 from denoisers.defences import build_defence
-from denoisers.jpeg import Codec, coefficients, dct_matrix, from_record, jpeg, planes_of, to_images, to_planes
+from denoisers.jpeg import Codec, _dct2, coefficients, dct_matrix, from_record, jpeg, planes_of, to_images, to_planes
 from denoisers.quantisation import KINDS, QUALITIES, TableSet, multiplied, read_tables, shape_of, write_tables
 from training.coefficients import Coefficients, Probe, collect, main, measure, rate
 from training.data import TrainingData, load_training_data
@@ -362,6 +362,8 @@ def test_ensembles_of_the_original_classifier(digits: Classifier, measured: Tabl
     some = build_defence("jpeg-ensemble:levels=45,90:combine=logits", digits)
     assert torch.equal(some.passes_of(images, keys), whole.passes_of(images, keys)[:, [3, 0]])
     assert some.combine == "logits"
+    plus = build_defence("jpeg-ensemble:levels=45+90:combine=logits", digits)  # of a list with commas
+    assert torch.equal(plus.passes_of(images, keys), some.passes_of(images, keys))
     path = tmp_path / "t.json"
     write_tables(path, measured)
     one = build_defence(f"jpeg-nn:tables={path}:level=30", digits)
@@ -386,7 +388,7 @@ def test_ensembles_of_the_original_classifier(digits: Classifier, measured: Tabl
         ("jpeg-nn:table=best", "table=best: this file of JPEG tables has nn, std, flat"),
         ("jpeg-nn:tables=none.json", "cannot read JPEG tables none.json"),
         ("jpeg-ensemble:levels=80,75", "there are 90, 75, 60, 45, 30"),
-        ("jpeg-ensemble:levels=x", "expected nominal qualities"),
+        ("jpeg-ensemble:levels=x", "expected nominal qualities such as 90.75.60"),
         ("jpeg-ensemble:folder=nowhere", "nowhere holds no members"),
         ("jpeg-ensemble:folder=x:tables=y", "leave tables= and table= out"),
     ],
@@ -394,6 +396,17 @@ def test_ensembles_of_the_original_classifier(digits: Classifier, measured: Tabl
 def test_mistakes_get_one_line(text: str, message: str, digits: Classifier) -> None:
     with pytest.raises(UserError, match=message):
         build_defence(text, digits)
+
+
+def test_a_codec_that_ran_without_gradients_has_them_afterwards() -> None:
+    """What it keeps of the first call must be of use to any other."""
+    _dct2.cache_clear()
+    images = torch.rand((1, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        jpeg()(images)
+    images.requires_grad_(True)
+    (slope,) = torch.autograd.grad(jpeg().twin()(images).square().sum(), images)
+    assert slope.abs().sum() > 0
 
 
 def test_other_channels_are_refused() -> None:
@@ -412,7 +425,18 @@ def test_four_of_five_images_are_coded() -> None:
     assert shares[-1] == pytest.approx(0.2, abs=0.04)
     assert shares[:-1] == pytest.approx([0.16] * 5, abs=0.04)
     assert make_objective("jpeg-noise", {"level": 60}).noise is False
-    for settings, message in [({"level": "best"}, "expected a nominal quality"), ({"share": 0}, "above 0, at most 1")]:
+    shipped = "/".join((*Path(quantisation.__file__).parts[:-1], "data", "digits-jpeg.json"))
+    assert len(codecs("mixed", shipped, "std")) == 5
+    for settings, message in [
+        ({"level": "best"}, "expected a nominal quality"),
+        ({"share": 0}, "above 0, at most 1"),
+        ({"share": "all"}, "share=all: expected a number, such as 0.8"),
+        ({"level": 75.0}, "level=75.0: expected a nominal quality"),
+        ({"level": 7.5}, "level=7.5: expected a nominal quality"),
+        ({"tables": 5}, "tables=5: expected a file"),
+        ({"tables": shipped, "level": "mixed", "table": "best"}, "digits-jpeg.json has nn, std, flat"),
+        ({"tables": shipped, "table": "standard"}, "digits-jpeg.json has nn, std, flat"),
+    ]:
         with pytest.raises(UserError, match=message):
             make_objective("jpeg-noise", settings)
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from certify import load_classifier
 from certify.records import read_run
+from denoisers.defences import build_defence
 from denoisers.weights import read_card
 
 UNET = ["train", "--denoiser", "unet", "--option", "channels=[8,16]", "--option", "blocks=1", "--quiet"]
@@ -45,6 +46,24 @@ def test_train_then_certify(capsys: Capture) -> None:
         "d/denoiser.safetensors")  # fmt: skip
     step = read_run("r.jsonl").header["pipeline"][0]
     assert (step["sha256"], step["trained_for"]) == (card.sha256, "0.1 to 1")
+
+
+def test_surrogates_that_the_objective_does_not_use() -> None:
+    """They only watch: squared error needs no classifier, whatever is named beside it."""
+    run("train", *"--train-classifier digits --sigma 0 --out c --quiet".split(), *SHORT)
+    watching = ["--surrogate", "digits=c/classifier.safetensors", "--classifier", "digits"]
+    run(*UNET, *SHORT, "--sigma", "0.25", *watching, "--out", "d")
+    card = read_card("d/denoiser.safetensors")
+    assert (card.access, card.classifiers) == ("none", ())
+    assert "accuracy@0.25" in card.validation
+
+
+def test_the_last_line_says_how_a_purifier_is_used(capsys: Capture) -> None:
+    small = ["--option", "channels=[8,16]", "--option", "blocks=1", "--quiet"]
+    run("train", "--denoiser", "score", *small, *SHORT, "--objective", "dsm", "--sigma", "0.01:1", "--out", "e")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("--defences ebm:weights=e/denoiser.safetensors")
+    assert build_defence(last.split()[-1], load_classifier("digits")).name == "ebm"
 
 
 def test_fine_tuning_starts_from_the_given_weights() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,22 @@ def test_rates_and_phases_are_functions_of_the_step() -> None:
     switch = Recipe(optimizer="adam-then-sgd", sgd_rate=0.5, schedule="constant")
     assert [switch.uses_sgd(s, 90) for s in (49, 50)] == [False, True]
     assert [switch.rate_at(s, 90) for s in (49, 50)] == [1e-3, 0.5]
+
+
+def test_a_field_at_its_default_is_not_in_the_digest() -> None:
+    """So that a field that comes later leaves the digests of earlier trainings as they were."""
+    recipe = Recipe("stability", (0.5,), rate=1e-4)
+    text = json.dumps([{"objective": "stability", "sigmas": [0.5], "rate": 1e-4}, "data"], sort_keys=True)
+    assert recipe.digest("data") == hashlib.sha256(text.encode()).hexdigest()
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(Recipe):
+        novelty: float = 0.0
+
+    fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
+    assert Later(**fields).digest("data") == recipe.digest("data")
+    assert Later(**fields, novelty=1.0).digest("data") != recipe.digest("data")
+    assert dataclasses.replace(recipe, seed=1).digest("data") != recipe.digest("data") != recipe.digest("other")
 
 
 def test_an_objective_without_what_it_needs(data: Any, tmp_path: Path) -> None:

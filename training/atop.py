@@ -5,12 +5,15 @@ Lin et al. 2024 ("Adversarial Training on Purification", ICLR) fine-tune the pur
     L_df(x') + lambda CE(y, f(g(t(x')))),   x' = x + delta,   L_df(x) = E[D(x)] - E[D(g(t(x)))] + E |x - g(t(x))|
 
 with a random transform t, and delta from one FGSM step on f alone. The objective ``complete`` is L_df of clean images,
-``atop`` is the whole. The discriminator D is optional here (the AE variant has none) and is trained by its hinge loss.
+``atop`` is the whole. The discriminator D is optional here (the AE variant has none), starts afresh in every training,
+and is trained by its hinge loss. Classifier and discriminator see g's output clipped to [0, 1], as at purification; the
+reconstruction error is that of the output as it is, and so pulls back what lies outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +91,8 @@ def fine_tuning(
         found = reconstruction(batch) + (adversarial_loss(batch) if gan else 0.0)
         if weight and batch.epoch >= warmup:
             assert batch.labels is not None
-            found = found + weight * cross_entropy(batch.logits(), batch.labels)
+            seen = replace(batch, output=batch.output.clamp(0, 1))  # as the classifier gets it at purification
+            found = found + weight * cross_entropy(seen.logits(), batch.labels)
         return found
 
     uses = adversarial or weight > 0
@@ -195,12 +199,12 @@ class Completer(nn.Module):
         made = complete(self.net, images, masks)
         if self.discriminator is None or not self.training:
             return (made,)
-        hidden = masks.amax(1)
-        scores = [self.discriminator(target, hidden), self.discriminator(made.detach(), hidden)]
+        hidden, shown = masks.amax(1), made.clamp(0, 1)
+        scores = [self.discriminator(target, hidden), self.discriminator(shown.detach(), hidden)]
         if self.teaches:
             own = {**dict(self.discriminator.named_parameters()), **dict(self.discriminator.named_buffers())}
             frozen = {name: tensor.detach() for name, tensor in own.items()}
-            scores.append(functional_call(self.discriminator, frozen, (made, hidden)))
+            scores.append(functional_call(self.discriminator, frozen, (shown, hidden)))
         return (made, *scores)
 
 

@@ -65,7 +65,7 @@ def train_denoiser(
     net, before = build(architecture, data.image, recipe.seed, options, init)
     objectives = [make_objective(name, recipe.settings) for name in phases(recipe.objective)]
     last = objectives[-1]
-    own = guides.access if last.gradients else "queries"
+    own = guides.access if last.gradients or not len(guides) else "queries"
     access, classifiers = lineage(own, guides, before)
     judges = guides.working or list(watched_by)
     for judge in judges:

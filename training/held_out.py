@@ -78,7 +78,19 @@ def loss_scores(
 ) -> dict[str, float]:
     """The objective's own loss on held-out images, as ``score``, for one that shows the network something of its own.
 
-    With the random numbers of the first step in every call; the classifiers take their turns batch by batch.
+    The random numbers are each block's own and the same in every call; classifiers take their turns batch by batch.
+    Terms that wait for an epoch count as at the end of training.
+
+    Args:
+        net: as it is trained, with what the objective wraps around it; in evaluation mode.
+        data: its held-out images are used.
+        recipe: noise levels, temperature, epochs.
+        objective: whose ``prepare`` and ``loss`` these are.
+        guides: the frozen classifiers that it needs.
+        seed: of what is drawn.
+
+    Returns:
+        ``score``, the mean loss, and ``psnr`` (dB) of the output against the objective's own target.
     """
     device = next(net.parameters()).device
     losses, errors = [], []

@@ -23,7 +23,7 @@ from training.losses import Draw, Objective, Prepared, classification
 MIXED = "mixed"
 
 
-@functools.lru_cache(maxsize=8)  # an objective is made anew for every step
+@functools.lru_cache(maxsize=8, typed=True)  # an objective is made anew for every step
 def codecs(
     level: int | str = 75, tables: str | None = None, table: str | None = None, subsampling: int = 444
 ) -> tuple[Codec, ...]:
@@ -34,12 +34,20 @@ def codecs(
         tables: a file of ``python -m training.coefficients``; None: the standard's.
         table: see :func:`denoisers.jpeg.jpeg`.
         subsampling: 444 or 420.
+
+    Raises:
+        UserError: no such level, table or file.
     """
-    if isinstance(level, str) and level != MIXED:
+    if type(level) is not int and level != MIXED:
         raise UserError(f"--set level={level}: expected a nominal quality such as 75, or {MIXED}")
-    levels = [int(level)] if level != MIXED else list(QUALITIES)
-    if level == MIXED and tables is not None:
-        levels = list(read_tables(tables).tables.get(table or "nn", ()))
+    levels: Sequence[int] = [int(level)] if level != MIXED else QUALITIES
+    if tables is not None:
+        if not isinstance(tables, str):
+            raise UserError(f"--set tables={tables}: expected a file of `python -m training.coefficients`")
+        there = read_tables(tables).tables
+        if (table or "nn") not in there:
+            raise UserError(f"--set table={table}: {tables} has {', '.join(there)}; expected one of these")
+        levels = list(there[table or "nn"]) if level == MIXED else levels
     return tuple(jpeg(one, subsampling, table, tables) for one in levels)
 
 

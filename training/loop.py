@@ -24,7 +24,7 @@ from training.average import averaged, make_average
 from training.checkpoint import Checkpoints, Meter, Scores
 from training.data import Levels, TrainingData, augment
 from training.guides import Guides
-from training.losses import Batch, Draw, Prepared, make_objective
+from training.losses import Batch, Draw, Prepared, make_objective, phases
 from training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def train(
     average = make_average(net, recipe.ema)
     model, *optimizers = driver.prepare(net, *_optimizers(net, recipe))
     if conduct.compile:
-        _compile(net, data, driver.device)
+        _compile(net, data, recipe, guides, driver.device)
     digest = recipe.digest(
         identity, data.image, data.about, conduct.validations, guides.describe(), driver.num_processes
     )
@@ -177,16 +177,24 @@ def train(
     return Outcome(state.step, state.step >= steps, state.best, state.best_step, meter.rate)
 
 
-def _compile(net: nn.Module, data: TrainingData, device: torch.device) -> None:
-    """Compile the network if this machine can; if not, a warning, and it runs eagerly."""
+def _compile(net: nn.Module, data: TrainingData, recipe: Recipe, guides: Guides, device: torch.device) -> None:
+    """Compile the network if this machine can; if not, a warning, and it runs eagerly.
+
+    The trial is two images as the objective shows them, there and back: some networks fail on the way back only.
+    """
+    objective = make_objective(phases(recipe.objective)[0], recipe.settings)
+    draw = draw_batch(data, data.train[:2], recipe, torch.Generator().manual_seed(0), guides.at(0), 0, device)
+    with torch.no_grad():
+        prepared = objective.prepare(draw)
     net.compile()
     net.eval()  # the trial must not count as batch statistics
     try:
-        with torch.no_grad():
-            net(torch.zeros((2, *data.image), device=device), torch.full((2,), 0.5, device=device))
+        found = net(*prepared.inputs)
+        (found[0] if isinstance(found, tuple) else found).square().mean().backward()
     except Exception as error:  # no compiler, an operator it does not know
         net._compiled_call_impl = None
         warnings.warn(f"the network cannot be compiled ({first_line(error)}); it runs eagerly", stacklevel=2)
+    net.zero_grad(set_to_none=True)
 
 
 def _no_number(what: str, state: Checkpoints, steps: int) -> RunFault:

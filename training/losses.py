@@ -187,6 +187,8 @@ def make_objective(name: str, settings: Mapping[str, Any] | None = None) -> Obje
         raise UserError(
             f"--set {wrong[0]}: objective {name} has no such setting; its settings: {', '.join(known) or 'none'}"
         )
+    for key, value in (settings or {}).items():
+        _check_type(key, value, inspect.signature(builder).parameters[key])
     try:
         built: Objective = builder(**(settings or {}))
     except (TypeError, ValueError) as error:
@@ -194,6 +196,18 @@ def make_objective(name: str, settings: Mapping[str, Any] | None = None) -> Obje
             raise
         raise UserError(f"--set does not fit objective {name}: {first_line(error)}") from None
     return built
+
+
+def _check_type(key: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Refuse what is not of the default's kind: any text is true, ``False`` of a shell too."""
+    default = parameter.default
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"--set {key}={value}: expected true or false")
+    elif isinstance(default, int | float):
+        takes_words = isinstance(value, str) and "str" in str(parameter.annotation)
+        if isinstance(value, bool) or not (isinstance(value, int | float) or takes_words):
+            raise UserError(f"--set {key}={value}: expected a number, such as {default:g}")
 
 
 def default_settings(name: str) -> dict[str, Any]:

@@ -131,6 +131,12 @@ class Recipe:
         return {**asdict(self), "settings": {**defaults, **self.settings}}
 
     def digest(self, *parts: Any) -> str:
-        """What must be the same for a training to go on from a checkpoint."""
-        text = json.dumps([asdict(self), *parts], sort_keys=True, default=str)
+        """What must be the same for a training to go on from a checkpoint.
+
+        Fields at their defaults are left out, so that a field that comes later orphans no checkpoint; therefore a
+        default must never change.
+        """
+        defaults = asdict(type(self)())
+        chosen = {key: value for key, value in asdict(self).items() if value != defaults[key]}
+        text = json.dumps([chosen, *parts], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()

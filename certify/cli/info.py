@@ -69,7 +69,9 @@ def _denoisers() -> Registry:
     for name, card in shipped().items():
         size = "x".join(map(str, card.image))
         through = f" through {', '.join(c['name'] for c in card.classifiers)}" if card.classifiers else ""
-        found.add(name, "", f"{card.architecture} for {size}, sigma {card.levels()}: {card.objective}{through}")
+        use = f", for the defence {card.purifier}" if card.purifier else ""
+        levels = f"sigma {card.levels()}" if card.sigmas else "no noise"
+        found.add(name, "", f"{card.architecture} for {size}, {levels}: {card.objective}{through}{use}")
     for form, note in FORMS.items():
         found.add(form, "", note)
     return found

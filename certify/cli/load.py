@@ -111,7 +111,7 @@ def denoiser_for(
     A warning where it was trained for other noise.
 
     Raises:
-        UserError: no such denoiser, or one for other images.
+        UserError: no such denoiser, one for other images, or weights that cannot be told a noise level.
     """
     from denoisers.adapters import check_contract
     from denoisers.find import find_denoiser
@@ -119,8 +119,10 @@ def denoiser_for(
 
     own = classifier.identity() if classifier is not None else None
     denoiser = find_denoiser(name, sigma=sigma, image=image, classifier=own)
-    if isinstance(denoiser, Trained) and denoiser.card.sigmas and not denoiser.card.covers(sigma):
-        warn(denoiser.card.mismatch(sigma))
+    if isinstance(denoiser, Trained):
+        denoiser.check_use(sigma)
+        if not denoiser.card.covers(sigma):
+            warn(denoiser.card.mismatch(sigma))
     if classifier is not None and classifier.input.size is not None:
         check_contract(denoiser, classifier.input.size, sigma)
     return denoiser

@@ -115,7 +115,8 @@ def train(**o: Any) -> None:
 
     Salman et al. (2020). mse needs no classifier; stability and classification send gradients through --classifier, or
     through one or many --surrogate (query access: the target itself is never used). The same command goes on where it
-    stopped. The result, OUT/denoiser.safetensors, goes to `certify --denoiser`.
+    stopped. The result, OUT/denoiser.safetensors, goes to `certify --denoiser`; weights of a purifier (objectives dsm,
+    context, restore, complete, atop) go to `certify compare --defences NAME:weights=FILE`.
     """
     from training.losses import phases
 
@@ -244,8 +245,8 @@ def _run(
 
     given = surrogates or ([target] if target is not None else [])
     needed = any(make_objective(name, recipe.settings).classifier for name in phases(recipe.objective))
-    guides = Guides(given if needed else [], target if surrogates else None, surrogates=bool(surrogates))
-    watched = [] if needed else given  # their accuracy is shown; nothing of them goes into the weights
+    guides = Guides(given if needed else [], target if surrogates and needed else None, surrogates=bool(surrogates))
+    watched = [] if needed else given  # denoisers are shown with their accuracy; nothing of them goes into the weights
     return train_denoiser(
         o["denoiser"],
         data,
@@ -325,6 +326,7 @@ def _key_values(spelled: str, given: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _report(outcome: Outcome, o: dict[str, Any]) -> None:
+    from denoisers.weights import read_card
     from training import classifier, denoiser
 
     path = Path(o["out"]) / (classifier.WEIGHTS if o["train_classifier"] else denoiser.WEIGHTS)
@@ -340,6 +342,9 @@ def _report(outcome: Outcome, o: dict[str, Any]) -> None:
         return
     figures = ", ".join(f"{k} {v:g}" for k, v in outcome.best.items())
     click.echo(f"{path}: chosen at step {outcome.best_step:,} of {outcome.steps:,}; held-out images: {figures}")
+    purifier = read_card(path).purifier if o["denoiser"] and path.is_file() else ""
+    if purifier:
+        click.echo(f"a purifier, not for --denoiser: certify compare ... --defences {purifier}:weights={path}")
 
 
 def _say(text: str) -> None:
