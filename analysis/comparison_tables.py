@@ -26,11 +26,12 @@ def tabulate_comparison(found: Comparison, style: str = "text") -> str:
 def caption_of(found: Comparison) -> list[str]:
     """What was compared, and how the figures are to be read."""
     h = found.run.header
+    drawn = any(len(row["answers"]) > 1 for row in found.run.images)
     images = h["images"].get("chosen", h["expected"])
     lines = [
         f"{h['model']} on {images} images of {h['data']}; {h['norm']} distance up to {h['eps_text']} in [0, 1] pixels",
         "accuracy [Wilson's 95 % interval over images]"
-        + (f"; of a defence that draws random numbers the mean of {h['repeats']} fresh answers" * (h["repeats"] > 1)),
+        + (f"; of a defence that draws random numbers the mean of {h['repeats']} fresh answers" if drawn else ""),
     ]
     groups = {c.group for c in found.conditions}
     if "blind" in groups:
@@ -79,13 +80,13 @@ def _cell(cell: Cell | None, style: str) -> str:
 
 
 def _costs(found: Comparison, style: str) -> tuple[list[str], list[list[str]]]:
-    """Milliseconds and network passes an image, and how many queries each attack spent."""
+    """Milliseconds and network passes an image, and how many images each attack sent through what it attacked."""
     attacks = [c for c in found.conditions if c.group in ("blind", "adaptive")]
     spent = {c: [found.cell(d, c) for d in found.defences] for c in attacks}
     asked = [c for c in attacks if any(cell and cell.queries for cell in spent[c])]
     between = "\n" if style == "text" else " "
     header = ["cost", f"ms{between}an image", f"network{between}passes"]
-    header += [f"queries{between}{title(c, style)}" for c in asked]
+    header += [f"images sent{between}{title(c, style)}" for c in asked]
     rows = []
     for d in found.defences:
         about = next(a for a in found.run.header["defences"] if a["named"] == d)

@@ -67,7 +67,11 @@ class Distance(options.ParamType):
     "--repeats", type=options.Count("repeats"), default=5, show_default=True, help="Answers of a random defence."
 )
 @click.option(
-    "--eot", type=options.Count("draws"), default=10, show_default=True, help="Draws a gradient of adaptive-pgd."
+    "--eot",
+    type=options.Count("draws"),
+    default=10,
+    show_default=True,
+    help="Passes a gradient of adaptive-pgd, where a defence is random.",
 )
 @click.option("--steps", type=options.Count("steps"), default=40, show_default=True, help="Steps of gradient attacks.")
 @click.option(
