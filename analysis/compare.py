@@ -184,12 +184,14 @@ def _hold_against_certificates(defence: Defence, rows: list[dict[str, Any]], fil
     Returns:
         Why that could not be found out, or "".
     """
+    smoothed = None  # made once, and only where it is asked
     for row in rows:
         held = file.done.get(_key(row["image"], row["defence"], SMOOTHING))
         if held is None or "error" in held or row["l2"] >= held["radius"] or row["answers"] == held["answers"]:
             continue
-        smoothed, name, n = _smoothed(defence), row["image"], plan.certify_n
+        name, n = row["image"], plan.certify_n
         try:
+            smoothed = smoothed or _smoothed(defence)
             found = crossing(smoothed, name, row["clean"], row["attacked"], n=n, alpha=plan.alpha, seed=plan.seed)
         except Exception as error:
             return _fault(error)
@@ -272,7 +274,8 @@ def _outcomes(
 ) -> list[dict[str, Any]]:
     """The defence's answers about these images, one line each."""
     if condition.group == "certified":
-        return [_certified(defence, named, condition, chunk, i, plan) for i in range(len(chunk.ids))]
+        smoothed = _smoothed(defence)
+        return [_certified(smoothed, named, condition, chunk, i, plan) for i in range(len(chunk.ids))]
     keys = chunk.keys(plan.seed, f"judge {named} {condition.key}")
     turns = plan.repeats if defence.random else 1
     began = time.perf_counter()
@@ -297,12 +300,13 @@ def _outcomes(
     return rows
 
 
-def _certified(defence: Defence, named: str, condition: Condition, chunk: _Chunk, i: int, plan: Plan) -> dict[str, Any]:
+def _certified(
+    smoothed: SmoothedClassifier, named: str, condition: Condition, chunk: _Chunk, i: int, plan: Plan
+) -> dict[str, Any]:
     """Whether the smoothed classifier is certifiably robust at the plan's radius, decided with few samples."""
     image = chunk.images[i]
     radius = plan.l2_radius(image.numel())
     began = time.perf_counter()
-    smoothed = _smoothed(defence)
     if smoothed.noise.probability(radius) >= 1:  # as far as numbers reach: no vote is that sure
         about = {"radius": 0.0, "outcome": NOT_CERTIFIABLE, "queries": 0}
         return _row(chunk, i, named, condition, [ABSTAIN], **about, seconds=0.0)

@@ -6,13 +6,12 @@ the purifier (``blind``), attacks on the whole defended classifier (``adaptive``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from analysis.sandwich import Contradiction, Crossing, contradictions
-from certify.errors import RunFault
+from analysis.sandwich import Contradiction, Crossing, contradictions, require_none
 from certify.records import Run
 
 GROUPS = {
@@ -208,26 +207,27 @@ class Comparison:
         test = mcnemar([[0, better], [worse, 0]], exact=True)
         return Pair(better, worse, len(common), min(1.0, float(test.pvalue)))
 
-    def refuted(self) -> list[Contradiction]:
-        """Every certificate that an attacked image refutes; there must be none."""
-        wrong = []
-        for (_, condition), rows in self._rows.items():
+    def _certificates(self) -> Iterator[tuple[Run, list[Crossing]]]:
+        """For each defence that has certificates: those, and what was found inside of them."""
+        about = {"norm": "l2", "alpha": self.run.header["alpha"]}
+        for (defence, condition), rows in self._rows.items():
             if not condition.startswith("certified: "):
                 continue
-            about = {"norm": "l2", "alpha": self.run.header["alpha"]}
             held = [
                 {"id": r["image"], "prediction": r["answers"][0], "radius": r["radius"]}
                 for r in rows
                 if "error" not in r
             ]
-            defence = rows[0]["defence"]
             met = [
                 Crossing(row["image"], "l2", **row["crossing"])
                 for row in self.run.images
                 if row["defence"] == defence and "crossing" in row
             ]
-            wrong += contradictions(Run(self.run.path, about, held), met)
-        return wrong
+            yield Run(self.run.path, about, held), met
+
+    def refuted(self) -> list[Contradiction]:
+        """Every certificate that an attacked image refutes; there must be none."""
+        return [wrong for run, met in self._certificates() for wrong in contradictions(run, met)]
 
     def require_sound(self) -> None:
         """Stop where an attack refutes a certificate: no picture of such figures.
@@ -235,9 +235,8 @@ class Comparison:
         Raises:
             RunFault: names image, radius and distance of each.
         """
-        wrong = self.refuted()
-        if wrong:
-            raise RunFault(f"{self.run.path}: attacks refute {len(wrong)} certificates: " + "; ".join(map(str, wrong)))
+        for run, met in self._certificates():
+            require_none(run, met)
 
     def _most(self, defence: str, condition: Condition) -> dict[str, bool]:
         rows = self._rows.get((defence, condition.key), [])

@@ -66,7 +66,28 @@ class Encoder(nn.Module):
         return features
 
 
-class ScoreNet(nn.Module):
+class _Tweedie(nn.Module):
+    """What both networks are when called: a denoiser, by the score that each has in its own way."""
+
+    def score(self, images: Tensor) -> Tensor:
+        """What is called h ``(B, C, H, W)``."""
+        raise NotImplementedError
+
+    def forward(
+        self, noisy: Tensor, sigma: float | Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The posterior mean of the clean images, x + sigma h(x); deterministic.
+
+        Args:
+            noisy: ``(B, C, H, W)``, images plus noise.
+            sigma: the noise's standard deviation in [0, 1] pixels: a number, or one per image ``(B,)``; None is 0.
+            generator: not used.
+        """
+        level = torch.as_tensor(0.0 if sigma is None else sigma, dtype=noisy.dtype, device=noisy.device)
+        return noisy + level.expand(len(noisy))[:, None, None, None] * self.score(noisy)
+
+
+class ScoreNet(_Tweedie):
     """h as an image: an encoder and a decoder, 1.0 million parameters for RGB. It starts as h = 0.
 
     With the default channels a pixel sees all of a 32x32 image.
@@ -95,20 +116,8 @@ class ScoreNet(nn.Module):
         height, width = images.shape[-2:]
         return pixel_shuffle(self.tail(silu(self.norm(features))), _FOLD)[..., :height, :width]
 
-    def forward(
-        self, noisy: Tensor, sigma: float | Tensor | None = None, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """The posterior mean of the clean images, x + sigma h(x); deterministic.
 
-        Args:
-            noisy: ``(B, C, H, W)``, images plus noise.
-            sigma: the noise's standard deviation in [0, 1] pixels: a number, or one per image ``(B,)``; None is 0.
-            generator: not used.
-        """
-        return _tweedie(noisy, sigma, self.score(noisy))
-
-
-class EnergyNet(nn.Module):
+class EnergyNet(_Tweedie):
     """An energy for each image, whose negative gradient is h: 1.0 million parameters for RGB. It starts as E = 0.
 
     An encoder alone, and a linear map from its features at every scale to the energy; going backwards through it is the
@@ -141,20 +150,3 @@ class EnergyNet(nn.Module):
             given = images if wanted and images.requires_grad else images.detach().clone().requires_grad_(True)
             (slope,) = torch.autograd.grad(self.energy(given).sum(), given, create_graph=wanted)
         return -slope
-
-    def forward(
-        self, noisy: Tensor, sigma: float | Tensor | None = None, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """The posterior mean of the clean images, x + sigma h(x); deterministic.
-
-        Args:
-            noisy: ``(B, C, H, W)``, images plus noise.
-            sigma: the noise's standard deviation in [0, 1] pixels: a number, or one per image ``(B,)``; None is 0.
-            generator: not used.
-        """
-        return _tweedie(noisy, sigma, self.score(noisy))
-
-
-def _tweedie(noisy: Tensor, sigma: float | Tensor | None, score: Tensor) -> Tensor:
-    level = torch.as_tensor(0.0 if sigma is None else sigma, dtype=noisy.dtype, device=noisy.device)
-    return noisy + level.expand(len(noisy))[:, None, None, None] * score

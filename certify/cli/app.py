@@ -64,7 +64,7 @@ def group() -> None:
       certify table RUN --simultaneous                what holds for all images at once
       certify train --denoiser unet --sigma 0.25 ...  a denoiser to put in front of it
       certify evaluate-denoiser --denoiser D ...      its PSNR, SSIM, accuracy, and a picture
-      certify compare --model M --defences ... ...    defences under attacks, beside certificates
+      certify compare --model M --defences D,...      defences under attacks, beside certificates
 
     sigma and radii are in pixels of images scaled to [0, 1].
     """  # noqa: D301

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
+from certify.cli.files import telling_name
 from certify.cli.load import _device, chosen_images, classifier_from, denoiser_for
 from certify.cli.summary import warn
 from certify.errors import ImageError, UserError
@@ -216,5 +217,4 @@ def _picture(o: dict[str, Any], done: Evaluated) -> Path:
         return Path(o["grid"])
     levels = "sigma" + "_".join(f"{report.sigma:g}" for report in done.reports)
     words = ["denoiser", done.denoiser_name, Path(done.images.name).stem, levels]
-    name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
-    return Path("runs") / f"{name}.png"
+    return Path("runs") / f"{telling_name(words)}.png"

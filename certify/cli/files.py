@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from certify.records import RunFile
 
 
+def telling_name(words: Sequence[str]) -> str:
+    """The words as a part of a file's name."""
+    return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
+
+
 def output_path(out: str | None, words: Sequence[str], header: Mapping[str, Any]) -> Path:
     """Where a run goes: a file as named, or a telling name in a folder (``runs/`` unless named).
 
@@ -26,8 +31,7 @@ def output_path(out: str | None, words: Sequence[str], header: Mapping[str, Any]
         return target
     if target.suffix and not target.is_dir():
         raise UserError(f"--out {out!r}: expected a file ending in .jsonl, or a folder")
-    name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
-    return target / f"{name}-{identity_digest(header)}.jsonl"
+    return target / f"{telling_name(words)}-{identity_digest(header)}.jsonl"
 
 
 @contextlib.contextmanager
