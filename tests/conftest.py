@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from certify import load_classifier
+from certify.classifiers import Classifier
+
 os.environ["CERTIFY_CACHE"] = tempfile.mkdtemp(prefix="certify-tests-")  # choices of other runs must not decide here
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -20,6 +23,11 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def digits() -> Classifier:
+    return load_classifier("digits")
 
 
 class Linear:

@@ -15,7 +15,6 @@ from command import run
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from certify import load_classifier
 from certify.classifiers import Classifier, ClassifierSpec
 from certify.errors import UserError
 from certify.pipeline import state_digest
@@ -48,11 +47,6 @@ def small_net(channels: int = 1) -> nn.Module:
     net = MaskedUNet(**SMALL, image_channels=channels)
     nn.init.normal_(net.unet.tail.weight, std=0.1)
     return net
-
-
-@pytest.fixture(scope="module")
-def digits() -> Classifier:
-    return load_classifier("digits")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from analysis.comparison import Comparison, Condition, wilson
 from analysis.comparison_plot import draw_comparison
 from analysis.comparison_tables import records, tabulate_comparison
 from analysis.runs import read_comparison
-from certify import SmoothedClassifier, load_classifier
+from certify import SmoothedClassifier
 from certify.classifiers import Classifier
 from certify.defence import Defence, Member
 from certify.errors import UserError
@@ -29,11 +29,6 @@ from certify.streams import stream_key
 from denoisers.defences import build_defence, undefended
 
 BLIND, ADAPTIVE = Condition("shove", "blind"), Condition("shove", "adaptive")
-
-
-@pytest.fixture(scope="module")
-def digits() -> Classifier:
-    return load_classifier("digits")
 
 
 @pytest.fixture(scope="module")

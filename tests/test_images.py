@@ -18,11 +18,6 @@ from certify.labels import imagenet_classes, map_names
 from certify.sources import DATASETS, open_source
 
 
-@pytest.fixture(scope="module")
-def digits() -> Classifier:
-    return load_classifier("digits")
-
-
 def png(value: int, size: int = 8) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.full((size, size), value, np.uint8)).save(out, "PNG")

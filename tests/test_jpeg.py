@@ -214,11 +214,6 @@ def test_tables_from_statistics_by_hand() -> None:
 
 
 @pytest.fixture(scope="module")
-def digits() -> Classifier:
-    return load_classifier("digits")
-
-
-@pytest.fixture(scope="module")
 def data(digits: Classifier) -> TrainingData:
     return load_training_data("digits-train", digits)
 

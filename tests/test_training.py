@@ -35,11 +35,6 @@ SMALL = {"channels": [8, 16], "blocks": 1}
 
 
 @pytest.fixture(scope="module")
-def digits() -> Classifier:
-    return load_classifier("digits")
-
-
-@pytest.fixture(scope="module")
 def data(digits: Classifier) -> Any:
     return load_training_data("digits-train", digits, held_out=400)
 

@@ -65,29 +65,19 @@ def train_denoiser(
     net, before = build(architecture, data.image, recipe.seed, options, init)
     objectives = [make_objective(name, recipe.settings) for name in phases(recipe.objective)]
     last = objectives[-1]
-    own = guides.access if last.gradients or not len(guides) else "queries"
-    access, classifiers = lineage(own, guides, before)
     judges = guides.working or list(watched_by)
     for judge in judges:
         judge.to(conduct.driver.device)
-    card = Card(
-        architecture=architecture,
-        options=options or {},
-        image=data.image,
-        sigmas=tuple(sorted(set(recipe.sigmas))),
-        continuous=recipe.continuous,
-        objective=recipe.objective,
+    own = guides.access if last.gradients or not len(guides) else "queries"
+    access, classifiers = lineage(own, guides, before)
+    card = replace(
+        _begun(architecture, data, recipe, conduct, options),
         access=access,
         classifiers=classifiers,
-        data=data.about,
         started_from=before,
-        command=conduct.command,
-        versions=versions(),
-        licence=conduct.licence,
         stored=stored,
         purifier=last.purifier,
     )
-
     wrap = next((objective.wrap for objective in objectives if objective.wrap is not None), None)
     whole = net if wrap is None else wrap(net, data, recipe.seed)
 
@@ -117,6 +107,25 @@ def train_denoiser(
     if not guides.unchanged():
         raise AssertionError("a frozen classifier changed while the denoiser was trained")
     return outcome
+
+
+def _begun(
+    architecture: str, data: TrainingData, recipe: Recipe, conduct: Conduct, options: dict[str, Any] | None
+) -> Card:
+    """What a card can say before any network is there."""
+    return Card(
+        architecture=architecture,
+        options=options or {},
+        image=data.image,
+        sigmas=tuple(sorted(set(recipe.sigmas))),
+        continuous=recipe.continuous,
+        objective=recipe.objective,
+        access="none",
+        data=data.about,
+        command=conduct.command,
+        versions=versions(),
+        licence=conduct.licence,
+    )
 
 
 def check_needs(recipe: Recipe, data: TrainingData, guides: Guides) -> None:
