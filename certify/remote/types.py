@@ -59,7 +59,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Scored:
-    """A label as the service names it (where it has no names, a class number in decimal), and its score, if there is one."""
+    """A label as the service names it (a class number where it has no names), and its score, if any."""
 
     label: str
     score: float | None = None
