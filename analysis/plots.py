@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,21 @@ def outline(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def plot_curves(lines: Sequence[Line], path: str | Path, *, title: str | None = None, band: bool = True) -> None:
     """Write the figure: one line a run or envelope, a shaded 95 % band over images, axes with units.
 
-    The single runs of an envelope are faint lines of its colour.
-
     Raises:
         UserError: a format that is not written.
         RunFault: the file cannot be written.
     """
     check_format(path)
+    with drawn_curves(lines, title=title, band=band) as figure:
+        _save(figure, Path(path))
+
+
+@contextlib.contextmanager
+def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool = True) -> Iterator[Any]:
+    """The figure itself, in its style until it is closed: whoever draws it may still change and save it.
+
+    The single runs of an envelope are faint lines of its colour.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,8 +102,10 @@ def plot_curves(lines: Sequence[Line], path: str | Path, *, title: str | None = 
         if title:
             axes.set_title(title, fontsize=9)
         _legend(axes, labels, legend_title)
-        _save(figure, Path(path))
-        plt.close(figure)
+        try:
+            yield figure
+        finally:
+            plt.close(figure)
 
 
 def _points(axes: Any, line: Line, colour: str, name: str, band: bool) -> None:
