@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -42,7 +43,7 @@ class Watch(Protocol):
 
 @dataclass(eq=False)
 class _Counts:
-    """Votes for each class so far."""
+    """Votes for each class so far; room for further classes is made when a label first names one."""
 
     num_classes: int
     by_class: np.ndarray = field(init=False)
@@ -53,6 +54,7 @@ class _Counts:
 
     def leading(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """After each of these labels the largest count so far, and the class that has it."""
+        self._make_room(labels)
         classes = np.union1d(np.flatnonzero(self.by_class), labels[labels >= 0])
         if not len(classes):
             return np.zeros(len(labels), dtype=np.int64), np.full(len(labels), ABSTAIN)
@@ -60,8 +62,14 @@ class _Counts:
         return counts.max(axis=0), classes[counts.argmax(axis=0)]
 
     def add(self, labels: np.ndarray) -> None:
-        self.by_class += np.bincount(labels[labels >= 0], minlength=self.num_classes)
+        self._make_room(labels)
+        self.by_class += np.bincount(labels[labels >= 0], minlength=len(self.by_class))
         self.seen += len(labels)
+
+    def _make_room(self, labels: np.ndarray) -> None:
+        more = int(labels.max(initial=-1)) + 1 - len(self.by_class)
+        if more > 0:
+            self.by_class = np.pad(self.by_class, (0, more))
 
     def votes(self) -> Votes:
         return Votes(tuple(self.by_class.tolist()), self.seen - int(self.by_class.sum()))
@@ -71,7 +79,7 @@ class Deciding:
     """Stops when every radius is settled: robust, or not certifiable (:mod:`certify.sequential`).
 
     Args:
-        num_classes: K.
+        num_classes: K; of an open vocabulary, the classes that are known at first (1 at least).
         n: the most samples.
         radii: ascending, in the noise's norm.
         noise: the smoothing distribution.
@@ -149,7 +157,7 @@ class Measuring:
     The radius comes from the betting rule's lower bound, the largest it can still be from its upper bound and from n.
 
     Args:
-        num_classes: K.
+        num_classes: as of :class:`Deciding`.
         n: the most samples.
         tolerance: in (0, 1): the radius is at least 1 - tolerance of what it can still be.
         noise: the smoothing distribution.
@@ -185,6 +193,31 @@ class Measuring:
         return certificate_from_votes(Votes(()), votes, noise=self._noise, alpha=self._alpha, bound=MEASURING_BOUND)
 
 
+class Counting:
+    """Stops after n samples: for a bound at a fixed n, where images come and go.
+
+    Args:
+        num_classes: K.
+        n: samples, at least 1.
+        piece: samples to label at a time, at most.
+    """
+
+    def __init__(self, num_classes: int, *, n: int, piece: int) -> None:
+        self._counts, self._n, self._piece = _Counts(num_classes), n, piece
+        self.drawn = 0
+        self.want = min(n, piece)
+
+    def add(self, labels: np.ndarray) -> None:
+        """All labels count."""
+        self.drawn += len(labels)
+        self._counts.add(labels)
+        self.want = min(self._n - self.drawn, self._piece)
+
+    def result(self) -> Votes:
+        """The votes so far."""
+        return self._counts.votes()
+
+
 @dataclass(eq=False)
 class _Open:
     """An image in work."""
@@ -207,23 +240,24 @@ class Settled:
     Attributes:
         index: its place among the images.
         watch: with its result.
-        clean: its label without noise.
+        clean: its label without noise; None where that was not wanted.
         labels: its first labels: those of its first piece, ``keep`` at most.
     """
 
     index: int
     watch: Watch
-    clean: int
+    clean: int | None
     labels: Tensor
 
 
 def settle(
     label: Label,
-    images: Iterable[tuple[Tensor, bytes]],
+    images: Iterable[tuple[Tensor, bytes] | None],
     watch: Callable[[Tensor], Watch],
     *,
     batch_size: int,
     keep: int = 0,
+    clean: bool = True,
 ) -> Iterator[Settled]:
     """Label samples of all images until each is settled; as they are settled, not in their order.
 
@@ -233,12 +267,15 @@ def settle(
 
     Args:
         label: :func:`certify.votes.count_votes` with everything but its jobs.
-        images: on the device, with their noise streams; pulled as they are opened.
-        watch: makes the watch of an image.
+        images: on the device, with their noise streams; pulled as they are opened. None: there is none now, but there
+            may be after the next round.
+        watch: makes the watch of an image, right after that image was pulled.
         batch_size: samples of a round, about.
         keep: how many first labels to keep.
+        clean: whether to label images without noise too.
     """
-    queue = enumerate(images)
+    queue = iter(images)
+    opened_so_far = itertools.count()
     work: list[_Open] = []
     more = True
     while True:
@@ -247,14 +284,19 @@ def settle(
         planned = sum(min(most, image.watch.want) for image in work)
         held = sum(image.nbytes for image in work)
         while more and planned < batch_size and (held < _OPEN_BYTES or not work):
-            index, found = next(queue, (-1, None))
-            if found is None:
+            try:
+                found = next(queue)
+            except StopIteration:
                 more = False
                 break
-            opened = _Open(index, Job(found[0], found[1], 1, drawn={}), watch(found[0]))
+            if found is None:
+                break
+            opened = _Open(next(opened_so_far), Job(found[0], found[1], 1, drawn={}), watch(found[0]))
             work.insert(0, opened)
             planned, held = planned + min(most, opened.watch.want), held + opened.nbytes
         if not work:
+            if more:
+                continue
             return
         chosen: list[_Open] = []
         room = batch_size
@@ -262,27 +304,26 @@ def settle(
             if room > 0:
                 chosen.append(image)
                 room -= image.watch.want
-        _round(label, chosen, keep)
+        _round(label, chosen, keep, clean)
         for image in [image for image in chosen if not image.watch.want]:
             work.remove(image)
-            assert image.clean is not None
             assert image.first is not None
             yield Settled(image.index, image.watch, image.clean, image.first)
 
 
-def _round(label: Label, chosen: Sequence[_Open], keep: int) -> None:
-    """One piece of each of these images; of a new one its label without noise too."""
+def _round(label: Label, chosen: Sequence[_Open], keep: int, clean: bool) -> None:
+    """One piece of each of these images; of a new one its label without noise too, if wanted."""
 
     def jobs() -> Iterator[Job]:
         for image in chosen:
-            if image.clean is None:
+            if clean and image.clean is None:
                 yield Job(image.job.image, None, 1, keep=1)
             want = image.watch.want
             yield replace(image.job, trials=want, keep=want, start=image.watch.drawn)
 
     tallies = label(jobs())
     for image in chosen:  # a job is pulled before its tally is there, so it saw the image as it is here
-        if image.clean is None:
+        if clean and image.clean is None:
             image.clean = int(next(tallies).labels[0])
         labels = next(tallies).labels
         image.first = labels[:keep] if image.first is None else image.first

@@ -167,6 +167,7 @@ def _adaptive(
     for settled in found:
         result = settled.watch.result()
         row = decided_row(result) if isinstance(result, Decision) else certified_row(result)
+        assert settled.clean is not None
         yield settled.index, settled.clean, row | {"drawn": settled.watch.drawn}, settled.labels
         tell(1)
 

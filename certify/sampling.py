@@ -159,7 +159,7 @@ class NoisyClassifier:
         first = next(queue, None)
         if first is None:
             return
-        label, _ = self._labeller(first[0], sum(stages.values()), progress)
+        label, _ = self.labeller(first[0], sum(stages.values()), progress)
 
         def jobs() -> Iterator[Job]:
             for image, name in itertools.chain([first], queue):
@@ -201,7 +201,7 @@ class NoisyClassifier:
         first = next(queue, None)
         if first is None:
             return
-        label, batch_size = self._labeller(first[0], samples, progress)
+        label, batch_size = self.labeller(first[0], samples, progress)
 
         def there() -> Iterator[tuple[torch.Tensor, bytes]]:
             for image, name in itertools.chain([first], queue):
@@ -211,10 +211,16 @@ class NoisyClassifier:
 
         yield from settle(label, there(), watch, batch_size=batch_size, keep=KEPT)
 
-    def _labeller(
-        self, image: torch.Tensor | np.ndarray, samples: int, progress: Callable[[int], None] | None
+    def labeller(
+        self, image: torch.Tensor | np.ndarray, samples: int, progress: Callable[[int], None] | None = None
     ) -> tuple[Callable[[Iterable[Job]], Iterator[Tally]], int]:
-        """The vote loop with everything but its jobs, and its batch size."""
+        """The vote loop with everything but its jobs, and its batch size.
+
+        Args:
+            image: one of the images, by which to decide how to run the base classifier, if that is open.
+            samples: noisy copies in all, about.
+            progress: called with the number of noisy samples done since the last call.
+        """
         from certify.execution import Execution, default_batch_size
         from certify.votes import count_votes
 
