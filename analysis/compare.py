@@ -256,12 +256,25 @@ def _shown(condition: Condition, bare: Defence, chunk: _Chunk, plan: Plan, craft
     free, silent = [0] * len(chunk.ids), [""] * len(chunk.ids)
     if condition != RANDOM:
         return Proposed(chunk.images, free, silent)
+    return Proposed(randomly_moved(chunk.images, chunk.ids, plan.eps, plan.norm, plan.seed), free, silent)
+
+
+def randomly_moved(images: Tensor, ids: Sequence[str], eps: float, norm: str, seed: int) -> Tensor:
+    """Images ``(B, C, H, W)`` with noise of length ``eps``, clipped to [0, 1].
+
+    Args:
+        images: clean.
+        ids: that name their random numbers.
+        eps: in [0, 1] pixels.
+        norm: ``linf``: random signs times eps; ``l2``: a random direction.
+        seed: of the noise.
+    """
     moved = []
-    for image, key in zip(chunk.images, chunk.keys(plan.seed, "random noise"), strict=True):
-        step = torch.randn(image.shape, generator=block_generator(key, 0))
-        step = step.sign() * plan.eps if plan.norm == "linf" else step * (plan.eps / step.norm())
+    for image, name in zip(images, ids, strict=True):
+        step = torch.randn(image.shape, generator=block_generator(stream_key(seed, name, "random noise"), 0))
+        step = step.sign() * eps if norm == "linf" else step * (eps / step.norm())
         moved.append((image + step).clamp(0, 1))
-    return Proposed(torch.stack(moved), free, silent)
+    return torch.stack(moved)
 
 
 def _craft(craft: Craft, condition: Condition, target: Defence, chunk: _Chunk) -> Proposed:

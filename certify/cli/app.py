@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from certify import __version__
-from certify.cli import bench, compare, evaluate, info, run, show, train
+from certify.cli import bench, compare, evaluate, info, inspect, run, show, train
 from certify.errors import CertifyError
 
 
@@ -76,6 +76,7 @@ for _command in (
     train.train,
     evaluate.evaluate_denoiser,
     compare.compare,
+    inspect.inspect,
     show.plot,
     show.table,
     show.recompute,

@@ -118,7 +118,9 @@ class BatchSize(Count):
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _apply(*options: Decorator) -> Decorator:
+def together(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in this order."""
+
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             function = option(function)
@@ -134,7 +136,7 @@ sigma = click.option(
     help="Standard deviation of the noise, in pixels of images scaled to [0, 1].",
 )
 
-noise_options = _apply(
+noise_options = together(
     sigma,
     click.option(
         "--noise", default="gaussian", show_default=True, help="Smoothing distribution (`certify list noises`)."
@@ -149,7 +151,7 @@ _MODEL = (
 
 model_if_any = click.option("--model", help=f"{_MODEL} Without one: no accuracies.")
 
-input_options = _apply(
+input_options = together(
     click.option(
         "--weights", metavar="FILE", help="Its checkpoint (.pth .pt .th .tar .safetensors), if not the published one."
     ),
@@ -159,9 +161,9 @@ input_options = _apply(
     click.option("--num-classes", type=Count("the number of classes"), help="Classes, where the model does not say."),
 )
 
-classifier_options = _apply(click.option("--model", required=True, help=_MODEL), input_options)
+classifier_options = together(click.option("--model", required=True, help=_MODEL), input_options)
 
-data_options = _apply(
+data_options = together(
     click.option("--data", help="Images: a dataset's name (`certify list datasets`), an image, folder, .zip or .npz."),
     click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data)."),
     click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root."),
@@ -193,7 +195,7 @@ n = click.option(
     help="Noise samples an image; the most of them with --radius (default there: 20000) and --tolerance.",
 )
 
-engine_options = _apply(
+engine_options = together(
     click.option(
         "--precision",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -218,7 +220,7 @@ engine_options = _apply(
     ),
 )
 
-compute_options = _apply(
+compute_options = together(
     click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`)."),
     click.option("--seed", type=Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise."),
     click.option(

@@ -1,0 +1,189 @@
+"""``certify inspect``: what an attack adds to images, and what purifiers hand to the classifier, to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from certify.cli import options
+from certify.cli.attacking import Scene, attack_options, set_scene
+from certify.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from analysis.adversarial_noise import NoiseStatistics
+    from analysis.grid import Row
+
+_RANDOM = "random noise"
+
+
+@click.command(short_help="Look at what attacks add, and at what purifiers make of it.")
+@options.classifier_options
+@options.data_options
+@click.option(
+    "--defences",
+    default="gs,median,jpeg",
+    show_default=True,
+    help="Whose purified images --pictures shows, NAME:KEY=VALUE:..., separated by commas.",
+)
+@attack_options
+@click.option("--figure", metavar="FILE", help="Mean, skewness and frequencies of the noise: .png, .svg or .pdf.")
+@click.option(
+    "--pictures", metavar="FILE", help="Clean, attacked and purified images, with labels: .png, .svg or .pdf."
+)
+@click.option(
+    "--images",
+    "rows",
+    type=options.Count("how many images to show"),
+    default=6,
+    show_default=True,
+    help="Rows of --pictures.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def inspect(**o: Any) -> None:
+    """Attack the bare classifier and measure what was added.
+
+    Smoothing as a defence rests on adversarial noise having nearly zero mean and a symmetric distribution. The table
+    says for each attack, beside random noise of the same size, what they are, and which part of the noise is left after
+    Gaussian smoothing (window 5, deviation 1), beside the part of the images themselves.
+    """
+    from analysis.adversarial_noise import noise_statistics
+    from analysis.plots import check_format
+
+    for name in ("figure", "pictures"):
+        if o[name]:
+            check_format(o[name])
+    scene = set_scene(o, digits=50)
+    if not scene.attacks:
+        raise UserError("--attacks none: there is nothing to look at; name one or more (`certify list attacks`)")
+    clean, shown = _attacked(o, scene)
+    noises = {name: noise_statistics(images, clean) for name, images in shown.items()}
+    texture = noise_statistics(clean, clean.mean((2, 3), keepdim=True).expand_as(clean))
+    left = {name: _left(images - clean) for name, images in shown.items()}
+    rows = [_line(name, found, left[name]) for name, found in noises.items()]
+    images_left = float(_left(clean - clean.mean((2, 3), keepdim=True)).mean())
+    if o["as_json"]:
+        about = {"images": len(clean), "norm": o["norm"], "eps": o["eps"][0], "images_left_by_smoothing": images_left}
+        click.echo(json.dumps({**about, "noises": rows}))
+    else:
+        click.echo(_table(rows, len(clean), images_left))
+    title = f"{o['model']} on {scene.images.name}, {len(clean)} images, {o['norm']} {o['eps'][1]}"
+    if o["figure"]:
+        from analysis.noise_plot import draw_noise
+
+        draw_noise(noises, texture, o["figure"], title=f"what attacks add to images: {title}")
+    if o["pictures"]:
+        _draw(o, scene, clean, shown, title)
+
+
+def _attacked(o: dict[str, Any], scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clean images, and by name what each attack makes of them; random noise is the first."""
+    import torch
+
+    from analysis.compare import randomly_moved
+    from analysis.comparison import Condition
+    from denoisers.defences import undefended
+
+    ids = [item.id for item in scene.images.items]
+    clean = torch.stack([scene.images.load(i) for i in range(len(ids))])
+    labels = torch.tensor(scene.images.labels)
+    shown = {_RANDOM: randomly_moved(clean, ids, o["eps"][0], o["norm"], o["seed"])}
+    bare = undefended(scene.classifier)
+    for name in scene.attacks:
+        shown[name] = scene.craft(Condition(name, "blind"), bare, clean, labels, ids).images
+    return clean, shown
+
+
+def _left(noise: Tensor) -> Tensor:
+    """Which part of each noise's length Gaussian smoothing leaves, ``(B,)``; NaN where there is none."""
+    from denoisers.classical import GaussianSmoothing
+
+    smooth = GaussianSmoothing(kernel=5, std=1.0, iterations=1).smooth(noise)
+    found: Tensor = smooth.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
+    return found
+
+
+def _line(name: str, found: NoiseStatistics, left: Tensor) -> dict[str, Any]:
+    """Medians over the images that were changed at all."""
+    changed = found.std > 0
+    if not changed.any():
+        return {"noise": name, "changed": 0, "mean": None, "std": None, "skewness": None, "left_by_smoothing": None}
+    low = (found.power[:, found.frequency <= 0.25].sum(1) / found.power.sum(1))[changed]
+    return {
+        "noise": name,
+        "changed": int(changed.sum()),
+        "mean": 255 * float(found.mean[changed].abs().median()),
+        "std": 255 * float(found.std[changed].median()),
+        "skewness": float(found.skewness[changed].abs().median()),
+        "low_frequencies": float(low.median()),
+        "left_by_smoothing": float(left[changed.to(left.device)].median()),
+    }
+
+
+def _table(rows: list[dict[str, Any]], images: int, images_left: float) -> str:
+    from tabulate import tabulate
+
+    def numbers(row: Mapping[str, Any]) -> list[Any]:
+        return ["" if row.get(key) is None else row[key] for key in _COLUMNS]
+
+    text = tabulate(
+        [[row["noise"], row["changed"], *numbers(row)] for row in rows],
+        headers=["noise", "images", *_COLUMNS.values()],
+        floatfmt=("", "d", ".2f", ".2f", ".3f", ".2f", ".2f"),
+    )
+    below = (
+        f"Medians over the images that were changed, of {images}; mean and std in grey levels of 255.\n"
+        f"Smoothing (window 5, deviation 1) leaves {images_left:.2f} of the images' own texture.\n"
+        "White noise has 0.20 of its power below a quarter cycle a pixel; clipping to [0, 1] skews that of dark images."
+    )
+    return f"{text}\n\n{below}"
+
+
+_COLUMNS = {
+    "mean": "|mean|",
+    "std": "std",
+    "skewness": "|skewness|",
+    "low_frequencies": "power below 1/4 cycle",
+    "left_by_smoothing": "left by smoothing",
+}
+
+
+def _draw(o: dict[str, Any], scene: Scene, clean: Tensor, shown: dict[str, Tensor], title: str) -> None:
+    """One image a row: clean, attacked by the first attack, what was added, and what each purifier makes of it."""
+    from analysis.grid import RIGHT, WRONG, Panel, Row, draw_grid
+    from certify.defence import Defence
+    from certify.labels import readable
+    from certify.streams import block_generator, stream_key
+    from denoisers.defences import undefended
+
+    first = scene.attacks[0]
+    defences = {name: found for name, found in scene.defences.items() if isinstance(found, Defence)}
+    bare = undefended(scene.classifier)
+    places = [i * len(clean) // min(o["rows"], len(clean)) for i in range(min(o["rows"], len(clean)))]
+    names = scene.classifier.class_names
+
+    def row(i: int) -> Row:
+        truth, image, moved = scene.images.labels[i], clean[i : i + 1], shown[first][i : i + 1]
+        key = stream_key(o["seed"], scene.images.items[i].id, "inspect")
+
+        def panel(defence: Defence, given: Tensor) -> Panel:
+            label = int(defence(given, [key]))
+            seen = defence.purify(given, 0, [block_generator(key, 0)] if defence.random else None)
+            text = readable(names, label) if label >= 0 else "no answer"
+            return Panel(seen[0].clamp(0, 1).numpy(), text, label == truth)
+
+        added = (0.5 + (moved - image)[0] / (2 * (moved - image).abs().max().clamp_min(1e-9))).numpy()
+        panels = [panel(bare, image), panel(bare, moved), Panel(added)]
+        assert truth is not None
+        return Row(readable(names, truth), [*panels, *(panel(defence, moved) for defence in defences.values())])
+
+    columns = ["clean", f"{first}", "added,\nstretched", *(name.replace(":", "\n") for name in defences)]
+    caption = (
+        f"Under each image what the classifier calls it: {RIGHT}\u00a0the true class, {WRONG}\u00a0another; behind a "
+        "purifier the answer of the whole defence, of which the picture shows the first pass."
+    )
+    draw_grid([row(i) for i in places], columns, o["pictures"], title=title, caption=caption, names="true class")

@@ -1,0 +1,85 @@
+"""What attacks add, measured and drawn by one command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from command import run as command
+
+from analysis.adversarial_noise import noise_statistics
+from analysis.compare import randomly_moved
+from analysis.noise_plot import _spectrum
+from certify.classifiers import Classifier
+from certify.cli.inspect import _left, _line
+from certify.images import load_images
+
+
+def test_smoothing_leaves_of_white_noise_what_the_window_says() -> None:
+    offsets = torch.arange(-2, 3, dtype=torch.float64)
+    row = torch.exp(-(offsets**2) / 2)
+    row /= row.sum()
+    kept = float(row.pow(2).sum())  # of the variance along each axis: the window is a product
+    noise = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    # reflected borders keep a little more of the outermost two of 64 rows; the sampling error is below 1 %
+    assert _left(noise).numpy() == pytest.approx(kept, rel=0.05)
+    assert _left(torch.ones(1, 3, 16, 16)).item() == pytest.approx(1, abs=1e-5)
+    assert math.isnan(_left(torch.zeros(1, 3, 16, 16)).item())
+
+
+def test_images_that_were_not_changed_do_not_count() -> None:
+    clean = torch.full((3, 1, 16, 16), 0.5)
+    moved = clean.clone()
+    moved[0] += 2 / 255 * torch.tensor([1.0, -1.0]).repeat(8)  # stripes of one pixel: all power at half a cycle
+    line = _line("stripes", noise_statistics(moved, clean), _left(moved - clean))
+    assert line["changed"] == 1
+    assert line["std"] == pytest.approx(2, rel=1e-4)
+    assert line["mean"] == pytest.approx(0, abs=1e-4)
+    assert line["low_frequencies"] == pytest.approx(0, abs=1e-6)
+    assert _line("nothing", noise_statistics(clean, clean), _left(clean - clean))["changed"] == 0
+
+
+def test_the_spectrum_of_white_noise_is_flat() -> None:
+    noise = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    frequencies, spectrum = _spectrum(noise_statistics(noise, torch.zeros_like(noise)))
+    assert (frequencies > 0).all()
+    # 1,023 waves share the power; a ring of w waves, 48 samples each, has relative error 1 / sqrt(48 w / 2)
+    assert spectrum == pytest.approx(1 / 1023, rel=5 / math.sqrt(24 * 4))
+
+
+def test_the_command(
+    digits: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = ["--model", "digits", "--max", "6", "--attacks", "blind-pgd", "--steps", "3", "--eps", "0.2"]
+    drawn = ["--figure", "noise.svg", "--pictures", "seen.png", "--images", "2", "--defences", "none,gs,bits"]
+    command("inspect", *wanted, *drawn, "--json")
+    random, attacked = json.loads(capsys.readouterr().out)["noises"]
+    assert (random["noise"], attacked["noise"], attacked["changed"]) == ("random noise", "blind-pgd", 6)
+    images = load_images("digits", digits, max_images=6)
+    clean = torch.stack([images.load(i) for i in range(6)])
+    moved = randomly_moved(clean, [item.id for item in images.items], 0.2, "linf", 0)
+    own = noise_statistics(moved, clean)
+    assert random["mean"] == pytest.approx(255 * float(own.mean.abs().median()))
+    assert random["skewness"] == pytest.approx(float(own.skewness.abs().median()))
+    assert (tmp_path / "noise.svg").stat().st_size > 5000
+    assert (tmp_path / "seen.png").stat().st_size > 5000
+    command("inspect", *wanted)
+    assert "left by smoothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--attacks", "none"], "nothing to look at"),
+        (["--attacks", "transfer"], "needs surrogates"),
+        (["--figure", "noise.txt"], "ends in .png, .svg, .pdf"),
+        (["--defences", "gss"], "nearest: gs"),
+    ],
+)
+def test_bad_input(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command("inspect", "--model", "digits", *options, code=2)
+    assert said in capsys.readouterr().err
