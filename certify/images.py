@@ -123,6 +123,7 @@ def load_images(
     classifier: Viewer,
     *,
     skip: int = 1,
+    start: int = 0,
     max_images: int | None = None,
     ids: Sequence[str] | None = None,
     labels: str | Path | None = None,
@@ -135,7 +136,8 @@ def load_images(
     Args:
         data: a dataset's name or a path (:func:`certify.sources.open_source`).
         classifier: gives the transform, and the classes that labels refer to.
-        skip: every K-th image, from the first.
+        skip: every K-th image.
+        start: which image is the first, from 0: with the same ``skip``, another start below it chooses other images.
         max_images: at most so many.
         ids: only these.
         labels: CSV of file and label for images without class folders, or ``"none"`` to ignore labels.
@@ -147,13 +149,14 @@ def load_images(
         UserError: no such data, labels that cannot be mapped, a selection that chooses nothing.
     """
     source = open_source(data, root=root, download=download)
-    chosen = _select(source, skip, max_images, ids)
+    chosen = _select(source, skip, start, max_images, ids)
     found, rule = _labels(source, chosen, classifier.class_names, classifier.num_classes, labels, class_map)
     selection = {"skip": skip, "max": max_images, "ids": list(ids) if ids else None}
+    selection |= {"start": start} if start else {}  # run files without it go on as before
     return ImageSet(source.name, chosen, found, len(source.items), rule, selection, classifier.input)
 
 
-def _select(source: Source, skip: int, max_images: int | None, ids: Sequence[str] | None) -> Sequence[Item]:
+def _select(source: Source, skip: int, start: int, max_images: int | None, ids: Sequence[str] | None) -> Sequence[Item]:
     if skip < 1 or (max_images is not None and max_images < 1):
         raise UserError(f"--skip {skip} --max {max_images}: expected whole numbers from 1")
     items: Sequence[Item] = source.items
@@ -163,7 +166,11 @@ def _select(source: Source, skip: int, max_images: int | None, ids: Sequence[str
         if absent:
             raise UserError(f"no image {absent[0]!r} in {source.name}; ids look like {', '.join(list(by_id)[:3])}")
         items = [by_id[i] for i in dict.fromkeys(ids)]
-    return items[::skip][:max_images]
+    if not 0 <= start < max(1, len(items)):
+        raise UserError(
+            f"--start {start}: expected a whole number from 0 to {len(items) - 1}, the last of these images"
+        )
+    return items[start::skip][:max_images]
 
 
 def _labels(

@@ -132,6 +132,11 @@ def test_selection(digits: Classifier) -> None:
     assert [i.id for i in load_images("digits", digits, skip=100, max_images=2).items] == ["1297", "1397"]
     assert [i.id for i in load_images("digits", digits, ids=["1300", "1299"]).items] == ["1300", "1299"]
     assert everything.digest() != load_images("digits", digits, skip=2).digest()
+    halves = [load_images("digits", digits, skip=2, start=start) for start in (0, 1)]
+    assert sorted(i.id for half in halves for i in half.items) == sorted(i.id for i in everything.items)
+    assert halves[1].selection["start"] == 1
+    with pytest.raises(UserError, match="--start 500: expected a whole number from 0 to 499"):
+        load_images("digits", digits, start=500)
 
 
 def test_digits_are_the_held_out_ones(digits: Classifier) -> None:

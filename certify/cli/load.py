@@ -168,6 +168,7 @@ def chosen_images(o: dict[str, Any], classifier: Any) -> ImageSet:
         o["data"],
         classifier,
         skip=o["skip"],
+        start=o["start"],
         max_images=o["max_images"],
         ids=o["ids"].split(",") if o["ids"] else None,
         labels=o["labels"],

@@ -168,7 +168,10 @@ data_options = together(
     click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data)."),
     click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root."),
     click.option(
-        "--skip", type=Count("K to take every K-th image"), default=1, help="Take every K-th image, from the first."
+        "--skip", type=Count("K to take every K-th image"), default=1, help="Take every K-th image, from --start."
+    ),
+    click.option(
+        "--start", type=Count("the first image's place", least=0), default=0, help="Place of the first, from 0."
     ),
     click.option("--max", "max_images", type=Count("the most images to take"), help="Take at most so many images."),
     click.option("--ids", help="Take only these images: ids separated by commas."),
