@@ -245,7 +245,7 @@ class RunFile:
             file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; name another --out") from None
-        _lock(file, self.path)
+        lock_file(file, self.path)
         return file
 
     def _start(self) -> None:
@@ -306,7 +306,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else text[:20] + '..."'
 
 
-def _lock(file: io.FileIO, path: Path) -> None:
+def lock_file(file: io.FileIO, path: Path) -> None:
+    """Keep other processes from writing to an open file, as long as it is open.
+
+    Raises:
+        UserError: one is writing already; the file is closed.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: two writers are not caught

@@ -1,0 +1,74 @@
+"""Asks a service from processes that are killed at random moments, until enough of them were; then one finishes.
+
+``python asking_child.py URL LEDGER USED BUDGET KILLS SEED``. The processes are forked, so that each costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from fault_server import RAW, queries
+
+from certify.remote.asking import Asker
+from certify.remote.http import HttpSender
+from certify.remote.ledger import Ledger, ledger_header
+from certify.remote.manners import Manners
+
+MANNERS = Manners(concurrency=4, first_wait=0.002, longest_wait=0.01)
+FURTHER = 30  # queries that are new to a process
+
+
+def ask(url: str, path: Path, used: Path, budget: int, count: int) -> None:
+    """Ask the first ``count`` queries; note what is handed out."""
+    with (
+        HttpSender(url, timeout=20) as send,
+        Ledger(path, ledger_header("http://service", RAW)) as ledger,
+        used.open("ab", buffering=0) as notes,
+    ):
+        for answer in Asker(send, RAW, ledger, budget=budget, manners=MANNERS)(itertools.islice(queries(count), count)):
+            label = answer.ranked[0].label if answer.ranked else answer.failure
+            notes.write(f"{answer.name}\t{label}\n".encode())
+
+
+def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -> None:
+    """Kill, and look whether what stood in the ledger still does."""
+    draw, done, count, before = random.Random(seed), 0, FURTHER, b""
+    lasts = 0.0  # seconds that a process needs; the first one is left alone and says
+    while True:
+        start = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            try:
+                ask(url, path, used, budget, count)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if lasts and done < kills:
+            time.sleep(draw.uniform(0, lasts))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
+        now = path.read_bytes() if path.exists() else b""
+        assert now.startswith(before), "what stood in the ledger is gone"
+        before = now[: now.rfind(b"\n") + 1]
+        if os.WIFSIGNALED(status):
+            done += 1
+        elif done == kills:
+            break
+        else:  # it was faster: the next one asks more
+            lasts, count = lasts or time.monotonic() - start, count + FURTHER
+    print(json.dumps({"kills": done, "asked": count}))
+
+
+if __name__ == "__main__":
+    url, path, used, *numbers = sys.argv[1:]
+    main(url, Path(path), Path(used), *map(int, numbers))

@@ -1,0 +1,479 @@
+"""Asking a service that misbehaves: the budget is exact, the ledger complete, and the key stays where it belongs."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
+
+from certify.access import BudgetSpent
+from certify.errors import CertifyError, RunFault, UserError
+from certify.remote.asking import Asker
+from certify.remote.credentials import read_credential
+from certify.remote.http import HttpSender, check_endpoint
+from certify.remote.ledger import Ledger, ledger_header, read_ledger
+from certify.remote.manners import Manners, Rate, retry_after
+from certify.remote.types import Answer, BadReply, Query, Reply, Request
+
+KEY = "sk-4f9a/Zq+0123=%x"
+HERE = Path(__file__).parent
+SOON = Manners(concurrency=4, first_wait=0.01, longest_wait=0.3, grace=5.0)
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SERVICE_KEY", KEY)
+    return "SERVICE_KEY"
+
+
+def ask(
+    server: FaultServer,
+    path: Path,
+    wanted: list[Query],
+    *,
+    budget: int | None = None,
+    manners: Manners = SOON,
+    timeout: float = 2.0,
+) -> tuple[list[Answer], CertifyError | None]:
+    """What was handed out, and what ended it."""
+    found: list[Answer] = []
+    with (
+        HttpSender(server.url, timeout=timeout, most_bytes=100_000) as send,
+        Ledger(path, ledger_header(send.endpoint, RAW)) as ledger,
+    ):
+        try:
+            found += itertools.islice(Asker(send, RAW, ledger, budget=budget, manners=manners)(wanted), len(wanted))
+        except CertifyError as error:
+            return found, error
+    return found, None
+
+
+def lines(path: Path, kind: str) -> list[dict[str, object]]:
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["type"] == kind]
+
+
+FAULTS = {  # and whether another attempt may bring the answer
+    "later:0": True,
+    "date:0": True,
+    "status:500": True,
+    "status:503": True,
+    "reset": True,
+    "cut": True,
+    "hang": True,
+    "drip:0.05": True,
+    "drip-head:0.05": True,
+    "truncated": False,
+    "type": False,
+    "empty": False,
+    "page": False,
+    "huge:200000": False,
+    "bomb:5000000": False,
+    "status:400": False,
+    "redirect:http://127.0.0.2:9/": False,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_what_was_sent_and_nothing_else(fault: str, tmp_path: Path) -> None:
+    """Every third request fails (one, where that takes time); what is answered is what a faultless service answers."""
+    wanted, slow = queries(8), fault.startswith(("hang", "drip"))
+
+    def plan(number: int, seen: Seen) -> str:
+        return fault if number == 1 or (number % 3 == 1 and not slow) else ""
+
+    with FaultServer(plan) as server:
+        found, error = ask(server, tmp_path / "ledger", wanted, timeout=1.5 if slow else 20)
+    assert error is None
+    assert [answer.name for answer in found] == [query.name for query in wanted]
+    sent = read_ledger(tmp_path / "ledger")
+    assert len(server.seen) == len(lines(tmp_path / "ledger", "sent")) == sent.spent == sum(a.attempts for a in found)
+    right = [label_of(query.picture.pixels.tobytes()) for query in wanted]
+    for answer, label in zip(found, right, strict=True):
+        assert [one.label for one in answer.ranked] == ([label, "other"] if answer.ranked else [])
+        assert bool(answer.failure) != bool(answer.ranked)
+    failed = sum(not answer.ranked for answer in found)
+    assert (failed == 0) == FAULTS[fault], [answer.failure for answer in found]
+    assert server.count() == {
+        query.picture.pixels.tobytes(): a.attempts for query, a in zip(wanted, found, strict=True)
+    }
+    assert sent.answers == {
+        a.name: Answer(a.name, a.ranked, a.failure, round(a.seconds, 6), a.attempts, True) for a in found
+    }
+
+
+def test_everything_at_once_and_the_same_answers(tmp_path: Path) -> None:
+    """The faults that another attempt mends, in turn, at some concurrency: the answers are the faultless run's."""
+    mended = [fault for fault, mends in FAULTS.items() if mends and not fault.startswith(("drip", "hang"))]
+    wanted, seen_before = queries(60), set[bytes]()
+
+    def plan(number: int, seen: Seen) -> str:
+        first = seen.body not in seen_before
+        seen_before.add(seen.body)
+        return mended[number % len(mended)] if first else ""
+
+    with FaultServer() as calm, FaultServer(plan) as wild:
+        faultless, _ = ask(calm, tmp_path / "calm", wanted)
+        found, error = ask(wild, tmp_path / "wild", wanted, manners=Manners(8, first_wait=0.01, longest_wait=0.3))
+    assert error is None
+    assert [(a.name, a.ranked) for a in found] == [(a.name, a.ranked) for a in faultless]
+    assert len(wild.seen) == 120 == read_ledger(tmp_path / "wild").spent
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("budget", [0, 1, 17, 40])
+def test_the_budget_is_never_exceeded(budget: int, concurrency: int, tmp_path: Path) -> None:
+    """Under concurrency and retries; what was handed out is a gapless beginning, and a larger budget goes on there."""
+    wanted = queries(40)
+    manners = Manners(concurrency, first_wait=0.005, longest_wait=0.05)
+
+    def plan(number: int, seen: Seen) -> str:
+        return "status:503" if number % 4 == 3 else ""
+
+    with FaultServer(plan, delay=0.002) as server:
+        found, error = ask(server, tmp_path / "ledger", wanted, budget=budget, manners=manners)
+        assert isinstance(error, BudgetSpent)
+        assert len(server.seen) == read_ledger(tmp_path / "ledger").spent == budget
+        assert [answer.name for answer in found] == [query.name for query in wanted[: len(found)]]
+        kept = read_ledger(tmp_path / "ledger").answers
+        assert all(kept[answer.name].ranked == answer.ranked for answer in found)
+        again, error = ask(server, tmp_path / "ledger", wanted, budget=1000, manners=manners)
+    assert error is None
+    assert [one.ranked[0].label for one in again] == [label_of(query.picture.pixels.tobytes()) for query in wanted]
+    assert {answer.name for answer in again if answer.known} == kept.keys()
+    assert len(server.seen) == read_ledger(tmp_path / "ledger").spent
+    assert all(count <= 5 for count in server.count().values())
+
+
+def test_retries_end(tmp_path: Path) -> None:
+    with FaultServer(lambda number, seen: "status:502") as server:
+        found, error = ask(server, tmp_path / "ledger", queries(1), manners=Manners(attempts=3, first_wait=0.01))
+    assert error is None
+    assert (len(server.seen), found[0].attempts, found[0].failure) == (3, 3, "HTTP 502: something")
+
+
+def test_known_answers_cost_nothing_and_need_the_same_picture(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        first, _ = ask(server, tmp_path / "ledger", queries(5))
+        second, _ = ask(server, tmp_path / "ledger", queries(7), budget=7)
+        assert len(server.seen) == 7
+        assert [answer.known for answer in second] == [True] * 5 + [False] * 2
+        assert [answer.ranked for answer in second[:5]] == [answer.ranked for answer in first]
+        other = [Query(queries(1)[0].name, picture(99))]
+        _, error = ask(server, tmp_path / "ledger", other)
+        assert isinstance(error, UserError)
+        assert "was another picture when it was sent" in str(error)
+        twice = [queries(30)[28]] * 2
+        assert "comes twice at a time" in str(ask(server, tmp_path / "ledger", twice)[1])
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        ("status:401", "HTTP 401: something; check the key"),
+        ("status:403", "--api-key-env"),
+        ("status:404", "check --endpoint and --protocol"),
+        ("redirect:https://elsewhere.example/x", "it points to 'https://elsewhere.example/x'"),
+    ],
+)
+def test_a_service_that_turns_down_the_first_query_stops_the_run(fault: str, remedy: str, tmp_path: Path) -> None:
+    with FaultServer([fault, "", "", fault]) as server:
+        found, error = ask(server, tmp_path / "ledger", queries(50), budget=50, manners=Manners(1, grace=5))
+        assert type(error) is RunFault
+        assert not found
+        assert remedy in str(error)
+        assert len(server.seen) == 1
+        found, error = ask(server, tmp_path / "ledger", queries(4), manners=Manners(1, grace=5))
+    assert error is None  # it was about one picture, once something was answered
+    assert [bool(answer.ranked) for answer in found] == [True, True, False, True]
+    assert found[0].attempts == 2
+
+
+def test_a_burst_of_refusals_stops_at_once(tmp_path: Path) -> None:
+    with FaultServer(lambda number, seen: "status:401" if number else "later:30") as server:
+        start = time.monotonic()
+        _, error = ask(server, tmp_path / "ledger", queries(500), manners=Manners(8, longest_wait=30, grace=5))
+    assert "check the key" in str(error)
+    assert time.monotonic() - start < 5  # though a query before it would wait for half a minute
+    assert len(server.seen) == read_ledger(tmp_path / "ledger").spent <= 8
+
+
+def test_an_answer_is_in_the_ledger_before_it_is_used(tmp_path: Path) -> None:
+    header = ledger_header("http://x", RAW)
+    with FaultServer() as server, HttpSender(server.url) as send, Ledger(tmp_path / "ledger", header) as ledger:
+        for answer in Asker(send, RAW, ledger, manners=SOON)(queries(12)):
+            assert read_ledger(tmp_path / "ledger").answers[answer.name].ranked == answer.ranked
+
+
+def test_a_consumer_that_stops_leaves_no_answer_behind(tmp_path: Path) -> None:
+    """Requests that are under way are waited for and recorded; queries that were only pulled are not sent."""
+    path, header = tmp_path / "ledger", ledger_header("http://x", RAW)
+    with FaultServer(delay=0.1) as server, HttpSender(server.url) as send, Ledger(path, header) as ledger:
+        asker = Asker(send, RAW, ledger, budget=20, manners=Manners(3))
+        answers = asker(queries(100))
+        next(answers)
+        answers.close()
+        kept = ledger.answers()
+        assert len(server.seen) == asker.spent == len(kept) <= 6
+        assert all(answer.ranked for answer in kept.values())
+        assert sum(1 for _ in asker(queries(20))) == 20  # the budget of those not sent is there again
+
+
+def test_concurrency_is_kept(tmp_path: Path) -> None:
+    with FaultServer(delay=0.05) as server:
+        found, _ = ask(server, tmp_path / "ledger", queries(24), manners=Manners(6))
+    assert len(found) == 24
+    assert 4 <= server.most_at_once <= 6
+
+
+def test_rate_with_a_clock() -> None:
+    now = [100.0]
+    rate = Rate(4.0, clock=lambda: now[0])
+    assert [rate.take() for _ in range(3)] == [0.0, 0.25, 0.5]
+    now[0] += 0.6
+    assert rate.take() == pytest.approx(0.15)
+    now[0] += 10
+    assert [rate.take(), rate.take()] == [0.0, 0.25]  # no burst after a rest
+    rate.pause(3.0)
+    assert [rate.take(), rate.take()] == [3.0, 3.25]
+    assert [Rate(None, clock=lambda: 0.0).take() for _ in range(3)] == [0.0, 0.0, 0.0]
+
+
+def test_the_rate_holds(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        start = time.monotonic()
+        ask(server, tmp_path / "ledger", queries(16), manners=Manners(8, rate=50.0))
+    assert time.monotonic() - start >= 15 / 50
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("7", 7.0),
+        ("0", 0.0),
+        ("-5", 0.0),
+        ("100000", 60.0),
+        ("1.5", 1.5),
+        ("inf", 60.0),
+        ("nan", None),
+        ("soon", None),
+        ("", None),
+        ("Sat, 21 Nov 2026 12:00:09 GMT", 9.0),
+        ("Sat, 21 Nov 2026 13:00:00 GMT", 60.0),
+        ("Sat, 21 Nov 2026 11:00:00 GMT", 0.0),
+        ("Sat, 99 Nov 2026 11:00:00 GMT", None),
+    ],
+)
+def test_retry_after(text: str, seconds: float | None) -> None:
+    noon = datetime.datetime(2026, 11, 21, 12, tzinfo=datetime.UTC)
+    assert retry_after(Reply(429, b"", {"Retry-After": text}), 60.0, noon) == seconds
+    assert retry_after(Reply(429, b"", {}), 60.0, noon) is None
+
+
+def test_retry_after_is_honoured_for_everybody(tmp_path: Path) -> None:
+    with FaultServer(["later:0.4"]) as server:
+        start = time.monotonic()
+        found, _ = ask(server, tmp_path / "ledger", queries(5), manners=Manners(1, longest_wait=1.0))
+        assert time.monotonic() - start >= 0.4
+    assert found[0].attempts == 2
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip:0.1", "drip-head:0.1"])
+def test_a_deadline_ends_everything(fault: str) -> None:
+    with FaultServer([fault]) as server, HttpSender(server.url, timeout=0.4) as send:
+        start = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"no whole reply within 0\.4 s"):
+            send(Request(b"x"))
+        assert time.monotonic() - start < 2
+        assert send(Request(b"x")).status == 200
+
+
+def test_no_server() -> None:
+    with FaultServer() as server:
+        url = server.url
+    with HttpSender(url) as send, pytest.raises(ConnectionError, match="ConnectError"):
+        send(Request(b"x"))
+    with pytest.raises(ConnectionError, match="the sender was closed"):
+        send(Request(b"x"))
+
+
+def test_a_sender_closed_meanwhile_lets_go() -> None:
+    with FaultServer(["hang"]) as server:
+        send = HttpSender(server.url)
+        threading.Timer(0.3, send.close).start()
+        with pytest.raises(ConnectionError, match="closed"):
+            send(Request(b"x"))
+
+
+def test_what_a_request_looks_like(key: str) -> None:
+    with FaultServer() as server:
+        with HttpSender(f"{server.url}/v1/base?version=3", read_credential(key)) as send:
+            send(Request(b"x", "models/m:label?top=5", headers={"content-type": "image/png"}))
+            send(Request(b"x"))
+        with HttpSender(server.url, read_credential(key, query="key={key}")) as send:
+            send(Request(b"x", "/y"))
+        with HttpSender(server.url, read_credential(key, "X-Key: {key}")) as send:
+            send(Request(b"x"))
+    first, second, third, fourth = server.seen
+    assert first.target == "/v1/base/models/m:label?version=3&top=5"
+    assert (first.headers["authorization"], first.headers["content-type"]) == (f"Bearer {KEY}", "image/png")
+    assert second.target == "/v1/base?version=3"
+    assert third.target == "/y?key=sk-4f9a%2FZq%2B0123%3D%25x"
+    assert "authorization" not in third.headers
+    assert fourth.headers["x-key"] == KEY
+
+
+def test_cookies_are_not_kept_and_redirects_not_followed(key: str) -> None:
+    with (
+        FaultServer() as other,
+        FaultServer([f"redirect:http://127.0.0.1:{other.port}/", ""]) as server,
+        HttpSender(server.url, read_credential(key)) as send,
+    ):
+        assert send(Request(b"x")).status == 307
+        send(Request(b"x"))
+    assert (len(server.seen), len(other.seen)) == (2, 0)
+    assert all("cookie" not in seen.headers for seen in server.seen)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("ftp://host/x", "expected http://HOST"),
+        ("host:80/x", "expected http://HOST"),
+        ("http://", "expected http://HOST"),
+        ("http://ho st/", "expected http://HOST"),
+        ("http://host:99999/", "expected http://HOST"),
+        (f"http://user:{KEY[:6]}@host/", "user name or password"),
+        ("https://host/x?Api_Key=abcdefgh", "--auth-query 'Api_Key={key}'"),
+    ],
+)
+def test_endpoints_that_are_refused(url: str, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        check_endpoint(url)
+    assert KEY[:6] not in str(caught.value)
+    assert "abcdefgh" not in str(caught.value)
+
+
+def test_a_key_goes_over_plain_http_to_loopback_alone(key: str) -> None:
+    for url in ("http://localhost:1/x", "http://127.9.9.9/", "http://[::1]:8/", "https://host/"):
+        assert check_endpoint(url, key=True) == url
+    for url in ("http://host/", "http://10.0.0.1/", "http://localhost.example/", "http://127.0.0.1.example/"):
+        with pytest.raises(UserError, match="over plain HTTP, where anybody on the way can read it; write https://"):
+            check_endpoint(url, key=True)
+        assert check_endpoint(url) == check_endpoint(url, key=True, insecure=True) == url
+    with pytest.raises(UserError, match="over plain HTTP"):
+        HttpSender("http://host/", read_credential(key))
+
+
+def test_where_a_key_may_come_from(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    with pytest.raises(UserError, match=r"\$NOT_THERE is not set"):
+        read_credential("NOT_THERE")
+    with pytest.raises(UserError) as caught:
+        read_credential(KEY)  # the key itself instead of the name of its variable
+    assert KEY not in str(caught.value)
+    for template in (f"Authorization: Bearer {KEY}", "Bearer {key}", "X: {key} {key}", "X Y: {key}"):
+        with pytest.raises(UserError, match=r"expected NAME: VALUE with \{key\} in it") as caught:
+            read_credential(key, template)
+        assert KEY not in str(caught.value)
+    with pytest.raises(UserError, match=r"expected NAME=\{key\}"):
+        read_credential(key, query=f"key={KEY}")
+    for bad in ("short", "two\nlines of it", "nicht-ascii-ü"):
+        monkeypatch.setenv("SERVICE_KEY", bad)
+        with pytest.raises(UserError, match="expected a key of 8 or more"):
+            read_credential(key)
+
+
+@pytest.mark.parametrize("place", ["header", "query"])
+def test_nothing_that_is_written_or_raised_holds_the_key(
+    place: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Against a service that repeats it in errors, labels and headers, with every logger at its loudest."""
+    caplog.set_level(logging.DEBUG)
+    credential = read_credential(key, query="token={key}" if place == "query" else None)
+    said = [repr(credential), str(credential), f"{credential!r:>40}"]
+    faults = ["echo:200", "echo:500", "echo:400", "reset", "cut", "hang", "echo:401"]
+    for start, attempts in ((0, 1), (20, 2), (40, 1)):
+        with FaultServer(faults * 4 if start < 40 else ["echo:403"]) as server:
+            with HttpSender(server.url, credential, timeout=0.4) as send:
+                said.append(repr(send))
+                with Ledger(tmp_path / f"{start}.jsonl", ledger_header(send.endpoint, RAW)) as ledger:
+                    asker = Asker(send, RAW, ledger, manners=Manners(2, attempts=attempts, first_wait=0.01, grace=5))
+                    try:
+                        said += [repr(answer) for answer in asker(queries(14, start))]
+                    except RunFault as error:
+                        said += [*traceback.format_exception(error), repr(error.__context__)]
+            assert any(KEY in str(seen.headers) or "sk-4f9a" in seen.target for seen in server.seen)  # it was sent
+    assert any("[key]" in text for text in said)  # and the service did repeat it
+    with HttpSender("http://127.0.0.1:1", credential) as send:
+        try:
+            send(Request(b"x"))
+        except ConnectionError as error:
+            said += traceback.format_exception(error)
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    logged = [caplog.text, *(repr(vars(record)) for record in caplog.records)]
+    shown = "".join([*said, *written, *logged, *capfd.readouterr()])
+    assert "HTTP Request" in caplog.text
+    for form in (KEY, "sk-4f9a", "Zq%2B0123", "Zq+0123"):
+        assert form not in shown
+
+
+def test_a_reply_without_end() -> None:
+    why = "HTTP 200: a reply of more than 2,000 bytes"
+    with FaultServer(["huge:3000"]) as server, HttpSender(server.url, most_bytes=2000) as send:
+        with pytest.raises(BadReply, match=why):
+            send(Request(b"x"))
+        assert send(Request(b"x")).status == 200
+
+
+@pytest.fixture
+def asking_child(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], FaultServer, Path]]:
+    code = (
+        "import sys\nfrom fault_server import *\nfrom certify.remote.asking import *\n"
+        "from certify.remote.http import *\nfrom certify.remote.ledger import *\nurl, path = sys.argv[1:]\n"
+        "with HttpSender(url) as send, Ledger(path, ledger_header(url, RAW)) as ledger:\n"
+        "    for a in Asker(send, RAW, ledger, manners=Manners(3))(queries(1000)): print(a.name, flush=True)\n"
+    )
+    path = tmp_path / "ledger"
+    with FaultServer(delay=0.3) as server:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, server.url, path], cwd=HERE, stdout=-1, stderr=-1, text=True
+        )
+        try:
+            yield child, server, path
+        finally:
+            child.kill()
+            child.communicate()
+
+
+def test_ctrl_c_waits_for_what_is_under_way(asking_child: tuple[subprocess.Popen[str], FaultServer, Path]) -> None:
+    child, server, path = asking_child
+    assert child.stdout is not None
+    child.stdout.readline()
+    time.sleep(0.1)  # three others are on their way
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=20)
+    assert child.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    kept = read_ledger(path)
+    assert len(server.seen) == kept.spent == len(kept.answers) >= 4
+    assert all(answer.ranked for answer in kept.answers.values())
+
+
+def test_light_imports() -> None:
+    code = (
+        "import sys, certify.remote.types, certify.remote.ledger, certify.remote.asking, certify.remote.http\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'timm', 'scipy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,288 @@
+"""The ledger: nothing that was paid for is lost or asked for again, whenever the program is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
+
+from certify.errors import RunFault, UserError
+from certify.remote.ledger import LOST, Ledger, ledger_header, read_answers, read_ledger
+from certify.remote.types import Answer, Query, Scored
+
+HEADER = ledger_header("http://127.0.0.1:9/v2", RAW, encoding="png")
+CAT = (Scored("cat", 0.9), Scored("dog", None))
+
+
+def kept(path: Path) -> Path:
+    """A ledger of four queries: answered, failed, lost, open."""
+    with Ledger(path, HEADER) as ledger:
+        for query in queries(4):
+            ledger.sent(query.name, query.picture.digest)
+        first, second, _, fourth = (query.name for query in queries(4))
+        ledger.answer(Answer(first, CAT, seconds=0.25))
+        ledger.answer(Answer(second, failure="no labels", seconds=0.5))
+        ledger.refused(fourth, "HTTP 503")
+    return path
+
+
+def test_lines(tmp_path: Path) -> None:
+    """What other programs may rely on."""
+    header, *rows = [json.loads(line) for line in kept(tmp_path / "ledger").read_text().splitlines()]
+    assert (header["type"], header["endpoint"], header["encoding"]) == ("ledger", "http://127.0.0.1:9/v2", "png")
+    assert header["format"] == {"name": "raw", "side": 8}
+    assert {"version", "created", "schema"} <= header.keys()
+    assert [row["type"] for row in rows] == ["sent"] * 4 + ["answer", "answer", "refused"]
+    assert rows[0].keys() == {"type", "name", "attempt", "digest", "time"}
+    assert (rows[0]["attempt"], rows[0]["digest"]) == (1, picture(0).digest)
+    assert rows[4] == {
+        "type": "answer",
+        "name": "image 0 | estimation | 0",
+        "attempts": 1,
+        "ranked": [["cat", 0.9], ["dog", None]],
+        "failure": "",
+        "seconds": 0.25,
+    }
+    assert rows[6] == {"type": "refused", "name": "image 0 | estimation | 3", "attempt": 1, "why": "HTTP 503"}
+
+
+def test_what_is_found_again(tmp_path: Path) -> None:
+    path = kept(tmp_path / "ledger")
+    first, second, third, fourth = queries(4)
+    answers = {
+        first.name: Answer(first.name, CAT, "", 0.25, 1, known=True),
+        second.name: Answer(second.name, (), "no labels", 0.5, 1, known=True),
+        third.name: Answer(third.name, (), LOST, 0.0, 1, known=True),
+    }
+    found = read_ledger(path)
+    assert (found.answers, found.spent, found.torn) == (answers, 4, False)
+    assert read_answers(path) == answers
+    with Ledger(path, HEADER) as ledger:
+        assert ledger.answers() == answers
+        assert ledger.spent == 4
+        assert [ledger.find(query) for query in (first, second, third)] == list(answers.values())
+        assert ledger.find(fourth) is None
+        assert [ledger.attempts(query.name) for query in queries(5)] == [1, 1, 1, 1, 0]
+        with pytest.raises(UserError, match=r"'image 0 . estimation . 0' was another picture when it was sent"):
+            ledger.find(Query(first.name, picture(7)))
+        ledger.sent(fourth.name, fourth.picture.digest)
+        ledger.answer(Answer(fourth.name, CAT, attempts=2))
+    assert read_ledger(path).answers[fourth.name].attempts == 2
+    assert read_ledger(path).spent == 5
+
+
+def test_a_line_cut_anywhere_is_left_out(tmp_path: Path) -> None:
+    """A ledger cut off at every byte: it opens, holds a beginning of what it held, and can be continued."""
+    whole = kept(tmp_path / "whole").read_bytes()
+    path, fifth = tmp_path / "cut", queries(5)[4]
+    for length in [*range(0, len(whole), 29), *(i + d for i, c in enumerate(whole) if c == 10 for d in (0, 1))]:
+        path.write_bytes(whole[:length])
+        with Ledger(path, HEADER) as ledger:
+            sent = whole[: max(length, 0)].rpartition(b"\n")[0].count(b'"sent"')
+            assert ledger.spent == sent
+            ledger.sent(fifth.name, fifth.picture.digest)
+            ledger.answer(Answer(fifth.name, CAT))
+        again = read_ledger(path)
+        assert (again.spent, again.torn, again.answers[fifth.name].ranked) == (sent + 1, False, CAT)
+        if b"\n" in whole[:length]:
+            assert path.read_bytes().startswith(whole[: whole[:length].rfind(b"\n") + 1])
+
+
+def damage(rows: list[Any], where: int, **keys: Any) -> list[Any]:
+    rows[where] = {**rows[where], **keys}
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda rows: [*rows[:2], "cut off", *rows[2:]], 3),
+        (lambda rows: [*rows[:3], ["sent"], *rows[3:]], 4),
+        (lambda rows: [*rows, rows[1]], 9),  # sent again after its answer
+        (lambda rows: [*rows, rows[5]], 9),  # two answers
+        (lambda rows: [rows[0], *rows[2:]], 5),  # an answer to what was not sent
+        (lambda rows: damage(rows, 2, attempt=2), 3),
+        (lambda rows: damage(rows, 5, ranked=[]), 6),  # neither answer nor failure
+        (lambda rows: damage(rows, 5, ranked="cat"), 6),
+        (lambda rows: damage(rows, 6, type="anser"), 7),
+        (lambda rows: damage(rows, 7, attempt=2), 8),
+    ],
+)
+def test_damage_is_refused_by_name(spoil: Any, line: int, tmp_path: Path) -> None:
+    path = kept(tmp_path / "ledger")
+    rows = spoil([json.loads(row) for row in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = path.read_bytes()
+    for read in (read_ledger, lambda where: Ledger(where, HEADER)):
+        with pytest.raises(UserError, match=f"ledger is damaged at line {line}; it is left alone"):
+            read(path)
+    assert path.read_bytes() == content
+
+
+def test_another_service_or_format_is_refused_with_both_names(tmp_path: Path) -> None:
+    path = kept(tmp_path / "ledger")
+    content = path.read_bytes()
+    other = ledger_header("https://other/v2", RAW, encoding="png")
+    with pytest.raises(UserError, match=re.escape('endpoint "http://127.0.0.1:9/v2" there, "https://other/v2" here')):
+        Ledger(path, other)
+    with pytest.raises(UserError, match='encoding "png" there, "jpeg" here'):
+        Ledger(path, {**HEADER, "encoding": "jpeg"})
+    with pytest.raises(UserError, match=re.escape('format {"name": "raw", "side": 8} there, {"name": "v2"} here')):
+        Ledger(path, {**HEADER, "format": {"name": "v2"}})
+    Ledger(path, {**HEADER, "version": "9.9", "created": "later"}).close()
+    assert path.read_bytes() == content
+
+
+def test_what_is_no_ledger(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        read_ledger(tmp_path / "none")
+    for content in (b"hello\n", b'{"type": "run", "expected": 5}\n', b"\x00" * 50):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(UserError, match="is not a ledger of certify"):
+            Ledger(tmp_path / "x", HEADER)
+        assert (tmp_path / "x").read_bytes() == content
+    (tmp_path / "x").write_text('{"type": "ledger", "schema": 99}\n')
+    with pytest.raises(UserError, match="newer version"):
+        Ledger(tmp_path / "x", HEADER)
+    with pytest.raises(UserError, match="not a regular file"):
+        Ledger(tmp_path, HEADER)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    path = kept(tmp_path / "ledger")
+    with Ledger(path, HEADER):
+        with pytest.raises(UserError, match="is being written by another process"):
+            Ledger(path, HEADER)
+        assert read_ledger(path).spent == 4  # it may be read meanwhile
+    Ledger(path, HEADER).close()
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, query = kept(tmp_path / "ledger"), queries(6)[5]
+    before = path.read_bytes()
+
+    def half(file: Any, line: bytes) -> None:
+        file.write(line[:20])
+        raise OSError(28, "No space left on device")
+
+    with Ledger(path, HEADER) as ledger:
+        monkeypatch.setattr("certify.remote.ledger._write", half)
+        with pytest.raises(RunFault, match="No space left on device; what it holds is kept"):
+            ledger.sent(query.name, query.picture.digest)
+        monkeypatch.undo()
+        with pytest.raises(RunFault, match="No space"):  # for good: what is on the disk is certain no more
+            ledger.sent(query.name, query.picture.digest)
+    assert path.read_bytes() == before
+    ledger = Ledger(path, HEADER)
+    ledger.close()
+    with pytest.raises(RunFault, match="it was closed"):
+        ledger.sent(query.name, query.picture.digest)
+
+
+def test_threads_share_a_flush_and_none_runs_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a method returns, a flush has begun after its line was written and has ended."""
+    path, wanted = tmp_path / "ledger", queries(160)
+    flush, flushed = os.fsync, [0]
+
+    with Ledger(path, HEADER) as ledger:
+        flushes = [0]
+
+        def counted(number: int) -> None:
+            size = os.fstat(number).st_size
+            flush(number)
+            flushed[0], flushes[0] = size, flushes[0] + 1
+
+        monkeypatch.setattr(os, "fsync", counted)
+        late: list[str] = []
+
+        def write(some: list[Query]) -> None:
+            for query in some:
+                ledger.sent(query.name, query.picture.digest)
+                if query.name.encode() not in path.read_bytes()[: flushed[0]]:
+                    late.append(query.name)
+
+        threads = [threading.Thread(target=write, args=(wanted[i::16],)) for i in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not late
+    assert read_ledger(path).spent == 160
+    assert flushes[0] <= 160
+
+
+def kill_again_and_again(folder: Path, kills: int, seed: int) -> None:
+    """See ``asking_child.py``: the same queries are asked by one process after another, each killed at some moment."""
+    folder.mkdir()
+    path, used, budget = folder / "ledger", folder / "used", 100_000
+    first: set[bytes] = set()
+
+    def plan(number: int, seen: Seen) -> str:
+        again, kind = seen.body in first, seen.body[0] % 8
+        first.add(seen.body)
+        return "" if again else {1: "later:0", 3: "status:503", 5: "reset", 6: "empty"}.get(kind, "")
+
+    with FaultServer(plan, delay=0.003) as server:
+        child = [sys.executable, Path(__file__).with_name("asking_child.py"), server.url]
+        done = subprocess.run(
+            [*child, path, used, str(budget), str(kills), str(seed)],
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kills"] == kills
+    asked, found = json.loads(done.stdout)["asked"], read_ledger(path)
+    wanted = queries(asked)
+    assert found.answers.keys() == {query.name for query in wanted}
+
+    history: dict[str, list[str]] = defaultdict(list)
+    for row in map(json.loads, path.read_text().splitlines()[1:]):
+        history[row["name"]].append(row["type"])
+    arrived = server.count()
+    for query in wanted:
+        body, answer = query.picture.pixels.tobytes(), found.answers[query.name]
+        steps = history[query.name]
+        sent = steps.count("sent")
+        # No query goes out again but after a reply that brought nothing; so none is repeated.
+        assert steps[: 2 * (sent - 1)] == ["sent", "refused"] * (sent - 1)
+        assert steps[2 * (sent - 1) :] in (["sent", "answer"], ["sent"])
+        # What arrived was recorded before; all of it but the last was refused; what was answered arrived.
+        assert sent - (answer.failure == LOST) <= arrived[body] <= sent == answer.attempts
+        if answer.ranked:
+            assert answer.ranked[0].label == label_of(body)
+        else:
+            assert answer.failure == LOST or (answer.failure == "no labels" and body[0] % 8 == 6)
+    spent = sum(steps.count("sent") for steps in history.values())
+    assert found.spent == spent <= budget
+    lost = sum(answer.failure == LOST for answer in found.answers.values())
+    assert sum(arrived.values()) <= spent <= sum(arrived.values()) + lost
+    assert lost <= 4 * kills  # as many as were under way
+    assert set(arrived) <= {query.picture.pixels.tobytes() for query in wanted}
+
+    # Whatever a process had used by the time it died stands in the ledger, as it was used.
+    uses = [line.split("\t") for line in used.read_text().splitlines()]
+    assert len(uses) > asked
+    for name, label in uses:
+        answer = found.answers[name]
+        assert label == (answer.ranked[0].label if answer.ranked else answer.failure)
+    assert Counter(name for name, _ in uses).keys() == found.answers.keys()
+
+
+def test_kills(tmp_path: Path) -> None:
+    kill_again_and_again(tmp_path / "run", 10, 0)
+
+
+@pytest.mark.slow
+def test_200_kills(tmp_path: Path) -> None:
+    kill_again_and_again(tmp_path / "run", 200, 1)
