@@ -1,0 +1,51 @@
+"""Google Cloud Vision's label detection.
+
+https://docs.cloud.google.com/vision/docs/reference/rest/v1/images/annotate
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+
+from certify.errors import UserError
+from certify.remote.formats.reading import at, ranked_entries, read_json, safe_text
+from certify.remote.pictures import encode, read_encoding
+from certify.remote.types import BadReply, Format, Picture, Ranked, Reply, Request
+
+
+def google_vision(*, max_labels: int = 10, encoding: str = "png") -> Format:
+    """The format.
+
+    Args:
+        max_labels: at most so many labels.
+        encoding: ``png``, ``jpeg`` or ``jpegQ``.
+
+    Raises:
+        UserError: an option that cannot be used.
+    """
+    read_encoding(encoding)
+    if max_labels < 1:
+        raise UserError(f"max_labels {max_labels}; expected at least 1")
+
+    def request(picture: Picture) -> Request:
+        one = {
+            "image": {"content": base64.b64encode(encode(picture, encoding)).decode()},
+            "features": [{"type": "LABEL_DETECTION", "maxResults": max_labels}],
+        }
+        body = json.dumps({"requests": [one]}).encode()
+        return Request(body, "v1/images:annotate", headers={"Content-Type": "application/json"})
+
+    return Format("google-vision", request, read_answer, {"max_labels": max_labels, "encoding": encoding})
+
+
+def read_answer(reply: Reply) -> Ranked:
+    """The labels of an answer.
+
+    Raises:
+        BadReply: there are none; an image that the service could not use is named in a reply of status 200.
+    """
+    one = at(read_json(reply), "responses", 0)
+    if isinstance(one, dict) and "error" in one:
+        raise BadReply(f"the service could not use the image: {safe_text(json.dumps(one['error']).encode())}")
+    return ranked_entries(at(one, "labelAnnotations"), "description", "score")

@@ -1,0 +1,167 @@
+"""Stand-ins for cloud services, on loopback, that really classify: the digits network behind each wire format."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from email import message_from_bytes, policy
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+from certify.classifiers import Classifier
+from certify.remote.pictures import from_bytes, to_tensor
+
+Log = list[dict[str, str]]
+
+
+def probabilities(classifier: Classifier, tensor: torch.Tensor) -> list[float]:
+    """Of one image ``(C, H, W)``."""
+    with torch.no_grad():
+        return classifier.logits(tensor[None])[0].softmax(0).tolist()
+
+
+def from_file(classifier: Classifier, content: bytes) -> list[tuple[str, float]]:
+    """Names and probabilities of an image file, best first."""
+    found = probabilities(classifier, to_tensor(from_bytes(content, 1)))
+    return sorted(((f"digit {n}", p) for n, p in enumerate(found)), key=lambda pair: -pair[1])
+
+
+def cloud_app(classifier: Classifier, log: Log) -> FastAPI:
+    """Every REST service at its documented path; ``log`` gets the headers of each request."""
+    app = FastAPI()
+
+    @app.post("/")
+    async def rekognition(request: Request) -> Response:
+        body = json.loads(await request.body())
+        log.append(dict(request.headers))
+        found = from_file(classifier, base64.b64decode(body["Image"]["Bytes"]))[: body["MaxLabels"]]
+        labels = [{"Name": n, "Confidence": 100 * p, "Instances": [], "Parents": []} for n, p in found]
+        text = json.dumps({"LabelModelVersion": "3.0", "Labels": labels})
+        return Response(text, media_type="application/x-amz-json-1.1")
+
+    @app.post("/v1/images:annotate")
+    async def google(request: Request) -> dict[str, Any]:
+        log.append(dict(request.headers))
+        one = (await request.json())["requests"][0]
+        assert one["features"][0]["type"] in ("LABEL_DETECTION", 4)  # the SDK writes enumerations as numbers
+        found = from_file(classifier, base64.b64decode(one["image"]["content"]))[: one["features"][0]["maxResults"]]
+        return {"responses": [{"labelAnnotations": [{"mid": "/m", "description": n, "score": p} for n, p in found]}]}
+
+    @app.post("/computervision/imageanalysis:analyze")
+    async def azure(request: Request) -> dict[str, Any]:
+        log.append(dict(request.headers))
+        assert dict(request.query_params)["features"] == "tags"
+        found = from_file(classifier, await request.body())
+        values = [{"name": n, "confidence": p} for n, p in found]
+        return {"modelVersion": "2023-10-01", "metadata": {"width": 8, "height": 8}, "tagsResult": {"values": values}}
+
+    @app.post("/v2/users/{user}/apps/{name}/models/{model}/outputs")
+    async def clarifai(request: Request) -> dict[str, Any]:
+        log.append(dict(request.headers))
+        image = (await request.json())["inputs"][0]["data"]["image"]
+        found = from_file(classifier, base64.b64decode(image["base64"]))
+        concepts = [{"id": f"ai_{n}", "name": n, "value": p, "app_id": "main"} for n, p in found]
+        ok = {"code": 10000, "description": "Ok"}
+        return {"status": ok, "outputs": [{"id": "1", "status": ok, "data": {"concepts": concepts}}]}
+
+    @app.post("/models/digits")
+    async def hugging_face(request: Request) -> list[dict[str, Any]]:
+        found = from_file(classifier, await request.body())
+        return [{"label": n, "score": p} for n, p in found[:5]]
+
+    @app.post("/form")
+    async def form(request: Request) -> dict[str, Any]:
+        head = f"Content-Type: {request.headers['content-type']}\r\n\r\n".encode()
+        (file,) = message_from_bytes(head + await request.body(), policy=policy.HTTP).iter_parts()  # type: ignore[attr-defined]
+        name, share = from_file(classifier, file.get_payload(decode=True))[0]
+        return {"best": {"name": name, "percent": 100 * share}}
+
+    @app.post("/v1/models/digits:predict")
+    async def tf_serving(request: Request) -> dict[str, Any]:
+        one = (await request.json())["instances"][0]
+        if isinstance(one, dict):
+            return {"predictions": [from_file(classifier, base64.b64decode(one["b64"]))[0][0]]}
+        pixels = torch.tensor(one, dtype=torch.float32).permute(2, 0, 1)
+        return {"predictions": [{"classes": list("0123456789"), "p": probabilities(classifier, pixels)}]}
+
+    @app.post("/v2/models/digits/infer")
+    async def v2(request: Request) -> Response:
+        body, head = await request.body(), request.headers.get("inference-header-content-length")
+        asked = json.loads(body[: int(head)] if head else body)
+        one = asked["inputs"][0]
+        data = np.frombuffer(body[int(head) :], "<f4") if head else np.array(one["data"], np.float32)
+        scores = probabilities(classifier, torch.from_numpy(data.copy()).reshape(one["shape"])[0])
+        out: dict[str, Any] = {"name": "scores", "datatype": "FP32", "shape": [1, 10]}
+        if not head:
+            return Response(json.dumps({"model_name": "digits", "outputs": [out | {"data": [scores]}]}))
+        out["parameters"] = {"binary_data_size": 40}
+        text = json.dumps({"model_name": "digits", "outputs": [out]}).encode()
+        headers = {"Inference-Header-Content-Length": str(len(text))}
+        return Response(text + struct.pack("<10f", *scores), headers=headers)
+
+    return app
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """An ASGI application on a free port of loopback, as its URL; gone when the block ends."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+        thread.start()
+        try:
+            wait_for(lambda: server.started)
+            yield f"http://127.0.0.1:{door.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def wait_for(ready: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not ready within {seconds} seconds")
+        time.sleep(0.02)
+
+
+@contextmanager
+def clarifai_grpc_service(classifier: Classifier, log: Log, failure: Any = None) -> Iterator[str]:
+    """Clarifai's gRPC service on loopback, as a URL; with ``failure``, a status code, every call fails with it."""
+    import grpc
+    from clarifai_grpc.grpc.api import resources_pb2, service_pb2, service_pb2_grpc
+    from clarifai_grpc.grpc.api.status import status_code_pb2, status_pb2
+
+    class Service(service_pb2_grpc.V2Servicer):  # type: ignore[misc]
+        def PostModelOutputs(self, request: Any, context: Any) -> Any:
+            asked = {"model": request.model_id, "user": request.user_app_id.user_id}
+            log.append({**dict(context.invocation_metadata()), **asked})
+            if failure is not None:
+                context.abort(failure, "refused on purpose")
+            found = from_file(classifier, request.inputs[0].data.image.base64)
+            concepts = [resources_pb2.Concept(name=n, value=p) for n, p in found]
+            data = resources_pb2.Data(concepts=concepts)
+            ok = status_pb2.Status(code=status_code_pb2.SUCCESS, description="Ok")
+            return service_pb2.MultiOutputResponse(status=ok, outputs=[resources_pb2.Output(status=ok, data=data)])
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    service_pb2_grpc.add_V2Servicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        assert server.stop(0).wait(10)
