@@ -98,7 +98,7 @@ def curve(run: Run, name: str = "") -> Curve:
         UserError: no usable image, some images with labels and some without, or an unfinished run whose images stop
             by themselves: those that are there are the easy ones.
     """
-    if run.partial and run.header.get("stopping"):
+    if run.partial and run.header.get("stopping") and not run.header.get("in_order"):
         raise UserError(
             f"{run.path} is unfinished: {len(run.images)} of {run.header['expected']} images, and those that are "
             "settled soon come first, so their share would mislead; run its command again"

@@ -87,7 +87,7 @@ def read_labels(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: unreadable, or not two columns.
     """
-    rows = _read_rows(Path(path), "--labels")
+    rows = read_rows(Path(path), "--labels")
     if rows and rows[0][0].lower() in ("file", "filename", "image", "path", "id", "name"):
         rows = rows[1:]
     return dict(rows)
@@ -102,7 +102,7 @@ def _from_map(names: Sequence[str], class_names: ClassNames | None, num_classes:
         if not isinstance(given, dict):
             raise UserError(f'--class-map {path}: expected an object {{"name": class}}, got {type(given).__name__}')
     else:
-        given = dict(_read_rows(path, "--class-map"))
+        given = dict(read_rows(path, "--class-map"))
     missing = [name for name in names if name not in given]
     if missing:
         raise UserError(
@@ -157,7 +157,12 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def _read_rows(path: Path, option: str) -> list[tuple[str, str]]:
+def read_rows(path: Path, option: str) -> list[tuple[str, str]]:
+    """The lines of a CSV of two columns.
+
+    Raises:
+        UserError: unreadable, no lines, fewer columns, or a first column twice with different second ones.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row and any(cell.strip() for cell in row)]

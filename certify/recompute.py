@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from certify.bounds import BOUNDS, check_alpha
 from certify.errors import RunFault, UserError
-from certify.records import Run, read_run
+from certify.records import Run, read_run, write_run
 from certify.rows import answer
 
 
@@ -41,7 +39,7 @@ def recompute(
         check_alpha(alpha)
     except ValueError as error:
         raise UserError(str(error)) from None
-    _check_design(run, bound)
+    check_design(run, bound)
     origin = {"run": run.path.name, "sha256": hashlib.sha256(run.path.read_bytes()).hexdigest()}
     kept = {key: header[key] for key in ("alpha", "bound", "created", "command")}
     changed = {
@@ -67,11 +65,12 @@ def _line(header: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     if renewed["prediction"] != row["prediction"]:  # the name of a class that was an abstention may not be known
         renewed["class"] = row["base_class"] if renewed["prediction"] == row["base"] else None
         if renewed["prediction"] >= 0 and renewed["class"] is None:
-            renewed["class"] = str(renewed["prediction"])
+            number = str(renewed["prediction"])
+            renewed["class"] = row.get("classes", {}).get(number, number)
     return renewed
 
 
-def _check_design(run: Run, bound: str) -> None:
+def check_design(run: Run, bound: str) -> None:
     """Refuse a bound that the way these votes came about does not support, with the reason."""
     header, path = run.header, run.path
     stopping, procedure = header.get("stopping") or {}, header["procedure"]
@@ -121,16 +120,8 @@ def recompute_file(
         raise UserError(f"{target} is there already and is left alone: name another --out")
     run = read_run(source, allow_partial=allow_partial)
     header, rows = recompute(run, alpha=alpha, bound=bound, command=command)
-    lines = [json.dumps(line, allow_nan=False) for line in (header, *rows)]
-    beside = target.with_name(f".{target.name}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(target)
+        write_run(target, header, rows)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise RunFault(f"could not write {target}: {error.strerror}; {run.path} is untouched") from None
     return Run(target, header, rows)

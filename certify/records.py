@@ -13,7 +13,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -289,6 +289,26 @@ class RunFile:
                 raise RunFault(f"could not finish writing {self.path}") from None
         finally:
             self._file.close()
+
+
+def write_run(path: str | Path, header: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a run file whole or not at all; one that is there is replaced.
+
+    Raises:
+        OSError: it cannot be written; what was there is untouched.
+    """
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in (header, *rows))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def refuse_other_run(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -123,6 +123,15 @@ def count_votes(
         yield count.tally()
 
 
+def noisy_copies(jobs: Iterable[Job], noise: Noise) -> Iterator[tuple[Job, Tensor, Tensor | None]]:
+    """The noisy copies that :func:`count_votes` labels, in its order: pieces of a job, ``(B, C, H, W)``.
+
+    With each its job, and which of its samples were not drawn from the distribution, bool ``(B,)`` or None.
+    """
+    for piece in _drawn(_blocks(jobs, 1), noise):
+        yield piece.count.job, piece.noisy, piece.failed
+
+
 class _Count:
     """A job's labels so far, on the device: bin 0 failures, 1 to K classes, K + 1 what no label may be."""
 

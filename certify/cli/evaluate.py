@@ -14,7 +14,7 @@ import click
 
 from certify.cli import options
 from certify.cli.files import telling_name
-from certify.cli.load import _device, chosen_images, classifier_from, denoiser_for
+from certify.cli.load import chosen_images, classifier_from, denoiser_for, device_from
 from certify.cli.summary import warn
 from certify.errors import ImageError, UserError
 
@@ -63,7 +63,7 @@ def evaluate_denoiser(**o: Any) -> None:
     sigmas = _check_first(o)
     classifier = classifier_from(o["model"], o) if o["model"] else None
     images = _images(o, classifier)
-    shape, device = _shape(images), _device(o["device"])
+    shape, device = _shape(images), device_from(o["device"])
 
     import torch
 

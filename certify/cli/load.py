@@ -23,7 +23,7 @@ def check_first(o: dict[str, Any]) -> None:
     from certify.noise import make_noise
 
     make_noise(o.get("noise", "gaussian"), o["sigma"], rounded=o.get("rounded", False))
-    _check_procedure(o)
+    check_procedure(o)
     source = hub.find_source(o["model"], o["weights"])
     hub.require_weights(source, o["weights"])
     if o["denoiser"] != "none":
@@ -33,7 +33,7 @@ def check_first(o: dict[str, Any]) -> None:
     check_radii(o.get("radii"))
 
 
-def _check_procedure(o: dict[str, Any]) -> None:
+def check_procedure(o: dict[str, Any]) -> None:
     """Refuse options that contradict each other; a tolerance fixes the bound."""
     from certify.bounds import BOUNDS
     from certify.sequential import DEFAULT_RULE, MEASURING_BOUND, RULES
@@ -69,7 +69,7 @@ def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
     """The smoothed classifier that the options name, with its denoiser, on its device."""
     from certify.smoothing import SmoothedClassifier
 
-    device = _device(o["device"])
+    device = device_from(o["device"])
     classifier = classifier_from(o["model"], o)
     size = classifier.input.size
     denoiser = None if o["denoiser"] == "none" else denoiser_for(o["denoiser"], o["sigma"], size, classifier)
@@ -128,7 +128,12 @@ def denoiser_for(
     return denoiser
 
 
-def _device(wanted: str) -> str:
+def device_from(wanted: str) -> str:
+    """The device of this name, or an accelerator for ``auto``.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     import torch
 
     accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())]

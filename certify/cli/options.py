@@ -163,7 +163,7 @@ input_options = together(
 
 classifier_options = together(click.option("--model", required=True, help=_MODEL), input_options)
 
-data_options = together(
+image_options = together(
     click.option("--data", help="Images: a dataset's name (`certify list datasets`), an image, folder, .zip or .npz."),
     click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data)."),
     click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root."),
@@ -175,6 +175,10 @@ data_options = together(
     ),
     click.option("--max", "max_images", type=Count("the most images to take"), help="Take at most so many images."),
     click.option("--ids", help="Take only these images: ids separated by commas."),
+)
+
+data_options = together(
+    image_options,
     click.option(
         "--labels", metavar="FILE", help="CSV of file,label for images without class folders; 'none' ignores labels."
     ),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.load import _device, classifier_from, surrogate_from
+from certify.cli.load import classifier_from, device_from, surrogate_from
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _train(o: dict[str, Any]) -> Outcome:
 
     say = _silent if o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")) else _say
     recipe = _recipe(o)
-    driver = make_accelerator(_device(o["device"]).partition(":")[0], _precision(o), o["out"])
+    driver = make_accelerator(device_from(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
     surrogates = [surrogate_from(s) for s in o["surrogate"]]
     needs = [make_objective(name, recipe.settings) for name in phases(recipe.objective)]

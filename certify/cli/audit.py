@@ -1,0 +1,333 @@
+"""``certify audit`` and ``certify replay``: a service certified by queries alone, and its ledger read again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from certify.cli import options
+from certify.cli.audit_words import show_plan, tell_outcome, tell_replay, warn_of
+from certify.cli.load import check_procedure, denoiser_for, device_from
+from certify.cli.service import Wanted, manners, open_service, service_options, wanted_service
+from certify.cli.summary import warn
+from certify.errors import CertifyError, RunFault, UserError
+
+if TYPE_CHECKING:
+    from certify.classifiers import InputSpec
+    from certify.images import ImageSet
+    from certify.remote.audit import Audit
+    from certify.remote.ledger import Ledger
+    from certify.remote.types import Asking
+    from certify.settings import Settings
+
+N0, N, N_AT_MOST = 20, 100, 1000
+"""The published protocol for services that cost; and the most samples where images stop by themselves."""
+
+
+@click.command(short_help="Certify a service that can only be asked, and write everything down.")
+@service_options
+@options.image_options
+@click.option("--input-size", type=options.Size(), metavar="CxHxW", help="Bring images to this size (default: as is).")
+@options.noise_options
+@click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`).")
+@click.option(
+    "--n0", type=options.Count("a number of samples"), default=N0, show_default=True, help="Selection samples."
+)
+@click.option(
+    "--n",
+    type=options.Count("a number of samples"),
+    default=N,
+    show_default=True,
+    help=f"Noise samples an image; the most of them with --radius and --tolerance (default there: {N_AT_MOST}).",
+)
+@options.alpha
+@click.option("--bound", default="clopper-pearson", show_default=True, help="Confidence bound (`certify list bounds`).")
+@click.option(
+    "--radius", type=options.Numbers(), help="Only decide at these radii, each image with as few queries as it takes."
+)
+@click.option(
+    "--tolerance",
+    type=options.Positive("a share between 0 and 1, such as 0.1", below=1.0),
+    help="Stop each image once its radius is known to this relative tolerance.",
+)
+@click.option("--rule", show_default="one-sided", help="Stopping rule of --radius (`certify list rules`).")
+@click.option(
+    "--budget",
+    type=options.Count("a number of requests", least=0),
+    required=True,
+    help="Requests that may be sent in all, retries included; never exceeded.",
+)
+@click.option(
+    "--reference",
+    type=click.Choice(["own", "given"]),
+    default="own",
+    show_default=True,
+    help="What is right: the service's own answer to the clean image, or the data's label.",
+)
+@click.option("--labels", metavar="FILE", help="CSV of file,label, for --reference given without class folders.")
+@click.option(
+    "--class-map", metavar="FILE", help="CSV or JSON from the service's labels to classes; other labels are nobody's."
+)
+@click.option(
+    "--repeat-clean",
+    type=options.Count("repetitions", least=0),
+    default=3,
+    show_default=True,
+    help="How often one clean image is asked about again at the start.",
+)
+@click.option(
+    "--price-per-1000", type=options.Positive("a price above 0"), help="Of 1,000 requests, to say what it costs."
+)
+@click.option("--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise.")
+@click.option("--device", default="auto", show_default=True, help="Where noise is drawn and denoised.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is sent.")
+@click.option("--out", metavar="DIR", required=True, help="Folder of the audit; the same command goes on in it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--quiet", is_flag=True, help="No plan and no progress on stderr.")
+def audit(**o: Any) -> None:
+    """Certify a service by queries alone: its own function, behind noise and perhaps a denoiser.
+
+    Every request counts against --budget and is written into OUT/ledger.jsonl before it is sent, every answer before it
+    is used: nothing that was paid for is lost or asked twice. A query without an answer is a failed trial. First comes
+    the plan; --dry-run stops there. The certificates are in OUT/run.jsonl, the report in OUT/report.html; `certify
+    replay OUT` computes them again from the ledger.
+    """
+    if Path(o["out"]).exists() and not Path(o["out"]).is_dir():
+        raise UserError(f"--out {o['out']}: it is a file; expected a folder for the audit")
+    for name in ("radius", "tolerance"):
+        if o[name] is not None and not options.given_by_user("n"):
+            o["n"] = N_AT_MOST
+    check_procedure(o)
+    wanted = wanted_service(o)
+    if o["data"] is None:
+        raise UserError("--data is missing: expected images, such as a folder, a .zip or an .npz")
+    say = _silent if o["quiet"] or o["as_json"] else _say
+    if o["dry_run"]:
+        show_plan(*_planned(o, wanted), say)
+        click.echo("dry run: nothing was sent")
+        return
+    with open_service(wanted, o) as (send, known):
+        job, plan = _planned(o, known)
+        show_plan(job, plan, say)
+
+        @contextlib.contextmanager
+        def asking(ledger: Ledger, budget: int) -> Iterator[Asking]:
+            from certify.remote.asking import Asker
+
+            yield Asker(send, known.format, ledger, budget=budget, manners=manners(o))
+
+        about = _work(o, job, plan, asking, known, say)
+    tell_outcome(job.folder, about, as_json=o["as_json"])
+
+
+def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
+    """Everything that is known before anything is asked."""
+    import torch
+
+    from certify.images import load_images
+    from certify.noise import make_noise
+    from certify.remote.audit import Audit, Service, plan
+    from certify.remote.vocabulary import read_class_map
+
+    images = load_images(
+        o["data"],
+        _Viewer(_input(o["input_size"])),
+        skip=o["skip"],
+        start=o["start"],
+        max_images=o["max_images"],
+        ids=o["ids"].split(",") if o["ids"] else None,
+        labels="none",
+        root=o["root"],
+        download=o["download"],
+    )
+    class_map = read_class_map(o["class_map"]) if o["class_map"] else None
+    device = torch.device(device_from(o["device"]))
+    denoiser = None
+    if o["denoiser"] != "none":
+        denoiser = denoiser_for(o["denoiser"], o["sigma"], _size(images)).eval()
+    form = wanted.format
+    job = Audit(
+        Path(o["out"]),
+        Service(wanted.endpoint, form.name, form.about, str(form.about.get("encoding", "png")), o["input_size"]),
+        images,
+        _settings(o),
+        make_noise(o["noise"], o["sigma"], rounded=o["rounded"]),
+        o["budget"],
+        denoiser,
+        _given(o, images, class_map),
+        class_map,
+        o["repeat_clean"],
+        o["concurrency"],
+        {"settings": {k: o[k] for k in ("sigma", "seed", "retries", "timeout", "repeat_clean", "input_size", "sdk")}},
+        device,
+    )
+    return job, plan(job, price=o["price_per_1000"], rate=o["rate"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Viewer:
+    """Who looks at the images: somebody who takes any class, and a size only if one was given."""
+
+    input: InputSpec
+    class_names: None = None
+    num_classes: int = 0
+
+
+def _input(size: tuple[int, int, int] | None) -> InputSpec:
+    from certify.classifiers import InputSpec, square_input
+
+    return InputSpec(None) if size is None else square_input(size)
+
+
+def _size(images: ImageSet) -> tuple[int, int, int] | None:
+    """Of the first image that can be read."""
+    for index in range(len(images)):
+        with contextlib.suppress(CertifyError):
+            channels, height, width = images.load(index).shape
+            return channels, height, width
+    return None
+
+
+def _settings(o: dict[str, Any]) -> Settings:
+    from certify.settings import Settings
+
+    radii = tuple(sorted(set(o["radius"] or ())))
+    procedure = "decide" if radii else "certify"
+    return Settings(o["n"], o["n0"], o["alpha"], o["seed"], o["bound"], procedure, radii, o["tolerance"], o["rule"])
+
+
+def _given(o: dict[str, Any], images: ImageSet, class_map: Mapping[str, str] | None) -> dict[str, str] | None:
+    """The data's label of each image, by id; None where the service's own answers are the reference."""
+    from certify.labels import read_labels
+
+    if o["reference"] == "own":
+        if o["labels"]:
+            raise UserError("--labels without --reference given: the service's own answers are the labels")
+        return None
+    ids = [item.id for item in images.items]
+    if o["labels"]:
+        there = read_labels(o["labels"])
+        found = {i: there.get(i, there.get(i.rpartition("/")[2])) for i in ids}
+    else:
+        found = {item.id: None if item.name is None else str(item.name) for item in images.items}
+    without = [i for i, label in found.items() if label is None]
+    if without:
+        raise UserError(f"--reference given: no label for {without[0]!r}; pass --labels FILE with lines file,label")
+    strange = {str(label) for label in found.values()} - set((class_map or {}).values()) if class_map else set()
+    if strange:
+        raise UserError(f"--class-map has no class {sorted(strange)[0]!r}, which is a label of the data; add it")
+    return {i: str(label) for i, label in found.items()}
+
+
+def _work(
+    o: dict[str, Any],
+    job: Audit,
+    plan: dict[str, Any],
+    asking: Callable[[Ledger, int], contextlib.AbstractContextManager[Asking]],
+    wanted: Wanted,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Ask, conclude and report, whatever ends the asking."""
+    from tqdm import tqdm
+
+    from certify.remote.audit import make_header, prepare
+    from certify.remote.conclusions import STOPPED, conclude
+    from certify.remote.driving import drive
+    from certify.remote.ledger import Ledger, ledger_header, read_ledger
+    from certify.remote.replay import LEDGER
+
+    command = options.command_line()
+    header, about = prepare(job, make_header(job, data=o["data"], denoiser=o["denoiser"], command=command), plan)
+    head = ledger_header(wanted.endpoint, wanted.format, encoding=job.service.encoding)
+    path, status, reason = job.folder / LEDGER, STOPPED, "the command was stopped"
+    try:
+        with (
+            Ledger(path, head) as ledger,
+            tqdm(
+                total=len(job.images),
+                unit=" images",
+                disable=True if say is _silent else None,
+                leave=False,
+                file=sys.stderr,
+            ) as bar,
+        ):
+            say(f"ledger     {path}: {ledger.spent:,} of {job.budget:,} requests are spent")
+            status, reason = drive(job, header, about, functools.partial(asking, ledger), progress=bar.update), ""
+    except KeyboardInterrupt:
+        fault = RunFault(f"stopped; every answer is kept in {path}, the same command goes on from there")
+        fault.exit_code = 130
+        raise fault from None
+    except CertifyError as error:
+        reason = str(error)
+        raise
+    finally:
+        if path.is_file():
+            about = conclude(job.folder, header, about, read_ledger(path).answers, status=status, reason=reason)
+            _report(job.folder)
+    warn_of(about)
+    return about
+
+
+def _report(folder: Path) -> None:
+    """The page; what it cannot show is no reason to lose the rest."""
+    from analysis.report import write_report
+
+    try:
+        write_report(folder)
+    except (CertifyError, OSError) as error:
+        warn(f"no report: {error}")
+
+
+@click.command(short_help="Compute an audit's certificates again, from its ledger alone.")
+@click.argument("folder", metavar="RUN")
+@click.option(
+    "--alpha",
+    type=options.Positive("a probability strictly between 0 and 1, such as 0.001", below=1.0),
+    help="Probability of error for each image (default: the audit's).",
+)
+@click.option("--bound", help="Confidence bound (`certify list bounds`; default: the audit's).")
+@click.option("--out", metavar="FILE", help="Also write the certificates as a run file (.jsonl).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def replay(folder: str, alpha: float | None, bound: str | None, out: str | None, as_json: bool) -> None:
+    """Compute an audit's certificates again: no data, no model, no service.
+
+    Says whether they equal those of RUN/run.jsonl. With another --alpha or --bound the same answers are counted anew;
+    an image that had stopped by itself is settled with the answers that there are, or is undecided.
+    """
+    from certify.records import write_run
+    from certify.remote.replay import replay as read_again
+
+    if out is not None and (Path(out).suffix != ".jsonl" or Path(out).exists()):
+        raise UserError(f"--out {out}: expected a new file ending in .jsonl")
+    found = read_again(folder, alpha=alpha, bound=bound, command=options.command_line())
+    if out is not None:
+        try:
+            write_run(out, found.run.header, found.run.images)
+        except OSError as error:
+            raise RunFault(f"could not write {out}: {error.strerror}") from None
+        found = dataclasses.replace(found, run=dataclasses.replace(found.run, path=Path(out)))
+    if as_json:
+        click.echo(json.dumps({"header": found.run.header, "images": found.run.images, "differing": found.differing}))
+    else:
+        tell_replay(found, anew=alpha is not None or bound is not None)
+    if found.differing:
+        raise RunFault(
+            f"{len(found.differing)} of {len(found.run.images)} certificates differ from the run file's; first: "
+            f"{found.differing[0]}: run.jsonl or ledger.jsonl was changed, or an audit was killed: its command goes on"
+        )
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _silent(text: str) -> None:
+    pass

@@ -1,0 +1,168 @@
+"""An audit in words: the plan before it, warnings, and what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from certify.cli.plan import clock
+from certify.cli.summary import warn
+from certify.norms import IN_WORDS
+
+if TYPE_CHECKING:
+    from certify.records import Run
+    from certify.remote.audit import Audit
+    from certify.remote.replay import Replayed
+
+
+def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """What will be asked, what that can prove, what it costs and how long it takes."""
+    s, noise = audit.settings, audit.noise
+    options = ", ".join(f"{k}={v}" for k, v in audit.service.options.items() if v not in ("", None))
+    say(f"service    {audit.service.endpoint}: {audit.service.protocol} ({options})")
+    size = "x".join(map(str, audit.service.size)) if audit.service.size else "as it is"
+    say(f"images     {audit.images.name}: {len(audit.images):,} of {audit.images.available:,}, size {size}")
+    behind = "" if audit.denoiser is None else "then the denoiser, "
+    say(
+        f"queries    {noise.name} noise, sigma = {noise.scale:g} in [0, 1] pixels, {behind}then clipped, rounded to 8 "
+        f"bits and sent as {audit.service.encoding}"
+    )
+    norm, cap = IN_WORDS[noise.norm], plan["radius_cap"]
+    if s.procedure == "decide":
+        at = ", ".join(f"{r:g}" for r in s.radii)
+        say(f"procedure  decide at {norm} radius {at} by {s.rule}: {s.n:,} samples at most, alpha = {s.alpha:g}")
+        if plan["earliest"] is None:
+            warn(f"no image can be settled as robust at {s.radii[-1]:g} within n = {s.n:,}: pass a larger --n")
+        else:
+            say(f"           robust after {plan['earliest']:,} samples at the earliest")
+    else:
+        how = f"n0 = {s.n0}, n = {s.n}" if not s.adaptive else f"until known to {s.tolerance:.0%}, n = {s.n:,} at most"
+        say(f"procedure  {how}, alpha = {s.alpha:g}, {s.bound}")
+        say(f"radius     {norm}, at most {cap:.4g} ({cap / noise.scale:.2f} sigma) at this n and alpha")
+        if not cap:
+            warn(f"n = {s.n} can certify nothing at alpha = {s.alpha:g}: pass a larger --n")
+    most = "at most " if s.adaptive else ""
+    parts = ", ".join(f"{count:,} {stage}" for stage, count in plan["queries"].items())
+    say(f"plan       {most}{plan['most']:,} queries ({parts}); each may take retries, which count")
+    if plan["most"] > audit.budget:
+        sure = f"finishes {plan['covers']:,} of {plan['images']:,} images" + (" for sure" if s.adaptive else "")
+        say(f"budget     {audit.budget:,} requests: {sure}")
+    else:
+        say(f"budget     {audit.budget:,} requests, never exceeded")
+    if plan["cost"] is not None:
+        say(f"cost       at most {plan['cost']:.2f}, at {plan['price_per_1000']:g} per 1,000 requests")
+    if plan["seconds"] is None:
+        say(f"time       as fast as it answers, {plan['concurrency']} at a time (--rate limits it)")
+    else:
+        say(f"time       at least {clock(plan['seconds'])}, at {plan['rate']:g} requests a second")
+
+
+def warn_of(about: Mapping[str, Any]) -> None:
+    """What the reader of the certificates has to know first."""
+    for probe in about["determinism"]:
+        if len(probe["labels"]) > 1:
+            answers = ", ".join(f"{label} {count} times" for label, count in probe["labels"].items())
+            warn(
+                f"NO FIXED FUNCTION: asked about the same image {probe['id']} again and again, the service answered "
+                f"{answers}. A certificate presupposes a fixed function; these do not hold for a service that changes"
+            )
+        elif probe["spread"]:
+            warn(f"the scores of one image vary by {probe['spread']:.3g} between answers; its label did not")
+    changed = [d["id"] for d in about["drift"] if not d["failure"] and d["before"] != d["after"]]
+    if changed:
+        warn(
+            f"DRIFT: at the end the service answered otherwise about {len(changed)} of {len(about['drift'])} clean "
+            f"images ({', '.join(changed[:3])}); the certificates are about no one function"
+        )
+
+
+def tell_outcome(folder: Path, about: Mapping[str, Any], *, as_json: bool) -> None:
+    """The table, the counts, and where everything is."""
+    from certify.records import read_run
+
+    run = read_run(folder / "run.jsonl", allow_partial=True)
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "audit": about, "images": run.images}))
+        return
+    click.echo(_table(run))
+    asked, plan = about["asked"], about["plan"]
+    failed = sum(asked["failures"].values())
+    click.echo(
+        f"requests           {asked['requests']:,} of a budget of {plan['budget']:,}: {asked['retries']:,} of them "
+        f"retries; {failed:,} queries failed"
+    )
+    if asked["cost"] is not None:
+        click.echo(f"cost               {asked['cost']:.2f}, at {plan['price_per_1000']:g} per 1,000 requests")
+    if asked["seconds"]:
+        times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in asked["seconds"].items())
+        click.echo(f"answers after      {times}")
+    outside = sum(row.get("outside", 0) for row in run.usable)
+    if outside:
+        click.echo(f"not in the answer  {outside:,} noisy copies: none of their labels is in the class map")
+    click.echo(f"fixed function     {_fixed(about)}")
+    if about["status"] != "finished":
+        click.echo(f"unfinished         {about['status']}: a larger --budget goes on in the same folder")
+    click.echo(
+        f"\nrun file   {folder / 'run.jsonl'}\nreport     {folder / 'report.html'}\nagain      {about['replay']}"
+    )
+
+
+def _fixed(about: Mapping[str, Any]) -> str:
+    """What probe and drift check found, in one line."""
+    probes = about["determinism"]
+    again = sum(sum(p["labels"].values()) for p in probes)
+    one = all(len(p["labels"]) == 1 for p in probes)
+    first = f"{again} answers about one clean image {'agree' if one else 'DIFFER'}" if probes else "not probed"
+    drift = [d for d in about["drift"] if not d["failure"]]
+    moved = sum(d["before"] != d["after"] for d in drift)
+    if not drift:
+        return f"{first}; not asked again at the end"
+    return f"{first}; asked again at the end, {len(drift) - moved} of {len(drift)} clean images have the same answer"
+
+
+def tell_replay(found: Replayed, *, anew: bool) -> None:
+    """The table, and whether it is the run file's."""
+    click.echo(_table(found.run))
+    if anew:
+        header = found.run.header
+        click.echo(f"from the ledger's answers, at alpha = {header['alpha']:g}, {header['bound']}")
+    elif not found.differing:
+        click.echo(f"equal: all {len(found.run.images)} certificates are those of {found.run.path}")
+
+
+def _table(run: Run) -> str:
+    """Certified accuracy over radius, or what there is."""
+    from analysis.curves import curves, default_radii
+    from analysis.tables import one_run
+    from certify.certificates import largest_radius
+    from certify.rows import noise_of
+
+    header, rows = run.header, run.usable
+    lines = [
+        f"{header['model']}, sigma = {header['sigma']:g} ([0, 1] pixels), {len(rows):,} images of {header['data']}"
+    ]
+    left = int(header["expected"]) - len(rows)
+    if left:
+        lines.append(f"{left:,} images are left out: not asked about, unfinished, or without a reference label")
+    if not rows:
+        return "\n".join(lines)
+    if header["procedure"] == "decide":
+        radii = list(header["stopping"]["radii"])
+    else:
+        noise = noise_of(header, rows[0]["values"])
+        cap = largest_radius(noise, header["n"], header["alpha"], header["bound"], selected=not header["stopping"])
+        radii = default_radii(cap)
+    (found,) = curves([run])
+    lines += ["", one_run(found, radii), ""]
+    right = "the service's own answer" if header["reference"]["labels"] == "service" else "the given label"
+    lines.append(f"right is           {right}")
+    lines.append(f"abstained          {sum(row['prediction'] < 0 for row in rows):,} of {len(rows):,}")
+    queries = sum(row["queries"] for row in rows)
+    lines.append(
+        f"queries an image   {queries / len(rows):.1f} on average, {max(row['queries'] for row in rows):,} at most"
+    )
+    return "\n".join(lines)

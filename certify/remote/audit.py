@@ -1,0 +1,271 @@
+"""An audit before anything is asked: what is audited, what it will cost, and the folder that it starts with."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certify.certificates import largest_radius, needed
+from certify.errors import ImageError
+from certify.images import ImageSet
+from certify.machine import machine_name
+from certify.pipeline import Pipeline
+from certify.records import SCHEMA, peek_header, refuse_other_run
+from certify.remote.conclusions import write_about, write_rows
+from certify.remote.labels import CLEAN, DRIFT, PROBE, SELECTION, TOGETHER
+from certify.remote.replay import RUN
+from certify.sampling import image_digest
+from certify.sequential import thresholds
+from certify.settings import Settings, versions
+from certify.streams import STREAM
+from certify.types import Noise
+
+DRIFT_IMAGES = 20
+"""Clean images that are asked about once more at the end, at most; that much of the budget is kept for it."""
+
+OWN, GIVEN = "service", "given"
+"""Where reference labels come from: the service's own clean answers, or the data."""
+
+RUNNING = "running"
+
+
+class Service:
+    """What stands at the end of the pipeline, for the record: a function that is reached by queries alone.
+
+    Args:
+        endpoint: its address, without credentials.
+        protocol: name of the format.
+        options: of the format that shape votes.
+        encoding: of the pictures.
+        size: (C, H, W) that images are brought to, or None: as they are.
+    """
+
+    num_classes = 0  # nobody says
+
+    def __init__(
+        self,
+        endpoint: str,
+        protocol: str,
+        options: Mapping[str, Any],
+        encoding: str,
+        size: tuple[int, int, int] | None = None,
+    ) -> None:
+        self.endpoint, self.protocol, self.options = endpoint, protocol, dict(options)
+        self.encoding, self.size = encoding, size
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Refused: queries go through the ledger."""
+        raise RuntimeError("a service is asked by queries, which a ledger records")
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that is known of the function."""
+        return {
+            "step": "service",
+            "name": self.endpoint,
+            "protocol": self.protocol,
+            "options": self.options,
+            "picture": {"range": "clipped to [0, 1]", "bits": 8, "encoding": self.encoding},
+            "input": list(self.size) if self.size else None,
+        }
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is to be done, before anything is asked.
+
+    Attributes:
+        folder: where it is left.
+        service: what is audited.
+        images: as they are sent without noise.
+        settings: numbers of the run.
+        noise: the smoothing distribution.
+        denoiser: ``forward(noisy, sigma)``, on ``device``, or None.
+        given: the reference label of each image by id; None: the service's own answers.
+        class_map: from its labels to classes, or None.
+        repeat_clean: how often one clean image is asked about at the start.
+        budget: requests, retries included.
+        concurrency: queries at a time.
+        about: what else ``audit.json`` says: manners, prices, the command. Nothing secret.
+        device: where noise is drawn and denoised.
+    """
+
+    folder: Path
+    service: Service
+    images: ImageSet
+    settings: Settings
+    noise: Noise
+    budget: int
+    denoiser: nn.Module | None = None
+    given: Mapping[str, str] | None = None
+    class_map: Mapping[str, str] | None = None
+    repeat_clean: int = 3
+    concurrency: int = 1
+    about: Mapping[str, Any] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Denoiser and service."""
+        return Pipeline(self.service, self.denoiser, self.noise.scale).to(self.device)
+
+    def load(self, index: int) -> Tensor:
+        """The image as it is certified, on the device.
+
+        Raises:
+            ImageError: it cannot be used.
+        """
+        return self.noise.input(self.images.load(index)).to(self.device)
+
+
+def make_header(audit: Audit, *, data: str, denoiser: str = "none", command: str = "") -> dict[str, Any]:
+    """The run file's header: everything that shapes the certificates."""
+    s = audit.settings
+    return {
+        "type": "run",
+        "schema": SCHEMA,
+        "procedure": s.procedure,
+        "model": audit.service.endpoint,
+        "data": data,
+        "denoiser": denoiser,
+        "noise": audit.noise.name,
+        "rounded": bool(getattr(audit.noise, "rounded", False)),
+        "norm": audit.noise.norm,
+        "sigma": audit.noise.scale,
+        "n0": s.stages.get(SELECTION, 0),
+        "n": s.n,
+        "alpha": s.alpha,
+        "bound": s.bound if s.procedure == "certify" else s.rule,
+        "stopping": s.stopping(),
+        "in_order": True,  # the images of an unfinished run are the first ones, not the easy ones
+        "seed": s.seed,
+        "precision": "float32",
+        "compiled": False,
+        "folded": False,
+        "device": audit.device.type,
+        "accelerator": machine_name(audit.device) if audit.device.type != "cpu" else None,
+        "torch": ".".join(torch.__version__.split(".")[:2]),
+        "expected": len(audit.images),
+        "images": audit.images.describe(),
+        "reference": {"labels": OWN if audit.given is None else GIVEN, "sha256": _digest(audit.given)},
+        "class_map": audit.class_map and dict(audit.class_map),
+        "pipeline": audit.pipeline.describe()["steps"],
+        "stream": STREAM,
+        "versions": versions(),
+        "machine": {"processor": machine_name(torch.device("cpu")), "threads": torch.get_num_threads()},
+        "batch_size": TOGETHER,
+        "created": _now(),
+        "command": command,
+    }
+
+
+def _digest(given: Mapping[str, str] | None) -> str | None:
+    return None if given is None else hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def plan(audit: Audit, *, price: float | None = None, rate: float | None = None) -> dict[str, Any]:
+    """What an audit costs at most, and what can come out of it.
+
+    Args:
+        audit: what is to be done.
+        price: of 1,000 requests, or None.
+        rate: requests a second that are allowed, or None.
+
+    Returns:
+        ``images``; ``queries`` by stage and ``most`` of them; ``budget`` and ``covers``, the images that it finishes
+        whatever they take; ``radius_cap``; ``price_per_1000`` and ``cost`` of what may be spent; ``rate``,
+        ``concurrency`` and ``seconds`` at that rate; ``earliest``: samples that settle an image at the least.
+    """
+    s, count = audit.settings, len(audit.images)
+    fixed, each = audit.repeat_clean + min(count, DRIFT_IMAGES), 1 + s.samples
+    queries = {CLEAN: count, PROBE: audit.repeat_clean, **{k: count * n for k, n in s.stages.items()}}
+    queries[DRIFT] = min(count, DRIFT_IMAGES)
+    most = sum(queries.values())
+    spent = min(most, audit.budget)
+    earliest, cap = None, None
+    if s.procedure == "decide":
+        p0s, level = needed(s.radii, audit.noise, s.alpha, s.rule)
+        earliest = thresholds(s.rule, p0s[-1], level, s.n).earliest()
+        cap = s.radii[-1] if earliest is not None else None
+    else:
+        cap = largest_radius(audit.noise, s.n, s.alpha, s.bound, selected=not s.adaptive)
+    return {
+        "images": count,
+        "queries": queries,
+        "most": most,
+        "budget": audit.budget,
+        "covers": min(count, max(0, (audit.budget - fixed) // each)),
+        "radius_cap": cap,
+        "earliest": earliest,
+        "price_per_1000": price,
+        "cost": None if price is None else spent * price / 1000,
+        "rate": rate,
+        "concurrency": audit.concurrency,
+        "seconds": None if rate is None else spent / rate,
+    }
+
+
+def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make the folder and write what is known beforehand into it, or go on with what is there.
+
+    Returns:
+        The run file's header, and what ``audit.json`` says.
+
+    Raises:
+        UserError: the folder holds an audit with other settings.
+        RunFault: it cannot be written.
+    """
+    known = peek_header(audit.folder / RUN)
+    if known is not None:
+        refuse_other_run(audit.folder / RUN, known, header)
+        header = {**header, "created": known["created"]}
+    images: list[dict[str, Any]] = []
+    for index, item in enumerate(audit.images.items):
+        entry: dict[str, Any] = {"id": item.id, "pictures": f"{index:03d}", "values": None, "image": None, "error": ""}
+        try:
+            image = audit.load(index)
+            entry |= {"values": image.numel(), "image": image_digest(image), "size": list(image.shape)}
+        except ImageError as error:
+            entry["error"] = str(error)
+        images.append(entry | {"given": audit.given[item.id] if audit.given is not None else None})
+    sizes = {tuple(entry["size"]) for entry in images if not entry["error"]}
+    about = {
+        "type": "audit",
+        "schema": SCHEMA,
+        "created": header["created"],
+        "finished": None,
+        "status": RUNNING,
+        "reason": "",
+        "command": header["command"],
+        "endpoint": audit.service.endpoint,
+        "protocol": audit.service.protocol,
+        "format": audit.service.options,
+        "encoding": audit.service.encoding,
+        "size": list(sizes.pop()) if len(sizes) == 1 else None,
+        "denoiser": header["denoiser"],
+        "labels": header["reference"]["labels"],
+        "class_map": header["class_map"],
+        "vocabulary": [],
+        "plan": dict(planned),
+        "images": images,
+        "determinism": [],
+        "drift": [],
+        "versions": header["versions"],
+        "replay": f"certify replay {audit.folder}",
+        **audit.about,
+    }
+    if known is None:
+        write_rows(audit.folder, header, [])
+    write_about(audit.folder, about)
+    return header, about

@@ -1,0 +1,178 @@
+"""What an audit leaves in its folder, made from its answers alone: run file and ``audit.json``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from certify.errors import RunFault
+from certify.records import write_run
+from certify.remote.labels import DRIFT, PROBE, stage_of
+from certify.remote.replay import ABOUT, RUN, clean_answer, numbered, rows_of
+from certify.remote.types import Answer
+from certify.remote.vocabulary import Vocabulary
+
+FINISHED, SPENT, STOPPED = "finished", "budget spent", "stopped"
+"""How an audit ended."""
+
+
+def conclude(
+    folder: Path,
+    header: Mapping[str, Any],
+    about: Mapping[str, Any],
+    answers: Mapping[str, Answer],
+    *,
+    status: str,
+    reason: str = "",
+) -> dict[str, Any]:
+    """Write run file and ``audit.json`` from what was answered; the latter is returned.
+
+    Raises:
+        RunFault: they cannot be written.
+    """
+    vocabulary = Vocabulary(class_map=about["class_map"])
+    rows = rows_of(header, about["images"], answers, vocabulary)
+    write_rows(folder, header, rows)
+    price = about["plan"]["price_per_1000"]
+    attempts = sum(answer.attempts for answer in answers.values())
+    concluded = {
+        **about,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "status": status,
+        "reason": reason,
+        "vocabulary": vocabulary.names,
+        "images": [{**image, **_reference(image, answers, vocabulary)} for image in about["images"]],
+        "determinism": _determinism(about["images"], answers, vocabulary),
+        "drift": _drift(about["images"], answers, vocabulary),
+        "asked": {
+            "requests": attempts,
+            "queries": dict(Counter(stage_of(name) for name in answers)),
+            "retries": attempts - len(answers),
+            "failures": dict(Counter(answer.failure for answer in answers.values() if not answer.ranked)),
+            "cost": None if price is None else attempts * price / 1000,
+            "seconds": _quantiles([answer.seconds for answer in answers.values() if answer.ranked]),
+        },
+    }
+    write_about(folder, concluded)
+    return concluded
+
+
+def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Of the time that answers took."""
+    if not seconds:
+        return {}
+    return {name: float(np.quantile(seconds, q)) for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
+
+
+def _name(vocabulary: Vocabulary, answer: Answer) -> str | None:
+    """The class an answer votes for, or None."""
+    vote = vocabulary.vote(answer.ranked)
+    return vocabulary.names[vote] if vote >= 0 else None
+
+
+def _reference(image: Mapping[str, Any], answers: Mapping[str, Answer], vocabulary: Vocabulary) -> dict[str, Any]:
+    clean = clean_answer(answers, image["id"])
+    if clean is None:
+        return {"reference": image["given"], "answer": [], "failure": "not asked"}
+    own = _name(vocabulary, clean)
+    ranked = [[one.label, one.score] for one in clean.ranked]
+    return {"reference": image["given"] or own, "answer": ranked, "failure": clean.failure}
+
+
+def _determinism(
+    images: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], vocabulary: Vocabulary
+) -> list[dict[str, Any]]:
+    """How often each class was answered for a clean image that was asked about several times in a row."""
+    found = []
+    for image in images:
+        again = list(numbered(answers, image["id"], PROBE))
+        if not again:
+            continue
+        clean = clean_answer(answers, image["id"])
+        answered = [a for a in [*([clean] if clean else []), *again] if a.ranked]
+        scores = [a.ranked[0].score for a in answered]
+        known = [score for score in scores if score is not None]
+        found.append(
+            {
+                "id": image["id"],
+                "labels": dict(Counter(_name(vocabulary, a) or "not in the answer" for a in answered)),
+                "failures": sum(not a.ranked for a in again),
+                "spread": max(known) - min(known) if known and len(known) == len(scores) else None,
+            }
+        )
+    return found
+
+
+def _drift(
+    images: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], vocabulary: Vocabulary
+) -> list[dict[str, Any]]:
+    """The answers about clean images at the end, the latest there are, beside the first ones."""
+    latest: dict[str, tuple[int, Answer]] = {}
+    for name, answer in answers.items():
+        about, stage, number = name.rsplit(" | ", 2)
+        if stage == DRIFT and int(number) >= latest.get(about, (-1,))[0]:
+            latest[about] = int(number), answer
+    found = []
+    for image in images:
+        clean = clean_answer(answers, image["id"])
+        if image["id"] not in latest or clean is None:
+            continue
+        last = latest[image["id"]][1]
+        scores = [a.ranked[0].score if a.ranked else None for a in (clean, last)]
+        change = None if scores[0] is None or scores[1] is None else abs(scores[1] - scores[0])
+        found.append(
+            {
+                "id": image["id"],
+                "before": _name(vocabulary, clean),
+                "after": _name(vocabulary, last),
+                "failure": last.failure,
+                "change": change,
+            }
+        )
+    return found
+
+
+def write_rows(folder: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the run file anew.
+
+    Raises:
+        RunFault: it cannot be written.
+    """
+    written(folder / RUN, partial(write_run, header=header, rows=rows))
+
+
+def written(path: Path, write: Callable[[Path], Any]) -> None:
+    """Make the folder and write; a full disk is a fault that says what is kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except OSError as error:
+        raise RunFault(
+            f"could not write {path}: {error.strerror}; what was asked before is kept in the ledger"
+        ) from None
+
+
+def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write ``audit.json`` anew, whole or not at all.
+
+    Raises:
+        RunFault: it cannot be written.
+    """
+
+    def write(path: Path) -> None:
+        beside = path.with_name(f".{path.name}.part")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(about, indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+    written(folder / ABOUT, write)
