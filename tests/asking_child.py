@@ -23,7 +23,7 @@ from certify.remote.ledger import Ledger, ledger_header
 from certify.remote.manners import Manners
 
 MANNERS = Manners(concurrency=4, first_wait=0.002, longest_wait=0.01)
-FURTHER = 30  # queries that are new to a process
+FURTHER = 16  # queries that are new to a process
 
 
 def ask(url: str, path: Path, used: Path, budget: int, count: int) -> None:

@@ -51,7 +51,7 @@ class _Unwelcome(Exception):
 
 
 class _SpentUp(Exception):
-    """The budget does not cover another attempt."""
+    """The budget does not cover another request."""
 
 
 class _Stopped(Exception):
@@ -117,12 +117,7 @@ class Asker:
         crew, pending = Crew(self._manners.concurrency), deque[Future[Answer]]()
         try:
             for query in queries:
-                future = self._begin(query, crew)
-                if future is None:
-                    while pending:
-                        yield crew.result(pending.popleft())
-                    raise _SpentUp
-                pending.append(future)
+                pending.append(self._begin(query, crew))
                 while len(pending) >= _AHEAD * crew.size:
                     yield crew.result(pending.popleft())
             while pending:
@@ -132,8 +127,8 @@ class Asker:
         finally:
             self._finish(crew)
 
-    def _begin(self, query: Query, crew: Crew) -> Future[Answer] | None:
-        """Hand a query to the crew, unless the ledger has its answer. None: no budget for it."""
+    def _begin(self, query: Query, crew: Crew) -> Future[Answer]:
+        """Hand a query to the crew, unless the ledger has its answer."""
         with self._change:
             if query.name in crew.names:
                 raise UserError(f"query {query.name!r} comes twice at a time; expected names that are unique")
@@ -142,17 +137,8 @@ class Asker:
                 future = Future[Answer]()
                 future.set_result(known)
                 return future
-            if not self._claim():
-                return None
             crew.names.add(query.name)
         return crew.submit(partial(self._ask, query, crew))
-
-    def _claim(self) -> bool:
-        """Take one request off the budget, in hold of the lock."""
-        if self._budget is not None and self._claimed >= self._budget:
-            return False
-        self._claimed += 1
-        return True
 
     def _spent_up(self) -> CertifyError:
         from certify.access import BudgetSpent  # which needs torch
@@ -162,9 +148,8 @@ class Asker:
     def _finish(self, crew: Crew) -> None:
         with self._change:
             crew.stopped.set()
-        left = crew.dismiss()
+        crew.dismiss()
         with self._change:
-            self._claimed -= left
             self._change.wait_for(lambda: not self._under_way, self._manners.grace)
 
     def _ask(self, query: Query, crew: Crew) -> Answer:
@@ -183,7 +168,7 @@ class Asker:
             request = self._format.request(query.picture)
             for retry in retries:
                 with retry:
-                    return self._attempt(query, request, crew, first=retry.num == 1, last=retry.num == more)
+                    return self._attempt(query, request, crew, last=retry.num == more)
         except (_Stopped, _SpentUp):
             raise
         except BaseException as error:
@@ -194,16 +179,15 @@ class Asker:
                 crew.names.discard(query.name)
         raise AssertionError("an attempt returns or raises")
 
-    def _attempt(self, query: Query, request: Request, crew: Crew, *, first: bool, last: bool) -> Answer:
-        """One request: its budget, its time, its place among those that are waited for."""
-        with self._change:
-            if not first and not self._claim():
-                raise _SpentUp
+    def _attempt(self, query: Query, request: Request, crew: Crew, *, last: bool) -> Answer:
+        """One request: its time, its budget, its place among those that are waited for."""
         crew.stopped.wait(self._rate.take())
         with self._change:
             if crew.stopped.is_set():
-                self._claimed -= 1
                 raise _Stopped
+            if self._budget is not None and self._claimed >= self._budget:
+                raise _SpentUp
+            self._claimed += 1
             self._under_way += 1
         try:
             return self._exchange(query, request, last)

@@ -53,14 +53,10 @@ class Crew:
             self.fault.result()
         return future.result()
 
-    def dismiss(self) -> int:
-        """End the threads; how many queries were not begun."""
-        left = 0
-        try:
-            while self._tasks.get_nowait() is not None:
-                left += 1
-        except Empty:
-            pass
+    def dismiss(self) -> None:
+        """End the threads; what they have not begun is left."""
+        with suppress(Empty):
+            while True:
+                self._tasks.get_nowait()
         for _ in range(self._threads):
             self._tasks.put(None)
-        return left
