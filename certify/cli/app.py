@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from certify import __version__
-from certify.cli import bench, compare, evaluate, info, inspect, run, show, train
+from certify.cli import audit, bench, compare, evaluate, info, inspect, run, show, train
 from certify.errors import CertifyError
 
 
@@ -65,6 +65,7 @@ def group() -> None:
       certify train --denoiser unet --sigma 0.25 ...  a denoiser to put in front of it
       certify evaluate-denoiser --denoiser D ...      its PSNR, SSIM, accuracy, and a picture
       certify compare --model M --defences D,...      defences under attacks, beside certificates
+      certify audit --endpoint URL --protocol P ...   certify a service that can only be asked
 
     sigma and radii are in pixels of images scaled to [0, 1].
     """  # noqa: D301
@@ -80,6 +81,8 @@ for _command in (
     show.plot,
     show.table,
     show.recompute,
+    audit.audit,
+    audit.replay,
     bench.bench,
     info.list_,
     info.doctor,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """What will be asked, what that can prove, what it costs and how long it takes."""
     s, noise = audit.settings, audit.noise
-    options = ", ".join(f"{k}={v}" for k, v in audit.service.options.items() if v not in ("", None))
+    options = ", ".join(f"{k}={v}" for k, v in audit.service.options.items() if v not in ("", None, False))
     say(f"service    {audit.service.endpoint}: {audit.service.protocol} ({options})")
     size = "x".join(map(str, audit.service.size)) if audit.service.size else "as it is"
     say(f"images     {audit.images.name}: {len(audit.images):,} of {audit.images.available:,}, size {size}")

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from certify.remote.manners import Manners
     from certify.remote.types import Format, Sender
 
-service_options = options.together(
-    click.option("--endpoint", metavar="URL", help="The service; those that are in one place need none."),
-    click.option("--protocol", required=True, help="How it is asked and answers (`certify list protocols`)."),
+protocol_options = options.together(
     click.option(
         "--protocol-option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the protocol; repeatable."
     ),
@@ -37,13 +35,6 @@ service_options = options.together(
     ),
     click.option("--auth-query", metavar="'NAME={key}'", help="Send the key in the URL's query instead."),
     click.option("--insecure", is_flag=True, help="Send the key over plain HTTP to another machine nevertheless."),
-    click.option(
-        "--concurrency",
-        type=options.Count("requests at a time"),
-        default=4,
-        show_default=True,
-        help="Requests under way at a time.",
-    ),
     click.option("--rate", type=options.Positive("requests a second, above 0"), help="Most requests a second."),
     click.option(
         "--retries",
@@ -51,6 +42,19 @@ service_options = options.together(
         default=4,
         show_default=True,
         help="Further requests for a query that was declined (429, 5xx) or got lost; each counts.",
+    ),
+)
+
+service_options = options.together(
+    click.option("--endpoint", metavar="URL", help="The service; those that are in one place need none."),
+    click.option("--protocol", required=True, help="How it is asked and answers (`certify list protocols`)."),
+    protocol_options,
+    click.option(
+        "--concurrency",
+        type=options.Count("requests at a time"),
+        default=4,
+        show_default=True,
+        help="Requests under way at a time.",
     ),
     click.option(
         "--timeout",
@@ -128,14 +132,12 @@ def manners(o: dict[str, Any]) -> Manners:
 @contextlib.contextmanager
 def open_service(wanted: Wanted, o: dict[str, Any]) -> Iterator[tuple[Sender, Wanted]]:
     """What sends requests there; a model that describes itself (v2) is asked for what its options leave open."""
-    from certify.remote.credentials import cleaned
     from certify.remote.http import HttpSender
     from certify.remote.sdk import SENDERS
 
     if o["sdk"] or wanted.protocol == "rekognition":
-        credential = wanted.credential
-        send = SENDERS.get(wanted.protocol)(wanted.endpoint, credential.key if credential else "", o["timeout"])
-        yield cleaned(send, credential), wanted
+        build = SENDERS.get(wanted.protocol)
+        yield build(wanted.endpoint, wanted.credential, insecure=o["insecure"], timeout=o["timeout"]), wanted
         return
     sender = HttpSender(
         wanted.endpoint,

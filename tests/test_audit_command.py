@@ -1,0 +1,248 @@
+"""The command over loopback: plan, audit, again, replay; what it leaves is an ordinary run file without any secret."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command import run
+from PIL import Image
+
+from certify import SmoothedClassifier, load_images, read_run
+from certify.classifiers import Classifier
+from certify.remote.labels import AsSent
+from certify.remote.ledger import read_ledger
+
+WORDS = "zero one two three four five six seven eight nine".split()
+KEY = "a-secret-key-1234567890"
+NUMBERS = ["--data", "digits", "--skip", "90", "--sigma", "0.25", "--n0", "5", "--n", "20", "--seed", "2"]
+ROOT = Path(__file__).parent.parent
+
+
+class Service(ThreadingHTTPServer):
+    """Digits by POST: base64 in JSON, words and scores out."""
+
+    daemon_threads = True
+
+    def __init__(self, digits: Classifier) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.digits, self.requests, self.keys = digits, 0, set[str]()
+        self.lock = threading.Lock()
+
+    @property
+    def arguments(self) -> list[str]:
+        port = self.server_address[1]
+        options = [f"--protocol-option={name}={name}" for name in ("labels", "scores")]
+        return ["--endpoint", f"http://127.0.0.1:{port}/predict", "--protocol", "json", *options]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Service
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["image"]))), dtype=np.float32)
+        with self.server.lock:
+            self.server.requests += 1
+            self.server.keys.add(self.headers.get("Authorization", ""))
+            scores = self.server.digits.logits(torch.from_numpy(picture / 255)[None, None]).softmax(1)[0]
+        order = scores.argsort(descending=True).tolist()
+        answer = {"labels": [WORDS[c] for c in order], "scores": [float(scores[c]) for c in order]}
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def service(digits: Classifier) -> Iterator[Service]:
+    with Service(digits) as found:
+        thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield found
+        finally:
+            found.shutdown()
+            thread.join(10)
+
+
+def same_as_a_local_run(folder: Path, digits: Classifier) -> None:
+    about = json.loads((folder / "audit.json").read_text())
+    rows = read_run(folder / "run.jsonl").images
+    g = SmoothedClassifier(AsSent(digits), 0.25)
+    images = load_images("digits", digits, skip=90)
+    assert [row["id"] for row in rows] == [item.id for item in images.items]
+    for i, row in enumerate(rows):
+        c = g.certify(images.load(i), n0=5, n=20, seed=2, image_id=row["id"])
+        votes = {WORDS.index(about["vocabulary"][int(k)]): count for k, count in row["votes"].items()}
+        assert votes == {k: count for k, count in enumerate(c.counts) if count}
+        assert row["radius"] == c.radius
+        assert (row["prediction"] < 0) == c.abstained
+        assert row["prediction"] < 0 or row["class"] == WORDS[c.prediction]
+    assert any(row["radius"] > 0 for row in rows)
+
+
+def test_audit_over_http(
+    tmp_path: Path,
+    service: Service,
+    digits: Classifier,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SERVICE_KEY", KEY)
+    command = ["audit", *service.arguments, *NUMBERS, "--budget", "400", "--price-per-1000", "2"]
+    command += ["--api-key-env", "SERVICE_KEY", "--out", str(tmp_path / "a")]
+    run(*command, "--dry-run")
+    said = capsys.readouterr()
+    assert service.requests == 0
+    assert not (tmp_path / "a").exists()
+    assert "165 queries (6 clean, 3 probe, 30 selection, 120 estimation, 6 drift)" in said.err
+    assert "at most 0.33, at 2 per 1,000" in said.err
+    run(*command)
+    assert service.requests == read_ledger(tmp_path / "a" / "ledger.jsonl").spent == 165
+    assert service.keys == {f"Bearer {KEY}"}
+    said = capsys.readouterr()
+    assert "165 of a budget of 400" in said.out
+    assert "4 answers about one clean image agree; asked again at the end, 6 of 6 clean images" in said.out
+    same_as_a_local_run(tmp_path / "a", digits)
+    assert not [p for p in (tmp_path / "a").rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+    assert KEY not in said.out + said.err
+    assert {p.name for p in (tmp_path / "a").iterdir()} >= {"audit.json", "run.jsonl", "ledger.jsonl", "report.html"}
+    run(*command)  # the same command again: everything is there
+    assert service.requests == 165
+    capsys.readouterr()
+    run("replay", str(tmp_path / "a"))
+    assert "equal: all 6 certificates" in capsys.readouterr().out
+    run("replay", str(tmp_path / "a"), "--alpha", "0.05", "--out", str(tmp_path / "b.jsonl"))
+    run("recompute", str(tmp_path / "a" / "run.jsonl"), "--alpha", "0.05", "--out", str(tmp_path / "c.jsonl"))
+    replayed, recomputed = (read_run(tmp_path / name).images for name in ("b.jsonl", "c.jsonl"))
+    assert replayed == recomputed
+    run("table", str(tmp_path / "a" / "run.jsonl"))
+    ledger = tmp_path / "a" / "ledger.jsonl"
+    other = ledger.read_text().replace('"ranked": [["zero"', '"ranked": [["nine"')
+    ledger.write_text(other)
+    run("replay", str(tmp_path / "a"), code=1)
+    assert "certificates differ" in capsys.readouterr().err
+
+
+def test_a_small_budget_is_kept_and_a_larger_one_goes_on(
+    tmp_path: Path, service: Service, digits: Classifier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["audit", *service.arguments, *NUMBERS, "--out", str(tmp_path), "--quiet"]
+    run(*command, "--budget", "0")
+    assert service.requests == 0
+    run(*command, "--budget", "70")
+    assert service.requests <= 70
+    said = capsys.readouterr().out
+    assert "unfinished         budget spent" in said
+    assert len(read_run(tmp_path / "run.jsonl", allow_partial=True).images) == 2
+    run(*command, "--budget", "400", "--concurrency", "7")
+    same_as_a_local_run(tmp_path, digits)
+    names = [json.loads(line)["name"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()[1:]]
+    assert len(names) == 2 * len(set(names))  # sent and answered, each once
+
+
+def test_deciding_with_a_denoiser_and_given_labels(
+    tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "map.csv").write_text("".join(f"{word},{i}\n" for i, word in enumerate(WORDS)))
+    options = ["--denoiser", "median", "--radius", "0.1", "--reference", "given"]
+    options += ["--class-map", str(tmp_path / "map.csv"), "--budget", "2000", "--out", str(tmp_path / "a")]
+    numbers = ["--data", "digits", "--skip", "90", "--sigma", "0.25", "--n", "100", "--alpha", "0.01"]
+    run("audit", *service.arguments, *numbers, *options, "--json")
+    found = json.loads(capsys.readouterr().out)
+    truth = load_images("digits", service.digits, skip=90).labels
+    assert [row["label"] for row in found["images"]] == truth
+    assert found["audit"]["vocabulary"] == [str(i) for i in range(10)]
+    assert {row["decisions"][0]["outcome"] for row in found["images"]} & {"robust", "not certifiable"}
+    assert all(row["drawn"] <= 100 for row in found["images"])
+    assert (tmp_path / "a" / "pictures" / "000-denoised.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--protocol", "jsn"], "unknown protocol 'jsn'; nearest: json"),
+        (["--protocol-option", "label=x"], "json knows labels, scores"),
+        (["--api-key-env", "NO_SUCH_KEY"], "is not set, or empty"),
+        (["--auth-header", "X-Key: {key}"], "without --api-key-env"),
+        (["--endpoint", "ftp://x"], "expected http://"),
+        (["--encoding", "gif"], "expected png, jpeg"),
+        (["--labels", "x.csv"], "--labels without --reference given"),
+        (["--n0", "5", "--radius", "0.2"], "--n0 with --radius"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line_before_anything_is_sent(
+    tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = ["--endpoint", "http://127.0.0.1:9/", "--protocol", "json", "--protocol-option", "labels=a"]
+    numbers = ["--data", "digits", "--skip", "90", "--sigma", "0.25", "--budget", "9", "--out", str(tmp_path / "a")]
+    run("audit", *usual, *numbers, *change, code=2)
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+
+
+@contextmanager
+def litserve(tmp_path: Path) -> Iterator[str]:
+    """The example's server, in a process group of its own that is ended whatever happens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (tmp_path / "litserve.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, str(ROOT / "examples" / "litserve_digits.py"), str(port)],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        until = time.monotonic() + 300
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
+                    if reply.status == 200:
+                        break
+            except (urllib.error.URLError, OSError):
+                assert server.poll() is None, (tmp_path / "litserve.log").read_text()
+            assert time.monotonic() < until, "LitServe did not come up"
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/predict"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(30)
+
+
+@pytest.mark.slow
+def test_a_real_model_server(tmp_path: Path, digits: Classifier) -> None:
+    """LitServe holds the digits: the audit's votes and certificates are a local run's."""
+    pytest.importorskip("litserve")
+    with litserve(tmp_path) as endpoint:
+        protocol = ["--protocol", "json", "--protocol-option", "labels=labels", "--protocol-option", "scores=scores"]
+        run("audit", "--endpoint", endpoint, *protocol, *NUMBERS, "--budget", "300", "--out", str(tmp_path / "a"))
+    same_as_a_local_run(tmp_path / "a", digits)
