@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from vision_stubs import cloud_app
+from vision_stubs import cloud_app, noisy_digits
 
 from certify.classifiers import Classifier
 from certify.errors import ImageError, RunFault, UserError
@@ -48,11 +48,7 @@ def pairs(ranked: Ranked) -> list[tuple[str, float | None]]:
 
 @pytest.fixture(scope="module")
 def noisy() -> torch.Tensor:
-    """50 noisy digits ``(50, 1, 8, 8)``, many of them misread."""
-    from sklearn.datasets import load_digits
-
-    images = torch.from_numpy(load_digits().images[-50:]).float()[:, None] / 16
-    return images + 0.4 * torch.randn(images.shape, generator=torch.Generator().manual_seed(7))
+    return noisy_digits()
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,18 @@ import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from sklearn.datasets import load_digits
 
 from certify.classifiers import Classifier
 from certify.remote.pictures import from_bytes, to_tensor
 
 Log = list[dict[str, str]]
+
+
+def noisy_digits(count: int = 50) -> torch.Tensor:
+    """Noisy digits ``(count, 1, 8, 8)`` of the test part, many of them misread."""
+    images = torch.from_numpy(load_digits().images[-count:]).float()[:, None] / 16
+    return images + 0.4 * torch.randn(images.shape, generator=torch.Generator().manual_seed(7))
 
 
 def probabilities(classifier: Classifier, tensor: torch.Tensor) -> list[float]:

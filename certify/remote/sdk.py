@@ -179,7 +179,7 @@ def azure_sender(
 def clarifai_sender(
     endpoint: str, credential: Credential | None = None, *, insecure: bool = False, timeout: float = TIMEOUT
 ) -> Sender:
-    """Clarifai by gRPC, through the stub of its SDK.
+    """Clarifai by gRPC, with the messages of its SDK.
 
     Args:
         endpoint: such as ``https://api.clarifai.com``; a scheme of ``http`` means a channel that is not encrypted.
@@ -192,7 +192,7 @@ def clarifai_sender(
     """
     try:
         import grpc
-        from clarifai_grpc.grpc.api import service_pb2, service_pb2_grpc
+        from clarifai_grpc.grpc.api import service_pb2
         from google.protobuf import json_format
     except ImportError:
         _missing("clarifai")
@@ -207,7 +207,11 @@ def clarifai_sender(
         if secure
         else grpc.insecure_channel(target, options=options)
     )
-    stub = service_pb2_grpc.V2Stub(channel)
+    call = channel.unary_unary(  # the SDK's stub works with its own channel only
+        "/clarifai.api.V2/PostModelOutputs",
+        request_serializer=service_pb2.PostModelOutputsRequest.SerializeToString,
+        response_deserializer=service_pb2.MultiOutputResponse.FromString,
+    )
     metadata = (("authorization", f"Key {key}"),) if key else ()
 
     def ask(request: Request) -> None:
@@ -217,7 +221,7 @@ def clarifai_sender(
         message.user_app_id.user_id, message.user_app_id.app_id = named["users"], named["apps"]
         message.model_id, message.version_id = named["models"], named.get("versions", "")
         try:
-            reply = stub.PostModelOutputs(message, timeout=timeout, metadata=metadata)
+            reply = call(message, timeout=timeout, metadata=metadata)
         except grpc.RpcError as error:
             raise _Answered(_of_status(error, grpc.StatusCode)) from None
         text = json_format.MessageToJson(reply, preserving_proto_field_name=True, use_integers_for_enums=True)
