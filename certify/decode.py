@@ -21,8 +21,13 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 128 * 2**20
 
 
-def decode(content: bytes, channels: int = 3) -> Image.Image:
+def decode(content: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A PIL image of mode RGB (3 channels) or L (1 channel).
+
+    Args:
+        content: of the file.
+        channels: 1 or 3.
+        max_pixels: refused before they are decoded.
 
     Raises:
         ImageError: empty, not an image, damaged, or larger than the limits.
@@ -35,12 +40,12 @@ def decode(content: bytes, channels: int = 3) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of size (checked below) and of odd metadata (harmless)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"has {image.width}x{image.height} pixels; the limit is {MAX_PIXELS:,}")
+            if image.width * image.height > max_pixels:
+                raise ImageError(f"has {image.width}x{image.height} pixels; the limit is {max_pixels:,}")
             image.load()
             return _to_eight_bits(image, channels)
     except Image.DecompressionBombError:
-        raise ImageError(f"claims more than the limit of {MAX_PIXELS:,} pixels (a decompression bomb)") from None
+        raise ImageError(f"claims more than the limit of {max_pixels:,} pixels (a decompression bomb)") from None
     except UnidentifiedImageError:
         raise ImageError(f"is not an image ({', '.join(f.lower() for f in FORMATS)} are read)") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, MemoryError) as error:

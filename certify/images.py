@@ -82,7 +82,7 @@ class ImageSet:
         raw = self.items[index].read()
         channels = self.input.size[0] if self.input.size else None
         if isinstance(raw, bytes):
-            return self._transform(decode(raw, channels or 3))
+            return fitted(decode(raw, channels or 3), self.input)
         array = np.asarray(raw)
         image = _array_to_tensor(array, channels)
         if self.input.size is None or tuple(image.shape) == self.input.size:
@@ -90,15 +90,8 @@ class ImageSet:
         if array.dtype == np.uint8:  # the same way as a file of the same picture
             from torchvision.transforms.functional import to_pil_image
 
-            return self._transform(to_pil_image(image))
-        return self._transform(image)
-
-    def _transform(self, picture: Any) -> Tensor:
-        if self.input.transform is None:
-            from torchvision.transforms.functional import to_tensor
-
-            return as_image(to_tensor(picture), None)
-        return as_image(self.input.transform(picture).clamp(0.0, 1.0), self.input.size)  # bicubic overshoots
+            return fitted(to_pil_image(image), self.input)
+        return fitted(image, self.input)
 
     def digest(self) -> str:
         """Hash over ids, labels and contents of the chosen images: what a resumed run must find again."""
@@ -217,6 +210,15 @@ def _labels_from_file(
             f"--labels {path} misses {len(missing)} of {len(chosen)} images: {', '.join(missing[:3])}; add them"
         )
     return [class_index(given[k], index, num_classes, f"--labels {path}") for k in keys], f"from {path.name}"
+
+
+def fitted(picture: Any, spec: InputSpec) -> Tensor:
+    """A PIL image, or a tensor ``(C, H, W)`` in [0, 1], as the classifier wants to see it: ``(C, H, W)`` in [0, 1]."""
+    if spec.transform is None:
+        from torchvision.transforms.functional import to_tensor
+
+        return as_image(to_tensor(picture), None)
+    return as_image(spec.transform(picture).clamp(0.0, 1.0), spec.size)  # bicubic overshoots
 
 
 def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> Tensor:

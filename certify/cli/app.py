@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from certify import __version__
-from certify.cli import audit, bench, compare, evaluate, info, inspect, run, show, train
+from certify.cli import audit, bench, compare, evaluate, info, inspect, run, serve, show, train
 from certify.errors import CertifyError
 
 
@@ -66,6 +66,7 @@ def group() -> None:
       certify evaluate-denoiser --denoiser D ...      its PSNR, SSIM, accuracy, and a picture
       certify compare --model M --defences D,...      defences under attacks, beside certificates
       certify audit --endpoint URL --protocol P ...   certify a service that can only be asked
+      certify serve --model M --sigma 0.25 ...        a server that answers with certificates
 
     sigma and radii are in pixels of images scaled to [0, 1].
     """  # noqa: D301
@@ -83,6 +84,7 @@ for _command in (
     show.recompute,
     audit.audit,
     audit.replay,
+    serve.serve,
     bench.bench,
     info.list_,
     info.doctor,

@@ -1,0 +1,280 @@
+"""``certify serve``: a server in front of a classifier that answers with smoothed labels and certificates."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from certify.cli import options
+from certify.cli.load import check_first, denoiser_for, load_smoothed
+from certify.cli.service import Wanted, manners, open_service, protocol_options, wanted_service
+from certify.cli.summary import warn
+from certify.errors import UserError
+
+if TYPE_CHECKING:
+    import socket
+
+    import numpy as np
+
+    from certify.classifiers import InputSpec
+    from certify.serve.limits import Limits
+    from certify.serve.service import Procedure, Service
+    from certify.smoothing import SmoothedClassifier
+
+    Say = Callable[[str], None]
+
+_CLASSES = 1000  # labels of a service that are told apart, unless --num-classes says otherwise
+_NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+
+
+@click.command(short_help="Serve smoothed labels with certificates over HTTP.")
+@click.option("--model", help="The classifier (`certify run --help`); this or --endpoint.")
+@options.input_options
+@click.option("--endpoint", metavar="URL", help="In place of --model: a service that is asked; needs --protocol.")
+@click.option("--protocol", help="How the service is asked and answers (`certify list protocols`).")
+@protocol_options
+@click.option(
+    "--queries",
+    type=options.Count("requests at a time"),
+    default=4,
+    show_default=True,
+    help="Requests to the service under way at a time.",
+)
+@click.option(
+    "--budget", type=options.Count("requests"), help="Requests to the service in all; then it answers no more."
+)
+@options.noise_options
+@click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`).")
+@click.option(
+    "--n0",
+    type=options.Count("a number of samples"),
+    default=100,
+    show_default=True,
+    help="Selection samples an image.",
+)
+@click.option(
+    "--n",
+    type=options.Count("a number of samples"),
+    default=1000,
+    show_default=True,
+    help="Estimation samples an image.",
+)
+@options.alpha
+@click.option(
+    "--radius",
+    type=options.Positive("a radius in [0, 1] pixels"),
+    help="Only decide whether an image is robust at this radius, with as few samples as that takes (--n at most).",
+)
+@click.option(
+    "--budget-per-request",
+    type=options.Count("a number of samples"),
+    default=100_000,
+    show_default=True,
+    help="Noise samples that one request may take, all its images together.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), default=8080, show_default=True, help="Port to listen on; 0: a free one."
+)
+@click.option("--name", help="The model's name in URLs (default: from --model).")
+@click.option(
+    "--max-bytes",
+    type=options.Count("a number of bytes"),
+    default=16 * 2**20,
+    show_default=True,
+    help="Longest body of a request.",
+)
+@click.option(
+    "--max-pixels",
+    type=options.Count("a number of pixels"),
+    default=16_000_000,
+    show_default=True,
+    help="Pixels of all images of a request, and of an image file before it is decoded.",
+)
+@click.option(
+    "--concurrency",
+    type=options.Count("a number of requests"),
+    default=32,
+    show_default=True,
+    help="Requests that wait or are in work at a time; more get 429 with Retry-After.",
+)
+@click.option(
+    "--timeout",
+    type=options.Positive("seconds above 0"),
+    default=60.0,
+    show_default=True,
+    help="Seconds for a request, from its first byte to its answer; also the longest wait at the end.",
+)
+@click.option("--seed", type=options.Count("a seed", least=0), help="Seed of all noise (default: a secret one).")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator.")
+@options.engine_options
+def serve(**o: Any) -> None:
+    """Serve the smoothed classifier by the Open Inference Protocol v2, with a page at / and metrics at /metrics.
+
+    Existing clients of the classifier go on as they are: images as FP32 in [0, 1] or UINT8 go in, labels come out, with
+    their certificate in the parameters. A request may ask for its own `radius` or `samples`. SIGTERM or Ctrl-C ends
+    the server when everything it accepted is answered.
+    """
+    _check_extra()
+    wanted = _check_first(o)
+    name = o["name"] or re.sub(r"[^A-Za-z0-9._-]+", "-", o["model"] or wanted.protocol).strip("-")  # type: ignore[union-attr]
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
+        raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', such as resnet50")
+    from certify.serve.limits import Limits
+    from certify.serve.server import listen
+
+    limits = Limits(o["max_bytes"], o["max_pixels"], o["budget_per_request"], o["concurrency"], o["timeout"])
+    with listen(o["host"], o["port"]) as listening, _classifier(o, wanted) as (smoothed, names):
+        _serve(o, name, limits, listening, smoothed, names)
+    _say("stopped    everything that was accepted is answered")
+
+
+def _check_first(o: dict[str, Any]) -> Wanted | None:
+    """Everything that can be refused before torch is imported; the service, if it is one."""
+    if (o["model"] is None) == (o["endpoint"] is None):
+        raise UserError("certify serve: expected --model NAME or --endpoint URL, one of them")
+    if o["model"] is not None:
+        if o["protocol"] is not None:
+            raise UserError("--protocol without --endpoint: a model is not asked over the network; leave it out")
+        check_first({**o, "radius": None})
+        return None
+    for option in ("protocol", "input_size"):
+        if o[option] is None:
+            raise UserError(f"--endpoint without --{option.replace('_', '-')}: expected how it is asked, about what")
+    from certify.noise import make_noise
+    from denoisers.names import find_source
+
+    make_noise(o["noise"], o["sigma"], rounded=o["rounded"])
+    if o["denoiser"] != "none":
+        find_source(o["denoiser"])
+    return wanted_service(o)
+
+
+@contextlib.contextmanager
+def _classifier(o: dict[str, Any], wanted: Wanted | None) -> Iterator[tuple[SmoothedClassifier, Callable[[int], str]]]:
+    """The smoothed classifier, and what its classes are called."""
+    from certify.serve.service import class_names
+
+    if wanted is None:
+        smoothed = load_smoothed(o)
+        yield smoothed, class_names(smoothed.classifier.class_names)  # type: ignore[attr-defined]
+        return
+    from typing import cast
+
+    from certify.cli.load import device_from
+    from certify.remote.asking import Asker
+    from certify.remote.ledger import Ledger
+    from certify.serve.endpoint import TOGETHER, Endpoint, Forgetful
+    from certify.smoothing import SmoothedClassifier
+
+    theirs = {**o, "concurrency": o["queries"]}
+    with open_service(wanted, theirs) as (send, found):
+        nothing_kept = cast(Ledger, Forgetful())
+        asker = Asker(send, found.format, nothing_kept, budget=o["budget"], manners=manners(theirs))
+        about = {"endpoint": found.endpoint, "format": found.format.name, **found.format.about}
+        endpoint = Endpoint(asker, o["input_size"], o["num_classes"] or _CLASSES, about)
+        denoiser = None if o["denoiser"] == "none" else denoiser_for(o["denoiser"], o["sigma"], o["input_size"])
+        smoothed = SmoothedClassifier(
+            endpoint,
+            o["sigma"],
+            denoiser=denoiser,
+            noise=o["noise"],
+            rounded=o["rounded"],
+            device=device_from(o["device"]),
+            batch_size=o["batch_size"] or TOGETHER,
+        )
+        yield smoothed, endpoint.name_of
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _serve(
+    o: dict[str, Any],
+    name: str,
+    limits: Limits,
+    listening: socket.socket,
+    smoothed: SmoothedClassifier,
+    names: Callable[[int], str],
+) -> None:
+    from certify.cli.plan import show_engine
+    from certify.serve.app import build_app
+    from certify.serve.front import Front, Gate
+    from certify.serve.metrics import Metrics
+    from certify.serve.server import is_loopback, serve, url_of
+    from certify.serve.service import Service
+
+    if not is_loopback(listening):
+        warn(f"--host {o['host']}: anybody who reaches this address may ask; put TLS and authentication in front")
+    spec: InputSpec = smoothed.classifier.input  # type: ignore[attr-defined]
+    if spec.size is None:
+        raise UserError(
+            f"model {o['model']!r} takes any size; a server needs one: pass --input-size, such as 3x224x224"
+        )
+    metrics, gate = Metrics(), Gate(limits)
+    service = Service(smoothed, spec.size, _procedure(o), limits, names, on_samples=metrics.samples.inc)
+    about = {
+        "sigma": o["sigma"],
+        "noise": smoothed.noise.name,
+        "norm": service.stated.norm,
+        "alpha": o["alpha"],
+        "denoiser": o["denoiser"],
+        "input": "x".join(map(str, spec.size)),
+    }
+    front = Front(service, name, lambda content: _picture(content, spec, limits.max_pixels), metrics, gate, about)
+    _show(o, name, service)
+    with service:
+        if smoothed.execution is not None:
+            show_engine(smoothed.execution, smoothed, _say)
+        serve(build_app(front), gate, listening, lambda: _say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"))
+
+
+def _procedure(o: dict[str, Any]) -> Procedure:
+    from certify.sequential import DEFAULT_CAP
+    from certify.serve.service import Procedure
+
+    n = DEFAULT_CAP if o["radius"] is not None and not options.given_by_user("n") else o["n"]
+    seeded = {"seed": o["seed"]} if o["seed"] is not None else {}
+    return Procedure(o["n0"], n, o["alpha"], o["radius"], **seeded)
+
+
+def _show(o: dict[str, Any], name: str, service: Service) -> None:
+    """What is served, and what it can claim at most."""
+    from certify.certificates import largest_radius
+
+    procedure = service.procedure
+    where = "" if o["endpoint"] is None else " at most, behind a service"
+    size = "x".join(map(str, service.size))
+    _say(f"model      {name}: {service.smoothed.num_classes:,} classes{where}, input {size}")
+    noise = f"{service.smoothed.noise.name} noise, sigma = {o['sigma']:g} in [0, 1] pixels, denoiser: {o['denoiser']}"
+    if procedure.radius is not None:
+        how = f"decide at {procedure.radius:g}, n = {procedure.n:,} at most"
+        _say(f"procedure  {how}, alpha = {procedure.alpha:g}, {noise}")
+        return
+    _say(f"procedure  n0 = {procedure.n0:,}, n = {procedure.n:,}, alpha = {procedure.alpha:g}, {noise}")
+    cap = largest_radius(service.stated, procedure.n, procedure.alpha)
+    _say(f"radius     at most {cap:.4g} ({service.stated.norm}) at this n and alpha")
+    if cap == 0.0:
+        warn(f"n = {procedure.n} can certify nothing at alpha = {procedure.alpha:g}: every image will abstain")
+
+
+def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:
+    """Bytes of an image file as the classifier wants to see them, ``(C, H, W)`` in [0, 1]."""
+    from certify.decode import decode
+    from certify.images import fitted
+
+    channels = spec.size[0] if spec.size is not None else 3
+    return fitted(decode(content, channels, max_pixels), spec).numpy()
+
+
+def _check_extra() -> None:
+    import importlib.util
+
+    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"certify serve needs {', '.join(missing)}; pip install 'certify-toolkit[serve]'")

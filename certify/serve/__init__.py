@@ -1,0 +1,1 @@
+"""A server that makes the classifier behind it robust (extra ``serve``)."""

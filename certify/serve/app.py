@@ -1,0 +1,152 @@
+"""The routes: requests in, answers or refusals out. What is computed is the service's, what is read the protocol's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from certify.errors import UserError
+from certify.serve.front import Counted, Front
+from certify.serve.limits import Refused
+from certify.serve.page import HEADERS, page
+from certify.serve.protocol import (
+    HEADER,
+    VERSION,
+    model_metadata,
+    read_request,
+    server_metadata,
+    wishes_from,
+    write_response,
+)
+
+_SHOWN = 10  # classes on the page
+_JSON = ("application/json", "application/octet-stream")
+
+
+def build_app(front: Front) -> FastAPI:
+    """The server's application: refusals, metrics, and all routes."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's own pages load scripts from elsewhere
+    app.add_middleware(Counted, metrics=front.metrics)
+
+    def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        front.metrics.rejected.labels(error.kind).inc()
+        headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else None
+        return JSONResponse({"error": error.why}, error.status, headers)
+
+    def unknown(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return refuse(request, Refused(error.status_code, f"{request.method} {request.url.path[:60]}: {error.detail}"))
+
+    app.add_exception_handler(Refused, refuse)
+    app.add_exception_handler(HTTPException, unknown)
+    _add_protocol(app, front)
+    _add_page(app, front)
+
+    @app.get("/metrics")
+    async def measured() -> Response:
+        return Response(front.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _add_protocol(app: FastAPI, front: Front) -> None:
+    """The Open Inference Protocol v2."""
+    model, service = front.model, front.service
+
+    def check_name(name: str, version: str) -> None:
+        if name != model or version != VERSION:
+            raise Refused(404, f"model {name[:60]!r}, version {version[:20]!r}: this server has {model!r}, {VERSION!r}")
+
+    def readiness(**said: Any) -> Response:
+        return JSONResponse({**said, "ready": front.ready}, 200 if front.ready else 503)
+
+    @app.get("/v2")
+    @app.get("/v2/")
+    async def server() -> Response:
+        return JSONResponse(server_metadata())
+
+    @app.get("/v2/health/live")
+    async def live() -> Response:
+        return JSONResponse({"live": True})
+
+    @app.get("/v2/health/ready")
+    async def ready() -> Response:
+        return readiness()
+
+    @app.get("/v2/models/{name}/ready")
+    @app.get("/v2/models/{name}/versions/{version}/ready")
+    async def model_ready(name: str, version: str = VERSION) -> Response:
+        check_name(name, version)
+        return readiness(name=model)
+
+    @app.get("/v2/models/{name}")
+    @app.get("/v2/models/{name}/versions/{version}")
+    async def metadata(name: str, version: str = VERSION) -> Response:
+        check_name(name, version)
+        return JSONResponse(model_metadata(model, service.size, service.smoothed.num_classes, front.about))
+
+    @app.post("/v2/models/{name}/infer")
+    @app.post("/v2/models/{name}/versions/{version}/infer")
+    async def infer(request: Request, name: str, version: str = VERSION) -> Response:
+        check_name(name, version)
+        _check_content(request, lambda kind: kind in ("", *_JSON), " or ".join(_JSON))
+
+        async def work() -> Response:
+            body, length = await front.body(request), request.headers.get(HEADER)
+            asked = await front.read(read_request, body, length, service.size, service.limits)
+            found = await front.answers(request, asked.images, asked.wishes)
+            content, headers = write_response(model, asked, found, front.about)
+            return Response(content, headers=headers)
+
+        return await front.within(work)
+
+
+def _add_page(app: FastAPI, front: Front) -> None:
+    """The page, and what it asks."""
+    html = page(front.model, front.about)
+
+    @app.get("/")
+    async def home() -> Response:
+        return HTMLResponse(html, headers=HEADERS)
+
+    @app.post("/classify")
+    async def classify(request: Request) -> Response:
+        """An image file in, everything about it out."""
+        _check_content(
+            request,
+            lambda kind: kind.startswith("image/") or kind == "application/octet-stream",
+            "image/png, image/jpeg, ... or application/octet-stream: the bytes of one image file",
+        )
+        wishes = wishes_from(request.query_params)
+
+        async def work() -> Response:
+            body = await front.body(request)
+            try:
+                image = await front.read(front.picture, body)
+            except UserError as error:
+                raise Refused(400, f"the image {error}") from None
+            (answer,) = await front.answers(request, image[None], wishes)
+            shown = {"votes": _most(answer.votes, front.service.name_of), "votes_cast": max(1, sum(answer.votes))}
+            return JSONResponse({**front.about, **asdict(answer), **shown})
+
+        return await front.within(work)
+
+
+def _check_content(request: Request, fits: Callable[[str], bool], expected: str) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not fits(kind):
+        raise Refused(415, f"content type {kind[:40]!r}: expected {expected}")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refused(415, "compressed bodies are not taken: send it without Content-Encoding")
+
+
+def _most(votes: Sequence[int], name_of: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The classes with most votes, most first."""
+    order = sorted((c for c in range(len(votes)) if votes[c]), key=lambda c: (-votes[c], c))[:_SHOWN]
+    return [{"label": c, "name": name_of(c), "votes": votes[c]} for c in order]

@@ -1,0 +1,93 @@
+"""A service behind the server: a base classifier that asks it, one query a noisy copy, and keeps nothing."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from certify.classifiers import square_input
+from certify.remote.pictures import to_pictures
+from certify.remote.types import Answer, Asking, Query
+from certify.remote.vocabulary import Vocabulary
+from certify.types import FAILED
+
+TOGETHER = 64
+"""Queries that are handed over at a time."""
+
+
+class Endpoint:
+    """A base classifier whose labels come from a service: tensor -> clip -> 8 bits -> query -> label.
+
+    Certificates presuppose that the service is a fixed function of the picture. Classes are numbered as they appear,
+    and keep their numbers while the server runs; a label that appears when all numbers are taken is a trial without a
+    label, as a failed query is.
+
+    Args:
+        asking: asks the service.
+        size: (C, H, W) of the images.
+        num_classes: labels that are told apart, at most.
+        about: what fixes the function, without credentials.
+    """
+
+    class_names = None
+
+    def __init__(self, asking: Asking, size: tuple[int, int, int], num_classes: int, about: Mapping[str, Any]) -> None:
+        self.num_classes, self.input = num_classes, square_input(size)
+        self._asking, self._about = asking, dict(about)
+        self._vocabulary, self._numbers = Vocabulary(), itertools.count()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Labels ``(B,)`` of images ``(B, C, H, W)``; ``FAILED`` where the service gave none."""
+        queries = [Query(f"served | {next(self._numbers)}", picture) for picture in to_pictures(images)]
+        labels = [self._vote(answer) for answer in self._asking(queries)]
+        return torch.tensor(labels, dtype=torch.int64, device=images.device)
+
+    def _vote(self, answer: Answer) -> int:
+        full = len(self._vocabulary.names) >= self.num_classes
+        if not answer.ranked or (full and answer.ranked[0].label not in self._vocabulary.names):
+            return FAILED
+        return self._vocabulary.vote(answer.ranked)
+
+    def name_of(self, label: int) -> str:
+        """What the service calls this class."""
+        return self._vocabulary.names[label]
+
+    def describe(self) -> dict[str, Any]:
+        """Which service, and how it is asked."""
+        return {"step": "service", "num_classes": self.num_classes, "picture": {"bits": 8}, **self._about}
+
+
+class Forgetful:
+    """In place of a ledger: counts requests, and forgets a query once it is answered."""
+
+    def __init__(self) -> None:
+        self.spent = 0
+        self._attempts: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def find(self, query: Query) -> None:
+        """Nothing: noisy draws are never answered twice."""
+
+    def attempts(self, name: str) -> int:
+        """Requests sent for a query so far."""
+        with self._lock:
+            return self._attempts.get(name, 0)
+
+    def sent(self, name: str, digest: str) -> None:
+        """A request is about to go out."""
+        with self._lock:
+            self.spent += 1
+            self._attempts[name] = self._attempts.get(name, 0) + 1
+
+    def refused(self, name: str, why: str) -> None:
+        """It may go out once more."""
+
+    def answer(self, answer: Answer) -> None:
+        """The query is settled."""
+        with self._lock:
+            self._attempts.pop(answer.name, None)

@@ -1,0 +1,829 @@
+"""The server: it says what the smoothed classifier says, refuses what it cannot answer, and loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+from browser import browser
+from command import run
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from certify import SmoothedClassifier, load_images
+from certify.access import BudgetSpent
+from certify.classifiers import Classifier
+from certify.cli.serve import _picture
+from certify.errors import UserError
+from certify.remote.asking import Asker
+from certify.remote.formats.v2 import metadata_request, options_from, v2
+from certify.remote.labels import AsSent
+from certify.remote.ledger import Ledger
+from certify.remote.manners import Manners
+from certify.remote.pictures import to_pictures, to_tensor
+from certify.remote.types import Answer, Query, Reply, Request, Scored
+from certify.sampling import image_digest
+from certify.serve.app import build_app
+from certify.serve.endpoint import Endpoint, Forgetful
+from certify.serve.front import Front, Gate
+from certify.serve.limits import JSON_DEPTH, Limits, Refused, read_json
+from certify.serve.metrics import Metrics
+from certify.serve.protocol import HEADER, Wishes
+from certify.serve.service import Procedure, Service, class_names, stream_name
+
+SIZE = (1, 8, 8)
+SEED, N0, N, ALPHA = 7, 50, 400, 0.01
+INFER = "/v2/models/digits/infer"
+LIMITS = Limits(max_bytes=100_000, max_pixels=1500, budget=10_000, concurrency=8, timeout=120.0)
+
+
+@contextlib.contextmanager
+def serving(
+    classifier: Any,
+    limits: Limits = LIMITS,
+    *,
+    size: tuple[int, int, int] = SIZE,
+    batch_size: int | None = 256,
+    names: Callable[[int], str] | None = None,
+    **own: Any,
+) -> Iterator[tuple[TestClient, Service, Gate, Metrics]]:
+    """A server in this process."""
+    smoothed = SmoothedClassifier(classifier, 0.25, batch_size=batch_size)
+    metrics, gate = Metrics(), Gate(limits)
+    procedure = Procedure(**{"n0": N0, "n": N, "alpha": ALPHA, "seed": SEED, **own})
+    names = names or class_names(getattr(classifier, "class_names", None))
+    spec = getattr(classifier, "input", None)
+    with Service(smoothed, size, procedure, limits, names, metrics.samples.inc) as service:
+        picture = functools.partial(_picture, spec=spec, max_pixels=limits.max_pixels)
+        about = {"sigma": 0.25, "norm": "l2", "alpha": ALPHA}
+        app = build_app(Front(service, "digits", picture, metrics, gate, about))
+        with TestClient(app, raise_server_exceptions=False) as client:
+            yield client, service, gate, metrics
+
+
+@pytest.fixture(scope="module")
+def client(digits: Classifier) -> Iterator[TestClient]:
+    with serving(digits) as (found, *_):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def images(digits: Classifier) -> np.ndarray:
+    found = load_images("digits", digits, skip=100)
+    grey = torch.full(SIZE, 0.5)  # looks like no digit
+    return torch.stack([*(found.load(i) for i in range(4)), grey]).numpy()
+
+
+def request(images: np.ndarray, **more: Any) -> dict[str, Any]:
+    """An inference with JSON tensors."""
+    datatype = "UINT8" if images.dtype == np.uint8 else "FP32"
+    tensor = {"name": "image", "datatype": datatype, "shape": list(images.shape), "data": images.ravel().tolist()}
+    return {"inputs": [tensor], **more}
+
+
+def binary(images: np.ndarray, **more: Any) -> tuple[bytes, dict[str, str]]:
+    """The same with a binary tensor: body and headers."""
+    datatype = "UINT8" if images.dtype == np.uint8 else "FP32"
+    raw = images.tobytes()
+    tensor = {"name": "image", "datatype": datatype, "shape": list(images.shape)}
+    text = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": len(raw)}}], **more}).encode()
+    return text + raw, {HEADER: str(len(text)), "content-type": "application/octet-stream"}
+
+
+def outputs(reply: Any) -> dict[str, Any]:
+    assert reply.status_code == 200, reply.text
+    return {output["name"]: output["data"] for output in reply.json()["outputs"]}
+
+
+# What it answers
+
+
+def test_labels_and_radii_are_those_of_the_smoothed_classifier(
+    client: TestClient, digits: Classifier, images: np.ndarray
+) -> None:
+    reply = client.post(INFER, json=request(images, id="five"))
+    found = outputs(reply)
+    smoothed = SmoothedClassifier(digits, 0.25)
+    wanted = [smoothed.certify(image, n0=N0, n=N, alpha=ALPHA, seed=SEED) for image in images]
+    assert found["label"] == [c.prediction for c in wanted]
+    assert found["radius"] == [c.radius for c in wanted]
+    assert found["p_lower"] == [c.p_lower for c in wanted]
+    assert found["samples"] == [N0 + N] * 5
+    assert found["name"] == ["abstained" if c.abstained else str(c.prediction) for c in wanted]
+    assert {c.abstained for c in wanted} == {True, False}  # both kinds were compared
+    said = reply.json()
+    assert (said["model_name"], said["model_version"], said["id"]) == ("digits", "1", "five")
+    assert said["parameters"] == {
+        "radius": min(c.radius for c in wanted),
+        "p_lower": min(c.p_lower for c in wanted),
+        "samples": 5 * (N0 + N),
+        "failures": 0,
+        "abstentions": sum(c.abstained for c in wanted),
+        "sigma": 0.25,
+        "norm": "l2",
+        "alpha": ALPHA,
+    }
+
+
+def test_a_radius_is_decided_with_few_samples(client: TestClient, digits: Classifier, images: np.ndarray) -> None:
+    body = request(images, parameters={"radius": 0.1, "samples": 1500})
+    found = outputs(client.post(INFER, json=body))
+    smoothed = SmoothedClassifier(digits, 0.25)
+    wanted = [smoothed.decide(image, radius=0.1, n=1500, alpha=ALPHA, seed=SEED) for image in images]
+    assert found["label"] == [d.prediction for d in wanted]
+    assert found["outcome"] == [d.outcomes[0] for d in wanted]
+    assert found["radius"] == [0.1 if d.robust else 0.0 for d in wanted]
+    assert found["samples"] == [d.drawn for d in wanted]
+    assert {d.robust for d in wanted} >= {True, False}
+    p0 = smoothed.noise.probability(0.1)
+    assert found["p_lower"] == [p0 if d.robust else 0.0 for d in wanted]
+
+
+def test_samples_and_seed_of_a_request(client: TestClient, digits: Classifier, images: np.ndarray) -> None:
+    smoothed, image = SmoothedClassifier(digits, 0.25), torch.from_numpy(images[1])
+    body = request(images[1:2], parameters={"samples": 900, "seed": "5"}, outputs=[{"name": "votes"}])
+    name = stream_name(image_digest(image), 5)
+    wanted = smoothed.certify(image, n0=N0, n=900, alpha=ALPHA, seed=SEED, image_id=name)
+    assert outputs(client.post(INFER, json=body)) == {"votes": list(wanted.counts)}
+    again = outputs(client.post(INFER, json={**body, "parameters": {"samples": 900}}))
+    assert again == {"votes": list(smoothed.certify(image, n0=N0, n=900, alpha=ALPHA, seed=SEED).counts)}
+    assert again != {"votes": list(wanted.counts)}
+
+
+def test_a_server_draws_a_secret_seed_of_its_own() -> None:
+    first, second = Procedure(), Procedure()
+    assert first.seed != second.seed
+    assert max(first.seed, second.seed) > 2**100  # nobody tries them all
+    assert str(first.seed) not in repr(first)
+
+
+def test_forms_of_the_same_tensor_agree(client: TestClient, images: np.ndarray) -> None:
+    eight = (images * 255).round().astype(np.uint8)
+    exact = eight.astype(np.float32) / 255
+    wanted = outputs(client.post(INFER, json=request(exact)))
+    nested = request(exact)
+    nested["inputs"][0]["data"] = exact.tolist()
+    for reply in (
+        client.post(INFER, json=nested),
+        client.post(INFER, json=request(eight)),
+        client.post("/v2/models/digits/versions/1/infer", content=binary(exact)[0], headers=binary(exact)[1]),
+        client.post(INFER, content=binary(eight)[0], headers=binary(eight)[1]),
+        client.post(INFER, content=json.dumps(request(exact)), headers={"content-type": ""}),
+    ):
+        assert outputs(reply) == wanted
+
+
+def test_binary_outputs_say_the_same(client: TestClient, images: np.ndarray) -> None:
+    wanted = outputs(client.post(INFER, json=request(images)))
+    body, headers = binary(images, parameters={"binary_data_output": True})
+    reply = client.post(INFER, content=body, headers=headers)
+    assert reply.headers["content-type"] == "application/octet-stream"
+    length = int(reply.headers[HEADER])
+    said, rest = json.loads(reply.content[:length]), reply.content[length:]
+    assert [o["name"] for o in said["outputs"]] == list(wanted)
+    for output in said["outputs"]:
+        raw, rest = rest[: output["parameters"]["binary_data_size"]], rest[output["parameters"]["binary_data_size"] :]
+        if output["datatype"] == "BYTES":
+            values = []
+            while raw:
+                (size,) = struct.unpack("<I", raw[:4])
+                values.append(raw[4 : 4 + size].decode())
+                raw = raw[4 + size :]
+        else:
+            values = np.frombuffer(raw, {"INT64": "<i8", "FP64": "<f8"}[output["datatype"]]).tolist()
+        assert values == wanted[output["name"]]
+        assert "data" not in output
+    assert rest == b""
+
+
+def test_requests_at_once_are_answered_as_alone(digits: Classifier, images: np.ndarray) -> None:
+    kinds = [{}, {"samples": 1000}, {"radius": 0.1}, {"radius": 0.2, "samples": 3000}, {"samples": 40, "seed": 3}]
+    bodies = [request(images[i : i + 1], parameters=kind) for kind in kinds for i in range(4)]
+    with serving(digits, Limits(concurrency=100), batch_size=64) as (client, *_):
+        alone = [outputs(client.post(INFER, json=body)) for body in bodies]
+        with ThreadPoolExecutor(10) as pool:
+            together = list(pool.map(lambda body: outputs(client.post(INFER, json=body)), bodies))
+    assert together == alone
+
+
+def test_pieces_of_all_requests_are_in_work_together(images: np.ndarray) -> None:
+    """A small request that came while a large one was in work does not wait for its end."""
+    slow = Held(seconds=0.02)
+    with serving(slow, batch_size=50) as (client, *_), ThreadPoolExecutor(2) as pool:
+        large = pool.submit(client.post, INFER, json=request(images[:1], parameters={"samples": 3000}))
+        assert slow.called.wait(60)
+        small = client.post(INFER, json=request(images[1:2], parameters={"samples": 50}))
+        assert small.status_code == 200
+        assert not large.done()
+        assert large.result().status_code == 200
+
+
+def test_this_package_s_own_client_reads_it(client: TestClient, digits: Classifier, images: np.ndarray) -> None:
+    (picture,) = to_pictures(torch.from_numpy(images[1:2]))
+    wanted = SmoothedClassifier(digits, 0.25).certify(to_tensor(picture), n0=N0, n=N, alpha=ALPHA, seed=SEED)
+    assert not wanted.abstained
+    asks = metadata_request("digits")
+    about = client.get(asks.path)
+    metadata = Reply(about.status_code, about.content, about.headers)
+    for output in ("label", "name"):
+        for form in (False, True):
+            way = v2(**options_from(metadata, {"model": "digits", "output": output, "binary": form}))
+            asks = way.request(picture)
+            reply = client.post(asks.path, content=asks.body, headers=dict(asks.headers))
+            (found,) = way.reply(Reply(reply.status_code, reply.content, reply.headers))
+            assert found.label == str(wanted.prediction)
+
+
+def test_health_metadata_and_unknown_names(client: TestClient) -> None:
+    assert client.get("/v2").json()["extensions"] == ["binary_tensor_data"]
+    assert client.get("/v2/health/live").status_code == client.get("/v2/health/ready").status_code == 200
+    assert client.get("/v2/models/digits/ready").status_code == 200
+    metadata = client.get("/v2/models/digits").json()
+    assert metadata["inputs"][0]["shape"] == [-1, *SIZE]
+    assert [o["name"] for o in metadata["outputs"]][:2] == ["label", "name"]
+    for path in (
+        "/v2/models/other",
+        "/v2/models/other/ready",
+        "/v2/models/digits/versions/2",
+        "/docs",
+        "/openapi.json",
+    ):
+        reply = client.get(path)
+        assert reply.status_code == 404
+        assert reply.json()["error"]
+
+
+def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+    reply = client.get("/")
+    assert "connect-src 'self'" in reply.headers["content-security-policy"]
+    assert "'unsafe" not in reply.headers["content-security-policy"]
+    addresses = set(re.findall(r"https?://[^\s\"']+", reply.text))
+    assert addresses <= {"http://www.w3.org/2000/svg"}  # the name of a language, which nobody opens
+
+
+def test_a_dropped_image_is_classified_as_its_tensor_is(
+    client: TestClient, digits: Classifier, tmp_path: Path, images: np.ndarray
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    tensor = load_images(str(tmp_path / "a.png"), digits, labels="none").load(0)
+    body = (tmp_path / "a.png").read_bytes()
+    reply = client.post("/classify?samples=300", content=body, headers={"content-type": "image/png"})
+    assert reply.status_code == 200
+    wanted = SmoothedClassifier(digits, 0.25).certify(tensor, n0=N0, n=300, alpha=ALPHA, seed=SEED)
+    said = reply.json()
+    assert (said["label"], said["radius"], said["samples"]) == (wanted.prediction, wanted.radius, N0 + 300)
+    assert {v["label"]: v["votes"] for v in said["votes"]} == {c: k for c, k in enumerate(wanted.counts) if k}
+    assert said["votes_cast"] == 300
+
+
+def test_metrics_count_what_happened(digits: Classifier, images: np.ndarray) -> None:
+    with serving(digits) as (client, *_):
+        answers = outputs(client.post(INFER, json=request(images)))
+        client.post(INFER, json=request(images, parameters={"samples": 10**6}))
+        text = client.get("/metrics").text
+    abstained = sum(label < 0 for label in answers["label"])
+    route = "/v2/models/{name}/infer"
+    for line in (
+        f'certify_requests_total{{route="{route}",status="200"}} 1.0',
+        f'certify_requests_total{{route="{route}",status="400"}} 1.0',
+        f'certify_request_seconds_count{{route="{route}"}} 2.0',
+        'certify_rejected_total{reason="budget"} 1.0',
+        f"certify_samples_total {5 * (N0 + N)}.0",
+        f"certify_abstentions_total {abstained}.0",
+        f'certify_images_total{{outcome="certified"}} {5 - abstained}.0',
+        "certify_failures_total 0.0",
+        "certify_queue_length 0.0",
+    ):
+        assert line in text.splitlines()
+
+
+# What it refuses
+
+
+def picture(width: int, height: int, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (width, height)).save(out, kind)
+    return out.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels, small as a file."""
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    parts = [b"IHDR" + head, b"IDAT" + zlib.compress(bytes(50_000)), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts
+    )
+
+
+ONE = np.full((1, *SIZE), 0.5, np.float32)
+NUMBERS = json.dumps([0.5] * 64)
+IMAGE = {"content-type": "image/png"}
+
+
+def tensor(**changed: Any) -> dict[str, Any]:
+    found = request(ONE)
+    found["inputs"][0] |= changed
+    return {"json": {**found, "inputs": [{k: v for k, v in found["inputs"][0].items() if v is not ...}]}}
+
+
+def asked(**parameters: Any) -> dict[str, Any]:
+    return {"json": request(ONE, parameters=parameters)}
+
+
+def text(body: str | bytes, **headers: str) -> dict[str, Any]:
+    return {"content": body, "headers": {"content-type": "application/json", **headers}}
+
+
+def raw(size: Any, tail: bytes, *, length: str | None = None, **more: Any) -> dict[str, Any]:
+    given = {"name": "image", "datatype": "FP32", "shape": [1, *SIZE], "parameters": {"binary_data_size": size}, **more}
+    head = json.dumps({"inputs": [given]}).encode()
+    return text(head + tail, **{HEADER: str(len(head)) if length is None else length})
+
+
+def numbers(values: str) -> dict[str, Any]:
+    return text(f'{{"inputs": [{{"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": {values}}}]}}')
+
+
+def upload(content: bytes, path: str = "/classify", **headers: str) -> dict[str, Any]:
+    return {"path": path, "content": content, "headers": {**IMAGE, **headers}}
+
+
+HOSTILE: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "no body": (400, "not JSON", text("")),
+    "not JSON": (400, "not JSON", text("{inputs")),
+    "not UTF-8": (400, "not JSON", text(b'{"id": "\xff\xfe"}')),
+    "truncated JSON": (400, "not JSON", text(json.dumps(request(ONE))[:-9])),
+    "two documents": (400, "not JSON", text("{} {}")),
+    "a list": (400, "JSON list", text("[]")),
+    "a number": (400, "JSON number", text("1")),
+    "null": (400, "JSON null", text("null")),
+    "nothing in it": (400, "'inputs'", text("{}")),
+    "deep lists": (400, "deeper", text("[" * 40_000)),
+    "deep objects": (400, "deeper", text('{"a":' * 9000 + "1" + "}" * 9000)),
+    "depth behind strings": (400, "not JSON", text('["' + "]" * 49_000 + '",' + "[" * 49_000)),
+    "deep data": (400, "deeper", tensor(data=json.loads("[" * 15 + "0.5" + "]" * 15))),
+    "number of many digits": (400, "not JSON", numbers("9" * 50_000)),
+    "huge": (413, "limit", text(" " * 100_001)),
+    "huge, unannounced": (413, "limit", {"content": (b" " * 1000 for _ in range(200)), "headers": {}}),
+    "NaN": (400, "NaN", numbers(NUMBERS.replace("0.5", "NaN", 1))),
+    "infinity": (400, "Infinity", numbers(NUMBERS.replace("0.5", "-Infinity", 1))),
+    "infinite in decimal": (400, "inf", numbers(NUMBERS.replace("0.5", "1e999", 1))),
+    "infinite in float32": (400, "inf", numbers(NUMBERS.replace("0.5", "1e39", 1))),
+    "above 1": (400, "expected [0, 1]", numbers(NUMBERS.replace("0.5", "1.5", 1))),
+    "below 0": (400, "expected [0, 1]", numbers(NUMBERS.replace("0.5", "-1e-3", 1))),
+    "no inputs": (400, "'inputs'", {"json": {"inputs": []}}),
+    "two inputs": (400, "'inputs'", {"json": {"inputs": request(ONE)["inputs"] * 2}}),
+    "input of text": (400, "'inputs'", {"json": {"inputs": ["image"]}}),
+    "wrong type": (400, "FP32", tensor(datatype="FP16")),
+    "type of another kind": (400, "FP32", tensor(datatype=["FP32"])),
+    "no type": (400, "FP32", tensor(datatype=...)),
+    "no shape": (400, "shape", tensor(shape=...)),
+    "negative shape": (400, "shape", tensor(shape=[-1, 1, 8, 8])),
+    "empty batch": (400, "shape", tensor(shape=[0, 1, 8, 8], data=[])),
+    "shape without batch": (400, "shape", tensor(shape=[1, 8, 8])),
+    "shape of truth": (400, "shape", tensor(shape=[True, 1, 8, 8])),
+    "shape of fractions": (400, "shape", tensor(shape=[1.0, 1, 8, 8])),
+    "shape of text": (400, "shape", tensor(shape="1188")),
+    "other channels": (400, "expected [-1, 1, 8, 8]", tensor(shape=[1, 3, 8, 8], data=[0.5] * 192)),
+    "shape beyond memory": (413, "pixels", tensor(shape=[2**31 - 1, 1, 8, 8])),
+    "shape beyond integers": (400, "shape", tensor(shape=[2**70, 1, 8, 8])),
+    "too many pixels": (413, "pixels", tensor(shape=[24, 1, 8, 8], data=[0] * 24 * 64)),
+    "too few numbers": (400, "64 numbers", tensor(data=[0.5] * 63)),
+    "too many numbers": (400, "64 numbers", tensor(data=[0.5] * 65)),
+    "ragged data": (400, "not one tensor", tensor(data=[[0.5] * 8] * 7 + [[0.5] * 7])),
+    "data of text": (400, "64 numbers", tensor(data=["0.5"] * 64)),
+    "data of truth": (400, "64 numbers", tensor(data=[True] * 64)),
+    "data of null": (400, "64 numbers", tensor(data=[None] * 64)),
+    "data that is a number": (400, "'data'", tensor(data=0.5)),
+    "no data": (400, "'data'", tensor(data=...)),
+    "bytes of 256": (400, "0 to 255", tensor(datatype="UINT8", data=[256] * 64)),
+    "bytes of a half": (400, "0 to 255", tensor(datatype="UINT8", data=[0.5] * 64)),
+    "truncated tensor": (400, "256 bytes", raw(256, ONE.tobytes()[:-1])),
+    "tensor too long": (400, "256 bytes", raw(256, ONE.tobytes() + b"\0")),
+    "wrong tensor size": (400, "256 bytes", raw(8, ONE.tobytes())),
+    "negative tensor size": (400, "256 bytes", raw(-256, ONE.tobytes())),
+    "tensor of NaN": (400, "nan", raw(256, (ONE * np.nan).tobytes())),
+    "tensor of infinity": (400, "inf", raw(256, (ONE * np.inf).tobytes())),
+    "tensor twice": (400, "both", raw(256, ONE.tobytes(), data=[0.5] * 64)),
+    "bytes of nobody": (400, "bytes follow", raw(None, ONE.tobytes())),
+    "JSON longer than the body": (400, HEADER, raw(256, ONE.tobytes(), length="99999999")),
+    "JSON of negative length": (400, HEADER, raw(256, ONE.tobytes(), length="-5")),
+    "JSON cut short": (400, "not JSON", raw(256, ONE.tobytes(), length="20")),
+    "no such output": (400, "output", {"json": request(ONE, outputs=[{"name": "logits"}])}),
+    "outputs of text": (400, "output", {"json": request(ONE, outputs="label")}),
+    "thousands of outputs": (400, "output", {"json": request(ONE, outputs=[{"name": "label"}] * 4000)}),
+    "parameters of text": (400, "parameters", {"json": request(ONE, parameters="all")}),
+    "a numeric id": (400, "id", {"json": request(ONE, id=5)}),
+    "samples beyond the budget": (400, "10,000", asked(samples=10_001)),
+    "no samples": (400, "samples", asked(samples=0)),
+    "half a sample": (400, "samples", asked(samples=1.5)),
+    "samples of text": (400, "samples", asked(samples="many")),
+    "samples of truth": (400, "samples", asked(samples=True)),
+    "a radius below 0": (400, "radius", asked(radius=-1)),
+    "a radius of NaN": (400, "radius", asked(radius="nan")),
+    "a radius beyond reach": (400, "radius", asked(radius=10.0)),
+    "a negative seed": (400, "seed", asked(seed=-1)),
+    "a seed in a list": (400, "seed", asked(seed=[1])),
+    "a batch beyond the budget": (400, "budget|10,000", {"json": request(np.repeat(ONE, 23, 0))}),
+    "a form": (
+        415,
+        "content type",
+        {"content": b"a=1", "headers": {"content-type": "application/x-www-form-urlencoded"}},
+    ),
+    "text": (415, "content type", {"content": b"{}", "headers": {"content-type": "text/plain"}}),
+    "a compressed body": (415, "compressed", text(zlib.compress(b" " * 10**7), **{"content-encoding": "gzip"})),
+    "another model": (404, "'digits'", {"path": "/v2/models/..%5Cpasswd/infer", "json": request(ONE)}),
+    "a path upwards": (404, "Not Found", {"path": "/v2/models/../../etc/passwd", "json": request(ONE)}),
+    "a long name": (404, "'digits'", {"path": f"/v2/models/{'x' * 3000}/infer", "json": request(ONE)}),
+    "another version": (404, "version", {"path": "/v2/models/digits/versions/9/infer", "json": request(ONE)}),
+    "another method": (405, "Method", {"method": "PUT", "json": request(ONE)}),
+    "decompression bomb": (400, "limit", upload(bomb())),
+    "image of too many pixels": (400, "limit", upload(picture(40, 40))),
+    "empty image": (400, "empty", upload(b"")),
+    "no image": (400, "not an image", upload(b"GIF89b" + bytes(100))),
+    "truncated image": (400, "damaged", upload(picture(30, 30)[:-40])),
+    "image that is text": (415, "content type", upload(picture(8, 8), **{"content-type": "text/html"})),
+    "image that is a form": (415, "content type", upload(b"", **{"content-type": "multipart/form-data; boundary=x"})),
+    "image that is too long": (413, "limit", upload(bytes(100_001))),
+    "image with samples beyond the budget": (400, "10,000", upload(picture(8, 8), "/classify?samples=99999")),
+    "image with a strange radius": (400, "radius", upload(picture(8, 8), "/classify?radius=1e400")),
+}
+
+
+def test_enough_hostile_requests_are_tried() -> None:
+    assert len(HOSTILE) >= 50
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_requests_are_refused_with_a_reason(client: TestClient, images: np.ndarray, name: str) -> None:
+    status, reason, how = HOSTILE[name]
+    how = dict(how)
+    reply = client.request(how.pop("method", "POST"), how.pop("path", INFER), **how)
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert any(word in error for word in reason.split("|")), error
+    assert len(error) < 400
+    assert "Traceback" not in error
+    assert outputs(client.post(INFER, json=request(images[:1], parameters={"samples": 20})))["samples"] == [N0 + 20]
+
+
+def test_json_is_read_as_deep_as_allowed() -> None:
+    assert read_json(b"[" * JSON_DEPTH + b"]" * JSON_DEPTH) is not None
+    with pytest.raises(Refused, match="deeper"):
+        read_json(b"[" * (JSON_DEPTH + 1) + b"]" * (JSON_DEPTH + 1))
+    with pytest.raises(Refused, match="deeper"):  # beyond the bytes that are counted at a time
+        read_json(b"[" * JSON_DEPTH + b" " * 200_000 + b"[")
+
+
+class Held:
+    """A base classifier that says class 1, after a while, when it is let, or not at all."""
+
+    num_classes = 2
+
+    def __init__(self, seconds: float = 0.0, held: bool = False, broken: bool = False) -> None:
+        self.seconds, self.broken, self.samples = seconds, broken, 0
+        self.called, self.let = threading.Event(), threading.Event()
+        if not held:
+            self.let.set()
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.called.set()
+        self.samples += len(images)
+        time.sleep(self.seconds)
+        self.let.wait(60)
+        if self.broken:
+            raise ConnectionError("the endpoint is gone")
+        return torch.ones(len(images), dtype=torch.int64)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "held"}
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for it, for a while."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_more_than_it_takes_are_turned_away_and_may_come_again(images: np.ndarray) -> None:
+    held = Held(held=True)
+    with serving(held, Limits(concurrency=2)) as (client, _, gate, metrics), ThreadPoolExecutor(2) as pool:
+        body = request(images[:1])
+        inside = [pool.submit(client.post, INFER, json=body) for _ in range(2)]
+        until(lambda: gate.inside == 2)
+        refused = client.post(INFER, json=body)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert client.get("/v2/health/live").status_code == 200
+        assert "certify_queue_length 2.0" in client.get("/metrics").text
+        held.let.set()
+        assert [future.result().status_code for future in inside] == [200, 200]
+        assert client.post(INFER, json=body).status_code == 200
+        assert metrics.rejected.labels("full")._value.get() == 1
+
+
+def test_a_request_ends_in_time_and_so_does_its_work(images: np.ndarray) -> None:
+    held = Held(seconds=0.05)
+    with serving(held, Limits(timeout=0.4), batch_size=20) as (client, service, gate, _):
+        reply = client.post(INFER, json=request(images[:1], parameters={"samples": 50_000}))
+        assert reply.status_code == 504
+        assert "0.4 s" in reply.json()["error"]
+        assert gate.inside == 0
+        until(lambda: not service._work)
+        assert held.samples < 1000
+        assert client.post(INFER, json=request(images[:1], parameters={"samples": 20})).status_code in (200, 504)
+
+
+def test_a_classifier_that_fails_is_an_error_of_this_request_alone(images: np.ndarray) -> None:
+    held = Held(broken=True)
+    with serving(held) as (client, *_):
+        for _ in range(2):
+            reply = client.post(INFER, json=request(images[:1]))
+            assert reply.status_code == 500
+            assert "the endpoint is gone" in reply.json()["error"]
+        held.broken = False
+        assert outputs(client.post(INFER, json=request(images[:1])))["label"] == [1]
+
+
+def test_failed_trials_are_counted_and_nobodys_votes(images: np.ndarray) -> None:
+    class Deaf(Held):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.where(images.flatten(1).mean(1) > images.mean(), 1, -1)
+
+    with serving(Deaf()) as (client, _, _, metrics):
+        found = outputs(client.post(INFER, json=request(images[:1], outputs=[{"name": "failures"}, {"name": "votes"}])))
+        assert found["failures"][0] >= N - sum(found["votes"]) > 0
+        assert metrics.failures._value.get() == found["failures"][0]
+
+
+def test_a_closed_gate_answers_those_inside_and_refuses_others(images: np.ndarray) -> None:
+    held = Held(held=True)
+    with serving(held) as (client, _, gate, _), ThreadPoolExecutor(1) as pool:
+        inside = pool.submit(client.post, INFER, json=request(images[:1]))
+        assert held.called.wait(60)
+        gate.closed = True
+        refused = client.post(INFER, json=request(images[:1]))
+        assert refused.status_code == 503
+        assert "stopping" in refused.json()["error"]
+        assert "retry-after" in refused.headers
+        assert client.get("/v2/health/ready").status_code == client.get("/v2/models/digits/ready").status_code == 503
+        assert client.get("/v2/health/live").status_code == 200
+        held.let.set()
+        assert inside.result().status_code == 200
+
+
+def test_a_service_finishes_what_it_accepted(images: np.ndarray) -> None:
+    held = Held(held=True)
+    smoothed = SmoothedClassifier(held, 0.25, batch_size=64)
+    service = Service(smoothed, SIZE, Procedure(n=200), Limits(), class_names(None))
+    with service:
+        found = service.ask(images, Wishes())
+        assert held.called.wait(60)
+        ending = threading.Thread(target=service.close)
+        ending.start()
+        until(lambda: not service.alive)
+        with pytest.raises(Refused, match="stopping"):
+            service.ask(images, Wishes())
+        held.let.set()
+        ending.join(60)
+        assert [future.result(0).label for future in found] == [1] * 5
+
+
+def test_what_cannot_be_served_is_refused_at_once() -> None:
+    smoothed = SmoothedClassifier(Held(), 0.25)
+    with pytest.raises(UserError, match="--budget-per-request"):
+        Service(smoothed, SIZE, Procedure(n=1000), Limits(budget=1000), class_names(None))
+    with pytest.raises(UserError, match="radius 9"):
+        Service(smoothed, SIZE, Procedure(radius=9.0), Limits(), class_names(None))
+    with pytest.raises(UserError, match="timeout"):
+        Limits(timeout=float("nan"))
+
+
+# A service behind it
+
+
+class Service8Bit:
+    """Asks a local classifier as a service would be asked; declines each 50th query."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier, self.spent = classifier, 0
+
+    def __call__(self, queries: Iterable[Query]) -> Iterator[Answer]:
+        for query in queries:
+            self.spent += 1
+            number = int(query.name.rpartition("| ")[2])
+            if number % 50 == 49:
+                yield Answer(query.name, failure="HTTP 500")
+                continue
+            (label,) = self.classifier(to_tensor(query.picture)[None]).tolist()
+            yield Answer(query.name, (Scored(f"digit {label}", 0.5),))
+
+
+def test_a_service_behind_it_is_asked_with_pictures(digits: Classifier, images: np.ndarray) -> None:
+    asking = Service8Bit(digits)
+    endpoint = Endpoint(asking, SIZE, 100, {"endpoint": "http://x"})
+    with serving(endpoint, names=endpoint.name_of, batch_size=64) as (client, service, *_):
+        assert asking.spent == 0  # nothing is paid for before somebody asks
+        found = outputs(client.post(INFER, json=request(images[1:2])))
+        assert asking.spent == N0 + N == found["samples"][0]
+        assert found["failures"] == [(N0 + N) // 50]
+        wanted = SmoothedClassifier(AsSent(digits), 0.25).certify(images[1], n0=N0, n=N, alpha=ALPHA, seed=SEED)
+        assert found["name"] == [f"digit {wanted.prediction}"]
+        votes = client.post(INFER, json=request(images[1:2], outputs=[{"name": "votes"}]))
+        assert 0 < wanted.counts[wanted.prediction] - max(outputs(votes)["votes"]) <= (N0 + N) // 50 + 1
+        refused = client.post("/classify", content=picture(9, 9), headers=IMAGE)
+        assert refused.json()["votes"][0]["name"].startswith("digit ")
+    assert service.smoothed.base.describe()["steps"][0]["endpoint"] == "http://x"
+
+
+def test_labels_beyond_the_known_number_are_nobodys(digits: Classifier, images: np.ndarray) -> None:
+    endpoint = Endpoint(Service8Bit(digits), SIZE, 2, {})
+    seen = endpoint(torch.from_numpy(images[[0, 1, 2, 3, 0]]))
+    own = digits(torch.from_numpy(images[[0, 1, 2, 3, 0]])).tolist()
+    first, second = dict.fromkeys(own[:4]).keys() if len(set(own[:4])) == 2 else list(dict.fromkeys(own))[:2]
+    assert seen.tolist() == [{first: 0, second: 1}.get(label, -1) for label in own]
+    assert -1 in seen.tolist()
+
+
+def test_requests_are_counted_and_forgotten(digits: Classifier, images: np.ndarray) -> None:
+    replies = [500, 200, 200]
+    ledger = Forgetful()
+
+    def send(asks: Request) -> Reply:
+        status = replies.pop(0)
+        return Reply(status, b'{"outputs": [{"name": "label", "datatype": "INT64", "shape": [1], "data": [4]}]}')
+
+    asker = Asker(send, v2(model="m"), cast(Ledger, ledger), budget=3, manners=Manners(concurrency=1, first_wait=0.001))
+    endpoint = Endpoint(asker, SIZE, 10, {})
+    assert endpoint(torch.from_numpy(images[:2])).tolist() == [0, 0]
+    assert ledger.spent == asker.spent == 3
+    assert not ledger._attempts
+    with pytest.raises(BudgetSpent):
+        endpoint(torch.from_numpy(images[:1]))
+
+
+# The command, as a process
+
+
+@contextlib.contextmanager
+def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """``certify serve`` on a free port: the process, and its address."""
+    command = [
+        sys.executable,
+        "-m",
+        "certify",
+        "serve",
+        "--model",
+        "digits",
+        "--sigma",
+        "0.25",
+        "--port",
+        "0",
+        *options,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    ) as started:
+        guard = threading.Timer(300, started.kill)
+        guard.start()
+        try:
+            assert started.stderr is not None
+            address = next((m[0] for line in started.stderr if (m := re.search(r"http://\S+", line))), None)
+            assert address is not None
+            yield started, address
+        finally:
+            guard.cancel()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+
+
+def send(address: str, content: bytes) -> bytes:
+    """What a connection with these bytes, and no more, brings."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(content)
+        connection.shutdown(socket.SHUT_WR)
+        found = b""
+        while part := connection.recv(65_536):
+            found += part
+    return found
+
+
+def test_a_process_outlives_broken_http_and_loses_nothing_when_it_is_stopped(images: np.ndarray) -> None:
+    with process("--n0", "10", "--n", "60000", "--concurrency", "6", "--batch-size", "500") as (started, address):
+        for content in (
+            b"\x16\x03\x01 hello",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n" % INFER.encode(),
+            b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nabcde" % INFER.encode(),
+            b"POST %s HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n" % INFER.encode(),
+            b"GET / HTTP/1.1\r\nx: " + b"y" * 200_000 + b"\r\n\r\n",
+        ):
+            with contextlib.suppress(ConnectionResetError):  # it may hang up while more is coming
+                assert send(address, content)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431")
+        truncated = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{" % INFER.encode()
+        assert send(address, truncated)[9:12] in (b"", b"499")  # nobody waits for it
+        with httpx2.Client(base_url=address, timeout=120) as client, ThreadPoolExecutor(6) as pool:
+            until(lambda: "certify_queue_length 0.0" in client.get("/metrics").text)
+            inside = [pool.submit(client.post, INFER, json=request(images[i % 5][None])) for i in range(4)]
+            until(lambda: "certify_queue_length 4.0" in client.get("/metrics").text)
+            started.send_signal(signal.SIGTERM)
+            until(lambda: client.get("/v2/health/ready").status_code == 503)
+            assert client.post(INFER, json=request(images[:1])).status_code == 503
+            assert [outputs(future.result())["samples"] for future in inside] == [[60_010]] * 4
+        assert started.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--sigma 0.25 --endpoint http://127.0.0.1:9", "expected --model NAME or --endpoint URL"),
+        ("--sigma 0.25 --protocol v2", "--protocol without --endpoint"),
+        ("--sigma 0.25 --name a/b", "--name 'a/b': expected letters"),
+        ("--sigma 0.25 --n 200000", "--budget-per-request"),
+        ("--sigma 0.25 --radius 9", "radius 9"),
+        ("--sigma 0.25 --timeout nan", "seconds above 0"),
+        ("--sigma 0.25 --host 192.0.2.1", "--host 192.0.2.1|cannot listen"),
+    ],
+)
+def test_mistakes_are_one_line(options: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    fault = "--host" in options  # an address of another machine is one that cannot be bound to
+    run("serve", "--model", "digits", "--port", "0", *options.split(), code=1 if fault else 2)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("certify: ")
+    assert any(word in last for word in words.split("|")), last
+
+
+def test_a_port_that_is_taken_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        run("serve", "--model", "digits", "--sigma", "0.25", "--port", port, code=1)
+    assert f"port {port}: Address already in use; pass another --port" in capfd.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
+    run("serve", "--model", "digits", "--sigma", "0.25", code=2)
+    assert "pip install 'certify-toolkit[serve]'" in capfd.readouterr().err
+
+
+DROP = """(async () => {
+  const canvas = document.createElement("canvas"), pen = canvas.getContext("2d");
+  canvas.width = canvas.height = 64;
+  pen.fillStyle = "#000"; pen.fillRect(0, 0, 64, 64);
+  pen.strokeStyle = "#fff"; pen.lineWidth = 11;
+  pen.beginPath(); pen.ellipse(32, 32, 17, 26, 0, 0, 7); pen.stroke();
+  const blob = await new Promise((done) => canvas.toBlob(done));
+  await ask(new File([blob], "drawn.png", { type: "image/png" }));
+  return ["verdict", "claim", "cost", "state"].map((id) => document.getElementById(id).textContent);
+})()"""
+
+
+@pytest.mark.browser
+def test_the_page_shows_label_radius_and_votes() -> None:
+    with browser() as page, process("--n", "2000", "--seed", "1") as (_, address):
+        page.view(390, 800)
+        page.open(address)
+        verdict, claim, cost, state = page.evaluate(DROP)
+        assert verdict == "0"  # a ring
+        assert re.search(r"l2 norm below 0\.[1-9]\d*, .*\(1x8x8\)", claim)
+        assert cost == "2,100 noisy copies were classified; 2,000 of them vote here."
+        assert state == ""
+        votes = page.evaluate(
+            "[...document.querySelectorAll('#votes li')].map((line) => line.innerText.split('\\\\n'))"
+        )
+        assert votes[0][0] == "0"
+        assert sum(int(line[-1].replace(",", "")) for line in votes) == 2000
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.evaluate("ask(new File(['no image'], 'a.png', { type: 'image/png' }))")
+        assert "not an image" in page.evaluate("document.getElementById('state').textContent")
+        assert {url.split("?")[0] for url in page.requests} <= {
+            f"{address}/",
+            f"{address}/classify",
+            f"{address}/favicon.ico",
+        }
+        assert not [text for text in page.complaints if "404" not in text and "400" not in text]
