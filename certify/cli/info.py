@@ -27,6 +27,7 @@ def _registries() -> dict[str, Registry]:
     from analysis.attacks import ATTACKS
     from certify.bounds import BOUNDS
     from certify.noise import NOISES
+    from certify.remote.formats import FORMATS
     from certify.sequential import RULES
     from certify.sources import DATASETS
     from denoisers import ARCHITECTURES, DEFENCES
@@ -41,6 +42,7 @@ def _registries() -> dict[str, Registry]:
         "noises": NOISES,
         "bounds": BOUNDS,
         "rules": RULES,
+        "protocols": FORMATS,
     }
 
 
@@ -93,7 +95,7 @@ FORMS = {
 @click.argument("kind", required=False)
 @click.argument("pattern", required=False)
 def list_(kind: str | None, pattern: str | None) -> None:
-    """List models, datasets, denoisers, architectures and objectives of training, noises, bounds or stopping rules.
+    """List models, datasets, denoisers, architectures, objectives, noises, bounds, stopping rules or protocols.
 
     PATTERN filters by part of the name.
     """
