@@ -86,7 +86,13 @@ class Browser:
 
     def screenshot(self, *, whole: bool = False) -> bytes:
         """A PNG of the window, or of the whole page."""
-        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"])
+        if whole:
+            size = self.evaluate(
+                "[innerWidth, document.documentElement.scrollHeight, devicePixelRatio, innerWidth < 600]"
+            )
+            given = dict(zip(("width", "height", "deviceScaleFactor", "mobile"), size, strict=True))
+            self.call("Emulation.setDeviceMetricsOverride", **given)
+        return base64.b64decode(self.call("Page.captureScreenshot")["data"])
 
     def pdf(self) -> bytes:
         """What printing gives, on A4."""

@@ -516,7 +516,7 @@ def test_errors_say_what_the_service_says_and_no_secret() -> None:
         json.dumps({"error": {"code": 403, "message": f"API key {secret} is not valid"}}): "API key [...] is not valid",
         json.dumps({"__type": "InvalidImageFormatException", "message": "no image"}): "no image",
         json.dumps({"status": {"code": 11102, "description": "Invalid request", "details": "x"}}): "Invalid request",
-        json.dumps({"detail": [{"loc": ["body"], "msg": "m"}, 3]}): "",
+        json.dumps({"detail": [{"loc": ["body"], "msg": "Field required"}, 3]}): "Field required",
         f"<html><head><title>502 Bad Gateway</title></head>{secret}": "502 Bad Gateway",
         f"<p>denied\n\x1b[31mfor</p> '{secret}'": "denied [31mfor '[...]'",
         json.dumps({"__type": "ProvisionedThroughputExceededException"}): "ProvisionedThroughputExceededException",

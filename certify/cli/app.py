@@ -82,6 +82,7 @@ for _command in (
     show.plot,
     show.table,
     show.recompute,
+    show.report,
     audit.audit,
     audit.replay,
     serve.serve,

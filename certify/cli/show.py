@@ -1,4 +1,4 @@
-"""``certify plot``, ``table`` and ``recompute``: from run files (and the field's logs) to pictures and numbers."""
+"""``certify plot``, ``table``, ``recompute`` and ``report``: from what runs left to pictures, numbers, a page."""
 
 from __future__ import annotations
 
@@ -200,3 +200,15 @@ def recompute(
     target = source.with_name(name) if out is None else Path(out) if Path(out).suffix == ".jsonl" else Path(out) / name
     renewed = recompute_file(source, target, alpha=alpha, bound=bound, command=options.command_line())
     summarise(renewed, radii, as_json=as_json)
+
+
+@click.command(short_help="The report of an audit, as one HTML file.")
+@click.argument("folder", metavar="RUN")
+def report(folder: str) -> None:
+    """Write RUN/report.html anew from the records in RUN, the folder of an audit, however far it came.
+
+    One file that loads nothing and runs no script: verdict, certified accuracy, every image, failures, cost, method.
+    """
+    from analysis.report import write_report
+
+    click.echo(f"wrote {write_report(folder)}")

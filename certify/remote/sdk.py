@@ -254,14 +254,15 @@ def _of_status(error: Any, code: Any) -> Reply:
 
 
 def _sender(ask: Callable[[Request], None], *lost: type[Exception]) -> Sender:
-    """A sender of what hands its reply over by raising it."""
+    """A sender of what hands its reply over by raising it; ``lost`` are the SDK's own words for no reply."""
+    no_reply: tuple[type[Exception], ...] = (OSError, *lost)
 
     def send(request: Request) -> Reply:
         try:
             ask(request)
         except _Answered as answered:
             return answered.reply
-        except (OSError, *lost) as error:
+        except no_reply as error:
             # The texts of SDKs name addresses and more; the kind says what happened.
             kind = TimeoutError if "timeout" in (name := type(error).__name__).lower() else ConnectionError
             raise kind(f"no reply ({name})") from None

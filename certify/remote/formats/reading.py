@@ -21,7 +21,7 @@ MOST_BYTES = 32 * 2**20
 _LONGEST_LABEL = 1000
 _LONGEST_MESSAGE = 140
 _WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[A-Z][a-z]{2,})*[.:]?")  # such as InvalidParameterException
-_MESSAGES = ("message", "Message", "error", "detail", "description", "details", "errors", "status", "__type")
+_MESSAGES = ("message", "Message", "error", "detail", "msg", "description", "details", "errors", "status", "__type")
 
 
 def read_json(reply: Reply) -> Any:
@@ -147,7 +147,9 @@ def _shown(value: Any) -> str:
         return _short(repr(value[:60]))
     if value is None or isinstance(value, float | bool):
         return json.dumps(value)
-    return {dict: "an object", list: "a list"}.get(type(value), "an enormous whole number")
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return "an enormous whole number"
 
 
 def ranked(labels: Sequence[Any], scores: Sequence[Any] | None = None, percent: bool = False) -> Ranked:

@@ -98,7 +98,7 @@ def _numbers(name: str, given: Any) -> tuple[float, ...]:
 @functools.lru_cache(maxsize=8)
 def _levels(tensor: TensorInput, channels: int) -> tuple[np.ndarray, np.ndarray]:
     pixels = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 256))
-    numbers = pixels
+    numbers: np.ndarray = pixels
     if tensor.datatype == "FP32":
         mean, std = (np.asarray(v, dtype=np.float32)[:, None] for v in (tensor.mean, tensor.std))
         numbers = (pixels.astype(np.float32) / np.float32(255) - mean) / std

@@ -88,7 +88,9 @@ def read_answer(reply: Reply, output: str = "", labels: str = "") -> Ranked:
         if labels:
             names = flat(at(found, labels))
         if not output and len(found) != 1:
-            raise BadReply(f"a prediction of {', '.join(map(str, list(found)[:8]))[:140]}; expected one, or output=KEY")
+            raise BadReply(
+                f"a prediction of {', '.join(map(repr, list(found)[:8]))[:140]}; expected one, or output=KEY"
+            )
         found = at(found, output) if output else next(iter(found.values()))
     values = flat(found)
     if len(values) == 1 and isinstance(values[0], str | int):

@@ -188,7 +188,7 @@ def read_answer(reply: Reply, output: str = "", classified: bool = False) -> Ran
     if datatype in _FLOATS:
         return class_scores(values, names)
     if datatype not in _WHOLE or len(values) != 1:
-        raise BadReply(f"{len(values)} values of {datatype[:20]}; expected one whole number, one text, or scores")
+        raise BadReply(f"{len(values)} values of {datatype[:20]!r}; expected one whole number, one text, or scores")
     number(values[0])
     return ranked([at(names, values[0]) if isinstance(names, list) and values[0] >= 0 else values[0]])
 
@@ -217,7 +217,7 @@ def _chosen(tensors: list[Any], tail: bytes, output: str) -> tuple[dict[str, Any
         if name == output or not output:
             found.append((tensor, content))
     if len(found) != 1:
-        names = ", ".join(str(tensor["name"])[:40] for tensor in tensors[:8])
+        names = ", ".join(repr(tensor["name"])[:40] for tensor in tensors[:8])
         raise BadReply(f"outputs {names} in the reply; expected {output or 'one, or output=NAME'}")
     return found[0]
 
@@ -243,7 +243,7 @@ def _values(tensor: dict[str, Any], datatype: str, content: bytes | None) -> lis
     else:
         kind = (_FLOATS | _WHOLE).get(datatype)
         if kind is None or len(content) % np.dtype(kind).itemsize:
-            raise BadReply(f"{len(content)} bytes of {datatype[:20]} cannot be read")
+            raise BadReply(f"{len(content)} bytes of {datatype[:20]!r} cannot be read")
         values = np.frombuffer(content, dtype=kind).tolist()
     if len(values) != math.prod(shape):
         raise BadReply(f"{len(values)} values in a tensor of shape {shape[:8]}")
