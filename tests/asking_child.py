@@ -41,7 +41,7 @@ def ask(url: str, path: Path, used: Path, budget: int, count: int) -> None:
 def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -> None:
     """Kill, and look whether what stood in the ledger still does."""
     draw, done, count, before = random.Random(seed), 0, FURTHER, b""
-    lasts = 0.0  # seconds that a process needs; the first one is left alone and says
+    lasts = 0.0  # seconds that the last one needed that was not killed; the first is left alone
     while True:
         start = time.monotonic()
         child = os.fork()
@@ -65,7 +65,7 @@ def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -
         elif done == kills:
             break
         else:  # it was faster: the next one asks more
-            lasts, count = lasts or time.monotonic() - start, count + FURTHER
+            lasts, count = time.monotonic() - start, count + FURTHER
     print(json.dumps({"kills": done, "asked": count}))
 
 

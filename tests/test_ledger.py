@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,7 @@ def test_threads_share_a_flush_and_none_runs_ahead(tmp_path: Path, monkeypatch: 
         def counted(number: int) -> None:
             size = os.fstat(number).st_size
             flush(number)
+            time.sleep(0.002)  # as slow as a disk
             flushed[0], flushes[0] = size, flushes[0] + 1
 
         monkeypatch.setattr(os, "fsync", counted)
@@ -217,7 +219,7 @@ def test_threads_share_a_flush_and_none_runs_ahead(tmp_path: Path, monkeypatch: 
             thread.join()
     assert not late
     assert read_ledger(path).spent == 160
-    assert flushes[0] <= 160
+    assert flushes[0] < 60
 
 
 def kill_again_and_again(folder: Path, kills: int, seed: int) -> None:
@@ -237,7 +239,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int) -> None:
             [*child, path, used, str(budget), str(kills), str(seed)],
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=3000,
             check=False,
         )
     assert done.returncode == 0, done.stderr

@@ -183,8 +183,8 @@ class _Progress:
     safe: int = 0
     length: int = 0  # bytes
     fault: str = ""
-    writing: threading.Lock = field(default_factory=threading.Lock)
-    syncing: threading.Lock = field(default_factory=threading.Lock)
+    flushing: bool = False
+    change: threading.Condition = field(default_factory=threading.Condition)
 
 
 class Ledger:
@@ -220,7 +220,7 @@ class Ledger:
 
     def answers(self) -> dict[str, Answer]:
         """All answers so far, by name, each ``known``; a query that is under way counts as lost."""
-        with self._progress.writing:
+        with self._progress.change:
             return _answers(self._entries)
 
     def find(self, query: Query) -> Answer | None:
@@ -280,7 +280,7 @@ class Ledger:
 
     def _append(self, row: Mapping[str, Any]) -> None:
         line, p = json.dumps(row, allow_nan=False).encode() + b"\n", self._progress
-        with p.writing:
+        with p.change:
             if p.fault or self._file.closed:
                 raise self._fault(p.fault or "it was closed")
             _enter(self._entries, row)
@@ -295,15 +295,32 @@ class Ledger:
             p.length += len(line)
             p.written += 1
             mine = p.written
-        with p.syncing:
-            if p.safe < mine:
-                reached = p.written
-                try:
-                    os.fsync(self._file.fileno())
-                except (OSError, ValueError) as error:
-                    p.fault = getattr(error, "strerror", None) or "it was closed"
-                    raise self._fault(p.fault) from None
-                p.safe = reached
+            while p.safe < mine:  # the first thread here flushes for all that have written by then
+                if p.flushing:
+                    p.change.wait()
+                else:
+                    self._flush()
+
+    def _flush(self) -> None:
+        """Bring what is written to the disk, in hold of the lock, which others get meanwhile."""
+        p = self._progress
+        if p.fault:
+            raise self._fault(p.fault)
+        p.flushing, reached = True, p.written
+        p.change.release()
+        fault = ""
+        try:
+            os.fsync(self._file.fileno())
+        except (OSError, ValueError) as error:  # the latter where it was closed meanwhile
+            fault = getattr(error, "strerror", None) or "it was closed"
+        finally:
+            p.change.acquire()
+            p.flushing = False
+            p.change.notify_all()
+        if fault:
+            p.fault = fault
+            raise self._fault(fault)
+        p.safe = reached
 
     def _fault(self, why: str) -> RunFault:
         return RunFault(
@@ -345,7 +362,8 @@ class Ledger:
 
     def close(self) -> None:
         """Let go of the file; every line is on the disk already."""
-        with self._progress.syncing, self._progress.writing:
+        with self._progress.change:
+            self._progress.change.wait_for(lambda: not self._progress.flushing)
             self._file.close()
 
     def __enter__(self) -> Ledger:
