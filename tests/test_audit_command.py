@@ -26,6 +26,7 @@ import torch
 from command import run
 from PIL import Image
 
+from analysis.runs import read_comparison
 from certify import SmoothedClassifier, load_images, read_run
 from certify.classifiers import Classifier
 from certify.remote.labels import AsSent
@@ -34,6 +35,7 @@ from certify.remote.ledger import read_ledger
 WORDS = "zero one two three four five six seven eight nine".split()
 KEY = "a-secret-key-1234567890"
 NUMBERS = ["--data", "digits", "--skip", "90", "--sigma", "0.25", "--n0", "5", "--n", "20", "--seed", "2"]
+FILE = "comparison.jsonl"
 ROOT = Path(__file__).parent.parent
 
 
@@ -183,6 +185,38 @@ def test_deciding_with_a_denoiser_and_given_labels(
     assert (tmp_path / "a" / "pictures" / "000-denoised.png").is_file()
 
 
+@pytest.mark.parametrize("attack", [pytest.param("hopskipjump", marks=pytest.mark.slow), "square"])
+def test_attacks_go_through_the_same_ledger_and_budget(
+    tmp_path: Path, service: Service, attack: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A budget that ends amid the attacks keeps what is finished; a larger one ends where one that was enough does."""
+    numbers = ["--data", "digits", "--skip", "250", "--sigma", "0.25", "--n0", "2", "--n", "8", "--quiet"]
+    attacks = ["--defences", "none,median", "--attacks", attack, "--queries", "60", "--eps", "0.3"]
+    command = ["audit", *service.arguments, *numbers, *attacks]
+    run(*command, "--budget", "5000", "--out", str(tmp_path / "whole"))
+    spent = service.requests
+    assert attack in capsys.readouterr().out
+    run(*command, "--budget", str(spent - 6), "--out", str(tmp_path / "parts"))
+    assert service.requests - spent == spent - 6
+    assert "budget spent" in capsys.readouterr().out
+    run(*command, "--budget", "5000", "--out", str(tmp_path / "parts"))
+    assert service.requests == 2 * spent
+    outcomes = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in read_comparison(tmp_path / name / FILE).run.images]
+        for name in ("whole", "parts")
+    ]
+    assert outcomes[0] == outcomes[1]
+    answers = read_ledger(tmp_path / "parts" / "ledger.jsonl").answers
+    first = read_run(tmp_path / "parts" / "run.jsonl").images[0]["id"]
+    assert f"{first} | attack {attack} median | 0" in answers
+    rows = {(row["image"], row["defence"], row["condition"]): row for row in outcomes[0]}
+    attacked = rows[first, "median", f"adaptive: {attack}"]
+    asked = sum(name.startswith(f"{first} | attack {attack} median |") for name in answers)
+    assert attacked["queries"] == asked <= 60
+    assert rows[first, "none", "clean"]["answers"] == [rows[first, "none", "clean"]["label"]]
+    run("table", str(tmp_path / "whole" / FILE))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -194,6 +228,8 @@ def test_deciding_with_a_denoiser_and_given_labels(
         (["--encoding", "gif"], "expected png, jpeg"),
         (["--labels", "x.csv"], "--labels without --reference given"),
         (["--n0", "5", "--radius", "0.2"], "--n0 with --radius"),
+        (["--attacks", "square"], "--attacks without --defences"),
+        (["--defences", "none", "--attacks", "blind-pgd"], "a service can only be asked"),
     ],
 )
 def test_mistakes_are_refused_in_one_line_before_anything_is_sent(

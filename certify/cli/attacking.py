@@ -98,9 +98,9 @@ def set_scene(o: dict[str, Any], *, digits: int, eot: int = 1) -> Scene:
     from certify import hub
 
     hub.require_weights(hub.find_source(o["model"], o["weights"]), o["weights"])
-    named = _listed("--defences", o["defences"])
-    attacks = _listed("--attacks", o["attacks"]) if o["attacks"] != "none" else []
-    _check_names(named)
+    named = listed("--defences", o["defences"])
+    attacks = listed("--attacks", o["attacks"]) if o["attacks"] != "none" else []
+    check_names(named)
     if o["data"] is None:
         if o["model"] != "digits":
             raise UserError(
@@ -117,7 +117,7 @@ def set_scene(o: dict[str, Any], *, digits: int, eot: int = 1) -> Scene:
     images = _readable(chosen_images(o, classifier), o["strict"])
     if not images.labelled:
         raise UserError(f"{images.name} has no labels, and accuracies need them: --labels FILE, or a folder a class")
-    defences = {text: _build(text, classifier) for text in named}
+    defences = {text: build(text, classifier) for text in named}
     surrogates = [surrogate_from(s) for s in o["surrogate"]]
     craft = crafter(
         classifier,
@@ -132,7 +132,12 @@ def set_scene(o: dict[str, Any], *, digits: int, eot: int = 1) -> Scene:
     return Scene(classifier, images, defences, attacks, surrogates, craft)
 
 
-def _listed(option: str, text: str) -> list[str]:
+def listed(option: str, text: str) -> list[str]:
+    """Names separated by commas, each once; options of a name may hold commas before digits.
+
+    Raises:
+        UserError: an empty name, or one twice.
+    """
     found: list[str] = []
     for part in text.split(","):
         if found and part[:1].isdigit():  # the value of an option goes on: levels=90,75
@@ -144,7 +149,7 @@ def _listed(option: str, text: str) -> list[str]:
     return found
 
 
-def _check_names(named: list[str]) -> None:
+def check_names(named: list[str]) -> None:
     """Refuse what is no defence before anything is loaded."""
     from denoisers import DEFENCES
     from denoisers.names import find_source
@@ -154,7 +159,7 @@ def _check_names(named: list[str]) -> None:
             find_source(text)
 
 
-def _build(text: str, classifier: Classifier) -> Defence | str:
+def build(text: str, classifier: Classifier) -> Defence | str:
     """The defence, or why there is none: a user's mistake stops the command, a fault of its own fails its row alone."""
     from denoisers.defences import build_defence
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.audit_words import show_plan, tell_outcome, tell_replay, warn_of
+from certify.cli.audit_attacks import attack, attack_options, check_attacks, most_queries
+from certify.cli.audit_words import show_plan, tell_attacks, tell_outcome, tell_replay, warn_of
 from certify.cli.load import check_procedure, denoiser_for, device_from
 from certify.cli.service import Wanted, manners, open_service, service_options, wanted_service
 from certify.cli.summary import warn
-from certify.errors import CertifyError, RunFault, UserError
+from certify.errors import CertifyError, RunFault, UserError, first_line
 
 if TYPE_CHECKING:
     from certify.classifiers import InputSpec
@@ -86,6 +87,7 @@ N0, N, N_AT_MOST = 20, 100, 1000
 @click.option(
     "--price-per-1000", type=options.Positive("a price above 0"), help="Of 1,000 requests, to say what it costs."
 )
+@attack_options
 @click.option("--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise.")
 @click.option("--device", default="auto", show_default=True, help="Where noise is drawn and denoised.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is sent.")
@@ -98,7 +100,8 @@ def audit(**o: Any) -> None:
     Every request counts against --budget and is written into OUT/ledger.jsonl before it is sent, every answer before it
     is used: nothing that was paid for is lost or asked twice. A query without an answer is a failed trial. First comes
     the plan; --dry-run stops there. The certificates are in OUT/run.jsonl, the report in OUT/report.html; `certify
-    replay OUT` computes them again from the ledger.
+    replay OUT` computes them again from the ledger. With --defences the service is then attacked by queries too, out of
+    the same budget (OUT/comparison.jsonl).
     """
     if Path(o["out"]).exists() and not Path(o["out"]).is_dir():
         raise UserError(f"--out {o['out']}: it is a file; expected a folder for the audit")
@@ -106,6 +109,7 @@ def audit(**o: Any) -> None:
         if o[name] is not None and not options.given_by_user("n"):
             o["n"] = N_AT_MOST
     check_procedure(o)
+    check_attacks(o)
     wanted = wanted_service(o)
     if o["data"] is None:
         raise UserError("--data is missing: expected images, such as a folder, a .zip or an .npz")
@@ -126,6 +130,8 @@ def audit(**o: Any) -> None:
 
         about = _work(o, job, plan, asking, known, say)
     tell_outcome(job.folder, about, as_json=o["as_json"])
+    if o["defences"] is not None and not o["as_json"]:
+        tell_attacks(job.folder)
 
 
 def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
@@ -169,7 +175,7 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
         {"settings": {k: o[k] for k in ("sigma", "seed", "retries", "timeout", "repeat_clean", "input_size", "sdk")}},
         device,
     )
-    return job, plan(job, price=o["price_per_1000"], rate=o["rate"])
+    return job, plan(job, price=o["price_per_1000"], rate=o["rate"], attacks=most_queries(o, len(images)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +245,8 @@ def _work(
     from tqdm import tqdm
 
     from certify.remote.audit import make_header, prepare
-    from certify.remote.conclusions import STOPPED, conclude
+    from certify.remote.classifier import LedgerBudgetSpent
+    from certify.remote.conclusions import SPENT, STOPPED, conclude
     from certify.remote.driving import drive
     from certify.remote.ledger import Ledger, ledger_header, read_ledger
     from certify.remote.replay import LEDGER
@@ -261,6 +268,12 @@ def _work(
         ):
             say(f"ledger     {path}: {ledger.spent:,} of {job.budget:,} requests are spent")
             status, reason = drive(job, header, about, functools.partial(asking, ledger), progress=bar.update), ""
+            bar.close()
+            if o["defences"] is not None:
+                with asking(ledger, job.budget) as ask:
+                    attack(o, job, ask, ledger.answers(), say is _silent)
+    except LedgerBudgetSpent:
+        status = SPENT
     except KeyboardInterrupt:
         fault = RunFault(f"stopped; every answer is kept in {path}, the same command goes on from there")
         fault.exit_code = 130
@@ -277,13 +290,13 @@ def _work(
 
 
 def _report(folder: Path) -> None:
-    """The page; what it cannot show is no reason to lose the rest."""
+    """The page; whatever keeps it from being made must not take with it what was paid for."""
     from analysis.report import write_report
 
     try:
         write_report(folder)
-    except (CertifyError, OSError) as error:
-        warn(f"no report: {error}")
+    except Exception as error:
+        warn(f"no report: {type(error).__name__}: {first_line(error)}; `certify report {folder}` tries again")
 
 
 @click.command(short_help="Compute an audit's certificates again, from its ledger alone.")

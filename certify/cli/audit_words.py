@@ -111,6 +111,17 @@ def tell_outcome(folder: Path, about: Mapping[str, Any], *, as_json: bool) -> No
     )
 
 
+def tell_attacks(folder: Path) -> None:
+    """The table of the attacks, as far as they came."""
+    from analysis.comparison_tables import tabulate_comparison
+    from analysis.runs import read_comparison
+    from certify.cli.audit_attacks import COMPARISON
+
+    if (folder / COMPARISON).is_file():
+        found = read_comparison(folder / COMPARISON)
+        click.echo(f"\n{tabulate_comparison(found, 'text')}\n\nattacks    {folder / COMPARISON}")
+
+
 def _fixed(about: Mapping[str, Any]) -> str:
     """What probe and drift check found, in one line."""
     probes = about["determinism"]

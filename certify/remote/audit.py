@@ -174,13 +174,14 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def plan(audit: Audit, *, price: float | None = None, rate: float | None = None) -> dict[str, Any]:
+def plan(audit: Audit, *, price: float | None = None, rate: float | None = None, attacks: int = 0) -> dict[str, Any]:
     """What an audit costs at most, and what can come out of it.
 
     Args:
         audit: what is to be done.
         price: of 1,000 requests, or None.
         rate: requests a second that are allowed, or None.
+        attacks: queries of attacks, at most, which come last.
 
     Returns:
         ``images``; ``queries`` by stage and ``most`` of them; ``budget`` and ``covers``, the images that it finishes
@@ -191,6 +192,7 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None)
     fixed, each = audit.repeat_clean + min(count, DRIFT_IMAGES), 1 + s.samples
     queries = {CLEAN: count, PROBE: audit.repeat_clean, **{k: count * n for k, n in s.stages.items()}}
     queries[DRIFT] = min(count, DRIFT_IMAGES)
+    queries |= {"attacks": attacks} if attacks else {}
     most = sum(queries.values())
     spent = min(most, audit.budget)
     earliest, cap = None, None

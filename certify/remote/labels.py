@@ -33,7 +33,7 @@ Purify = Callable[[Tensor], Tensor]
 Show = Callable[[str, Picture, Picture], None]
 
 
-def query_name(image: str, stage: str, number: int) -> str:
+def query_name(image: str, stage: str, number: int | str) -> str:
     """The name of a query, unique within an audit."""
     return f"{image} | {stage} | {number}"
 
