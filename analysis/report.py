@@ -184,8 +184,9 @@ def _figures(audit: Audit, found: Curve | None) -> list[dict[str, str]]:
         tiles.append(_tile("keep their label", f"{kept:,} of {len(audit.rows):,}", about))
     radii = sorted(row["radius"] for row in audit.rows if words.outcome(row) == words.KEEPS)
     if radii and not (audit.header.get("stopping") or {}).get("radii"):
-        middle = words.floor(radii[(len(radii) - 1) // 2])
-        tiles.append(_tile("median radius", middle, f"largest {words.floor(radii[-1])}; of those that keep it"))
+        middle, cap = words.floor(radii[(len(radii) - 1) // 2]), (audit.about.get("plan") or {}).get("radius_cap")
+        possible = f"; at this n at most {words.floor(cap)}" if cap else ""
+        tiles.append(_tile("median radius", middle, f"largest {words.floor(radii[-1])}{possible}"))
     plan = audit.about.get("plan") or {}
     if audit.asked:
         budget = f"of a budget of {plan['budget']:,}" if plan.get("budget") else "no budget was set"

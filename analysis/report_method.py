@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from analysis.audited import Audit
+from analysis.report_words import denoiser_of
 from certify.norms import IN_WORDS
 
 _RADIUS = {
@@ -38,8 +39,8 @@ def method(audit: Audit) -> list[str]:
 def _protocol(audit: Audit) -> str:
     assert audit.run is not None
     header, about = audit.run.header, audit.about
-    denoiser = about.get("denoiser") or header.get("denoiser")
-    clean = f", passed through the denoiser {denoiser}" if denoiser and denoiser != "none" else ""
+    denoiser = denoiser_of(audit)
+    clean = f", passed through the denoiser {denoiser}" if denoiser else ""
     encoding = about.get("encoding") or "image"
     name = str(encoding.get("name", "image") if isinstance(encoding, dict) else encoding).upper()
     vote = "The vote is the service's first label"

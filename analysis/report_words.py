@@ -73,8 +73,8 @@ def verdict(audit: Audit) -> Verdict | None:
         under = f"under every change of {norm} size below {radii[-1]:g}"
     else:
         kept = sorted(row["radius"] for row in rows if outcome(row) == KEEPS)
-        each = f" (half of them at least {floor(statistics.median_low(kept))}, at most {floor(kept[-1])})"
-        under = f"under every change of {norm} size below a radius of their own{each if kept else ''}"
+        under = f"under every change of {norm} size below a radius of their own"
+        under += f" (median {floor(statistics.median_low(kept))}, largest {floor(kept[-1])})" if kept else ""
     others = {
         OTHER: "are certified with another label",
         OPEN: "are undecided",
@@ -100,19 +100,29 @@ def floor(radius: float) -> str:
     return f"{int(radius * 10_000) / 10_000:g}"
 
 
+def denoiser_of(audit: Audit) -> str:
+    """The denoiser before the service by name, also where it was chosen automatically; empty without one."""
+    asked = str(audit.about.get("denoiser") or audit.header.get("denoiser") or "none")
+    steps = audit.header.get("pipeline") or ()
+    found = next((str(step.get("name", asked)) for step in steps if step.get("step") == "denoiser"), asked)
+    return "" if asked == "none" else found
+
+
 def system(audit: Audit) -> str:
     """What the certificates are about."""
-    denoiser = audit.about.get("denoiser") or (audit.run.header.get("denoiser") if audit.run else None)
-    between = f", cleaned by the denoiser {denoiser}" if denoiser and denoiser != "none" else ""
-    return f"noise is added to the image{between}, the service names each noisy copy, and the most frequent label wins"
+    denoiser = denoiser_of(audit)
+    between = (
+        f"the denoiser {denoiser} cleans each copy, the service names it" if denoiser else "the service names each"
+    )
+    return f"noise is added to copies of the image, {between}, and the most frequent label wins"
 
 
 def _means(audit: Audit) -> str:
     alpha, total = audit.header["alpha"], len(audit.rows)
     return (
         "No change of the image below that size, whoever chooses it, alters what the smoothed service answers "
-        f"({system(audit)}); each such statement is wrong with probability at most {alpha:g}, any of the {total:,} "
-        f"with at most {min(1.0, alpha * total):.4g}."
+        f"({system(audit)}); each such statement is wrong with probability at most {alpha:g}, one or more of "
+        f"the {total:,} with at most {min(1.0, alpha * total):.4g}."
     )
 
 

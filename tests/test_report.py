@@ -227,7 +227,7 @@ def test_the_verdict_counts_right(page: Page, records: Records) -> None:
     under = "below 0.12"
     if records.header["procedure"] == "certify":
         middle, most = floored(kept[(len(kept) - 1) // 2]), floored(kept[-1])
-        under = f"below a radius of their own (half of them at least {middle}, at most {most})"
+        under = f"below a radius of their own (median {middle}, largest {most})"
     start = f"Of {len(records.rows)} images, {len(kept)} keep the service's own label under every change of l2 size"
     assert headline.startswith(f"{start} {under}, at 99.9 % confidence an image")
     for outcome, words in {"undecided": "undecided", "not-certifiable": "cannot be certified"}.items():
@@ -385,18 +385,22 @@ def test_a_service_that_is_not_a_function_is_said_first(tmp_path: Path, digits: 
 
 
 def test_failures_are_said_by_how_many_they_are(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
-    def failing(every: int) -> Page:
+    def failing(every: int, settings: Settings = DECIDE) -> Page:
         def mood(name: str, number: int) -> tuple[int, str]:
-            return 1, "HTTP 500" if "estimation" in name and number % every == 0 else ""
+            return 1, "HTTP 500" if "tion" in name and number % every == 0 else ""
 
-        return page_of(make_audit(tmp_path / str(every), digits, few, settings=DECIDE, mood=mood))
+        folder = tmp_path / f"{every}-{settings.procedure}"
+        return page_of(make_audit(folder, digits, few, settings=settings, mood=mood))
 
-    some, many, all_of_them = failing(25), failing(4), failing(1)
+    some, many = failing(25), failing(4)
     assert "Some queries failed" in some.text("warned")
     assert loud(some) == ""
     assert "Many queries failed" in loud(many)
-    assert "Every query failed" in loud(all_of_them)
-    assert f"Of {len(few)} images, 0 keep" in all_of_them.text("headline")
+    for settings in (DECIDE, CERTIFY):
+        page = failing(1, settings)
+        assert "Every query failed" in loud(page)
+        assert f"Of {len(few)} images, 0 keep" in page.text("headline")
+        assert {outcome for outcome, _ in page.ids} <= {"undecided", "not-certifiable"}
 
 
 def test_an_unfinished_audit_has_a_report_that_says_so(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
