@@ -117,13 +117,13 @@ def test_nothing_certified_can_still_be_drawn(tmp_path: Path) -> None:
 
 
 def test_ten_thousand_images_are_read_fast(tmp_path: Path) -> None:
-    """Not a benchmark: the bound is ten times what it takes, so only a change of order is caught."""
+    """Not a benchmark: the bound is ten times the computing it takes, so only a change of order is caught."""
     rows = [row(i, 1, 1, i / 1e4, votes={str(c): 1000 + c for c in range(20)}) for i in range(10_000)]
     path = write(tmp_path / "r.jsonl", rows)
-    start = time.perf_counter()
+    start = time.process_time()  # a busy machine is not slow code
     c = curve(read_any(path))
     assert c.accuracy([0.5]).tolist() == [0.5]
-    assert time.perf_counter() - start < 3.0
+    assert time.process_time() - start < 3.0
 
 
 def test_default_radii() -> None:
