@@ -26,7 +26,7 @@ _HERE = "certify.remote.sdk"
 SENDERS.add("rekognition", f"{_HERE}:boto3_sender", "boto3, signature version 4")
 SENDERS.add("google-vision", f"{_HERE}:google_sender", "google-cloud-vision over REST")
 SENDERS.add("azure-vision", f"{_HERE}:azure_sender", "azure-ai-vision-imageanalysis")
-SENDERS.add("clarifai", f"{_HERE}:clarifai_sender", "clarifai_grpc, of the package clarifai")
+SENDERS.add("clarifai", f"{_HERE}:clarifai_sender", "the package clarifai-grpc")
 
 
 class _Answered(Exception):
@@ -188,14 +188,14 @@ def clarifai_sender(
         timeout: seconds for a whole call.
 
     Raises:
-        UserError: the package clarifai is not installed, or as :func:`~certify.remote.http.check_endpoint`.
+        UserError: the package clarifai-grpc is not installed, or as :func:`~certify.remote.http.check_endpoint`.
     """
     try:
         import grpc
         from clarifai_grpc.grpc.api import service_pb2
         from google.protobuf import json_format
     except ImportError:
-        _missing("clarifai")
+        _missing("clarifai-grpc")
     endpoint, key = _checked(endpoint, credential, insecure)
     where = urlsplit(endpoint)
     options = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", 32 * 2**20)]
