@@ -235,6 +235,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     command("table", "c.jsonl")
     assert capsys.readouterr().out == shown
     command("plot", "c.jsonl", "-o", "d.svg")
+    command(
+        *given, "--group", "blind", "--eps", "1/10", "--queries", "20", "--steps", "3", "--out", "b.jsonl", "--quiet"
+    )
+    assert {r["condition"] for r in rows} - {r["condition"] for r in read_run("b.jsonl", kind="comparison").images} == {
+        "adaptive: square"
+    }
     command("table", "c.jsonl", "c.jsonl", code=2)
     command("table", "c.jsonl", "--radii", "0,1", code=2)
     command("recompute", "c.jsonl", "--alpha", "0.01", code=2)
@@ -249,6 +255,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (("--defences", "none,,gs"), "expected names separated by commas, each once"),
         (("--attacks", "pgd"), "unknown attack 'pgd'"),
         (("--attacks", "transfer"), "attack transfer needs surrogates"),
+        (("--attacks", "blind-pgd", "--group", "adaptive"), "--group adaptive: attack blind-pgd is blind only"),
         (("--eps", "0"), "expected a distance above 0 in [0, 1] pixels, such as 8/255"),
         (("--labels", "none"), "has no labels, and accuracies need them"),
         (("--defences", "ncis"), "no shipped weights for 1x8x8 images; train some"),

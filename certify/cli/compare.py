@@ -12,6 +12,7 @@ import click
 from certify.cli import options
 from certify.cli.attacking import Scene, attack_options, set_scene
 from certify.cli.files import output_path, stoppable
+from certify.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.compare import Plan
@@ -29,6 +30,13 @@ DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
     help="NAME:KEY=VALUE:..., separated by commas (`certify list defences`, `denoisers`).",
 )
 @attack_options
+@click.option(
+    "--group",
+    type=click.Choice(["both", "blind", "adaptive"]),
+    default="both",
+    show_default=True,
+    help="Run attacks blind, on whole defences, or both where they can be: adaptive queries cost the defence's time.",
+)
 @click.option(
     "--repeats", type=options.Count("repeats"), default=5, show_default=True, help="Answers of a random defence."
 )
@@ -122,8 +130,14 @@ def _plan(o: dict[str, Any], scene: Scene) -> Plan:
     from analysis.compare import CLEAN, RANDOM, SMOOTHING, Plan, applies
     from analysis.comparison import Condition
 
+    groups = ("blind", "adaptive") if o["group"] == "both" else (o["group"],)
+    idle = [name for name in scene.attacks if not set(groups) & set(groups_of(name))]
+    if idle:
+        raise UserError(
+            f"--group {o['group']}: attack {idle[0]} is {groups_of(idle[0])[0]} only; leave it or --group out"
+        )
     conditions = [CLEAN, RANDOM]
-    for group in ("blind", "adaptive"):
+    for group in groups:
         conditions += [Condition(name, group) for name in scene.attacks if group in groups_of(name)]
     if o["certify_n"] and any(applies(d, SMOOTHING) for d in scene.defences.values()):
         conditions.append(SMOOTHING)
