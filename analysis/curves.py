@@ -96,7 +96,7 @@ def curve(run: Run, name: str = "") -> Curve:
 
     Raises:
         UserError: no usable image, some images with labels and some without, or an unfinished run whose images stop
-            by themselves: those that are there are the easy ones.
+            by themselves, unless they came in their order: those that are there are the easy ones.
     """
     if run.partial and run.header.get("stopping") and not run.header.get("in_order"):
         raise UserError(
