@@ -5,8 +5,9 @@
 
 A pair is one turn of each, one after the other. Offline: one call of ``SmoothedClassifier.tallies`` for all images of
 the turn, selection and estimation. Server: a process of its own on loopback, asked about the same images by this one
-with binary tensors, so many requests under way as ``--clients`` says. Both certify; the ratio is that of samples a
-second, client included. The offline engine runs as the server said it runs, in this process.
+with binary tensors, so many requests under way as ``--clients`` says. Both certify, in float32, eager, in batches of
+one size. Two ratios: of samples a second by the clock, client included; and of samples a second of processor time,
+where only the server's process counts, which says the same on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import httpx2
 import torch
 
 from certify import SmoothedClassifier, __version__, load_classifier, load_images
+from certify.execution import default_batch_size
 from certify.machine import machine_name
 from certify.types import Certificate
 
@@ -40,21 +42,27 @@ SIGMA, SEED = 0.25, 0
 
 
 @contextlib.contextmanager
-def server(o: argparse.Namespace) -> Iterator[str]:
-    """``certify serve`` on a free port; its address."""
+def server(o: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """``certify serve`` on a free port: its address and its process."""
     command = [sys.executable, "-m", "certify", "serve", "--model", o.model, "--sigma", str(SIGMA), "--port", "0"]
     command += ["--n0", str(o.n0), "--n", str(o.n), "--budget-per-request", str(o.n0 + o.n), "--seed", str(SEED)]
     command += ["--precision", "float32", "--compile", "off", "--timeout", "600", "--concurrency", str(o.clients)]
     command += ["--device", o.device, "--name", "model"]
-    command += ["--batch-size", str(o.batch_size)] if o.batch_size else []
+    command += ["--batch-size", str(o.batch_size)]
     command += ["--weights", o.weights] if o.weights else []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             assert process.stderr is not None
-            yield next(m[0] for line in process.stderr if (m := re.search(r"http://\S+", line)))
+            yield next(m[0] for line in process.stderr if (m := re.search(r"http://\S+", line))), process.pid
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
+
+
+def processor_seconds(pid: int) -> float:
+    """Seconds of processor time that this process took so far, all its threads together (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def offline(g: SmoothedClassifier, images: list[torch.Tensor], o: argparse.Namespace) -> list[Certificate]:
@@ -90,6 +98,8 @@ def served(client: httpx2.Client, images: list[torch.Tensor], clients: int) -> l
 def measure(o: argparse.Namespace) -> dict[str, Any]:
     """Both, in turn."""
     classifier = load_classifier(o.model, weights=o.weights)
+    assert classifier.input.size is not None
+    o.batch_size = o.batch_size or default_batch_size(torch.empty(classifier.input.size, device=o.device))
     g = SmoothedClassifier(
         classifier, SIGMA, device=o.device, precision="float32", compile="off", batch_size=o.batch_size
     )
@@ -98,39 +108,43 @@ def measure(o: argparse.Namespace) -> dict[str, Any]:
     grain = torch.rand((o.turn, *base[0].shape), generator=torch.Generator().manual_seed(0))
     images = [(base[i % len(base)] * 0.98 + 0.02 * grain[i]).clamp(0, 1) for i in range(o.turn)]  # no two alike
     samples = o.turn * (o.n0 + o.n)
-    pairs = []
-    with server(o) as address, httpx2.Client(base_url=address, timeout=900) as client:
+    pairs: list[tuple[float, float, float, float]] = []
+    with server(o) as (address, pid), httpx2.Client(base_url=address, timeout=900) as client:
         g.prepare(images[0], samples)
         offline(g, images[:1], o)
         served(client, images[: o.clients], o.clients)  # warms up
         for _ in range(o.pairs):
-            start = time.perf_counter()
+            start, own, other = time.perf_counter(), time.process_time(), processor_seconds(pid)
             mine = offline(g, images, o)
-            middle = time.perf_counter()
+            middle, own = time.perf_counter(), time.process_time() - own
             theirs = served(client, images, o.clients)
-            end = time.perf_counter()
-            pairs.append((samples / (middle - start), samples / (end - middle)))
-            assert g.execution is not None
+            end, other = time.perf_counter(), processor_seconds(pid) - other
+            pairs.append((samples / (middle - start), samples / (end - middle), samples / own, samples / other))
             same = sum((c.prediction, c.radius) == answer for c, answer in zip(mine, theirs, strict=True))
+            alone, there, alone_cpu, there_cpu = pairs[-1]
             print(
-                f"{o.model}, n = {o.n:,}: offline {pairs[-1][0]:,.0f} and server {pairs[-1][1]:,.0f} samples/s, ratio "
-                f"{pairs[-1][1] / pairs[-1][0]:.3f}; {same} of {o.turn} certificates equal",
+                f"{o.model}, n = {o.n:,}: offline {alone:,.0f} and server {there:,.0f} samples/s, ratio "
+                f"{there / alone:.3f}; a second of processor time {alone_cpu:,.0f} and {there_cpu:,.0f}, ratio "
+                f"{there_cpu / alone_cpu:.3f}; {same} of {o.turn} certificates equal",
                 flush=True,
             )
-    ratios = [server / alone for alone, server in pairs]
+    by_clock, by_processor = ([pair[k + 1] / pair[k] for pair in pairs] for k in (0, 2))
     return {
-        "offline": statistics.median(alone for alone, _ in pairs),
-        "served": statistics.median(server for _, server in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        "offline": statistics.median(pair[0] for pair in pairs),
+        "served": statistics.median(pair[1] for pair in pairs),
+        "ratio": statistics.median(by_clock),
+        "ratio_min": min(by_clock),
+        "ratio_max": max(by_clock),
+        "processor_ratio": statistics.median(by_processor),
+        "processor_ratio_min": min(by_processor),
+        "processor_ratio_max": max(by_processor),
         "pairs": o.pairs,
         "images": o.turn,
         "n0": o.n0,
         "n": o.n,
         "clients": o.clients,
         "same": same,
-        "batch_size": g.execution.batch_size if g.execution else None,
+        "batch_size": o.batch_size,
         "machine": machine_name(torch.device(o.device)),
         "threads": torch.get_num_threads(),
         "certify": __version__,
@@ -152,7 +166,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     o = parser.parse_args()
     result = measure(o)
-    print(f"median ratio {result['ratio']:.3f} ({result['ratio_min']:.3f} - {result['ratio_max']:.3f})")
+    for kind in ("ratio", "processor_ratio"):
+        print(f"median {kind} {result[kind]:.3f} ({result[f'{kind}_min']:.3f} - {result[f'{kind}_max']:.3f})")
     command = "python benchmarks/serve.py " + " ".join(shlex.quote(a) for a in sys.argv[1:])
     head = {"case": f"serve {o.model}", "date": datetime.date.today().isoformat(), "command": command}
     with RESULTS.open("a", encoding="utf-8") as file:

@@ -97,7 +97,7 @@ class _Part:
 
 
 class Service:
-    """Answers images in a thread of its own; a context manager that ends when what it accepted is done.
+    """Answers images in a thread of its own; a context manager that ends when what it accepted is done, or in time.
 
     Args:
         smoothed: prepared or not; nobody else may use it meanwhile.
@@ -141,7 +141,7 @@ class Service:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.close(self.limits.timeout)
 
     def close(self, timeout: float | None = None) -> bool:
         """Finish what was accepted, then end the thread; whether it has ended within the timeout, in seconds."""
