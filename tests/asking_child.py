@@ -41,7 +41,7 @@ def ask(url: str, path: Path, used: Path, budget: int, count: int) -> None:
 def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -> None:
     """Kill, and look whether what stood in the ledger still does."""
     draw, done, count, before = random.Random(seed), 0, FURTHER, b""
-    lasts = 0.0  # seconds that the last one needed that was not killed; the first is left alone
+    lasts = 0.0  # a little more than the first one needed, which is left alone: later ones read more first
     while True:
         start = time.monotonic()
         child = os.fork()
@@ -64,8 +64,11 @@ def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -
             done += 1
         elif done == kills:
             break
-        else:  # it was faster: the next one asks more
-            lasts, count = time.monotonic() - start, count + FURTHER
+        else:
+            lasts = lasts or 1.3 * (time.monotonic() - start)
+        if done < kills:  # the next one has as much to do; lost ones are done with
+            first = now.count(b'"attempt": 1, "digest"')
+            count = max(count, first + FURTHER)
     print(json.dumps({"kills": done, "asked": count}))
 
 

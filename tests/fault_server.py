@@ -1,8 +1,4 @@
-"""A service on loopback that labels pictures by their bytes and misbehaves on purpose; and what asks it.
-
-``python tests/fault_server.py serve`` runs a faultless one until its input ends; ``... ask URL LEDGER KILLS SEED`` asks
-one from processes that are killed.
-"""
+"""A service on loopback that labels pictures by their bytes and misbehaves on purpose."""
 
 from __future__ import annotations
 
