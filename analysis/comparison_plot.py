@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from analysis.comparison import GROUPS, Cell, Comparison, Condition
 from analysis.comparison_tables import caption_of
-from analysis.plots import COLOURS, STYLE, check_format
-from certify.errors import RunFault
+from analysis.plots import COLOURS, STYLE, check_format, save_figure
 
 _COLOUR = dict(zip(GROUPS, ("#555555", COLOURS[0], COLOURS[1], COLOURS[2]), strict=True))
 _SHAPES = "os^Dv<>pP*X"
@@ -46,11 +44,7 @@ def draw_comparison(found: Comparison, path: str | Path) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
         axes.set_title(caption_of(found)[0], fontsize=8, loc="left", wrap=True)
         try:
-            with contextlib.suppress(FileExistsError):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=200, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
-        except OSError as error:
-            raise RunFault(f"could not write {path}: {error.strerror}") from None
+            save_figure(figure, Path(path))
         finally:
             plt.close(figure)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from analysis.adversarial_noise import NoiseStatistics
-from analysis.plots import COLOURS, STYLE, check_format
-from certify.errors import RunFault
+from analysis.plots import COLOURS, STYLE, check_format, save_figure
 
 _LINES = ("-", "--", ":", "-.")
 
@@ -53,11 +51,7 @@ def draw_noise(noises: Mapping[str, NoiseStatistics], images: NoiseStatistics, p
         figure.legend(loc="outside lower center", ncols=4)
         figure.suptitle(title, fontsize=8, x=0.01, ha="left", wrap=True)
         try:
-            with contextlib.suppress(FileExistsError):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=200, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
-        except OSError as error:
-            raise RunFault(f"could not write {path}: {error.strerror}") from None
+            save_figure(figure, Path(path))
         finally:
             plt.close(figure)
 

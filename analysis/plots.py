@@ -67,7 +67,7 @@ def plot_curves(lines: Sequence[Line], path: str | Path, *, title: str | None = 
     """
     check_format(path)
     with drawn_curves(lines, title=title, band=band) as figure:
-        _save(figure, Path(path))
+        save_figure(figure, Path(path))
 
 
 @contextlib.contextmanager
@@ -150,7 +150,12 @@ def _legend(axes: Any, labels: Sequence[str], title: str | None) -> None:
         axes.figure.legend(loc="outside lower center", ncols=columns, title=title, alignment="left")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write it whole or not at all, the same bytes for the same figure.
+
+    Raises:
+        RunFault: the file cannot be written.
+    """
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
     beside = path.with_name(f".{path.stem}.part{path.suffix}")
     try:

@@ -213,7 +213,7 @@ class RunFile:
         self.path = Path(path)
         self.header = header
         self.done: dict[str, dict[str, Any]] = {}
-        self._file = self._open()  # locked from here on: what is read next cannot change any more
+        self._file = open_to_append(self.path)  # locked from here on: what is read next cannot change any more
         try:
             self.resumed = self._resume()
             self._start()
@@ -235,18 +235,6 @@ class RunFile:
         self.header = run.header
         self.done = {row["id"]: row for row in run.images}
         return True
-
-    def _open(self) -> io.FileIO:
-        try:
-            if self.path.exists() and not self.path.is_file():
-                raise UserError(f"{self.path} is not a regular file; name another --out")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # unbuffered: nothing is left behind in a buffer when the disk is full
-            file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; name another --out") from None
-        lock_file(file, self.path)
-        return file
 
     def _start(self) -> None:
         """Cut off a line torn by a kill; write the header of a new run."""
@@ -326,7 +314,25 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else text[:20] + '..."'
 
 
-def lock_file(file: io.FileIO, path: Path) -> None:
+def open_to_append(path: Path) -> io.FileIO:
+    """A file that this process alone writes to, as long as it is open; made with its folder where it is not there.
+
+    Raises:
+        UserError: it cannot be written, or another process is writing to it.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file; name another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # unbuffered: nothing is left behind in a buffer when the disk is full
+        file = path.open("ab", buffering=0)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name another --out") from None
+    _lock(file, path)
+    return file
+
+
+def _lock(file: io.FileIO, path: Path) -> None:
     """Keep other processes from writing to an open file, as long as it is open.
 
     Raises:

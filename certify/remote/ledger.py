@@ -27,7 +27,7 @@ from typing import Any
 
 from certify import __version__
 from certify.errors import RunFault, UserError
-from certify.records import lock_file
+from certify.records import open_to_append
 from certify.remote.types import Answer, Format, Query, Scored
 
 SCHEMA = 1
@@ -206,7 +206,7 @@ class Ledger:
         self._progress = _Progress()
         self._entries: dict[str, _Entry] = {}
         self._spent = 0
-        self._file = self._open()
+        self._file = open_to_append(self.path)
         try:
             self._continue()
         except BaseException:
@@ -326,17 +326,6 @@ class Ledger:
         return RunFault(
             f"could not write {self.path}: {why}; what it holds is kept: make room and run the same command to go on"
         )
-
-    def _open(self) -> io.FileIO:
-        try:
-            if self.path.exists() and not self.path.is_file():
-                raise UserError(f"{self.path} is not a regular file; name another --out")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; name another --out") from None
-        lock_file(file, self.path)
-        return file
 
     def _continue(self) -> None:
         """Take over what is there; cut off a torn line; begin a new ledger."""
