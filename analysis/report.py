@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from analysis.report_pictures import STAGES, Thumbnails, curve_svg, latency_svg
 from certify.errors import RunFault, UserError
 from certify.norms import IN_WORDS
 from certify.records import identity
+from certify.remote.credentials import public
 from certify.remote.labels import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION
 
 NAME = "report.html"
@@ -32,7 +32,6 @@ ROOM, MOST_ROWS, MOST_KINDS = 14 * 2**20, 4000, 20
 """Bytes of thumbnails, rows of the table of images and kinds of failure at most: the file stays below about 20 MB."""
 
 _TOP = 3  # labels of one image that are shown with their votes
-_USER, _QUERY = re.compile(r"(\b\w+://)[^\s/'\"@]*@"), re.compile(r"(\b\w+://[^\s?#'\"]*)[?#][^\s'\"]*")
 
 _ABOUT_STAGES = {
     CLEAN: "the image itself: its reference label",
@@ -127,11 +126,6 @@ def page(audit: Audit) -> dict[str, Any]:
         "replay": public(str(audit.about.get("replay") or f"certify replay {shlex.quote(str(audit.folder))}")),
         "rewrite": f"certify report {shlex.quote(str(audit.folder))}",
     }
-
-
-def public(text: str) -> str:
-    """A text without what addresses in it may hide: user and password, query, fragment."""
-    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
 def _when(text: str) -> str:

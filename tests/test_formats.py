@@ -191,6 +191,7 @@ def test_forms_are_read_by_another_reader(photo: Picture) -> None:
         ("json", {"labels": "a[", "scores": ""}, "no JMESPath"),
         ("json", {"labels": "", "scores": ""}, "where is the label"),
         ("json", {"send": "put"}, "raw, multipart, base64"),
+        ("json", {"path": "x?size=5&api_token=abc"}, "query of path holds 'api_token'"),
         ("json", {"key": 'a"b'}, "without quotation marks"),
         ("rekognition", {"min_confidence": 101}, "0 to 100"),
         ("google-vision", {"max_labels": 0}, "at least 1"),

@@ -22,12 +22,13 @@ from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
 from certify.access import BudgetSpent
 from certify.errors import CertifyError, RunFault, UserError
 from certify.remote.asking import Asker
-from certify.remote.credentials import read_credential
+from certify.remote.credentials import public, read_credential
 from certify.remote.http import HttpSender, check_endpoint
 from certify.remote.ledger import Ledger, ledger_header, read_ledger
 from certify.remote.manners import Manners, Rate, retry_after
 from certify.remote.types import Answer, BadReply, Query, Reply, Request
 
+SECRETS = "X-Amz-Signature x-functions-key sv_sig pwd passwd authorization cred jwt client_secret id_token code".split()
 KEY = "sk-4f9a/Zq+0123=%x"
 HERE = Path(__file__).parent
 SOON = Manners(concurrency=4, first_wait=0.01, longest_wait=0.3, grace=5.0)
@@ -274,6 +275,8 @@ def test_the_rate_holds(tmp_path: Path) -> None:
         ("Sat, 21 Nov 2026 13:00:00 GMT", 60.0),
         ("Sat, 21 Nov 2026 11:00:00 GMT", 0.0),
         ("Sat, 99 Nov 2026 11:00:00 GMT", None),
+        ("Sat, 21 Nov 99999999999999999999 11:00:00 GMT", None),
+        ("Sat, 21 Nov 2026 99999999999999999999:00:00 GMT", None),
     ],
 )
 def test_retry_after(text: str, seconds: float | None) -> None:
@@ -357,6 +360,7 @@ def test_cookies_are_not_kept_and_redirects_not_followed(key: str) -> None:
         ("http://host:99999/", "expected http://HOST"),
         (f"http://user:{KEY[:6]}@host/", "user name or password"),
         ("https://host/x?Api_Key=abcdefgh", "--auth-query 'Api_Key={key}'"),
+        *((f"https://host/x?size=5&{name}=abcdefgh", f"holds {name!r}") for name in SECRETS),
     ],
 )
 def test_endpoints_that_are_refused(url: str, says: str) -> None:
@@ -364,6 +368,13 @@ def test_endpoints_that_are_refused(url: str, says: str) -> None:
         check_endpoint(url)
     assert KEY[:6] not in str(caught.value)
     assert "abcdefgh" not in str(caught.value)
+
+
+def test_what_is_no_key_may_stand_in_an_endpoint() -> None:
+    url = "https://host/x?sigma=0.25&version=3&postcode=1"
+    assert check_endpoint(url) == url
+    found = public("certify audit --endpoint 'https://me:abcdefgh@host/x?a=abcdefgh#abcdefgh' --data d")
+    assert found == "certify audit --endpoint 'https://host/x' --data d"
 
 
 def test_a_key_goes_over_plain_http_to_loopback_alone(key: str) -> None:
@@ -383,6 +394,10 @@ def test_where_a_key_may_come_from(monkeypatch: pytest.MonkeyPatch, key: str) ->
     with pytest.raises(UserError) as caught:
         read_credential(KEY)  # the key itself instead of the name of its variable
     assert KEY not in str(caught.value)
+    for name in ("hf_AbCdEfGhIjKlMnOpQrStUvWxYz", "AKIA" + 50 * "A", "s3cr3tvalue"):
+        with pytest.raises(UserError, match="the variable named is not set") as caught:
+            read_credential(name)
+        assert name not in str(caught.value)
     for template in (f"Authorization: Bearer {KEY}", "Bearer {key}", "X: {key} {key}", "X Y: {key}"):
         with pytest.raises(UserError, match=r"expected NAME: VALUE with \{key\} in it") as caught:
             read_credential(key, template)

@@ -247,11 +247,12 @@ def _work(
     from certify.remote.audit import make_header, prepare
     from certify.remote.classifier import LedgerBudgetSpent
     from certify.remote.conclusions import SPENT, STOPPED, conclude
+    from certify.remote.credentials import public
     from certify.remote.driving import drive
     from certify.remote.ledger import Ledger, ledger_header, read_ledger
     from certify.remote.replay import LEDGER
 
-    command = options.command_line()
+    command = public(options.command_line())
     header, about = prepare(job, make_header(job, data=o["data"], denoiser=o["denoiser"], command=command), plan)
     head = ledger_header(wanted.endpoint, wanted.format, encoding=job.service.encoding)
     path, status, reason = job.folder / LEDGER, STOPPED, "the command was stopped"

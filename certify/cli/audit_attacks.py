@@ -78,13 +78,16 @@ def attack(o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, 
 
     from analysis.compare import compare, make_header
     from certify.records import RunFile
+    from certify.remote.credentials import public
     from denoisers.defences import undefended
 
     classifier, images = _target(job, asking, answers)
     service: Any = classifier  # a classifier to those who only ask
     defences = {text: build(text, service) for text in listed("--defences", o["defences"])}
     plan = _plan(o)
-    header = make_header(plan, defences, images, model=classifier.name, data=o["data"], command=options.command_line())
+    header = make_header(
+        plan, defences, images, model=classifier.name, data=o["data"], command=public(options.command_line())
+    )
     craft = _crafter(o, service, {id(defence): text for text, defence in defences.items()})
     path = job.folder / COMPARISON
     with (

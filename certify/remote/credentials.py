@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from urllib.parse import quote, quote_plus
+from urllib.parse import parse_qsl, quote, quote_plus
 
 from certify.errors import UserError
 from certify.remote.types import BadReply, Reply, Request, Sender
@@ -23,8 +23,24 @@ BEARER = "Authorization: Bearer {key}"
 HIDDEN = "[key]"
 """Stands where the key stood."""
 
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,40}")  # what else is named may be the key itself, given by mistake
 _SHORTEST = 8  # a shorter one could be part of a label or a score, which cleaning would then change
+_SECRET = re.compile(r"key|token|secret|sig(?!ma)|pass|pwd|auth|cred|jwt|^code$", re.IGNORECASE)  # names in a query
+_USER, _QUERY = re.compile(r"(\b\w+://)[^\s/'\"@]*@"), re.compile(r"(\b\w+://[^\s?#'\"]*)[?#][^\s'\"]*")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a header's name, RFC 9110
+
+
+def secret_name(query: str) -> str | None:
+    """The first name in a URL's query whose value looks like a key, by what such names contain; None without one.
+
+    A key inside a path cannot be told from the path.
+    """
+    return next((name for name, _ in parse_qsl(query, keep_blank_values=True) if _SECRET.search(name)), None)
+
+
+def public(text: str) -> str:
+    """A text without what addresses in it may hide: user and password, query, fragment."""
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +94,7 @@ def read_credential(variable: str, header: str = BEARER, query: str | None = Non
     """
     key = os.environ.get(variable, "").strip()
     if not key:
-        shown = f"${variable}" if variable.isidentifier() else "the variable named"
+        shown = f"${variable}" if _VARIABLE.fullmatch(variable) else "the variable named"
         raise UserError(
             f"--api-key-env: {shown} is not set, or empty; expected the name of an environment variable that holds "
             "the key, such as SERVICE_KEY after `export SERVICE_KEY=...`"

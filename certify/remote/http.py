@@ -15,11 +15,11 @@ from contextlib import ExitStack, suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import SplitResult, parse_qsl, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from certify import __version__
 from certify.errors import UserError, first_line
-from certify.remote.credentials import Credential, cleaned, cleaned_logs
+from certify.remote.credentials import Credential, cleaned, cleaned_logs, secret_name
 from certify.remote.types import BadReply, Reply, Request
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ MOST_BYTES = 32 * 2**20
 _CONNECT = 10.0  # seconds to connect, within those
 _IDLE = 2.0  # seconds a connection is kept: a server that closes it first costs a request
 _LOGGERS = ("httpx2", *(f"httpcore2.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
-_KEYS = "key apikey api_key api-key access_token token sig signature secret password code subscription-key".split()
 
 
 def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> str:
@@ -58,11 +57,11 @@ def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> st
         raise UserError(f"endpoint {shown!r}: expected http://HOST[:PORT]/PATH or https://...")
     if parts.username is not None or parts.password is not None:
         raise UserError("the endpoint holds a user name or password; expected it without, and the key by --api-key-env")
-    named = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name.lower() in _KEYS]
-    if named:
+    named = secret_name(parts.query)
+    if named is not None:
         raise UserError(
-            f"the endpoint's query holds {named[0]!r}, which looks like a key; expected the URL without it, and "
-            f"--api-key-env NAME --auth-query '{named[0]}={{key}}'"
+            f"the endpoint's query holds {named!r}, which looks like a key; expected the URL without it, and "
+            f"--api-key-env NAME --auth-query '{named}={{key}}'"
         )
     if key and parts.scheme == "http" and not insecure and not _is_loopback(host):
         raise UserError(

@@ -75,7 +75,7 @@ def retry_after(reply: Reply, longest: float, now: datetime.datetime | None = No
     except ValueError:
         try:
             until = email.utils.parsedate_to_datetime(text)
-        except ValueError:
+        except (ValueError, OverflowError):  # the latter: a year or zone that no clock has
             return None
         if until.tzinfo is None:
             until = until.replace(tzinfo=datetime.UTC)

@@ -8,8 +8,10 @@ import json
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from certify.errors import UserError, first_line
+from certify.remote.credentials import secret_name
 from certify.remote.formats.reading import class_scores, one_of, ranked, read_json
 from certify.remote.pictures import encode, media_type
 from certify.remote.types import BadReply, Format, Picture, Ranked, Reply, Request
@@ -35,7 +37,7 @@ def post_image(
         scores: expression for as many scores; then they make the order.
         send: ``raw`` (the body is the image file), ``multipart`` (a form with one file) or ``base64`` (in JSON).
         key: of the file in the form, or of the base64 text in the JSON object.
-        path: below the endpoint's URL.
+        path: below the endpoint's URL; like that, it is written down.
         percent: whether scores are percentages.
         encoding: ``png``, ``jpeg`` or ``jpegQ``.
 
@@ -47,6 +49,10 @@ def post_image(
         raise UserError("where is the label? give labels=EXPRESSION, in JMESPath, such as labels=predictions[0].name")
     if not re.fullmatch(r"[^\"\\\r\n]+", key):
         raise UserError(f"key {key!r}; expected a name without quotation marks, such as image")
+    if (named := secret_name(urlsplit(path).query)) is not None:
+        raise UserError(
+            f"the query of path holds {named!r}, which looks like a key; expected it by --api-key-env and --auth-query"
+        )
     find_labels, find_scores = _finder("labels", labels), _finder("scores", scores)
     kind = media_type(encoding)
 
