@@ -126,7 +126,7 @@ def audit(**o: Any) -> None:
         def asking(ledger: Ledger, budget: int) -> Iterator[Asking]:
             from certify.remote.asking import Asker
 
-            yield Asker(send, known.format, ledger, budget=budget, manners=manners(o))
+            yield Asker(send, known.format, ledger, budget=budget, manners=manners(o), tell=_say)
 
         about = _work(o, job, plan, asking, known, say)
     tell_outcome(job.folder, about, as_json=o["as_json"])

@@ -125,7 +125,7 @@ def manners(o: dict[str, Any]) -> Manners:
     """How gently it is asked."""
     from certify.remote.manners import Manners
 
-    return Manners(o["concurrency"], o["rate"], o["retries"] + 1)
+    return Manners(o["concurrency"], o["rate"], o["retries"] + 1, grace=o["timeout"] + 5)
 
 
 @contextlib.contextmanager

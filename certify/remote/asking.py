@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 
@@ -24,6 +24,8 @@ from certify.remote.manners import Manners, Rate, retry_after
 from certify.remote.types import Answer, BadReply, Format, Query, Ranked, Reply, Request, Sender
 
 _AGAIN = (408, 425, 429)  # and 5xx but 501: such a request may do better later
+_KEY = (401, 403, 407)  # a key that expired or was blocked is about no picture, so no query fails for it
+_SILENT = 1.0  # seconds of waiting that need no word
 _AHEAD = 2  # queries pulled for each thread: an answer that is late does not leave the others idle
 
 logging.getLogger("stamina").addHandler(logging.NullHandler())  # else each retry is a line on the terminal
@@ -38,7 +40,7 @@ class _Again(Exception):
 
 
 class _Unwelcome(Exception):
-    """The service refuses key or address: so it would refuse every query.
+    """The service refuses key or address, or wants to be left alone for long: so it would refuse every query.
 
     Args:
         why: what came.
@@ -67,6 +69,7 @@ class Asker:
         ledger: open.
         budget: requests that may be sent in the ledger's whole life; None for no limit.
         manners: how the service is treated.
+        tell: hears that requests under way are waited for, when everything else has stopped.
 
     Raises:
         UserError: stamina is not installed, or a negative budget.
@@ -80,6 +83,7 @@ class Asker:
         *,
         budget: int | None = None,
         manners: Manners | None = None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         try:
             import stamina
@@ -92,6 +96,7 @@ class Asker:
         self._retries = stamina.retry_context
         self._send, self._format, self._ledger, self._budget = send, format, ledger, budget
         self._manners = manners or Manners()
+        self._tell = tell
         self._rate = Rate(self._manners.rate)
         self._change = threading.Condition()  # guards the three below
         self._claimed = ledger.spent  # sent, or about to be
@@ -111,7 +116,8 @@ class Asker:
         Raises:
             BudgetSpent: the budget does not cover the next query or its next attempt; every answer before it was
                 handed out. It stays open: a larger budget goes on there.
-            RunFault: the service refuses the key or the address before it has answered anything, or the disk is full.
+            RunFault: the service refuses the key, or the address before it has answered anything, or asks for a pause
+                that is longer than ``longest_wait``; the query stays open. Or the disk is full.
             UserError: another picture was sent under a query's name before, or a name comes twice at a time.
         """
         crew, pending = Crew(self._manners.concurrency), deque[Future[Answer]]()
@@ -149,8 +155,14 @@ class Asker:
         with self._change:
             crew.stopped.set()
         crew.dismiss()
+        grace = self._manners.grace
         with self._change:
-            self._change.wait_for(lambda: not self._under_way, self._manners.grace)
+            if self._change.wait_for(lambda: not self._under_way, min(_SILENT, grace)):
+                return
+            count = self._under_way
+        self._tell(f"waiting for requests under way: {count}, {grace:g} s at most; their answers are kept")
+        with self._change:
+            self._change.wait_for(lambda: not self._under_way, grace - _SILENT)
 
     def _ask(self, query: Query, crew: Crew) -> Answer:
         """One query, until it is settled."""
@@ -213,7 +225,7 @@ class Asker:
         except _Unwelcome as error:
             self._ledger.refused(query.name, error.why)
             raise RunFault(
-                f"the service turned down the first query: {error.why}; {error.remedy}. Requests sent: {self.spent}; "
+                f"the service turned down a query: {error.why}; {error.remedy}. Requests sent: {self.spent}; "
                 "what was answered before is kept, the same command goes on"
             ) from None
         seconds = time.perf_counter() - start
@@ -239,9 +251,12 @@ class Asker:
             said = safe_text(reply.body)
             why = f"HTTP {reply.status}" + (f": {said}" if said else "")
             if reply.status in _AGAIN or (reply.status >= 500 and reply.status != 501):
-                raise _Again(why, retry_after(reply, self._manners.longest_wait))
+                seconds = retry_after(reply)
+                if seconds is not None and seconds > self._manners.longest_wait:
+                    raise _Unwelcome(why, f"it asks to be left alone for {seconds:,.0f} s: start again after that time")
+                raise _Again(why, seconds)
             remedy = _remedy(reply)
-            if remedy and not self._answered:
+            if remedy and (reply.status in _KEY or not self._answered):  # another address may be about one picture
                 raise _Unwelcome(why, remedy)
             raise BadReply(why)
         try:
@@ -263,7 +278,7 @@ def _wait_for(error: Exception) -> bool | float:
 
 def _remedy(reply: Reply) -> str:
     """What to do about a status that every query would meet; empty where it may be about one picture."""
-    if reply.status in (401, 403, 407):
+    if reply.status in _KEY:
         return "check the key, the variable that --api-key-env names, and --auth-header"
     if reply.status in (404, 405, 410):
         return "check --endpoint and --protocol"

@@ -23,8 +23,9 @@ class Manners:
         rate: requests a second, evenly spaced; None for no limit.
         attempts: requests for one query, at most.
         first_wait: seconds before the second attempt; doubled each time, with as much again at random.
-        longest_wait: seconds between two attempts, whatever the service asks for.
-        grace: seconds that requests under way get when everything else stops.
+        longest_wait: seconds between two attempts; a service that asks for more is left alone.
+        grace: seconds that requests under way get when everything else stops; longer than one may take, or paid answers
+            are lost.
     """
 
     concurrency: int = 4
@@ -32,7 +33,7 @@ class Manners:
     attempts: int = 5
     first_wait: float = 0.5
     longest_wait: float = 60.0
-    grace: float = 30.0
+    grace: float = 65.0
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.attempts < 1:
@@ -67,8 +68,8 @@ class Rate:
             self._next = max(self._next, self._clock() + seconds)
 
 
-def retry_after(reply: Reply, longest: float, now: datetime.datetime | None = None) -> float | None:
-    """Seconds that a reply asks to wait, in either form of RFC 9110, 0 to ``longest``; None if it does not ask."""
+def retry_after(reply: Reply, now: datetime.datetime | None = None) -> float | None:
+    """Seconds that a reply asks to wait, in either form of RFC 9110, from 0; None if it does not ask."""
     text = next((value.strip() for name, value in reply.headers.items() if name.lower() == "retry-after"), "")
     try:
         seconds = float(text)
@@ -80,4 +81,4 @@ def retry_after(reply: Reply, longest: float, now: datetime.datetime | None = No
         if until.tzinfo is None:
             until = until.replace(tzinfo=datetime.UTC)
         seconds = (until - (now or datetime.datetime.now(datetime.UTC))).total_seconds()
-    return None if math.isnan(seconds) else min(max(seconds, 0.0), longest)
+    return None if math.isnan(seconds) else max(seconds, 0.0)
