@@ -99,7 +99,7 @@ def page(audit: Audit) -> dict[str, Any]:
         "verdict": words.verdict(audit),
         "warnings": words.warnings(audit),
         "figures": _figures(audit, found if isinstance(found, Curve) else None),
-        "outcomes": words.OUTCOMES,
+        "outcomes": words.outcomes(audit),
         "decided": _decided(audit),
         "curve": curve_svg(found) if isinstance(found, Curve) else None,
         "no_curve": "" if isinstance(found, Curve) else found,
@@ -175,6 +175,8 @@ def _figures(audit: Audit, found: Curve | None) -> list[dict[str, str]]:
         kept = sum(words.outcome(row) == words.KEEPS for row in audit.rows)
         low, high = proportion_interval(np.asarray([kept]), len(audit.rows))
         about = f"95 % interval over images: {low[0]:.0%} to {high[0]:.0%}"
+        nothing = sum("error" in row for row in audit.rows)
+        about += f"; {nothing:,} without anything to certify among them, which the curve leaves out" if nothing else ""
         tiles.append(_tile("keep their label", f"{kept:,} of {len(audit.rows):,}", about))
     radii = sorted(row["radius"] for row in audit.rows if words.outcome(row) == words.KEEPS)
     if radii and not (audit.header.get("stopping") or {}).get("radii"):
@@ -183,7 +185,7 @@ def _figures(audit: Audit, found: Curve | None) -> list[dict[str, str]]:
         tiles.append(_tile("median radius", middle, f"largest {words.floor(radii[-1])}{possible}"))
     plan = audit.about.get("plan") or {}
     if audit.asked:
-        budget = f"of a budget of {plan['budget']:,}" if plan.get("budget") else "no budget was set"
+        budget = f"of a budget of {plan['budget']:,}" if plan.get("budget") is not None else "no budget was set"
         tiles.append(_tile("requests sent", f"{audit.spent:,}", f"{budget}; {audit.retries:,} of them retries"))
         price = _price(audit)
         if price:
@@ -218,7 +220,7 @@ def _cost(audit: Audit) -> list[tuple[str, str]]:
     """What was paid for, in words and numbers."""
     plan = audit.about.get("plan") or {}
     found = [("requests sent", f"{audit.spent:,}"), ("of them retries", f"{audit.retries:,}")]
-    if plan.get("budget"):
+    if plan.get("budget") is not None:
         found.append(("budget", f"{plan['budget']:,}"))
         found.append(("left of it", f"{plan['budget'] - audit.spent:,}"))
     if _price(audit):

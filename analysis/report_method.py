@@ -13,6 +13,11 @@ _RADIUS = {
 }
 
 
+_RIVAL = "a p for it and a q for its strongest rival, and errs about either (p too large, q too small)"
+_BOUNDED = {"": "a p that exceeds the label's true probability", "runner-up": _RIVAL, "best": _RIVAL}
+_OPEN = {"": "whose p is not above one half"} | dict.fromkeys(("runner-up", "best"), "whose p is not above its q")
+
+
 def method(audit: Audit) -> list[str]:
     """The method, a paragraph each; empty where no run file says which."""
     if audit.run is None:
@@ -21,7 +26,17 @@ def method(audit: Audit) -> list[str]:
     norm, sure = IN_WORDS[header.get("norm", "l2")], f"{1 - header['alpha']:.10g}"
     found = [_protocol(audit), _counting(audit)]
     formula = _RADIUS.get((str(header.get("noise")), str(header.get("norm", "l2"))))
-    if formula:
+    if header["bound"] in ("runner-up", "best") and (header.get("noise"), header.get("norm", "l2")) == (
+        "gaussian",
+        "l2",
+    ):
+        found.append(
+            "The radius: a label that has at least the probability p under gaussian noise of sigma = "
+            f"{header['sigma']:g}, where every other has at most q < p, wins at every image nearer than half of sigma "
+            "times the difference of the standard normal quantiles of p and q, in l2 norm, pixels in [0, 1]. That "
+            "holds for any function behind the noise, hence for a service that nobody can look into."
+        )
+    elif formula and header["bound"] not in ("runner-up", "best"):
         found.append(
             f"The radius: a label that has at least the probability p > 1/2 under {header['noise']} noise of sigma = "
             f"{header['sigma']:g} wins at every image nearer than {formula}, in {norm} norm, pixels in [0, 1]. That "
@@ -59,12 +74,15 @@ def _counting(audit: Audit) -> str:
     if not stopping:
         return (
             f"{header['n0']:,} noisy copies choose a label; {n} fresh ones count its votes. From k votes out of n the "
-            f"bound {header['bound']} makes a p that exceeds the label's true probability with probability at most "
-            f"{alpha}. A image whose p is not above one half stays undecided. (Cohen, Rosenfeld and Kolter, ICML "
-            "2019.)"
+            f"bound {header['bound']} makes {_BOUNDED.get(header['bound'], _BOUNDED[''])} with probability at most "
+            f"{alpha}. An image {_OPEN.get(header['bound'], _OPEN[''])} stays undecided. (Cohen, Rosenfeld and Kolter, "
+            "ICML 2019.)"
         )
     if stopping.get("radii"):
-        until = "each radius that was asked for is settled: a label has the probability that it needs, or none has"
+        until = (
+            "each radius that was asked for is settled: a label has the probability that it needs, or none has (a "
+            "query that failed counts as an outcome against every label)"
+        )
     else:
         until = f"the radius is known to within {stopping['tolerance']:.0%} of what it can still be"
     return (

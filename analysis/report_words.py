@@ -10,25 +10,18 @@ from typing import Any
 
 from analysis.audited import Asked, Audit
 from certify.norms import IN_WORDS
+from certify.remote.credentials import public
 from certify.remote.labels import CLEAN, DRIFT, PROBE
 from certify.types import NOT_CERTIFIABLE, UNDECIDED
 
 KEEPS, OTHER, NOT, OPEN, NOTHING = "keeps its label", "another label", "not certifiable", "undecided", "no answer"
-OUTCOMES = {
-    KEEPS: "certified, with the label that the service gives the image itself",
-    OTHER: "certified, with another label than the service gives the image itself",
-    OPEN: "the votes do not settle it at this confidence; more queries may",
-    NOT: "no label has the share of votes that this radius needs, and more queries would not help; "
-    "that does not make the image attackable",
-    NOTHING: "without a label for the image itself, or unreadable: nothing was certified",
-}
 OUTSIDE = "no label of the class map"
 SOME_FAILURES, MANY_FAILURES = 0.01, 0.1
 """Shares of failed trials that are worth a warning, and a loud one."""
 
 
 def outcome(row: dict[str, Any]) -> str:
-    """Which of ``OUTCOMES`` a line of the run file is, at the largest radius that was asked for."""
+    """Which outcome a line of the run file is, at the largest radius that was asked for."""
     if "error" in row:
         return NOTHING
     decided = [decision["outcome"] for decision in row.get("decisions", ())]
@@ -37,6 +30,35 @@ def outcome(row: dict[str, Any]) -> str:
     if row["prediction"] < 0:
         return OPEN
     return KEEPS if row["label"] is None or row["prediction"] == row["label"] else OTHER
+
+
+def outcomes(audit: Audit) -> dict[str, str]:
+    """What each outcome means, in the order of their colours."""
+    own = _is_own(audit)
+    label = "label that the service gives the image itself" if own else "label that was given"
+    another = "than the one of the image itself" if own else "than the given one"
+    without = "for the image itself" if own else "to certify"
+    return {
+        KEEPS: f"certified: the smoothed service gives the {label}",
+        OTHER: f"certified: the smoothed service gives another label {another}",
+        OPEN: "the votes do not settle it at this confidence; more queries may",
+        NOT: f"no label has the share of trials that this radius needs{_against(audit)}, and more queries of this kind "
+        "would not help; that does not make the image attackable",
+        NOTHING: f"without a label {without}, or unreadable: nothing was certified",
+    }
+
+
+def _is_own(audit: Audit) -> bool:
+    """Whether reference labels are the service's own answers."""
+    return bool(audit.about.get("labels", "service") == "service")
+
+
+def _against(audit: Audit) -> str:
+    """How many failures speak against the images that are not certifiable: without them, they might be."""
+    rows = [row for row in audit.rows if outcome(row) == NOT]
+    failed = sum(row["failures"] - row.get("outside", 0) for row in rows)
+    queries = "query as a vote" if failed == 1 else "queries as votes"
+    return f", counting {failed:,} failed {queries} against" if failed else ""
 
 
 @dataclass(frozen=True)
@@ -65,9 +87,9 @@ def verdict(audit: Audit) -> Verdict | None:
     header, rows = audit.run.header, audit.rows
     counts = Counter(outcome(row) for row in rows)
     norm, confidence = IN_WORDS[header.get("norm", "l2")], f"{100 * (1 - header['alpha']):.10g} %"
-    own = "the service's own label" if audit.about.get("labels", "service") == "service" else "the given label"
+    own = "keeps the service's own label" if _is_own(audit) else "gives the given label"
     if any(row["label"] is None for row in rows if "error" not in row):
-        own = "one label"
+        own = "keeps one label"
     radii = (header.get("stopping") or {}).get("radii") or ()
     if radii:
         under = f"under every change of {norm} size below {radii[-1]:g}"
@@ -78,16 +100,15 @@ def verdict(audit: Audit) -> Verdict | None:
     others = {
         OTHER: "are certified with another label",
         OPEN: "are undecided",
-        NOT: "cannot be certified",
+        NOT: f"cannot be certified{_against(audit)}",
         NOTHING: "gave nothing to certify",
     }
     rest = [
         f"{counts[key]:,} {words if counts[key] != 1 else _one(words)}" for key, words in others.items() if counts[key]
     ]
-    keep = "keep" if counts[KEEPS] != 1 else "keeps"
     many = f"Of {len(rows):,} images" if len(rows) > 1 else "Of 1 image"
     many += " so far" if len(rows) < audit.owed else ""
-    headline = f"{many}, {counts[KEEPS]:,} {keep} {own} {under}, at {confidence} confidence an image"
+    headline = f"{many}, the smoothed service {own} on {counts[KEEPS]:,} {under}, at {confidence} confidence an image"
     return Verdict("; ".join([headline, *rest]) + ".", _means(audit), _MEANS_NOT, _scale(audit), counts)
 
 
@@ -169,7 +190,7 @@ def warnings(audit: Audit) -> list[Warned]:
 
 def _unfinished(audit: Audit) -> list[Warned]:
     done, status = len(audit.rows), str(audit.about.get("status") or "")
-    reason = f" ({audit.about['reason']})" if audit.about.get("reason") else ""
+    reason = f" ({public(str(audit.about['reason']))})" if audit.about.get("reason") else ""
     if audit.owed and done == audit.owed and status in ("", "finished"):
         return []
     known = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -22,10 +23,11 @@ from scipy.stats import beta
 from small_audit import WORDS, make_audit
 
 from analysis import report
-from analysis.report import public, write_report
+from analysis.report import write_report
 from certify.classifiers import Classifier
 from certify.errors import RunFault, UserError
 from certify.images import ImageSet, load_images
+from certify.remote.credentials import public
 from certify.settings import Settings
 
 DECIDE = Settings(n=150, alpha=0.001, procedure="decide", radii=(0.05, 0.12))
@@ -228,7 +230,8 @@ def test_the_verdict_counts_right(page: Page, records: Records) -> None:
     if records.header["procedure"] == "certify":
         middle, most = floored(kept[(len(kept) - 1) // 2]), floored(kept[-1])
         under = f"below a radius of their own (median {middle}, largest {most})"
-    start = f"Of {len(records.rows)} images, {len(kept)} keep the service's own label under every change of l2 size"
+    start = f"Of {len(records.rows)} images, the smoothed service keeps the service's own label on {len(kept)}"
+    start += " under every change of l2 size"
     assert headline.startswith(f"{start} {under}, at 99.9 % confidence an image")
     for outcome, words in {"undecided": "undecided", "not-certifiable": "cannot be certified"}.items():
         found = re.search(rf"; (\d+) (?:is |are )?{words}", headline)
@@ -399,8 +402,53 @@ def test_failures_are_said_by_how_many_they_are(tmp_path: Path, digits: Classifi
     for settings in (DECIDE, CERTIFY):
         page = failing(1, settings)
         assert "Every query failed" in loud(page)
-        assert f"Of {len(few)} images, 0 keep" in page.text("headline")
+        assert f"Of {len(few)} images, the smoothed service keeps the service's own label on 0" in page.text("headline")
         assert {outcome for outcome, _ in page.ids} <= {"undecided", "not-certifiable"}
+
+
+def test_failures_that_decide_are_said(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
+    """No label reaches its share where two of three queries fail: the words say why, and count what they mean."""
+
+    def mood(name: str, number: int) -> tuple[int, str]:
+        return 1, "HTTP 500" if "estimation" in name and number % 3 else ""
+
+    folder = make_audit(tmp_path / "run", digits, few, settings=DECIDE, mood=mood)
+    page, rows = page_of(folder), Records(folder).rows.values()
+    against = sum(row["failures"] for row in rows if group_of(row) == "not-certifiable")
+    assert against > 0
+    assert f"cannot be certified, counting {against:,} failed queries as votes against" in page.text("headline")
+    assert f"needs, counting {against:,} failed queries as votes against, and" in page.source
+    calm = page_of(make_audit(tmp_path / "calm", digits, few, settings=DECIDE))
+    assert "failed queries as votes" not in calm.source
+
+
+def test_given_labels_and_what_gave_nothing_are_said(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
+    def mood(name: str, number: int) -> tuple[int, str]:
+        return 1, "HTTP 500" if name == f"{few.items[1].id} | clean | 0" else ""
+
+    about = {"labels": "given", "plan": {"budget": 0}, "status": "stopped"}
+    about["reason"] = "https://me:hidden-1@host/x?t=hidden-2 is silent"
+    page = page_of(make_audit(tmp_path / "run", digits, few, settings=CERTIFY, mood=mood, about=about))
+    assert "the smoothed service gives the given label on" in page.text("headline")
+    assert "gives the label that was given" in page.source
+    assert "gives the image itself" not in page.source
+    assert (
+        "; 1 without anything to certify among them, which the curve leaves out" in page.tiles()["keep their label"][1]
+    )
+    assert page.tiles()["requests sent"][1].startswith("of a budget of 0;")
+    assert "https://host/x is silent" in loud(page)
+    assert "hidden-" not in page.source
+
+
+@pytest.mark.parametrize("bound", ["runner-up", "best"])
+def test_bounds_on_two_classes_have_their_own_method(
+    tmp_path: Path, digits: Classifier, few: ImageSet, bound: str
+) -> None:
+    page = page_of(make_audit(tmp_path / "run", digits, few, settings=dataclasses.replace(CERTIFY, bound=bound)))
+    assert "a q for its strongest rival" in page.source
+    assert "whose p is not above its q" in page.source
+    assert "half of sigma times the difference" in page.source
+    assert "1/2 under" not in page.source
 
 
 def test_an_unfinished_audit_has_a_report_that_says_so(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
