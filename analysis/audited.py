@@ -109,7 +109,7 @@ class Audit:
     @property
     def retries(self) -> int:
         """Requests that repeated an earlier one."""
-        return self.spent - len(self.asked)
+        return self.spent - (self.kept.queries if self.kept else 0)
 
     @property
     def failed(self) -> list[Asked]:

@@ -19,9 +19,9 @@ from certify.images import ImageSet
 from certify.noise import make_noise
 from certify.records import RunFile, read_run
 from certify.remote.audit import Audit, Service, make_header, plan, prepare
-from certify.remote.conclusions import FINISHED, SPENT, conclude
+from certify.remote.conclusions import FINISHED, SPENT, conclude, determinism
 from certify.remote.driving import PATIENCE, drive
-from certify.remote.labels import AsSent
+from certify.remote.labels import AsSent, stage_of
 from certify.remote.pictures import to_tensor
 from certify.remote.replay import replay
 from certify.remote.types import Answer, Picture, Query, Scored
@@ -88,7 +88,7 @@ def ranked(name: str, digits: Classifier, image: torch.Tensor) -> Answer:
 
 
 def failed(name: str, why: str = "HTTP 500") -> Answer:
-    return Answer(name, (), why, 0.01)
+    return Answer(name, (), why, 0.01, down=why.startswith("HTTP"))
 
 
 class AnySize:
@@ -397,12 +397,33 @@ def test_a_silent_service_stops_the_audit(tmp_path: Path, digits: Classifier) ->
     assert run_audit(set_up(tmp_path / "a"), down)["status"] == FINISHED
     assert len(lines(tmp_path / "a")) == COUNT
     broken = Fake(digits, lambda name, image: failed(name) if "estimation" in name else None)
-    with pytest.raises(RunFault, match="10 queries in a row got no label"):
+    with pytest.raises(RunFault, match="10 queries in a row got no answer"):
         run_audit(set_up(tmp_path / "b"), broken)
     assert sum("estimation" in name for name in broken.sent) == PATIENCE
     broken.respond = lambda name, image: None
     assert run_audit(set_up(tmp_path / "b"), broken)["status"] == FINISHED
     assert lines(tmp_path / "b")[0]["failures"] == PATIENCE  # they stay failed trials
+
+
+def test_a_service_that_sees_nothing_in_noise_is_not_down(tmp_path: Path, digits: Classifier) -> None:
+    def respond(name: str, image: torch.Tensor) -> Answer | None:
+        return failed(name, "an answer without labels") if "tion" in name else None
+
+    assert run_audit(set_up(tmp_path / "a"), Fake(digits, respond))["status"] == FINISHED
+    assert [(row["prediction"], row["failures"]) for row in lines(tmp_path / "a")] == [(-1, FIXED.n)] * COUNT
+    nothing = Fake(digits, lambda name, image: failed(name, "an answer without labels"))
+    with pytest.raises(RunFault, match="for this image alone, begin behind it: --start"):
+        run_audit(set_up(tmp_path / "b"), nothing)
+
+
+def test_the_probe_is_told_before_noise_is_paid_for(tmp_path: Path, digits: Classifier) -> None:
+    audit, fake, told = set_up(tmp_path), Fake(digits), list[dict[str, Answer]]()
+    header, about = prepare(audit, make_header(audit, data="digits"), plan(audit))
+    drive(audit, header, about, fake.open, probed=lambda answers: told.append(dict(answers)))
+    (known,) = told
+    assert [stage_of(name) for name in known] == ["clean"] * COUNT + ["probe"] * 3
+    (found,) = determinism(about["images"], known, Vocabulary())
+    assert sum(found["labels"].values()) == 4
 
 
 def test_another_audit_is_refused(tmp_path: Path, digits: Classifier) -> None:

@@ -26,11 +26,12 @@ import torch
 from command import run
 from PIL import Image
 
+from analysis.audited import read_audit
 from analysis.runs import read_comparison
 from certify import SmoothedClassifier, load_images, read_run
 from certify.classifiers import Classifier
 from certify.remote.labels import AsSent
-from certify.remote.ledger import read_ledger
+from certify.remote.ledger import Ledger, read_ledger
 
 WORDS = "zero one two three four five six seven eight nine".split()
 KEY = "a-secret-key-1234567890"
@@ -48,6 +49,7 @@ class Service(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.digits, self.requests, self.keys = digits, 0, set[str]()
         self.lock = threading.Lock()
+        self.decline = 10**9  # requests after which the service is down
 
     @property
     def arguments(self) -> list[str]:
@@ -65,12 +67,13 @@ class _Handler(BaseHTTPRequestHandler):
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["image"]))), dtype=np.float32)
         with self.server.lock:
             self.server.requests += 1
+            declined = self.server.requests > self.server.decline
             self.server.keys.add(self.headers.get("Authorization", ""))
             scores = self.server.digits.logits(torch.from_numpy(picture / 255)[None, None]).softmax(1)[0]
         order = scores.argsort(descending=True).tolist()
         answer = {"labels": [WORDS[c] for c in order], "scores": [float(scores[c]) for c in order]}
         content = json.dumps(answer).encode()
-        self.send_response(200)
+        self.send_response(503 if declined else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -183,6 +186,69 @@ def test_deciding_with_a_denoiser_and_given_labels(
     assert {row["decisions"][0]["outcome"] for row in found["images"]} & {"robust", "not certifiable"}
     assert all(row["drawn"] <= 100 for row in found["images"])
     assert (tmp_path / "a" / "pictures" / "000-denoised.png").is_file()
+
+
+def test_what_was_declined_last_is_spent_too(tmp_path: Path, service: Service) -> None:
+    """A request that was refused when the budget ended has no answer: it was paid for all the same."""
+    command = [
+        "audit",
+        *service.arguments,
+        *NUMBERS,
+        "--out",
+        str(tmp_path),
+        "--quiet",
+        "--concurrency",
+        "1",
+        "--retries",
+        "1",
+    ]
+    service.decline = 13
+    run(*command, "--budget", "32")
+    kept, about = read_ledger(tmp_path / "ledger.jsonl"), json.loads((tmp_path / "audit.json").read_text())
+    assert service.requests == kept.spent == about["asked"]["requests"]
+    assert kept.queries == len(kept.answers) + 1
+    assert about["asked"]["retries"] == kept.spent - kept.queries == read_audit(tmp_path).retries
+
+
+def test_a_second_process_writes_nothing_over(
+    tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["audit", *service.arguments, *NUMBERS, "--out", str(tmp_path), "--quiet", "--budget", "400"]
+    run(*command)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    held = read_ledger(tmp_path / "ledger.jsonl").header
+    with Ledger(tmp_path / "ledger.jsonl", held):
+        run(*command, code=2)
+    assert "is being written by another process" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_attacks_stop_when_the_service_is_down(
+    tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("certify.remote.driving.PATIENCE", 3)
+    numbers = ["--data", "digits", "--skip", "250", "--sigma", "0.25", "--n0", "2", "--n", "8", "--quiet"]
+    attacks = ["--defences", "none", "--attacks", "square", "--queries", "60", "--eps", "0.3"]
+    service.decline = 2 * 11 + 3 + 2  # of two images all but the attacks
+    run(
+        "audit",
+        *service.arguments,
+        *numbers,
+        *attacks,
+        "--budget",
+        "900",
+        "--retries",
+        "0",
+        "--out",
+        str(tmp_path),
+        code=1,
+    )
+    assert "3 queries in a row got no answer" in capsys.readouterr().err
+    about = json.loads((tmp_path / "audit.json").read_text())
+    assert about["status"] == "stopped"
+    assert "3 queries in a row" in about["reason"]
+    assert service.decline + 3 <= service.requests <= service.decline + 4
+    assert len(read_run(tmp_path / "run.jsonl").images) == 2
 
 
 @pytest.mark.parametrize("attack", [pytest.param("hopskipjump", marks=pytest.mark.slow), "square"])

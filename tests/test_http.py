@@ -164,6 +164,14 @@ def test_retries_end(tmp_path: Path) -> None:
         found, error = ask(server, tmp_path / "ledger", queries(1), manners=Manners(attempts=3, first_wait=0.01))
     assert error is None
     assert (len(server.seen), found[0].attempts, found[0].failure) == (3, 3, "HTTP 502: something")
+    assert found[0].down
+
+
+def test_what_is_about_the_service_is_told_from_what_is_about_a_picture(tmp_path: Path) -> None:
+    faults = ["", "status:400", "empty", "reset", "page"]
+    with FaultServer(faults) as server:
+        found, _ = ask(server, tmp_path / "ledger", queries(5), manners=Manners(1, attempts=1))
+    assert [answer.down for answer in found] == [False, True, False, True, False]
 
 
 def test_known_answers_cost_nothing_and_need_the_same_picture(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import click
 
 from certify.cli import options
 from certify.cli.audit_attacks import attack, attack_options, check_attacks, most_queries
-from certify.cli.audit_words import show_plan, tell_attacks, tell_outcome, tell_replay, warn_of
+from certify.cli.audit_words import show_plan, tell_attacks, tell_outcome, tell_replay, warn_of_drift, warn_of_probe
 from certify.cli.load import check_procedure, denoiser_for, device_from
 from certify.cli.service import Wanted, manners, open_service, service_options, wanted_service
 from certify.cli.summary import warn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from certify.images import ImageSet
     from certify.remote.audit import Audit
     from certify.remote.ledger import Ledger
-    from certify.remote.types import Asking
+    from certify.remote.types import Answer, Asking
     from certify.settings import Settings
 
 N0, N, N_AT_MOST = 20, 100, 1000
@@ -245,48 +245,58 @@ def _work(
     from tqdm import tqdm
 
     from certify.remote.audit import make_header, prepare
-    from certify.remote.classifier import LedgerBudgetSpent
-    from certify.remote.conclusions import SPENT, STOPPED, conclude
+    from certify.remote.classifier import LedgerBudgetSpent, ServiceSilent
+    from certify.remote.conclusions import SPENT, STOPPED, conclude, determinism
     from certify.remote.credentials import public
-    from certify.remote.driving import drive
+    from certify.remote.driving import Patient, drive
     from certify.remote.ledger import Ledger, ledger_header, read_ledger
     from certify.remote.replay import LEDGER
+    from certify.remote.vocabulary import Vocabulary
 
     command = public(options.command_line())
-    header, about = prepare(job, make_header(job, data=o["data"], denoiser=o["denoiser"], command=command), plan)
     head = ledger_header(wanted.endpoint, wanted.format, encoding=job.service.encoding)
-    path, status, reason = job.folder / LEDGER, STOPPED, "the command was stopped"
-    try:
-        with (
-            Ledger(path, head) as ledger,
-            tqdm(
+    path = job.folder / LEDGER
+    with Ledger(path, head) as ledger:  # first of all: another process at work here must not be written over
+        header, about = prepare(job, make_header(job, data=o["data"], denoiser=o["denoiser"], command=command), plan)
+        status, reason = STOPPED, "the command was stopped"
+
+        def probed(answers: Mapping[str, Answer]) -> None:
+            warn_of_probe(determinism(about["images"], answers, Vocabulary(class_map=job.class_map)))
+
+        try:
+            with tqdm(
                 total=len(job.images),
                 unit=" images",
                 disable=True if say is _silent else None,
                 leave=False,
                 file=sys.stderr,
-            ) as bar,
-        ):
-            say(f"ledger     {path}: {ledger.spent:,} of {job.budget:,} requests are spent")
-            status, reason = drive(job, header, about, functools.partial(asking, ledger), progress=bar.update), ""
-            bar.close()
-            if o["defences"] is not None:
-                with asking(ledger, job.budget) as ask:
-                    attack(o, job, ask, ledger.answers(), say is _silent)
-    except LedgerBudgetSpent:
-        status = SPENT
-    except KeyboardInterrupt:
-        fault = RunFault(f"stopped; every answer is kept in {path}, the same command goes on from there")
-        fault.exit_code = 130
-        raise fault from None
-    except CertifyError as error:
-        reason = str(error)
-        raise
-    finally:
-        if path.is_file():
-            about = conclude(job.folder, header, about, read_ledger(path).answers, status=status, reason=reason)
+            ) as bar:
+                say(f"ledger     {path}: {ledger.spent:,} of {job.budget:,} requests are spent")
+                opened = functools.partial(asking, ledger)
+                ended = drive(job, header, about, opened, progress=bar.update, probed=probed)
+                bar.close()
+                if o["defences"] is not None:
+                    with asking(ledger, job.budget) as ask:
+                        attack(o, job, Patient(ask), ledger.answers(), say is _silent)
+                status, reason = ended, ""
+        except LedgerBudgetSpent:
+            status, reason = SPENT, ""
+        except ServiceSilent as silent:
+            reason = str(silent)
+            raise RunFault(reason) from None
+        except KeyboardInterrupt:
+            fault = RunFault(f"stopped; every answer is kept in {path}, the same command goes on from there")
+            fault.exit_code = 130
+            raise fault from None
+        except CertifyError as error:
+            reason = str(error)
+            raise
+        finally:
+            kept = read_ledger(path)
+            sent = kept.spent, kept.queries
+            about = conclude(job.folder, header, about, kept.answers, status=status, reason=reason, sent=sent)
             _report(job.folder)
-    warn_of(about)
+    warn_of_drift(about)
     return about
 
 

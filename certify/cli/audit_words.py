@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +61,9 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
         say(f"time       at least {clock(plan['seconds'])}, at {plan['rate']:g} requests a second")
 
 
-def warn_of(about: Mapping[str, Any]) -> None:
-    """What the reader of the certificates has to know first."""
-    for probe in about["determinism"]:
+def warn_of_probe(probes: Sequence[Mapping[str, Any]]) -> None:
+    """Whether the service is a fixed function, as soon as that is known."""
+    for probe in probes:
         if len(probe["labels"]) > 1:
             answers = ", ".join(f"{label} {count} times" for label, count in probe["labels"].items())
             warn(
@@ -72,6 +72,10 @@ def warn_of(about: Mapping[str, Any]) -> None:
             )
         elif probe["spread"]:
             warn(f"the scores of one image vary by {probe['spread']:.3g} between answers; its label did not")
+
+
+def warn_of_drift(about: Mapping[str, Any]) -> None:
+    """Whether it still is the function that it was."""
     changed = [d["id"] for d in about["drift"] if not d["failure"] and d["before"] != d["after"]]
     if changed:
         warn(

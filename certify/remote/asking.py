@@ -52,6 +52,10 @@ class _Unwelcome(Exception):
         self.why, self.remedy = why, remedy
 
 
+class _Declined(BadReply):
+    """An error status: a failed trial that says nothing about the picture."""
+
+
 class _SpentUp(Exception):
     """The budget does not cover another request."""
 
@@ -211,17 +215,17 @@ class Asker:
     def _exchange(self, query: Query, request: Request, last: bool) -> Answer:
         """Recorded, sent, read, recorded."""
         self._ledger.sent(query.name, query.picture.digest)
-        ranked, failure, start = Ranked(), "", time.perf_counter()
+        ranked, failure, down, start = Ranked(), "", False, time.perf_counter()
         try:
             ranked = self._read(self._reply(request))
         except BadReply as error:
-            failure = str(error) or "no label"
+            failure, down = str(error) or "no label", isinstance(error, _Declined)
         except _Again as error:
             if not last:
                 self._rate.pause(error.seconds or 0.0)
                 self._ledger.refused(query.name, error.why)
                 raise
-            failure = error.why
+            failure, down = error.why, True
         except _Unwelcome as error:
             self._ledger.refused(query.name, error.why)
             raise RunFault(
@@ -229,7 +233,7 @@ class Asker:
                 "what was answered before is kept, the same command goes on"
             ) from None
         seconds = time.perf_counter() - start
-        answer = Answer(query.name, ranked, failure, seconds, self._ledger.attempts(query.name))
+        answer = Answer(query.name, ranked, failure, seconds, self._ledger.attempts(query.name), down=down)
         self._ledger.answer(answer)
         return answer
 
@@ -258,7 +262,7 @@ class Asker:
             remedy = _remedy(reply)
             if remedy and (reply.status in _KEY or not self._answered):  # another address may be about one picture
                 raise _Unwelcome(why, remedy)
-            raise BadReply(why)
+            raise _Declined(why)
         try:
             ranked = self._format.reply(reply)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from certify.access import BudgetSpent
 from certify.classifiers import InputSpec
-from certify.errors import UserError
+from certify.errors import RunFault, UserError
 from certify.remote.labels import Ask, query_name
 from certify.remote.pictures import to_pictures
 from certify.remote.types import Answer, Query, Ranked
@@ -24,6 +24,10 @@ _NOTHING = 1e-12  # score of a class that is not in the answer
 
 class LedgerBudgetSpent(BaseException):
     """The audit's budget is spent. No exception that an attack may take for the end of its own budget."""
+
+
+class ServiceSilent(BaseException):
+    """The service does not answer, or turns the key down: nothing about the image or the attack, as above."""
 
 
 class RemoteClassifier:
@@ -123,4 +127,6 @@ class RemoteClassifier:
             found = {answer.name: answer for answer in self._ask({query.name: query for query in queries}.values())}
         except BudgetSpent as error:
             raise LedgerBudgetSpent(str(error)) from None
+        except RunFault as error:
+            raise ServiceSilent(str(error)) from None
         return [found[query.name] for query in queries]

@@ -32,8 +32,18 @@ def conclude(
     *,
     status: str,
     reason: str = "",
+    sent: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Write run file and ``audit.json`` from what was answered; the latter is returned.
+
+    Args:
+        folder: of the audit.
+        header: of the run file.
+        about: of :func:`~certify.remote.audit.prepare`.
+        answers: by name.
+        status: how it ended.
+        reason: why, where that needs words.
+        sent: requests and queries that went out, those without an answer yet included; None: those of the answers.
 
     Raises:
         RunFault: they cannot be written.
@@ -42,7 +52,7 @@ def conclude(
     rows = rows_of(header, about["images"], answers, vocabulary)
     write_rows(folder, header, rows)
     price = about["plan"]["price_per_1000"]
-    attempts = sum(answer.attempts for answer in answers.values())
+    attempts, queries = sent or (sum(answer.attempts for answer in answers.values()), len(answers))
     concluded = {
         **about,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -50,12 +60,12 @@ def conclude(
         "reason": reason,
         "vocabulary": vocabulary.names,
         "images": [{**image, **_reference(image, answers, vocabulary)} for image in about["images"]],
-        "determinism": _determinism(about["images"], answers, vocabulary),
+        "determinism": determinism(about["images"], answers, vocabulary),
         "drift": _drift(about["images"], answers, vocabulary),
         "asked": {
             "requests": attempts,
             "queries": dict(Counter(stage_of(name) for name in answers)),
-            "retries": attempts - len(answers),
+            "retries": attempts - queries,
             "failures": dict(Counter(answer.failure for answer in answers.values() if not answer.ranked)),
             "cost": None if price is None else attempts * price / 1000,
             "seconds": _quantiles([answer.seconds for answer in answers.values() if answer.ranked]),
@@ -87,7 +97,7 @@ def _reference(image: Mapping[str, Any], answers: Mapping[str, Answer], vocabula
     return {"reference": image["given"] or own, "answer": ranked, "failure": clean.failure}
 
 
-def _determinism(
+def determinism(
     images: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], vocabulary: Vocabulary
 ) -> list[dict[str, Any]]:
     """How often each class was answered for a clean image that was asked about several times in a row."""

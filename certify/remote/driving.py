@@ -30,28 +30,44 @@ from certify.streams import stream_key
 from certify.votes import Job
 
 PATIENCE = 10
-"""Queries in a row without an answer after which an audit stops: the service is down, and each costs a trial."""
+"""Queries in a row without a reply, or with an error status, after which an audit stops: the service is down, and each
+costs a trial. A reply without a label is an answer, however many there are."""
 
 _CHUNK = 16  # images whose clean answers are asked for together
 
 
-class _Asked:
-    """All answers so far, by name; it gives up when a service has gone silent."""
+class Patient:
+    """Keeps all answers so far, by name, and gives up when a service has gone silent.
 
-    def __init__(self) -> None:
+    Args:
+        asking: what asks; may be set later.
+    """
+
+    def __init__(self, asking: Asking | None = None) -> None:
         self.answers: dict[str, Answer] = {}
-        self.asking: Asking | None = None
+        self.asking = asking
         self._silent = 0
 
+    @property
+    def spent(self) -> int:
+        """Requests sent so far."""
+        assert self.asking is not None
+        return self.asking.spent
+
     def __call__(self, queries: Iterable[Query]) -> Iterator[Answer]:
+        """Their answers, in the order of the queries.
+
+        Raises:
+            RunFault: ``PATIENCE`` of them in a row got no reply, or an error status.
+        """
         assert self.asking is not None
         for answer in self.asking(queries):
             self.answers[answer.name] = answer
-            self._silent = 0 if answer.ranked or answer.known else self._silent + 1
+            self._silent = self._silent + 1 if answer.down and not answer.known else 0
             yield answer
             if self._silent >= PATIENCE:
                 raise RunFault(
-                    f"{PATIENCE} queries in a row got no label (the last: {answer.failure}); the audit stopped, every "
+                    f"{PATIENCE} queries in a row got no answer (the last: {answer.failure}); the audit stopped, every "
                     "answer is kept: the same command goes on when the service answers again"
                 )
 
@@ -63,6 +79,7 @@ def drive(
     open_asking: Callable[[int], AbstractContextManager[Asking]],
     *,
     progress: Callable[[int], None] = lambda images: None,
+    probed: Callable[[Mapping[str, Answer]], None] = lambda answers: None,
 ) -> str:
     """Ask whatever is not answered yet, within the budget.
 
@@ -72,6 +89,7 @@ def drive(
         about: of :func:`prepare`.
         open_asking: opens the ledger, with this budget.
         progress: told how many further images are done with.
+        probed: gets the answers once the determinism probe is over, before most of the budget is spent.
 
     Returns:
         ``FINISHED``, or ``SPENT`` where the budget did not cover everything.
@@ -79,7 +97,7 @@ def drive(
     Raises:
         RunFault: the service does not answer.
     """
-    asked, usable = _Asked(), [i for i, image in enumerate(about["images"]) if not image["error"]]
+    asked, usable = Patient(), [i for i, image in enumerate(about["images"]) if not image["error"]]
     kept, status = min(len(usable), DRIFT_IMAGES), FINISHED
     try:
         with open_asking(max(0, audit.budget - kept)) as asked.asking:
@@ -88,6 +106,7 @@ def drive(
                 _ask_clean(audit, asked, chunk, alone=not start)
                 if not start:
                     _ask_again(audit, asked, chunk)
+                    probed(asked.answers)
                 _sample(audit, asked, header, chunk)
                 progress(len(chunk))
     except BudgetSpent:
@@ -110,7 +129,7 @@ def _save(audit: Audit, index: int, kind: str, picture: Picture) -> None:
         written(path, lambda there: there.write_bytes(encode(picture)))
 
 
-def _ask_clean(audit: Audit, ask: _Asked, chunk: Sequence[int], *, alone: bool) -> None:
+def _ask_clean(audit: Audit, ask: Patient, chunk: Sequence[int], *, alone: bool) -> None:
     """The service's own answers; what failed in an earlier run is asked once more. The first is asked alone."""
     groups = [chunk[:1], chunk[1:]] if alone else [chunk]
     for group in groups:
@@ -123,15 +142,16 @@ def _ask_clean(audit: Audit, ask: _Asked, chunk: Sequence[int], *, alone: bool) 
                 queries.append(Query(query_name(audit.images.items[i].id, CLEAN, number), picture))
             answers = list(ask(queries))
             if alone and group is groups[0] and not answers[0].ranked and not answers[0].known:
+                skip = "; where it has none for this image alone, begin behind it: --start, and another --out"
                 raise RunFault(
                     f"the service gave no label for the first image: {answers[0].failure}; nothing else was asked. The "
-                    "same command tries again"
+                    f"same command tries again{'' if answers[0].down else skip}"
                 )
             todo = [i for i, answer in zip(todo, answers, strict=True) if not answer.ranked and answer.known]
             number += 1
 
 
-def _ask_again(audit: Audit, ask: _Asked, chunk: Sequence[int]) -> None:
+def _ask_again(audit: Audit, ask: Patient, chunk: Sequence[int]) -> None:
     """The determinism probe, on the image whose two best scores are nearest: there a wavering service shows first."""
 
     def margin(index: int) -> float:
@@ -151,7 +171,7 @@ def _ask_again(audit: Audit, ask: _Asked, chunk: Sequence[int]) -> None:
     list(ask([Query(query_name(name, PROBE, k), picture) for k in range(audit.repeat_clean)]))
 
 
-def _sample(audit: Audit, ask: _Asked, header: Mapping[str, Any], chunk: Sequence[int]) -> None:
+def _sample(audit: Audit, ask: Patient, header: Mapping[str, Any], chunk: Sequence[int]) -> None:
     """Noisy copies of these images, until each is settled or at n."""
     s, vocabulary = audit.settings, Vocabulary(class_map=audit.class_map)
     pipeline = audit.pipeline
@@ -201,7 +221,7 @@ def _sample(audit: Audit, ask: _Asked, header: Mapping[str, Any], chunk: Sequenc
         pass
 
 
-def _ask_at_the_end(audit: Audit, ask: _Asked, usable: Sequence[int]) -> None:
+def _ask_at_the_end(audit: Audit, ask: Patient, usable: Sequence[int]) -> None:
     """Clean images once more, spread over those that were begun; anew whenever further noise was asked about."""
     ids = [(i, audit.images.items[i].id) for i in usable]
     begun = [(i, name) for i, name in ids if (a := clean_answer(ask.answers, name)) is not None and a.ranked]

@@ -57,12 +57,14 @@ class Kept:
         answers: by name, each ``known``; a lost one is a failure.
         spent: requests sent.
         torn: whether its last line was cut off.
+        queries: that were sent at least once; one that was refused and not sent again has no answer yet.
     """
 
     header: dict[str, Any]
     answers: dict[str, Answer]
     spent: int
     torn: bool
+    queries: int
 
 
 def ledger_header(endpoint: str, format: Format, **settings: Any) -> dict[str, Any]:
@@ -98,7 +100,8 @@ def read_ledger(path: str | Path) -> Kept:
     header, entries, torn = _parse(content, path)
     if header is None:
         raise UserError(f"{path} holds no header: the program was stopped before anything was asked")
-    return Kept(header, _answers(entries), sum(entry.attempts for entry in entries.values()), torn)
+    spent = sum(entry.attempts for entry in entries.values())
+    return Kept(header, _answers(entries), spent, torn, len(entries))
 
 
 def read_answers(path: str | Path) -> dict[str, Answer]:

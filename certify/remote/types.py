@@ -122,6 +122,7 @@ class Answer:
         seconds: from the last sending to the reply.
         attempts: requests sent for it, each of which counts against the budget.
         known: whether the ledger had it already, so that nothing was sent.
+        down: whether no reply came, or an error status: nothing that is about this one picture. Not kept.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Answer:
     seconds: float = 0.0
     attempts: int = 1
     known: bool = False
+    down: bool = field(default=False, compare=False)
 
 
 class Asking(Protocol):
