@@ -126,7 +126,12 @@ def test_audit_over_http(
     assert service.requests == 0
     assert not (tmp_path / "a").exists()
     assert "165 queries (6 clean, 3 probe, 30 selection, 120 estimation, 6 drift)" in said.err
-    assert "at most 0.33, at 2 per 1,000" in said.err
+    assert "0.33 without retries, 0.80 if they take up the budget; at 2 per 1,000" in said.err
+    run(*command, "--dry-run", "--json")
+    said = capsys.readouterr()
+    found = json.loads(said.out)["plan"]
+    assert (found["most"], found["cost"], found["cost_most"], said.err) == (165, 0.33, 0.8, "")
+    assert service.requests == 0
     run(*command)
     assert service.requests == read_ledger(tmp_path / "a" / "ledger.jsonl").spent == 165
     assert service.keys == {f"Bearer {KEY}"}

@@ -115,8 +115,9 @@ def audit(**o: Any) -> None:
         raise UserError("--data is missing: expected images, such as a folder, a .zip or an .npz")
     say = _silent if o["quiet"] or o["as_json"] else _say
     if o["dry_run"]:
-        show_plan(*_planned(o, wanted), say)
-        click.echo("dry run: nothing was sent")
+        job, plan = _planned(o, wanted)
+        show_plan(job, plan, say)
+        click.echo(json.dumps({"plan": plan}) if o["as_json"] else "dry run: nothing was sent")
         return
     with open_service(wanted, o) as (send, known):
         job, plan = _planned(o, known)

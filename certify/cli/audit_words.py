@@ -49,16 +49,21 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
     parts = ", ".join(f"{count:,} {stage}" for stage, count in plan["queries"].items())
     say(f"plan       {most}{plan['most']:,} queries ({parts}); each may take retries, which count")
     if plan["most"] > audit.budget:
-        sure = f"finishes {plan['covers']:,} of {plan['images']:,} images" + (" for sure" if s.adaptive else "")
+        sure = f"finishes {plan['covers']:,} of {plan['images']:,} images without retries"
+        sure = f"about {plan['covers']:,} of {plan['images']:,} images if each takes {s.n:,}" if s.adaptive else sure
         say(f"budget     {audit.budget:,} requests: {sure}")
     else:
         say(f"budget     {audit.budget:,} requests, never exceeded")
     if plan["cost"] is not None:
-        say(f"cost       at most {plan['cost']:.2f}, at {plan['price_per_1000']:g} per 1,000 requests")
+        say(
+            f"cost       {most}{plan['cost']:.2f} without retries, {plan['cost_most']:.2f} if they take up the budget; at "
+            f"{plan['price_per_1000']:g} per 1,000 requests"
+        )
     if plan["seconds"] is None:
         say(f"time       as fast as it answers, {plan['concurrency']} at a time (--rate limits it)")
     else:
-        say(f"time       at least {clock(plan['seconds'])}, at {plan['rate']:g} requests a second")
+        long = "at most about" if s.adaptive else "at least"
+        say(f"time       {long} {clock(plan['seconds'])} without retries, at {plan['rate']:g} requests a second")
 
 
 def warn_of_probe(probes: Sequence[Mapping[str, Any]]) -> None:

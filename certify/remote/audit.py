@@ -31,6 +31,9 @@ from certify.types import Noise
 DRIFT_IMAGES = 20
 """Clean images that are asked about once more at the end, at most; that much of the budget is kept for it."""
 
+CHUNK = 16
+"""Images whose clean answers are asked for together."""
+
 OWN, GIVEN = "service", "given"
 """Where reference labels come from: the service's own clean answers, or the data."""
 
@@ -185,11 +188,12 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
 
     Returns:
         ``images``; ``queries`` by stage and ``most`` of them; ``budget`` and ``covers``, the images that it finishes
-        whatever they take; ``radius_cap``; ``price_per_1000`` and ``cost`` of what may be spent; ``rate``,
-        ``concurrency`` and ``seconds`` at that rate; ``earliest``: samples that settle an image at the least.
+        if each takes all its samples; ``radius_cap``; ``price_per_1000``, ``cost`` without retries and ``cost_most``
+        if they take up the budget; ``rate``, ``concurrency`` and ``seconds`` at that rate, without retries; ``earliest``: samples that settle an image at the least.
     """
     s, count = audit.settings, len(audit.images)
-    fixed, each = audit.repeat_clean + min(count, DRIFT_IMAGES), 1 + s.samples
+    left = audit.budget - audit.repeat_clean - min(count, DRIFT_IMAGES)
+    clean = (min(count, -(-k // CHUNK) * CHUNK) for k in range(1, count + 1))  # a chunk's come before its noise
     queries = {CLEAN: count, PROBE: audit.repeat_clean, **{k: count * n for k, n in s.stages.items()}}
     queries[DRIFT] = min(count, DRIFT_IMAGES)
     queries |= {"attacks": attacks} if attacks else {}
@@ -207,11 +211,12 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
         "queries": queries,
         "most": most,
         "budget": audit.budget,
-        "covers": min(count, max(0, (audit.budget - fixed) // each)),
+        "covers": sum(first + k * s.samples <= left for k, first in enumerate(clean, 1)),
         "radius_cap": cap,
         "earliest": earliest,
         "price_per_1000": price,
         "cost": None if price is None else spent * price / 1000,
+        "cost_most": None if price is None else audit.budget * price / 1000,
         "rate": rate,
         "concurrency": audit.concurrency,
         "seconds": None if rate is None else spent / rate,

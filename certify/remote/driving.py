@@ -19,7 +19,7 @@ from torch import Tensor
 from certify.access import BudgetSpent
 from certify.adaptive import Watch, settle
 from certify.errors import RunFault
-from certify.remote.audit import DRIFT_IMAGES, Audit
+from certify.remote.audit import CHUNK, DRIFT_IMAGES, Audit
 from certify.remote.conclusions import FINISHED, SPENT, written
 from certify.remote.labels import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, label_remotely, query_name, stage_of
 from certify.remote.pictures import encode, to_pictures
@@ -32,8 +32,6 @@ from certify.votes import Job
 PATIENCE = 10
 """Queries in a row without a reply, or with an error status, after which an audit stops: the service is down, and each
 costs a trial. A reply without a label is an answer, however many there are."""
-
-_CHUNK = 16  # images whose clean answers are asked for together
 
 
 class Patient:
@@ -101,8 +99,8 @@ def drive(
     kept, status = min(len(usable), DRIFT_IMAGES), FINISHED
     try:
         with open_asking(max(0, audit.budget - kept)) as asked.asking:
-            for start in range(0, len(usable), _CHUNK):
-                chunk = usable[start : start + _CHUNK]
+            for start in range(0, len(usable), CHUNK):
+                chunk = usable[start : start + CHUNK]
                 _ask_clean(audit, asked, chunk, alone=not start)
                 if not start:
                     _ask_again(audit, asked, chunk)
