@@ -22,7 +22,7 @@ from certify.remote.formats import ENDPOINTS, FORMATS, KEY_HEADERS
 from certify.remote.formats.reading import MOST_BYTES, safe_text
 from certify.remote.formats.v2 import metadata_request, options_from
 from certify.remote.pictures import encode, from_bytes, media_type, seen, to_pictures, to_tensor
-from certify.remote.types import BadReply, Format, Picture, Ranked, Reply, Request, Scored
+from certify.remote.types import BadReply, Busy, Format, Picture, Ranked, Reply, Request, Scored
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "v2": {"model": "m"},
@@ -501,6 +501,17 @@ def test_services_that_fail_with_status_200() -> None:
         built("google-vision").reply(reply({"responses": [{}]}))
     with pytest.raises(BadReply, match="Clarifai status 10020: Failure"):
         built("clarifai").reply(reply({"status": {"code": 10020, "description": "Failure"}, "outputs": []}))
+    quota = {"responses": [{"error": {"code": 8, "message": "Quota exceeded."}}]}
+    throttled = {"status": {"code": 11005, "description": "Throttled"}, "outputs": []}
+    for name, body, busy in (
+        ("google-vision", quota, True),
+        ("google-vision", {"responses": [{"error": {"code": 3, "message": "Bad image data."}}]}, False),
+        ("clarifai", throttled, True),
+        ("clarifai", {"status": {"code": 10020, "description": "Failure"}, "outputs": []}, False),
+    ):
+        with pytest.raises(BadReply) as caught:
+            built(name).reply(reply(body))
+        assert isinstance(caught.value, Busy) == busy  # such a query is sent again
     for name, body in (
         ("rekognition", {"Labels": []}),
         ("azure-vision", {"tagsResult": {"values": []}}),

@@ -24,11 +24,13 @@ from certify.cli.service import manners
 from certify.errors import CertifyError, RunFault, UserError
 from certify.remote.asking import Asker
 from certify.remote.credentials import public, read_credential
+from certify.remote.formats.clarifai import clarifai
 from certify.remote.http import TIMEOUT, HttpSender, check_endpoint
 from certify.remote.ledger import Ledger, ledger_header, read_ledger
 from certify.remote.manners import Manners, Rate, retry_after
 from certify.remote.types import Answer, BadReply, Query, Reply, Request
 
+CLARIFAI = {"status": {"code": 10000}, "outputs": [{"data": {"concepts": [{"name": "cat", "value": 0.9}]}}]}
 SECRETS = "X-Amz-Signature x-functions-key sv_sig pwd passwd authorization cred jwt client_secret id_token code".split()
 KEY = "sk-4f9a/Zq+0123=%x"
 HERE = Path(__file__).parent
@@ -165,6 +167,18 @@ def test_retries_end(tmp_path: Path) -> None:
     assert error is None
     assert (len(server.seen), found[0].attempts, found[0].failure) == (3, 3, "HTTP 502: something")
     assert found[0].down
+
+
+def test_a_busy_service_that_says_so_with_status_200_is_asked_again(tmp_path: Path) -> None:
+    bodies = [{"status": {"code": 11005, "description": "Throttled"}}, CLARIFAI]
+    form = clarifai()
+
+    def send(request: Request) -> Reply:
+        return Reply(200, json.dumps(bodies.pop(0)).encode())
+
+    with Ledger(tmp_path / "ledger", ledger_header("http://x", form)) as ledger:
+        (found,) = Asker(send, form, ledger, manners=SOON)(queries(1))
+    assert (found.attempts, found.ranked[0].label) == (2, "cat")
 
 
 def test_what_is_about_the_service_is_told_from_what_is_about_a_picture(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from certify.remote.crew import Crew
 from certify.remote.formats.reading import safe_text
 from certify.remote.ledger import Ledger
 from certify.remote.manners import Manners, Rate, retry_after
-from certify.remote.types import Answer, BadReply, Format, Query, Ranked, Reply, Request, Sender
+from certify.remote.types import Answer, BadReply, Busy, Format, Query, Ranked, Reply, Request, Sender
 
 _AGAIN = (408, 425, 429)  # and 5xx but 501: such a request may do better later
 _KEY = (401, 403, 407)  # a key that expired or was blocked is about no picture, so no query fails for it
@@ -265,6 +265,8 @@ class Asker:
             raise _Declined(why)
         try:
             ranked = self._format.reply(reply)
+        except Busy as error:
+            raise _Again(str(error)) from None
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise BadReply(f"a reply that cannot be read ({type(error).__name__})") from None
         if not ranked or any(one.score is not None and not math.isfinite(one.score) for one in ranked):

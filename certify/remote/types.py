@@ -94,6 +94,10 @@ class BadReply(Exception):
     """
 
 
+class Busy(BadReply):
+    """A reply of status 200 that says "too many requests" or "not now": another attempt may bring labels."""
+
+
 Sender = Callable[[Request], Reply]
 """Sends one request once. Raises ``OSError`` (or a subclass, such as ``TimeoutError``) where no reply came."""
 

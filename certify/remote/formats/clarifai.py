@@ -10,9 +10,10 @@ import json
 
 from certify.remote.formats.reading import at, in_path, ranked_entries, read_json, safe_text, versioned
 from certify.remote.pictures import encode, read_encoding
-from certify.remote.types import BadReply, Format, Picture, Ranked, Reply, Request
+from certify.remote.types import BadReply, Busy, Format, Picture, Ranked, Reply, Request
 
 SUCCESS = 10000
+_AGAIN = (11005, 21351, 21354, 25604)  # throttled, model being deployed, model busy, runner asks for a retry
 
 
 def clarifai(
@@ -52,10 +53,13 @@ def read_answer(reply: Reply) -> Ranked:
 
     Raises:
         BadReply: there are none, or the service reports a failure, which it may do with HTTP status 200.
+        Busy: one that passes.
     """
     body = read_json(reply)
     code = at(body, "status", "code")
     if code != SUCCESS:
         said = safe_text(json.dumps(body["status"]).encode())
-        raise BadReply(f"Clarifai status {code if isinstance(code, int) else 'unknown'}: {said}")
+        raise (Busy if code in _AGAIN else BadReply)(
+            f"Clarifai status {code if isinstance(code, int) else 'unknown'}: {said}"
+        )
     return ranked_entries(at(body, "outputs", 0, "data", "concepts"), "name", "value")

@@ -11,7 +11,9 @@ import json
 from certify.errors import UserError
 from certify.remote.formats.reading import at, ranked_entries, read_json, safe_text
 from certify.remote.pictures import encode, read_encoding
-from certify.remote.types import BadReply, Format, Picture, Ranked, Reply, Request
+from certify.remote.types import BadReply, Busy, Format, Picture, Ranked, Reply, Request
+
+_AGAIN = (4, 8, 13, 14)  # google.rpc.Code: DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE
 
 
 def google_vision(*, max_labels: int = 10, encoding: str = "png") -> Format:
@@ -44,8 +46,13 @@ def read_answer(reply: Reply) -> Ranked:
 
     Raises:
         BadReply: there are none; an image that the service could not use is named in a reply of status 200.
+        Busy: the service could not just now.
     """
     one = at(read_json(reply), "responses", 0)
     if isinstance(one, dict) and "error" in one:
-        raise BadReply(f"the service could not use the image: {safe_text(json.dumps(one['error']).encode())}")
+        error = one["error"]
+        said = safe_text(json.dumps(error).encode())
+        if isinstance(error, dict) and error.get("code") in _AGAIN:
+            raise Busy(f"the service is busy: {said}")
+        raise BadReply(f"the service could not use the image: {said}")
     return ranked_entries(at(one, "labelAnnotations"), "description", "score")
