@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from certify import SmoothedClassifier, load_images
 from certify.access import BudgetSpent
 from certify.classifiers import Classifier, InputSpec
+from certify.cli.audit_words import warn_of_probe
 from certify.errors import RunFault, UserError
 from certify.images import ImageSet
 from certify.noise import make_noise
@@ -414,6 +416,18 @@ def test_a_service_that_sees_nothing_in_noise_is_not_down(tmp_path: Path, digits
     nothing = Fake(digits, lambda name, image: failed(name, "an answer without labels"))
     with pytest.raises(RunFault, match="for this image alone, begin behind it: --start"):
         run_audit(set_up(tmp_path / "b"), nothing)
+
+
+def test_labels_do_nothing_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_of_probe([{"id": "a", "labels": {"cat\x1b]0;x\x07": 2, "dög\r": 1}, "spread": None}])
+    said = capsys.readouterr().err
+    assert "cat\\x1b]0;x\\x07 2 times, dög\\r 1 times" in said
+    assert said[:-1].isprintable()
+
+
+def test_the_command_to_replay_can_be_pasted(tmp_path: Path, digits: Classifier) -> None:
+    about = run_audit(set_up(tmp_path / "my audit"), Fake(digits))
+    assert shlex.split(about["replay"]) == ["certify", "replay", str(tmp_path / "my audit")]
 
 
 def test_the_probe_is_told_before_noise_is_paid_for(tmp_path: Path, digits: Classifier) -> None:

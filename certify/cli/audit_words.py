@@ -56,8 +56,8 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
         say(f"budget     {audit.budget:,} requests, never exceeded")
     if plan["cost"] is not None:
         say(
-            f"cost       {most}{plan['cost']:.2f} without retries, {plan['cost_most']:.2f} if they take up the budget; at "
-            f"{plan['price_per_1000']:g} per 1,000 requests"
+            f"cost       {most}{plan['cost']:.2f} without retries, {plan['cost_most']:.2f} if they take up the budget; "
+            f"at {plan['price_per_1000']:g} per 1,000 requests"
         )
     if plan["seconds"] is None:
         say(f"time       as fast as it answers, {plan['concurrency']} at a time (--rate limits it)")

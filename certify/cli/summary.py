@@ -244,5 +244,6 @@ def floor4(radius: float) -> str:
 
 
 def warn(text: str) -> None:
-    """One line on stderr that does not stop the run."""
-    click.echo(f"warning: {text}", err=True)
+    """One line on stderr that does not stop the run; whatever a stranger's text would do to a terminal is shown."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    click.echo(f"warning: {shown}", err=True)

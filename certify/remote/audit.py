@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,7 +190,8 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
     Returns:
         ``images``; ``queries`` by stage and ``most`` of them; ``budget`` and ``covers``, the images that it finishes
         if each takes all its samples; ``radius_cap``; ``price_per_1000``, ``cost`` without retries and ``cost_most``
-        if they take up the budget; ``rate``, ``concurrency`` and ``seconds`` at that rate, without retries; ``earliest``: samples that settle an image at the least.
+        if they take up the budget; ``rate``, ``concurrency`` and ``seconds`` at that rate, without retries;
+        ``earliest``: samples that settle an image at the least.
     """
     s, count = audit.settings, len(audit.images)
     left = audit.budget - audit.repeat_clean - min(count, DRIFT_IMAGES)
@@ -269,7 +271,7 @@ def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) ->
         "determinism": [],
         "drift": [],
         "versions": header["versions"],
-        "replay": f"certify replay {audit.folder}",
+        "replay": f"certify replay {shlex.quote(str(audit.folder))}",
         **audit.about,
     }
     if known is None:
