@@ -296,6 +296,7 @@ def test_attacks_go_through_the_same_ledger_and_budget(
         (["--api-key-env", "NO_SUCH_KEY"], "is not set, or empty"),
         (["--auth-header", "X-Key: {key}"], "without --api-key-env"),
         (["--endpoint", "ftp://x"], "expected http://"),
+        (["--sdk", "--api-key-env", "PATH", "--auth-query", "k={key}"], "it places the key itself"),
         (["--encoding", "gif"], "expected png, jpeg"),
         (["--labels", "x.csv"], "--labels without --reference given"),
         (["--n0", "5", "--radius", "0.2"], "--n0 with --radius"),

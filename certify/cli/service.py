@@ -113,6 +113,8 @@ def wanted_service(o: dict[str, Any]) -> Wanted:
     key = o["api_key_env"]
     if key is None and (o["auth_header"] or o["auth_query"]):
         raise UserError("--auth-header and --auth-query without --api-key-env: there is no key to send")
+    if (o["sdk"] or o["protocol"] == "rekognition") and (o["auth_header"] or o["auth_query"]):
+        raise UserError("--auth-header and --auth-query through an SDK: it places the key itself; leave them out")
     header = o["auth_header"] or KEY_HEADERS.get(o["protocol"], BEARER)
     credential = None if key is None else read_credential(key, header, o["auth_query"])
     endpoint = check_endpoint(url, key=credential is not None, insecure=o["insecure"])
