@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,7 @@ from certify.serve.endpoint import Endpoint, Forgetful
 from certify.serve.front import Front, Gate
 from certify.serve.limits import JSON_DEPTH, Limits, Refused, read_json
 from certify.serve.metrics import Metrics
-from certify.serve.protocol import HEADER, Wishes
+from certify.serve.protocol import HEADER, Wishes, read_request
 from certify.serve.service import Procedure, Service, class_names, stream_name
 
 SIZE = (1, 8, 8)
@@ -411,6 +412,9 @@ HOSTILE: dict[str, tuple[int, str, dict[str, Any]]] = {
     "too many pixels": (413, "pixels", tensor(shape=[24, 1, 8, 8], data=[0] * 24 * 64)),
     "too few numbers": (400, "64 numbers", tensor(data=[0.5] * 63)),
     "too many numbers": (400, "64 numbers", tensor(data=[0.5] * 65)),
+    "one long text": (400, "64 numbers", tensor(data=["x" * 90_000] + [0.5] * 63)),
+    "numbers beyond floats": (400, "1e308", numbers(NUMBERS.replace("0.5", "9" * 400, 1))),
+    "nested one level less": (400, "not one tensor", tensor(data=[[0.5] * 64])),
     "ragged data": (400, "not one tensor", tensor(data=[[0.5] * 8] * 7 + [[0.5] * 7])),
     "data of text": (400, "64 numbers", tensor(data=["0.5"] * 64)),
     "data of truth": (400, "64 numbers", tensor(data=[True] * 64)),
@@ -486,6 +490,17 @@ def test_hostile_requests_are_refused_with_a_reason(client: TestClient, images: 
     assert len(error) < 400
     assert "Traceback" not in error
     assert outputs(client.post(INFER, json=request(images[:1], parameters={"samples": 20})))["samples"] == [N0 + 20]
+
+
+def test_a_long_text_among_numbers_takes_no_memory() -> None:
+    body = json.dumps(request(ONE)["inputs"][0] | {"data": ["x" * 20_000] + [0.5] * 2000})
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refused, match="64 numbers"):
+            read_request(f'{{"inputs": [{body}]}}'.encode(), None, SIZE, LIMITS)
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20  # an array of such texts takes 160 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_json_is_read_as_deep_as_allowed() -> None:

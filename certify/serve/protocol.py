@@ -6,6 +6,7 @@ JSON tensors and the binary tensor extension; pure functions. Specification: the
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -208,24 +209,29 @@ def _binary(stated: Any, rest: bytes, tensor: Mapping[str, Any], datatype: str, 
 
 
 def _listed(data: Any, datatype: str, expected: int, shape: Sequence[int]) -> np.ndarray:
-    """The values of a JSON list, flat or nested as the shape."""
+    """The values of a JSON list, flat or nested as the shape.
+
+    Looked at one by one: numpy would give every element the room of the longest string among them.
+    """
     if not isinstance(data, list):
         raise Refused(400, f"'data' is a {_kind(data)}; expected a list of {expected:,} numbers")
+    level, wanted = data, f"{expected:,} numbers of shape {list(shape)}"
+    if len(data) == shape[0] and isinstance(data[0], list):
+        for length in shape[1:]:
+            if any(type(row) is not list or len(row) != length for row in level):
+                raise Refused(400, f"'data' is not one tensor; expected the {wanted}, flat or nested")
+            level = list(itertools.chain.from_iterable(level))
+    if len(level) != expected or any(type(value) not in (int, float) for value in level):
+        raise Refused(400, f"'data' is a list of {len(data):,} and holds other than the {wanted}")
+    if datatype == "UINT8":
+        if any(type(value) is not int or not 0 <= value <= 255 for value in level):
+            raise Refused(400, "UINT8 values: expected whole numbers from 0 to 255")
+        return np.array(level, dtype=np.uint8)
     try:
-        values = np.array(data)
-    except (ValueError, OverflowError):  # lists of different lengths
-        raise Refused(400, f"'data' is not one tensor; expected {expected:,} numbers, flat or nested") from None
-    if values.dtype.kind not in "iuf" or values.shape not in ((expected,), tuple(shape)):
-        raise Refused(
-            400,
-            f"'data' of shape {list(values.shape)} holds other than the {expected:,} numbers of shape {list(shape)}",
-        )
-    if datatype == "FP32":
         with np.errstate(over="ignore"):  # becomes infinite, which is refused
-            return values.astype(np.float32)
-    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 255:
-        raise Refused(400, "UINT8 values: expected whole numbers from 0 to 255")
-    return values.astype(np.uint8)
+            return np.array(level, dtype=np.float64).astype(np.float32)
+    except OverflowError:  # a whole number of hundreds of digits
+        raise Refused(400, "values beyond 1e308: expected [0, 1], before any normalisation") from None
 
 
 def _outputs(wanted: Any, parameters: Mapping[str, Any]) -> dict[str, bool]:
