@@ -48,7 +48,9 @@ def decode(content: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> I
         raise ImageError(f"claims more than the limit of {max_pixels:,} pixels (a decompression bomb)") from None
     except UnidentifiedImageError:
         raise ImageError(f"is not an image ({', '.join(f.lower() for f in FORMATS)} are read)") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, MemoryError) as error:
+    except ImageError:
+        raise
+    except Exception as error:  # PIL's readers raise whatever a damaged file makes them stumble over
         raise ImageError(f"is damaged ({str(error)[:80]})") from None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 
 from certify import load_classifier, load_images
 from certify.classifiers import Classifier
+from certify.decode import decode
 from certify.errors import ImageError, UserError
 from certify.labels import imagenet_classes, map_names
 from certify.sources import DATASETS, open_source
@@ -283,3 +286,13 @@ def test_ids_of_the_real_zip(shared_data: Path, digits: Classifier) -> None:
         "airplane automobile bird cat deer dog frog horse ship truck".split()
     )
     assert source.items[0].id.startswith("airplane/")
+
+
+@pytest.mark.parametrize("error", [struct.error("unpack requires 4 bytes"), zlib.error("-3"), TypeError("None")])
+def test_whatever_a_reader_stumbles_over_is_a_damaged_image(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(*given: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr("certify.decode.Image.open", stumble)
+    with pytest.raises(ImageError, match="is damaged"):
+        decode(b"an image")

@@ -433,6 +433,10 @@ HOSTILE: dict[str, tuple[int, str, dict[str, Any]]] = {
     "bytes of nobody": (400, "bytes follow", raw(None, ONE.tobytes())),
     "JSON longer than the body": (400, HEADER, raw(256, ONE.tobytes(), length="99999999")),
     "JSON of negative length": (400, HEADER, raw(256, ONE.tobytes(), length="-5")),
+    "JSON of a length of 5,000 digits": (400, HEADER, raw(256, ONE.tobytes(), length="0" * 4999 + "1")),
+    "shape of half a pair": (400, "shape", text(json.dumps(tensor(shape="\ud800")["json"]))),
+    "size of half a pair": (400, "256 bytes", raw("\ud800", ONE.tobytes())),
+    "output of half a pair": (400, "output", text(json.dumps(request(ONE, outputs=[{"name": "\ud800"}])))),
     "JSON cut short": (400, "not JSON", raw(256, ONE.tobytes(), length="20")),
     "no such output": (400, "output", {"json": request(ONE, outputs=[{"name": "logits"}])}),
     "outputs of text": (400, "output", {"json": request(ONE, outputs="label")}),
@@ -490,6 +494,16 @@ def test_hostile_requests_are_refused_with_a_reason(client: TestClient, images: 
     assert len(error) < 400
     assert "Traceback" not in error
     assert outputs(client.post(INFER, json=request(images[:1], parameters={"samples": 20})))["samples"] == [N0 + 20]
+
+
+def test_a_fault_of_the_server_is_said_as_any_refusal(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(*given: Any) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr("certify.serve.app.read_request", stumble)
+    reply = client.post(INFER, json=request(ONE))
+    assert reply.status_code == 500
+    assert reply.json() == {"error": "the server failed; its log says more"}
 
 
 def test_a_long_text_among_numbers_takes_no_memory() -> None:

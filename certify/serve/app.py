@@ -37,12 +37,17 @@ def build_app(front: Front) -> FastAPI:
         assert isinstance(error, Refused)
         front.metrics.rejected.labels(error.kind).inc()
         headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else None
-        return JSONResponse({"error": error.why}, error.status, headers)
+        why = error.why.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair
+        return JSONResponse({"error": why}, error.status, headers)
 
     def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return refuse(request, Refused(error.status_code, f"{request.method} {request.url.path[:60]}: {error.detail}"))
 
+    def broken(request: Request, error: Exception) -> Response:  # and uvicorn logs it
+        return refuse(request, Refused(500, "the server failed; its log says more", "fault"))
+
+    app.add_exception_handler(Exception, broken)
     app.add_exception_handler(Refused, refuse)
     app.add_exception_handler(HTTPException, unknown)
     _add_protocol(app, front)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ def read_request(body: bytes, header_length: str | None, size: tuple[int, int, i
 def _split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
     if header_length is None:
         return body, b""
-    if not (header_length.isascii() and header_length.isdecimal()) or int(header_length[:20]) > len(body):
+    if not re.fullmatch("[0-9]{1,18}", header_length) or int(header_length) > len(body):
         raise Refused(400, f"{HEADER} {header_length[:20]!r}: expected the JSON's length, at most that of the body")
     return body[: int(header_length)], body[int(header_length) :]
 
@@ -216,8 +217,9 @@ def _listed(data: Any, datatype: str, expected: int, shape: Sequence[int]) -> np
     if not isinstance(data, list):
         raise Refused(400, f"'data' is a {_kind(data)}; expected a list of {expected:,} numbers")
     level, wanted = data, f"{expected:,} numbers of shape {list(shape)}"
-    if len(data) == shape[0] and isinstance(data[0], list):
-        for length in shape[1:]:
+    if data and isinstance(data[0], list):
+        level = [data]
+        for length in shape:
             if any(type(row) is not list or len(row) != length for row in level):
                 raise Refused(400, f"'data' is not one tensor; expected the {wanted}, flat or nested")
             level = list(itertools.chain.from_iterable(level))
