@@ -468,6 +468,8 @@ HOSTILE: dict[str, tuple[int, str, dict[str, Any]]] = {
     "another method": (405, "Method", {"method": "PUT", "json": request(ONE)}),
     "decompression bomb": (400, "limit", upload(bomb())),
     "image of too many pixels": (400, "limit", upload(picture(40, 40))),
+    "image that is a line": (400, "20 times", upload(picture(30, 1))),
+    "image that is a column": (400, "20 times", upload(picture(1, 30))),
     "empty image": (400, "empty", upload(b"")),
     "no image": (400, "not an image", upload(b"GIF89b" + bytes(100))),
     "truncated image": (400, "damaged", upload(picture(30, 30)[:-40])),
@@ -639,6 +641,20 @@ def test_a_service_finishes_what_it_accepted(images: np.ndarray) -> None:
         held.let.set()
         ending.join(60)
         assert [future.result(0).label for future in found] == [1] * 5
+
+
+def test_images_that_nobody_waits_for_are_not_kept(images: np.ndarray) -> None:
+    held = Held(held=True)
+    smoothed = SmoothedClassifier(held, 0.25, batch_size=64)
+    with Service(smoothed, SIZE, Procedure(n=200), Limits(), class_names(None)) as service:
+        inside = service.ask(images[:1], Wishes())
+        assert held.called.wait(60)
+        others = [service.ask(images, Wishes()) for _ in range(3)]
+        for future in [*others[0], *others[1][1:], *others[2]]:
+            future.cancel()
+        assert [len(asked) for asked in service._waiting] == [1]  # what was not cancelled
+        held.let.set()
+        assert inside[0].result(60).label == others[1][0].result(60).label == 1
 
 
 def test_what_cannot_be_served_is_refused_at_once() -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]
 
 _CLASSES = 1000  # labels of a service that are told apart, unless --num-classes says otherwise
+_LONGEST = 20  # times its shorter side may an image file's longer side be
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -266,10 +267,14 @@ def _show(o: dict[str, Any], name: str, service: Service) -> None:
 def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:
     """Bytes of an image file as the classifier wants to see them, ``(C, H, W)`` in [0, 1]."""
     from certify.decode import decode
+    from certify.errors import ImageError
     from certify.images import fitted
 
-    channels = spec.size[0] if spec.size is not None else 3
-    return fitted(decode(content, channels, max_pixels), spec).numpy()
+    picture = decode(content, spec.size[0] if spec.size is not None else 3, max_pixels)
+    if max(picture.size) > _LONGEST * min(picture.size):  # the shorter side is resized, the longer one grows with it
+        width, height = picture.size
+        raise ImageError(f"has {width}x{height} pixels; the longer side may be {_LONGEST} times the shorter")
+    return fitted(picture, spec).numpy()
 
 
 def _check_extra() -> None:

@@ -177,12 +177,22 @@ class Service:
                 raise Refused(400, str(error).split(";")[0]) from None
         asked = deque(_Image(pixels, wishes, Future()) for pixels in images)
         answers = [image.answer for image in asked]
+        for image in asked:
+            image.answer.add_done_callback(functools.partial(self._forget, asked, image))
         with self._changed:
             if not self.alive:
                 raise Refused(503, "the server is stopping", "stopping", retry_after=5)
             self._waiting.append(asked)
             self._changed.notify()
         return answers
+
+    def _forget(self, asked: deque[_Image], image: _Image, answer: Future[Answer]) -> None:
+        """Keep nothing of an image that waits and that nobody waits for any more."""
+        if answer.cancelled():
+            with self._changed, contextlib.suppress(ValueError):
+                asked.remove(image)
+                if not asked:
+                    self._waiting.remove(asked)
 
     def _run(self) -> None:
         """The worker: settle images until there is nothing to do any more and nothing will come."""
