@@ -588,15 +588,49 @@ def test_a_request_ends_in_time_and_so_does_its_work(images: np.ndarray) -> None
         assert client.post(INFER, json=request(images[:1], parameters={"samples": 20})).status_code in (200, 504)
 
 
-def test_a_classifier_that_fails_is_an_error_of_this_request_alone(images: np.ndarray) -> None:
+def test_a_classifier_that_fails_is_an_error_of_this_request_alone(
+    images: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
     held = Held(broken=True)
     with serving(held) as (client, *_):
         for _ in range(2):
             reply = client.post(INFER, json=request(images[:1]))
             assert reply.status_code == 500
-            assert "the endpoint is gone" in reply.json()["error"]
+            assert reply.json() == {"error": "the classifier failed"}  # clients need not know what is behind
+        assert "the endpoint is gone" in caplog.text
+        assert client.get("/v2/health/ready").status_code == 503
         held.broken = False
         assert outputs(client.post(INFER, json=request(images[:1])))["label"] == [1]
+        assert client.get("/v2/health/ready").status_code == 200
+
+
+def test_a_server_whose_budget_is_spent_says_so(images: np.ndarray) -> None:
+    class Spent(Held):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            raise BudgetSpent(3, 3, 1)
+
+    with serving(Spent()) as (client, *_):
+        assert client.get("/v2/health/ready").status_code == 200
+        reply = client.post(INFER, json=request(images[:1]))
+        assert (reply.status_code, reply.json()["error"]) == (503, "the query budget of this server is spent")
+        assert client.get("/v2/health/ready").status_code == 503
+        assert client.get("/v2/health/live").status_code == 200
+
+
+def test_a_classifier_is_tried_again_some_time_after_a_fault(
+    images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("certify.serve.service._RECOVERY", 0.0)
+    with serving(Held(broken=True)) as (client, *_):
+        assert client.post(INFER, json=request(images[:1])).status_code == 500
+        assert client.get("/v2/health/ready").status_code == 200
+
+
+def test_exact_noise_is_served_without_rounding(digits: Classifier) -> None:
+    smoothed = SmoothedClassifier(digits, 0.25, noise="exact", batch_size=64)
+    with Service(smoothed, SIZE, Procedure(n0=10, n=40, alpha=0.01), Limits(), class_names(None)) as service:
+        (answer,) = service.ask(np.zeros((1, *SIZE), np.float32), Wishes())
+        assert answer.result(60).samples == 50
 
 
 def test_failed_trials_are_counted_and_nobodys_votes(images: np.ndarray) -> None:

@@ -130,7 +130,7 @@ class Front:
     @property
     def ready(self) -> bool:
         """Whether a request that comes now would be taken."""
-        return self.service.alive and not self.gate.closed
+        return self.service.alive and self.service.well and not self.gate.closed
 
 
 async def _gone(request: Request) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import math
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from certify.access import BudgetSpent
 from certify.adaptive import Counting, Deciding, Label, Watch, settle
 from certify.certificates import certificate_from_votes, check_counts, needed
 from certify.errors import CertifyError, UserError, first_line
@@ -31,6 +35,8 @@ from certify.smoothing import SmoothedClassifier
 from certify.streams import stream_key
 from certify.types import ABSTAIN, Certificate, Decision, Votes
 
+_LOG = logging.getLogger(__name__)
+_RECOVERY = 30.0  # seconds after a fault until the server calls itself ready again: somebody must try
 _WORTH = 100  # images whose work the choice of an engine should pay for
 SELECTION, ESTIMATION = "selection", "estimation"
 
@@ -123,7 +129,7 @@ class Service:
         self._parts: deque[tuple[Tensor, bytes, _Part]] = deque()
         self._work: set[_Part] = set()
         self._changed = threading.Condition()
-        self._ending = False
+        self._ending, self._well_again = False, 0.0
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="certify-serve", daemon=True)
         self.stated = smoothed.stated(int(np.prod(size)))
@@ -155,6 +161,11 @@ class Service:
     def alive(self) -> bool:
         """Whether it answers."""
         return self._thread.is_alive() and not self._ending
+
+    @property
+    def well(self) -> bool:
+        """Whether the classifier's last work succeeded, or it is time to try again; not after a spent budget."""
+        return time.monotonic() >= self._well_again
 
     def ask(self, images: np.ndarray, wishes: Wishes) -> list[Future[Answer]]:
         """The answers to come about images ``(B, C, H, W)``, float32 in [0, 1] or uint8. Cancel them to save the work.
@@ -198,7 +209,7 @@ class Service:
         """The worker: settle images until there is nothing to do any more and nothing will come."""
         samples = _WORTH * self.procedure.cost(Wishes())
         try:
-            label, batch_size = self.smoothed.labeller(torch.full(self.size, 0.5), samples, self._on_samples)
+            label, batch_size = self.smoothed.labeller(torch.zeros(self.size), samples, self._on_samples)
         except Exception as error:  # is raised where the service was started
             self._ready.set_exception(error)
             return
@@ -283,6 +294,7 @@ class Service:
         image = part.image
         image.found[part.stage] = part.result()
         image.open -= 1
+        self._well_again = 0.0
         if not image.open and not image.answer.cancelled():
             _deliver(image.answer, self._answer(image.found))
 
@@ -323,8 +335,14 @@ class Service:
     def _name(self, label: int) -> str:
         return ABSTAINED if label == ABSTAIN else self.name_of(label)
 
+    def _failed(self, error: Exception) -> None:
+        self._well_again = math.inf if isinstance(error, BudgetSpent) else time.monotonic() + _RECOVERY
+        text = str(error) if isinstance(error, CertifyError) else f"{type(error).__name__}: {first_line(error)}"
+        _LOG.error("the classifier failed: %s", text)
+
     def _fail(self, error: Exception) -> None:
         """Everything in work fails with what the classifier failed with; what waits is tried."""
+        self._failed(error)
         for part in [*self._work, *(part for *_, part in self._parts)]:
             _deliver(part.image.answer, _fault(error))
         self._work.clear()
@@ -332,8 +350,10 @@ class Service:
 
 
 def _fault(error: Exception) -> Refused:
-    text = str(error) if isinstance(error, CertifyError) else f"{type(error).__name__}: {first_line(error)}"
-    return Refused(500, text, "fault")
+    """What clients may know: the rest, such as a service's address or its reply, stands in the log."""
+    if isinstance(error, BudgetSpent):
+        return Refused(503, "the query budget of this server is spent", "spent")
+    return Refused(500, "the classifier failed", "fault")
 
 
 def _deliver(answer: Future[Answer], what: Answer | Refused) -> None:
