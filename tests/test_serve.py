@@ -30,6 +30,7 @@ from browser import browser
 from command import run
 from fastapi.testclient import TestClient
 from PIL import Image
+from starlette.requests import Request as HttpRequest
 
 from certify import SmoothedClassifier, load_images
 from certify.access import BudgetSpent
@@ -51,11 +52,12 @@ from certify.serve.limits import JSON_DEPTH, Limits, Refused, read_json
 from certify.serve.metrics import Metrics
 from certify.serve.protocol import HEADER, Wishes, read_request
 from certify.serve.service import Procedure, Service, class_names, stream_name
+from certify.serve.site import site_check
 
 SIZE = (1, 8, 8)
 SEED, N0, N, ALPHA = 7, 50, 400, 0.01
 INFER = "/v2/models/digits/infer"
-LIMITS = Limits(max_bytes=100_000, max_pixels=1500, budget=10_000, concurrency=8, timeout=120.0)
+LIMITS = Limits(100_000, max_pixels=1500, budget=10_000, concurrency=8, timeout=120.0, max_images=23)
 
 
 @contextlib.contextmanager
@@ -506,6 +508,61 @@ def test_a_fault_of_the_server_is_said_as_any_refusal(client: TestClient, monkey
     reply = client.post(INFER, json=request(ONE))
     assert reply.status_code == 500
     assert reply.json() == {"error": "the server failed; its log says more"}
+
+
+def test_a_request_may_have_so_many_images() -> None:
+    few = Limits(max_images=3)
+    for images in (np.repeat(ONE, 3, 0), np.repeat(ONE, 4, 0)):
+        body = json.dumps(request(images)).encode()
+        if len(images) == 3:
+            assert len(read_request(body, None, SIZE, few).images) == 3
+            continue
+        with pytest.raises(Refused, match="4 images; a request may have 3"):
+            read_request(body, None, SIZE, few)
+        with pytest.raises(Refused, match="a request may have 256"):
+            read_request(body.replace(b"[4, 1", b"[257, 1"), None, SIZE, Limits())
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "loopback", "allowed"),
+    [
+        ("127.0.0.1:80", None, True, True),
+        ("localhost:80", "http://localhost:80", True, True),
+        ("[::1]:80", "http://[::1]:80", True, True),
+        ("127.0.0.1:80", "http://evil.example", True, False),
+        ("127.0.0.1:80", "http://127.0.0.1:81", True, False),
+        ("127.0.0.1:80", "null", True, False),
+        ("127.0.0.1:80", "http://[", True, False),
+        ("evil.example:80", "http://evil.example:80", True, False),  # a name that points to this machine
+        ("evil.example:80", None, True, False),
+        ("api.example", "https://api.example", True, True),
+        ("127.0.0.1:80", "https://api.example", True, True),
+        ("models.example", "https://models.example", False, True),
+        ("models.example", None, False, True),
+        ("models.example", "https://evil.example", False, False),
+    ],
+)
+def test_foreign_pages_may_not_ask(host: str, origin: str | None, loopback: bool, allowed: bool) -> None:
+    headers = [(b"host", host.encode())] + ([(b"origin", origin.encode())] if origin is not None else [])
+    check = site_check(loopback=loopback, names=["API.example"])
+    asks = HttpRequest({"type": "http", "headers": headers})
+    if allowed:
+        check(asks)
+        return
+    with pytest.raises(Refused) as refused:
+        check(asks)
+    assert refused.value.status == 403
+
+
+def test_a_request_of_a_foreign_page_costs_nothing(client: TestClient) -> None:
+    before = client.get("/metrics").text.partition("certify_samples_total ")[2].split()[0]
+    for path, content in (("/classify", picture(8, 8)), (INFER, json.dumps(request(ONE)))):
+        headers = {"origin": "http://evil.example", "content-type": "application/octet-stream"}
+        reply = client.post(path, content=content, headers=headers)
+        assert reply.status_code == 403
+        assert "may not ask" in reply.json()["error"]
+    assert client.get("/metrics").text.partition("certify_samples_total ")[2].split()[0] == before
+    assert client.post(INFER, json=request(ONE), headers={"origin": "http://testserver"}).status_code == 200
 
 
 def test_a_long_text_among_numbers_takes_no_memory() -> None:

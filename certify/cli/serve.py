@@ -81,6 +81,12 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 @click.option(
     "--port", type=click.IntRange(0, 65_535), default=8080, show_default=True, help="Port to listen on; 0: a free one."
 )
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="Host name by which browsers reach it through a proxy; repeatable. Other pages may not ask.",
+)
 @click.option("--name", help="The model's name in URLs (default: from --model).")
 @click.option(
     "--max-bytes",
@@ -209,6 +215,7 @@ def _serve(
     from certify.serve.metrics import Metrics
     from certify.serve.server import is_loopback, serve, url_of
     from certify.serve.service import Service
+    from certify.serve.site import site_check
 
     if not is_loopback(listening):
         warn(f"--host {o['host']}: anybody who reaches this address may ask; put TLS and authentication in front")
@@ -232,7 +239,8 @@ def _serve(
     with service:
         if smoothed.execution is not None:
             show_engine(smoothed.execution, smoothed, _say)
-        serve(build_app(front), gate, listening, lambda: _say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"))
+        app = build_app(front, site_check(loopback=is_loopback(listening), names=o["allow_host"]))
+        serve(app, gate, listening, lambda: _say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"))
 
 
 def _procedure(o: dict[str, Any]) -> Procedure:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -23,14 +23,27 @@ from certify.serve.protocol import (
     wishes_from,
     write_response,
 )
+from certify.serve.site import site_check
 
 _SHOWN = 10  # classes on the page
 _JSON = ("application/json", "application/octet-stream")
 
 
-def build_app(front: Front) -> FastAPI:
-    """The server's application: refusals, metrics, and all routes."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's own pages load scripts from elsewhere
+def build_app(front: Front, check: Callable[[Request], None] | None = None) -> FastAPI:
+    """The server's application: refusals, metrics, and all routes.
+
+    Args:
+        front: what the routes share.
+        check: looks at every request first and raises ``Refused``; default: of an address that others reach too.
+    """
+    check = check or site_check(loopback=False)
+
+    async def first(request: Request) -> None:
+        check(request)
+
+    app = FastAPI(  # FastAPI's own pages load scripts from elsewhere
+        docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(first)]
+    )
     app.add_middleware(Counted, metrics=front.metrics)
 
     def refuse(request: Request, error: Exception) -> Response:

@@ -43,6 +43,7 @@ class Limits:
         budget: noise samples of a request.
         concurrency: requests that are read, wait or are in work at a time; more are turned away.
         timeout: seconds from a request's first byte to its answer.
+        max_images: of a request: even a small one costs a block of noise, which belongs to no other.
     """
 
     max_bytes: int = 16 * 2**20
@@ -50,9 +51,10 @@ class Limits:
     budget: int = 100_000
     concurrency: int = 32
     timeout: float = 60.0
+    max_images: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("max_bytes", "max_pixels", "budget", "concurrency"):
+        for name in ("max_bytes", "max_pixels", "budget", "concurrency", "max_images"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: expected a whole number from 1")
         if not 0 < self.timeout < math.inf:

@@ -180,6 +180,8 @@ def _tensor(tensor: Mapping[str, Any], rest: bytes, size: tuple[int, int, int], 
     if not whole or tuple(shape[1:]) != size:  # type: ignore[index]
         raise Refused(400, f"shape {str(shape)[:60]}: expected {_shape(size)}, at least one image")
     assert isinstance(shape, list)
+    if shape[0] > limits.max_images and shape[0] * size[1] * size[2] <= limits.max_pixels:
+        raise Refused(413, f"{shape[0]:,} images; a request may have {limits.max_images:,}", "too large")
     if shape[0] * size[1] * size[2] > limits.max_pixels:
         raise Refused(413, f"{shape[0]:,} images have more than {limits.max_pixels:,} pixels, the limit", "too large")
     expected = math.prod(shape)
