@@ -28,6 +28,7 @@ import pytest
 import torch
 from browser import browser
 from command import run
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.requests import Request as HttpRequest
@@ -51,6 +52,7 @@ from certify.serve.front import Front, Gate
 from certify.serve.limits import JSON_DEPTH, Limits, Refused, read_json
 from certify.serve.metrics import Metrics
 from certify.serve.protocol import HEADER, Wishes, read_request
+from certify.serve.server import listen, serve, url_of
 from certify.serve.service import Procedure, Service, class_names, stream_name
 from certify.serve.site import site_check
 
@@ -867,6 +869,61 @@ def send(address: str, content: bytes) -> bytes:
         while part := connection.recv(65_536):
             found += part
     return found
+
+
+@contextlib.contextmanager
+def listening(limits: Limits) -> Iterator[str]:
+    """A server in a thread, without a service."""
+    app, gate = FastAPI(), Gate(limits)
+
+    @app.get("/")
+    async def home() -> str:
+        return "here"
+
+    with listen("127.0.0.1", 0) as place:
+        started = threading.Event()
+        thread = threading.Thread(target=serve, args=(app, gate, place, started.set))
+        thread.start()
+        try:
+            assert started.wait(60)
+            yield url_of(place)
+        finally:
+            gate.closed = True
+            thread.join(60)
+
+
+def test_connections_that_say_nothing_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("certify.serve.server._HEAD", 0.4)
+    with listening(Limits()) as address:
+        host, _, port = address.removeprefix("http://").partition(":")
+        whole = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+        for first in (b"", whole[:-2], whole + whole[:-2]):  # nothing; half a head; half a second one
+            with socket.create_connection((host, int(port)), timeout=5) as connection:
+                connection.sendall(first)
+                cut, end = False, time.monotonic() + 5
+                while not cut and time.monotonic() < end:
+                    try:
+                        connection.sendall(b"x: y\r\n" if first else b"")  # a drip does not help
+                        connection.settimeout(0.1)
+                        cut = connection.recv(65_536) == b""
+                    except TimeoutError:
+                        continue
+                    except ConnectionError:
+                        cut = True
+                assert cut
+        with httpx2.Client(base_url=address) as client:  # who asks may stay longer
+            for _ in range(4):
+                assert client.get("/").json() == "here"
+                time.sleep(0.2)
+
+
+def test_connections_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("certify.serve.server._CONNECTIONS", -61)
+    with listening(Limits(concurrency=1)) as address, httpx2.Client(base_url=address) as client:
+        assert client.get("/").status_code == 200
+        host, _, port = address.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port))), socket.create_connection((host, int(port))):
+            until(lambda: client.get("/").status_code == 503)
 
 
 def test_a_process_outlives_broken_http_and_loses_nothing_when_it_is_stopped(images: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 import time
@@ -10,12 +11,47 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from certify.errors import RunFault, UserError
 from certify.serve.front import Gate
 
+_HEAD = 10.0  # seconds for the head of a request: its line and headers
+_CONNECTIONS = 8  # for each request that may be in work; more are turned away
 _FLUSH = 5  # seconds for the last bytes of responses
 _IDLE = 15  # seconds that an unused connection stays open
+
+
+class _Hurried(H11Protocol):
+    """A connection that is cut when the head of its first or next request is not there in time."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock."""
+        super().connection_made(transport)
+        self._look()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop the clock once a request is under way; what follows an answer starts it again."""
+        super().data_received(data)
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # from here on the request has its own limit
+            self._stop()
+        elif self._late is None:
+            self._late = self.loop.call_later(_HEAD, self.transport.abort)
+
+    def _stop(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Draining(uvicorn.Server):
@@ -80,7 +116,8 @@ def serve(app: FastAPI, gate: Gate, listening: socket.socket, on_start: Callable
     """Answer until SIGTERM or Ctrl-C, and then until nobody waits."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=_Hurried,
+        limit_concurrency=_CONNECTIONS * gate.limits.concurrency + 64,  # health checks have room
         ws="none",
         lifespan="off",
         log_level="error",
