@@ -45,7 +45,7 @@ SIGMA, SEED = 0.25, 0
 def server(o: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """``certify serve`` on a free port: its address and its process."""
     command = [sys.executable, "-m", "certify", "serve", "--model", o.model, "--sigma", str(SIGMA), "--port", "0"]
-    command += ["--n0", str(o.n0), "--n", str(o.n), "--budget-per-request", str(o.n0 + o.n), "--seed", str(SEED)]
+    command += ["--n0", str(o.n0), "--n", str(o.n), "--samples-per-request", str(o.n0 + o.n), "--seed", str(SEED)]
     command += ["--precision", "float32", "--compile", "off", "--timeout", "600", "--concurrency", str(o.clients)]
     command += ["--device", o.device, "--name", "model"]
     command += ["--batch-size", str(o.batch_size)]

@@ -752,7 +752,7 @@ def test_images_that_nobody_waits_for_are_not_kept(images: np.ndarray) -> None:
 
 def test_what_cannot_be_served_is_refused_at_once() -> None:
     smoothed = SmoothedClassifier(Held(), 0.25)
-    with pytest.raises(UserError, match="--budget-per-request"):
+    with pytest.raises(UserError, match="--samples-per-request"):
         Service(smoothed, SIZE, Procedure(n=1000), Limits(budget=1000), class_names(None))
     with pytest.raises(UserError, match="radius 9"):
         Service(smoothed, SIZE, Procedure(radius=9.0), Limits(), class_names(None))
@@ -951,13 +951,31 @@ def test_a_process_outlives_broken_http_and_loses_nothing_when_it_is_stopped(ima
         assert started.wait(60) == 0
 
 
+def test_a_stop_that_does_not_wait_says_what_is_lost(images: np.ndarray) -> None:
+    with process("--n", "90000", "--batch-size", "100") as (started, address), ThreadPoolExecutor(1) as pool:
+        with httpx2.Client(base_url=address, timeout=60) as client:
+            inside = pool.submit(client.post, INFER, json=request(images[:1]))
+            with httpx2.Client(base_url=address) as other:
+                until(lambda: "certify_queue_length 1.0" in other.get("/metrics").text)
+                started.send_signal(signal.SIGTERM)
+                until(lambda: other.get("/v2/health/ready").status_code == 503)
+            started.send_signal(signal.SIGTERM)
+            assert inside.exception(60) or inside.result().status_code == 500
+        assert started.stderr is not None
+        assert "stopped    1 requests were not answered" in started.stderr.read()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ("--sigma 0.25 --endpoint http://127.0.0.1:9", "expected --model NAME or --endpoint URL"),
         ("--sigma 0.25 --protocol v2", "--protocol without --endpoint"),
+        ("--sigma 0.25 --rate 3", "--rate without --endpoint"),
+        ("--sigma 0.25 --protocol-option model=x", "--protocol-option without --endpoint"),
+        ("--sigma 0.25 --budget 100", "--budget without --endpoint"),
+        ("--sigma 0.25 --query-timeout 9", "--query-timeout without --endpoint"),
         ("--sigma 0.25 --name a/b", "--name 'a/b': expected letters"),
-        ("--sigma 0.25 --n 200000", "--budget-per-request"),
+        ("--sigma 0.25 --n 200000", "--samples-per-request"),
         ("--sigma 0.25 --radius 9", "radius 9"),
         ("--sigma 0.25 --timeout nan", "seconds above 0"),
         ("--sigma 0.25 --host 192.0.2.1", "--host 192.0.2.1|cannot listen"),
@@ -969,6 +987,38 @@ def test_mistakes_are_one_line(options: str, words: str, capfd: pytest.CaptureFi
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("certify: ")
     assert any(word in last for word in words.split("|")), last
+
+
+SERVICE = ("--protocol", "google-vision", "--input-size", "1x8x8", "--sigma", "0.25")
+
+
+@pytest.mark.parametrize("option", ["--weights w.pth", "--mean 0.5", "--precision float32", "--compile off"])
+def test_options_of_models_are_refused_in_front_of_a_service(option: str, capfd: pytest.CaptureFixture[str]) -> None:
+    run("serve", *SERVICE, *option.split(), code=2)
+    assert f"{option.split()[0]} without --model" in capfd.readouterr().err
+
+
+def test_a_service_in_one_place_needs_no_endpoint(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def instead(app: Any, gate: Gate, place: socket.socket, on_start: Any) -> int:
+        return 2
+
+    wanted: list[Any] = []
+
+    @contextlib.contextmanager
+    def opened(found: Any, o: dict[str, Any]) -> Iterator[Any]:
+        wanted.append((found.endpoint, o["timeout"]))
+        yield (lambda asks: None), found
+
+    monkeypatch.setattr("certify.serve.server.serve", instead)
+    monkeypatch.setattr("certify.cli.serve.open_service", opened)
+    run("serve", *SERVICE, "--port", "0", "--query-timeout", "7", "--timeout", "90", "--n0", "20", "--n", "100")
+    assert wanted == [("https://vision.googleapis.com", 7.0)]
+    said = capfd.readouterr().err
+    assert "queries    120 requests to the service an image at most" in said
+    assert "no --budget" in said
+    assert "stopped    2 requests were not answered" in said
 
 
 def test_a_port_that_is_taken_is_named(capfd: pytest.CaptureFixture[str]) -> None:

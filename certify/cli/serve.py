@@ -29,13 +29,18 @@ if TYPE_CHECKING:
 
 _CLASSES = 1000  # labels of a service that are told apart, unless --num-classes says otherwise
 _LONGEST = 20  # times its shorter side may an image file's longer side be
+_OF_MODELS = ("weights", "mean", "std", "precision", "compile")
+_OF_SERVICES = (  # each is ignored on the other side, which nobody would notice
+    *("protocol", "extra", "encoding", "sdk", "api_key_env", "auth_header", "auth_query", "insecure", "rate"),
+    *("retries", "queries", "query_timeout", "budget"),
+)
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
 @click.command(short_help="Serve smoothed labels with certificates over HTTP.")
 @click.option("--model", help="The classifier (`certify run --help`); this or --endpoint.")
 @options.input_options
-@click.option("--endpoint", metavar="URL", help="In place of --model: a service that is asked; needs --protocol.")
+@click.option("--endpoint", metavar="URL", help="In place of --model: a service that is asked; known for some of --protocol.")
 @click.option("--protocol", help="How the service is asked and answers (`certify list protocols`).")
 @protocol_options
 @click.option(
@@ -44,6 +49,13 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
     default=4,
     show_default=True,
     help="Requests to the service under way at a time.",
+)
+@click.option(
+    "--query-timeout",
+    type=options.Positive("seconds above 0"),
+    default=20.0,
+    show_default=True,
+    help="Seconds for one request to the service; --timeout is for a whole request to this server.",
 )
 @click.option(
     "--budget", type=options.Count("requests"), help="Requests to the service in all; then it answers no more."
@@ -71,7 +83,7 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
     help="Only decide whether an image is robust at this radius, with as few samples as that takes (--n at most).",
 )
 @click.option(
-    "--budget-per-request",
+    "--samples-per-request",
     type=options.Count("a number of samples"),
     default=100_000,
     show_default=True,
@@ -134,24 +146,26 @@ def serve(**o: Any) -> None:
     from certify.serve.limits import Limits
     from certify.serve.server import listen
 
-    limits = Limits(o["max_bytes"], o["max_pixels"], o["budget_per_request"], o["concurrency"], o["timeout"])
+    limits = Limits(o["max_bytes"], o["max_pixels"], o["samples_per_request"], o["concurrency"], o["timeout"])
     with listen(o["host"], o["port"]) as listening, _classifier(o, wanted) as (smoothed, names):
-        _serve(o, name, limits, listening, smoothed, names)
-    _say("stopped    everything that was accepted is answered")
+        left = _serve(o, name, limits, listening, smoothed, names)
+    _say(f"stopped    {f'{left} requests were not answered' if left else 'everything that was accepted is answered'}")
 
 
 def _check_first(o: dict[str, Any]) -> Wanted | None:
     """Everything that can be refused before torch is imported; the service, if it is one."""
-    if (o["model"] is None) == (o["endpoint"] is None):
-        raise UserError("certify serve: expected --model NAME or --endpoint URL, one of them")
     if o["model"] is not None:
-        if o["protocol"] is not None:
-            raise UserError("--protocol without --endpoint: a model is not asked over the network; leave it out")
+        if o["endpoint"] is not None:
+            raise UserError("certify serve: expected --model NAME or --endpoint URL, one of them")
+        _refuse_given(_OF_SERVICES, "without --endpoint: a model is not asked over the network; leave it out")
         check_first({**o, "radius": None})
         return None
+    if o["endpoint"] is None and o["protocol"] is None:
+        raise UserError("certify serve: expected --model NAME or --endpoint URL, one of them")
     for option in ("protocol", "input_size"):
         if o[option] is None:
             raise UserError(f"--endpoint without --{option.replace('_', '-')}: expected how it is asked, about what")
+    _refuse_given(_OF_MODELS, "without --model: it is about a model of this machine; leave it out")
     from certify.noise import make_noise
     from denoisers.names import find_source
 
@@ -159,6 +173,13 @@ def _check_first(o: dict[str, Any]) -> Wanted | None:
     if o["denoiser"] != "none":
         find_source(o["denoiser"])
     return wanted_service(o)
+
+
+def _refuse_given(names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if options.given_by_user(name):
+            option = "protocol-option" if name == "extra" else name.replace("_", "-")
+            raise UserError(f"--{option} {why}")
 
 
 @contextlib.contextmanager
@@ -178,7 +199,7 @@ def _classifier(o: dict[str, Any], wanted: Wanted | None) -> Iterator[tuple[Smoo
     from certify.serve.endpoint import TOGETHER, Endpoint, Forgetful
     from certify.smoothing import SmoothedClassifier
 
-    theirs = {**o, "concurrency": o["queries"]}
+    theirs = {**o, "concurrency": o["queries"], "timeout": o["query_timeout"]}
     with open_service(wanted, theirs) as (send, found):
         nothing_kept = cast(Ledger, Forgetful())
         asker = Asker(send, found.format, nothing_kept, budget=o["budget"], manners=manners(theirs))
@@ -208,7 +229,7 @@ def _serve(
     listening: socket.socket,
     smoothed: SmoothedClassifier,
     names: Callable[[int], str],
-) -> None:
+) -> int:
     from certify.cli.plan import show_engine
     from certify.serve.app import build_app
     from certify.serve.front import Front, Gate
@@ -240,7 +261,7 @@ def _serve(
         if smoothed.execution is not None:
             show_engine(smoothed.execution, smoothed, _say)
         app = build_app(front, site_check(loopback=is_loopback(listening), names=o["allow_host"]))
-        serve(app, gate, listening, lambda: _say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"))
+        return serve(app, gate, listening, lambda: _say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"))
 
 
 def _procedure(o: dict[str, Any]) -> Procedure:
@@ -255,12 +276,17 @@ def _procedure(o: dict[str, Any]) -> Procedure:
 def _show(o: dict[str, Any], name: str, service: Service) -> None:
     """What is served, and what it can claim at most."""
     from certify.certificates import largest_radius
+    from certify.serve.protocol import Wishes
 
     procedure = service.procedure
-    where = "" if o["endpoint"] is None else " at most, behind a service"
+    where = "" if o["model"] is not None else " at most, behind a service"
     size = "x".join(map(str, service.size))
     _say(f"model      {name}: {service.smoothed.num_classes:,} classes{where}, input {size}")
     noise = f"{service.smoothed.noise.name} noise, sigma = {o['sigma']:g} in [0, 1] pixels, denoiser: {o['denoiser']}"
+    if o["model"] is None:
+        _say(f"queries    {procedure.cost(Wishes()):,} requests to the service an image at most, before retries")
+        if o["budget"] is None:
+            warn("no --budget: whoever asks this server makes requests to the service without end")
     if procedure.radius is not None:
         how = f"decide at {procedure.radius:g}, n = {procedure.n:,} at most"
         _say(f"procedure  {how}, alpha = {procedure.alpha:g}, {noise}")

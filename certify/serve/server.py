@@ -60,6 +60,12 @@ class _Draining(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, gate: Gate, on_start: Callable[[], None]) -> None:
         super().__init__(config)
         self._gate, self._on_start, self._until = gate, on_start, float("inf")
+        self.unanswered = 0
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End, and count who is still inside."""
+        await super().shutdown(sockets)
+        self.unanswered = self._gate.inside
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
@@ -112,8 +118,8 @@ def is_loopback(listening: socket.socket) -> bool:
     return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
 
 
-def serve(app: FastAPI, gate: Gate, listening: socket.socket, on_start: Callable[[], None] = lambda: None) -> None:
-    """Answer until SIGTERM or Ctrl-C, and then until nobody waits."""
+def serve(app: FastAPI, gate: Gate, listening: socket.socket, on_start: Callable[[], None] = lambda: None) -> int:
+    """Answer until SIGTERM or Ctrl-C, and then until nobody waits; how many requests were left without an answer."""
     config = uvicorn.Config(
         app,
         http=_Hurried,
@@ -126,4 +132,6 @@ def serve(app: FastAPI, gate: Gate, listening: socket.socket, on_start: Callable
         timeout_keep_alive=_IDLE,
         timeout_graceful_shutdown=_FLUSH,
     )
-    _Draining(config, gate, on_start).run(sockets=[listening])
+    server = _Draining(config, gate, on_start)
+    server.run(sockets=[listening])
+    return server.unanswered

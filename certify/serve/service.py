@@ -138,7 +138,7 @@ class Service:
         if procedure.cost(Wishes()) > limits.budget:
             raise UserError(
                 f"an image takes {procedure.cost(Wishes()):,} samples and a request may take {limits.budget:,}: "
-                "pass a smaller --n or a larger --budget-per-request"
+                "pass a smaller --n or a larger --samples-per-request"
             )
 
     def __enter__(self) -> Service:
