@@ -228,12 +228,13 @@ class NoisyClassifier:
             self.prepare(image, samples)
         size = self.wanted.batch_size or default_batch_size(self.check(image).to(self.device))
         execution = self.execution or Execution("float32", False, False, size)
+        paid = getattr(self.classifier, "one_by_one", False)  # then a copy that only fills a batch is a query too
         label = functools.partial(
             count_votes,
             self._run,
             self.noise,
             batch_size=execution.batch_size,
-            fixed_shape=execution.compiled or self.noise.one_shape,
+            fixed_shape=execution.compiled or (self.noise.one_shape and not paid),
             progress=progress,
         )
         return label, execution.batch_size

@@ -647,7 +647,7 @@ def test_a_request_ends_in_time_and_so_does_its_work(images: np.ndarray) -> None
         assert client.post(INFER, json=request(images[:1], parameters={"samples": 20})).status_code in (200, 504)
 
 
-def test_a_classifier_that_fails_is_an_error_of_this_request_alone(
+def test_a_classifier_that_fails_does_not_end_the_server(
     images: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
     held = Held(broken=True)
@@ -804,6 +804,24 @@ def test_labels_beyond_the_known_number_are_nobodys(digits: Classifier, images: 
     first, second = dict.fromkeys(own[:4]).keys() if len(set(own[:4])) == 2 else list(dict.fromkeys(own))[:2]
     assert seen.tolist() == [{first: 0, second: 1}.get(label, -1) for label in own]
     assert -1 in seen.tolist()
+    assert endpoint.beyond == seen.tolist().count(-1)
+
+
+def test_exact_noise_pays_for_no_filling(digits: Classifier) -> None:
+    asking = Service8Bit(digits)
+    smoothed = SmoothedClassifier(Endpoint(asking, SIZE, 10, {}), 0.25, noise="exact", batch_size=64)
+    with Service(smoothed, SIZE, Procedure(n0=10, n=45, alpha=0.01), Limits(), class_names(None)) as service:
+        (answer,) = service.ask(np.zeros((1, *SIZE), np.float32), Wishes())
+        assert answer.result(60).samples == 55 == asking.spent
+
+
+def test_queries_without_an_answer_are_forgotten_some_time() -> None:
+    ledger = Forgetful()
+    for number in range(10_050):
+        ledger.sent(f"served | {number}", "")
+    assert len(ledger._attempts) == 10_000
+    assert (ledger.attempts("served | 0"), ledger.attempts("served | 10049")) == (0, 1)
+    assert ledger.spent == 10_050
 
 
 def test_requests_are_counted_and_forgotten(digits: Classifier, images: np.ndarray) -> None:

@@ -232,6 +232,7 @@ def _serve(
 ) -> int:
     from certify.cli.plan import show_engine
     from certify.serve.app import build_app
+    from certify.serve.endpoint import Endpoint
     from certify.serve.front import Front, Gate
     from certify.serve.metrics import Metrics
     from certify.serve.server import is_loopback, serve, url_of
@@ -247,6 +248,8 @@ def _serve(
         )
     metrics, gate = Metrics(), Gate(limits)
     service = Service(smoothed, spec.size, _procedure(o), limits, names, on_samples=metrics.samples.inc)
+    if isinstance(endpoint := smoothed.classifier, Endpoint):
+        metrics.beyond.set_function(lambda: endpoint.beyond)
     about = {
         "sigma": o["sigma"],
         "noise": smoothed.noise.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from certify.classifiers import square_input
 from certify.remote.pictures import to_pictures
 from certify.remote.types import Answer, Asking, Query
-from certify.remote.vocabulary import Vocabulary
 from certify.types import FAILED
 
+_UNSETTLED = 10_000  # queries that are remembered without an answer; far fewer are under way at a time
 TOGETHER = 64
 """Queries that are handed over at a time."""
 
@@ -32,30 +33,44 @@ class Endpoint:
         size: (C, H, W) of the images.
         num_classes: labels that are told apart, at most.
         about: what fixes the function, without credentials.
+
+    Attributes:
+        beyond: answers whose label came when all numbers were taken.
     """
 
     class_names = None
+    one_by_one = True
+    """Each image is a query of its own, whose answer does not depend on the batch: batches are not filled up."""
 
     def __init__(self, asking: Asking, size: tuple[int, int, int], num_classes: int, about: Mapping[str, Any]) -> None:
         self.num_classes, self.input = num_classes, square_input(size)
         self._asking, self._about = asking, dict(about)
-        self._vocabulary, self._numbers = Vocabulary(), itertools.count()
+        self._classes: dict[str, int] = {}
+        self._names: list[str] = []
+        self._queries = itertools.count()
+        self.beyond = 0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Labels ``(B,)`` of images ``(B, C, H, W)``; ``FAILED`` where the service gave none."""
-        queries = [Query(f"served | {next(self._numbers)}", picture) for picture in to_pictures(images)]
+        queries = [Query(f"served | {next(self._queries)}", picture) for picture in to_pictures(images)]
         labels = [self._vote(answer) for answer in self._asking(queries)]
         return torch.tensor(labels, dtype=torch.int64, device=images.device)
 
     def _vote(self, answer: Answer) -> int:
-        full = len(self._vocabulary.names) >= self.num_classes
-        if not answer.ranked or (full and answer.ranked[0].label not in self._vocabulary.names):
+        if not answer.ranked:
             return FAILED
-        return self._vocabulary.vote(answer.ranked)
+        label = answer.ranked[0].label
+        if label not in self._classes:
+            if len(self._names) >= self.num_classes:
+                self.beyond += 1
+                return FAILED
+            self._classes[label] = len(self._names)
+            self._names.append(label)
+        return self._classes[label]
 
     def name_of(self, label: int) -> str:
         """What the service calls this class."""
-        return self._vocabulary.names[label]
+        return self._names[label]
 
     def describe(self) -> dict[str, Any]:
         """Which service, and how it is asked."""
@@ -67,7 +82,7 @@ class Forgetful:
 
     def __init__(self) -> None:
         self.spent = 0
-        self._attempts: dict[str, int] = {}
+        self._attempts: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
 
     def find(self, query: Query) -> None:
@@ -83,6 +98,8 @@ class Forgetful:
         with self._lock:
             self.spent += 1
             self._attempts[name] = self._attempts.get(name, 0) + 1
+            if len(self._attempts) > _UNSETTLED:  # what a fault left without an answer
+                self._attempts.popitem(last=False)
 
     def refused(self, name: str, why: str) -> None:
         """It may go out once more."""
