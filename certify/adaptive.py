@@ -18,6 +18,7 @@ from certify.types import ABSTAIN, Certificate, Decision, Radii, Votes
 from certify.votes import Job, Tally
 
 _LEAST = 16  # samples of an image's first piece
+_TURN = 4  # rounds of which one begins with the image that has waited longest
 _HARD = 8  # images with as much work as this share of a batch that may keep new ones waiting
 _OPEN_BYTES = 2**30  # of images that wait for more samples, with a block of noise each
 
@@ -263,6 +264,7 @@ def settle(
 
     Work goes in rounds of about one batch: pieces of the images in work, those with the fewest samples first. New
     images are opened while a round has room; a few hard ones, which want more than a batch, do not keep them waiting.
+    Every fourth round begins with the oldest image, so that new ones without end do not keep hard ones waiting either.
     What is settled about an image does not depend on the others.
 
     Args:
@@ -277,7 +279,7 @@ def settle(
     queue = iter(images)
     opened_so_far = itertools.count()
     work: list[_Open] = []
-    more = True
+    more, turn = True, 0
     while True:
         work.sort(key=lambda image: image.watch.drawn)
         most = max(1, batch_size // _HARD)
@@ -300,6 +302,9 @@ def settle(
             return
         chosen: list[_Open] = []
         room = batch_size
+        turn += 1
+        if turn % _TURN == 0:
+            work.sort(key=lambda image: image.index)
         for image in work:
             if room > 0:
                 chosen.append(image)

@@ -13,7 +13,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from certify import Gaussian, SmoothedClassifier, Votes
-from certify.adaptive import Deciding, Measuring, settle
+from certify.adaptive import Counting, Deciding, Measuring, settle
 from certify.certificates import certificate_from_votes, decision_from_counts, largest_radius
 from certify.errors import UserError
 from certify.sequential import RULES
@@ -170,6 +170,21 @@ def test_few_samples_first_and_new_images_while_there_is_room() -> None:
     assert sum(rounds) == sum(s.watch.drawn for s in done)
     easy = 198 * 56
     assert sum(size >= 256 for size in rounds) > 0.9 * easy / 256  # nearly all easy work went in full batches
+
+
+def test_a_large_image_is_settled_while_small_ones_come_without_end() -> None:
+    sizes = [*[1000], *[100] * 200]
+    watches = iter([Counting(2, n=n, piece=100) for n in sizes])
+
+    def label(jobs: Iterable[Job]) -> Iterator[Tally]:
+        for job in jobs:
+            yield Tally(Votes((job.trials, 0)), torch.zeros(job.trials, dtype=torch.int64))
+
+    images = ((torch.zeros(1, 2, 2), b"") for _ in sizes)
+    found = settle(label, images, lambda _: next(watches), batch_size=100, clean=False)
+    order = [settled.index for settled in found]
+    assert sorted(order) == list(range(201))
+    assert order.index(0) < 60  # ten pieces, at least one in four rounds
 
 
 @pytest.mark.parametrize("distance", [0.1, 0.3, 0.6])
