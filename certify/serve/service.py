@@ -1,7 +1,8 @@
 """One worker thread owns the smoothed classifier and takes pieces of all requests in work together.
 
-What a request is answered does not depend on the others: its noise hangs on the image and the seed alone
-(:mod:`certify.streams`), and each image has its own watch (:mod:`certify.adaptive`).
+Noise hangs on the image and the seed alone (:mod:`certify.streams`), and each image has its own watch
+(:mod:`certify.adaptive`): an answer depends on the other requests only as far as the last bits of a score depend on the
+batch, which batches of one shape exclude (compiled classifiers, exact noise).
 """
 
 from __future__ import annotations
