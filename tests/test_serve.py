@@ -647,9 +647,7 @@ def test_a_request_ends_in_time_and_so_does_its_work(images: np.ndarray) -> None
         assert client.post(INFER, json=request(images[:1], parameters={"samples": 20})).status_code in (200, 504)
 
 
-def test_a_classifier_that_fails_does_not_end_the_server(
-    images: np.ndarray, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_classifier_that_fails_does_not_end_the_server(images: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
     held = Held(broken=True)
     with serving(held) as (client, *_):
         for _ in range(2):
@@ -1013,7 +1011,7 @@ SERVICE = ("--protocol", "google-vision", "--input-size", "1x8x8", "--sigma", "0
 @pytest.mark.parametrize("option", ["--weights w.pth", "--mean 0.5", "--precision float32", "--compile off"])
 def test_options_of_models_are_refused_in_front_of_a_service(option: str, capfd: pytest.CaptureFixture[str]) -> None:
     run("serve", *SERVICE, *option.split(), code=2)
-    assert f"{option.split()[0]} without --model" in capfd.readouterr().err
+    assert f"{option.split(maxsplit=1)[0]} without --model" in capfd.readouterr().err
 
 
 def test_a_service_in_one_place_needs_no_endpoint(

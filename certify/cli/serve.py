@@ -40,7 +40,9 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 @click.command(short_help="Serve smoothed labels with certificates over HTTP.")
 @click.option("--model", help="The classifier (`certify run --help`); this or --endpoint.")
 @options.input_options
-@click.option("--endpoint", metavar="URL", help="In place of --model: a service that is asked; known for some of --protocol.")
+@click.option(
+    "--endpoint", metavar="URL", help="In place of --model: a service that is asked; known for some of --protocol."
+)
 @click.option("--protocol", help="How the service is asked and answers (`certify list protocols`).")
 @protocol_options
 @click.option(

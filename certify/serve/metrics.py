@@ -12,7 +12,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = of = CollectorRegistry()
-        self.requests = Counter("certify_requests", "Requests that got a response, refusals too.", ["route", "status"], registry=of)
+        self.requests = Counter(
+            "certify_requests", "Requests that got a response, refusals too.", ["route", "status"], registry=of
+        )
         self.rejected = Counter("certify_rejected", "Requests that were refused.", ["reason"], registry=of)
         self.seconds = Histogram(
             "certify_request_seconds", "Seconds from a request to its answer.", ["route"], buckets=_SECONDS, registry=of
@@ -21,7 +23,9 @@ class Metrics:
         self.samples = Counter("certify_samples", "Noise samples that were labelled.", registry=of)
         self.failures = Counter("certify_failures", "Noise samples that got no label.", registry=of)
         self.abstentions = Counter("certify_abstentions", "Images about which nothing is claimed.", registry=of)
-        self.beyond = Gauge("certify_labels_beyond", "Answers of the service with a label beyond --num-classes.", registry=of)
+        self.beyond = Gauge(
+            "certify_labels_beyond", "Answers of the service with a label beyond --num-classes.", registry=of
+        )
         self.queue = Gauge("certify_queue_length", "Requests that are read, wait or are in work.", registry=of)
 
     def text(self) -> bytes:
