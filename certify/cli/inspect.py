@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.attacking import Scene, attack_options, set_scene
+from certify.cli.attacking import Scene, attack_options, check_names, listed, set_scene
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ def inspect(**o: Any) -> None:
     for name in ("figure", "pictures"):
         if o[name]:
             check_format(o[name])
+    if not o["pictures"]:  # which alone show defences: others need not be built, only be right
+        check_names(listed("--defences", o["defences"]))
+        o["defences"] = "none"
     scene = set_scene(o, digits=50)
     if not scene.attacks:
         raise UserError("--attacks none: there is nothing to look at; name one or more (`certify list attacks`)")
@@ -66,10 +69,10 @@ def inspect(**o: Any) -> None:
     texture = noise_statistics(clean, clean.mean((2, 3), keepdim=True).expand_as(clean))
     left = {name: _left(images - clean) for name, images in shown.items()}
     rows = [_line(name, found, left[name]) for name, found in noises.items()]
-    images_left = float(_left(clean - clean.mean((2, 3), keepdim=True)).nanmedian())
+    images_left = _median(_left(clean - clean.mean((2, 3), keepdim=True)))
     if o["as_json"]:
         about = {"images": len(clean), "norm": o["norm"], "eps": o["eps"][0], "images_left_by_smoothing": images_left}
-        click.echo(json.dumps({**about, "noises": rows}))
+        click.echo(json.dumps({**about, "noises": rows}, allow_nan=False))
     else:
         click.echo(_table(rows, len(clean), images_left))
     title = f"{o['model']} on {scene.images.name}, {len(clean)} images, {o['norm']} {o['eps'][1]}"
@@ -117,15 +120,21 @@ def _line(name: str, found: NoiseStatistics, left: Tensor) -> dict[str, Any]:
     return {
         "noise": name,
         "changed": int(changed.sum()),
-        "mean": 255 * float(found.mean[changed].abs().median()),
-        "std": 255 * float(found.std[changed].median()),
-        "skewness": float(found.skewness[changed].abs().median()),
-        "low_frequencies": float(low.median()),
-        "left_by_smoothing": float(left[changed.to(left.device)].median()),
+        "mean": _median(255 * found.mean[changed].abs()),
+        "std": _median(255 * found.std[changed]),
+        "skewness": _median(found.skewness[changed].abs()),
+        "low_frequencies": _median(low),
+        "left_by_smoothing": _median(left[changed.to(left.device)]),
     }
 
 
-def _table(rows: list[dict[str, Any]], images: int, images_left: float) -> str:
+def _median(values: Tensor) -> float | None:
+    """Of those that are numbers, between the middle two of an even number; None, which JSON has, where none is."""
+    known = values[values.isfinite()]
+    return float(known.double().quantile(0.5)) if len(known) else None
+
+
+def _table(rows: list[dict[str, Any]], images: int, images_left: float | None) -> str:
     from tabulate import tabulate
 
     def numbers(row: Mapping[str, Any]) -> list[Any]:
@@ -136,9 +145,10 @@ def _table(rows: list[dict[str, Any]], images: int, images_left: float) -> str:
         headers=["noise", "images", *_COLUMNS.values()],
         floatfmt=("", "d", ".2f", ".2f", ".3f", ".2f", ".2f"),
     )
+    share = "an unknown part" if images_left is None else f"{images_left:.2f}"
     below = (
         f"Medians over the images that were changed, of {images}; mean and std in grey levels of 255.\n"
-        f"Smoothing (window 5, deviation 1) leaves {images_left:.2f} of the images' own texture.\n"
+        f"Smoothing (window 5, deviation 1) leaves {share} of the images' own texture.\n"
         "White noise has 0.15 of its power below 0.22 cycles a pixel; clipping to [0, 1] skews that of dark images."
     )
     return f"{text}\n\n{below}"
