@@ -259,6 +259,7 @@ def settle(
     batch_size: int,
     keep: int = 0,
     clean: bool = True,
+    in_order: bool = False,
 ) -> Iterator[Settled]:
     """Label samples of all images until each is settled; as they are settled, not in their order.
 
@@ -275,6 +276,8 @@ def settle(
         batch_size: samples of a round, about.
         keep: how many first labels to keep.
         clean: whether to label images without noise too.
+        in_order: finish images one after another: the first always come first, and another is opened only where those
+            in work want less than a batch. For labels that may run out: what is begun and not finished was for little.
     """
     queue = iter(images)
     opened_so_far = itertools.count()
@@ -282,7 +285,7 @@ def settle(
     more, turn = True, 0
     while True:
         work.sort(key=lambda image: image.watch.drawn)
-        most = max(1, batch_size // _HARD)
+        most = batch_size if in_order else max(1, batch_size // _HARD)
         planned = sum(min(most, image.watch.want) for image in work)
         held = sum(image.nbytes for image in work)
         while more and planned < batch_size and (held < _OPEN_BYTES or not work):
@@ -303,7 +306,7 @@ def settle(
         chosen: list[_Open] = []
         room = batch_size
         turn += 1
-        if turn % _TURN == 0:
+        if in_order or turn % _TURN == 0:
             work.sort(key=lambda image: image.index)
         for image in work:
             if room > 0:

@@ -187,6 +187,35 @@ def test_a_large_image_is_settled_while_small_ones_come_without_end() -> None:
     assert order.index(0) < 60  # ten pieces, at least one in four rounds
 
 
+@pytest.mark.parametrize("batch_size", [4, 64, 300])
+def test_in_order_no_image_is_begun_while_others_fill_the_batch(batch_size: int) -> None:
+    """Should labels run out at any time, no image but those of one batch was begun in vain; and none takes more."""
+    sizes = [100, 40, 250, 16, 120, 60]
+    watches = [Counting(2, n=n, piece=30) for n in sizes]
+    open_ones: list[int] = []
+    came = [0]
+
+    def label(jobs: Iterable[Job]) -> Iterator[Tally]:
+        for job in jobs:
+            begun = [i for i in range(came[0]) if 0 < watches[i].drawn < sizes[i]]
+            open_ones.append(len(begun))
+            yield Tally(Votes((job.trials, 0)), torch.zeros(job.trials, dtype=torch.int64))
+
+    def watch(image: Tensor) -> Counting:
+        came[0] += 1
+        return watches[came[0] - 1]
+
+    images = ((torch.zeros(1, 2, 2), b"") for _ in sizes)
+    found = settle(label, images, watch, batch_size=batch_size, clean=False, in_order=True)
+    order = [settled.index for settled in found]
+    assert [watch.drawn for watch in watches] == sizes
+    assert sorted(order) == list(range(len(sizes)))
+    if batch_size == 4:
+        assert order == sorted(order)
+        assert max(open_ones) == 1
+    assert max(open_ones) <= 1 + batch_size // 16
+
+
 @pytest.mark.parametrize("distance", [0.1, 0.3, 0.6])
 def test_the_radius_is_known_to_the_tolerance(distance: float, linear_classifier: Any) -> None:
     classifier, image = half_space(linear_classifier, distance)

@@ -282,12 +282,17 @@ def test_a_spent_budget_keeps_what_is_finished_and_a_larger_one_goes_on(
     fake = Fake(digits)
     budget = len(whole.sent) // 2
     about = run_audit(set_up(tmp_path / "half", settings, budget=budget), fake)
-    assert fake.spent <= budget
+    assert fake.spent == budget
     assert about["status"] == SPENT
-    assert about["drift"]  # for which a part of the budget was kept
+    assert len(about["drift"]) == COUNT  # for which a part of the budget was kept
     full = {row["id"]: row for row in lines(tmp_path / "whole")}
     some = lines(tmp_path / "half")
-    assert 1 < len(some) < len(full)
+    assert fake.sent[: budget - COUNT] == whole.sent[: budget - COUNT]
+    owed = {name.split(" | ")[0] for name in whole.sent[budget - COUNT :] if stage_of(name) == "estimation"}
+    finished = [name for name in full if name not in owed]
+    assert [row["id"] for row in some if not row.get("unfinished")] == finished == list(full)[: len(finished)]
+    assert 1 < len(finished) < len(full)
+    assert len(some) - len(finished) == settings.adaptive  # one image was begun; the budget went into no other
     for row in some:
         if not row.get("unfinished"):
             assert row == full[row["id"]]

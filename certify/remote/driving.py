@@ -1,7 +1,8 @@
 """What an audit asks, in which order, and when it stops.
 
-The order is that of the images, a few at a time: the service's own answer, then noisy copies. So when the budget is
-spent, the images before are finished. The same clean image is asked about several times at the start (a certificate
+The order is that of the images: of a few at a time the service's own answers, then the noisy copies of one image after
+another, of a second one only where the first does not keep all threads busy. So when the budget is spent, the images
+before are finished, and little went into others. The same clean image is asked about several times at the start (a certificate
 presupposes a fixed function), and some clean images once more at the end. Nothing is concluded here: that follows from
 the answers alone (:mod:`certify.remote.conclusions`).
 """
@@ -215,7 +216,7 @@ def _sample(audit: Audit, ask: Patient, header: Mapping[str, Any], chunk: Sequen
     def watch(image: Tensor) -> Watch:
         return watch_for(header, audit.noise)
 
-    for _ in settle(label, queue, watch, batch_size=audit.concurrency, clean=False):
+    for _ in settle(label, queue, watch, batch_size=audit.concurrency, clean=False, in_order=True):
         pass
 
 
