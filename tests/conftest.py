@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,14 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def digits() -> Classifier:
     return load_classifier("digits")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Child processes obey SIGINT, also where this one was told to ignore it, as by nohup: that is inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Linear:

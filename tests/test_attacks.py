@@ -250,21 +250,25 @@ def test_every_attack_keeps_to_the_rules_whatever_the_batch(name: str, norm: str
     found = find_attack(name, norm)
     answers = "scores" if found.needs == SCORES else "labels"
     numbers = {k: v for k, v in {"steps": 4, "eot": 2}.items() if k in found.options}
+    spent: list[tuple[int, ...]] = []
 
     def run(rows: list[int]) -> Attacked:
-        return attack(
+        access = [asked(defence, answers, 120)[r] for r in rows]
+        attacked = attack(
             name,
             images[rows],
             labels[rows],
             [IDS[r] for r in rows],
             norm=norm,
             eps=eps,
-            access=[asked(defence, answers, 120)[r] for r in rows],
+            access=access,
             classifier=digits if name == "blind-pgd" else None,
             defence=defence if name != "transfer" else None,
             surrogates=[digits],
             **numbers,
         )
+        spent.append(tuple(one.spent for one in access))
+        return attacked
 
     state = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()  # noqa: NPY002
     both, second = run([0, 1]), run([1])
@@ -278,7 +282,10 @@ def test_every_attack_keeps_to_the_rules_whatever_the_batch(name: str, norm: str
     assert both.linf == pytest.approx(moved.abs().amax(1).tolist())
     assert max(both.distance) <= eps + SLACK
     if found.asks:
-        assert 1 <= min(both.queries) <= max(both.queries) <= 120
+        assert [both.queries, second.queries] == spent  # what it says it asked is what was asked
+        assert max(both.queries) <= 120
+    else:
+        assert spent == [(0, 0), (0,)]
     assert groups_of(name) == found.groups != ()
 
 

@@ -135,6 +135,7 @@ def _images(path: Path) -> int:
     return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     command = [sys.executable, "-m", "certify", *COMMAND, "--n", "500000", "--out", str(path)]
