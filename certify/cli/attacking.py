@@ -1,4 +1,4 @@
-"""What ``compare`` and ``inspect`` share: the options of attacks, names of defences, images that can be read."""
+"""What ``compare`` and ``inspect`` share, ``audit`` in part: options of attacks, names of defences, images to read."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ class Distance(options.ParamType):
         return number, str(value)
 
 
+distance_options = options.together(
+    click.option(
+        "--eps", type=Distance(), default="8/255", show_default=True, help="Largest distance in [0, 1] pixels."
+    ),
+    click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True, help="Its norm."),
+)
+
 attack_options = options.together(
     click.option(
         "--attacks",
@@ -46,10 +53,7 @@ attack_options = options.together(
         show_default=True,
         help="Separated by commas (`certify list attacks`).",
     ),
-    click.option(
-        "--eps", type=Distance(), default="8/255", show_default=True, help="Largest distance in [0, 1] pixels."
-    ),
-    click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True, help="Its norm."),
+    distance_options,
     click.option(
         "--queries", type=options.Count("queries"), default=1000, show_default=True, help="Of query attacks, an image."
     ),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.attacking import Distance, build, check_names, listed
+from certify.cli.attacking import build, check_names, distance_options, listed
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,10 +30,7 @@ attack_options = options.together(
         show_default=True,
         help="With --defences: hopskipjump (labels), square (scores).",
     ),
-    click.option(
-        "--eps", type=Distance(), default="8/255", show_default=True, help="Largest distance in [0, 1] pixels."
-    ),
-    click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True, help="Its norm."),
+    distance_options,
     click.option(
         "--queries", type=options.Count("queries"), default=200, show_default=True, help="Of an attack, an image."
     ),
@@ -100,8 +97,8 @@ def attack(o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, 
 
 def _target(job: Audit, asking: Asking, answers: Mapping[str, Answer]) -> tuple[RemoteClassifier, ImageSet]:
     """The service with the classes that its own answers name, and the images whose reference label is one of them."""
+    from certify.remote.answer_rows import clean_answer
     from certify.remote.classifier import RemoteClassifier
-    from certify.remote.replay import clean_answer
     from certify.remote.vocabulary import Vocabulary
 
     vocabulary = Vocabulary(class_map=job.class_map)
