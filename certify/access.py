@@ -26,11 +26,11 @@ Target = Defence | Classifier | Callable[[Tensor], Tensor]
 
 
 class BudgetSpent(RunFault):
-    """More images were asked for than the budget has left; none of them was sent."""
+    """More queries were asked for than the budget has left; none of them was sent."""
 
     def __init__(self, spent: int, budget: int, asked: int) -> None:
         super().__init__(
-            f"query budget: {spent} of {budget} images are spent and {asked} more were asked for; none of them was "
+            f"query budget: {spent} of {budget} queries are spent and {asked} more were asked for; none of them was "
             "sent, what was found or saved before is kept: give a larger budget to go on"
         )
         self.spent, self.budget, self.asked = spent, budget, asked

@@ -57,7 +57,7 @@ def test_the_budget_is_exact_whatever_the_batches() -> None:
     target = Counting()
     access = QueryAccess(target, "scores", budget=10)
     access(IMAGES)
-    with pytest.raises(BudgetSpent, match="6 of 10 images are spent and 6 more were asked for; none of them was sent"):
+    with pytest.raises(BudgetSpent, match="6 of 10 queries are spent and 6 more were asked for; none of them was sent"):
         access(IMAGES)
     assert access.spent == 6
     access(IMAGES[:3])
