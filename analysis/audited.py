@@ -14,9 +14,10 @@ from typing import Any
 
 from certify.errors import UserError
 from certify.records import Run, read_run
+from certify.remote.conclusions import ABOUT, LEDGER, RUN
+from certify.remote.constancy import Drifted, Probed, drifts, probes
 from certify.remote.labels import ESTIMATION, SELECTION
-from certify.remote.ledger import LOST, Kept, read_ledger
-from certify.remote.replay import ABOUT, LEDGER, RUN
+from certify.remote.ledger_lines import LOST, Kept, read_ledger
 from certify.remote.types import Answer
 from certify.remote.vocabulary import Vocabulary
 
@@ -54,7 +55,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Audit:
+class AuditFolder:
     """Everything that is there.
 
     Attributes:
@@ -127,12 +128,22 @@ class Audit:
         return [query for query in self.asked if query.stage in (SELECTION, ESTIMATION)]
 
     @property
+    def probes(self) -> list[Probed]:
+        """The determinism probe, from the ledger."""
+        return probes(self.kept.answers if self.kept else {}, self.about.get("class_map"))
+
+    @property
+    def drifts(self) -> list[Drifted]:
+        """The drift check, from the ledger."""
+        return drifts(self.kept.answers if self.kept else {}, self.about.get("class_map"))
+
+    @property
     def seconds(self) -> list[float]:
         """How long each answer with a label took, ascending."""
         return sorted(query.answer.seconds for query in self.asked if query.ranked)
 
 
-def read_audit(folder: str | Path) -> Audit:
+def read_audit(folder: str | Path) -> AuditFolder:
     """Read an audit's folder, however far it came.
 
     Raises:
@@ -155,7 +166,7 @@ def read_audit(folder: str | Path) -> Audit:
         faults.append(f"No certificate can be shown: {error}.")
     if kept is not None and kept.torn:
         faults.append("The last line of the ledger is cut off: the program was stopped while it wrote.")
-    return Audit(folder, about, kept, _asked(kept, about.get("class_map")), run, tuple(faults))
+    return AuditFolder(folder, about, kept, _asked(kept, about.get("class_map")), run, tuple(faults))
 
 
 def _read_about(path: Path, faults: list[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from analysis import report_words as words
-from analysis.audited import Audit, read_audit
+from analysis.audited import AuditFolder, read_audit
 from analysis.curves import Curve, curve, default_radii, proportion_interval
 from analysis.report_method import method
 from analysis.report_pictures import STAGES, Thumbnails, curve_svg, latency_svg
@@ -25,7 +25,7 @@ from certify.errors import RunFault, UserError
 from certify.norms import IN_WORDS
 from certify.records import identity
 from certify.remote.credentials import public
-from certify.remote.labels import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION
+from certify.remote.labels import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, stage_of
 
 NAME = "report.html"
 ROOM, MOST_ROWS, MOST_KINDS = 14 * 2**20, 4000, 20
@@ -62,7 +62,7 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
-def render(audit: Audit) -> str:
+def render(audit: AuditFolder) -> str:
     """The page.
 
     Raises:
@@ -84,7 +84,7 @@ def render(audit: Audit) -> str:
     return environment.get_template("report.html").render(page(audit))
 
 
-def page(audit: Audit) -> dict[str, Any]:
+def page(audit: AuditFolder) -> dict[str, Any]:
     """What the template shows."""
     thumbnails = Thumbnails(audit.folder / "pictures", len(audit.rows), ROOM)
     found = _curve(audit)
@@ -110,8 +110,8 @@ def page(audit: Audit) -> dict[str, Any]:
         "rows_left_out": max(0, len(audit.rows) - MOST_ROWS),
         "thumbnails": thumbnails,
         "stages": STAGES,
-        "probes": words.probes(audit),
-        "drifts": words.drifts(audit),
+        "probes": audit.probes,
+        "drifts": audit.drifts,
         "failures": Counter(query.answer.failure for query in audit.failed).most_common(MOST_KINDS),
         "outside": len(audit.outside),
         "cost": _cost(audit),
@@ -137,7 +137,7 @@ def _when(text: str) -> str:
     return f"{time.astimezone(datetime.UTC) if time.tzinfo else time:%Y-%m-%d %H:%M}" + " UTC" * bool(time.tzinfo)
 
 
-def _curve(audit: Audit) -> Curve | str:
+def _curve(audit: AuditFolder) -> Curve | str:
     """The curve, or why there is none."""
     if audit.run is None:
         return "There is no run file to draw one from."
@@ -159,7 +159,7 @@ def _curve_rows(found: Curve) -> list[tuple[str, str, int, float, float, float]]
     ]
 
 
-def _decided(audit: Audit) -> list[dict[str, Any]]:
+def _decided(audit: AuditFolder) -> list[dict[str, Any]]:
     """How many images are robust, not certifiable and undecided at each radius that was asked for."""
     found: dict[float, Counter[str]] = {}
     for row in audit.rows:
@@ -168,7 +168,7 @@ def _decided(audit: Audit) -> list[dict[str, Any]]:
     return [{"radius": f"{radius:g}", "counts": counts} for radius, counts in sorted(found.items())]
 
 
-def _figures(audit: Audit, found: Curve | None) -> list[dict[str, str]]:
+def _figures(audit: AuditFolder, found: Curve | None) -> list[dict[str, str]]:
     """Key figures: a name, a number, and what it is of."""
     tiles = []
     if audit.rows:
@@ -209,14 +209,14 @@ def clock(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
-def _price(audit: Audit) -> str:
+def _price(audit: AuditFolder) -> str:
     plan = audit.about.get("plan") or {}
     if not plan.get("price_per_1000"):
         return ""
     return f"{audit.spent * plan['price_per_1000'] / 1000:,.2f} {plan.get('currency') or ''}".strip()
 
 
-def _cost(audit: Audit) -> list[tuple[str, str]]:
+def _cost(audit: AuditFolder) -> list[tuple[str, str]]:
     """What was paid for, in words and numbers."""
     plan = audit.about.get("plan") or {}
     found = [("requests sent", f"{audit.spent:,}"), ("of them retries", f"{audit.retries:,}")]
@@ -233,18 +233,21 @@ def _cost(audit: Audit) -> list[tuple[str, str]]:
     return found
 
 
-def _stage_rows(audit: Audit) -> list[dict[str, Any]]:
+def _stage_rows(audit: AuditFolder) -> list[dict[str, Any]]:
     """Queries, requests and what became of them, for each stage."""
     found = []
-    for stage in dict.fromkeys([*_ABOUT_STAGES, *(query.stage for query in audit.asked)]):
+    waiting = [(stage_of(name), attempts) for name, attempts in (audit.kept.open if audit.kept else {}).items()]
+    for stage in dict.fromkeys([*_ABOUT_STAGES, *(query.stage for query in audit.asked), *(s for s, _ in waiting)]):
         asked = [query for query in audit.asked if query.stage == stage]
-        if asked:
+        still_open = [attempts for there, attempts in waiting if there == stage]
+        if asked or still_open:
             numbers = {
-                "queries": len(asked),
-                "requests": sum(query.answer.attempts for query in asked),
+                "queries": len(asked) + len(still_open),
+                "requests": sum(query.answer.attempts for query in asked) + sum(still_open),
                 "answered": sum(query.ranked for query in asked),
                 "failed": sum(not query.ranked and not query.lost for query in asked),
                 "lost": sum(query.lost for query in asked),
+                "open": len(still_open),
             }
             found.append({"stage": stage, "about": _ABOUT_STAGES.get(stage, ""), **numbers})
     return found
@@ -257,7 +260,7 @@ def _quantiles(seconds: Sequence[float]) -> list[tuple[str, str]]:
     return [(name, clock(float(at))) for name, at in zip(shares, np.quantile(seconds, [*shares.values()]), strict=True)]
 
 
-def _groups(audit: Audit, thumbnails: Thumbnails) -> list[dict[str, Any]]:
+def _groups(audit: AuditFolder, thumbnails: Thumbnails) -> list[dict[str, Any]]:
     """The images by outcome: those that need a look come first."""
     entries: dict[Any, tuple[int | None, Mapping[str, Any]]] = {
         entry.get("id"): (i, entry) for i, entry in enumerate(audit.about.get("images") or ())
@@ -272,7 +275,7 @@ def _groups(audit: Audit, thumbnails: Thumbnails) -> list[dict[str, Any]]:
     return [{"outcome": name, "id": name.replace(" ", "-"), "images": images} for name, images in found.items()]
 
 
-def _image(audit: Audit, row: Mapping[str, Any], pictures: Mapping[str, str]) -> dict[str, Any]:
+def _image(audit: AuditFolder, row: Mapping[str, Any], pictures: Mapping[str, str]) -> dict[str, Any]:
     """One line of the table of images."""
     answer = next((query for query in audit.of(row["id"], CLEAN) if query.ranked), None)
     votes = sorted(
@@ -303,7 +306,7 @@ def _image(audit: Audit, row: Mapping[str, Any], pictures: Mapping[str, str]) ->
     }
 
 
-def _named(audit: Audit, row: Mapping[str, Any], number: int | str) -> str:
+def _named(audit: AuditFolder, row: Mapping[str, Any], number: int | str) -> str:
     """What the service calls a class."""
     known = row.get("classes") or {}
     vocabulary: Sequence[str] = audit.about.get("vocabulary") or ()
@@ -312,7 +315,7 @@ def _named(audit: Audit, row: Mapping[str, Any], number: int | str) -> str:
     return str(vocabulary[int(number)]) if 0 <= int(number) < len(vocabulary) else f"class {number}"
 
 
-def _settings(audit: Audit) -> list[tuple[str, str]]:
+def _settings(audit: AuditFolder) -> list[tuple[str, str]]:
     """Everything that shaped the run, from ``audit.json`` and the run file's header."""
     about = audit.about
     keys = ("protocol", "format", "encoding", "size", "denoiser", "labels", "plan", "settings")

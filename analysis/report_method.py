@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis.audited import Audit
+from analysis.audited import AuditFolder
 from analysis.report_words import denoiser_of
 from certify.norms import IN_WORDS
 
@@ -18,7 +18,7 @@ _BOUNDED = {"": "a p that exceeds the label's true probability", "runner-up": _R
 _OPEN = {"": "whose p is not above one half"} | dict.fromkeys(("runner-up", "best"), "whose p is not above its q")
 
 
-def method(audit: Audit) -> list[str]:
+def method(audit: AuditFolder) -> list[str]:
     """The method, a paragraph each; empty where no run file says which."""
     if audit.run is None:
         return []
@@ -51,7 +51,7 @@ def method(audit: Audit) -> list[str]:
     return found
 
 
-def _protocol(audit: Audit) -> str:
+def _protocol(audit: AuditFolder) -> str:
     assert audit.run is not None
     header, about = audit.run.header, audit.about
     denoiser = denoiser_of(audit)
@@ -67,7 +67,7 @@ def _protocol(audit: Audit) -> str:
     )
 
 
-def _counting(audit: Audit) -> str:
+def _counting(audit: AuditFolder) -> str:
     assert audit.run is not None
     header = audit.run.header
     stopping, alpha, n = header.get("stopping"), f"{header['alpha']:g}", f"{header['n']:,}"

@@ -8,14 +8,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.audited import Asked, Audit
+from analysis.audited import AuditFolder
 from certify.norms import IN_WORDS
+from certify.remote.conclusions import FINISHED, RUNNING, SPENT, STOPPED
 from certify.remote.credentials import public
-from certify.remote.labels import CLEAN, DRIFT, PROBE
 from certify.types import NOT_CERTIFIABLE, UNDECIDED
 
 KEEPS, OTHER, NOT, OPEN, NOTHING = "keeps its label", "another label", "not certifiable", "undecided", "no answer"
-OUTSIDE = "no label of the class map"
 SOME_FAILURES, MANY_FAILURES = 0.01, 0.1
 """Shares of failed trials that are worth a warning, and a loud one."""
 
@@ -32,7 +31,7 @@ def outcome(row: dict[str, Any]) -> str:
     return KEEPS if row["label"] is None or row["prediction"] == row["label"] else OTHER
 
 
-def outcomes(audit: Audit) -> dict[str, str]:
+def outcomes(audit: AuditFolder) -> dict[str, str]:
     """What each outcome means, in the order of their colours."""
     own = _is_own(audit)
     label = "label that the service gives the image itself" if own else "label that was given"
@@ -48,12 +47,12 @@ def outcomes(audit: Audit) -> dict[str, str]:
     }
 
 
-def _is_own(audit: Audit) -> bool:
+def _is_own(audit: AuditFolder) -> bool:
     """Whether reference labels are the service's own answers."""
     return bool(audit.about.get("labels", "service") == "service")
 
 
-def _against(audit: Audit) -> str:
+def _against(audit: AuditFolder) -> str:
     """How many failures speak against the images that are not certifiable: without them, they might be."""
     rows = [row for row in audit.rows if outcome(row) == NOT]
     failed = sum(row["failures"] - row.get("outside", 0) for row in rows)
@@ -80,7 +79,7 @@ class Verdict:
     counts: Counter[str]
 
 
-def verdict(audit: Audit) -> Verdict | None:
+def verdict(audit: AuditFolder) -> Verdict | None:
     """The audit in plain words; None where no image is finished."""
     if audit.run is None or not audit.rows:
         return None
@@ -121,7 +120,7 @@ def floor(radius: float) -> str:
     return f"{int(radius * 10_000) / 10_000:g}"
 
 
-def denoiser_of(audit: Audit) -> str:
+def denoiser_of(audit: AuditFolder) -> str:
     """The denoiser before the service by name, also where it was chosen automatically; empty without one."""
     asked = str(audit.about.get("denoiser") or audit.header.get("denoiser") or "none")
     steps = audit.header.get("pipeline") or ()
@@ -129,7 +128,7 @@ def denoiser_of(audit: Audit) -> str:
     return "" if asked == "none" else found
 
 
-def system(audit: Audit) -> str:
+def system(audit: AuditFolder) -> str:
     """What the certificates are about."""
     denoiser = denoiser_of(audit)
     between = (
@@ -138,7 +137,7 @@ def system(audit: Audit) -> str:
     return f"noise is added to copies of the image, {between}, and the most frequent label wins"
 
 
-def _means(audit: Audit) -> str:
+def _means(audit: AuditFolder) -> str:
     alpha, total = audit.header["alpha"], len(audit.rows)
     return (
         "No change of the image below that size, whoever chooses it, alters what the smoothed service answers "
@@ -154,7 +153,7 @@ _MEANS_NOT = (
 )
 
 
-def _scale(audit: Audit) -> str:
+def _scale(audit: AuditFolder) -> str:
     """The largest radius, as changes that a reader can imagine; empty where there is none."""
     values = next((row["values"] for row in audit.rows if row.get("values")), None)
     radius = max(row["radius"] or 0.0 for row in audit.rows)
@@ -181,22 +180,22 @@ class Warned:
     text: str
 
 
-def warnings(audit: Audit) -> list[Warned]:
+def warnings(audit: AuditFolder) -> list[Warned]:
     """What stands against the verdict, what can void it first."""
     found = [*_unfinished(audit), *_determinism(audit), *_drift(audit), *_failures(audit)]
     found += [Warned(False, "Incomplete records", fault) for fault in audit.faults]
     return sorted(found, key=lambda warned: not warned.loud)
 
 
-def _unfinished(audit: Audit) -> list[Warned]:
+def _unfinished(audit: AuditFolder) -> list[Warned]:
     done, status = len(audit.rows), str(audit.about.get("status") or "")
     reason = f" ({public(str(audit.about['reason']))})" if audit.about.get("reason") else ""
-    if audit.owed and done == audit.owed and status in ("", "finished"):
+    if audit.owed and done == audit.owed and status in ("", FINISHED):
         return []
     known = {
-        "running": "was stopped, or is running still",
-        "stopped": "was stopped",
-        "budget spent": "ended when its budget was spent",
+        RUNNING: "was stopped, or is running still",
+        STOPPED: "was stopped",
+        SPENT: "ended when its budget was spent",
     }
     how = known.get(status, f"ended with: {status}" if status else "was stopped")
     owed = f"{done:,} of {audit.owed:,} images are done" if audit.owed else f"{done:,} images are done"
@@ -206,9 +205,9 @@ def _unfinished(audit: Audit) -> list[Warned]:
     return [Warned(True, "The audit is not finished", f"It {how}{reason}; {owed}.{easy} The same command goes on.")]
 
 
-def _determinism(audit: Audit) -> list[Warned]:
-    probed = probes(audit)
-    answered = [p for p in probed if len(p.answers) > 1]
+def _determinism(audit: AuditFolder) -> list[Warned]:
+    probed = audit.probes
+    answered = [p for p in probed if sum(p.labels.values()) > 1]
     if not answered:
         why = "No image was sent twice" if not probed else "No image sent twice was answered twice"
         return [Warned(False, "Not known to be deterministic", f"{why}: a certificate presupposes a fixed function.")]
@@ -229,8 +228,8 @@ def _determinism(audit: Audit) -> list[Warned]:
     return []
 
 
-def _drift(audit: Audit) -> list[Warned]:
-    compared = drifts(audit)
+def _drift(audit: AuditFolder) -> list[Warned]:
+    compared = audit.drifts
     both = [one for one in compared if one.compared]
     changed = [one for one in both if one.changed]
     if changed:
@@ -244,7 +243,7 @@ def _drift(audit: Audit) -> list[Warned]:
     return []
 
 
-def _failures(audit: Audit) -> list[Warned]:
+def _failures(audit: AuditFolder) -> list[Warned]:
     trials = sum(row["trials"] for row in audit.rows)
     failures = sum(row["failures"] for row in audit.rows)
     failed = [query for query in audit.noisy if query.label is None]
@@ -261,66 +260,3 @@ def _failures(audit: Audit) -> list[Warned]:
     )
     many = failures >= MANY_FAILURES * trials
     return [Warned(many, "Many queries failed" if many else "Some queries failed", text)]
-
-
-@dataclass(frozen=True)
-class Probed:
-    """One image that was sent again and again.
-
-    Attributes:
-        image: its id.
-        answers: those with a label.
-        labels: how often each label came first.
-        failures: answers without a label.
-        spread: largest minus smallest score of the first label; None without scores.
-    """
-
-    image: str
-    answers: tuple[Asked, ...]
-    labels: Counter[str]
-    failures: int
-    spread: float | None
-
-
-def probes(audit: Audit) -> list[Probed]:
-    """The determinism probe, from the ledger: the clean answer and its repetitions."""
-    found = []
-    for image in audit.images(PROBE):
-        asked = audit.of(image, CLEAN, PROBE)
-        answers = tuple(query for query in asked if query.ranked)
-        labels = Counter(query.label or OUTSIDE for query in answers)
-        scores = [query.score for query in answers if query.score is not None]
-        spread = max(scores) - min(scores) if scores and len(labels) == 1 else None
-        found.append(Probed(image, answers, labels, len(asked) - len(answers), spread))
-    return found
-
-
-@dataclass(frozen=True)
-class Drifted:
-    """One image at the start and at the end; None: no label."""
-
-    image: str
-    before: str | None
-    after: str | None
-
-    @property
-    def compared(self) -> bool:
-        """Whether there is a label at both times."""
-        return self.before is not None and self.after is not None
-
-    @property
-    def changed(self) -> bool:
-        """Whether they differ."""
-        return self.compared and self.before != self.after
-
-
-def drifts(audit: Audit) -> list[Drifted]:
-    """The drift check, from the ledger."""
-
-    def label(asked: list[Asked]) -> str | None:
-        return next((query.label or OUTSIDE for query in asked if query.ranked), None)
-
-    return [  # of several checks the last
-        Drifted(image, label(audit.of(image, CLEAN)), label(audit.of(image, DRIFT)[::-1]))
-        for image in audit.images(DRIFT)
-    ]

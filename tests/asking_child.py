@@ -19,7 +19,8 @@ from fault_server import RAW, queries
 
 from certify.remote.asking import Asker
 from certify.remote.http import HttpSender
-from certify.remote.ledger import Ledger, ledger_header
+from certify.remote.ledger import Ledger
+from certify.remote.ledger_lines import ledger_header
 from certify.remote.manners import Manners
 
 MANNERS = Manners(concurrency=4, first_wait=0.002, longest_wait=0.01)
@@ -67,7 +68,7 @@ def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -
         else:
             lasts = lasts or 1.3 * (time.monotonic() - start)
         if done < kills:  # the next one has as much to do; lost ones are done with
-            first = now.count(b'"attempt": 1, "digest"')
+            first = now.count(b'"attempt": 1, "pixels"')
             count = max(count, first + FURTHER)
     print(json.dumps({"kills": done, "asked": count}))
 

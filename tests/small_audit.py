@@ -21,6 +21,7 @@ from certify.classifiers import Classifier
 from certify.images import ImageSet
 from certify.noise import make_noise
 from certify.records import RunFile
+from certify.remote.ledger_lines import SCHEMA
 from certify.rows import certified_row, decided_row, unusable_row
 from certify.sampling import NoisyClassifier, image_digest
 from certify.settings import Settings, run_header
@@ -81,7 +82,7 @@ class Service:
         for attempt in range(1, attempts + 1):
             if attempt > 1:
                 self.write(type="refused", name=name, attempt=attempt - 1, why="HTTP 503: Service Unavailable")
-            self.write(type="sent", name=name, attempt=attempt, digest=digest, time="2026-01-01")
+            self.write(type="sent", name=name, attempt=attempt, pixels=digest, body=digest, time="2026-01-01")
         if self.turn(name, self.asked):
             order[:2] = order[1::-1]
         self.last = [] if failure else [[self.words[c], round(p, 6)] for c, p in zip(order, scores, strict=True)]
@@ -124,7 +125,7 @@ def make_audit(
     with (folder / "ledger.jsonl").open("w") as ledger:
         service = Service(digits, ledger, words, mood, turn)
         service.write(
-            type="ledger", schema=1, endpoint="http://127.0.0.1:9/v2/models/digits/infer", format={"name": "v2"}
+            type="ledger", schema=SCHEMA, endpoint="http://127.0.0.1:9/v2/models/digits/infer", format={"name": "v2"}
         )
         clean: list[int] = []
         entries = []

@@ -27,11 +27,13 @@ from command import run
 from PIL import Image
 
 from analysis.audited import read_audit
+from analysis.report import _stage_rows
 from analysis.runs import read_comparison
 from certify import SmoothedClassifier, load_images, read_run
 from certify.classifiers import Classifier
 from certify.remote.labels import AsSent
-from certify.remote.ledger import Ledger, read_ledger
+from certify.remote.ledger import Ledger
+from certify.remote.ledger_lines import read_ledger
 
 WORDS = "zero one two three four five six seven eight nine".split()
 KEY = "a-secret-key-1234567890"
@@ -213,6 +215,9 @@ def test_what_was_declined_last_is_spent_too(tmp_path: Path, service: Service) -
     assert service.requests == kept.spent == about["asked"]["requests"]
     assert kept.queries == len(kept.answers) + 1
     assert about["asked"]["retries"] == kept.spent - kept.queries == read_audit(tmp_path).retries
+    stages = _stage_rows(read_audit(tmp_path))
+    assert sum(row["requests"] for row in stages) == kept.spent
+    assert (sum(row["open"] for row in stages), sum(row["lost"] for row in stages)) == (1, 0)
 
 
 def test_a_second_process_writes_nothing_over(

@@ -19,10 +19,10 @@ from vision_stubs import cloud_app, noisy_digits
 from certify.classifiers import Classifier
 from certify.errors import ImageError, RunFault, UserError
 from certify.remote.formats import ENDPOINTS, FORMATS, KEY_HEADERS
-from certify.remote.formats.reading import MOST_BYTES, safe_text
+from certify.remote.formats.reading import safe_text
 from certify.remote.formats.v2 import metadata_request, options_from
 from certify.remote.pictures import encode, from_bytes, media_type, seen, to_pictures, to_tensor
-from certify.remote.types import BadReply, Busy, Format, Picture, Ranked, Reply, Request, Scored
+from certify.remote.types import MOST_BYTES, BadReply, Busy, Format, Picture, Ranked, Reply, Request, Scored
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "v2": {"model": "m"},
@@ -71,9 +71,9 @@ def test_a_picture_keeps_every_level_through_tensor_and_png() -> None:
     levels = torch.cat([levels[:, :1], levels[:, 1:2].flip(2), levels[:, 2:].flip(3)], 1)
     picture = to_pictures(levels)[0]
     assert torch.equal(to_tensor(picture), levels[0])  # float32 pixels / 255, as torchvision gives them
-    assert to_pictures(to_tensor(picture)[None])[0].digest == picture.digest
-    assert seen(picture).digest == picture.digest
-    assert from_bytes(encode(picture), 3).digest == picture.digest
+    assert to_pictures(to_tensor(picture)[None])[0].sha256 == picture.sha256
+    assert seen(picture).sha256 == picture.sha256
+    assert from_bytes(encode(picture), 3).sha256 == picture.sha256
     assert (media_type("png"), media_type("jpeg80")) == ("image/png", "image/jpeg")
 
 
@@ -91,7 +91,7 @@ def test_jpeg_is_what_pillow_makes_of_it(photo: Picture) -> None:
 
 def test_digest_tells_shapes_apart() -> None:
     pixels = np.arange(12, dtype=np.uint8)
-    assert len({Picture(pixels.reshape(s)).digest for s in ((2, 6, 1), (6, 2, 1), (2, 2, 3))}) == 3
+    assert len({Picture(pixels.reshape(s)).sha256 for s in ((2, 6, 1), (6, 2, 1), (2, 2, 3))}) == 3
 
 
 # Requests: what the documentation of each protocol asks for

@@ -26,7 +26,8 @@ from certify.remote.asking import Asker
 from certify.remote.credentials import public, read_credential
 from certify.remote.formats.clarifai import clarifai
 from certify.remote.http import TIMEOUT, HttpSender, check_endpoint
-from certify.remote.ledger import Ledger, ledger_header, read_ledger
+from certify.remote.ledger import Ledger
+from certify.remote.ledger_lines import ledger_header, read_ledger
 from certify.remote.manners import Manners, Rate, retry_after
 from certify.remote.types import Answer, BadReply, Query, Reply, Request
 
@@ -511,10 +512,11 @@ def test_a_reply_without_end() -> None:
 
 
 @pytest.fixture
-def asking_child(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], FaultServer, Path]]:
+def asking_child(tmp_path: Path, interruptible: None) -> Iterator[tuple[subprocess.Popen[str], FaultServer, Path]]:
     code = (
         "import sys\nfrom fault_server import *\nfrom certify.remote.asking import *\n"
-        "from certify.remote.http import *\nfrom certify.remote.ledger import *\nurl, path = sys.argv[1:]\n"
+        "from certify.remote.http import *\nfrom certify.remote.ledger import *\n"
+        "from certify.remote.ledger_lines import *\nurl, path = sys.argv[1:]\n"
         "with HttpSender(url) as send, Ledger(path, ledger_header(url, RAW)) as ledger:\n"
         "    for a in Asker(send, RAW, ledger, manners=Manners(3))(queries(1000)): print(a.name, flush=True)\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,8 @@ import pytest
 from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
 
 from certify.errors import RunFault, UserError
-from certify.remote.ledger import LOST, Ledger, ledger_header, read_answers, read_ledger
+from certify.remote.ledger import Ledger
+from certify.remote.ledger_lines import LOST, ledger_header, read_answers, read_header, read_ledger
 from certify.remote.types import Answer, Query, Scored
 
 HEADER = ledger_header("http://127.0.0.1:9/v2", RAW, encoding="png")
@@ -28,7 +30,7 @@ def kept(path: Path) -> Path:
     """A ledger of four queries: answered, failed, lost, open."""
     with Ledger(path, HEADER) as ledger:
         for query in queries(4):
-            ledger.sent(query.name, query.picture.digest)
+            ledger.sent(query, b"body")
         first, second, _, fourth = (query.name for query in queries(4))
         ledger.answer(Answer(first, CAT, seconds=0.25))
         ledger.answer(Answer(second, failure="no labels", seconds=0.5))
@@ -43,8 +45,9 @@ def test_lines(tmp_path: Path) -> None:
     assert header["format"] == {"name": "raw", "side": 8}
     assert {"version", "created", "schema"} <= header.keys()
     assert [row["type"] for row in rows] == ["sent"] * 4 + ["answer", "answer", "refused"]
-    assert rows[0].keys() == {"type", "name", "attempt", "digest", "time"}
-    assert (rows[0]["attempt"], rows[0]["digest"]) == (1, picture(0).digest)
+    assert rows[0].keys() == {"type", "name", "attempt", "pixels", "body", "time"}
+    assert (rows[0]["attempt"], rows[0]["pixels"]) == (1, picture(0).sha256)
+    assert rows[0]["body"] == hashlib.sha256(b"body").hexdigest()
     assert rows[4] == {
         "type": "answer",
         "name": "image 0 | estimation | 0",
@@ -66,6 +69,9 @@ def test_what_is_found_again(tmp_path: Path) -> None:
     }
     found = read_ledger(path)
     assert (found.answers, found.spent, found.torn) == (answers, 4, False)
+    assert (found.open, found.queries) == ({fourth.name: 1}, 4)
+    assert read_header(path) == found.header
+    assert read_header(tmp_path / "none") is None
     assert read_answers(path) == answers
     with Ledger(path, HEADER) as ledger:
         assert ledger.answers() == answers
@@ -75,7 +81,7 @@ def test_what_is_found_again(tmp_path: Path) -> None:
         assert [ledger.attempts(query.name) for query in queries(5)] == [1, 1, 1, 1, 0]
         with pytest.raises(UserError, match=r"'image 0 . estimation . 0' was another picture when it was sent"):
             ledger.find(Query(first.name, picture(7)))
-        ledger.sent(fourth.name, fourth.picture.digest)
+        ledger.sent(fourth, b"body")
         ledger.answer(Answer(fourth.name, CAT, attempts=2))
     assert read_ledger(path).answers[fourth.name].attempts == 2
     assert read_ledger(path).spent == 5
@@ -90,7 +96,7 @@ def test_a_line_cut_anywhere_is_left_out(tmp_path: Path) -> None:
         with Ledger(path, HEADER) as ledger:
             sent = whole[: max(length, 0)].rpartition(b"\n")[0].count(b'"sent"')
             assert ledger.spent == sent
-            ledger.sent(fifth.name, fifth.picture.digest)
+            ledger.sent(fifth, b"body")
             ledger.answer(Answer(fifth.name, CAT))
         again = read_ledger(path)
         assert (again.spent, again.torn, again.answers[fifth.name].ranked) == (sent + 1, False, CAT)
@@ -151,9 +157,11 @@ def test_what_is_no_ledger(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is not a ledger of certify"):
             Ledger(tmp_path / "x", HEADER)
         assert (tmp_path / "x").read_bytes() == content
-    (tmp_path / "x").write_text('{"type": "ledger", "schema": 99}\n')
-    with pytest.raises(UserError, match="newer version"):
-        Ledger(tmp_path / "x", HEADER)
+    for schema, words in ((99, "a newer version .*; update"), (1, "an older version .*; go on with that version")):
+        (tmp_path / "x").write_text(json.dumps({"type": "ledger", "schema": schema}) + "\n")
+        for read in (read_header, read_ledger, lambda path: Ledger(path, HEADER)):
+            with pytest.raises(UserError, match=words):
+                read(tmp_path / "x")
     with pytest.raises(UserError, match="not a regular file"):
         Ledger(tmp_path, HEADER)
 
@@ -178,15 +186,15 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     with Ledger(path, HEADER) as ledger:
         monkeypatch.setattr("certify.remote.ledger._write", half)
         with pytest.raises(RunFault, match="No space left on device; what it holds is kept"):
-            ledger.sent(query.name, query.picture.digest)
+            ledger.sent(query, b"body")
         monkeypatch.undo()
         with pytest.raises(RunFault, match="No space"):  # for good: what is on the disk is certain no more
-            ledger.sent(query.name, query.picture.digest)
+            ledger.sent(query, b"body")
     assert path.read_bytes() == before
     ledger = Ledger(path, HEADER)
     ledger.close()
     with pytest.raises(RunFault, match="it was closed"):
-        ledger.sent(query.name, query.picture.digest)
+        ledger.sent(query, b"body")
 
 
 def test_threads_share_a_flush_and_none_runs_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +216,7 @@ def test_threads_share_a_flush_and_none_runs_ahead(tmp_path: Path, monkeypatch: 
 
         def write(some: list[Query]) -> None:
             for query in some:
-                ledger.sent(query.name, query.picture.digest)
+                ledger.sent(query, b"body")
                 if query.name.encode() not in path.read_bytes()[: flushed[0]]:
                     late.append(query.name)
 

@@ -263,10 +263,11 @@ def test_queries_failures_cost_and_times_are_counted_from_the_ledger(page: Page,
     sent, answers = Counter(stage for _, stage, _ in records.sent), records.answers
     seen = {row[0].split()[0]: [int(cell.replace(",", "")) for cell in row[1:]] for row in page.rows("queries stack")}
     assert seen.keys() == sent.keys()
-    for stage, (queries, requests, answered, failed, lost) in seen.items():
+    for stage, (queries, requests, answered, failed, lost, still_open) in seen.items():
         here = [answer for (_, of, _), answer in answers.items() if of == stage]
         good = sum(bool(answer["ranked"]) for answer in here)
-        assert (queries, requests, answered, failed, lost) == (len(here), sent[stage], good, len(here) - good, 0)
+        assert (queries, requests, answered, failed) == (len(here), sent[stage], good, len(here) - good)
+        assert (lost, still_open) == (0, 0)
     kinds = Counter(answer["failure"] for answer in answers.values() if answer["failure"])
     assert {why: int(times) for why, times in page.rows("failures")} == kinds
     assert len(kinds) == 2
@@ -455,7 +456,7 @@ def test_an_unfinished_audit_has_a_report_that_says_so(tmp_path: Path, digits: C
     about = {"status": "budget spent", "reason": "3,000 of 3,000 requests are sent", "finished": None}
     folder = make_audit(tmp_path / "run", digits, few, settings=DECIDE, only=3, about=about)
     with (folder / "ledger.jsonl").open("a") as ledger:
-        ledger.write(json.dumps({"type": "sent", "name": "9 | estimation | 0", "attempt": 1, "digest": "0"}) + "\n")
+        ledger.write(json.dumps({"type": "sent", "name": "9 | estimation | 0", "attempt": 1, "pixels": "0"}) + "\n")
         ledger.write('{"type": "answ')
     page = page_of(folder)
     assert "The audit is not finished" in loud(page)

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -41,10 +41,9 @@ from certify.errors import UserError
 from certify.remote.asking import Asker
 from certify.remote.formats.v2 import metadata_request, options_from, v2
 from certify.remote.labels import AsSent
-from certify.remote.ledger import Ledger
 from certify.remote.manners import Manners
 from certify.remote.pictures import to_pictures, to_tensor
-from certify.remote.types import Answer, Query, Reply, Request, Scored
+from certify.remote.types import Answer, Picture, Query, Reply, Request, Scored
 from certify.sampling import image_digest
 from certify.serve.app import build_app
 from certify.serve.endpoint import Endpoint, Forgetful
@@ -814,9 +813,9 @@ def test_exact_noise_pays_for_no_filling(digits: Classifier) -> None:
 
 
 def test_queries_without_an_answer_are_forgotten_some_time() -> None:
-    ledger = Forgetful()
+    ledger, picture = Forgetful(), Picture(np.zeros((1, 1, 1), np.uint8))
     for number in range(10_050):
-        ledger.sent(f"served | {number}", "")
+        ledger.sent(Query(f"served | {number}", picture), b"")
     assert len(ledger._attempts) == 10_000
     assert (ledger.attempts("served | 0"), ledger.attempts("served | 10049")) == (0, 1)
     assert ledger.spent == 10_050
@@ -830,7 +829,7 @@ def test_requests_are_counted_and_forgotten(digits: Classifier, images: np.ndarr
         status = replies.pop(0)
         return Reply(status, b'{"outputs": [{"name": "label", "datatype": "INT64", "shape": [1], "data": [4]}]}')
 
-    asker = Asker(send, v2(model="m"), cast(Ledger, ledger), budget=3, manners=Manners(concurrency=1, first_wait=0.001))
+    asker = Asker(send, v2(model="m"), ledger, budget=3, manners=Manners(concurrency=1, first_wait=0.001))
     endpoint = Endpoint(asker, SIZE, 10, {})
     assert endpoint(torch.from_numpy(images[:2])).tolist() == [0, 0]
     assert ledger.spent == asker.spent == 3

@@ -100,8 +100,8 @@ def audit(**o: Any) -> None:
     Every request counts against --budget and is written into OUT/ledger.jsonl before it is sent, every answer before it
     is used: nothing that was paid for is lost or asked twice. A query without an answer is a failed trial. First comes
     the plan; --dry-run stops there. The certificates are in OUT/run.jsonl, the report in OUT/report.html; `certify
-    replay OUT` computes them again from the ledger. With --defences the service is then attacked by queries too, out of
-    the same budget (OUT/comparison.jsonl).
+    replay OUT` computes them again from the answers there. With --defences the service is then attacked by queries too,
+    out of the same budget (OUT/comparison.jsonl).
     """
     if Path(o["out"]).exists() and not Path(o["out"]).is_dir():
         raise UserError(f"--out {o['out']}: it is a file; expected a folder for the audit")
@@ -247,12 +247,12 @@ def _work(
 
     from certify.remote.audit import make_header, prepare
     from certify.remote.classifier import LedgerBudgetSpent, ServiceSilent
-    from certify.remote.conclusions import SPENT, STOPPED, conclude, determinism
+    from certify.remote.conclusions import LEDGER, SPENT, STOPPED, conclude
+    from certify.remote.constancy import probes
     from certify.remote.credentials import public
     from certify.remote.driving import Patient, drive
-    from certify.remote.ledger import Ledger, ledger_header, read_ledger
-    from certify.remote.replay import LEDGER
-    from certify.remote.vocabulary import Vocabulary
+    from certify.remote.ledger import Ledger
+    from certify.remote.ledger_lines import ledger_header, read_ledger
 
     command = public(options.command_line())
     head = ledger_header(wanted.endpoint, wanted.format, encoding=job.service.encoding)
@@ -262,7 +262,7 @@ def _work(
         status, reason = STOPPED, "the command was stopped"
 
         def probed(answers: Mapping[str, Answer]) -> None:
-            warn_of_probe(determinism(about["images"], answers, Vocabulary(class_map=job.class_map)))
+            warn_of_probe(probes(answers, job.class_map))
 
         try:
             with tqdm(
@@ -311,7 +311,7 @@ def _report(folder: Path) -> None:
         warn(f"no report: {type(error).__name__}: {first_line(error)}; `certify report {folder}` tries again")
 
 
-@click.command(short_help="Compute an audit's certificates again, from its ledger alone.")
+@click.command(short_help="Compute an audit's certificates again, from the answers in its folder.")
 @click.argument("folder", metavar="RUN")
 @click.option(
     "--alpha",

@@ -16,6 +16,7 @@ from certify.norms import IN_WORDS
 if TYPE_CHECKING:
     from certify.records import Run
     from certify.remote.audit import Audit
+    from certify.remote.constancy import Probed
     from certify.remote.replay import Replayed
 
 
@@ -66,25 +67,28 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
         say(f"time       {long} {clock(plan['seconds'])} without retries, at {plan['rate']:g} requests a second")
 
 
-def warn_of_probe(probes: Sequence[Mapping[str, Any]]) -> None:
+def warn_of_probe(probes: Sequence[Probed]) -> None:
     """Whether the service is a fixed function, as soon as that is known."""
     for probe in probes:
-        if len(probe["labels"]) > 1:
-            answers = ", ".join(f"{label} {count} times" for label, count in probe["labels"].items())
+        if len(probe.labels) > 1:
+            answers = ", ".join(f"{label} {count} times" for label, count in probe.labels.items())
             warn(
-                f"NO FIXED FUNCTION: asked about the same image {probe['id']} again and again, the service answered "
+                f"NO FIXED FUNCTION: asked about the same image {probe.id} again and again, the service answered "
                 f"{answers}. A certificate presupposes a fixed function; these do not hold for a service that changes"
             )
-        elif probe["spread"]:
-            warn(f"the scores of one image vary by {probe['spread']:.3g} between answers; its label did not")
+        elif probe.spread:
+            warn(f"the scores of one image vary by {probe.spread:.3g} between answers; its label did not")
 
 
 def warn_of_drift(about: Mapping[str, Any]) -> None:
     """Whether it still is the function that it was."""
-    changed = [d["id"] for d in about["drift"] if not d["failure"] and d["before"] != d["after"]]
+    from certify.remote.constancy import Drifted
+
+    compared = [one for one in (Drifted(**d) for d in about["drift"]) if one.compared]
+    changed = [one.id for one in compared if one.changed]
     if changed:
         warn(
-            f"DRIFT: at the end the service answered otherwise about {len(changed)} of {len(about['drift'])} clean "
+            f"DRIFT: at the end the service answered otherwise about {len(changed)} of {len(compared)} clean "
             f"images ({', '.join(changed[:3])}); the certificates are about no one function"
         )
 
@@ -133,12 +137,14 @@ def tell_attacks(folder: Path) -> None:
 
 def _fixed(about: Mapping[str, Any]) -> str:
     """What probe and drift check found, in one line."""
-    probes = about["determinism"]
-    again = sum(sum(p["labels"].values()) for p in probes)
-    one = all(len(p["labels"]) == 1 for p in probes)
-    first = f"{again} answers about one clean image {'agree' if one else 'DIFFER'}" if probes else "not probed"
-    drift = [d for d in about["drift"] if not d["failure"]]
-    moved = sum(d["before"] != d["after"] for d in drift)
+    from certify.remote.constancy import Drifted, Probed
+
+    probes, drifts = [Probed(**d) for d in about["determinism"]], [Drifted(**d) for d in about["drift"]]
+    again = sum(sum(probe.labels.values()) for probe in probes)
+    agree = all(len(probe.labels) == 1 for probe in probes)
+    first = f"{again} answers about one clean image {'agree' if agree else 'DIFFER'}" if probes else "not probed"
+    drift = [one for one in drifts if one.compared]
+    moved = sum(one.changed for one in drift)
     if not drift:
         return f"{first}; not asked again at the end"
     return f"{first}; asked again at the end, {len(drift) - moved} of {len(drift)} clean images have the same answer"

@@ -193,18 +193,14 @@ def _classifier(o: dict[str, Any], wanted: Wanted | None) -> Iterator[tuple[Smoo
         smoothed = load_smoothed(o)
         yield smoothed, class_names(smoothed.classifier.class_names)  # type: ignore[attr-defined]
         return
-    from typing import cast
-
     from certify.cli.load import device_from
     from certify.remote.asking import Asker
-    from certify.remote.ledger import Ledger
     from certify.serve.endpoint import TOGETHER, Endpoint, Forgetful
     from certify.smoothing import SmoothedClassifier
 
     theirs = {**o, "concurrency": o["queries"], "timeout": o["query_timeout"]}
     with open_service(wanted, theirs) as (send, found):
-        nothing_kept = cast(Ledger, Forgetful())
-        asker = Asker(send, found.format, nothing_kept, budget=o["budget"], manners=manners(theirs))
+        asker = Asker(send, found.format, Forgetful(), budget=o["budget"], manners=manners(theirs))
         about = {"endpoint": found.endpoint, "format": found.format.name, **found.format.about}
         endpoint = Endpoint(asker, o["input_size"], o["num_classes"] or _CLASSES, about)
         denoiser = None if o["denoiser"] == "none" else denoiser_for(o["denoiser"], o["sigma"], o["input_size"])

@@ -19,9 +19,8 @@ from functools import partial
 from certify.errors import CertifyError, RunFault, UserError, first_line
 from certify.remote.crew import Crew
 from certify.remote.formats.reading import safe_text
-from certify.remote.ledger import Ledger
 from certify.remote.manners import Manners, Rate, retry_after
-from certify.remote.types import Answer, BadReply, Busy, Format, Query, Ranked, Reply, Request, Sender
+from certify.remote.types import Answer, BadReply, Books, Busy, Format, Query, Ranked, Reply, Request, Sender
 
 _AGAIN = (408, 425, 429)  # and 5xx but 501: such a request may do better later
 _KEY = (401, 403, 407)  # a key that expired or was blocked is about no picture, so no query fails for it
@@ -70,7 +69,7 @@ class Asker:
     Args:
         send: of :mod:`certify.remote.http` or :mod:`certify.remote.sdk`; called from several threads.
         format: how the service is asked and answers.
-        ledger: open.
+        ledger: keeps the books: an open :class:`~certify.remote.ledger.Ledger`, or what stands in for one.
         budget: requests that may be sent in the ledger's whole life; None for no limit.
         manners: how the service is treated.
         tell: hears that requests under way are waited for, when everything else has stopped.
@@ -83,7 +82,7 @@ class Asker:
         self,
         send: Sender,
         format: Format,
-        ledger: Ledger,
+        ledger: Books,
         *,
         budget: int | None = None,
         manners: Manners | None = None,
@@ -214,7 +213,7 @@ class Asker:
 
     def _exchange(self, query: Query, request: Request, last: bool) -> Answer:
         """Recorded, sent, read, recorded."""
-        self._ledger.sent(query.name, query.picture.digest)
+        self._ledger.sent(query, request.body)
         ranked, failure, down, start = Ranked(), "", False, time.perf_counter()
         try:
             ranked = self._read(self._reply(request))

@@ -20,9 +20,8 @@ from certify.images import ImageSet
 from certify.machine import machine_name
 from certify.pipeline import Pipeline
 from certify.records import SCHEMA, peek_header, refuse_other_run
-from certify.remote.conclusions import write_about, write_rows
+from certify.remote.conclusions import RUN, RUNNING, write_about, write_rows
 from certify.remote.labels import CLEAN, DRIFT, PROBE, SELECTION, TOGETHER
-from certify.remote.replay import RUN
 from certify.sampling import image_digest
 from certify.sequential import thresholds
 from certify.settings import Settings, versions
@@ -37,8 +36,6 @@ CHUNK = 16
 
 OWN, GIVEN = "service", "given"
 """Where reference labels come from: the service's own clean answers, or the data."""
-
-RUNNING = "running"
 
 
 class Service:

@@ -118,7 +118,7 @@ class RemoteClassifier:
         queries = []
         for picture in to_pictures(images):
             if self.stream is None:
-                name = query_name("any image", "judge", picture.digest[:32])
+                name = query_name("any image", "judge", picture.sha256[:32])
             else:
                 name = query_name(*self.stream, self._number)
                 self._number += 1

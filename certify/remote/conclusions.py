@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -15,13 +16,17 @@ import numpy as np
 
 from certify.errors import RunFault
 from certify.records import write_run
-from certify.remote.labels import DRIFT, PROBE, stage_of
-from certify.remote.replay import ABOUT, RUN, clean_answer, numbered, rows_of
+from certify.remote.answer_rows import clean_answer, rows_of
+from certify.remote.constancy import drifts, probes
+from certify.remote.labels import stage_of
 from certify.remote.types import Answer
 from certify.remote.vocabulary import Vocabulary
 
-FINISHED, SPENT, STOPPED = "finished", "budget spent", "stopped"
-"""How an audit ended."""
+RUN, ABOUT, LEDGER = "run.jsonl", "audit.json", "ledger.jsonl"
+"""What an audit's folder holds, beside pictures and the report."""
+
+RUNNING, FINISHED, SPENT, STOPPED = "running", "finished", "budget spent", "stopped"
+"""How far an audit came: under way (or killed), and how it ended."""
 
 
 def conclude(
@@ -60,8 +65,8 @@ def conclude(
         "reason": reason,
         "vocabulary": vocabulary.names,
         "images": [{**image, **_reference(image, answers, vocabulary)} for image in about["images"]],
-        "determinism": determinism(about["images"], answers, vocabulary),
-        "drift": _drift(about["images"], answers, vocabulary),
+        "determinism": [dataclasses.asdict(one) for one in probes(answers, about["class_map"])],
+        "drift": [dataclasses.asdict(one) for one in drifts(answers, about["class_map"])],
         "asked": {
             "requests": attempts,
             "queries": dict(Counter(stage_of(name) for name in answers)),
@@ -95,59 +100,6 @@ def _reference(image: Mapping[str, Any], answers: Mapping[str, Answer], vocabula
     own = _name(vocabulary, clean)
     ranked = [[one.label, one.score] for one in clean.ranked]
     return {"reference": image["given"] or own, "answer": ranked, "failure": clean.failure}
-
-
-def determinism(
-    images: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], vocabulary: Vocabulary
-) -> list[dict[str, Any]]:
-    """How often each class was answered for a clean image that was asked about several times in a row."""
-    found = []
-    for image in images:
-        again = list(numbered(answers, image["id"], PROBE))
-        if not again:
-            continue
-        clean = clean_answer(answers, image["id"])
-        answered = [a for a in [*([clean] if clean else []), *again] if a.ranked]
-        scores = [a.ranked[0].score for a in answered]
-        known = [score for score in scores if score is not None]
-        found.append(
-            {
-                "id": image["id"],
-                "labels": dict(Counter(_name(vocabulary, a) or "not in the answer" for a in answered)),
-                "failures": sum(not a.ranked for a in again),
-                "spread": max(known) - min(known) if known and len(known) == len(scores) else None,
-            }
-        )
-    return found
-
-
-def _drift(
-    images: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], vocabulary: Vocabulary
-) -> list[dict[str, Any]]:
-    """The answers about clean images at the end, the latest there are, beside the first ones."""
-    latest: dict[str, tuple[int, Answer]] = {}
-    for name, answer in answers.items():
-        about, stage, number = name.rsplit(" | ", 2)
-        if stage == DRIFT and int(number) >= latest.get(about, (-1,))[0]:
-            latest[about] = int(number), answer
-    found = []
-    for image in images:
-        clean = clean_answer(answers, image["id"])
-        if image["id"] not in latest or clean is None:
-            continue
-        last = latest[image["id"]][1]
-        scores = [a.ranked[0].score if a.ranked else None for a in (clean, last)]
-        change = None if scores[0] is None or scores[1] is None else abs(scores[1] - scores[0])
-        found.append(
-            {
-                "id": image["id"],
-                "before": _name(vocabulary, clean),
-                "after": _name(vocabulary, last),
-                "failure": last.failure,
-                "change": change,
-            }
-        )
-    return found
 
 
 def write_rows(folder: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

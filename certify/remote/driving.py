@@ -2,9 +2,9 @@
 
 The order is that of the images: of a few at a time the service's own answers, then the noisy copies of one image after
 another, of a second one only where the first does not keep all threads busy. So when the budget is spent, the images
-before are finished, and little went into others. The same clean image is asked about several times at the start (a certificate
-presupposes a fixed function), and some clean images once more at the end. Nothing is concluded here: that follows from
-the answers alone (:mod:`certify.remote.conclusions`).
+before are finished, and little went into others. The same clean image is asked about several times at the start (a
+certificate presupposes a fixed function), and some clean images once more at the end. Nothing is concluded here: that
+follows from the answers alone (:mod:`certify.remote.conclusions`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 from certify.access import BudgetSpent
 from certify.adaptive import Watch, settle
 from certify.errors import RunFault
+from certify.remote.answer_rows import clean_answer, watch_for
 from certify.remote.audit import CHUNK, DRIFT_IMAGES, Audit
 from certify.remote.conclusions import FINISHED, SPENT, written
 from certify.remote.labels import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, label_remotely, query_name, stage_of
 from certify.remote.pictures import encode, to_pictures
-from certify.remote.replay import clean_answer, watch_for
 from certify.remote.types import Answer, Asking, Picture, Query
 from certify.remote.vocabulary import Vocabulary
 from certify.streams import stream_key

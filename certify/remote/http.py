@@ -20,16 +20,13 @@ from urllib.parse import SplitResult, urlsplit
 from certify import __version__
 from certify.errors import UserError, first_line
 from certify.remote.credentials import Credential, cleaned, cleaned_logs, secret_name
-from certify.remote.types import BadReply, Reply, Request
+from certify.remote.types import MOST_BYTES, BadReply, Reply, Request
 
 if TYPE_CHECKING:
     import httpx2
 
 TIMEOUT = 60.0
 """Seconds for one request, from the first look for the host to the last byte."""
-
-MOST_BYTES = 32 * 2**20
-"""A longer reply is not read."""
 
 _CONNECT = 10.0  # seconds to connect, within those
 _IDLE = 2.0  # seconds a connection is kept: a server that closes it first costs a request

@@ -1,19 +1,9 @@
-"""The ledger: what was paid for, JSON Lines, on the disk before it is used.
-
-A header, then in the order of events:
-
-- ``{"type": "sent", "name", "attempt", "digest", "time"}`` before a request goes out;
-- ``{"type": "refused", "name", "attempt", "why"}`` where it brought nothing that counts, and may be sent once more;
-- ``{"type": "answer", "name", "attempts", "ranked": [[label, score], ...], "failure", "seconds"}``.
-
-A query whose last line is ``sent`` was paid for and its answer lost: a failed trial, never sent again. One whose last
-line is ``refused`` is still open. The number of ``sent`` lines is what was spent. ``kill -9`` may tear the last line,
-which is then left out; anything else that does not fit is refused.
-"""
+"""The ledger being kept: what was paid for, on the disk before it is used. Its lines: ``ledger_lines``."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import io
 import json
 import os
@@ -25,157 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from certify import __version__
 from certify.errors import RunFault, UserError
 from certify.records import open_to_append
-from certify.remote.types import Answer, Format, Query, Scored
+from certify.remote.ledger_lines import Entry, answers_of, enter, parse
+from certify.remote.types import Answer, Query
 
-SCHEMA = 1
-LOST = "sent before a stop, no answer kept"
-
-_START = b'{"type": "ledger"'
 _FREE = ("created", "version")  # circumstances, not settings
-_OPEN, _SENT, _ANSWERED = "open", "sent", "answered"
-
-
-@dataclass
-class _Entry:
-    """What became of one query."""
-
-    digest: str
-    attempts: int = 0
-    state: str = _OPEN
-    answer: Answer | None = None
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A ledger as it was read.
-
-    Attributes:
-        header: its first line.
-        answers: by name, each ``known``; a lost one is a failure.
-        spent: requests sent.
-        torn: whether its last line was cut off.
-        queries: that were sent at least once; one that was refused and not sent again has no answer yet.
-    """
-
-    header: dict[str, Any]
-    answers: dict[str, Answer]
-    spent: int
-    torn: bool
-    queries: int
-
-
-def ledger_header(endpoint: str, format: Format, **settings: Any) -> dict[str, Any]:
-    """The first line of a ledger.
-
-    Args:
-        endpoint: without credentials, of :func:`certify.remote.http.check_endpoint`.
-        format: how the service is asked.
-        settings: what else must be the same when the ledger is opened again, such as the encoding of pictures.
-    """
-    return {
-        "type": "ledger",
-        "schema": SCHEMA,
-        "endpoint": endpoint,
-        "format": {"name": format.name, **format.about},
-        **settings,
-        "version": __version__,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def read_ledger(path: str | Path) -> Kept:
-    """Read a ledger, which may be in use.
-
-    Raises:
-        UserError: it cannot be read, is none, was written by a newer version, or is damaged.
-    """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; expected the ledger of an audit") from None
-    header, entries, torn = _parse(content, path)
-    if header is None:
-        raise UserError(f"{path} holds no header: the program was stopped before anything was asked")
-    spent = sum(entry.attempts for entry in entries.values())
-    return Kept(header, _answers(entries), spent, torn, len(entries))
-
-
-def read_answers(path: str | Path) -> dict[str, Answer]:
-    """The answers of a ledger by name; see :func:`read_ledger`."""
-    return read_ledger(path).answers
-
-
-def _answers(entries: Mapping[str, _Entry]) -> dict[str, Answer]:
-    found = {}
-    for name, entry in entries.items():
-        if entry.state == _SENT:
-            found[name] = Answer(name, failure=LOST, attempts=entry.attempts, known=True)
-        elif entry.answer is not None:
-            found[name] = entry.answer
-    return found
-
-
-def _parse(content: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, _Entry], bool]:
-    """Header (None where the file was cut off before its end), queries, and whether the last line is torn."""
-    *lines, rest = content.split(b"\n")
-    if not lines and (_START.startswith(rest) or rest.startswith(_START)):
-        return None, {}, bool(rest)
-    header = _object(lines[0]) if lines else None
-    if header is None or header.get("type") != "ledger" or not isinstance(header.get("schema"), int):
-        raise UserError(f"{path} is not a ledger of certify: its first line is no header")
-    if header["schema"] > SCHEMA:
-        raise UserError(f"{path} was written by a newer version (schema {header['schema']}); update certify-toolkit")
-    entries: dict[str, _Entry] = {}
-    for number, line in enumerate(lines[1:], 2):
-        try:
-            _enter(entries, _object(line) or {})
-        except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{path} is damaged at line {number}; it is left alone: put back a copy of it, or name another --out"
-            ) from None
-    return header, entries, bool(rest)
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _enter(entries: dict[str, _Entry], row: Mapping[str, Any]) -> None:
-    """Take a line into the books.
-
-    Raises:
-        KeyError, TypeError, ValueError: it cannot follow the lines before it.
-    """
-    kind, name = row["type"], row["name"]
-    if kind == "sent":
-        entry = entries.setdefault(name, _Entry(str(row["digest"])))
-        _require(entry.state == _OPEN, row["attempt"] == entry.attempts + 1, row["digest"] == entry.digest)
-        entry.attempts, entry.state = entry.attempts + 1, _SENT
-        return
-    entry = entries[name]
-    _require(entry.state == _SENT)
-    if kind == "refused":
-        _require(row["attempt"] == entry.attempts)
-        entry.state = _OPEN
-        return
-    ranked = tuple(Scored(str(label), None if score is None else float(score)) for label, score in row["ranked"])
-    failure = str(row["failure"] or "")
-    _require(kind == "answer", row["attempts"] == entry.attempts, bool(ranked) != bool(failure))
-    entry.answer = Answer(name, ranked, failure, float(row["seconds"]), entry.attempts, known=True)
-    entry.state = _ANSWERED
-
-
-def _require(*conditions: bool) -> None:
-    if not all(conditions):
-        raise ValueError
 
 
 @dataclass
@@ -197,7 +42,7 @@ class Ledger:
 
     Args:
         path: of the file.
-        header: of :func:`ledger_header`.
+        header: of :func:`~certify.remote.ledger_lines.ledger_header`.
 
     Raises:
         UserError: the file belongs to another endpoint, format or setting, is damaged, in use, or cannot be written.
@@ -207,7 +52,7 @@ class Ledger:
         self.path = Path(path)
         self.header = dict(header)
         self._progress = _Progress()
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._spent = 0
         self._file = open_to_append(self.path)
         try:
@@ -224,7 +69,7 @@ class Ledger:
     def answers(self) -> dict[str, Answer]:
         """All answers so far, by name, each ``known``; a query that is under way counts as lost."""
         with self._progress.change:
-            return _answers(self._entries)
+            return answers_of(self._entries)
 
     def find(self, query: Query) -> Answer | None:
         """The answer to a query, if it has been paid for.
@@ -235,27 +80,29 @@ class Ledger:
         entry = self._entries.get(query.name)
         if entry is None:
             return None
-        if entry.digest != (digest := query.picture.digest):
+        if entry.pixels != (pixels := query.picture.sha256):
             raise UserError(
-                f"{self.path}: query {query.name!r} was another picture when it was sent (SHA-256 {entry.digest[:12]} "
-                f"then, {digest[:12]} now): image, noise, seed, denoiser or version of a library changed; "
+                f"{self.path}: query {query.name!r} was another picture when it was sent (SHA-256 {entry.pixels[:12]} "
+                f"then, {pixels[:12]} now): image, noise, seed, denoiser or version of a library changed; "
                 "go on with those of then, or name another --out"
             )
-        return _answers({query.name: entry}).get(query.name)
+        return answers_of({query.name: entry}).get(query.name)
 
     def attempts(self, name: str) -> int:
         """Requests sent for a query so far."""
         entry = self._entries.get(name)
         return entry.attempts if entry else 0
 
-    def sent(self, name: str, digest: str) -> None:
-        """Record that a request is about to be sent.
+    def sent(self, query: Query, body: bytes) -> None:
+        """Record that a request with this body is about to be sent.
 
         Raises:
             RunFault: it could not be recorded, so it must not be sent.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        self._append({"type": "sent", "name": name, "attempt": self.attempts(name) + 1, "digest": digest, "time": now})
+        row = {"type": "sent", "name": query.name, "attempt": self.attempts(query.name) + 1}
+        hashes = {"pixels": query.picture.sha256, "body": hashlib.sha256(body).hexdigest()}
+        self._append({**row, **hashes, "time": now})
 
     def refused(self, name: str, why: str) -> None:
         """Record that the request brought nothing that counts, so that the query may be sent once more.
@@ -286,7 +133,7 @@ class Ledger:
         with p.change:
             if p.fault or self._file.closed:
                 raise self._fault(p.fault or "it was closed")
-            _enter(self._entries, row)
+            enter(self._entries, row)
             try:
                 _write(self._file, line)
             except OSError as error:
@@ -336,7 +183,7 @@ class Ledger:
             content = self.path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}; name another --out") from None
-        old, self._entries, _ = _parse(content, self.path)
+        old, self._entries, _ = parse(content, self.path)
         try:
             if old is None:
                 self._file.truncate(0)

@@ -19,7 +19,7 @@ from certify.errors import UserError
 from certify.registry import Registry
 from certify.remote.credentials import Credential, cleaned
 from certify.remote.http import TIMEOUT, check_endpoint
-from certify.remote.types import Reply, Request, Sender
+from certify.remote.types import MOST_BYTES, Reply, Request, Sender
 
 SENDERS = Registry("sdk")
 _HERE = "certify.remote.sdk"
@@ -198,7 +198,7 @@ def clarifai_sender(
         _missing("clarifai-grpc")
     endpoint, key = _checked(endpoint, credential, insecure)
     where = urlsplit(endpoint)
-    options = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", 32 * 2**20)]
+    options = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", MOST_BYTES)]
     secure = where.scheme == "https"
     target = f"{where.hostname}:{where.port or (443 if secure else 80)}"
     # The SDK's own channel sends up to five times.

@@ -25,8 +25,8 @@ class Picture:
     pixels: np.ndarray
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of shape and pixels, hexadecimal."""
+    def sha256(self) -> str:
+        """SHA-256 of shape and pixels, hexadecimal: the same however they are encoded."""
         shape = "x".join(map(str, self.pixels.shape)).encode()
         return hashlib.sha256(shape + b"|" + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
 
@@ -46,6 +46,10 @@ class Request:
     path: str = ""
     method: str = "POST"
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+MOST_BYTES = 32 * 2**20
+"""A longer reply is not read: scores of 100,000 classes take about 2 MB of JSON."""
 
 
 @dataclass(frozen=True)
@@ -152,4 +156,33 @@ class Asking(Protocol):
     @property
     def spent(self) -> int:
         """Requests sent so far, retries included, those of earlier runs with this ledger too."""
+        ...
+
+
+class Books(Protocol):
+    """What was sent and what came of it; called from several threads."""
+
+    @property
+    def spent(self) -> int:
+        """Requests sent so far."""
+        ...
+
+    def find(self, query: Query) -> Answer | None:
+        """The answer to a query, if it has been paid for."""
+        ...
+
+    def attempts(self, name: str) -> int:
+        """Requests sent for a query so far."""
+        ...
+
+    def sent(self, query: Query, body: bytes) -> None:
+        """A request with this body is about to go out."""
+        ...
+
+    def refused(self, name: str, why: str) -> None:
+        """The request brought nothing that counts: the query may be sent once more."""
+        ...
+
+    def answer(self, answer: Answer) -> None:
+        """What came of a query."""
         ...

@@ -93,11 +93,11 @@ class Forgetful:
         with self._lock:
             return self._attempts.get(name, 0)
 
-    def sent(self, name: str, digest: str) -> None:
+    def sent(self, query: Query, body: bytes) -> None:
         """A request is about to go out."""
         with self._lock:
             self.spent += 1
-            self._attempts[name] = self._attempts.get(name, 0) + 1
+            self._attempts[query.name] = self._attempts.get(query.name, 0) + 1
             if len(self._attempts) > _UNSETTLED:  # what a fault left without an answer
                 self._attempts.popitem(last=False)
 

@@ -13,10 +13,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote
 
 from certify.errors import UserError
-from certify.remote.types import BadReply, Ranked, Reply, Scored
-
-MOST_BYTES = 32 * 2**20
-"""A longer reply is not read: scores of 100,000 classes take about 2 MB of JSON."""
+from certify.remote.types import MOST_BYTES, BadReply, Ranked, Reply, Scored
 
 _LONGEST_LABEL = 1000
 _LONGEST_MESSAGE = 140

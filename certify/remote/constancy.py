@@ -1,0 +1,113 @@
+"""Whether a service is a fixed function, which a certificate presupposes: answers about the same picture, compared.
+
+Said once, for the warnings of the command, ``audit.json`` and the report alike: from the answers by name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from certify.remote.answer_rows import clean_answer
+from certify.remote.labels import DRIFT, PROBE
+from certify.remote.types import Answer
+from certify.remote.vocabulary import Vocabulary
+
+NO_LABEL = "no label of the class map"
+"""Stands for the class of an answer whose labels are all outside of the class map."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One image that was sent again at once.
+
+    Attributes:
+        id: of the image.
+        labels: how often each class was answered, the most frequent first; answers without a label are not among them.
+        failures: repetitions without a label.
+        spread: largest minus smallest score of the first label; None unless it has one label and always a score.
+    """
+
+    id: str
+    labels: dict[str, int]
+    failures: int
+    spread: float | None
+
+
+@dataclass(frozen=True)
+class Drifted:
+    """One image at the start and at the end.
+
+    Attributes:
+        id: of the image.
+        before: the class that was answered first; None: no label.
+        after: the class that was answered at the end, if several times the last; None: no label.
+        change: of the first label's score; None where a score is missing, or the class is another one.
+    """
+
+    id: str
+    before: str | None
+    after: str | None
+    change: float | None
+
+    @property
+    def compared(self) -> bool:
+        """Whether there is a label at both times."""
+        return self.before is not None and self.after is not None
+
+    @property
+    def changed(self) -> bool:
+        """Whether they differ."""
+        return self.compared and self.before != self.after
+
+
+def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Probed]:
+    """The determinism probe: the clean answer of each image that was sent again, and its repetitions.
+
+    Args:
+        answers: by name, in the order of their first sending.
+        class_map: from labels to classes, or None.
+    """
+    vocabulary, found = Vocabulary(class_map=class_map), []
+    for image, again in _of_stage(answers, PROBE).items():
+        clean = clean_answer(answers, image)
+        answered = [a for a in (clean, *again.values()) if a is not None and a.ranked]
+        labels = Counter(_class(a, vocabulary) or NO_LABEL for a in answered)
+        scores = [a.ranked[0].score for a in answered]
+        known = [score for score in scores if score is not None]
+        spread = max(known) - min(known) if known and len(known) == len(scores) and len(labels) == 1 else None
+        found.append(Probed(image, dict(labels.most_common()), sum(not a.ranked for a in again.values()), spread))
+    return found
+
+
+def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Drifted]:
+    """The drift check: clean images at the end, the latest time they were asked about, beside their first answers."""
+    vocabulary, found = Vocabulary(class_map=class_map), []
+    for image, asked in _of_stage(answers, DRIFT).items():
+        clean, last = clean_answer(answers, image), asked[max(asked)]
+        before, after = (None if a is None else _class(a, vocabulary) for a in (clean, last))
+        scores = [a.ranked[0].score if a is not None and a.ranked else None for a in (clean, last)]
+        change = None
+        if scores[0] is not None and scores[1] is not None and before == after:
+            change = abs(scores[1] - scores[0])
+        found.append(Drifted(image, before, after, change))
+    return found
+
+
+def _of_stage(answers: Mapping[str, Answer], stage: str) -> dict[str, dict[int, Answer]]:
+    """Answers of a stage by image and number."""
+    found: dict[str, dict[int, Answer]] = {}
+    for name, answer in answers.items():
+        image, there, number = [*name.rsplit(" | ", 2), "", ""][:3]
+        if there == stage:
+            found.setdefault(image, {})[int(number)] = answer
+    return found
+
+
+def _class(answer: Answer, vocabulary: Vocabulary) -> str | None:
+    """The class that an answer votes for; None where it failed."""
+    if not answer.ranked:
+        return None
+    vote = vocabulary.vote(answer.ranked)
+    return vocabulary.names[vote] if vote >= 0 else NO_LABEL
