@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +16,7 @@ from vision_stubs import Log, clarifai_grpc_service, cloud_app, noisy_digits, se
 
 from certify.classifiers import Classifier
 from certify.errors import UserError
-from certify.remote import types
+from certify.remote import sdk, types
 from certify.remote.credentials import Credential
 from certify.remote.formats import FORMATS
 from certify.remote.pictures import to_pictures, to_tensor
@@ -230,6 +233,52 @@ def test_a_key_does_not_go_over_plain_http_to_others(name: str) -> None:
     with pytest.raises(UserError, match="plain HTTP"):
         SENDERS.get(name)("http://vision.example.com", secret(name))
     assert SENDERS.get(name)("http://vision.example.com", secret(name), insecure=True)
+
+
+TALKING = """
+import logging, sys
+logging.basicConfig(level=logging.DEBUG)
+for name in ("azure", "azure.core.pipeline.policies.http_logging_policy", "botocore.auth", "google.auth", "urllib3"):
+    logging.getLogger(name).setLevel(logging.DEBUG)
+import numpy as np
+from certify.remote import sdk
+from certify.remote.credentials import Credential
+from certify.remote.formats import FORMATS
+from certify.remote.types import Picture
+if sys.argv[1] == "talking":
+    sdk._silence = lambda: None
+for name, url, key, *options in zip(*[iter(sys.argv[2:])] * 3):
+    wire = FORMATS.get(name)(**({"model": "digits"} if name == "clarifai" else {}))
+    sdk.SENDERS.get(name)(url, Credential("TEST_KEY", key))(wire.request(Picture(np.zeros((8, 8, 1), np.uint8))))
+logging.getLogger("test").warning("the end")
+"""
+
+
+@pytest.mark.parametrize("how", ["silent", "talking"])
+def test_what_sdks_log_reaches_nobody(clouds: dict[str, tuple[str, Log]], how: str) -> None:
+    """Also with every logger at DEBUG, and with Google's own switch; without this package's care they do talk."""
+    asked = [
+        part for name in sorted(SENDERS) for part in (name, clouds[name][0], f"{secret(name).key}:a-session-token")
+    ]
+    asked = [part.replace(f"{KEY}:a-session-token", KEY) for part in asked]
+    switches = {**os.environ, "GOOGLE_SDK_PYTHON_LOGGING_SCOPE": "google"}
+    done = subprocess.run(
+        [sys.executable, "-c", TALKING, how, *asked],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=switches,
+        check=True,
+    )
+    said = done.stdout + done.stderr
+    assert "WARNING:test:the end" in said
+    names = {line.split(":")[1].partition(".")[0] for line in said.splitlines() if line.startswith("DEBUG:")}
+    if how == "silent":
+        assert not names & {*sdk._LOGGERS}
+        assert not any(part in said for part in (KEY, "a-session-token", "Signature", *AWS.split(":")))
+    else:
+        assert names >= {"botocore", "urllib3"}
+        assert "a-session-token" in said
 
 
 def test_keys_of_another_form_are_refused() -> None:

@@ -61,7 +61,7 @@ service_options = options.together(
         type=options.Positive("seconds above 0"),
         default=60.0,
         show_default=True,
-        help="Seconds for one request.",
+        help="Seconds for one request; through an SDK those to connect, and those without a byte (Clarifai's: in all).",
     ),
 )
 

@@ -4,12 +4,16 @@ A sender takes the format's request, hands its picture to the SDK, and stops the
 nothing is sent twice (retries, redirects and renewed sign-ins of an SDK would be paid for and not counted), and the
 format reads the reply as if it had come over plain HTTP. Clarifai replies by gRPC, which is turned into the JSON that
 its REST interface would send.
+
+What SDKs log names headers, signatures and more, in forms that no cleaning would find: from the first sender on, their
+loggers are silent in this process.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -27,6 +31,9 @@ SENDERS.add("rekognition", f"{_HERE}:boto3_sender", "boto3, signature version 4"
 SENDERS.add("google-vision", f"{_HERE}:google_sender", "google-cloud-vision over REST")
 SENDERS.add("azure-vision", f"{_HERE}:azure_sender", "azure-ai-vision-imageanalysis")
 SENDERS.add("clarifai", f"{_HERE}:clarifai_sender", "the package clarifai-grpc")
+
+
+_LOGGERS = ("azure", "boto3", "botocore", "clarifai_grpc", "google", "grpc", "requests", "s3transfer", "urllib3")
 
 
 class _Answered(Exception):
@@ -272,9 +279,19 @@ def _sender(ask: Callable[[Request], None], *lost: type[Exception]) -> Sender:
 
 
 def _checked(endpoint: str, credential: Credential | None, insecure: bool) -> tuple[str, str]:
-    """The endpoint and the key, once it is clear that the key may go there."""
+    """The endpoint and the key, once it is clear that the key may go there, and that nobody will log it."""
+    _silence()
     shown = check_endpoint(endpoint, key=credential is not None, insecure=insecure)
     return shown, credential.key if credential else ""
+
+
+def _silence() -> None:
+    """Let no logger of an SDK say anything, whatever level it or the root was given; those to come inherit that."""
+    for name in [*logging.root.manager.loggerDict]:
+        if name.partition(".")[0] in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.NOTSET)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _missing(package: str) -> NoReturn:
