@@ -52,6 +52,7 @@ class Service(ThreadingHTTPServer):
         self.digits, self.requests, self.keys = digits, 0, set[str]()
         self.lock = threading.Lock()
         self.decline = 10**9  # requests after which the service is down
+        self.described, self.description_status = 0, 200
 
     @property
     def arguments(self) -> list[str]:
@@ -64,18 +65,36 @@ class _Handler(BaseHTTPRequestHandler):
     server: Service
     protocol_version = "HTTP/1.1"
 
+    def do_GET(self) -> None:
+        assert self.path == "/v2/models/digits"
+        self.server.described += 1
+        inputs = [{"name": "pixels", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]
+        outputs = [{"name": "label", "datatype": "BYTES", "shape": [-1, 1]}]
+        self.reply(self.server.description_status, {"inputs": inputs, "outputs": outputs})
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["image"]))), dtype=np.float32)
+        tensor = "inputs" in body
+        if tensor:
+            assert body["inputs"][0]["name"] == "pixels"
+            picture = 255 * np.asarray(body["inputs"][0]["data"], np.float32).reshape(8, 8)
+        else:
+            picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["image"]))), dtype=np.float32)
         with self.server.lock:
             self.server.requests += 1
             declined = self.server.requests > self.server.decline
             self.server.keys.add(self.headers.get("Authorization", ""))
             scores = self.server.digits.logits(torch.from_numpy(picture / 255)[None, None]).softmax(1)[0]
         order = scores.argsort(descending=True).tolist()
-        answer = {"labels": [WORDS[c] for c in order], "scores": [float(scores[c]) for c in order]}
+        answer: dict[str, Any] = {"labels": [WORDS[c] for c in order], "scores": [float(scores[c]) for c in order]}
+        if tensor:
+            found = {"name": "label", "datatype": "BYTES", "shape": [1, 1], "data": [WORDS[order[0]]]}
+            answer = {"model_name": "digits", "outputs": [found]}
+        self.reply(503 if declined else 200, answer)
+
+    def reply(self, status: int, answer: dict[str, Any]) -> None:
         content = json.dumps(answer).encode()
-        self.send_response(503 if declined else 200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -176,6 +195,34 @@ def test_a_small_budget_is_kept_and_a_larger_one_goes_on(
     same_as_a_local_run(tmp_path, digits)
     names = [json.loads(line)["name"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()[1:]]
     assert len(names) == 2 * len(set(names))  # sent and answered, each once
+
+
+def test_a_model_describes_itself_once_beside_the_budget(
+    tmp_path: Path, service: Service, digits: Classifier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = ["--endpoint", service.arguments[1].removesuffix("/predict"), "--protocol", "v2"]
+    command = ["audit", *address, "--protocol-option", "model=digits", *NUMBERS, "--budget", "165"]
+    out = ["--out", str(tmp_path / "a")]
+    run(*command, *out, "--dry-run")
+    assert "metadata   one request asks the model what it takes" in capsys.readouterr().err
+    service.description_status = 503
+    run(*command, *out, code=1)
+    assert "does not describe its model: HTTP 503" in capsys.readouterr().err
+    assert (service.described, service.requests, (tmp_path / "a").exists()) == (1, 0, False)
+    service.description_status = 200
+    run(*command, *out, "--quiet")
+    assert (service.described, service.requests) == (2, 165)
+    same_as_a_local_run(tmp_path / "a", digits)
+    about = read_ledger(tmp_path / "a" / "ledger.jsonl").header["format"]
+    assert (about["input"], about["output"], about["layout"]) == ("pixels", "label", "NCHW")
+    capsys.readouterr()
+    run(*command, *out)  # goes on, with the options of then
+    run(*command, *out, "--dry-run")
+    assert "metadata" not in capsys.readouterr().err
+    given = [f"--protocol-option={k}={about[k]}" for k in ("input", "output", "datatype", "layout")]
+    run(*command, *given, "--out", str(tmp_path / "b"), "--quiet")
+    assert (service.described, service.requests) == (2, 330)
+    same_as_a_local_run(tmp_path / "b", digits)
 
 
 def test_deciding_with_a_denoiser_and_given_labels(

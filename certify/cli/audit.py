@@ -17,7 +17,15 @@ from certify.cli import options
 from certify.cli.audit_attacks import attack, attack_options, check_attacks, most_queries
 from certify.cli.audit_words import show_plan, tell_attacks, tell_outcome, tell_replay, warn_of_drift, warn_of_probe
 from certify.cli.load import check_procedure, denoiser_for, device_from
-from certify.cli.service import Wanted, manners, open_service, service_options, wanted_service
+from certify.cli.service import (
+    Wanted,
+    as_before,
+    asks_for_metadata,
+    manners,
+    open_service,
+    service_options,
+    wanted_service,
+)
 from certify.cli.summary import warn
 from certify.errors import CertifyError, RunFault, UserError, first_line
 
@@ -64,7 +72,7 @@ N0, N, N_AT_MOST = 20, 100, 1000
     "--budget",
     type=options.Count("a number of requests", least=0),
     required=True,
-    help="Requests that may be sent in all, retries included; never exceeded.",
+    help="Requests with a picture that may be sent in all, retries included; never exceeded.",
 )
 @click.option(
     "--reference",
@@ -97,12 +105,14 @@ N0, N, N_AT_MOST = 20, 100, 1000
 def audit(**o: Any) -> None:
     """Certify a service by queries alone: its own function, behind noise and perhaps a denoiser.
 
-    Every request counts against --budget and is written into OUT/ledger.jsonl before it is sent, every answer before it
-    is used: nothing that was paid for is lost or asked twice. A query without an answer is a failed trial. First comes
-    the plan; --dry-run stops there. The certificates are in OUT/run.jsonl, the report in OUT/report.html; `certify
-    replay OUT` computes them again from the answers there. With --defences the service is then attacked by queries too,
-    out of the same budget (OUT/comparison.jsonl).
+    Every query counts against --budget each time it is sent, and is written into OUT/ledger.jsonl before; every answer
+    before it is used: nothing that was paid for is lost or asked twice. A query without an answer is a failed trial.
+    First comes the plan; --dry-run stops there. The certificates are in OUT/run.jsonl, the report in OUT/report.html;
+    `certify replay OUT` computes them again from the answers there. With --defences the service is then attacked by
+    queries too, out of the same budget (OUT/comparison.jsonl).
     """
+    from certify.remote.ledger_lines import read_header
+
     if Path(o["out"]).exists() and not Path(o["out"]).is_dir():
         raise UserError(f"--out {o['out']}: it is a file; expected a folder for the audit")
     for name in ("radius", "tolerance"):
@@ -113,10 +123,13 @@ def audit(**o: Any) -> None:
     wanted = wanted_service(o)
     if o["data"] is None:
         raise UserError("--data is missing: expected images, such as a folder, a .zip or an .npz")
+    wanted = as_before(wanted, read_header(Path(o["out"]) / "ledger.jsonl"))
     say = _silent if o["quiet"] or o["as_json"] else _say
     if o["dry_run"]:
         job, plan = _planned(o, wanted)
         show_plan(job, plan, say)
+        if asks_for_metadata(wanted):
+            say("metadata   one request asks the model what it takes, before the first query and beside the budget")
         click.echo(json.dumps({"plan": plan}) if o["as_json"] else "dry run: nothing was sent")
         return
     with open_service(wanted, o) as (send, known):

@@ -57,7 +57,7 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
     type=options.Positive("seconds above 0"),
     default=20.0,
     show_default=True,
-    help="Seconds for one request to the service; --timeout is for a whole request to this server.",
+    help="Seconds for one request to the service, as `certify audit --timeout`; --timeout is for one to this server.",
 )
 @click.option(
     "--budget", type=options.Count("requests"), help="Requests to the service in all; then it answers no more."

@@ -148,25 +148,56 @@ def open_service(wanted: Wanted, o: dict[str, Any]) -> Iterator[tuple[Sender, Wa
         connections=o["concurrency"] + 1,
     )
     with sender:
-        yield sender, described(wanted, sender) if wanted.protocol == "v2" else wanted
+        yield sender, described(wanted, sender)
+
+
+def asks_for_metadata(wanted: Wanted) -> bool:
+    """Whether the model is asked to describe itself first: v2, with options that are not given."""
+    from certify.remote.formats.v2 import DESCRIBED
+
+    return wanted.protocol == "v2" and not wanted.given.keys() >= {*DESCRIBED}
+
+
+def as_before(wanted: Wanted, kept: Mapping[str, Any] | None) -> Wanted:
+    """With the options that the model gave when the ledger with this header was begun: it is not asked again."""
+    if kept is None or not asks_for_metadata(wanted):
+        return wanted
+    from certify.remote.formats.v2 import DESCRIBED
+
+    there = kept.get("format") or {}
+    return replace(wanted, given={**{key: there[key] for key in DESCRIBED if key in there}, **wanted.given})
 
 
 def described(wanted: Wanted, send: Sender) -> Wanted:
-    """With the options that a v2 model's metadata gives; as it was where the server has no metadata.
+    """With the options that a v2 model's metadata gives; as it was where nothing is open, or there is no metadata.
 
     Raises:
-        RunFault: the server cannot be reached.
+        RunFault: the server cannot be reached, is not ready, or turns the key down.
     """
+    from certify.remote.formats.reading import check_status
     from certify.remote.formats.v2 import metadata_request, options_from
     from certify.remote.types import BadReply
 
+    if not asks_for_metadata(wanted):
+        return wanted
     try:
         reply = send(metadata_request(wanted.given["model"], wanted.given.get("version", "")))
-        return replace(wanted, given=options_from(reply, wanted.given))
-    except BadReply:
+    except BadReply:  # longer than any metadata
         return wanted
     except OSError as error:
         raise RunFault(f"{wanted.endpoint} cannot be reached: {first_line(error)}; nothing was asked") from None
+    try:
+        if reply.status in (401, 403, 407, 408, 429) or (reply.status >= 500 and reply.status != 501):
+            check_status(reply)
+    except BadReply as error:
+        raise RunFault(
+            f"{wanted.endpoint} does not describe its model: {error}; no query was sent: try the same command again, "
+            "check the key, or give input, output, datatype and layout by --protocol-option"
+        ) from None
+    try:
+        return replace(wanted, given=options_from(reply, wanted.given))
+    except BadReply:
+        return wanted
 
 
 def _values(given: tuple[str, ...], protocol: str, known: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

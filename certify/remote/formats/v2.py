@@ -80,8 +80,12 @@ def v2(
     )
 
 
+DESCRIBED = ("input", "output", "datatype", "layout")
+"""Options that a model's metadata gives where nobody else does."""
+
+
 def metadata_request(model: str, version: str = "") -> Request:
-    """Asks what the model takes and gives. It is no inference, so it costs no query."""
+    """Asks what the model takes and gives. It is no inference and holds no picture: no query."""
     return Request(b"", f"v2/{versioned(model, version)}", "GET")
 
 
