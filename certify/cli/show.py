@@ -34,14 +34,19 @@ envelope_option = click.option(
 def plot(runs: tuple[str, ...], out: str, title: str | None, no_band: bool, envelope: bool) -> None:
     """Draw certified accuracy over radius, one line a run.
 
-    RUN is a run file of certify, or a log with columns idx label predict radius correct time.
+    RUN is a run file of certify, or a log with columns idx label predict radius correct time. The file of a comparison
+    gives the comparison's own figure, folders of trainings their learning curves.
     """
     from analysis.curves import curves
     from analysis.envelope import group
+    from analysis.learning import is_training
     from analysis.plots import check_format, plot_curves
     from analysis.runs import is_comparison, read_all, read_comparison
 
     check_format(out)
+    if any(is_training(path) for path in runs):
+        _plot_learning(runs, out, title)
+        return
     if any(is_comparison(path) for path in runs):
         from analysis.comparison_plot import draw_comparison
 
@@ -53,6 +58,18 @@ def plot(runs: tuple[str, ...], out: str, title: str | None, no_band: bool, enve
         return
     found = curves(read_all(runs, warn))
     plot_curves(group(found) if envelope else found, out, title=title, band=not no_band)
+    click.echo(f"wrote {out}")
+
+
+def _plot_learning(folders: tuple[str, ...], out: str, title: str | None) -> None:
+    """Trainings are drawn together, and options for certificates say nothing about them."""
+    from analysis.learning import is_training, plot_learning, read_learning
+
+    for path in folders:
+        if not is_training(path):
+            raise UserError(f"{path} is no training, unlike the others; draw runs and trainings apart")
+    _refuse_options("trainings", ("no_band", "envelope"))
+    plot_learning([read_learning(path) for path in folders], out, title=title)
     click.echo(f"wrote {out}")
 
 
@@ -149,9 +166,13 @@ def _refuse_beside_comparison(paths: tuple[str, ...], names: tuple[str, ...]) ->
     """A comparison is shown alone, and options for certificates say nothing about it."""
     if len(paths) > 1:
         raise UserError(f"{len(paths)} files, a comparison among them: a comparison is shown alone; name one")
+    _refuse_options("a comparison", names)
+
+
+def _refuse_options(what: str, names: tuple[str, ...]) -> None:
     given = next((name for name in names if options.given_by_user(name)), None)
     if given:
-        raise UserError(f"--{given.replace('_', '-')} is for runs of certificates; leave it out for a comparison")
+        raise UserError(f"--{given.replace('_', '-')} is for runs of certificates; leave it out for {what}")
 
 
 def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) -> None:

@@ -1,0 +1,142 @@
+"""Learning curves: what a training logged, step by step, and the held-out figures that its weights were chosen by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from analysis.plots import COLOURS, STYLE, check_format, save_figure
+from certify.errors import UserError
+
+METRICS = "metrics.jsonl"
+_NAMES = {"accuracy": "held-out accuracy", "agreement": "held-out agreement", "psnr": "held-out PSNR (dB)"}
+_MARKERS = "osD^v<>pP*X"
+_WINDOWS = 60
+"""Points of the smoothed loss: means over as many stretches of equal length."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """One training.
+
+    Attributes:
+        name: its folder's.
+        images: images seen at each line of the loss, float64, increasing.
+        loss: at those lines.
+        seen: images seen at each validation.
+        held_out: figure ``"accuracy@0.25"`` (measure and sigma; no ``@`` where there is no noise) to its values.
+    """
+
+    name: str
+    images: np.ndarray
+    loss: np.ndarray
+    seen: np.ndarray
+    held_out: dict[str, np.ndarray]
+
+
+def is_training(path: str | Path) -> bool:
+    """Whether this is the ``--out`` of a training, or its ``metrics.jsonl``."""
+    path = Path(path)
+    return path.name == METRICS or (path / METRICS).is_file()
+
+
+def read_learning(path: str | Path) -> Learning:
+    """What ``certify train`` logged in a folder, finished or not; a line that a kill has torn is left out.
+
+    Raises:
+        UserError: no such file, or one that holds no training.
+    """
+    path = Path(path)
+    file = path if path.name == METRICS else path / METRICS
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+    losses: dict[int, tuple[float, float]] = {}
+    judged: dict[int, dict[str, float]] = {}
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            if "loss" in row:
+                losses[int(row["step"])] = float(row["images"]), float(row["loss"])
+            elif "held_out" in row:
+                judged[int(row["step"])] = {str(k): float(v) for k, v in row["held_out"].items() if k != "score"}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    if not losses:
+        raise UserError(f"{file} holds no line of a training; expected what certify train writes to its --out")
+    images, loss = np.array(sorted(losses.values())).T
+    a_step = images[-1] / max(losses)
+    named = sorted({name for scores in judged.values() for name in scores})
+    held_out = {name: np.array([scores.get(name, np.nan) for _, scores in sorted(judged.items())]) for name in named}
+    return Learning(file.parent.name or str(file), images, loss, np.array(sorted(judged)) * a_step, held_out)
+
+
+def plot_learning(trainings: Sequence[Learning], path: str | Path, *, title: str | None = None) -> None:
+    """Write the figure: loss, then each measure on held-out images, over thousands of images seen; a colour a training.
+
+    Raises:
+        UserError: a format that is not written.
+        RunFault: the file cannot be written.
+    """
+    check_format(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figures = {name for training in trainings for name in training.held_out}
+    measures = [m for m in _NAMES if any(_parts(name)[0] == m for name in figures)]
+    levels = sorted({sigma for name in figures for m, sigma in [_parts(name)] if m in measures}, key=_as_number)
+    with plt.rc_context(STYLE):
+        wide = 1 + len(measures)
+        figure, grid = plt.subplots(1, wide, figsize=(3.2 * wide, 3.2), layout="constrained", squeeze=False)
+        for i, training in enumerate(trainings):
+            colour = COLOURS[i % len(COLOURS)]
+            smooth = [
+                part.mean(1)
+                for part in np.array_split(np.stack([training.images, training.loss]), _WINDOWS, 1)
+                if part.size
+            ]
+            grid[0, 0].plot(*np.array(smooth).T / [[1e3], [1]], color=colour, label=training.name, linewidth=1.4)
+            for axes, measure in zip(grid[0, 1:], measures, strict=True):
+                for level, sigma in enumerate(levels):
+                    values = training.held_out.get(f"{measure}@{sigma}" if sigma else measure)
+                    if values is not None:
+                        marker = _MARKERS[level % len(_MARKERS)]
+                        axes.plot(training.seen / 1e3, values, color=colour, marker=marker, markersize=4, linewidth=1)
+        grid[0, 0].set(ylabel="training loss")
+        for axes, measure in zip(grid[0, 1:], measures, strict=True):
+            axes.set(ylabel=_NAMES[measure])
+        for axes in grid[0]:
+            axes.set(xlabel="images seen (thousands)")
+            axes.set_xlim(left=0)
+        handles = list(grid[0, 0].get_lines())
+        for level, sigma in enumerate(levels if levels != [""] else []):
+            marker = _MARKERS[level % len(_MARKERS)]
+            handles += grid[0, 0].plot(
+                [], [], color="#555555", marker=marker, markersize=4, linewidth=0, label=f"sigma = {sigma}"
+            )
+        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+        if title:
+            figure.suptitle(title, fontsize=9)
+        try:
+            save_figure(figure, Path(path))
+        finally:
+            plt.close(figure)
+
+
+def _parts(name: str) -> tuple[str, str]:
+    measure, _, sigma = name.partition("@")
+    return measure, sigma
+
+
+def _as_number(sigma: str) -> float:
+    try:
+        return float(sigma)
+    except ValueError:
+        return 0.0
