@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -113,8 +115,8 @@ def trained(purifier: str, image: tuple[int, int, int] | None, weights: str | No
 
     Args:
         purifier: name of the defence, as on the card.
-        image: (C, H, W) of what the classifier takes; weights for the same channels and size come first, then those
-            for the same channels.
+        image: (C, H, W) of what the classifier takes; of the weights for the same channels, those trained on images of
+            the nearest size.
         weights: a file of ``certify train``, or a shipped name.
 
     Raises:
@@ -134,5 +136,6 @@ def trained(purifier: str, image: tuple[int, int, int] | None, weights: str | No
             f"defence {purifier}: no shipped weights for {size or 'these'} images; train some (`certify train`), and "
             f"write {purifier}:weights=FILE"
         )
-    name = min(cards, key=lambda n: (tuple(cards[n].image) != image, n))
+    area = math.prod(image[1:]) if image else 1
+    name = min(cards, key=lambda n: (abs(math.log(math.prod(cards[n].image[1:]) / area)), n))
     return read_denoiser(SHIPPED / f"{name}.safetensors", name)
