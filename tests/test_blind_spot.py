@@ -18,7 +18,7 @@ from certify.errors import UserError
 from certify.streams import stream_key
 from denoisers.blind_spot import BlindSpot, Iterated
 from denoisers.classical import GaussianSmoothing
-from denoisers.defences import build_defence
+from denoisers.defences import build_defence, trained
 from denoisers.weights import Card, Trained, read_card, read_denoiser, save_denoiser
 from training.data import TrainingData, load_training_data
 from training.denoiser import WEIGHTS, train_denoiser
@@ -42,6 +42,13 @@ def seen_from(net: BlindSpot, row: int, column: int, side: int) -> Tensor:
     net(images)[0, :, row, column].sum().backward()
     assert images.grad is not None
     return images.grad[0].abs().sum(0)
+
+
+@pytest.mark.parametrize(
+    ("side", "name"), [(32, "cifar10-ncis"), (40, "cifar10-ncis"), (96, "photos-ncis"), (224, "photos-ncis")]
+)
+def test_the_weights_are_those_for_the_nearest_size(side: int, name: str) -> None:
+    assert trained("ncis", (3, side, side)).name == name
 
 
 @pytest.mark.parametrize("layers", [3, 5])
