@@ -166,21 +166,27 @@ class RandomTransformPurifier(nn.Module):
 
 
 def atop(
-    classifier: Classifier, transform: str = "rt2", draws: int = 1, combine: str = "logits", weights: str | None = None
+    classifier: Classifier,
+    transform: str | None = None,
+    draws: int = 1,
+    combine: str = "logits",
+    weights: str | None = None,
 ) -> Defence:
     """AToP-style purification before a frozen classifier.
 
     Args:
         classifier: frozen.
-        transform: one of ``TRANSFORMS``; best the one that the weights were trained with.
+        transform: one of ``TRANSFORMS``; None: the one that the weights were trained with.
         draws: random transforms an answer.
         combine: how their logits become one answer, see :data:`certify.defence.COMBINE`.
         weights: of ``certify train --objective complete`` or ``atop``; None: shipped ones.
     """
-    checked(transform)
+    if transform is not None:
+        checked(transform)
     net = trained("atop", classifier.input.size, weights)  # hands its second argument, here the mask, to the network
-    about = {"trained_with": net.card.training.get("settings", {})}
-    purifier = RandomTransformPurifier(net, transform)
+    settings = net.card.training.get("settings", {})
+    purifier = RandomTransformPurifier(net, transform or checked(settings.get("transform", "rt2")))
+    about = {"trained_with": settings}
     return Defence("atop", [Member(purifier, classifier)], draws=draws, combine=combine, about=about)
 
 

@@ -301,6 +301,8 @@ def test_pre_train_fine_tune_and_defend(digits: Classifier, tmp_path: Path, monk
     assert about["trained_with"]["transform"] == "rt1"
     assert about["members"][0]["purifier"]["transform"] == "rt3"
     assert about["members"][0]["purifier"]["net"]["sha256"] == card.sha256
+    usual = build_defence("atop:weights=b/denoiser.safetensors", digits).describe()
+    assert usual["members"][0]["purifier"]["transform"] == "rt1"
     images = torch.rand((3, 1, 8, 8), generator=seeded())
     keys = [stream_key(0, str(i), "test") for i in range(3)]
     together = defence.passes_of(images, keys)
