@@ -17,7 +17,7 @@ from certify.streams import block_size
 from certify.types import ABSTAIN, Certificate, Decision, Radii, Votes
 from certify.votes import Job, Tally
 
-_LEAST = 16  # samples of an image's first piece
+LEAST = 16  # samples of an image's first piece
 _TURN = 4  # rounds of which one begins with the image that has waited longest
 _HARD = 8  # images with as much work as this share of a batch that may keep new ones waiting
 _OPEN_BYTES = 2**30  # of images that wait for more samples, with a block of noise each
@@ -106,8 +106,8 @@ class Deciding:
         if None not in self._looks or not left:
             return 0
         if not seen:
-            return min(left, _LEAST)
-        least, reach = max(_LEAST // 2, seen // 16), max(2 * _LEAST, seen // 4)
+            return min(left, LEAST)
+        least, reach = max(LEAST // 2, seen // 16), max(2 * LEAST, seen // 4)
         ahead = slice(seen + 1, seen + reach + 1)
         soonest = reach
         for p0, table, look in zip(self._p0s, self._tables, self._looks, strict=True):
@@ -172,13 +172,13 @@ class Measuring:
         self._cap = largest_radius(noise, n, alpha, MEASURING_BOUND, selected=False)
         self._counts = _Counts(num_classes)
         self.drawn = 0
-        self.want = min(n, 4 * _LEAST)
+        self.want = min(n, 4 * LEAST)
 
     def add(self, labels: np.ndarray) -> None:
         """All labels count; then look."""
         self.drawn += len(labels)
         self._counts.add(labels)
-        more = max(4 * _LEAST, self._counts.seen // 8)  # looked at after each piece
+        more = max(4 * LEAST, self._counts.seen // 8)  # looked at after each piece
         self.want = 0 if self._known() else min(self._n - self._counts.seen, more)
 
     def _known(self) -> bool:

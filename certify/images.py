@@ -79,19 +79,7 @@ class ImageSet:
         Raises:
             ImageError: this image cannot be used.
         """
-        raw = self.items[index].read()
-        channels = self.input.size[0] if self.input.size else None
-        if isinstance(raw, bytes):
-            return fitted(decode(raw, channels or 3), self.input)
-        array = np.asarray(raw)
-        image = _array_to_tensor(array, channels)
-        if self.input.size is None or tuple(image.shape) == self.input.size:
-            return image
-        if array.dtype == np.uint8:  # the same way as a file of the same picture
-            from torchvision.transforms.functional import to_pil_image
-
-            return fitted(to_pil_image(image), self.input)
-        return fitted(image, self.input)
+        return as_seen(self.items[index].read(), self.input)
 
     def digest(self) -> str:
         """Hash over ids, labels and contents of the chosen images: what a resumed run must find again."""
@@ -210,6 +198,26 @@ def _labels_from_file(
             f"--labels {path} misses {len(missing)} of {len(chosen)} images: {', '.join(missing[:3])}; add them"
         )
     return [class_index(given[k], index, num_classes, f"--labels {path}") for k in keys], f"from {path.name}"
+
+
+def as_seen(raw: bytes | np.ndarray, spec: InputSpec) -> Tensor:
+    """What a source gives, a file's bytes or an array, as the classifier wants to see it: ``(C, H, W)`` in [0, 1].
+
+    Raises:
+        ImageError: this image cannot be used.
+    """
+    channels = spec.size[0] if spec.size else None
+    if isinstance(raw, bytes):
+        return fitted(decode(raw, channels or 3), spec)
+    array = np.asarray(raw)
+    image = _array_to_tensor(array, channels)
+    if spec.size is None or tuple(image.shape) == spec.size:
+        return image
+    if array.dtype == np.uint8:  # the same way as a file of the same picture
+        from torchvision.transforms.functional import to_pil_image
+
+        return fitted(to_pil_image(image), spec)
+    return fitted(image, spec)
 
 
 def fitted(picture: Any, spec: InputSpec) -> Tensor:

@@ -25,7 +25,7 @@ SCHEMA = 1
 
 _HEADER_START = b'{"type": "'
 
-FREE_KEYS = ("data", "created", "command", "versions", "machine", "batch_size", "execution")
+FREE_KEYS = ("data", "created", "command", "versions", "machine", "batch_size", "execution", "merged")
 """Header keys that may differ between two commands that mean the same run: names and circumstances, not settings."""
 
 COMPARISON = "comparison"
@@ -301,12 +301,16 @@ def write_run(path: str | Path, header: Mapping[str, Any], rows: Iterable[Mappin
 
 def refuse_other_run(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Stop when a run file belongs to a command with other settings; the message names the differences."""
-    before, now = identity(old), identity(new)
+    if found := differences(old, new):
+        raise UserError(f"{path} holds a run with other settings ({found}); it is left alone: name another --out")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """In what two headers are not the same run, in words; empty when they are."""
+    before, now = identity(there), identity(here)
     keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    if keys:
-        shown = ", ".join(f"{k} {_short(before.get(k))} there, {_short(now.get(k))} here" for k in keys[:3])
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise UserError(f"{path} holds a run with other settings ({shown}{more}); it is left alone: name another --out")
+    shown = ", ".join(f"{k} {_short(before.get(k))} there, {_short(now.get(k))} here" for k in keys[:3])
+    return shown + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _short(value: Any) -> str:

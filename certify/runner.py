@@ -5,9 +5,13 @@ Pure bookkeeping around :mod:`certify.sampling`; the command line adds words, a 
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -28,12 +32,30 @@ from certify.votes import Tally
 _LOG = logging.getLogger("certify")
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One image that is owed.
+
+    Attributes:
+        place: its number among the chosen images, from 0.
+        id: names its noise streams.
+        label: its class, or None.
+        load: gives the image ``(C, H, W)``, float32 in [0, 1]; raises :class:`ImageError` where it cannot be used.
+    """
+
+    place: int
+    id: str
+    label: int | None
+    load: Callable[[], Tensor]
+
+
 def process(
     smoothed: NoisyClassifier,
     images: ImageSet,
     settings: Settings,
     file: RunFile,
     *,
+    places: Sequence[int] | None = None,
     strict: bool = False,
     progress: Callable[[int], None] | None = None,
     warn: Callable[[str], None] = _LOG.warning,
@@ -42,63 +64,115 @@ def process(
 
     An image that cannot be used is named, recorded with its ``error`` and counts as an abstention without trials; with
     ``strict`` it ends the run. ``progress`` is called with samples, or with images where they stop by themselves.
+    ``places`` are those of the images that the file owes, all of them unless given.
 
     Raises:
         ImageError: with ``strict``, the first unusable image.
         RunFault: the run file cannot be written.
     """
-    tell = progress or (lambda done: None)
-    pulled: list[tuple[int, Tensor | None]] = []  # the k-th image that was handed on: its index, and itself until done
-    unusable: list[tuple[int, ImageError]] = []
+    tasks = owed(images, file, places, strict=strict)
+    for place, line in answered(smoothed, tasks, settings, strict=strict, progress=progress):
+        store(file, place, line, warn)
 
-    def usable() -> Iterator[tuple[Tensor, str]]:
-        for index, item in enumerate(images.items):
-            known = file.done.get(item.id)
-            if known is not None and not (strict and "error" in known):
+
+def owed(
+    images: ImageSet, file: RunFile, places: Sequence[int] | None = None, *, strict: bool = False
+) -> Iterator[Task]:
+    """The images that the file does not hold yet; with ``strict`` also those that it holds as unusable."""
+    for place in range(len(images)) if places is None else places:
+        item = images.items[place]
+        known = file.done.get(item.id)
+        if known is not None and not (strict and "error" in known):
+            continue
+        load = functools.partial(images.load, place) if known is None else functools.partial(_unusable_again, known)
+        yield Task(place, item.id, images.labels[place], load)
+
+
+def _unusable_again(known: Mapping[str, Any]) -> Tensor:
+    raise ImageError(known["error"])
+
+
+def store(file: RunFile, place: int, line: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """Append one image's line; in a shard it says which place among all chosen images it has."""
+    if "error" in line:
+        warn(f"image {line['id']} {line['error']}; it is left out")
+    file.append({**line, "place": place} if "shard" in file.header else line)
+
+
+def refuse_unusable(task: Task, reason: object) -> ImageError:
+    """What ``--strict`` says of the first image that cannot be used."""
+    return ImageError(f"image {task.id} {reason}; drop --strict to go on without it")
+
+
+def answered(
+    smoothed: NoisyClassifier,
+    tasks: Iterable[Task | None],
+    settings: Settings,
+    *,
+    strict: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of these images, each with its place: in their order at a fixed n, else as images are settled.
+
+    What a line says depends on its image alone, its ``seconds`` apart: not on the others, their order or the process.
+
+    Args:
+        smoothed: the smoothed classifier, prepared.
+        tasks: pulled a few blocks of noise ahead. None, only where images stop by themselves: there is none now, but
+            there may be after the next round.
+        settings: of the run.
+        strict: as for :func:`process`.
+        progress: as for :func:`process`.
+    """
+    tell = progress or (lambda done: None)
+    pulled: list[tuple[Task, Tensor | None]] = []  # the k-th image that was handed on, and its pixels until it is done
+    unusable: deque[tuple[int, Task, ImageError]] = deque()  # and how many were handed on before it
+
+    def usable() -> Iterator[tuple[Tensor, str] | None]:
+        for task in tasks:
+            if task is None:
+                yield None
                 continue
             try:
-                if known is not None:
-                    raise ImageError(known["error"])
-                image = smoothed.check(images.load(index))
+                image = smoothed.check(task.load())
             except ImageError as error:
-                unusable.append((index, error))
+                unusable.append((len(pulled), task, error))
                 if strict:
                     return  # raised when the images before it are written
                 continue
-            pulled.append((index, image))
-            yield image, item.id
+            pulled.append((task, image))
+            yield image, task.id
 
     start = time.perf_counter()
 
-    def write(index: int, row: Mapping[str, Any]) -> None:
+    def line(task: Task, row: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
         nonlocal start
         now = time.perf_counter()
-        line = {"id": images.items[index].id, "label": images.labels[index], **row, "seconds": round(now - start, 6)}
+        seconds = round(now - start, 6)
         start = now
-        file.append(line)
+        return task.place, {"id": task.id, "label": task.label, **row, "seconds": seconds}
 
-    def write_unusable(before: float) -> None:
-        while unusable and unusable[0][0] < before:
-            index, error = unusable.pop(0)
+    def unusable_before(handed: float) -> Iterator[tuple[int, dict[str, Any]]]:
+        while unusable and unusable[0][0] <= handed:
+            _, task, error = unusable.popleft()
             if strict:
-                raise ImageError(f"image {images.items[index].id} {error}; drop --strict to go on without it") from None
-            warn(f"image {images.items[index].id} {error}; it is left out")
-            write(index, unusable_row(settings.procedure, str(error)))
+                raise refuse_unusable(task, error) from None
+            yield line(task, unusable_row(settings.procedure, str(error)))
             tell(1 if settings.adaptive else settings.samples)
 
     answers = _adaptive if settings.adaptive else _fixed
-    for place, clean, row, labels in answers(smoothed, usable(), settings, tell):
-        index, image = pulled[place]
+    for handed, clean, row, labels in answers(smoothed, usable(), settings, tell):
+        task, image = pulled[handed]
         assert image is not None
-        pulled[place] = index, None
-        write_unusable(index)
-        line = row | _about(smoothed, image, clean, row["prediction"])
-        if settings.compared(index) and smoothed.execution is not None and not smoothed.execution.plain:
-            stage, name = next(iter(settings.stages)), images.items[index].id
-            same = smoothed.agreement(image, labels, stage=stage, seed=settings.seed, image_id=name)
-            line["agreement"] = [same, len(labels)]  # with plain float32, of the first stage's first labels
-        write(index, line)
-    write_unusable(len(images))
+        pulled[handed] = task, None
+        yield from unusable_before(handed)
+        found = row | _about(smoothed, image, clean, row["prediction"])
+        if settings.compared(task.place) and smoothed.execution is not None and not smoothed.execution.plain:
+            stage = next(iter(settings.stages))
+            same = smoothed.agreement(image, labels, stage=stage, seed=settings.seed, image_id=task.id)
+            found["agreement"] = [same, len(labels)]  # with plain float32, of the first stage's first labels
+        yield line(task, found)
+    yield from unusable_before(math.inf)
 
 
 def _about(smoothed: NoisyClassifier, image: Tensor, clean: int, prediction: int) -> dict[str, Any]:
@@ -118,13 +192,18 @@ Answer = tuple[int, int, dict[str, Any], Tensor]
 
 
 def _fixed(
-    smoothed: NoisyClassifier, images: Iterable[tuple[Tensor, str]], settings: Settings, tell: Callable[[int], None]
+    smoothed: NoisyClassifier,
+    images: Iterable[tuple[Tensor, str] | None],
+    settings: Settings,
+    tell: Callable[[int], None],
 ) -> Iterator[Answer]:
     """Answers from as many samples for every image, in their order."""
     handed: list[tuple[str, int]] = []
 
     def noted() -> Iterator[tuple[Tensor, str]]:
-        for image, name in images:
+        for found in images:
+            assert found is not None  # a batch is filled from the next image, so there is no waiting for one
+            image, name = found
             handed.append((name, image.numel()))
             yield image, name
 
@@ -152,7 +231,10 @@ def _row(
 
 
 def _adaptive(
-    smoothed: NoisyClassifier, images: Iterable[tuple[Tensor, str]], settings: Settings, tell: Callable[[int], None]
+    smoothed: NoisyClassifier,
+    images: Iterable[tuple[Tensor, str] | None],
+    settings: Settings,
+    tell: Callable[[int], None],
 ) -> Iterator[Answer]:
     """Answers from as many samples as each image takes, as they come."""
 

@@ -178,7 +178,7 @@ class NoisyClassifier:
 
     def settled(
         self,
-        images: Iterable[tuple[torch.Tensor | np.ndarray, str | None]],
+        images: Iterable[tuple[torch.Tensor | np.ndarray, str | None] | None],
         watch: Callable[[torch.Tensor], Watch],
         *,
         seed: int = 0,
@@ -188,7 +188,8 @@ class NoisyClassifier:
         """Label samples of the images until each one's watch is settled; as they are settled (:mod:`certify.adaptive`).
 
         Args:
-            images: as for :meth:`tallies`; the noise is that of stage ``"estimation"``.
+            images: as for :meth:`tallies`; the noise is that of stage ``"estimation"``. None, but not as the first:
+                there is none now, but there may be after the next round.
             watch: makes the watch of an image.
             seed: as for :meth:`tallies`.
             samples: a guess at how many there will be in all.
@@ -203,8 +204,12 @@ class NoisyClassifier:
             return
         label, batch_size = self.labeller(first[0], samples, progress)
 
-        def there() -> Iterator[tuple[torch.Tensor, bytes]]:
-            for image, name in itertools.chain([first], queue):
+        def there() -> Iterator[tuple[torch.Tensor, bytes] | None]:
+            for found in itertools.chain([first], queue):
+                if found is None:
+                    yield None
+                    continue
+                image, name = found
                 tensor = self.check(image)
                 key = stream_key(seed, image_digest(tensor) if name is None else name, "estimation")
                 yield tensor.to(self.device), key

@@ -135,19 +135,26 @@ def run_header(
         "precision": wanted.precision,
         "compiled": wanted.compile,
         "folded": "auto",
-        "device": smoothed.device.type,
-        "accelerator": machine_name(smoothed.device) if smoothed.device.type != "cpu" else None,
-        "torch": ".".join(torch.__version__.split(".")[:2]),
+        **circumstances(smoothed),
         "expected": len(images),
         "images": images.describe(),
         "pipeline": smoothed.base.describe()["steps"],
         "stream": STREAM,
-        "versions": versions(),
-        "machine": {"processor": machine_name(torch.device("cpu")), "threads": torch.get_num_threads()},
         "batch_size": wanted.batch_size or "auto",
         "execution": {"asked": asdict(wanted)},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
+    }
+
+
+def circumstances(smoothed: NoisyClassifier) -> dict[str, Any]:
+    """What the header says of the device and the machine on which the base classifier runs."""
+    return {
+        "device": smoothed.device.type,
+        "accelerator": machine_name(smoothed.device) if smoothed.device.type != "cpu" else None,
+        "torch": ".".join(torch.__version__.split(".")[:2]),
+        "versions": versions(),
+        "machine": {"processor": machine_name(torch.device("cpu")), "threads": torch.get_num_threads()},
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from certify import __version__
-from certify.cli import audit, bench, compare, evaluate, info, inspect, run, serve, show, train
+from certify.cli import audit, bench, compare, evaluate, info, inspect, run, serve, show, spread, train
 from certify.errors import CertifyError
 
 
@@ -59,6 +59,7 @@ def group() -> None:
       certify --model digits --sigma 0.25             a certificate for each image, a table, a curve
       certify --model resnet50 --sigma 0.25 --data D  your classifier on your images
       certify ... --radius 0.25                       yes or no at a radius, with as few samples as it takes
+      certify ... --cluster auto                      the same on all devices of a cluster (or --shard, and merge)
       certify plot RUN... -o curve.png                certified accuracy over radius
       certify table RUN... --radii 0,0.25,0.5         the same in numbers
       certify table RUN --simultaneous                what holds for all images at once
@@ -82,6 +83,7 @@ for _command in (
     show.plot,
     show.table,
     show.recompute,
+    spread.merge,
     show.report,
     audit.audit,
     audit.replay,

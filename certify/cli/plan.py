@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from certify.cli.summary import warn
 from certify.errors import CertifyError
@@ -98,10 +98,30 @@ def _show_deciding(settings: Settings, stated: Radii, noise: str, say: Callable[
             warn(f"no image can be settled as robust at {radius:g} within n = {settings.n:,}: pass a larger --n")
 
 
-def show_engine(execution: Execution, smoothed: SmoothedClassifier, say: Callable[[str], None]) -> None:
-    """How the base classifier is run, where, and why so."""
+class Engine(Protocol):
+    """What runs the base classifier: this process, or the workers of a cluster."""
+
+    execution: Execution | None
+
+    def prepare(self, image: Tensor, samples: int, execution: Execution | None = None) -> Execution:
+        """Decide how to run it for so many samples, or run it as this says."""
+        ...
+
+    def base_labels(self, images: Sequence[Tensor]) -> list[int]:
+        """Labels of images without noise."""
+        ...
+
+    def measure_rate(self, image: Tensor) -> float:
+        """Samples a second of one device."""
+        ...
+
+
+def show_engine(
+    execution: Execution, smoothed: SmoothedClassifier, say: Callable[[str], None], where: str = ""
+) -> None:
+    """How the base classifier is run, where (in this process, unless told), and why so."""
     threads = f" ({_threads()} threads)" if smoothed.device.type == "cpu" else ""
-    say(f"engine     {execution.describe()}, on {smoothed.device}{threads}")
+    say(f"engine     {execution.describe()}, on {where or f'{smoothed.device}{threads}'}")
     for why in execution.why:
         say(f"           {why}")
 
@@ -114,7 +134,7 @@ def first_image(images: ImageSet) -> Tensor | None:
     return None
 
 
-def check_base(smoothed: SmoothedClassifier, images: ImageSet, most: int = 50) -> None:
+def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet, most: int = 50) -> None:
     """Warn when the classifier without noise does no better than guessing: labels or normalisation are wrong."""
     from certify.runner import near_chance
 
@@ -125,7 +145,7 @@ def check_base(smoothed: SmoothedClassifier, images: ImageSet, most: int = 50) -
         with contextlib.suppress(CertifyError):
             loaded.append(smoothed.check(images.load(i)))
             truth.append(images.labels[i])
-    labels, total = smoothed.base_labels(loaded), len(loaded)
+    labels, total = engine.base_labels(loaded), len(loaded)
     correct = sum(a == b for a, b in zip(labels, truth, strict=True))
     if total and near_chance(correct, total, smoothed.num_classes):
         warn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,16 @@ from certify.cli import options
 from certify.cli.files import output_path, stoppable
 from certify.cli.load import check_first, chosen_images, load_smoothed, without_data
 from certify.cli.plan import check_base, clock, first_image, show_engine, show_plan
+from certify.cli.spread import crew_for, spread_from, spread_options
 from certify.cli.summary import summarise, warn
 from certify.errors import UserError
+from certify.shards import agree
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from certify.cli.plan import Engine
+    from certify.cluster.crew import Crew
     from certify.execution import Execution
     from certify.images import ImageSet
     from certify.records import RunFile
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
     "--radii", type=options.Numbers(), help="Radii of the table (default: round numbers up to the largest possible)."
 )
 @options.compute_options
+@spread_options
 def run(**given: Any) -> None:
     """Certify images: a class and a radius for each, or an abstention.
 
@@ -81,6 +86,7 @@ def run(**given: Any) -> None:
 @options.n
 @options.alpha
 @options.compute_options
+@spread_options
 def predict(**given: Any) -> None:
     """Predict with the smoothed classifier: its class for each image, or an abstention, without a radius.
 
@@ -94,10 +100,12 @@ def predict(**given: Any) -> None:
 def _execute(procedure: str, o: dict[str, Any]) -> None:
     """The whole verb: check what is cheap, load, plan, work, summarise."""
     check_first(o)
+    spread = spread_from(o)
     say = _silent if o["quiet"] or o["as_json"] else _say
     demonstration = without_data(o) if o["data"] is None else ""
-    smoothed = load_smoothed(o)
+    smoothed = load_smoothed(o if spread.address is None else {**o, "device": "cpu"})
     images = chosen_images(o, smoothed.classifier)
+    places = spread.places(len(images))
 
     from certify.records import RunFile, peek_header, read_run
     from certify.settings import Settings, execution_of, run_header, with_execution
@@ -113,97 +121,114 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         denoiser=o["denoiser"],
         command=options.command_line(),
     )
-    path = output_path(o["out"], _words(header), header)
-    show_plan(smoothed, images, settings, header, say)
-    begun = peek_header(path)
-    execution = execution_of(begun, smoothed.wanted) if begun else _decide(smoothed, images, settings, say)
-    if execution is not None:
-        show_engine(execution, smoothed, say)
-        header = with_execution(header, execution)
-    with RunFile(path, header) as file:
-        there = f": {len(file.done):,} of {len(images):,} images are there already" if file.resumed else ""
-        say(f"run file   {path}{there}")
-        if demonstration:
-            say(demonstration)
-        rate = _work(smoothed, images, settings, file, execution, o, say)
+    with crew_for(o, spread, smoothed, len(places)) as crew:
+        header |= crew.facts() if crew is not None else {}
+        header = header if spread.shard is None else spread.shard.header(header)
+        path = output_path(o["out"], [*_words(header), *spread.words()], header)
+        show_plan(smoothed, images, settings, header, say)
+        begun, first, engine = peek_header(path), first_image(images), crew or smoothed
+        if begun:
+            execution = execution_of(begun, smoothed.wanted)
+        else:
+            execution = _decide(
+                engine, first, len(places) * settings.likely, path if spread.shard else None, header, say
+            )
+        if execution is not None:
+            show_engine(execution, smoothed, say, "" if crew is None else crew.where())
+            header = with_execution(header, execution)
+        with RunFile(path, header) as file:
+            there = f": {len(file.done):,} of {len(places):,} images are there already" if file.resumed else ""
+            say(f"run file   {path}{there}")
+            if demonstration:
+                say(demonstration)
+            rate = None
+            with stoppable(file, len(places), "images"):
+                if len(file.done) < len(places) and first is not None and execution is not None:
+                    if engine.execution is None:
+                        _prepare_as(engine, first, execution, f"{file.path} was begun")
+                    check_base(engine, smoothed, images)
+                    rate = engine.measure_rate(first)
+                _work(crew, smoothed, images, places, settings, file, rate, o, say)
     finished = read_run(path)
     if not finished.usable:
-        first = finished.images[0]
+        unusable = finished.images[0]
         raise UserError(
-            f"none of the {len(finished.images)} images could be used; the first, {first['id']}: {first['error']}"
+            f"none of the {len(finished.images)} images could be used; the first, {unusable['id']}: {unusable['error']}"
         )
     summarise(finished, o["radii"], as_json=o["as_json"], rate=rate)
 
 
 def _decide(
-    smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, say: Callable[[str], None]
+    engine: Engine,
+    image: Tensor | None,
+    samples: int,
+    shard: Path | None,
+    header: dict[str, Any],
+    say: Callable[[str], None],
 ) -> Execution | None:
-    """How to run the base classifier for so much work; None when no image can be read."""
-    image = first_image(images)
+    """How to run the base classifier for so much work, in all shards alike; None when no image can be read."""
     if image is None:
         return None
     say("engine     deciding how to run the classifier ...")
-    execution = smoothed.prepare(image, len(images) * settings.likely)
+    execution = engine.prepare(image, samples)
     if execution.failed:
         warn(execution.failed)
-    return execution
+    if shard is None:
+        return execution
+    agreed = agree(shard.parent, header, execution)
+    if agreed != execution:
+        _prepare_as(engine, image, agreed, "the other shards were begun")
+    return agreed
 
 
-def _prepare_again(smoothed: SmoothedClassifier, image: Tensor, execution: Execution, file: RunFile) -> None:
-    """Run the base classifier as the file says; stop where this machine cannot."""
-    real = smoothed.prepare(image, 1, execution)
+def _prepare_as(engine: Engine, image: Tensor, execution: Execution, what: str) -> None:
+    """Run the base classifier as what was begun; stop where this machine cannot."""
+    real = engine.prepare(image, 1, execution)
     if (real.precision, real.folded, real.compiled) != (execution.precision, execution.folded, execution.compiled):
         raise UserError(
-            f"{file.path} was begun as {execution.describe()}; here it can only go on as {real.describe()} "
-            f"({real.why[-1]}): name another --out"
+            f"{what} as {execution.describe()}; here it can only go on as {real.describe()} ({real.why[-1]}): "
+            "name another --out"
         )
 
 
 def _work(
+    crew: Crew | None,
     smoothed: SmoothedClassifier,
     images: ImageSet,
+    places: Sequence[int],
     settings: Settings,
     file: RunFile,
-    execution: Execution | None,
+    rate: float | None,
     o: dict[str, Any],
     say: Callable[[str], None],
-) -> float | None:
-    """Say what it costs, warn when the base classifier only guesses, then do what is left; samples a second."""
+) -> None:
+    """Say what it costs, then do what is left."""
     from tqdm import tqdm
 
-    from certify.runner import process
+    left = len(places) - len(file.done)
+    if rate is not None:
+        total, speed = left * settings.samples, rate * (1 if crew is None else len(crew))
+        most = "at most " if settings.adaptive else ""
+        work = f"{left:,} images x {most}{settings.samples:,} samples = {total:,}"
+        say(f"cost       {work}: {most}about {clock(total / speed)}")
+    by_image = settings.adaptive or crew is not None
+    with tqdm(
+        total=left if by_image else left * settings.samples,
+        unit=" images" if by_image else " samples",
+        unit_scale=not by_image,
+        disable=True if say is _silent else None,  # None: shown on a terminal only
+        leave=False,
+        file=sys.stderr,
+    ) as bar:
+        how = {"places": places, "strict": o["strict"], "progress": bar.update, "warn": warn}
+        if crew is None:
+            from certify.runner import process
 
-    left, rate = len(images) - len(file.done), None
-    with stoppable(file, len(images), "images"):
-        first = first_image(images) if left else None
-        if first is not None and execution is not None:
-            if smoothed.execution is None:
-                _prepare_again(smoothed, first, execution, file)
-            check_base(smoothed, images)
-            rate = smoothed.measure_rate(first)
-            total = left * settings.samples
-            most = "at most " if settings.adaptive else ""
-            work = f"{left:,} images x {most}{settings.samples:,} samples = {total:,}"
-            say(f"cost       {work}: {most}about {clock(total / rate)}")
-        hidden = True if say is _silent else None  # None: shown on a terminal only
-        with tqdm(
-            total=left if settings.adaptive else left * settings.samples,
-            unit=" images" if settings.adaptive else " samples",
-            unit_scale=not settings.adaptive,
-            disable=hidden,
-            leave=False,
-            file=sys.stderr,
-        ) as bar:
-            process(
-                smoothed,
-                images,
-                settings,
-                file,
-                strict=o["strict"],
-                progress=bar.update,
-                warn=warn,
-            )
-    return rate
+            process(smoothed, images, settings, file, **how)
+        else:
+            from certify.cluster.process import process_on
+
+            process_on(crew, images, settings, file, **how)
 
 
 def _words(header: dict[str, Any]) -> list[str]:

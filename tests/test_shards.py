@@ -1,0 +1,194 @@
+"""A run in parts: the merged file is that of a single process, and parts that do not make a run are refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import run
+from PIL import Image
+
+from certify import read_run
+from certify.errors import UserError
+from certify.execution import Execution
+from certify.records import identity
+from certify.shards import Shard, agree, merge_files
+
+COMMAND = ["--model", "digits", "--data", "digits", "--sigma", "0.25", "--n", "300", "--skip", "45", "--quiet"]
+KINDS = {"certify": [], "decide": ["--radius", "0.1,0.25"], "measure": ["--tolerance", "0.5"], "predict": []}
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The image lines without their times."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_run(path).images]
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A run by one process, and by three shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    verb = [request.param] if request.param == "predict" else []
+    whole, shards = folder / "whole.jsonl", [folder / f"{i}.jsonl" for i in (1, 2, 3)]
+    run(*verb, *COMMAND, *KINDS[request.param], "--out", str(whole))
+    for i, path in enumerate(shards, 1):
+        run(*verb, *COMMAND, *KINDS[request.param], "--shard", f"{i}/3", "--out", str(path))
+    return whole, shards
+
+
+def test_merged_shards_are_the_run(
+    parts: tuple[Path, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every record and the header's meaning, in the order of the images, in whatever order the shards are named."""
+    whole, shards = parts
+    merged = tmp_path / "merged.jsonl"
+    run("merge", *map(str, reversed(shards)), "-o", str(merged))
+    assert "12 images of digits" in capsys.readouterr().out
+    found, single = read_run(merged), read_run(whole)
+    if single.header["stopping"] is None:
+        assert records(merged) == records(whole)
+    else:  # where images stop by themselves, a single process writes them as they are settled
+        assert [row["id"] for row in found.images] == [str(1297 + 45 * k) for k in range(12)]
+        assert {row["id"]: row for row in records(merged)} == {row["id"]: row for row in records(whole)}
+    assert identity(found.header) == identity(single.header)
+    assert [part["run"] for part in found.header["merged"]] == ["1.jsonl", "2.jsonl", "3.jsonl"]
+    with pytest.raises(UserError, match=r"merged\.jsonl is there already"):
+        merge_files(shards, merged)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[Path]]:
+    """Gives three finished shards in a folder of one's own."""
+    folder = tmp_path_factory.mktemp("shards")
+    for i in (1, 2, 3):
+        run(*COMMAND, "--shard", f"{i}/3", "--out", str(folder / f"{i}.jsonl"))
+
+    def copy(to: Path) -> list[Path]:
+        for i in (1, 2, 3):
+            (to / f"{i}.jsonl").write_bytes((folder / f"{i}.jsonl").read_bytes())
+        return [to / f"{i}.jsonl" for i in (1, 2, 3)]
+
+    return copy
+
+
+def changed(path: Path, line: int, **keys: Any) -> None:
+    """A file one of whose lines says something else."""
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    rows[line] |= keys
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_merged_shards_can_be_recomputed_tabulated_and_gone_on_with(
+    shards: Callable[[Path], list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = tmp_path / "merged.jsonl"
+    run("merge", *map(str, shards(tmp_path)), "-o", str(merged), "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 12
+    run("recompute", str(merged), "--alpha", "0.01")
+    run("table", str(merged))
+    before = merged.read_bytes()
+    run(*COMMAND, "--out", str(merged))  # the single run's command finds nothing left to do
+    assert merged.read_bytes() == before
+
+
+def test_shards_that_do_not_make_a_run_are_refused_by_name(
+    shards: Callable[[Path], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two, three = shards(tmp_path)
+    other = tmp_path / "other.jsonl"
+
+    def refused(*paths: Path) -> str:
+        with pytest.raises(UserError) as error:
+            merge_files(paths, tmp_path / "merged.jsonl")
+        assert not (tmp_path / "merged.jsonl").exists()
+        return str(error.value)
+
+    assert "1 of 3 shards are missing: 2/3" in refused(one, three)
+    assert "--shard 2/3" in refused(one, three)
+    other.write_bytes(two.read_bytes())
+    assert f"{two} and {other} are both shard 2/3" in refused(one, two, other, three)
+    changed(other, 0, n=1000)
+    assert f"{other} is a shard of another run than {one} (n 300 there, 1000 here)" in refused(one, other, three)
+    changed(other, 0, n=300, precision="bfloat16")
+    assert 'precision "float32" there, "bfloat16" here' in refused(one, other, three)
+    other.write_bytes(two.read_bytes())
+    changed(other, 0, shard={"index": 2, "of": 4, "images": 12})
+    assert "one of 3 shards there, of 4 here" in refused(one, other, three)
+    run(*COMMAND, "--out", str(tmp_path / "whole.jsonl"))
+    assert "whole.jsonl is a whole run, not a shard" in refused(one, two, three, tmp_path / "whole.jsonl")
+    run("recompute", str(two), "--alpha", "0.01", "--out", str(tmp_path / "again.jsonl"))
+    assert "again.jsonl was recomputed; merge the shards it came from" in refused(one, tmp_path / "again.jsonl", three)
+    other.write_bytes(two.read_bytes())
+    changed(other, 1, place=0)
+    assert "other.jsonl is damaged: image '1342' has no place in its shard" in refused(one, other, three)
+    other.write_bytes(b"".join(two.read_bytes().splitlines(keepends=True)[:-2]))
+    command = json.loads(two.read_text().splitlines()[0])["command"]
+    assert f"other.jsonl (shard 2/3) is unfinished: 2 of 4 images; go on with: {command}" in refused(one, other, three)
+    other.write_bytes(two.read_bytes()[:-9])
+    assert "is unfinished: 3 of 4 images" in refused(one, other, three)
+
+
+def test_a_shard_goes_on_as_that_shard_alone(shards: Callable[[Path], list[Path]], tmp_path: Path) -> None:
+    _, two, _ = shards(tmp_path)
+    finished = records(two)
+    two.write_bytes(b"".join(two.read_bytes().splitlines(keepends=True)[:-2]))
+    begun = two.read_bytes()
+    for other in (["--shard", "3/3"], ["--shard", "2/4"], []):
+        run(*COMMAND, *other, "--out", str(two), code=2)
+    assert two.read_bytes() == begun
+    run(*COMMAND, "--shard", "2/3", "--out", str(two))
+    assert records(two) == finished
+
+
+def test_places_are_interleaved_and_cover_every_image_once() -> None:
+    for images in (1, 7, 100):
+        for of in (1, 3, 7):
+            if of <= images:
+                found = [place for i in range(of) for place in Shard(i + 1, of).places(images)]
+                assert sorted(found) == list(range(images))
+    assert list(Shard(2, 3).places(8)) == [1, 4, 7]
+
+
+def test_an_image_that_cannot_be_read_has_its_place_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    for i in range(5):
+        Image.new("L", (8, 8), 40 * i).save(f"d/{i}.png")
+    Path("d/2.png").write_bytes(b"")
+    command = ["--model", "digits", "--data", "d", "--sigma", "0.25", "--n", "50", "--quiet", "--out"]
+    run(*command, "whole.jsonl")
+    for i in (1, 2):
+        run(*command, f"{i}.jsonl", "--shard", f"{i}/2")
+    run("merge", "1.jsonl", "2.jsonl", "-o", "merged.jsonl")
+    assert records(Path("merged.jsonl")) == records(Path("whole.jsonl"))
+    assert "error" in records(Path("merged.jsonl"))[2]
+
+
+def test_shards_agree_on_how_they_run(tmp_path: Path) -> None:
+    """What is measured may come out differently in each process: the first one's choice is everybody's."""
+    header = {"type": "run", "expected": 10, "n": 1}
+    mine = Execution("bfloat16", True, True, 64, ("measured",))
+    other = Execution("float32", False, False, 16, ("measured",))
+    assert agree(tmp_path, Shard(1, 3).header(header), mine) == mine
+    theirs = agree(tmp_path, Shard(3, 3).header(header), other)
+    assert (theirs.precision, theirs.folded, theirs.compiled, theirs.batch_size) == ("bfloat16", True, True, 64)
+    assert agree(tmp_path, Shard(1, 3).header(header | {"n": 2}), other) == other  # another run decides for itself
+    assert len(list(tmp_path.iterdir())) == 2  # and no temporary file is left
+    for path in tmp_path.iterdir():
+        path.write_text("{}")
+    with pytest.raises(UserError, match="does not say how the shards are run"):
+        agree(tmp_path, Shard(1, 3).header(header), mine)
+
+
+def test_without_links_each_shard_decides_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError("operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    mine = Execution("float32", False, False, 16)
+    assert agree(tmp_path, Shard(1, 3).header({"type": "run", "expected": 10}), mine) == mine
+    assert not list(tmp_path.iterdir())
