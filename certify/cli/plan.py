@@ -107,12 +107,12 @@ class Engine(Protocol):
         """Decide how to run it for so many samples, or run it as this says."""
         ...
 
-    def base_labels(self, images: Sequence[Tensor]) -> list[int]:
-        """Labels of images without noise."""
+    def base_labels(self, images: Sequence[Tensor]) -> list[int] | None:
+        """Labels of images without noise; None where that cannot be tried."""
         ...
 
-    def measure_rate(self, image: Tensor) -> float:
-        """Samples a second of one device."""
+    def measure_rate(self, image: Tensor) -> float | None:
+        """Samples a second of one device; None where that cannot be tried."""
         ...
 
 
@@ -146,6 +146,8 @@ def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet, m
             loaded.append(smoothed.check(images.load(i)))
             truth.append(images.labels[i])
     labels, total = engine.base_labels(loaded), len(loaded)
+    if labels is None:
+        return
     correct = sum(a == b for a, b in zip(labels, truth, strict=True))
     if total and near_chance(correct, total, smoothed.num_classes):
         warn(

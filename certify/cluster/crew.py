@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 PATIENCE = 600.0
 """Seconds without any news from any worker until the run is given up."""
 
-_TURN = 2.0  # seconds that a worker waits for a line before it answers, so that it can be given more
+_TURN = 10.0  # seconds that a worker waits for a line before it answers, so that it can be given more
+_GLANCE = 2.0  # seconds that the driver waits for any worker before it looks around
 _AHEAD = 64  # images that are read before anybody asks for them
 _SAME = ("device", "accelerator", "torch")  # facts that shape the noise or the arithmetic
 
@@ -100,17 +101,19 @@ class Crew:
         self.execution = None
         for member in self._members:
             member.stage = "ready" if member.stage == "working" else member.stage
-        real: Execution = self._ask("prepare", image.numpy(), -(-samples // len(self)), execution)
-        return real
+        self._ask("prepare", image.numpy(), -(-samples // len(self)), execution)
+        if self.execution is None:
+            raise RunFault(f"{TRIES} workers failed when they tried the base classifier{self._because()}")
+        return self.execution
 
-    def base_labels(self, images: Sequence[Tensor]) -> list[int]:
-        """Labels of images without noise."""
-        labels: list[int] = self._ask("base_labels", [image.numpy() for image in images])
+    def base_labels(self, images: Sequence[Tensor]) -> list[int] | None:
+        """Labels of images without noise; None where a worker does not survive one of them."""
+        labels: list[int] | None = self._ask("base_labels", [image.numpy() for image in images], tries=1)
         return labels
 
-    def measure_rate(self, image: Tensor) -> float:
-        """Samples a second of one worker."""
-        rate: float = self._ask("measure_rate", image.numpy())
+    def measure_rate(self, image: Tensor) -> float | None:
+        """Samples a second of one worker; None where it does not survive this image."""
+        rate: float | None = self._ask("measure_rate", image.numpy(), tries=1)
         return rate
 
     def _first(self) -> _Member:
@@ -121,9 +124,9 @@ class Crew:
                     return member
             self._step()
 
-    def _ask(self, what: str, *given: Any) -> Any:
-        """What a ready worker answers; the next one is asked where it dies."""
-        while True:
+    def _ask(self, what: str, *given: Any, tries: int = TRIES) -> Any:
+        """What a ready worker answers; the next one is asked where it dies. None: they all died."""
+        for _ in range(tries):
             member = self._first()
             try:
                 found = self._ray.get(getattr(member.actor, what).remote(*given))
@@ -134,6 +137,7 @@ class Crew:
             if what == "prepare":
                 self._example, self.execution, member.told, member.stage = given[0], found, found, "working"
             return found
+        return None
 
     # The work
 
@@ -192,7 +196,7 @@ class Crew:
         calls = {member.call: member for member in self._members if member.call is not None}
         if not calls:
             raise RunFault(f"no worker is left{self._because()}")
-        ready, _ = self._ray.wait(list(calls), num_returns=1, timeout=_TURN)
+        ready, _ = self._ray.wait(list(calls), num_returns=1, timeout=_GLANCE)
         if not ready and time.monotonic() - self._heard > PATIENCE:
             raise RunFault(f"no worker answered within {PATIENCE:.0f} s{self._because()}; is the cluster busy or full?")
         if ready and len(calls) > 1:  # whatever else is there already

@@ -14,10 +14,10 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from certify import __version__
 from certify.errors import CertifyError, RunFault, first_line
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from certify.execution import Execution
     from certify.settings import Settings
+
+Result = TypeVar("Result")
 
 Line = tuple[int, dict[str, Any]]
 """An image's place, and its line of the run file."""
@@ -98,7 +100,8 @@ class Worker:
     """An actor. Everything that concerns torch happens in one thread; another one waits for calls."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "certify-station")
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="certify-station", daemon=True).start()  # never keeps a process alive
         self._station: Station | None = None
         self._inbox: queue.SimpleQueue[Sent] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -116,7 +119,7 @@ class Worker:
         Raises:
             CertifyError: what is missing or wrong here.
         """
-        return self._pool.submit(self._build, order).result()
+        return self._there(lambda: self._build(order))
 
     def _build(self, order: Order) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         with contextlib.suppress(OSError):  # not there: absolute names and names of models still work
@@ -130,15 +133,15 @@ class Worker:
 
     def prepare(self, image: np.ndarray, samples: int, execution: Execution | None) -> Execution:
         """As :meth:`Station.prepare`."""
-        return self._pool.submit(self._there.prepare, image, samples, execution).result()
+        return self._there(lambda: self._built.prepare(image, samples, execution))
 
     def measure_rate(self, image: np.ndarray) -> float:
         """As :meth:`Station.measure_rate`."""
-        return self._pool.submit(self._there.measure_rate, image).result()
+        return self._there(lambda: self._built.measure_rate(image))
 
     def base_labels(self, images: Sequence[np.ndarray]) -> list[int]:
         """As :meth:`Station.base_labels`."""
-        return self._pool.submit(self._there.base_labels, images).result()
+        return self._there(lambda: self._built.base_labels(images))
 
     def exchange(self, sent: Sequence[Sent], settings: Settings, patience: float) -> list[Line]:
         """Take these images, give the lines that are finished; wait for one, but not longer than so many seconds.
@@ -150,7 +153,7 @@ class Worker:
             self._inbox.put(image)
         if not self._started:
             self._started = True
-            self._pool.submit(self._work, settings)
+            self._calls.put(lambda: self._work(settings))
         with self._changed:
             self._changed.wait_for(lambda: self._lines or self._fault, timeout=patience)
             lines, self._lines = self._lines, []
@@ -161,15 +164,32 @@ class Worker:
         raise RunFault(f"{type(self._fault).__name__}: {first_line(self._fault)}")  # its own class may not travel
 
     @property
-    def _there(self) -> Station:
+    def _built(self) -> Station:
         assert self._station is not None, "build comes first"
         return self._station
+
+    def _serve(self) -> None:
+        while True:
+            self._calls.get()()
+
+    def _there(self, do: Callable[[], Result]) -> Result:
+        """What this gives in the thread that torch belongs to."""
+        done: Future[Result] = Future()
+
+        def call() -> None:
+            try:
+                done.set_result(do())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._calls.put(call)
+        return done.result()
 
     def _work(self, settings: Settings) -> None:
         try:
             while True:
                 feed = _Feed(self._inbox, settings.adaptive)
-                for line in self._there.answered(feed, settings):
+                for line in self._built.answered(feed, settings):
                     feed.open -= 1
                     with self._changed:
                         self._lines.append(line)
