@@ -32,6 +32,9 @@ COMPARISON = "comparison"
 """The other kind of file that is written this way: a header, then one line for each image, defence and condition."""
 
 _OUTCOME_KEYS = ("id", "image", "defence", "condition", "label", "answers")
+SET_ASIDE = "is set aside"
+"""How the ``error`` of an image begins that can be read, but that no worker survives."""
+
 IMAGE_KEYS = ("id", "label", "prediction", "radius", "p_lower", "votes", "selection", "trials", "failures", "seconds")
 
 

@@ -230,6 +230,16 @@ CASES = [
     case("recompute nowhere", "recompute nowhere.jsonl --alpha 0.1", "nowhere.jsonl", "No such file"),
     case("recompute no run", "recompute x.jsonl --alpha 0.1", "not a run file", x_jsonl="hello\n"),
     case("recompute by what", "recompute x.jsonl --bound clopper", "unknown bound", "clopper-pearson", x_jsonl=""),
+    case("shard", D + "--shard 3", "--shard '3'", "expected i/n"),
+    *(case(f"shard {v}", D + f"--shard {v}", f"--shard {v}", "i from 1 to n") for v in ("0/3", "4/3")),
+    case("more shards than images", D + "--shard 1/3", "more shards than images", "at most 2 shards"),
+    case("cluster", D + "--cluster locl:2", "--cluster 'locl:2'", "local:K", "ray://HOST:PORT"),
+    case("cluster of no device", D + "--cluster local --device cuda:1", "--device cuda:1", "auto, cpu or cuda"),
+    case("cluster gone", D + "--cluster ray://127.0.0.1:9", "ray://127.0.0.1:9 does not answer", code=1),
+    case("merge a run", "merge x.jsonl -o y.jsonl", "a whole run, not a shard", "--shard i/n", x=finished),
+    case("merge nothing", "merge nowhere.jsonl -o y.jsonl", "nowhere.jsonl", "No such file"),
+    case("merge to .csv", "merge x.jsonl -o y.csv", "y.csv", ".jsonl", x_jsonl=""),
+    case("merge over a file", "merge x.jsonl -o x.jsonl", "x.jsonl is there already", "left alone", x_jsonl=""),
     case("precision", D + "--precision half", "--precision", "'half'", "bfloat16"),
     case("compile", D + "--compile maybe", "--compile", "'maybe'", "auto"),
     case("batch size", D + "--batch-size many", "--batch-size", "'many'", "auto or a batch size"),
@@ -405,7 +415,7 @@ def test_bad_images_are_left_out(capfd: Capture) -> None:
     mixed_folder()
     code, out, lines = certify(capfd, MIXED)
     assert code == 0, lines
-    assert "6 images could not be read" in out
+    assert "6 images could not be used" in out
     rows = {row["id"]: row for row in read_run("x.jsonl", allow_partial=True).images}
     assert rows.keys() == {"a.png", "z.png", *BAD}
     assert {name for name, row in rows.items() if "error" in row} == set(BAD)

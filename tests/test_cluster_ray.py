@@ -92,7 +92,7 @@ def poisoned():
 def other():
     return Net(0.5 if ON_A_WORKER else 0.0)
 '''
-SETTINGS = ["--data", "d.npz", "--sigma", "0.5", "--n", "400", "--n0", "20", "--batch-size", "40", "--quiet"]
+SETTINGS = ["--data", "d.npz", "--sigma", "0.5", "--n", "400", "--batch-size", "40", "--quiet"]
 PLAIN = ["--precision", "float32", "--compile", "off"]
 
 

@@ -19,6 +19,7 @@ EXTRAS = {
     "train": ("accelerate", "skimage", "tensorboard"),
     "denoisers": ("deepinv", "diffusers"),
     "attacks": ("art", "multiprocess", "foolbox"),
+    "cluster": ("ray", "grpc"),
     "test": ("pytest", "flint"),
 }
 

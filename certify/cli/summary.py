@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from certify.records import SET_ASIDE
+
 if TYPE_CHECKING:
     from analysis.curves import Curve
     from certify.records import Run
+
+
+_NAMED = 5  # images that were set aside, by name
 
 
 def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float | None = None) -> None:
@@ -154,7 +159,9 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | N
         f"{header['model']}, sigma = {header['sigma']:g} ([0, 1] pixels), {len(rows):,} images of {header['data']}"
     ]
     if len(rows) < len(run.images):
-        lines.append(f"{len(run.images) - len(rows)} images could not be read and are left out")
+        lines.append(f"{len(run.images) - len(rows)} images could not be used and are left out")
+        aside = [row for row in run.images if str(row.get("error", "")).startswith(SET_ASIDE)]
+        lines += [f"image {printable(row['id'])} {printable(row['error'])}" for row in aside[:_NAMED]]
     lines.append("")
     if curve is not None:
         lines += [one_run(curve, radii), ""]
@@ -245,5 +252,9 @@ def floor4(radius: float) -> str:
 
 def warn(text: str) -> None:
     """One line on stderr that does not stop the run; whatever a stranger's text would do to a terminal is shown."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    click.echo(f"warning: {shown}", err=True)
+    click.echo(f"warning: {printable(text)}", err=True)
+
+
+def printable(text: str) -> str:
+    """A stranger's text without what it could do to a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

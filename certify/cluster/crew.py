@@ -17,6 +17,7 @@ from certify.cluster.connect import Slot
 from certify.cluster.handing import TRIES, Handing
 from certify.cluster.worker import Line, Order, Sent, Worker, code_identity
 from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.records import SET_ASIDE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,7 +178,7 @@ class Crew:
                         self._deaths = 0
                         yield (
                             place,
-                            {"error": f"is set aside: its worker failed {TRIES} times on it alone ({self._last})"},
+                            {"error": f"{SET_ASIDE}: its worker failed {TRIES} times on it alone ({self._last})"},
                         )
 
     def _hand_out(self, handing: Handing, reader: _Reader, settings: Settings) -> None:
