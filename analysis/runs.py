@@ -74,6 +74,9 @@ def read_all(paths: Sequence[str | Path], warn: Callable[[str], None]) -> list[R
             if len(paths) == 1:
                 raise
             warn(f"{error}; it is left out")
+    for run in runs:
+        if shard := run.header.get("shard"):
+            warn(f"{run.path} is shard {shard['index']}/{shard['of']} of a run: a part of its images (`certify merge`)")
     if not runs:
         raise UserError("none of these runs has radii; expected runs of `certify --model ...`")
     return runs

@@ -249,7 +249,7 @@ def test_an_image_that_kills_its_worker_is_named_and_set_aside(folder: Path, clu
     assert (found["7"]["prediction"], found["7"]["trials"]) == (-1, 0)
     del found["7"]
     assert found == records(folder / "poisoned-alone.jsonl", without=("7",))
-    assert 3 <= (folder / "poison").stat().st_size <= 4  # once beside others, three times alone
+    assert 3 <= (folder / "poison").stat().st_size <= 5  # also without noise, and once beside others
 
 
 def test_a_killed_driver_goes_on(folder: Path, cluster: Raylets) -> None:

@@ -102,10 +102,10 @@ class Crew:
         self.execution = None
         for member in self._members:
             member.stage = "ready" if member.stage == "working" else member.stage
-        self._ask("prepare", image.numpy(), -(-samples // len(self)), execution)
-        if self.execution is None:
+        real: Execution | None = self._ask("prepare", image.numpy(), -(-samples // len(self)), execution)
+        if real is None:
             raise RunFault(f"{TRIES} workers failed when they tried the base classifier{self._because()}")
-        return self.execution
+        return real
 
     def base_labels(self, images: Sequence[Tensor]) -> list[int] | None:
         """Labels of images without noise; None where a worker does not survive one of them."""
