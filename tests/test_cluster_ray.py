@@ -152,6 +152,9 @@ def cluster() -> Iterator[Raylets]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def environment(**more: str) -> dict[str, str]:
