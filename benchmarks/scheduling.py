@@ -25,12 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+import certify.cluster.crew
 from certify.cluster.connect import Address, connected
 from certify.cluster.crew import Crew
 from certify.cluster.worker import Line, Order, Sent
@@ -81,13 +83,15 @@ def drawn(o: argparse.Namespace) -> np.ndarray:
 
 def sleep(o: argparse.Namespace) -> None:
     """The makespan of workers that sleep."""
-    os.environ["RAY_worker_register_timeout_seconds"] = "1200"  # noqa: SIM112 - Ray's own spelling
+    os.environ["RAY_worker_register_timeout_seconds"] = "3600"  # noqa: SIM112 - Ray's own spelling
+    certify.cluster.crew.PATIENCE = 3600.0  # so many processes on few cores take their time to start
     costs = drawn(o)
     ideal = max(costs.sum() / o.workers, costs.max())
     address = Address("local", o.workers)
     with connected(address, device="cpu", gpus=0, threads=1, most=o.images) as slots:
         begun = time.perf_counter()
-        crew = Crew(slots, Order(Sleeper, os.getcwd()), [], lambda text: print(text, file=sys.stderr))
+        light = [replace(slot, threads=None) for slot in slots]  # nothing to share: torch stays outside
+        crew = Crew(light, Order(Sleeper, os.getcwd()), [], lambda text: print(text, file=sys.stderr))
         crew.prepare(SimpleNamespace(numpy=lambda: np.zeros(1)), 1)  # type: ignore[arg-type]
         while any(member.stage != "working" for member in crew._members):
             crew._step()
