@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def agree(folder: Path, header: Mapping[str, Any], mine: Execution) -> Execution
     from certify.execution import Execution
 
     path = folder / f"{identity_digest(whole_header(header))}.engine.json"
-    beside = path.with_suffix(f".{os.getpid()}.{os.uname().nodename if hasattr(os, 'uname') else ''}")
+    beside = path.with_suffix(f".{secrets.token_hex(8)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(asdict(mine), indent=1), encoding="utf-8")

@@ -18,7 +18,7 @@ from command import run
 from certify import SmoothedClassifier, load_images
 from certify.classifiers import Classifier
 from certify.cluster.connect import Address, Slot, cluster_slots, local_slots, require_ray
-from certify.cluster.crew import other_code, other_weights
+from certify.cluster.fitting import how_it_ended, other_code, other_weights
 from certify.cluster.handing import TRIES, Handing
 from certify.cluster.station import SmoothedStation
 from certify.cluster.worker import Line, Order, Sent, Worker, code_identity
@@ -145,6 +145,14 @@ def test_other_code_and_other_weights_are_named_on_both_sides() -> None:
     )
     assert "other mean of classifier net ([0.4])" in other_weights(steps, [steps[0] | {"mean": [0.4]}], "w")
     assert "a pipeline of 2 steps, this driver one of 1" in other_weights(steps, steps * 2, "w")
+
+
+def test_how_a_worker_ended_is_one_line() -> None:
+    assert how_it_ended(RuntimeError("x"), UserError("no such file")) == "no such file"
+    assert how_it_ended(RuntimeError("x"), ZeroDivisionError("by zero")) == "ZeroDivisionError: by zero"
+    report = "The actor died.\n  pid: 1\nWorker exit type: SYSTEM_ERROR detail. Some common causes include: (1) memory"
+    assert how_it_ended(RuntimeError(report), None) == "Worker exit type: SYSTEM_ERROR detail."
+    assert how_it_ended(RuntimeError(""), None) == "RuntimeError"
 
 
 # What a worker answers

@@ -7,6 +7,7 @@ Every Ray process costs seconds, so all of this is slow. A cluster that does not
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -188,19 +189,19 @@ def start(folder: Path, model: str, out: str, *more: str, cluster: Raylets | Non
     )
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What it said on stderr."""
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """What it wrote on stdout and stderr."""
     try:
-        _, said = process.communicate(timeout=500)
+        found, said = process.communicate(timeout=500)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code, said
-    return said
+    return found, said
 
 
 def certify(folder: Path, model: str, out: str, *more: str, cluster: Raylets | None = None, code: int = 0) -> str:
-    return finish(start(folder, model, out, *more, cluster=cluster), code)
+    return finish(start(folder, model, out, *more, cluster=cluster), code)[1]
 
 
 def records(path: Path, without: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
@@ -237,7 +238,8 @@ def test_the_records_of_two_raylets_are_those_of_a_single_process(folder: Path, 
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(folder: Path, cluster: Raylets) -> None:
-    said = certify(folder, "once", "killed-worker", cluster=cluster)
+    found, said = finish(start(folder, "once", "killed-worker", "--json", cluster=cluster))
+    assert json.loads(found)["images"] == 12  # one object, whatever Ray has to say
     assert (folder / "killed").exists()
     assert "failed" in said
     assert "another one takes its place" in said

@@ -126,7 +126,8 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         header = header if spread.shard is None else spread.shard.header(header)
         path = output_path(o["out"], [*_words(header), *spread.words()], header)
         show_plan(smoothed, images, settings, header, say)
-        begun, first, engine = peek_header(path), first_image(images), crew or smoothed
+        begun, first = peek_header(path), first_image(images)
+        engine: Engine = smoothed if crew is None else crew
         if begun:
             execution = execution_of(begun, smoothed.wanted)
         else:

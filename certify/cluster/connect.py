@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def connected(address: Address, *, device: str, gpus: int, threads: int, most: i
             raise UserError(f"--device cuda: the cluster {address.where} has no GPU; expected auto or cpu")
         if not slots:
             raise UserError(f"the cluster {address.where} has no processor to work on; start a node with --num-cpus")
-        yield slots[:most]
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray reports workers that died: stdout is the result's
+            yield slots[:most]
     finally:
         ray.shutdown()
 

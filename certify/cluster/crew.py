@@ -10,13 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from certify.cluster.connect import Slot
+from certify.cluster.fitting import how_it_ended, other_code, other_weights
 from certify.cluster.handing import TRIES, Handing
 from certify.cluster.worker import Line, Order, Sent, Worker, code_identity
-from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.errors import CertifyError, RunFault, UserError
 from certify.records import SET_ASIDE
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class _Member:
     stage: str = "hello"
     call: Any = None
     told: Execution | None = None
+    why: str = ""
     name: str = "a worker"
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -176,10 +178,8 @@ class Crew:
                 for member in [member for member in handing.held if member not in self._members]:
                     for place in handing.lost(member):
                         self._deaths = 0
-                        yield (
-                            place,
-                            {"error": f"{SET_ASIDE}: its worker failed {TRIES} times on it alone ({self._last})"},
-                        )
+                        reason = f"{SET_ASIDE}: its worker failed {TRIES} times on it alone ({member.why})"
+                        yield place, {"error": reason}
 
     def _hand_out(self, handing: Handing, reader: _Reader, settings: Settings) -> None:
         for member in self._members:
@@ -224,9 +224,7 @@ class Crew:
             if refused := other_code(self._mine, found, member.name):
                 raise UserError(refused)
             member.stage = "building"
-            member.call = member.actor.build.remote(
-                Order(self._order.build, self._order.folder, member.slot.threads or self._order.threads)
-            )
+            member.call = member.actor.build.remote(replace(self._order, threads=member.slot.threads))
         elif member.stage == "building":
             steps, member.facts = found
             if refused := other_weights(self._steps, steps, member.name):
@@ -270,7 +268,7 @@ class Crew:
             return
         if isinstance(cause, UserError):
             raise cause
-        self._last = _how_it_ended(error, cause)
+        self._last = member.why = how_it_ended(error, cause)
         self._deaths += 1
         self._remove(member)
         limit = (TRIES + 1) * (len(self) + 1)
@@ -310,41 +308,3 @@ class _Reader:
             if self._waiting[k] not in self._ahead:
                 self._ahead[self._waiting[k]] = self._pool.submit(self._read, self._waiting[k])
         return [image.result() for image in found]
-
-
-def other_code(mine: Mapping[str, str], there: Mapping[str, str], name: str) -> str:
-    """Why a worker's code does not fit; empty when it is the driver's."""
-    if (mine["certify"], mine["code"]) == (there["certify"], there["code"]):
-        return ""
-    return (
-        f"{name} runs certify-toolkit {there['certify']} (code {there['code']}), this driver {mine['certify']} (code "
-        f"{mine['code']}): install the same version on every machine"
-    )
-
-
-def other_weights(mine: Sequence[Mapping[str, Any]], there: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Why a worker's pipeline does not fit; empty when it is the driver's, weights included."""
-    if len(mine) != len(there):
-        return f"{name} has a pipeline of {len(there)} steps, this driver one of {len(mine)}"
-    for own, other in zip(mine, there, strict=True):
-        for key in sorted(own.keys() | other.keys(), key=lambda key: key not in ("sha256", "code_sha256")):
-            if own.get(key) != other.get(key):
-                what = {"sha256": "weights", "code_sha256": "code"}.get(key, key)
-                return (
-                    f"{name} has other {what} of {own['step']} {own['name']} ({_short(other.get(key))}) than this "
-                    f"driver ({_short(own.get(key))}): give every machine the same file"
-                )
-    return ""
-
-
-def _short(value: Any) -> str:
-    return str(value)[:16]
-
-
-def _how_it_ended(error: Exception, cause: BaseException | None) -> str:
-    """What an exception on a worker says, or the line of Ray's report that says how a worker ended."""
-    if cause is not None:
-        return first_line(cause) if isinstance(cause, CertifyError) else f"{type(cause).__name__}: {first_line(cause)}"
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = next((line for line in lines if "exit type" in line or "node" in line.lower()), lines[0] if lines else "")
-    return told.partition("Some common causes")[0].strip()[:200] or type(error).__name__
