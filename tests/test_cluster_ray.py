@@ -102,7 +102,8 @@ class Raylets:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        self.process, self.address = process, process.stdout.readline().strip()
+        self.process = process
+        self.address, _, self.client_port = process.stdout.readline().strip().partition(" ")
 
     def do(self, command: str) -> None:
         assert self.process.stdin is not None
@@ -267,6 +268,14 @@ def test_a_killed_driver_goes_on(folder: Path, cluster: Raylets) -> None:
     certify(folder, "slow", "killed-driver", "--n", "4000", cluster=cluster)
     same_run(folder, "killed-driver", "long-alone")
     assert kept.items() <= records(folder / "killed-driver.jsonl").items()
+
+
+def test_a_client_of_the_cluster(folder: Path, cluster: Raylets) -> None:
+    """The driver outside the cluster, by ``ray://``."""
+    where = f"ray://127.0.0.1:{cluster.client_port}"
+    said = certify(folder, "slow", "client", "--cluster", where)
+    same_run(folder, "client", "slow-alone")
+    assert "warning" not in said
 
 
 def test_other_weights_are_refused_and_named(folder: Path, cluster: Raylets) -> None:
