@@ -26,6 +26,7 @@ ARCHITECTURES.add("dncnn", "denoisers.dncnn:DnCNN", "17 convolutions of 64 chann
 ARCHITECTURES.add("dncnn-wide", "denoisers.dncnn:wide", "the same with 128 channels")
 ARCHITECTURES.add("memnet", "denoisers.memnet:MemNet", "3 memory blocks of 6 residual blocks; Tai et al. 2017")
 ARCHITECTURES.add("unet", "denoisers.unet:UNet", "told the noise level: one set of weights for all of them")
+ARCHITECTURES.add("pooled-unet", "denoisers.pooled:PooledUNet", "the same on top of a good small classifier")
 ARCHITECTURES.add("blind-spot", "denoisers.blind_spot:BlindSpot", "never sees the pixel it makes; for the defence ncis")
 ARCHITECTURES.add("score", "denoisers.energy:ScoreNet", "the score of noisy images; for the defence ebm")
 ARCHITECTURES.add("energy", "denoisers.energy:EnergyNet", "an energy whose gradient is the score; for the defence ebm")

@@ -19,7 +19,7 @@ MEAN, SPREAD = 0.5, 0.25
 """Centre and standard deviation of natural images' pixels in [0, 1]: the scale of the preconditioning."""
 
 _FOLD = 2
-_LEVEL_FEATURES = 64
+LEVEL_FEATURES = 64
 
 
 class Block(nn.Module):
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
-        self.level = nn.Linear(_LEVEL_FEATURES, 2 * channels)
+        self.level = nn.Linear(LEVEL_FEATURES, 2 * channels)
         self.act = nn.ReLU()
         nn.init.zeros_(self.level.weight)
         nn.init.zeros_(self.level.bias)
@@ -63,7 +63,7 @@ class UNet(nn.Module):
         self.bottleneck_channels = channels[-1]
         self.step = _FOLD * 2 ** (len(channels) - 1)
         self.embed = nn.Sequential(
-            nn.Linear(1, _LEVEL_FEATURES), nn.ReLU(), nn.Linear(_LEVEL_FEATURES, _LEVEL_FEATURES), nn.ReLU()
+            nn.Linear(1, LEVEL_FEATURES), nn.ReLU(), nn.Linear(LEVEL_FEATURES, LEVEL_FEATURES), nn.ReLU()
         )
         folded = image_channels * _FOLD**2
         self.head = nn.Conv2d(folded, channels[0], 3, padding=1)

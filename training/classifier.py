@@ -21,7 +21,7 @@ from training.guides import Guides
 from training.held_out import classifier_scores
 from training.jpeg_noise import codecs_of, coded_scores
 from training.loop import Conduct, Outcome, train
-from training.losses import classification, make_objective
+from training.losses import make_objective
 from training.recipe import Recipe
 
 WEIGHTS = "classifier.safetensors"
@@ -76,7 +76,7 @@ def train_classifier(
         UserError: another objective, no labels, or a single class.
     """
     objective = make_objective(recipe.objective, recipe.settings)
-    if objective.loss is not classification:
+    if not objective.for_classifiers:
         raise UserError(
             f"--train-classifier with --objective {recipe.objective}: expected classification or jpeg-noise"
         )

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from certify.errors import UserError
+from training.consistency import agreeing_loss, check_draws
 from training.data import TrainingData
 from training.losses import Batch, Objective, mse
 
 WEIGHT = 0.1
-"""Of the cross-entropy (about 1.5) beside the normalised squared error (about 0.2)."""
+"""Of the cross-entropy (about 1.5) beside the normalised squared error (about 0.2), unless told."""
 
 
 class Headed(nn.Module):
@@ -68,11 +68,20 @@ def with_head(net: nn.Module, data: TrainingData, seed: int) -> Headed:
     return Headed(net, channels, int(data.labels.max()) + 1)
 
 
-def objective() -> Objective:
-    """Squared error, and the label read off the bottleneck."""
-    return Objective(_joint, classifier=False, labels=True, wrap=with_head)
+def objective(weight: float = WEIGHT, draws: int = 1, consistency: float = 0.0) -> Objective:
+    """Squared error, and the label read off the bottleneck.
 
+    Args:
+        weight: of the labels' part beside the squared error.
+        draws: of noise for each image.
+        consistency: weight of their agreement (:func:`training.consistency.agreeing_loss`).
+    """
+    check_draws(draws, consistency)
+    if not 0 < weight < float("inf"):
+        raise UserError(f"--set weight={weight:g}: expected a number above 0")
 
-def _joint(batch: Batch) -> Tensor:
-    assert batch.labels is not None
-    return mse(batch) + WEIGHT * cross_entropy(batch.extra[0], batch.labels)
+    def joint(batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        return mse(batch) + weight * agreeing_loss(batch.extra[0], batch.labels, draws, consistency)
+
+    return Objective(joint, classifier=False, labels=True, wrap=with_head, draws=draws)

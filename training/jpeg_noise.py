@@ -81,6 +81,7 @@ def objective(
         noise=False,
         prepare=functools.partial(coded, codecs=chosen, share=share),
         wrap=_refuse,
+        for_classifiers=True,
     )
 
 

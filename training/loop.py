@@ -25,6 +25,7 @@ from training.checkpoint import Checkpoints, Meter, Scores
 from training.data import Levels, TrainingData, augment
 from training.guides import Guides
 from training.losses import Batch, Draw, Prepared, make_objective, phases
+from training.muon import Muon
 from training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -204,7 +205,9 @@ def _no_number(what: str, state: Checkpoints, steps: int) -> RunFault:
 
 
 def _optimizers(net: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Adam, SGD, or both where one takes over from the other."""
+    """Adam, SGD, both where one takes over from the other, or Muon."""
+    if recipe.optimizer == "muon":
+        return [Muon(net, recipe.rate, recipe.weight_decay)]
     trained = [p for p in net.parameters() if p.requires_grad]
     found: list[torch.optim.Optimizer] = []
     if recipe.optimizer != "sgd":
@@ -227,7 +230,7 @@ def _step(
     """One step on this process's share of the batch; the loss."""
     objective = make_objective(recipe.phase(step, steps)[0], recipe.settings)
     indices, generator = draw_order(data.train, recipe, step, driver.process_index, driver.num_processes)
-    draw = draw_batch(data, indices, recipe, generator, guides.at(step), step, driver.device)
+    draw = draw_batch(data, indices, recipe, generator, guides.at(step), step, driver.device, objective.draws)
     with torch.no_grad():
         prepared = objective.prepare(draw)
     optimizer = optimizers[-1 if recipe.uses_sgd(step, steps) else 0]
@@ -273,13 +276,15 @@ def draw_batch(
     guide: Classifier | None,
     step: int,
     device: torch.device,
+    draws: int = 1,
 ) -> Draw:
-    """Clean images, augmented, and each image's noise level and label."""
+    """Clean images, augmented, and each image's noise level and label; all of them as often as there are draws."""
     images = data.take(indices).to(device)
     clean = (augment(images, generator) if recipe.augment else images.float()) / 255
     sigma = Levels(recipe.sigmas, recipe.continuous).draw(len(indices), generator).to(device)
-    labels = data.labels[indices].to(device) if data.labels is not None else None
-    return Draw(clean, sigma, labels, guide, generator, step * recipe.batch_size / len(data.train))
+    labels = data.labels[indices].to(device).repeat(draws) if data.labels is not None else None
+    epoch = step * recipe.batch_size / len(data.train)
+    return Draw(clean.repeat(draws, 1, 1, 1), sigma.repeat(draws), labels, guide, generator, epoch)
 
 
 def make_batch(draw: Draw, prepared: Prepared, found: Any, recipe: Recipe) -> Batch:

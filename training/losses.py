@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from certify.classifiers import Classifier
 from certify.errors import UserError, first_line
 from certify.registry import Registry
-from certify.types import FAILED
+from training.consistency import agreeing_loss, check_draws
 
 if TYPE_CHECKING:
     from training.data import TrainingData
@@ -117,6 +117,8 @@ class Objective:
         wrap: the network as it is trained, from the bare one, the data and the seed: with a head, or a second network;
             None trains the bare one. Only the bare one is kept.
         purifier: the defence that the weights are for, or empty: a denoiser for smoothing.
+        draws: of noise for each image of a step; the loss gets all images once, then all again.
+        for_classifiers: whether a classifier can be trained for it, being the network itself.
     """
 
     loss: Callable[[Batch], Tensor]
@@ -127,6 +129,8 @@ class Objective:
     prepare: Callable[[Draw], Prepared] = add_noise
     wrap: Callable[[nn.Module, TrainingData, int], nn.Module] | None = None
     purifier: str = ""
+    draws: int = 1
+    for_classifiers: bool = False
 
 
 def mse(batch: Batch) -> Tensor:
@@ -139,31 +143,44 @@ def mse(batch: Batch) -> Tensor:
     return ((batch.output - batch.clean).pow(2).mean((1, 2, 3)) / expected).mean()
 
 
-def stability(batch: Batch) -> Tensor:
+def stability(batch: Batch, draws: int = 1, consistency: float = 0.0) -> Tensor:
     """Cross-entropy of f(D(x + e)) against f's own label of the clean image (Salman et al. 2020, equation 4).
 
-    Images that f cannot label are left out.
+    Images that f cannot label are left out. With several draws of each image these should agree
+    (:func:`training.consistency.agreeing_loss`).
     """
     assert batch.classifier is not None
     with torch.no_grad(), torch.autocast(batch.clean.device.type, enabled=False):
-        target = batch.classifier(batch.clean)
-    return cross_entropy(batch.logits(), target, ignore_index=FAILED)
+        target = batch.classifier(batch.clean[: len(batch.clean) // draws]).repeat(draws)
+    return agreeing_loss(batch.logits(), target, draws, consistency)
 
 
-def classification(batch: Batch) -> Tensor:
+def classification(batch: Batch, draws: int = 1, consistency: float = 0.0) -> Tensor:
     """Cross-entropy against the true label: of f(D(x + e)), or of the network itself where a classifier is trained.
 
-    The first is CLF of Salman et al. 2020, the second the noise augmentation of Cohen et al. 2019.
+    The first is CLF of Salman et al. 2020, the second the noise augmentation of Cohen et al. 2019. With several draws
+    of each image these should agree.
     """
     assert batch.labels is not None
     scores = batch.output if batch.classifier is None else batch.logits()
-    return cross_entropy(scores, batch.labels)
+    return agreeing_loss(scores, batch.labels, draws, consistency)
+
+
+def _of_draws(loss: Callable[..., Tensor], labels: bool) -> Callable[..., Objective]:
+    """The objective of a loss through the classifier, with its settings."""
+
+    def objective(draws: int = 1, consistency: float = 0.0) -> Objective:
+        check_draws(draws, consistency)
+        through = functools.partial(loss, draws=draws, consistency=consistency)
+        return Objective(through, labels=labels, draws=draws, for_classifiers=labels)
+
+    return objective
 
 
 OBJECTIVES = Registry("objective")
 OBJECTIVES.add("mse", lambda: Objective(mse, classifier=False), "squared error; needs nothing from a classifier")
-OBJECTIVES.add("stability", lambda: Objective(stability), "f's own label of the clean image; needs no labels")
-OBJECTIVES.add("classification", lambda: Objective(classification, labels=True), "the true label, through f")
+OBJECTIVES.add("stability", _of_draws(stability, labels=False), "f's own label of the clean image; needs no labels")
+OBJECTIVES.add("classification", _of_draws(classification, labels=True), "the true label, through f")
 OBJECTIVES.add("mse+classes", "training.head:objective", "squared error, and the label read off the own bottleneck")
 OBJECTIVES.add("zeroth-order", "training.zeroth_order:objective", "stability by queries alone: gradients estimated")
 OBJECTIVES.add("dsm", "training.score_matching:objective", "denoising score matching; for score and energy")

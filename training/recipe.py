@@ -11,7 +11,7 @@ from typing import Any
 from certify.errors import UserError
 from training.losses import default_settings, make_objective, phases
 
-OPTIMIZERS = ("adam", "sgd", "adam-then-sgd")
+OPTIMIZERS = ("adam", "sgd", "adam-then-sgd", "muon")
 SCHEDULES = ("one-cycle", "step", "constant")
 _WARM_UP, _LAST = 0.1, 0.01  # one-cycle: share of steps until the peak, final rate as a share of it
 
@@ -28,7 +28,7 @@ class Recipe:
         continuous: every level between the smallest and the largest.
         epochs: passes over the training images; fractions are understood.
         batch_size: images a step.
-        optimizer: ``adam``, ``sgd`` (momentum 0.9), or ``adam-then-sgd``.
+        optimizer: ``adam``, ``sgd`` (momentum 0.9), ``adam-then-sgd``, or ``muon`` (:class:`training.muon.Muon`).
         rate: learning rate at its peak.
         weight_decay: L2 penalty, as torch's Adam and SGD apply it.
         schedule: ``one-cycle`` (a tenth up, cosine down), ``step`` (a tenth after each third), ``constant``.

@@ -67,7 +67,7 @@ class LevelsOption(options.ParamType):
 @click.option("--held-out", type=options.Count("a number of images"), help="Held out to choose weights by.")
 @click.option("--epochs", type=float, default=10.0, show_default=True, help="Passes over the images; may be 0.5.")
 @click.option("--batch-size", type=options.Count("a batch size"), default=64, show_default=True, help="Images a step.")
-@click.option("--optimizer", default="adam", show_default=True, help="adam, sgd, adam-then-sgd.")
+@click.option("--optimizer", default="adam", show_default=True, help="adam, sgd, adam-then-sgd, muon.")
 @click.option("--rate", type=options.Positive("a rate above 0"), default=1e-3, show_default=True, help="Peak rate.")
 @click.option("--weight-decay", type=float, default=1e-4, show_default=True, help="L2 penalty.")
 @click.option("--schedule", default="one-cycle", show_default=True, help="one-cycle, step, constant.")

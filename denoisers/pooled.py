@@ -1,0 +1,108 @@
+"""A U-Net whose way down is a good small image classifier: convolution, maximum over 2x2, batch norm, convolution.
+
+A denoiser in front of a classifier is worth as much as it understands of a noisy picture, so most of its arithmetic
+goes where classifiers learn fastest: the way down is the network of Jordan 2024 ("94% on CIFAR-10 in 3.29 seconds"),
+told the noise level (Perez et al. 2018). The way up is light, and input and output are scaled as in
+:mod:`denoisers.unet`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
+
+from denoisers.unet import LEVEL_FEATURES, Block, add_change, precondition
+
+
+class Stage(nn.Module):
+    """Half the size: a convolution, the maximum over 2x2, the level's scale and shift, and a second convolution."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(after)
+        self.level = nn.Linear(LEVEL_FEATURES, 2 * after)
+        self.act = nn.GELU()
+        nn.init.zeros_(self.level.weight)
+        nn.init.zeros_(self.level.bias)
+
+    def forward(self, features: Tensor, level: Tensor) -> Tensor:
+        """``(B, C, H, W)`` and the level's features ``(B, 64)`` to ``(B, C', H/2, W/2)``."""
+        scale, shift = self.level(level)[:, :, None, None].chunk(2, dim=1)
+        inner = self.norm1(max_pool2d(self.conv1(features), 2)) * (1 + scale) + shift
+        out: Tensor = self.act(self.norm2(self.conv2(self.act(inner))))
+        return out
+
+
+class PooledUNet(nn.Module):
+    """Noisy images and their level to clean images.
+
+    Untrained it is the linear estimate that treats every pixel alone, as :class:`denoisers.unet.UNet` is.
+
+    Args:
+        channels: after each halving of the size on the way down.
+        light: channels on the way up, from the full size downwards, one for each halving; the first also of the first
+            convolution.
+        image_channels: of the images.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (64, 256, 256),
+        light: tuple[int, ...] = (24, 48, 96),
+        image_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if len(channels) != len(light):
+            raise ValueError(f"{len(channels)} channels on the way down, {len(light)} on the way up: as many of both")
+        self.bottleneck_channels = channels[-1]
+        self.step = 2 ** len(channels)
+        self.embed = nn.Sequential(
+            nn.Linear(1, LEVEL_FEATURES), nn.ReLU(), nn.Linear(LEVEL_FEATURES, LEVEL_FEATURES), nn.ReLU()
+        )
+        self.act = nn.GELU()
+        self.head = nn.Conv2d(image_channels, light[0], 3, padding=1)
+        self.down = nn.ModuleList(Stage(a, b) for a, b in pairwise((light[0], *channels)))
+        self.grow = nn.ModuleList(
+            nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in zip((*light[1:], channels[-1]), light, strict=True)
+        )
+        self.skip = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip((light[0], *channels[:-1]), light, strict=True))
+        self.up = nn.ModuleList(Block(c) for c in light[1:])
+        self.tail = nn.Conv2d(light[0], image_channels, 3, padding=1)
+        nn.init.zeros_(self.tail.weight)
+        nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
+
+    @property
+    def bottleneck(self) -> nn.Module:
+        """The last stage on the way down: what the network makes of the picture as a whole."""
+        return self.down[-1]
+
+    def forward(
+        self, noisy: Tensor, sigma: float | Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """``(B, C, H, W)`` to the same shape; deterministic.
+
+        Args:
+            noisy: images plus noise.
+            sigma: the noise's standard deviation in [0, 1] pixels: a number, or one per image ``(B,)``.
+            generator: not used.
+
+        Raises:
+            UserError: no level.
+        """
+        images, level, kept, gain = precondition(noisy, sigma, self.step)
+        known = self.embed(level)
+        features = self.act(self.head(images))
+        skips = []
+        for stage in self.down:
+            skips.append(features)
+            features = stage(features, known)
+        for i in reversed(range(len(self.grow))):
+            features = self.grow[i](features) + self.skip[i](skips[i])
+            features = self.up[i - 1](features, known) if i else self.act(features)
+        return add_change(kept, gain, self.tail(features))
