@@ -100,8 +100,8 @@ class SmoothedClassifier(NoisyClassifier):
             image: as for :meth:`certify`.
             radius: one or several, in [0, 1] pixels and this classifier's norm.
             alpha: probability that any part of the decision is wrong, at most.
-            n: the most samples; at n an image stays undecided.
-            rule: name of a stopping rule (``certify list rules``).
+            n: the most samples (20,000 unless given); at n an image stays undecided.
+            rule: name of a stopping rule (``certify list rules``); ``one-sided`` unless given.
             seed: as for :meth:`certify`.
             image_id: as for :meth:`certify`.
             progress: as for :meth:`certify`.
