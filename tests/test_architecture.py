@@ -53,6 +53,34 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+LIGHT = [
+    "--help",
+    "--version",
+    "run --help",
+    "train --help",
+    "serve --help",
+    "list bounds",
+    "list denoisers",
+    "list protocols",
+]
+
+
+def test_help_and_lists_do_not_import_torch() -> None:
+    """What answers from names alone starts in a moment; asked of one process, one command after the other."""
+    code = (
+        "import contextlib, io, sys\n"
+        "from certify.cli import main\n"
+        f"for line in {LIGHT!r}:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        main(line.split())\n"
+        "    assert out.getvalue(), line\n"
+        "    heavy = sys.modules.keys() & {'torch', 'torchvision', 'timm', 'matplotlib', 'scipy', 'ray', 'fastapi'}\n"
+        "    assert not heavy, (line, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names() -> None:
     assert certify.__all__ == ["__version__", *sorted(certify._HOME)]
     for name in certify.__all__:

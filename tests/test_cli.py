@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import click
 import pytest
 from command import run
 from PIL import Image
 from scipy.stats import norm
+
+from certify.cli.app import group
 
 DIGITS = ["--model", "digits", "--sigma", "0.25"]
 
@@ -60,6 +63,12 @@ def test_too_few_samples_are_warned_of(capsys: pytest.CaptureFixture[str]) -> No
     assert (
         "n = 9 can certify nothing at alpha = 0.001: every image will abstain; pass --n 10" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(("sigma", "warned"), [("64", True), ("4", False)])
+def test_a_sigma_of_255_is_warned_of(sigma: str, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--model", "digits", "--sigma", sigma, "--n", "20", "--n0", "5", "--max", "1")
+    assert ("is it in pixels of 255? that is --sigma 0.251" in capsys.readouterr().err) == warned
 
 
 def test_labels_in_another_order_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,3 +198,17 @@ def test_doctor_notices_wrong_mathematics(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr("certify.bounds.clopper_pearson_lower", lambda k, n, alpha: k / n)
     run("doctor", code=1)
     assert "FAIL" in capsys.readouterr().out
+
+
+def test_every_option_of_every_verb_is_explained_in_one_manner() -> None:
+    """A sentence with a capital and a full stop; a default that is shown is shown by click or as (default: ...)."""
+    for name, verb in group.commands.items():
+        assert (verb.short_help or verb.help or "").strip().split("\n")[0].endswith((".", "...")), name
+        for option in verb.params:
+            if isinstance(option, click.Option) and option.name != "help":
+                text = option.help or ""
+                assert text.endswith("."), (name, option.opts, text)
+                first = text.split()[0].rstrip(":")
+                known = first in ("CSV", "NAME:KEY=VALUE:...,") or first[0].isupper()
+                assert known, (name, option.opts, text)
+                assert not isinstance(option.show_default, str), (name, option.opts)

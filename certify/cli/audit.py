@@ -48,14 +48,14 @@ N0, N, N_AT_MOST = 20, 100, 1000
 @options.noise_options
 @click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`).")
 @click.option(
-    "--n0", type=options.Count("a number of samples"), default=N0, show_default=True, help="Selection samples."
+    "--n0", type=options.Count("a number of samples"), default=N0, show_default=True, help="Selection samples an image."
 )
 @click.option(
     "--n",
     type=options.Count("a number of samples"),
     default=N,
     show_default=True,
-    help=f"Noise samples an image; the most of them with --radius and --tolerance (default there: {N_AT_MOST}).",
+    help=f"Estimation samples an image; the most of them with --radius and --tolerance (default there: {N_AT_MOST}).",
 )
 @options.alpha
 @click.option("--bound", default="clopper-pearson", show_default=True, help="Confidence bound (`certify list bounds`).")
@@ -67,7 +67,7 @@ N0, N, N_AT_MOST = 20, 100, 1000
     type=options.Positive("a share between 0 and 1, such as 0.1", below=1.0),
     help="Stop each image once its radius is known to this relative tolerance.",
 )
-@click.option("--rule", show_default="one-sided", help="Stopping rule of --radius (`certify list rules`).")
+@click.option("--rule", help="Stopping rule of --radius (`certify list rules`; default: one-sided).")
 @click.option(
     "--budget",
     type=options.Count("a number of requests", least=0),
@@ -97,7 +97,12 @@ N0, N, N_AT_MOST = 20, 100, 1000
 )
 @attack_options
 @click.option("--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise.")
-@click.option("--device", default="auto", show_default=True, help="Where noise is drawn and denoised.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Device of noise and denoiser: cpu, cuda, cuda:1, mps; auto takes an accelerator.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is sent.")
 @click.option("--out", metavar="DIR", required=True, help="Folder of the audit; the same command goes on in it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
@@ -329,11 +334,11 @@ def _report(folder: Path) -> None:
 @click.option(
     "--alpha",
     type=options.Positive("a probability strictly between 0 and 1, such as 0.001", below=1.0),
-    help="Probability of error for each image (default: the audit's).",
+    help="Probability that the statement about an image is wrong, at most (default: the audit's).",
 )
 @click.option("--bound", help="Confidence bound (`certify list bounds`; default: the audit's).")
 @click.option("--out", metavar="FILE", help="Also write the certificates as a run file (.jsonl).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def replay(folder: str, alpha: float | None, bound: str | None, out: str | None, as_json: bool) -> None:
     """Compute an audit's certificates again: no data, no model, no service.
 

@@ -32,7 +32,11 @@ attack_options = options.together(
     ),
     distance_options,
     click.option(
-        "--queries", type=options.Count("queries"), default=200, show_default=True, help="Of an attack, an image."
+        "--queries",
+        type=options.Count("queries"),
+        default=200,
+        show_default=True,
+        help="Queries of an attack for an image, at most.",
     ),
 )
 

@@ -57,7 +57,11 @@ DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
 @options.alpha
 @click.option("--out", metavar="PATH", help="File of the outcomes (.jsonl), or a folder for it (default: runs/).")
 @click.option(
-    "--format", "style", type=click.Choice(["text", "markdown", "latex", "csv"]), default="text", help="Of the table."
+    "--format",
+    "style",
+    type=click.Choice(["text", "markdown", "latex", "csv"]),
+    default="text",
+    help="Form of the table (default: text).",
 )
 @click.option("--figure", metavar="FILE", help="Picture to write: .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")

@@ -157,8 +157,12 @@ input_options = together(
     ),
     click.option("--input-size", type=Size(), metavar="CxHxW", help="Its input, in place of its own setting."),
     click.option("--mean", type=Numbers(), help="Mean that it subtracts, per channel, in place of its own."),
-    click.option("--std", type=Numbers(), help="Deviation that it divides by, per channel, in place of its own."),
-    click.option("--num-classes", type=Count("the number of classes"), help="Classes, where the model does not say."),
+    click.option(
+        "--std", type=Numbers(), help="Standard deviation that it divides by, per channel, in place of its own."
+    ),
+    click.option(
+        "--num-classes", type=Count("the number of classes"), help="Number of classes, where the model does not say."
+    ),
 )
 
 classifier_options = together(click.option("--model", required=True, help=_MODEL), input_options)
@@ -168,10 +172,18 @@ image_options = together(
     click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data)."),
     click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root."),
     click.option(
-        "--skip", type=Count("K to take every K-th image"), default=1, help="Take every K-th image, from --start."
+        "--skip",
+        type=Count("K to take every K-th image"),
+        default=1,
+        show_default=True,
+        help="Take every K-th image, from --start.",
     ),
     click.option(
-        "--start", type=Count("the first image's place", least=0), default=0, help="Place of the first, from 0."
+        "--start",
+        type=Count("the first image's place", least=0),
+        default=0,
+        show_default=True,
+        help="Place of the first image, from 0.",
     ),
     click.option("--max", "max_images", type=Count("the most images to take"), help="Take at most so many images."),
     click.option("--ids", help="Take only these images: ids separated by commas."),
@@ -199,7 +211,7 @@ n = click.option(
     type=Count("a number of samples"),
     default=100_000,
     show_default=True,
-    help="Noise samples an image; the most of them with --radius (default there: 20000) and --tolerance.",
+    help="Estimation samples an image; the most of them with --radius (default there: 20000) and --tolerance.",
 )
 
 engine_options = together(
@@ -231,7 +243,7 @@ compute_options = together(
     click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`)."),
     click.option("--seed", type=Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise."),
     click.option(
-        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator."
+        "--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, mps; auto takes an accelerator."
     ),
     engine_options,
     click.option("--out", metavar="PATH", help="Run file (.jsonl), or a folder for it (default: runs/)."),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from certify.smoothing import SmoothedClassifier
     from certify.types import Radii
 
+_LARGE = 4.0  # sigma in [0, 1] pixels above which nobody means it; the largest in the literature is 1
+
 
 def show_plan(
     smoothed: SmoothedClassifier,
@@ -46,6 +48,8 @@ def show_plan(
     classes = {label for label in images.labels if label is not None}
     if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
         warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")
+    if sigma > _LARGE:
+        warn(f"sigma = {sigma:g} drowns images in [0, 1]; is it in pixels of 255? that is --sigma {sigma / 255:.3g}")
     noise = f"{smoothed.noise.name} noise, sigma = {sigma:g} in [0, 1] pixels"
     if settings.procedure == "predict":
         say(f"procedure  predict: n = {settings.n:,}, alpha = {settings.alpha:g}, {noise}")

@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 @options.noise_options
 @options.data_options
 @click.option(
-    "--n0", type=options.Count("a number of samples"), default=100, show_default=True, help="Selection samples."
+    "--n0",
+    type=options.Count("a number of samples"),
+    default=100,
+    show_default=True,
+    help="Selection samples an image.",
 )
 @options.n
 @options.alpha
@@ -56,7 +60,7 @@ if TYPE_CHECKING:
     type=options.Positive("a share between 0 and 1, such as 0.1", below=1.0),
     help="Stop each image once its radius is known to this relative tolerance; --n is the most samples.",
 )
-@click.option("--rule", show_default="one-sided", help="Stopping rule of --radius (`certify list rules`).")
+@click.option("--rule", help="Stopping rule of --radius (`certify list rules`; default: one-sided).")
 @click.option(
     "--radii", type=options.Numbers(), help="Radii of the table (default: round numbers up to the largest possible)."
 )

@@ -38,7 +38,7 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
 @click.command(short_help="Serve smoothed labels with certificates over HTTP.")
-@click.option("--model", help="The classifier (`certify run --help`); this or --endpoint.")
+@click.option("--model", help="The frozen classifier (as for `certify run`); this or --endpoint.")
 @options.input_options
 @click.option(
     "--endpoint", metavar="URL", help="In place of --model: a service that is asked; known for some of --protocol."
@@ -76,7 +76,7 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
     type=options.Count("a number of samples"),
     default=1000,
     show_default=True,
-    help="Estimation samples an image.",
+    help="Estimation samples an image; the most of them with --radius.",
 )
 @options.alpha
 @click.option(

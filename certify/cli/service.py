@@ -24,7 +24,7 @@ protocol_options = options.together(
         "--protocol-option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the protocol; repeatable."
     ),
     click.option(
-        "--encoding", default="png", show_default=True, help="Of pictures: png, jpeg or jpegQ, such as jpeg90."
+        "--encoding", default="png", show_default=True, help="Encoding of pictures: png, jpeg or jpegQ, such as jpeg90."
     ),
     click.option("--sdk", is_flag=True, help="Ask through the vendor's SDK (extra `clouds`); rekognition always does."),
     click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the service's key."),

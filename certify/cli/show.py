@@ -25,9 +25,11 @@ envelope_option = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Draw certified accuracy over radius.")
 @runs_argument
-@click.option("-o", "--out", default="curve.png", show_default=True, help="Picture to write: .png, .svg or .pdf.")
+@click.option(
+    "-o", "--out", metavar="FILE", default="curve.png", show_default=True, help="Picture to write: .png, .svg or .pdf."
+)
 @click.option("--title", help="Title above the axes.")
 @click.option("--no-band", is_flag=True, help="Leave out the shaded 95 % interval over images.")
 @envelope_option
@@ -73,7 +75,7 @@ def _plot_learning(folders: tuple[str, ...], out: str, title: str | None) -> Non
     click.echo(f"wrote {out}")
 
 
-@click.command()
+@click.command(short_help="Tabulate certified accuracy at given radii.")
 @runs_argument
 @click.option("--radii", type=options.Numbers(), help="Radii of the columns (default: round numbers).")
 @click.option(
@@ -107,7 +109,7 @@ def _plot_learning(folders: tuple[str, ...], out: str, title: str | None) -> Non
     help="For --simultaneous: holm (at one radius) or bonferroni (at all radii together). Default: holm, and "
     "bonferroni where images stopped by themselves.",
 )
-@click.option("-o", "--out", help="Write to this file instead of stdout.")
+@click.option("-o", "--out", metavar="FILE", help="Write to this file instead of stdout.")
 def table(
     runs: tuple[str, ...],
     radii: list[float] | None,
@@ -186,14 +188,14 @@ def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) ->
     found.require_sound()
 
 
-@click.command(short_help="Another alpha or bound from the votes of a run.")
+@click.command(short_help="Certify the votes of a run again, at another alpha or bound.")
 @click.argument("run", metavar="RUN")
 @click.option(
     "--alpha",
     type=options.Positive("a probability strictly between 0 and 1, such as 0.001", below=1.0),
-    help="Probability of error for each image (default: as in the run).",
+    help="Probability that the statement about an image is wrong, at most (default: the run's).",
 )
-@click.option("--bound", help="Confidence bound (`certify list bounds`; default: as in the run).")
+@click.option("--bound", help="Confidence bound (`certify list bounds`; default: the run's).")
 @click.option("--out", metavar="PATH", help="New run file (.jsonl), or a folder for it (default: RUN's).")
 @click.option("--radii", type=options.Numbers(), help="Radii of the table (default: round numbers).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
@@ -223,7 +225,7 @@ def recompute(
     summarise(renewed, radii, as_json=as_json)
 
 
-@click.command(short_help="The report of an audit, as one HTML file.")
+@click.command(short_help="Write an audit's report again, as one HTML file.")
 @click.argument("folder", metavar="RUN")
 def report(folder: str) -> None:
     """Write RUN/report.html anew from the records in RUN, the folder of an audit, however far it came.

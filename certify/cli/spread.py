@@ -99,7 +99,7 @@ def station(o: dict[str, Any]) -> SmoothedStation:
     return SmoothedStation(functools.partial(load_smoothed, o))
 
 
-@click.command(short_help="One run file out of the shards of a run.")
+@click.command(short_help="Merge the shards of a run into its file.")
 @click.argument("shards", nargs=-1, required=True, metavar="SHARD...")
 @click.option("-o", "--out", required=True, metavar="RUN", help="Run file to write (.jsonl).")
 @click.option("--radii", type=options.Numbers(), help="Radii of the table (default: round numbers).")

@@ -41,11 +41,15 @@ class LevelsOption(options.ParamType):
 
 
 @click.command(short_help="Train a denoiser for a frozen classifier.")
-@click.option("--denoiser", metavar="ARCHITECTURE", help="What to train: `certify list architectures`.")
+@click.option("--denoiser", metavar="ARCHITECTURE", help="What to train (`certify list architectures`).")
 @click.option("--train-classifier", metavar="MODEL", help="Train this classifier instead, from --weights or afresh.")
 @click.option("--option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the architecture; repeatable.")
-@click.option("--objective", show_default="mse", help="What it is trained for: `certify list objectives`.")
-@click.option("--sigma", type=LevelsOption(), help="Noise, where the objective has any: 0.25, or 0.12,0.25 or 0.1:1.")
+@click.option("--objective", help="What it is trained for (`certify list objectives`; default: mse).")
+@click.option(
+    "--sigma",
+    type=LevelsOption(),
+    help="Standard deviation of the noise in [0, 1] pixels, where the objective has any: 0.25; 0.12,0.25; 0.1:1.",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the objective; repeatable.")
 @click.option(
     "--classifier", "--model", metavar="MODEL", help="The frozen classifier; with --surrogate the target, never used."
@@ -64,51 +68,97 @@ class LevelsOption(options.ParamType):
     type=options.Count("the most images to take"),
     help="Use at most so many images, spread over the data.",
 )
-@click.option("--held-out", type=options.Count("a number of images"), help="Held out to choose weights by.")
+@click.option(
+    "--held-out",
+    type=options.Count("a number of images"),
+    help="Images held out to choose weights by (default: a tenth).",
+)
 @click.option("--epochs", type=float, default=10.0, show_default=True, help="Passes over the images; may be 0.5.")
 @click.option("--batch-size", type=options.Count("a batch size"), default=64, show_default=True, help="Images a step.")
-@click.option("--optimizer", default="adam", show_default=True, help="adam, sgd, adam-then-sgd, muon.")
-@click.option("--rate", type=options.Positive("a rate above 0"), default=1e-3, show_default=True, help="Peak rate.")
+@click.option("--optimizer", default="adam", show_default=True, help="Optimizer: adam, sgd, adam-then-sgd, muon.")
+@click.option(
+    "--rate",
+    type=options.Positive("a rate above 0"),
+    default=1e-3,
+    show_default=True,
+    help="Learning rate at its peak.",
+)
 @click.option("--weight-decay", type=float, default=1e-4, show_default=True, help="L2 penalty.")
-@click.option("--schedule", default="one-cycle", show_default=True, help="one-cycle, step, constant.")
 @click.option(
-    "--switch-at", type=float, show_default="50/90", help="adam-then-sgd: share of the steps that are Adam's."
+    "--schedule", default="one-cycle", show_default=True, help="Schedule of the rate: one-cycle, step, constant."
+)
+@click.option("--switch-at", type=float, help="Share of the steps that are Adam's, for adam-then-sgd (default: 50/90).")
+@click.option(
+    "--sgd-rate",
+    type=options.Positive("a rate above 0"),
+    default=1e-3,
+    show_default=True,
+    help="Learning rate of SGD, for adam-then-sgd.",
 )
 @click.option(
-    "--sgd-rate", type=options.Positive("a rate above 0"), default=1e-3, show_default=True, help="SGD's there."
+    "--first-share",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Share of the steps that are mse's, for mse+stability.",
 )
-@click.option("--first-share", type=float, default=0.5, show_default=True, help="mse+stability: share of mse.")
 @click.option(
     "--temperature",
     type=float,
     default=1.0,
     show_default=True,
-    help="The frozen classifier's logits are divided by it.",
+    help="Number that the frozen classifier's logits are divided by.",
 )
-@click.option("--queries", type=options.Count("queries"), default=20, show_default=True, help="zeroth-order: an image.")
 @click.option(
-    "--ema", type=float, default=0.0, show_default=True, help="Keep a running average of the weights, of this decay."
+    "--queries",
+    type=options.Count("queries"),
+    default=20,
+    show_default=True,
+    help="Queries an image and step, for zeroth-order.",
+)
+@click.option(
+    "--ema",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Decay of a running average of the weights, which is then kept; 0: none.",
 )
 @click.option("--no-augment", is_flag=True, help="Do not move and mirror the images.")
 @click.option(
-    "--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Of everything drawn."
+    "--seed",
+    type=options.Count("a seed", least=0),
+    default=0,
+    show_default=True,
+    help="Seed of everything that is drawn.",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto takes an accelerator.")
+@click.option("--device", default="auto", show_default=True, help="Device: cpu, cuda; auto takes an accelerator.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="auto: bfloat16 where the machine multiplies it faster.",
+    help="Arithmetic; auto takes bfloat16 where the machine multiplies it faster.",
 )
-@click.option("--compile", type=click.Choice(["on", "off"]), default="off", show_default=True, help="Compile.")
-@click.option("--validations", type=options.Count("a number"), default=20, show_default=True, help="Looks at held-out.")
 @click.option(
-    "--store", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="Stored numbers."
+    "--compile", type=click.Choice(["on", "off"]), default="off", show_default=True, help="Compile the network."
 )
-@click.option("--licence", default="MIT", show_default=True, help="Of the weights, for the card.")
+@click.option(
+    "--validations",
+    type=options.Count("a number"),
+    default=20,
+    show_default=True,
+    help="How often the held-out images are looked at.",
+)
+@click.option(
+    "--store",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the stored numbers.",
+)
+@click.option("--licence", default="MIT", show_default=True, help="Licence of the weights, for the card.")
 @click.option("--out", metavar="DIR", required=True, help="Folder for weights, checkpoint and metrics.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @click.option("--quiet", is_flag=True, help="No plan and no progress on stderr.")
 def train(**o: Any) -> None:
     """Train a denoiser D so that f(D(x + noise)) is right; f stays frozen.
