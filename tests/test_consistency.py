@@ -47,7 +47,7 @@ def test_draws_of_one_image_differ_in_noise_alone(digits: Classifier) -> None:
     recipe = Recipe("stability", (0.2, 0.7), settings={"draws": 3})
     objective = make_objective("stability", recipe.settings)
     drawn = torch.Generator().manual_seed(1)
-    draw = draw_batch(data, data.train[:5], recipe, drawn, digits, 0, torch.device("cpu"), objective.draws)
+    draw = draw_batch(data, data.train[:5], recipe, drawn, digits, 0, torch.device("cpu")).times(objective.draws)
     shown = objective.prepare(draw)
     assert torch.equal(draw.clean[:5], draw.clean[10:])
     assert torch.equal(draw.sigma[:5], draw.sigma[5:10])

@@ -110,6 +110,9 @@ def test_a_head_reads_classes_off_the_bottleneck_and_is_thrown_away(data: Any, t
     found = read_denoiser(tmp_path / WEIGHTS)
     assert not any("head" in key and "net.head" not in key for key in found.state_dict())
     assert found.card.access == "none"
+    heavy = Recipe("mse+classes", epochs=0.02, settings={"weight": 1000.0})
+    chosen_by = run(data, tmp_path / "heavy", heavy, validations=1).best["score"]
+    assert 1000 * 2 < chosen_by < 1000 * 4  # untrained, of ten classes: log 10 = 2.3
     with pytest.raises(UserError, match="needs a network with a bottleneck, such as unet; DnCNN has none"):
         with_head(DnCNN(8, 3), data, 0)
 

@@ -89,7 +89,10 @@ def train_denoiser(
         if last.purifier or last.prepare is not add_noise:  # squared error is not what it is for
             return loss_scores(whole, data, recipe, last, guides)
         levels = Levels(recipe.sigmas, recipe.continuous).checked()
-        return denoiser_scores(net, data, levels, phases(recipe.objective)[-1], judges)
+        found = denoiser_scores(net, data, levels, phases(recipe.objective)[-1], judges)
+        if last.wrap is None:
+            return found
+        return {**found, "score": loss_scores(whole, data, recipe, last, guides)["score"]}  # what it shares counts too
 
     outcome = train(
         whole,

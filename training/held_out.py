@@ -97,7 +97,7 @@ def loss_scores(
     for i, (clean, labels) in enumerate(_batches(data, device)):
         generator = block_generator(stream_key(seed, "objective", "held out"), i)
         sigma = Levels(recipe.sigmas, recipe.continuous).draw(len(clean), generator).to(device)
-        draw = Draw(clean, sigma, labels, guides.at(i), generator, recipe.epochs)
+        draw = Draw(clean, sigma, labels, guides.at(i), generator, recipe.epochs).times(objective.draws)
         prepared = objective.prepare(draw)
         batch = make_batch(draw, prepared, net(*prepared.inputs), recipe)
         losses += [float(objective.loss(batch))] * len(clean)

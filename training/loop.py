@@ -230,7 +230,8 @@ def _step(
     """One step on this process's share of the batch; the loss."""
     objective = make_objective(recipe.phase(step, steps)[0], recipe.settings)
     indices, generator = draw_order(data.train, recipe, step, driver.process_index, driver.num_processes)
-    draw = draw_batch(data, indices, recipe, generator, guides.at(step), step, driver.device, objective.draws)
+    draw = draw_batch(data, indices, recipe, generator, guides.at(step), step, driver.device)
+    draw = draw.times(objective.draws)
     with torch.no_grad():
         prepared = objective.prepare(draw)
     optimizer = optimizers[-1 if recipe.uses_sgd(step, steps) else 0]
@@ -276,15 +277,13 @@ def draw_batch(
     guide: Classifier | None,
     step: int,
     device: torch.device,
-    draws: int = 1,
 ) -> Draw:
-    """Clean images, augmented, and each image's noise level and label; all of them as often as there are draws."""
+    """Clean images, augmented, and each image's noise level and label."""
     images = data.take(indices).to(device)
     clean = (augment(images, generator) if recipe.augment else images.float()) / 255
     sigma = Levels(recipe.sigmas, recipe.continuous).draw(len(indices), generator).to(device)
-    labels = data.labels[indices].to(device).repeat(draws) if data.labels is not None else None
-    epoch = step * recipe.batch_size / len(data.train)
-    return Draw(clean.repeat(draws, 1, 1, 1), sigma.repeat(draws), labels, guide, generator, epoch)
+    labels = data.labels[indices].to(device) if data.labels is not None else None
+    return Draw(clean, sigma, labels, guide, generator, step * recipe.batch_size / len(data.train))
 
 
 def make_batch(draw: Draw, prepared: Prepared, found: Any, recipe: Recipe) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +41,11 @@ class Draw:
     classifier: Classifier | None
     generator: torch.Generator
     epoch: float = 0.0
+
+    def times(self, draws: int) -> Draw:
+        """All images as often as noise is to be drawn for each: all once, then all again."""
+        labels = None if self.labels is None else self.labels.repeat(draws)
+        return replace(self, clean=self.clean.repeat(draws, 1, 1, 1), sigma=self.sigma.repeat(draws), labels=labels)
 
 
 @dataclass(frozen=True)
