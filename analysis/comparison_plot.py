@@ -6,7 +6,7 @@ from pathlib import Path
 
 from analysis.comparison import GROUPS, Cell, Comparison, Condition
 from analysis.comparison_tables import caption_of
-from analysis.plots import COLOURS, STYLE, check_format, save_figure
+from analysis.figures import COLOURS, canvas, check_format, save_figure
 
 _COLOUR = dict(zip(GROUPS, ("#555555", COLOURS[0], COLOURS[1], COLOURS[2]), strict=True))
 _SHAPES = "os^Dv<>pP*X"
@@ -20,15 +20,9 @@ def draw_comparison(found: Comparison, path: str | Path) -> None:
         RunFault: the file cannot be written.
     """
     check_format(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     conditions = found.columns
     height = 0.2 * len(conditions) * len(found.defences) + 1.6
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, min(14.0, max(2.6, height))), layout="constrained")
+    with canvas(6.4, min(14.0, max(2.6, height))) as (figure, axes):
         for row, defence in enumerate(found.defences):
             if row:
                 axes.axhline(row - 0.5, color="#dddddd", linewidth=0.6)
@@ -43,10 +37,7 @@ def draw_comparison(found: Comparison, path: str | Path) -> None:
         handles = [_handle(condition, place) for place, condition in enumerate(conditions)]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
         axes.set_title(caption_of(found)[0], fontsize=8, loc="left", wrap=True)
-        try:
-            save_figure(figure, Path(path))
-        finally:
-            plt.close(figure)
+        save_figure(figure, Path(path))
 
 
 def _label(condition: Condition) -> str:

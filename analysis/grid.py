@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.plots import check_format
+from analysis.figures import check_format
 from certify.errors import RunFault, UserError
 
 RIGHT, WRONG = "✓", "✗"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.plots import COLOURS, STYLE, check_format, save_figure
+from analysis.figures import COLOURS, canvas, check_format, save_figure
 from certify.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -84,17 +84,12 @@ def plot_learning(trainings: Sequence[Learning], path: str | Path, *, title: str
         RunFault: the file cannot be written.
     """
     check_format(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figures = {name for training in trainings for name in training.held_out}
     measures = [m for m in _NAMES if any(_parts(name)[0] == m for name in figures)]
     levels = sorted({sigma for name in figures for m, sigma in [_parts(name)] if m in measures}, key=_as_number)
-    with plt.rc_context(STYLE):
-        wide = 1 + len(measures)
-        figure, grid = plt.subplots(1, wide, figsize=(3.2 * wide, 3.2), layout="constrained", squeeze=False)
+    wide = 1 + len(measures)
+    with canvas(3.2 * wide, 3.2, columns=wide) as (figure, row):
+        first, *others = np.atleast_1d(row)
         for i, training in enumerate(trainings):
             colour = COLOURS[i % len(COLOURS)]
             smooth = [
@@ -102,32 +97,29 @@ def plot_learning(trainings: Sequence[Learning], path: str | Path, *, title: str
                 for part in np.array_split(np.stack([training.images, training.loss]), _WINDOWS, 1)
                 if part.size
             ]
-            grid[0, 0].plot(*np.array(smooth).T / [[1e3], [1]], color=colour, label=training.name, linewidth=1.4)
-            for axes, measure in zip(grid[0, 1:], measures, strict=True):
+            first.plot(*np.array(smooth).T / [[1e3], [1]], color=colour, label=training.name, linewidth=1.4)
+            for axes, measure in zip(others, measures, strict=True):
                 for level, sigma in enumerate(levels):
                     values = training.held_out.get(f"{measure}@{sigma}" if sigma else measure)
                     if values is not None:
                         marker = _MARKERS[level % len(_MARKERS)]
                         axes.plot(training.seen / 1e3, values, color=colour, marker=marker, markersize=4, linewidth=1)
-        grid[0, 0].set(ylabel="training loss")
-        for axes, measure in zip(grid[0, 1:], measures, strict=True):
+        first.set(ylabel="training loss")
+        for axes, measure in zip(others, measures, strict=True):
             axes.set(ylabel=_NAMES[measure])
-        for axes in grid[0]:
+        for axes in (first, *others):
             axes.set(xlabel="images seen (thousands)")
             axes.set_xlim(left=0)
-        handles = list(grid[0, 0].get_lines())
+        handles = list(first.get_lines())
         for level, sigma in enumerate(levels if levels != [""] else []):
             marker = _MARKERS[level % len(_MARKERS)]
-            handles += grid[0, 0].plot(
+            handles += first.plot(
                 [], [], color="#555555", marker=marker, markersize=4, linewidth=0, label=f"sigma = {sigma}"
             )
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
         if title:
             figure.suptitle(title, fontsize=9)
-        try:
-            save_figure(figure, Path(path))
-        finally:
-            plt.close(figure)
+        save_figure(figure, Path(path))
 
 
 def _parts(name: str) -> tuple[str, str]:

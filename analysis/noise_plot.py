@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.adversarial_noise import NoiseStatistics
-from analysis.plots import COLOURS, STYLE, check_format, save_figure
+from analysis.figures import COLOURS, canvas, check_format, save_figure
 
 _LINES = ("-", "--", ":", "-.")
 
@@ -27,13 +27,7 @@ def draw_noise(noises: Mapping[str, NoiseStatistics], images: NoiseStatistics, p
         RunFault: the file cannot be written.
     """
     check_format(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
-        figure, (means, skews, spectra) = plt.subplots(1, 3, figsize=(9.6, 3.0), layout="constrained")
+    with canvas(9.6, 3.0, columns=3) as (figure, (means, skews, spectra)):
         for i, (name, found) in enumerate(noises.items()):
             style = {"color": COLOURS[i % len(COLOURS)], "linestyle": _LINES[i // len(COLOURS) % 4], "linewidth": 1.4}
             for axes, measured in ((means, 255 * found.mean.numpy()), (skews, found.skewness.numpy())):
@@ -50,10 +44,7 @@ def draw_noise(noises: Mapping[str, NoiseStatistics], images: NoiseStatistics, p
         spectra.set(xlabel="frequency (cycles a pixel)", ylabel="share of the power a wave", yscale="log")
         figure.legend(loc="outside lower center", ncols=4)
         figure.suptitle(title, fontsize=8, x=0.01, ha="left", wrap=True)
-        try:
-            save_figure(figure, Path(path))
-        finally:
-            plt.close(figure)
+        save_figure(figure, Path(path))
 
 
 def _spectrum(found: NoiseStatistics) -> tuple[np.ndarray, np.ndarray]:

@@ -11,34 +11,8 @@ import numpy as np
 
 from analysis.curves import Curve, proportion_interval
 from analysis.envelope import Envelope, Line
-from certify.errors import RunFault, UserError
+from analysis.figures import COLOURS, canvas, check_format, save_figure
 from certify.norms import IN_TEX
-
-FORMATS = (".png", ".svg", ".pdf")
-
-# Okabe and Ito's colours, told apart by colour-blind readers and in grey; black stays for text.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-
-STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "legend.title_fontsize": 8,
-    "svg.hashsalt": "certify",  # the same run gives the same file
-    "pdf.fonttype": 42,
-}
-
-
-def check_format(path: str | Path) -> None:
-    """Refuse a picture format that is not written, before any work is done."""
-    if Path(path).suffix.lower() not in FORMATS:
-        raise UserError(f"cannot write a picture as {str(path)!r}; expected a name that ends in {', '.join(FORMATS)}")
 
 
 def steps(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
@@ -76,13 +50,7 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
 
     The single runs of an envelope are faint lines of its colour.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(4.8, 3.3), layout="constrained")
+    with canvas(4.8, 3.3) as (figure, axes):
         labels, legend_title = _legend_texts(lines)
         for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
             colour, dashes = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
@@ -102,10 +70,7 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
         if title:
             axes.set_title(title, fontsize=9)
         _legend(axes, labels, legend_title)
-        try:
-            yield figure
-        finally:
-            plt.close(figure)
+        yield figure
 
 
 def _points(axes: Any, line: Line, colour: str, name: str, band: bool) -> None:
@@ -148,21 +113,3 @@ def _legend(axes: Any, labels: Sequence[str], title: str | None) -> None:
     else:
         columns = 1 if longest > 40 else 2
         axes.figure.legend(loc="outside lower center", ncols=columns, title=title, alignment="left")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write it whole or not at all, the same bytes for the same figure.
-
-    Raises:
-        RunFault: the file cannot be written.
-    """
-    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-    beside = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(beside, dpi=200, metadata=metadata)
-        beside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise RunFault(f"could not write {path}: {error.strerror}; the run files are untouched") from None

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from analysis.curves import Curve
-from analysis.plots import COLOURS, STYLE, drawn_curves
+from analysis.figures import COLOURS, canvas
+from analysis.plots import drawn_curves
 from certify.norms import IN_WORDS
 
 STAGES = ("clean", "noisy", "denoised")
@@ -36,26 +37,19 @@ def curve_svg(curve: Curve) -> str:
 
 def latency_svg(seconds: Sequence[float]) -> str:
     """How long answers took: a histogram over equal steps of the logarithm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     milliseconds = np.maximum(1000 * np.asarray(seconds), 1e-3)
     low, high = milliseconds.min() / 1.05, milliseconds.max() * 1.05
-    with plt.rc_context({**STYLE, "axes.grid.axis": "y"}):
-        figure, axes = plt.subplots(figsize=(4.8, 1.9), layout="constrained")
+    with canvas(4.8, 1.9, style={"axes.grid.axis": "y"}) as (figure, axes):
         bins = np.geomspace(low, high, min(40, max(8, int(len(milliseconds) ** 0.5))) + 1)
         axes.hist(milliseconds, bins=bins, color=COLOURS[0], rwidth=0.92)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(plt.LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         axes.set(xlim=(low, high), xlabel="milliseconds from sending to reply", ylabel="answers")
-        try:
-            return _inline(figure, "latency", "histogram of how long answers took")
-        finally:
-            plt.close(figure)
+        return _inline(figure, "latency", "histogram of how long answers took")
 
 
 def _inline(figure: Any, name: str, title: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from certify import __version__
-from certify.cli import audit, bench, compare, evaluate, info, inspect, run, serve, show, spread, train
+from certify.cli import audit, bench, compare, evaluate, info, inspect, plot, run, serve, show, spread, train
 from certify.errors import CertifyError
 
 
@@ -80,7 +80,7 @@ for _command in (
     evaluate.evaluate_denoiser,
     compare.compare,
     inspect.inspect,
-    show.plot,
+    plot.plot,
     show.table,
     show.recompute,
     spread.merge,

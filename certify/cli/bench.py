@@ -68,4 +68,5 @@ def bench(**o: Any) -> None:
         reference_batch=o["reference_batch"],
         progress=(lambda text: None) if o["as_json"] else (lambda text: click.echo(f"{text} ...", err=True)),
     )
-    click.echo(json.dumps(asdict(found)) if o["as_json"] else in_words(found))
+    case = o["model"] if o["denoiser"] == "none" else f"{o['denoiser']}+{o['model']}"
+    click.echo(json.dumps({"case": case, **asdict(found)}) if o["as_json"] else in_words(found))

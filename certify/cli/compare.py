@@ -75,7 +75,7 @@ def compare(**o: Any) -> None:
     The same command goes on where it stopped; `certify table` and `certify plot` show the file again.
     """
     if o["figure"]:
-        from analysis.plots import check_format
+        from analysis.figures import check_format
 
         check_format(o["figure"])
     path = _work(o)

@@ -107,7 +107,7 @@ def evaluate_denoiser(**o: Any) -> None:
 
 def _check_first(o: dict[str, Any]) -> list[float]:
     """Everything that can be refused before torch is imported; the noise levels, each once."""
-    from analysis.plots import check_format
+    from analysis.figures import check_format
     from certify import hub
     from certify.noise import make_noise
     from denoisers.names import find_source

@@ -53,7 +53,7 @@ def inspect(**o: Any) -> None:
     Gaussian smoothing (window 5, deviation 1), beside the part of the images themselves.
     """
     from analysis.adversarial_noise import noise_statistics
-    from analysis.plots import check_format
+    from analysis.figures import check_format
 
     for name in ("figure", "pictures"):
         if o[name]:

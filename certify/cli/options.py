@@ -250,3 +250,26 @@ compute_options = together(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),
     click.option("--quiet", is_flag=True, help="No plan and no progress on stderr."),
 )
+
+
+runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+
+envelope_option = click.option(
+    "--envelope",
+    is_flag=True,
+    help="One line a method: at each radius the best of its runs over sigma, chosen on the images they share.",
+)
+
+
+def refuse_beside_comparison(paths: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """A comparison is shown alone, and options for certificates say nothing about it."""
+    if len(paths) > 1:
+        raise UserError(f"{len(paths)} files, a comparison among them: a comparison is shown alone; name one")
+    refuse_given("a comparison", names)
+
+
+def refuse_given(what: str, names: tuple[str, ...]) -> None:
+    """Refuse options that say nothing about what is shown."""
+    given = next((name for name in names if given_by_user(name)), None)
+    if given:
+        raise UserError(f"--{given.replace('_', '-')} is for runs of certificates; leave it out for {what}")

@@ -1,4 +1,4 @@
-"""``certify plot``, ``table``, ``recompute`` and ``report``: from what runs left to pictures, numbers, a page."""
+"""``certify table``, ``recompute`` and ``report``: from what runs left to numbers and a page."""
 
 from __future__ import annotations
 
@@ -16,67 +16,9 @@ from certify.errors import RunFault, UserError
 if TYPE_CHECKING:
     from analysis.envelope import Line
 
-runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-
-envelope_option = click.option(
-    "--envelope",
-    is_flag=True,
-    help="One line a method: at each radius the best of its runs over sigma, chosen on the images they share.",
-)
-
-
-@click.command(short_help="Draw certified accuracy over radius.")
-@runs_argument
-@click.option(
-    "-o", "--out", metavar="FILE", default="curve.png", show_default=True, help="Picture to write: .png, .svg or .pdf."
-)
-@click.option("--title", help="Title above the axes.")
-@click.option("--no-band", is_flag=True, help="Leave out the shaded 95 % interval over images.")
-@envelope_option
-def plot(runs: tuple[str, ...], out: str, title: str | None, no_band: bool, envelope: bool) -> None:
-    """Draw certified accuracy over radius, one line a run.
-
-    RUN is a run file of certify, or a log with columns idx label predict radius correct time. The file of a comparison
-    gives the comparison's own figure, folders of trainings their learning curves.
-    """
-    from analysis.curves import curves
-    from analysis.envelope import group
-    from analysis.learning import is_training
-    from analysis.plots import check_format, plot_curves
-    from analysis.runs import is_comparison, read_all, read_comparison
-
-    check_format(out)
-    if any(is_training(path) for path in runs):
-        _plot_learning(runs, out, title)
-        return
-    if any(is_comparison(path) for path in runs):
-        from analysis.comparison_plot import draw_comparison
-
-        _refuse_beside_comparison(runs, ("title", "no_band", "envelope"))
-        comparison = read_comparison(runs[0])
-        comparison.require_sound()
-        draw_comparison(comparison, out)
-        click.echo(f"wrote {out}")
-        return
-    found = curves(read_all(runs, warn))
-    plot_curves(group(found) if envelope else found, out, title=title, band=not no_band)
-    click.echo(f"wrote {out}")
-
-
-def _plot_learning(folders: tuple[str, ...], out: str, title: str | None) -> None:
-    """Trainings are drawn together, and options for certificates say nothing about them."""
-    from analysis.learning import is_training, plot_learning, read_learning
-
-    for path in folders:
-        if not is_training(path):
-            raise UserError(f"{path} is no training, unlike the others; draw runs and trainings apart")
-    _refuse_options("trainings", ("no_band", "envelope"))
-    plot_learning([read_learning(path) for path in folders], out, title=title)
-    click.echo(f"wrote {out}")
-
 
 @click.command(short_help="Tabulate certified accuracy at given radii.")
-@runs_argument
+@options.runs_argument
 @click.option("--radii", type=options.Numbers(), help="Radii of the columns (default: round numbers).")
 @click.option(
     "--format",
@@ -91,7 +33,7 @@ def _plot_learning(folders: tuple[str, ...], out: str, title: str | None) -> Non
     is_flag=True,
     help="Add the 95 % interval over images to each cell (csv and --simultaneous always have one).",
 )
-@envelope_option
+@options.envelope_option
 @click.option(
     "--relative-to",
     type=options.Positive("a number above 0 and at most 1, such as 0.832", below=math.nextafter(1.0, 2.0)),
@@ -164,25 +106,12 @@ def _put(text: str, out: str | None) -> None:
     click.echo(f"wrote {out}")
 
 
-def _refuse_beside_comparison(paths: tuple[str, ...], names: tuple[str, ...]) -> None:
-    """A comparison is shown alone, and options for certificates say nothing about it."""
-    if len(paths) > 1:
-        raise UserError(f"{len(paths)} files, a comparison among them: a comparison is shown alone; name one")
-    _refuse_options("a comparison", names)
-
-
-def _refuse_options(what: str, names: tuple[str, ...]) -> None:
-    given = next((name for name in names if options.given_by_user(name)), None)
-    if given:
-        raise UserError(f"--{given.replace('_', '-')} is for runs of certificates; leave it out for {what}")
-
-
 def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) -> None:
     """One file of `certify compare`, whose columns are its own."""
     from analysis.comparison_tables import tabulate_comparison
     from analysis.runs import read_comparison
 
-    _refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "relative_to", "simultaneous"))
+    options.refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "relative_to", "simultaneous"))
     found = read_comparison(paths[0])
     _put(tabulate_comparison(found, style), out)
     found.require_sound()

@@ -1,0 +1,73 @@
+"""What all figures share: formats, colours, style, and a file that is written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from certify.errors import RunFault, UserError
+
+FORMATS = (".png", ".svg", ".pdf")
+
+# Okabe and Ito's colours, told apart by colour-blind readers and in grey; black stays for text.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.title_fontsize": 8,
+    "svg.hashsalt": "certify",  # the same run gives the same file
+    "pdf.fonttype": 42,
+}
+
+
+def check_format(path: str | Path) -> None:
+    """Refuse a picture format that is not written, before any work is done."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise UserError(f"cannot write a picture as {str(path)!r}; expected a name that ends in {', '.join(FORMATS)}")
+
+
+@contextlib.contextmanager
+def canvas(width: float, height: float, columns: int = 1, style: dict[str, Any] | None = None) -> Iterator[Any]:
+    """A figure of so many inches in the house's style, with its axes; closed at the end of the block.
+
+    Gives ``(figure, axes)``: one pair of axes, or a row of them.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({**STYLE, **(style or {})}):
+        figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+        try:
+            yield figure, axes
+        finally:
+            plt.close(figure)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write it whole or not at all, the same bytes for the same figure.
+
+    Raises:
+        RunFault: the file cannot be written.
+    """
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
+    beside = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(beside, dpi=200, metadata=metadata)
+        beside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise RunFault(f"could not write {path}: {error.strerror}; the run files are untouched") from None

@@ -1,0 +1,74 @@
+"""Speeds as a picture: how many times as fast as the plain loop, from what `certify bench --json` prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.figures import COLOURS, canvas, check_format, save_figure
+from certify.errors import UserError
+
+_KEYS = ("case", "engine", "reference", "ratio", "ratio_min", "ratio_max")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One measurement: rates in samples a second, and the median, least and largest ratio over pairs of turns."""
+
+    case: str
+    engine: float
+    reference: float
+    ratio: float
+    ratio_min: float
+    ratio_max: float
+
+
+def is_speeds(path: str | Path) -> bool:
+    """Whether this file begins with a line of `certify bench --json`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and all(key in first for key in _KEYS)
+
+
+def read_speeds(path: str | Path) -> list[Speed]:
+    """The measurements in a file, one JSON object a line; lines that measure something else are passed by.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    return [Speed(**{key: row[key] for key in _KEYS}) for row in rows if all(key in row for key in _KEYS)]
+
+
+def plot_speeds(speeds: Sequence[Speed], path: str | Path, *, title: str | None = None) -> None:
+    """Write the figure: a bar a measurement, with the spread over its pairs and both rates; the last of a name counts.
+
+    Raises:
+        UserError: a format that is not written.
+        RunFault: the file cannot be written.
+    """
+    check_format(path)
+    last = {speed.case: speed for speed in speeds}
+    with canvas(5.6, 1.0 + 0.36 * len(last), style={"axes.grid.axis": "x"}) as (figure, axes):
+        for place, speed in enumerate(last.values()):
+            reach = [[speed.ratio - speed.ratio_min], [speed.ratio_max - speed.ratio]]
+            axes.barh(place, speed.ratio, height=0.6, color=COLOURS[0], xerr=reach, ecolor="#333333", capsize=2)
+            rates = f"{speed.engine:,.0f} : {speed.reference:,.0f}"
+            axes.text(speed.ratio_max + 0.05, place, rates, va="center", fontsize=8)
+        axes.axvline(1, color=COLOURS[1], lw=1.2)
+        axes.set_yticks(range(len(last)), list(last))
+        widest = max(speed.ratio_max for speed in last.values())
+        axes.set(xlim=(0, 1.35 * widest), ylim=(len(last) - 0.4, -0.6))
+        axes.set_xlabel("samples a second, this engine : plain loop; bars: their ratio\n(line: equally fast)")
+        if title:
+            axes.set_title(title, fontsize=9)
+        save_figure(figure, Path(path))

@@ -1,0 +1,136 @@
+"""Pictures of votes, samples and speeds: what they show, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import run as certify
+from scipy.stats import norm
+
+from analysis.figures import canvas
+from analysis.samples_plot import most_with, radii_with, sample_sizes
+from analysis.speed_plot import Speed, read_speeds
+from certify.records import Run, read_run
+
+RUN = "--model digits --sigma 0.25 --n 1000 --max 12 --quiet --out run.jsonl"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(found)
+        certify(*RUN.split())
+        certify(*"--model digits --sigma 0.25 --radius 0.25 --max 3 --quiet --out decided.jsonl".split())
+    return found
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are written, as they were when they were written."""
+    import analysis.samples_plot
+    import analysis.speed_plot
+    import analysis.votes_plot
+
+    kept: list[Any] = []
+    for module in (analysis.votes_plot, analysis.samples_plot, analysis.speed_plot):
+        monkeypatch.setattr(module, "save_figure", lambda figure, path: kept.append(figure))
+    return kept
+
+
+def test_all_votes_give_the_radii_of_the_run(folder: Path) -> None:
+    run = read_run(folder / "run.jsonl")
+    assert radii_with(run, 1000).tolist() == [row["radius"] for row in run.images]
+
+
+def test_fewer_votes_have_the_law_of_fewer_samples(folder: Path) -> None:
+    """The share of the class among n' votes drawn from n: mean p, variance p(1-p)/n' (n-n')/(n-1)."""
+    run = read_run(folder / "run.jsonl")
+    one = next(row for row in run.images if 600 < max(row["votes"].values()) < 950)
+    many = Run(run.path, run.header, [one])
+    shares = []
+    for seed in range(400):
+        p_lower = norm.cdf(radii_with(many, 100, seed)[0] / 0.25)
+        shares.append(p_lower)
+    p, n, m = max(one["votes"].values()) / 1000, 1000, 100
+    spread = (p * (1 - p) / m * (n - m) / (n - 1)) ** 0.5
+    lowest = norm.cdf(most_with(run, 100) / 0.25)
+    assert max(shares) <= lowest + 1e-12
+    assert np.mean(shares) < p - spread  # a bound at alpha = 0.001 lies about three deviations below the share
+    assert np.mean(shares) > p - 6 * spread
+
+
+def test_the_most_is_the_published_formula(folder: Path) -> None:
+    """All n votes agree: p_lower = alpha^(1/n) (Cohen et al. 2019)."""
+    run = read_run(folder / "run.jsonl")
+    for n in (20, 1000):
+        assert most_with(run, n) == pytest.approx(0.25 * norm.ppf(0.001 ** (1 / n)), rel=1e-9)
+
+
+def test_sizes_end_with_n() -> None:
+    assert sample_sizes(1000)[0] == 20
+    assert sample_sizes(1000)[-1] == 1000
+    assert sample_sizes(7) == [7]
+
+
+def test_the_votes_of_an_image_are_its_bars(folder: Path, drawn: list[Any]) -> None:
+    from analysis.votes_plot import plot_votes
+
+    run = read_run(folder / "run.jsonl")
+    row = max(run.images, key=lambda row: len(row["votes"]))
+    plot_votes(run, row["id"], "v.svg")
+    (axes,) = drawn[0].axes
+    widths = [bar.get_width() for bar in axes.patches]
+    counts = sorted(row["votes"].values(), reverse=True)
+    assert widths[:8] == pytest.approx([count / 1000 for count in counts[:8]])
+    assert sum(widths) == pytest.approx(1)
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(row["p_lower"])
+
+
+def test_speeds_show_the_last_of_each_name(tmp_path: Path, drawn: list[Any]) -> None:
+    from analysis.speed_plot import plot_speeds
+
+    rows = [
+        {"case": "a", "engine": 1, "reference": 1, "ratio": 1, "ratio_min": 1, "ratio_max": 1},
+        {"case": "a", "peak_kib": 3},
+        {"case": "a", "engine": 6, "reference": 2, "ratio": 3, "ratio_min": 2, "ratio_max": 4, "pairs": 5},
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_speeds(tmp_path / "s.jsonl")
+    assert found[-1] == Speed("a", 6, 2, 3, 2, 4)
+    assert len(found) == 2
+    plot_speeds(found, "s.svg")
+    assert [bar.get_width() for bar in drawn[0].axes[0].patches] == [3]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("run.jsonl --image 1", "run.jsonl holds no image '1'; expected one of its ids, such as "),
+        ("run.jsonl run.jsonl --image 1", "the votes of an image are one run's; name one"),
+        ("run.jsonl --image 1 --samples", "--image and --samples are two pictures"),
+        ("run.jsonl --samples --envelope", "--envelope is for runs of certificates; leave it out for radius against"),
+        ("decided.jsonl --samples", "has no votes at a fixed n; expected a run file of `certify --n N`"),
+        ("run.jsonl --samples -o x.bmp", "cannot write a picture as 'x.bmp'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, says: str
+) -> None:
+    monkeypatch.chdir(folder)
+    certify("plot", *command.split(), code=2)
+    told = capsys.readouterr().err
+    assert says in told
+    assert told.count("\n") == 1
+
+
+def test_a_canvas_is_closed_even_when_drawing_fails() -> None:
+    import matplotlib.pyplot as plt
+
+    with pytest.raises(RuntimeError), canvas(2, 2) as (_, _axes):
+        raise RuntimeError
+    assert plt.get_fignums() == []
