@@ -146,7 +146,7 @@ def attack(
         labels: the right ones, ``(B,)``.
         ids: name the random numbers of each image.
         norm: ``l2`` or ``linf``.
-        eps: radius of the ball in [0, 1] pixels; hopskipjump alone does without, and then looks for the nearest.
+        eps: radius of the ball in [0, 1] pixels; None for an attack that looks for the nearest wrong image, if it can.
         seed: of the attack.
         access: one for each image, with a budget, for attacks that only ask.
         classifier: for blind-pgd; surrogates are compared with it.
@@ -225,7 +225,7 @@ def _check(
         raise UserError(f"attack {name}: clean images outside of [0, 1]")
     if eps is not None and not 0 < eps < math.inf:
         raise UserError(f"attack {name}: eps {eps}; expected a number above 0, such as 8/255 (linf) or 0.5 (l2)")
-    if eps is None and name != "hopskipjump":
+    if eps is None and found.ball:
         raise UserError(f"attack {name} works inside a ball; give eps=, such as 8/255 (linf) or 0.5 (l2)")
     wrong = [key for key in options if key not in found.options]
     if wrong:

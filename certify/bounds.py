@@ -19,7 +19,7 @@ _OUTWARD = 1e-12
 _SMALLEST_ALPHA, _SMALLEST_SHARE = 1e-40, 1e-50  # what may be asked for, and what may be left of it to share
 _OTHERS_SHARE = 0.1  # of alpha in `best`: see best()
 
-BOUNDS = Registry("bound")
+BOUNDS = Registry("bound", "certify.bounds")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Frozen classifiers by name or file: normalisation inside, input size and transform from the model's own settings.
 
-Where a name is looked up: ``certify/hub.py``. How each kind is built: the builders registered in ``BUILDERS``, each a
-function ``(name, weights, num_classes) -> ClassifierSpec`` in a module of its own.
+Where a name is looked up and which builder it leads to: ``certify/hub.py``. A builder is a function ``(name, weights,
+num_classes) -> ClassifierSpec`` in a module of its own.
 """
 
 from __future__ import annotations
@@ -19,16 +19,7 @@ from torch import Tensor, nn
 from certify import hub
 from certify.errors import CertifyError, UserError, first_line
 from certify.pipeline import state_digest
-from certify.registry import Registry
 from certify.types import FAILED
-
-BUILDERS = Registry("classifier source")
-BUILDERS.add("built-in", "certify.builtin:build")
-BUILDERS.add("timm", "certify.zoo:build_timm")
-BUILDERS.add("torchvision", "certify.zoo:build_torchvision")
-BUILDERS.add("torchscript", "certify.foreign:build_torchscript")
-BUILDERS.add("onnx", "certify.foreign:build_onnx")
-BUILDERS.add("python", "certify.foreign:build_callable")
 
 
 @dataclass(frozen=True)
@@ -267,7 +258,7 @@ def load_classifier(
     """
     source = hub.find_source(model, weights)
     hub.require_weights(source, weights)
-    spec: ClassifierSpec = BUILDERS.get(source.kind)(source.name, weights, num_classes)
+    spec: ClassifierSpec = hub.BUILDERS.get(source.kind)(source.name, weights, num_classes)
     spec = replace(spec, input=_override_input(spec.input, input_size, mean, std))
     return Classifier(model, spec, num_classes)
 

@@ -28,13 +28,24 @@ for _depth in (20, 32, 44, 56, 110):
 UNTRAINED = "untrained"
 """In place of a checkpoint: random weights, for measuring speed."""
 
+BUILDERS = Registry("classifier source", "certify.classifiers")
+BUILDERS.add("built-in", "certify.builtin:build", "an architecture of this package, by its name")
+BUILDERS.add("timm", "certify.zoo:build_timm", "timm:NAME")
+BUILDERS.add("torchvision", "certify.zoo:build_torchvision", "torchvision:NAME")
+BUILDERS.add("torchscript", "certify.foreign:build_torchscript", "FILE.pt, .ts or .torchscript")
+BUILDERS.add("onnx", "certify.foreign:build_onnx", "FILE.onnx")
+BUILDERS.add("python", "certify.foreign:build_callable", "package.module:callable")
+
 _LIBRARIES = ("timm", "torchvision")
+_BY_FORM = ("built-in", "torchscript", "onnx", "python")
+"""Builders that are told by the form of a name; any other is written in front of it."""
+
 _PROBE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: ``kind`` names a builder of ``certify.classifiers``, ``name`` is what it gets."""
+    """Where a model comes from: ``kind`` names a builder, ``name`` is what it gets."""
 
     kind: str
     name: str
@@ -77,7 +88,7 @@ def model_names() -> list[str]:
     return [*BUILT_IN, *sorted(library_names("timm") | library_names("torchvision"))]
 
 
-def find_source(model: str, weights: str | Path | None = None) -> ModelSource:
+def find_source(model: str, weights: str | Path | None = None) -> ModelSource:  # noqa: PLR0911 - one answer a form
     """What ``--model`` means.
 
     A name that timm and torchvision share is timm's, unless ``weights`` is a checkpoint that torchvision publishes: the
@@ -94,6 +105,8 @@ def find_source(model: str, weights: str | Path | None = None) -> ModelSource:
     if library in _LIBRARIES and rest:
         if rest.split(".")[0] not in library_names(library):
             raise unknown_name("model", rest, library_names(library), f"not in {library}")
+        return ModelSource(library, rest)
+    if rest and library not in _BY_FORM and library in BUILDERS:
         return ModelSource(library, rest)
     suffix = Path(model).suffix.lower()
     if is_file(model) or suffix in (".onnx", ".pt", ".ts", ".torchscript"):

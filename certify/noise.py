@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 # Relative margin that covers the error of ndtri (2.5 ulp measured), of log1p, and of the products around them.
 _OUTWARD = 1e-14
 
-NOISES = Registry("noise")
+NOISES = Registry("noise", "certify.noises")
 
 
 @dataclass(frozen=True)
-class _Additive:
+class Additive:
     """What the distributions that are added in float32 have in common.
 
     Attributes:
@@ -57,7 +57,7 @@ class _Additive:
 
 
 @dataclass(frozen=True)
-class Gaussian(_Additive):
+class Gaussian(Additive):
     """Isotropic Gaussian noise, which certifies l2 balls (Cohen, Rosenfeld and Kolter 2019, theorem 1)."""
 
     name = "gaussian"
@@ -112,7 +112,7 @@ def gaussian_probability(sigma: float, radius: float) -> float:
 
 
 @dataclass(frozen=True)
-class Uniform(_Additive):
+class Uniform(Additive):
     """Independent uniform noise on [-lambda, lambda], which certifies l1 balls (Yang et al. 2020, theorem 2).
 
     lambda = sqrt(3) sigma, so that sigma is the standard deviation here too.
@@ -144,7 +144,7 @@ class Uniform(_Additive):
 
 
 @dataclass(frozen=True)
-class Laplace(_Additive):
+class Laplace(Additive):
     """Independent Laplace noise of scale b, which certifies l1 balls (Lecuyer et al. 2019; Teng, Lee and Yuan 2020).
 
     b = sigma / sqrt(2), so that sigma is the standard deviation here too.

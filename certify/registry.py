@@ -1,4 +1,7 @@
-"""Name -> builder. A duplicate raises, an unknown name lists its neighbours, targets load on first use."""
+"""Name -> builder. A duplicate raises, an unknown name lists its neighbours, targets load on first use.
+
+Other packages add to a registry that has a group of entry points, without a change to this one: see docs/extending.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from certify.errors import UserError
+from certify.errors import UserError, first_line
+
+PLUGINS: dict[str, str] = {}
+"""Versions of the other packages whose components were used, by package: they go into the run file."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
@@ -24,11 +30,17 @@ class Registry:
 
     Targets are callables, or strings ``"module:attribute"`` that are imported on first use, so that a name can be
     listed without importing what it builds.
+
+    Args:
+        kind: what they are, in messages.
+        group: of entry points by which installed packages add to it. They are looked up once, when a name is not one of
+            the house's or all names are wanted: that reads every installed package's metadata.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, group: str | None = None) -> None:
+        self.kind, self._group = kind, group
         self._entries: dict[str, tuple[str | Callable[..., Any], str]] = {}
+        self._packages: dict[str, tuple[str, str]] = {}
 
     def add(self, name: str, target: str | Callable[..., Any], note: str = "") -> None:
         """Register ``target`` under ``name``; ``note`` is the line that ``certify list`` shows.
@@ -46,21 +58,47 @@ class Registry:
         Raises:
             UserError: no such name; the message lists the nearest ones.
         """
-        if name not in self._entries:
+        if name not in self:
             raise unknown_name(self.kind, name, self._entries)
         target, _ = self._entries[name]
-        if isinstance(target, str):
-            module, _, attribute = target.partition(":")
+        if not isinstance(target, str):
+            return target
+        module, _, attribute = target.partition(":")
+        try:
             found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-            return found
-        return target
+        except Exception as error:
+            if name not in self._packages:
+                raise
+            package = " ".join(self._packages[name])
+            raise UserError(f"{self.kind} {name!r} of package {package} fails: {first_line(error)}") from error
+        PLUGINS.update([self._packages[name]] if name in self._packages else [])
+        return found
 
     def note(self, name: str) -> str:
         """The one-line description given at registration."""
         return self._entries[name][1]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._entries or name in self._all()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._all())
+
+    def _all(self) -> Iterable[str]:
+        """All names, those of other packages included; a name that is there already is an error, never replaced."""
+        if self._group is not None:
+            from importlib.metadata import entry_points
+
+            for point in entry_points(group=self._group):
+                assert point.dist is not None
+                package = point.dist.name, point.dist.version
+                if point.name not in self._entries:
+                    self._packages[point.name] = package
+                    self.add(point.name, point.value, f"from {' '.join(package)}")
+                elif self._packages.get(point.name) != package:
+                    raise UserError(
+                        f"package {' '.join(package)} adds the {self.kind} {point.name!r}, a name that is taken; "
+                        "rename it there, or uninstall that package"
+                    )
+            self._group = None
+        return self._entries

@@ -35,7 +35,7 @@ _LOG_MARGIN = 1e-6  # exceeds the error of log-wealth up to T = 10^7 (5e-8 again
 _OUTWARD, _TINY = 1e-12, 1e-15
 _CHUNK = 4096
 
-RULES = Registry("rule")
+RULES = Registry("rule", "certify.rules")
 MEASURING_BOUND = "betting"
 """The bound of images that stop once their radius is known."""
 

@@ -13,7 +13,7 @@ from certify.registry import Registry
 if TYPE_CHECKING:
     from torch import nn
 
-DENOISERS = Registry("denoiser")
+DENOISERS = Registry("denoiser", "certify.denoisers")
 DENOISERS.add("gaussian", "denoisers.classical:GaussianBlur", "linear: convolution with a Gaussian kernel")
 DENOISERS.add("median", "denoisers.classical:Median", "median of each channel's 3x3, or of size")
 DENOISERS.add("gs", "denoisers.classical:GaussianSmoothing", "a small Gaussian window, several times; Cha et al. 2024")
@@ -21,7 +21,7 @@ DENOISERS.add("bits", "denoisers.classical:BitDepth", "values rounded to 2^bits 
 DENOISERS.add("tv", "denoisers.classical:TotalVariation", "total variation; Rudin et al. 1992, Chambolle 2004")
 DENOISERS.add("jpeg", "denoisers.jpeg:jpeg", "coded as JPEG and decoded: its rounding takes small perturbations away")
 
-ARCHITECTURES = Registry("architecture")
+ARCHITECTURES = Registry("architecture", "certify.architectures")
 ARCHITECTURES.add("dncnn", "denoisers.dncnn:DnCNN", "17 convolutions of 64 channels; Zhang et al. 2017")
 ARCHITECTURES.add("dncnn-wide", "denoisers.dncnn:wide", "the same with 128 channels")
 ARCHITECTURES.add("memnet", "denoisers.memnet:MemNet", "3 memory blocks of 6 residual blocks; Tai et al. 2017")
@@ -32,7 +32,7 @@ ARCHITECTURES.add("score", "denoisers.energy:ScoreNet", "the score of noisy imag
 ARCHITECTURES.add("energy", "denoisers.energy:EnergyNet", "an energy whose gradient is the score; for the defence ebm")
 ARCHITECTURES.add("masked-unet", "denoisers.masked:MaskedUNet", "completes masked images, for the defence atop")
 
-DEFENCES = Registry("defence")
+DEFENCES = Registry("defence", "certify.defences")
 DEFENCES.add("none", "denoisers.defences:undefended", "the classifier alone")
 DEFENCES.add("denoised", "denoisers.defences:smoothed", "denoised smoothing's votes, used as a plain classifier")
 DEFENCES.add("ncis", "denoisers.blind_spot:ncis", "a blind-spot network, several times; NCIS-style, Cha et al. 2024")

@@ -37,26 +37,29 @@ def build_defence(text: str, classifier: Classifier) -> Defence:
     if head.isidentifier() and head not in DENOISERS and ":" in text and "=" in text.partition(":")[2]:
         DEFENCES.get(head)  # says what there is
     denoiser = find_denoiser(text, image=classifier.input.size)
-    _check_alone(denoiser, text)
+    _check_alone(denoiser, text, classifier.input.size)
     return Defence(text, [Member(denoiser, classifier)])
 
 
-def _check_alone(denoiser: nn.Module, text: str) -> None:
+def _check_alone(denoiser: nn.Module, text: str, size: tuple[int, int, int] | None) -> None:
     """Refuse what does something else, or nothing, where no noise was added and so no level is known."""
     if isinstance(denoiser, GaussianBlur) and denoiser.width is None:
         raise UserError(
             f"defence {text}: its width follows the noise, and none is added here; write gaussian:width=0.5, say"
         )
-    if not isinstance(denoiser, Trained):
+    level = 0.25
+    if isinstance(denoiser, Trained):
+        if denoiser.card.purifier:
+            own = denoiser.card.purifier
+            raise UserError(f"defence {text}: it holds weights for {own}; write {own}:weights={text}")
+        size, level = denoiser.card.image, (denoiser.card.sigmas or (level,))[0]
+    if size is None:
         return
-    if denoiser.card.purifier:
-        own = denoiser.card.purifier
-        raise UserError(f"defence {text}: it holds weights for {own}; write {own}:weights={text}")
     try:
         with torch.no_grad():
-            denoiser(torch.zeros(1, *denoiser.card.image))
+            denoiser(torch.zeros(1, *size))
     except UserError as error:
-        how = f"denoised:denoiser={text}:sigma={(denoiser.card.sigmas or (0.25,))[0]:g}"
+        how = f"denoised:denoiser={text}:sigma={level:g}"
         raise UserError(f"defence {text}: {first_line(error)}; no noise is added here: write {how}") from None
 
 

@@ -14,7 +14,17 @@ from torch.nn.functional import avg_pool2d
 
 import analysis.attacks
 from analysis.attacked import SLACK, Attacked, Proposal, Task, _measured, attack, seeded
-from analysis.attacks import ATTACKS, SCORES, check_attacks, check_surrogates, crafter, find_attack, groups_of
+from analysis.attacks import (
+    ATTACKS,
+    CLASSIFIER,
+    SCORES,
+    SURROGATES,
+    check_attacks,
+    check_surrogates,
+    crafter,
+    find_attack,
+    groups_of,
+)
 from analysis.attacks.gradients import _expected, passing_by
 from certify import load_classifier, load_images
 from certify.access import QueryAccess
@@ -262,8 +272,8 @@ def test_every_attack_keeps_to_the_rules_whatever_the_batch(name: str, norm: str
             norm=norm,
             eps=eps,
             access=access,
-            classifier=digits if name == "blind-pgd" else None,
-            defence=defence if name != "transfer" else None,
+            classifier=digits if found.needs == CLASSIFIER else None,
+            defence=defence if found.needs != SURROGATES else None,
             surrogates=[digits],
             **numbers,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from certify import hub
-from certify.classifiers import BUILDERS, ClassifierSpec
+from certify.classifiers import ClassifierSpec
 from certify.errors import UserError
 from certify.pipeline import state_digest, tensors_digest
 from certify.settings import versions
@@ -55,7 +55,7 @@ def architecture(model: str, num_classes: int | None = None, weights: str = hub.
     if source.kind not in ("built-in", "timm", "torchvision"):
         raise UserError(f"--train-classifier {model!r}: expected an architecture by name, such as cifar_resnet20")
     hub.require_weights(source, weights)
-    spec: ClassifierSpec = BUILDERS.get(source.kind)(source.name, weights, num_classes)
+    spec: ClassifierSpec = hub.BUILDERS.get(source.kind)(source.name, weights, num_classes)
     return spec
 
 

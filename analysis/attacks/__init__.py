@@ -38,12 +38,16 @@ class Attack:
         groups: ``blind`` where it may be run without the purifier, ``adaptive`` where it may be run on the whole
             defended classifier; an attack that only asks may be either.
         norms: it can work in.
+        ball: whether it works inside a ball; without one it looks for the nearest wrong image, if it is not given any.
+        library: whether it needs the library of attacks.
     """
 
     run: str
     needs: str
     groups: tuple[str, ...]
     norms: tuple[str, ...] = NORMS
+    ball: bool = True
+    library: bool = True
 
     def __call__(self, *given: Any, **options: Any) -> Any:
         """Run it on one image; see :mod:`analysis.attacked`."""
@@ -66,16 +70,16 @@ class Attack:
         return self.needs in (LABELS, SCORES)
 
 
-_BOTH = ("blind", "adaptive")
-ATTACKS = Registry("attack")
+BOTH = ("blind", "adaptive")
+ATTACKS = Registry("attack", "certify.attacks")
 ATTACKS.add(
     "hopskipjump",
-    Attack("analysis.attacks.queries:hopskipjump", LABELS, _BOTH),
+    Attack("analysis.attacks.queries:hopskipjump", LABELS, BOTH, ball=False),
     "labels alone, the nearest wrong image; Chen, Jordan, Wainwright 2020",
 )
 ATTACKS.add(
     "square",
-    Attack("analysis.attacks.queries:square", SCORES, _BOTH),
+    Attack("analysis.attacks.queries:square", SCORES, BOTH),
     "scores alone, random squares; Andriushchenko et al. 2020",
 )
 ATTACKS.add(
@@ -128,8 +132,8 @@ def check_attacks(names: Sequence[str], *, norm: str, surrogates: int = 0) -> No
     for name in names:
         if find_attack(name, norm).needs == SURROGATES and not surrogates:
             raise UserError(f"attack {name} needs surrogates: classifiers of the same task that stand for the target")
-    if names:
-        need_extra(names[0])
+    for name in names:
+        need_extra(name)
 
 
 def check_surrogates(classifier: Classifier, surrogates: Sequence[Classifier]) -> None:
@@ -151,12 +155,14 @@ def check_surrogates(classifier: Classifier, surrogates: Sequence[Classifier]) -
 
 
 def need_extra(name: str) -> None:
-    """Refuse where the library of attacks is not installed.
+    """Refuse where the attack needs the library of attacks, and that is not installed.
 
     Raises:
         UserError: how to install it.
     """
-    if importlib.util.find_spec("art") is None:
+    found = ATTACKS.get(name)
+    assert isinstance(found, Attack)
+    if found.library and importlib.util.find_spec("art") is None:
         raise UserError(
             f"attack {name} needs adversarial-robustness-toolbox, which is not installed; "
             "pip install 'certify-toolkit[attacks]'"

@@ -1,7 +1,7 @@
 """Attacks that only ask: HopSkipJump by labels, Square by scores, both of ART, both ended by the budget.
 
 The libraries keep no budget (ART's Square sends three images an iteration) and lose what they had found when they are
-stopped. So every image goes through :class:`_Chase`, which keeps the nearest image that was answered wrongly; of a
+stopped. So every image goes through :class:`Chase`, which keeps the nearest image that was answered wrongly; of a
 random target, one that is mostly answered wrongly when it is asked about again.
 """
 
@@ -39,8 +39,8 @@ class _Found(Exception):
     """The attack has what it came for: a wrong answer inside of the ball, or about the clean image itself."""
 
 
-class _Chase:
-    """What a library is given to ask: it counts on, and keeps the nearest image that got a wrong answer.
+class Chase:
+    """What an attack by queries is given to ask: it counts on, and keeps the nearest image that got a wrong answer.
 
     One answer of a random target says little. There, an image in the ball that got a wrong answer (the nearest one of a
     batch, and the clean image like any other) is asked about ``CONFIRM`` times more, out of the same budget, and each
@@ -170,7 +170,7 @@ def hopskipjump(image: Tensor, label: int, task: Task, *, init: int = 100, direc
     """HopSkipJump (Chen, Jordan and Wainwright 2020), untargeted: along the boundary to the nearest wrong label.
 
     It ends with the budget, or with the first wrong label inside of the ball where there is one; of a random target,
-    with the first that is confirmed (:class:`_Chase`).
+    with the first that is confirmed (:class:`Chase`).
 
     Args:
         image: clean, ``(C, H, W)``.
@@ -203,7 +203,7 @@ def hopskipjump(image: Tensor, label: int, task: Task, *, init: int = 100, direc
 
     assert task.access is not None
     assert task.access.budget is not None
-    chase = _Chase(task.access, image, label, task)
+    chase = Chase(task.access, image, label, task)
     model = BlackBoxClassifier(chase, tuple(image.shape), task.access.num_classes, clip_values=(0.0, 1.0))
     library = Seeded(
         model,
@@ -240,7 +240,7 @@ def square(image: Tensor, label: int, task: Task, *, fraction: float = 0.8) -> P
     height, width = image.shape[1:]
     if not 0 < fraction <= 1 or min(height, width) < 3:
         raise UserError(f"attack square: fraction {fraction}, {height}x{width} pixels; expected 0 to 1, 3x3 or more")
-    chase = _Chase(task.access, image, label, task)
+    chase = Chase(task.access, image, label, task)
     if task.norm == "l2":
         return chase.proposal(lambda: _square_l2(chase, image.numpy(), label, task, fraction))
     from art.attacks.evasion import SquareAttack
@@ -273,7 +273,7 @@ def square(image: Tensor, label: int, task: Task, *, fraction: float = 0.8) -> P
     return chase.proposal(lambda: library.generate(image[None].numpy(), y=right))
 
 
-def _square_l2(chase: _Chase, clean: np.ndarray, label: int, task: Task, fraction: float) -> None:
+def _square_l2(chase: Chase, clean: np.ndarray, label: int, task: Task, fraction: float) -> None:
     """The l2 version (algorithms 1 and 3 of the paper): mass moves from one window to another, the norm stays eps."""
     assert task.access is not None
     assert task.access.budget is not None

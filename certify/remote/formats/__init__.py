@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from certify.registry import Registry
 
-FORMATS = Registry("protocol")
+FORMATS = Registry("protocol", "certify.protocols")
 _HERE = "certify.remote.formats"
 FORMATS.add("v2", f"{_HERE}.v2:v2", "Open Inference Protocol v2: KServe, MLServer, Triton, certify serve")
 FORMATS.add("tf-serving", f"{_HERE}.tf_serving:tf_serving", "TensorFlow Serving's predict, KServe v1")
