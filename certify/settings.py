@@ -17,6 +17,7 @@ from certify.execution import Execution
 from certify.images import ImageSet
 from certify.machine import machine_name
 from certify.records import SCHEMA
+from certify.registry import PLUGINS
 from certify.sampling import KEPT, NoisyClassifier
 from certify.sequential import DEFAULT_RULE, MEASURING_BOUND
 from certify.streams import STREAM
@@ -159,14 +160,14 @@ def circumstances(smoothed: NoisyClassifier) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
+    """Versions of what computes the numbers, packages included whose components were used."""
     found = {"python": platform.python_version()}
     for package in ("certify-toolkit", "torch", "torchvision", "timm", "numpy", "scipy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return found | PLUGINS
 
 
 def with_execution(header: dict[str, Any], execution: Execution) -> dict[str, Any]:
