@@ -125,7 +125,10 @@ def test_the_index_names_every_page_and_its_lines() -> None:
 
 
 CHECKS: list[tuple[Callable[..., None], dict[str, str]]] = [
-    *((check, {"name": "haar"}) for check in (test_denoisers.test_contract, test_denoisers.test_it_denoises_a_smooth_image)),
+    *(
+        (check, {"name": "haar"})
+        for check in (test_denoisers.test_contract, test_denoisers.test_it_denoises_a_smooth_image)
+    ),
     (test_bounds.test_coverage_is_exact_by_enumeration, {"name": "chernoff"}),
     (test_bounds.test_the_strongest_rival_is_bounded_whichever_it_is, {"name": "chernoff"}),
     (test_bounds.test_bound_is_monotone, {"name": "chernoff"}),
@@ -175,7 +178,9 @@ def shown_in(output: str, shown: str) -> None:
         words, numbers = NUMBER.sub("#", line).split(), [float(n.replace(",", "")) for n in NUMBER.findall(line)]
         for printed in lines:
             found = [float(n.replace(",", "")) for n in NUMBER.findall(printed)][: len(numbers)]
-            if NUMBER.sub("#", printed).split()[: len(words)] == words and found == pytest.approx(numbers, rel=0.2, abs=0.05):
+            if NUMBER.sub("#", printed).split()[: len(words)] == words and found == pytest.approx(
+                numbers, rel=0.2, abs=0.05
+            ):
                 break
         else:
             raise AssertionError(f"not printed, or not there: {line!r} in\n{output}")
@@ -217,8 +222,12 @@ def test_wavelets_without_a_threshold_give_the_image_back(added: Any) -> None:
     assert torch.allclose(filters @ filters.T, torch.eye(4))
     flat = torch.full((1, 1, 8, 8), 0.3)
     assert torch.allclose(load_denoiser("haar:threshold=9")(flat), flat)
-    assert load_denoiser("haar:levels=1:threshold=99")(torch.eye(8)[None, None]).amax() == 0.5  # local means alone
-    for wrong, words in (("levels=0", "levels=0; expected a whole"), ("factor=x", "factor=x; expected a number above 0")):
+    means = load_denoiser("haar:levels=1:threshold=99")(torch.eye(8)[None, None])  # local means, averaged over shifts:
+    assert float(means[0, 0, 3, 3]) == pytest.approx(0.375)  # 1 2 1 by 1 2 1, over 16
+    for wrong, words in (
+        ("levels=0", "levels=0; expected a whole"),
+        ("factor=x", "factor=x; expected a number above 0"),
+    ):
         with pytest.raises(UserError, match=words):
             load_denoiser(f"haar:{wrong}")
     with pytest.raises(UserError, match="write haar:threshold"):
@@ -251,7 +260,7 @@ def test_chernoff_is_below_what_it_solves_and_below_clopper_pearson(added: Any) 
 
         if found > 1e-9:
             assert exponent(found) >= -arb(alpha).log()
-            assert exponent(found + 1e-9 * k / n) < -arb(alpha).log()
+            assert exponent(found + 1e-9) < -arb(alpha).log()
     assert lower(0, 10, 0.001) == 0.0
 
 
@@ -278,26 +287,26 @@ def test_no_set_of_the_plane_refutes_the_logistic_radius(added: Any, p: float) -
     On a fine grid of two pixels the likelihood ratio orders the cells. Along one pixel the radius is exact.
     """
     noise = added("noise").Logistic(0.25)
-    side = np.linspace(-4, 4, 1601)
+    side = np.linspace(-4, 4, 801)
     radius = noise.radius(p)
 
     def mass(shift: float) -> np.ndarray:
         ends = 1 / (1 + np.exp(-(side - shift) / noise.s))
         return np.diff(ends, prepend=0.0)
 
-    for along in (1.0, 0.75, 0.5, 0.2):
-        here = np.outer(mass(0), mass(0)).ravel()
-        there = np.outer(mass(along * radius), mass(-(1 - along) * radius)).ravel()
+    here = np.outer(mass(0), mass(0)).ravel()
+
+    def worst(first: float, second: float) -> float:
+        """The least probability, after this shift, of a set that has p before it."""
+        there = np.outer(mass(first), mass(second)).ravel()
         order = np.argsort(there / np.maximum(here, 1e-300))
         kept = np.searchsorted(np.cumsum(here[order]), p)
-        worst = float(there[order][: kept + 1].sum())
-        assert worst > 0.5 - 5e-3
-        if along == 1.0:
-            assert worst == pytest.approx(0.5, abs=5e-3)
-        beyond = np.outer(mass(1.1 * radius), mass(0)).ravel()
-    order = np.argsort(beyond / np.maximum(here, 1e-300))
-    kept = np.searchsorted(np.cumsum(here[order]), p)
-    assert float(beyond[order][:kept].sum()) < 0.5  # a tenth farther, the worst one is wrong
+        return float(there[order][: kept + 1].sum())
+
+    for along in (0.75, 0.5, 0.2):
+        assert worst(along * radius, -(1 - along) * radius) > 0.5 - 3e-3
+    assert worst(radius, 0) == pytest.approx(0.5, abs=3e-3)
+    assert worst(1.1 * radius, 0) < 0.5 - 3e-3
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -345,7 +354,10 @@ def test_a_linear_classifier_s_radius_is_its_margin(added: Any, workplace: Path)
     c = SmoothedClassifier(classifier, 0.25).certify(image, n=100_000)
     assert (c.prediction, c.norm) == (1, "l2")
     assert 0.9 * truth < c.radius <= truth
-    for key, value, words in (("coef", weight[None, :9], "expected (K, 16)"), ("size", 4, "expected an .npz with coef")):
+    for key, value, words in (
+        ("coef", weight[None, :9], "expected (K, 16)"),
+        ("size", 4, "expected an .npz with coef"),
+    ):
         np.savez("bad.npz", **({"coef": weight[None], "intercept": [0.0], "size": (1, 4, 4)} | {key: value}))
         with pytest.raises(UserError, match=re.escape(words)):
             load_classifier("linear:bad.npz")
