@@ -89,7 +89,7 @@ def open_source(data: str, *, root: str | Path | None = None, download: bool = F
     if len(path.name) < 256 and path.is_dir():
         return _from_folder(path)
     if not is_file(path):
-        if path.suffix or len(path.parts) > 1:
+        if path.suffix or len(path.parts) > 1 or data.endswith("/"):
             raise UserError(f"no data at {data!r}; expected an image, a folder, a .zip, a .npz or a dataset's name")
         raise unknown_name("dataset", data, DATASETS, "or the path of an image, a folder, a .zip or a .npz")
     if path.suffix.lower() == ".npz":

@@ -155,6 +155,7 @@ CASES = [
     case("model", MODEL + "resnet5O", "unknown model 'resnet5O'", "resnet50"),
     case("model of timm", MODEL + "timm:resnet5O", "'resnet5O'", "resnet50", "timm"),
     case("dataset", D + "--data cifar1O", "unknown dataset 'cifar1O'", "cifar10"),
+    case("folder", D + "--data pictures/", "no data at 'pictures/'", "a folder"),
     case("option", "--modle digits --sigma 1", "--modle", "--model"),
     case("verb", "plto x", "plto", "plot"),
     case("bound", D + "--bound clopper", "unknown bound 'clopper'", "clopper-pearson"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from PIL import Image
 from scipy.stats import norm
 
 from certify.cli.app import group
+from certify.cli.info import _installed
 
 DIGITS = ["--model", "digits", "--sigma", "0.25"]
 
@@ -179,6 +181,9 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     for kind, name in (("denoisers", "median"), ("datasets", "cifar10"), ("bounds", "clopper-pearson")):
         run("list", kind)
         assert name in capsys.readouterr().out
+    run("list", "denoisers")
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line[max(map(len, (row.split()[0] for row in lines)))] == " " for line in lines), "columns are aligned"
     run("list", "nothing", code=2)
     assert "expected one of models, datasets" in capsys.readouterr().err
 
@@ -191,6 +196,13 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert all(report["checks"].values())
     assert "does not answer" in report["hub"]
     assert report["versions"]["torch"]
+    with (Path(__file__).parent.parent / "pyproject.toml").open("rb") as file:
+        assert set(report["extras"]) == set(tomllib.load(file)["project"]["optional-dependencies"])
+
+
+def test_doctor_sees_that_a_package_is_not_there() -> None:
+    assert _installed("google.cloud.nothing") is _installed("nothing.at.all") is False
+    assert _installed("importlib.util") is True
 
 
 def test_doctor_notices_wrong_mathematics(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

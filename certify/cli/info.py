@@ -19,7 +19,10 @@ EXTRAS = {
     "train": ("accelerate", "skimage", "tensorboard"),
     "denoisers": ("deepinv", "diffusers"),
     "attacks": ("art", "multiprocess", "foolbox"),
+    "audit": ("httpx2", "jinja2", "jmespath", "stamina"),
+    "clouds": ("azure.ai.vision.imageanalysis", "boto3", "clarifai_grpc", "google.cloud.vision"),
     "cluster": ("ray", "grpc"),
+    "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "test": ("pytest", "flint"),
 }
 
@@ -114,9 +117,10 @@ def list_(kind: str | None, pattern: str | None) -> None:
     found = registries.get(kind) or registries.get(kind + "s")
     if found is None:
         raise unknown_name("kind", kind, ["models", *registries], "expected one of models, " + ", ".join(registries))
-    for name in found:
-        if (pattern or "") in name:
-            click.echo(f"{name:<20} {found.note(name)}")
+    shown = [name for name in found if (pattern or "") in name]
+    width = max([20, *map(len, shown)])
+    for name in shown:
+        click.echo(f"{name:<{width}} {found.note(name)}")
 
 
 def _list_models(pattern: str) -> None:
@@ -156,7 +160,7 @@ def doctor(as_json: bool) -> None:
         f"cuda:{i} ({machine_name(torch.device('cuda', i))})" for i in range(torch.cuda.device_count())
     ]
     report["extras"] = {
-        extra: all(importlib.util.find_spec(p) is not None for p in packages) for extra, packages in EXTRAS.items()
+        extra: all(_installed(package) for package in packages) for extra, packages in EXTRAS.items()
     }
     report["checks"] = self_test()
     report["seconds"] = round(time.perf_counter() - start, 1)
@@ -167,6 +171,14 @@ def doctor(as_json: bool) -> None:
     failed = [name for name, passed in report["checks"].items() if not passed]
     if failed:
         raise RunFault(f"self-test failed: {'; '.join(failed)}; results of this installation cannot be trusted")
+
+
+def _installed(package: str) -> bool:
+    """Whether there is such a package; nothing but the folders around a dotted name is imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _hub(hub: Any) -> str:
