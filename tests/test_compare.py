@@ -225,8 +225,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         "blind-pgd,square",
     )
     command(*given, "--eps", "1/10", "--queries", "20", "--steps", "3", "--out", "c.jsonl", "--figure", "c.png")
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
     assert "linf distance up to 1/10" in shown
+    assert said.endswith("wrote c.png\n")
     rows = read_run("c.jsonl", kind="comparison").images
     assert len(rows) == 4 * 2 * 5
     assert all(row["queries"] <= 20 for row in rows if "square" in row["condition"])

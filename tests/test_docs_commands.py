@@ -135,7 +135,11 @@ def _alive(group: int) -> bool:
 
 def run(script: str, where: Path) -> tuple[int, str]:
     """A block's exit code, and what it printed on both streams until then; servers go on."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     with (where.parent / f"{where.name}.printed").open("w+b") as printed:
         process = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", script],

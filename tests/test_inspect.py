@@ -92,8 +92,16 @@ def test_the_command(
     assert random["skewness"] == pytest.approx(float(own.skewness.abs().quantile(0.5)))
     assert (tmp_path / "noise.svg").stat().st_size > 5000
     assert (tmp_path / "seen.png").stat().st_size > 5000
-    command("inspect", *wanted)
-    assert "left by smoothing" in capsys.readouterr().out
+    command("inspect", *wanted, "--figure", "again.svg")
+    shown = capsys.readouterr()
+    assert "left by smoothing" in shown.out
+    assert "not counted" not in shown.out
+    assert shown.err == "wrote again.svg\n"
+
+
+def test_images_that_an_attack_left_alone_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    command("inspect", "--model", "digits", "--max", "2", "--attacks", "square", "--eps", "0.001", "--queries", "5")
+    assert "Images that an attack left as they were" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

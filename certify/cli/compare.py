@@ -92,6 +92,8 @@ def compare(**o: Any) -> None:
         from analysis.comparison_plot import draw_comparison
 
         draw_comparison(found, o["figure"])
+        if not o["as_json"]:
+            click.echo(f"wrote {o['figure']}", err=True)
 
 
 def _work(o: dict[str, Any]) -> Path:

@@ -159,9 +159,7 @@ def doctor(as_json: bool) -> None:
     report["devices"] += [
         f"cuda:{i} ({machine_name(torch.device('cuda', i))})" for i in range(torch.cuda.device_count())
     ]
-    report["extras"] = {
-        extra: all(_installed(package) for package in packages) for extra, packages in EXTRAS.items()
-    }
+    report["extras"] = {extra: all(_installed(package) for package in packages) for extra, packages in EXTRAS.items()}
     report["checks"] = self_test()
     report["seconds"] = round(time.perf_counter() - start, 1)
     if as_json:

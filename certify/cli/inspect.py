@@ -82,6 +82,10 @@ def inspect(**o: Any) -> None:
         draw_noise(noises, texture, o["figure"], title=f"what attacks add to images: {title}")
     if o["pictures"]:
         _draw(o, scene, clean, shown, title)
+    if not o["as_json"]:
+        for name in ("figure", "pictures"):
+            if o[name]:
+                click.echo(f"wrote {o[name]}", err=True)
 
 
 def _attacked(o: dict[str, Any], scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,6 +155,8 @@ def _table(rows: list[dict[str, Any]], images: int, images_left: float | None) -
         f"Smoothing (window 5, deviation 1) leaves {share} of the images' own texture.\n"
         "White noise has 0.15 of its power below 0.22 cycles a pixel; clipping to [0, 1] skews that of dark images."
     )
+    if any(row["changed"] < images for row in rows):
+        below += "\nImages that an attack left as they were, as it found nothing better, are not counted."
     return f"{text}\n\n{below}"
 
 

@@ -390,7 +390,7 @@ def _report(outcome: Outcome, o: dict[str, Any]) -> None:
     if o["as_json"]:
         click.echo(json.dumps(found))
         return
-    figures = ", ".join(f"{k} {v:g}" for k, v in outcome.best.items())
+    figures = ", ".join(f"{k} {v:.4g}{' (lower is better)' if k == 'score' else ''}" for k, v in outcome.best.items())
     click.echo(f"{path}: chosen at step {outcome.best_step:,} of {outcome.steps:,}; held-out images: {figures}")
     purifier = read_card(path).purifier if o["denoiser"] and path.is_file() else ""
     if purifier:
