@@ -21,7 +21,9 @@ from certify.cli import options
     help="Standard deviation of the noise, in pixels of images scaled to [0, 1].",
 )
 @click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`).")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, mps; auto takes an accelerator."
+)
 @options.engine_options
 @click.option(
     "--n",

@@ -42,7 +42,9 @@ _OF_A_CLASSIFIER = {"weights": "--weights", "mean": "--mean", "std": "--std", "n
 @options.input_options
 @options.data_options
 @click.option("--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, mps; auto takes an accelerator."
+)
 @click.option("--grid", metavar="FILE", help="Picture to write: .png, .svg or .pdf (default: a .png under runs/).")
 @click.option(
     "--images",

@@ -131,7 +131,9 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
     help="Seconds for a request, from its first byte to its answer; also the longest wait at the end.",
 )
 @click.option("--seed", type=options.Count("a seed", least=0), help="Seed of all noise (default: a secret one).")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes an accelerator.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, mps; auto takes an accelerator."
+)
 @options.engine_options
 def serve(**o: Any) -> None:
     """Serve the smoothed classifier by the Open Inference Protocol v2, with a page at / and metrics at /metrics.
