@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from certify.errors import UserError, first_line
@@ -84,7 +84,7 @@ class Registry:
     def __iter__(self) -> Iterator[str]:
         return iter(self._all())
 
-    def _all(self) -> Iterable[str]:
+    def _all(self) -> Collection[str]:
         """All names, those of other packages included; a name that is there already is an error, never replaced."""
         if self._group is not None:
             from importlib.metadata import entry_points
