@@ -41,7 +41,7 @@ def build_defence(text: str, classifier: Classifier) -> Defence:
     return Defence(text, [Member(denoiser, classifier)])
 
 
-def _check_alone(denoiser: nn.Module, text: str, size: tuple[int, int, int] | None) -> None:
+def _check_alone(denoiser: nn.Module, text: str, size: tuple[int, ...] | None) -> None:
     """Refuse what does something else, or nothing, where no noise was added and so no level is known."""
     if isinstance(denoiser, GaussianBlur) and denoiser.width is None:
         raise UserError(
