@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from certify.smoothing import SmoothedClassifier
     from certify.types import Radii
 
-_LARGE = 4.0  # sigma in [0, 1] pixels above which nobody means it; the largest in the literature is 1
+_LARGE = 4.0  # sigma in [0, 1] pixels above which it was hardly meant; Cohen et al. use at most 1
 
 
 def show_plan(
