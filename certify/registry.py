@@ -85,7 +85,7 @@ class Registry:
         return iter(self._all())
 
     def _all(self) -> Collection[str]:
-        """All names, those of other packages included; a name that is there already is an error, never replaced."""
+        """All entries, those of other packages included; a name that is there already is an error, never replaced."""
         if self._group is not None:
             from importlib.metadata import entry_points
 

@@ -19,6 +19,7 @@ from certify.errors import RunFault, UserError
 from certify.pipeline import state_digest
 from certify.weights import read_state_dict
 from denoisers.dncnn import DnCNN
+from denoisers.pooled import PooledUNet
 from denoisers.unet import UNet
 from denoisers.weights import read_denoiser
 from training import loop
@@ -115,6 +116,51 @@ def test_a_head_reads_classes_off_the_bottleneck_and_is_thrown_away(data: Any, t
     assert 1000 * 2 < chosen_by < 1000 * 4  # untrained, of ten classes: log 10 = 2.3
     with pytest.raises(UserError, match="needs a network with a bottleneck, such as unet; DnCNN has none"):
         with_head(DnCNN(8, 3), data, 0)
+
+
+def test_only_the_named_parts_are_trained(data: Any, tmp_path: Path) -> None:
+    """All else stays bit for bit, batch statistics included; parts that a start lacks are new, and named."""
+    how = Conduct(make_accelerator("cpu"), validations=1)
+    small = {"channels": [8, 16], "light": [4, 8]}
+    first = Recipe("mse+classes", epochs=0.2)
+    train_denoiser("pooled-unet", data, first, tmp_path / "a", how, options=small)
+    told = {**small, "classes": 10}
+    parts = ("read", "tell", "tail")
+    then = Recipe("mse+classes", epochs=0.2, only=parts)
+    start = str(tmp_path / "a" / WEIGHTS)
+    with pytest.warns(UserWarning, match="lacks read, tell: new there"):
+        train_denoiser("pooled-unet", data, then, tmp_path / "b", how, options=told, init=start)
+    before, found = read_denoiser(start).state_dict(), read_denoiser(tmp_path / "b" / WEIGHTS)
+    after = found.state_dict()
+    kept = [key for key in before if not key.removeprefix("net.").startswith("tail")]
+    assert len(kept) > 20
+    assert all(torch.equal(before[key], after[key]) for key in kept)
+    assert not torch.equal(before["net.tail.weight"], after["net.tail.weight"])
+    assert after["net.tell.0.weight"].abs().sum() > 0
+    assert found.card.started_from is not None
+    assert found.card.started_from["new"] == [
+        "read.bias",
+        "read.weight",
+        *sorted(f"tell.{i}.{name}" for i in range(2) for name in ("bias", "weight")),
+    ]
+    with pytest.raises(UserError, match="--train-only way: the network has no such part; expected some of embed, "):
+        train_denoiser("pooled-unet", data, Recipe(only=("way",)), tmp_path / "c", how, options=small)
+
+
+def test_what_a_network_reads_is_what_it_is_told(data: Any) -> None:
+    """A network with a head of its own is trained by that one, and draws by its probabilities."""
+    torch.manual_seed(0)
+    net = small_networks.trained(PooledUNet((8, 16), (4, 8), 10, 1)).eval()
+    noisy, sigma = torch.rand(5, 1, 8, 8), torch.full((5,), 0.5)
+    headed = with_head(net, data, 0).eval()
+    cleaned, _ = headed(noisy, sigma)
+    assert torch.equal(cleaned, net(noisy, sigma))
+    assert not any("head" in name and "net.head" not in name for name, _ in headed.named_parameters())
+    net.read.bias.data[3] += 100  # whatever it sees is a 3 now
+    assert (headed(noisy, sigma)[1].argmax(1) == 3).all()
+    assert not torch.allclose(net(noisy, sigma), cleaned)
+    with pytest.raises(UserError, match="the network reads 3 classes, the images have 10; expected as many"):
+        with_head(PooledUNet((8, 16), (4, 8), 3, 1), data, 0)
 
 
 class Identity(nn.Module):

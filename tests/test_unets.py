@@ -14,7 +14,8 @@ from denoisers.unet import MEAN, SPREAD, UNet
 
 NETS = {
     "unet": lambda channels: UNet((8, 16), 1, channels),
-    "pooled-unet": lambda channels: PooledUNet((8, 16), (4, 8), channels),
+    "pooled-unet": lambda channels: PooledUNet((8, 16), (4, 8), image_channels=channels),
+    "pooled-unet, told classes": lambda channels: PooledUNet((8, 16), (4, 8), 3, channels),
 }
 pytestmark = pytest.mark.parametrize("build", NETS.values(), ids=NETS.keys())
 

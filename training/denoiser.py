@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,7 @@ def train_denoiser(
     guides = guides or Guides([])
     check_needs(recipe, data, guides)
     net, before = build(architecture, data.image, recipe.seed, options, init)
+    freeze_but(net, recipe.only)
     objectives = [make_objective(name, recipe.settings) for name in phases(recipe.objective)]
     last = objectives[-1]
     judges = guides.working or list(watched_by)
@@ -146,6 +148,21 @@ def check_needs(recipe: Recipe, data: TrainingData, guides: Guides) -> None:
             raise UserError(f"{data.about['name']} holds one class only; --objective {recipe.objective} needs several")
 
 
+def freeze_but(net: nn.Module, only: Sequence[str]) -> None:
+    """Leave only parameters trainable whose names begin with one of these; all, where there are none.
+
+    Raises:
+        UserError: a beginning that fits no parameter.
+    """
+    names = [name for name, _ in net.named_parameters()]
+    for part in only:
+        if not any(f"{name}.".startswith(f"{part}.") for name in names):
+            parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+            raise UserError(f"--train-only {part}: the network has no such part; expected some of {parts}")
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(not only or any(f"{name}.".startswith(f"{part}.") for part in only))
+
+
 def build(
     architecture: str,
     image: tuple[int, int, int],
@@ -153,7 +170,10 @@ def build(
     options: dict[str, Any] | None = None,
     init: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any] | None]:
-    """An untrained network, or one with the weights of ``init``; and what the card says about those."""
+    """An untrained network, or one with the weights of ``init``; and what the card says about those.
+
+    Weights of the same architecture may lack parts that ``options`` add; a warning names them.
+    """
     torch.manual_seed(seed)
     try:
         net: nn.Module = ARCHITECTURES.get(architecture)(image_channels=image[0], **(options or {}))
@@ -164,14 +184,20 @@ def build(
     start = find_denoiser(init, image=image)
     inner = start.net if isinstance(start, Trained) else start.inner if isinstance(start, Adapted) else start
     try:
-        net.load_state_dict(inner.state_dict())
+        missing, unexpected = net.load_state_dict(inner.state_dict(), strict=False)
     except (RuntimeError, AttributeError):
+        missing, unexpected = [], [init]
+    own = isinstance(start, Trained) and start.card.architecture == architecture  # parts that it lacks may be new
+    if unexpected or (missing and not own):
         raise UserError(f"--init {init} is not a {architecture} with these options; expected the same one") from None
+    if missing:
+        parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in missing))
+        warnings.warn(f"--init {init} lacks {parts}: new there, from seed {seed}", stacklevel=2)
     if not isinstance(start, Trained):
         return net, {"name": init, "sha256": state_digest(net), "access": "none", "classifiers": []}
     card = start.card
     about = {key: getattr(card, key) for key in ("sha256", "objective", "access", "command", "started_from")}
-    return net, {**about, "classifiers": list(card.classifiers)}
+    return net, {**about, "classifiers": list(card.classifiers), **({"new": sorted(missing)} if missing else {})}
 
 
 def lineage(access: str, guides: Guides, before: dict[str, Any] | None) -> tuple[str, tuple[dict[str, Any], ...]]:

@@ -3,7 +3,7 @@
 A denoiser trained for squared error knows nothing of what is in the picture, and the gradient through a frozen
 classifier costs more than the denoiser itself. Reading the label off the denoiser's own coarsest features is nearly
 free, uses no classifier at all, and leaves features that fine-tuning for stability can draw on. The head is thrown
-away.
+away, unless the denoiser has one of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ WEIGHT = 0.1
 class Headed(nn.Module):
     """A denoiser and a linear map from the mean over pixels of its ``bottleneck`` features to class scores.
 
+    The map is the denoiser's own ``read`` where it has one.
+
     Args:
         net: a denoiser with a submodule ``bottleneck``.
         channels: of its features.
@@ -31,7 +33,8 @@ class Headed(nn.Module):
 
     def __init__(self, net: nn.Module, channels: int, classes: int) -> None:
         super().__init__()
-        self.net, self.head = net, nn.Linear(channels, classes)
+        self.net = net
+        self.head = nn.Linear(channels, classes) if getattr(net, "read", None) is None else None
         self._features: Tensor | None = None
         bottleneck: nn.Module = net.bottleneck  # type: ignore[assignment]
         bottleneck.register_forward_hook(self._remember)
@@ -43,7 +46,8 @@ class Headed(nn.Module):
         """Denoised images ``(B, C, H, W)`` and class scores ``(B, K)``."""
         cleaned = self.net(noisy, sigma)
         assert self._features is not None
-        scores = self.head(self._features.mean((2, 3)))
+        read: nn.Module = self.net.read if self.head is None else self.head  # type: ignore[assignment]
+        scores = read(self._features.mean((2, 3)))
         self._features = None
         return cleaned, scores
 
@@ -64,8 +68,12 @@ def with_head(net: nn.Module, data: TrainingData, seed: int) -> Headed:
             f"--objective mse+classes needs a network with a bottleneck, such as unet; {type(net).__name__} has none"
         )
     assert data.labels is not None  # refused before
+    classes = int(data.labels.max()) + 1
+    read = getattr(net, "read", None)
+    if read is not None and read.out_features < classes:
+        raise UserError(f"the network reads {read.out_features} classes, the images have {classes}; expected as many")
     torch.manual_seed(seed)
-    return Headed(net, channels, int(data.labels.max()) + 1)
+    return Headed(net, channels, classes)
 
 
 def objective(weight: float = WEIGHT, draws: int = 1, consistency: float = 0.0) -> Objective:

@@ -154,6 +154,7 @@ def train(
     conduct.progress(start * recipe.batch_size, float("nan"))
     while state.step < steps and (conduct.stop_after is None or state.step - start < conduct.stop_after):
         model.train()
+        _rest_frozen(net)
         loss = _step(model, optimizers, data, recipe, guides, state.step, steps, driver)
         if not math.isfinite(loss):
             raise _no_number(f"the loss is {loss}", state, steps)
@@ -176,6 +177,13 @@ def train(
             state.save()
     driver.end_training()
     return Outcome(state.step, state.step >= steps, state.best, state.best_step, meter.rate)
+
+
+def _rest_frozen(net: nn.Module) -> None:
+    """Batch norms that are not trained keep the statistics they have."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
 
 
 def _compile(net: nn.Module, data: TrainingData, recipe: Recipe, guides: Guides, device: torch.device) -> None:

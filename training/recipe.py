@@ -41,6 +41,8 @@ class Recipe:
             spends itself on its votes, which are all that a certificate counts, not on its confidence.
         queries: queries an image a step, for ``zeroth-order``.
         ema: decay of the running average of the weights, which then is what is validated and kept; 0: none.
+        only: parts of the network that are trained, by the beginning of their parameters' names; empty: all of it.
+            Batch norms outside keep their statistics.
         seed: of initial weights, order, augmentation and noise.
         settings: of the objective, by name.
     """
@@ -61,6 +63,7 @@ class Recipe:
     temperature: float = 1.0
     queries: int = 20
     ema: float = 0.0
+    only: tuple[str, ...] = ()
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 

@@ -59,6 +59,11 @@ class LevelsOption(options.ParamType):
     "--surrogate", multiple=True, metavar="MODEL[=FILE]", help="Query access: train through this one; repeatable."
 )
 @click.option("--init", metavar="DENOISER", help="Start from these weights (MSE first, then --objective stability).")
+@click.option(
+    "--train-only",
+    metavar="PARTS",
+    help="Train these parts alone, by the beginnings of their parameters' names: up,tail. The others stay frozen.",
+)
 @click.option("--data", required=True, help="Training images: a dataset's name, a folder, .zip or .npz.")
 @click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data).")
 @click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root.")
@@ -271,6 +276,7 @@ def _recipe(o: dict[str, Any]) -> Recipe:
         temperature=o["temperature"],
         queries=o["queries"],
         ema=o["ema"],
+        only=tuple(part for part in (o["train_only"] or "").split(",") if part),
         seed=o["seed"],
         settings=_key_values("--set", o["settings"]),
     )
