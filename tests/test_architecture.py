@@ -60,7 +60,6 @@ LIGHT = [
     "train --help",
     "serve --help",
     "list bounds",
-    "list denoisers",
     "list protocols",
 ]
 

@@ -194,7 +194,9 @@ def test_the_commands_of(page: str, folder: Path, capsys: pytest.CaptureFixture[
 def test_commands_are_fenced_as_such(page: str) -> None:
     """A block that nobody fenced as bash would never be run; a mark before no commands says nothing."""
     for block in blocks(page):
-        assert block.language in {"bash", "python", "text", "json", ""}, f"{page}:{block.line}: {block.language}"
+        assert block.language in {"bash", "python", "text", "json", "toml", ""}, (
+            f"{page}:{block.line}: {block.language}"
+        )
         if block.language != "bash":
             assert not COMMAND.search(block.text), f"{page}:{block.line}: commands; fence them as bash"
             assert not block.marks, f"{page}:{block.line}: marks belong before commands"

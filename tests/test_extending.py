@@ -74,7 +74,7 @@ def read_page(name: str) -> Page:
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     ((path, claimed, code),) = re.findall(r"`([\w/]+\.py)`, (\d+) lines:\n\n```python\n(.*?)^```$", text, re.S | re.M)
     ((registry, line),) = re.findall(r"One line in `([\w/]+\.py)`:\n\n```python\n(.*?)^```$", text, re.S | re.M)
-    commands = re.findall(r"^```\n(certify .*?)^```\n+(?:```\n(.*?)^```$)?", text, re.S | re.M)
+    commands = re.findall(r"^```bash\n(certify .*?)^```\n+(?:```text\n(.*?)^```$)?", text, re.S | re.M)
     scripts = [s for s in re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M) if s not in (code, line)]
     return Page(path, int(claimed), code, registry, line, commands, scripts)
 

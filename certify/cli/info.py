@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,30 +24,35 @@ EXTRAS = {
     "clouds": ("azure.ai.vision.imageanalysis", "boto3", "clarifai_grpc", "google.cloud.vision"),
     "cluster": ("ray", "grpc"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
+    "docs": ("mkdocs", "material", "mkdocstrings"),
     "test": ("pytest", "flint"),
+    "dev": ("coverage", "pre_commit"),
 }
 
 
-def _registries() -> dict[str, Registry]:
-    from analysis.attacks import ATTACKS
-    from certify.bounds import BOUNDS
-    from certify.noise import NOISES
-    from certify.remote.formats import FORMATS
-    from certify.sequential import RULES
-    from certify.sources import DATASETS
-    from denoisers import ARCHITECTURES, DEFENCES
+def _registered(where: str) -> Callable[[], Registry]:
+    """Loads the registry ``package.module:NAME`` when it is wanted: some import torch."""
 
+    def load() -> Registry:
+        module, _, name = where.partition(":")
+        found: Registry = getattr(importlib.import_module(module), name)
+        return found
+
+    return load
+
+
+def _registries() -> dict[str, Callable[[], Registry]]:
     return {
-        "datasets": DATASETS,
-        "denoisers": _denoisers(),
-        "architectures": ARCHITECTURES,
-        "defences": DEFENCES,
-        "attacks": ATTACKS,
-        "objectives": _objectives(),
-        "noises": NOISES,
-        "bounds": BOUNDS,
-        "rules": RULES,
-        "protocols": FORMATS,
+        "datasets": _registered("certify.sources:DATASETS"),
+        "denoisers": _denoisers,
+        "architectures": _registered("denoisers:ARCHITECTURES"),
+        "defences": _registered("denoisers:DEFENCES"),
+        "attacks": _registered("analysis.attacks:ATTACKS"),
+        "objectives": _objectives,
+        "noises": _registered("certify.noise:NOISES"),
+        "bounds": _registered("certify.bounds:BOUNDS"),
+        "rules": _registered("certify.sequential:RULES"),
+        "protocols": _registered("certify.remote.formats:FORMATS"),
     }
 
 
@@ -106,17 +112,18 @@ def list_(kind: str | None, pattern: str | None) -> None:
     from certify.registry import unknown_name
 
     if kind is None:
-        for name, registry in _registries().items():
-            click.echo(f"{name:<13} {', '.join(registry)}")
+        for name, load in _registries().items():
+            click.echo(f"{name:<13} {', '.join(load())}")
         click.echo("models        see `certify list models [PATTERN]`")
         return
     if kind in ("models", "model"):
         _list_models(pattern or "")
         return
     registries = _registries()
-    found = registries.get(kind) or registries.get(kind + "s")
-    if found is None:
+    wanted = registries.get(kind) or registries.get(kind + "s")
+    if wanted is None:
         raise unknown_name("kind", kind, ["models", *registries], "expected one of models, " + ", ".join(registries))
+    found = wanted()
     shown = [name for name in found if (pattern or "") in name]
     width = max([20, *map(len, shown)])
     for name in shown:
