@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from analysis.attacked import distances
 from certify.errors import RunFault, UserError
 from certify.records import Run
-from certify.smoothing import SmoothedClassifier
 from certify.types import ABSTAIN
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from certify.smoothing import SmoothedClassifier
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def crossing(
         alpha: probability that the class is wrong, at most.
         seed: of the votes.
     """
+    from analysis.attacked import distances  # torch, which reading a comparison does without
+
     near, far = smoothed.noise.input(clean), smoothed.noise.input(attacked)  # rounded, where the noise is on a grid
     predicted = smoothed.predict(attacked, n=n, alpha=alpha, seed=seed, image_id=f"{image_id} attacked")
     return Crossing(image_id, norm, float(distances(far[None], near[None], norm)), predicted.prediction, alpha)

@@ -45,7 +45,9 @@ def test_readme_names_every_module(module: Path) -> None:
     assert module.name in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("module", ["certify", "certify.cli", "certify.records", "denoisers", "analysis.curves"])
+@pytest.mark.parametrize(
+    "module", ["certify", "certify.cli", "certify.records", "denoisers", "analysis.curves", "analysis.runs"]
+)
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = (
         f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'timm', 'scipy.stats', 'matplotlib')))"

@@ -63,9 +63,11 @@ class Block:
         out = [m for m in self.marks if m["why"]]
         if not out:
             return self.text, []
+        if whole := next((m for m in out if m["words"] is None), None):
+            return "", [(self.text, whole["why"])]
         run, left = [], []
         for command in re.findall(r"(?:[^\n]*\\\n)*[^\n]+", self.text):
-            why = next((m["why"] for m in out if m["words"] is None or m["words"] in command), None)
+            why = next((m["why"] for m in out if m["words"] in command), None)
             run.append(command) if why is None else left.append((command, why))
         return "\n".join(run), left
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.attacking import Scene, attack_options, set_scene
+from certify.cli.attacking import Scene, attack_options, listed, set_scene
 from certify.cli.files import output_path, stoppable
 from certify.errors import UserError
 
@@ -105,6 +105,7 @@ def _work(o: dict[str, Any]) -> Path:
     from certify.records import RunFile
     from denoisers.defences import undefended
 
+    _check_groups(o)
     scene = set_scene(o, digits=50, eot=o["eot"])
     plan = _plan(o, scene)
     header = make_header(
@@ -131,19 +132,28 @@ def _work(o: dict[str, Any]) -> Path:
     return path
 
 
+def _groups(o: dict[str, Any]) -> tuple[str, ...]:
+    return ("blind", "adaptive") if o["group"] == "both" else (o["group"],)
+
+
+def _check_groups(o: dict[str, Any]) -> None:
+    """Refuse attacks that ``--group`` leaves nothing to do, before anything is loaded."""
+    from analysis.attacks import groups_of
+
+    for name in listed("--attacks", o["attacks"]) if o["attacks"] != "none" else []:
+        if not set(_groups(o)) & set(groups_of(name)):
+            raise UserError(
+                f"--group {o['group']}: attack {name} is {groups_of(name)[0]} only; leave it or --group out"
+            )
+
+
 def _plan(o: dict[str, Any], scene: Scene) -> Plan:
     from analysis.attacks import groups_of
     from analysis.compare import CLEAN, RANDOM, SMOOTHING, Plan, applies
     from analysis.comparison import Condition
 
-    groups = ("blind", "adaptive") if o["group"] == "both" else (o["group"],)
-    idle = [name for name in scene.attacks if not set(groups) & set(groups_of(name))]
-    if idle:
-        raise UserError(
-            f"--group {o['group']}: attack {idle[0]} is {groups_of(idle[0])[0]} only; leave it or --group out"
-        )
     conditions = [CLEAN, RANDOM]
-    for group in groups:
+    for group in _groups(o):
         conditions += [Condition(name, group) for name in scene.attacks if group in groups_of(name)]
     if o["certify_n"] and any(applies(d, SMOOTHING) for d in scene.defences.values()):
         conditions.append(SMOOTHING)
