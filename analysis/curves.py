@@ -115,15 +115,25 @@ def curve(run: Run, name: str = "") -> Curve:
     return Curve(run, name, np.sort(np.asarray(counted, dtype=float)), len(rows), known[0])
 
 
+def common_norm(runs: Sequence[Run]) -> str:
+    """The norm that the radii of all these runs are in.
+
+    Raises:
+        UserError: there are several.
+    """
+    norms: list[str] = sorted({run.header.get("norm", "l2") for run in runs})
+    if len(norms) > 1:
+        raise UserError(f"runs with radii in different norms ({', '.join(norms)}); show them apart")
+    return norms[0]
+
+
 def curves(runs: Sequence[Run]) -> list[Curve]:
     """One curve a run, named by what tells them apart.
 
     Raises:
         UserError: radii in different norms, or labelled and unlabelled runs together.
     """
-    norms = sorted({run.header.get("norm", "l2") for run in runs})
-    if len(norms) > 1:
-        raise UserError(f"runs with radii in different norms ({', '.join(norms)}); show them apart")
+    common_norm(runs)
     found = [curve(run, name) for run, name in zip(runs, names(runs), strict=True)]
     if len({c.labelled for c in found}) > 1:
         plain = next(c.run.path for c in found if not c.labelled)

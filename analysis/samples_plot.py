@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.curves import names
+from analysis.curves import common_norm, names
 from analysis.figures import COLOURS, canvas, check_format, save_figure
-from certify.bounds import BOUNDS
-from certify.certificates import certificate_from_votes
+from certify.certificates import certificate_from_votes, largest_radius
 from certify.errors import UserError
 from certify.norms import IN_TEX
 from certify.records import Run
@@ -32,15 +31,12 @@ def radii_with(run: Run, size: int, seed: int = 0) -> np.ndarray:
     The votes are drawn from the recorded ones without replacement, which has the law of as many fresh samples. The
     class is still the one that the recorded selection votes chose.
 
-    Raises:
-        UserError: a run without votes at a fixed n.
+    Args:
+        run: one with votes at a fixed n.
+        size: at most that n.
+        seed: of what is drawn.
     """
     header = run.header
-    if header.get("procedure") != "certify" or header.get("stopping"):
-        raise UserError(
-            f"{run.path} has no votes at a fixed n; expected a run file of `certify --n N`, without --radius and "
-            "--tolerance"
-        )
     chance = np.random.default_rng([seed, size])
     found = []
     for row in run.images:
@@ -64,10 +60,18 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
     """Write the figure: median radius and middle half of the images over n, and the most that n samples can certify.
 
     Raises:
-        UserError: a format that is not written; a run without votes at a fixed n, or without a usable image.
+        UserError: a format that is not written; radii in different norms; a run without votes at a fixed n, or without
+            a usable image.
         RunFault: the file cannot be written.
     """
     check_format(path)
+    for run in runs:
+        if run.header.get("procedure") != "certify" or run.header.get("stopping"):
+            raise UserError(
+                f"{run.path} has no votes at a fixed n; expected a run file of `certify --n N`, without --radius and "
+                "--tolerance"
+            )
+    norm = common_norm(runs)
     with canvas(4.8, 3.3) as (figure, axes):
         for i, (run, name) in enumerate(zip(runs, names(runs), strict=True)):
             sizes = sample_sizes(run.header["n"])
@@ -81,7 +85,7 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
             axes.plot(sizes, [most_with(run, size) for size in sizes], color=colour, ls=":", lw=1.2)
         axes.plot([], [], color="#555555", ls=":", lw=1.2, label="the most that n samples can certify")
         axes.set(xscale="log", xlabel="samples n an image", ylim=(0, None))
-        axes.set_ylabel(f"{IN_TEX[runs[0].header.get('norm', 'l2')]} radius\n(median and middle half of images)")
+        axes.set_ylabel(f"{IN_TEX[norm]} radius\n(median and middle half of images)")
         if title:
             axes.set_title(title, fontsize=9)
         figure.legend(loc="outside lower center", ncols=1)
@@ -91,10 +95,6 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
 def most_with(run: Run, size: int) -> float:
     """The radius of an image all of whose ``size`` votes agree."""
     header = run.header
-    BOUNDS.get(header["bound"])
     values = next((row["values"] for row in run.images if row.get("values")), None)
-    selection = Votes((max(1, header["n0"]), 0))
-    certificate = certificate_from_votes(
-        selection, Votes((size, 0)), noise=noise_of(header, values), alpha=header["alpha"], bound=header["bound"]
-    )
-    return certificate.radius
+    selected = bool(header["n0"])
+    return largest_radius(noise_of(header, values), size, header["alpha"], header["bound"], selected=selected)

@@ -26,6 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(found)
         certify(*RUN.split())
         certify(*"--model digits --sigma 0.25 --radius 0.25 --max 3 --quiet --out decided.jsonl".split())
+        certify(*RUN.replace("run.jsonl", "l1.jsonl --noise laplace").split())
+        Path("log").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0:00:01\n")
     return found
 
 
@@ -115,6 +117,8 @@ def test_speeds_show_the_last_of_each_name(tmp_path: Path, drawn: list[Any]) -> 
         ("run.jsonl --image 1 --samples", "--image and --samples are two pictures"),
         ("run.jsonl --samples --envelope", "--envelope is for runs of certificates; leave it out for radius against"),
         ("decided.jsonl --samples", "has no votes at a fixed n; expected a run file of `certify --n N`"),
+        ("log --samples", "log has no votes at a fixed n; expected a run file of `certify --n N`"),
+        ("run.jsonl l1.jsonl --samples", "runs with radii in different norms (l1, l2); show them apart"),
         ("run.jsonl --samples -o x.bmp", "cannot write a picture as 'x.bmp'"),
     ],
 )

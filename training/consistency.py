@@ -16,8 +16,8 @@ ENTROPY = 0.5
 """Weight of the entropy of the mean prediction (Jeong and Shin 2020)."""
 
 
-def check_draws(draws: int, consistency: float) -> int:
-    """The number of draws, if it goes together with this weight.
+def check_draws(draws: int, consistency: float) -> None:
+    """Refuse a number of draws and a weight that do not go together.
 
     Raises:
         UserError: no draws; a negative weight; a weight with one draw, which has nothing to agree with.
@@ -28,7 +28,6 @@ def check_draws(draws: int, consistency: float) -> int:
         raise UserError(f"--set consistency={consistency:g}: expected a number from 0")
     if consistency and draws == 1:
         raise UserError(f"--set consistency={consistency:g}: one draw has nothing to agree with; add --set draws=2")
-    return draws
 
 
 def agreeing_loss(logits: Tensor, target: Tensor, draws: int = 1, consistency: float = 0.0) -> Tensor:

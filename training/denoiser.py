@@ -155,12 +155,14 @@ def freeze_but(net: nn.Module, only: Sequence[str]) -> None:
         UserError: a beginning that fits no parameter.
     """
     names = [name for name, _ in net.named_parameters()]
-    for part in only:
-        if not any(f"{name}.".startswith(f"{part}.") for name in names):
+    chosen = {part: {name for name in names if f"{name}.".startswith(f"{part}.")} for part in only}
+    for part, found in chosen.items():
+        if not found:
             parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
             raise UserError(f"--train-only {part}: the network has no such part; expected some of {parts}")
+    trained = set().union(*chosen.values()) if only else set(names)
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_(not only or any(f"{name}.".startswith(f"{part}.") for part in only))
+        parameter.requires_grad_(name in trained)
 
 
 def build(

@@ -133,7 +133,9 @@ def _work(o: dict[str, Any]) -> Path:
 
 
 def _groups(o: dict[str, Any]) -> tuple[str, ...]:
-    return ("blind", "adaptive") if o["group"] == "both" else (o["group"],)
+    from analysis.attacks import BOTH
+
+    return BOTH if o["group"] == "both" else (o["group"],)
 
 
 def _check_groups(o: dict[str, Any]) -> None:
