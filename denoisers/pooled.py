@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from denoisers.unet import LEVEL_FEATURES, Block, add_change, precondition
+from denoisers.unet import LEVEL_FEATURES, Block, Modulation, add_change, level_embedding, precondition
 
 
 class Stage(nn.Module):
@@ -26,15 +26,12 @@ class Stage(nn.Module):
         self.norm1 = nn.BatchNorm2d(after)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(after)
-        self.level = nn.Linear(LEVEL_FEATURES, 2 * after)
+        self.level = Modulation(LEVEL_FEATURES, after)
         self.act = nn.GELU()
-        nn.init.zeros_(self.level.weight)
-        nn.init.zeros_(self.level.bias)
 
     def forward(self, features: Tensor, level: Tensor) -> Tensor:
         """``(B, C, H, W)`` and the level's features ``(B, 64)`` to ``(B, C', H/2, W/2)``."""
-        scale, shift = self.level(level)[:, :, None, None].chunk(2, dim=1)
-        inner = self.norm1(max_pool2d(self.conv1(features), 2)) * (1 + scale) + shift
+        inner = self.level(self.norm1(max_pool2d(self.conv1(features), 2)), level)
         out: Tensor = self.act(self.norm2(self.conv2(self.act(inner))))
         return out
 
@@ -65,9 +62,7 @@ class PooledUNet(nn.Module):
             raise ValueError(f"{len(channels)} channels on the way down, {len(light)} on the way up: as many of both")
         self.bottleneck_channels = channels[-1]
         self.step = 2 ** len(channels)
-        self.embed = nn.Sequential(
-            nn.Linear(1, LEVEL_FEATURES), nn.ReLU(), nn.Linear(LEVEL_FEATURES, LEVEL_FEATURES), nn.ReLU()
-        )
+        self.embed = level_embedding()
         self.act = nn.GELU()
         self.head = nn.Conv2d(image_channels, light[0], 3, padding=1)
         self.down = nn.ModuleList(Stage(a, b) for a, b in pairwise((light[0], *channels)))
@@ -77,9 +72,7 @@ class PooledUNet(nn.Module):
         self.skip = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip((light[0], *channels[:-1]), light, strict=True))
         self.up = nn.ModuleList(Block(c) for c in light[1:])
         self.read = nn.Linear(channels[-1], classes) if classes else None
-        self.tell = nn.ModuleList(nn.Linear(classes, 2 * c) for c in light) if classes else None
-        for parameter in self.tell.parameters() if self.tell is not None else ():
-            nn.init.zeros_(parameter)
+        self.tell = nn.ModuleList(Modulation(classes, c) for c in light) if classes else None
         self.tail = nn.Conv2d(light[0], image_channels, 3, padding=1)
         nn.init.zeros_(self.tail.weight)
         nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
@@ -113,7 +106,6 @@ class PooledUNet(nn.Module):
         for i in reversed(range(len(self.grow))):
             features = self.grow[i](features) + self.skip[i](skips[i])
             if likely is not None and self.tell is not None:
-                scale, shift = self.tell[i](likely)[:, :, None, None].chunk(2, dim=1)
-                features = features * (1 + scale) + shift
+                features = self.tell[i](features, likely)
             features = self.up[i - 1](features, known) if i else self.act(features)
         return add_change(kept, gain, self.tail(features))

@@ -22,6 +22,25 @@ _FOLD = 2
 LEVEL_FEATURES = 64
 
 
+class Modulation(nn.Linear):
+    """A scale and a shift of every channel by what is known of the image (Perez et al. 2018); at first neither."""
+
+    def __init__(self, known: int, channels: int) -> None:
+        super().__init__(known, 2 * channels)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor, known: Tensor) -> Tensor:  # type: ignore[override]
+        """``(B, C, H, W)`` and what is known ``(B, K)`` to ``(B, C, H, W)``."""
+        scale, shift = super().forward(known)[:, :, None, None].chunk(2, dim=1)
+        return features * (1 + scale) + shift
+
+
+def level_embedding() -> nn.Sequential:
+    """From a level's logarithm ``(B, 1)`` to features ``(B, 64)``."""
+    return nn.Sequential(nn.Linear(1, LEVEL_FEATURES), nn.ReLU(), nn.Linear(LEVEL_FEATURES, LEVEL_FEATURES), nn.ReLU())
+
+
 class Block(nn.Module):
     """Two 3x3 convolutions with batch norm around a shortcut; the level scales and shifts what lies between them."""
 
@@ -31,16 +50,13 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
-        self.level = nn.Linear(LEVEL_FEATURES, 2 * channels)
+        self.level = Modulation(LEVEL_FEATURES, channels)
         self.act = nn.ReLU()
-        nn.init.zeros_(self.level.weight)
-        nn.init.zeros_(self.level.bias)
         nn.init.zeros_(self.norm2.weight)  # every block starts as the identity
 
     def forward(self, features: Tensor, level: Tensor) -> Tensor:
         """``(B, C, H, W)`` and the level's features ``(B, 64)`` to ``(B, C, H, W)``."""
-        scale, shift = self.level(level)[:, :, None, None].chunk(2, dim=1)
-        inner = self.act(self.norm1(self.conv1(features)) * (1 + scale) + shift)
+        inner = self.act(self.level(self.norm1(self.conv1(features)), level))
         out: Tensor = self.act(features + self.norm2(self.conv2(inner)))
         return out
 
@@ -62,9 +78,7 @@ class UNet(nn.Module):
         self.channels = tuple(channels)
         self.bottleneck_channels = channels[-1]
         self.step = _FOLD * 2 ** (len(channels) - 1)
-        self.embed = nn.Sequential(
-            nn.Linear(1, LEVEL_FEATURES), nn.ReLU(), nn.Linear(LEVEL_FEATURES, LEVEL_FEATURES), nn.ReLU()
-        )
+        self.embed = level_embedding()
         folded = image_channels * _FOLD**2
         self.head = nn.Conv2d(folded, channels[0], 3, padding=1)
         self.down = nn.ModuleList(nn.ModuleList(Block(c) for _ in range(blocks)) for c in channels)

@@ -20,11 +20,11 @@ from denoisers.adapters import Adapted
 from denoisers.find import find_denoiser
 from denoisers.weights import ACCESS, UNNAMED, Card, Trained, save_denoiser
 from training.checkpoint import Scores
-from training.data import Levels, TrainingData
+from training.data import TrainingData
 from training.guides import Guides
-from training.held_out import denoiser_scores, loss_scores
+from training.held_out import scores_to_choose_by
 from training.loop import Conduct, Outcome, train
-from training.losses import add_noise, make_objective, phases
+from training.losses import make_objective, phases
 from training.recipe import Recipe
 
 WEIGHTS = f"{UNNAMED}.safetensors"
@@ -87,15 +87,6 @@ def train_denoiser(
         shaped = {**recipe.describe(), "chosen_at_step": step, "of_steps": recipe.steps(len(data.train))}
         save_denoiser(Path(out) / WEIGHTS, net, replace(card, training=shaped, validation=scores))
 
-    def validate(trained: nn.Module) -> Scores:
-        if last.purifier or last.prepare is not add_noise:  # squared error is not what it is for
-            return loss_scores(whole, data, recipe, last, guides)
-        levels = Levels(recipe.sigmas, recipe.continuous).checked()
-        found = denoiser_scores(net, data, levels, phases(recipe.objective)[-1], judges)
-        if last.wrap is None:
-            return found
-        return {**found, "score": loss_scores(whole, data, recipe, last, guides)["score"]}  # what it shares counts too
-
     outcome = train(
         whole,
         data,
@@ -104,7 +95,7 @@ def train_denoiser(
         out,
         conduct,
         identity=[architecture, options, before],
-        validate=validate,
+        validate=lambda _: scores_to_choose_by(net, whole, data, recipe, guides, judges),
         keep=keep,
     )
     if outcome.finished and not (Path(out) / WEIGHTS).is_file():

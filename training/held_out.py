@@ -14,12 +14,41 @@ from certify.streams import block_generator, stream_key
 from training.data import Levels, TrainingData
 from training.guides import Guides
 from training.loop import make_batch
-from training.losses import OBJECTIVES, Batch, Draw, Objective, mse
+from training.losses import OBJECTIVES, Batch, Draw, Objective, add_noise, make_objective, mse, phases
 from training.recipe import Recipe
 
 _BATCH = 100
 MOST = 500
 """Held-out images that are looked at, at most."""
+
+
+def scores_to_choose_by(
+    net: nn.Module,
+    whole: nn.Module,
+    data: TrainingData,
+    recipe: Recipe,
+    guides: Guides,
+    judges: Sequence[Classifier],
+) -> dict[str, float]:
+    """The figures of a denoiser by which its weights are chosen, in evaluation mode; less ``score`` is better.
+
+    Args:
+        net: the denoiser.
+        whole: the same as it is trained, with what the objective wraps around it.
+        data: its held-out images are used.
+        recipe: objective, noise levels.
+        guides: the frozen classifiers that the objective needs.
+        judges: the classifiers that agreement and accuracy are measured with.
+    """
+    name = phases(recipe.objective)[-1]
+    objective = make_objective(name, recipe.settings)
+    if objective.purifier or objective.prepare is not add_noise:  # squared error is not what it is for
+        return loss_scores(whole, data, recipe, objective, guides)
+    levels = Levels(recipe.sigmas, recipe.continuous).checked()
+    found = denoiser_scores(net, data, levels, name, judges)
+    if objective.wrap is not None:  # what it shares counts too
+        found["score"] = loss_scores(whole, data, recipe, objective, guides)["score"]
+    return found
 
 
 @torch.no_grad()

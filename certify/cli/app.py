@@ -48,7 +48,7 @@ class CertifyGroup(click.Group):
 
 @click.group(
     cls=CertifyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
     no_args_is_help=True,
 )
 @click.version_option(__version__, "-V", "--version", prog_name="certify")

@@ -40,38 +40,21 @@ class Distance(options.ParamType):
 
 
 distance_options = options.together(
-    click.option(
-        "--eps", type=Distance(), default="8/255", show_default=True, help="Largest distance in [0, 1] pixels."
-    ),
-    click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True, help="Norm of --eps."),
+    click.option("--eps", type=Distance(), default="8/255", help="Largest distance in [0, 1] pixels."),
+    click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", help="Norm of --eps."),
 )
 
 attack_options = options.together(
     click.option(
-        "--attacks",
-        default="blind-pgd,square",
-        show_default=True,
-        help="Attacks, separated by commas (`certify list attacks`).",
+        "--attacks", default="blind-pgd,square", help="Attacks, separated by commas (`certify list attacks`)."
     ),
     distance_options,
     click.option(
-        "--queries",
-        type=options.Count("queries"),
-        default=1000,
-        show_default=True,
-        help="Queries of an attack for an image, at most.",
+        "--queries", type=options.Count("queries"), default=1000, help="Queries of an attack for an image, at most."
     ),
     click.option("--surrogate", multiple=True, metavar="MODEL[=FILE]", help="For --attacks transfer; repeatable."),
-    click.option(
-        "--steps", type=options.Count("steps"), default=40, show_default=True, help="Steps of gradient attacks."
-    ),
-    click.option(
-        "--seed",
-        type=options.Count("a seed", least=0),
-        default=0,
-        show_default=True,
-        help="Seed of everything that is drawn.",
-    ),
+    click.option("--steps", type=options.Count("steps"), default=40, help="Steps of gradient attacks."),
+    options.seed("everything that is drawn"),
 )
 
 

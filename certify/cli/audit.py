@@ -46,19 +46,16 @@ N0, N, N_AT_MOST = 20, 100, 1000
 @options.image_options
 @click.option("--input-size", type=options.Size(), metavar="CxHxW", help="Bring images to this size (default: as is).")
 @options.noise_options
-@click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`).")
-@click.option(
-    "--n0", type=options.Count("a number of samples"), default=N0, show_default=True, help="Selection samples an image."
-)
+@options.denoiser
+@click.option("--n0", type=options.Count("a number of samples"), default=N0, help="Selection samples an image.")
 @click.option(
     "--n",
     type=options.Count("a number of samples"),
     default=N,
-    show_default=True,
     help=f"Estimation samples an image; the most of them with --radius and --tolerance (default there: {N_AT_MOST}).",
 )
 @options.alpha
-@click.option("--bound", default="clopper-pearson", show_default=True, help="Confidence bound (`certify list bounds`).")
+@click.option("--bound", default="clopper-pearson", help="Confidence bound (`certify list bounds`).")
 @click.option(
     "--radius", type=options.Numbers(), help="Only decide at these radii, each image with as few queries as it takes."
 )
@@ -78,7 +75,6 @@ N0, N, N_AT_MOST = 20, 100, 1000
     "--reference",
     type=click.Choice(["own", "given"]),
     default="own",
-    show_default=True,
     help="What is right: the service's own answer to the clean image, or the data's label.",
 )
 @click.option("--labels", metavar="FILE", help="CSV of file,label, for --reference given without class folders.")
@@ -89,24 +85,20 @@ N0, N, N_AT_MOST = 20, 100, 1000
     "--repeat-clean",
     type=options.Count("repetitions", least=0),
     default=3,
-    show_default=True,
     help="How often one clean image is asked about again at the start.",
 )
 @click.option(
     "--price-per-1000", type=options.Positive("a price above 0"), help="Of 1,000 requests, to say what it costs."
 )
 @attack_options
-@click.option("--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise.")
+@options.seed("all noise")
 @click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="Device of noise and denoiser: cpu, cuda, cuda:1, mps; auto takes an accelerator.",
+    "--device", default="auto", help="Device of noise and denoiser: cpu, cuda, cuda:1, mps; auto takes an accelerator."
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is sent.")
 @click.option("--out", metavar="DIR", required=True, help="Folder of the audit; the same command goes on in it.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-@click.option("--quiet", is_flag=True, help="No plan and no progress on stderr.")
+@options.as_json("the table")
+@options.quiet
 def audit(**o: Any) -> None:
     """Certify a service by queries alone: its own function, behind noise and perhaps a denoiser.
 
@@ -338,7 +330,7 @@ def _report(folder: Path) -> None:
 )
 @click.option("--bound", help="Confidence bound (`certify list bounds`; default: the audit's).")
 @click.option("--out", metavar="FILE", help="Also write the certificates as a run file (.jsonl).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@options.as_json("the table")
 def replay(folder: str, alpha: float | None, bound: str | None, out: str | None, as_json: bool) -> None:
     """Compute an audit's certificates again: no data, no model, no service.
 

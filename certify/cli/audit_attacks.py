@@ -24,19 +24,10 @@ COMPARISON = "comparison.jsonl"
 
 attack_options = options.together(
     click.option("--defences", help="Also attack the service behind these: NAME:KEY=VALUE:..., `none` among them."),
-    click.option(
-        "--attacks",
-        default="hopskipjump",
-        show_default=True,
-        help="With --defences: hopskipjump (labels), square (scores).",
-    ),
+    click.option("--attacks", default="hopskipjump", help="With --defences: hopskipjump (labels), square (scores)."),
     distance_options,
     click.option(
-        "--queries",
-        type=options.Count("queries"),
-        default=200,
-        show_default=True,
-        help="Queries of an attack for an image, at most.",
+        "--queries", type=options.Count("queries"), default=200, help="Queries of an attack for an image, at most."
     ),
 )
 

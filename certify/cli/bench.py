@@ -17,32 +17,27 @@ from certify.cli import options
     "--sigma",
     type=options.Positive("a number above 0"),
     default=0.25,
-    show_default=True,
     help="Standard deviation of the noise, in pixels of images scaled to [0, 1].",
 )
-@click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`).")
-@click.option(
-    "--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, mps; auto takes an accelerator."
-)
+@options.denoiser
+@options.device
 @options.engine_options
 @click.option(
     "--n",
     type=options.Count("a number of samples"),
     default=100_000,
-    show_default=True,
     help="Estimation samples an image, to decide for and to reckon with.",
 )
 @click.option(
     "--pairs",
     type=options.Count("a number of pairs"),
     default=3,
-    show_default=True,
     help="Turns of the engine and of the loop, alternating.",
 )
-@click.option("--seconds", type=options.Positive("seconds"), default=5.0, show_default=True, help="Length of one turn.")
+@click.option("--seconds", type=options.Positive("seconds"), default=5.0, help="Length of one turn.")
 @click.option("--turn", type=options.Count("a number of samples"), help="Samples of a turn, in place of --seconds.")
 @click.option("--reference-batch", type=options.Count("a batch size"), help="Batch of the plain loop.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@options.as_json("the text")
 def bench(**o: Any) -> None:
     """Measure this engine against the plain loop (float32, eager, batches of 1,000), both on your model, in turn.
 

@@ -26,7 +26,6 @@ DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
 @click.option(
     "--defences",
     default=DEFENCES_BY_DEFAULT,
-    show_default=True,
     help="NAME:KEY=VALUE:..., separated by commas (`certify list defences`, `denoisers`).",
 )
 @attack_options
@@ -34,24 +33,19 @@ DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
     "--group",
     type=click.Choice(["both", "blind", "adaptive"]),
     default="both",
-    show_default=True,
     help="Run attacks blind, on whole defences, or both where they can be: adaptive queries cost the defence's time.",
 )
-@click.option(
-    "--repeats", type=options.Count("repeats"), default=5, show_default=True, help="Answers of a random defence."
-)
+@click.option("--repeats", type=options.Count("repeats"), default=5, help="Answers of a random defence.")
 @click.option(
     "--eot",
     type=options.Count("draws"),
     default=10,
-    show_default=True,
     help="Passes a gradient of adaptive-pgd, where a defence is random.",
 )
 @click.option(
     "--certify-n",
     type=options.Count("samples", least=0),
     default=1000,
-    show_default=True,
     help="Samples an image for the certified column, at most; 0: no such column.",
 )
 @options.alpha
@@ -61,10 +55,10 @@ DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
     "style",
     type=click.Choice(["text", "markdown", "latex", "csv"]),
     default="text",
-    help="Form of the table (default: text).",
+    help="Form of the table.",
 )
 @click.option("--figure", metavar="FILE", help="Picture to write: .png, .svg or .pdf.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@options.as_json("the table")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def compare(**o: Any) -> None:
     """Compare defences of a frozen classifier on the same images.
@@ -119,11 +113,7 @@ def _work(o: dict[str, Any]) -> Path:
             click.echo(f"outcomes   {path}{there}", err=True)
         with (
             tqdm(
-                total=header["expected"],
-                unit=" outcomes",
-                disable=None if say else True,
-                leave=False,
-                file=sys.stderr,
+                total=header["expected"], unit=" outcomes", disable=None if say else True, leave=False, file=sys.stderr
             ) as bar,
             stoppable(file, header["expected"], "outcomes"),
         ):

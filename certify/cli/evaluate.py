@@ -41,20 +41,17 @@ _OF_A_CLASSIFIER = {"weights": "--weights", "mean": "--mean", "std": "--std", "n
 @options.model_if_any
 @options.input_options
 @options.data_options
-@click.option("--seed", type=options.Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise.")
-@click.option(
-    "--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, mps; auto takes an accelerator."
-)
+@options.seed("all noise")
+@options.device
 @click.option("--grid", metavar="FILE", help="Picture to write: .png, .svg or .pdf (default: a .png under runs/).")
 @click.option(
     "--images",
     "rows",
     type=options.Count("how many images to show", least=0),
     default=8,
-    show_default=True,
     help="Rows of the picture; 0 draws none.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@options.as_json("the table")
 def evaluate_denoiser(**o: Any) -> None:
     """Measure a denoiser on images plus Gaussian noise, once for each image: PSNR, SSIM, and a picture.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from certify.cli import options
 from certify.errors import RunFault
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _list_models(pattern: str) -> None:
 
 
 @click.command(short_help="Show versions, devices, extras; test the mathematics.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@options.as_json("the text")
 def doctor(as_json: bool) -> None:
     """Show versions, devices, extras, the model hub, and test the mathematics against known values."""
     from certify import hub

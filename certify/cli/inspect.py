@@ -28,7 +28,6 @@ _LOW = 0.2210  # cycles a pixel: the edge of the fifth of 16 rings
 @click.option(
     "--defences",
     default="gs,median,jpeg",
-    show_default=True,
     help="Whose purified images --pictures shows, NAME:KEY=VALUE:..., separated by commas.",
 )
 @attack_options
@@ -36,15 +35,8 @@ _LOW = 0.2210  # cycles a pixel: the edge of the fifth of 16 rings
 @click.option(
     "--pictures", metavar="FILE", help="Clean, attacked and purified images, with labels: .png, .svg or .pdf."
 )
-@click.option(
-    "--images",
-    "rows",
-    type=options.Count("how many images to show"),
-    default=6,
-    show_default=True,
-    help="Rows of --pictures.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--images", "rows", type=options.Count("how many images to show"), default=6, help="Rows of --pictures.")
+@options.as_json("the table")
 def inspect(**o: Any) -> None:
     """Attack the bare classifier and measure what was added.
 

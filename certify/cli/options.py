@@ -138,9 +138,7 @@ sigma = click.option(
 
 noise_options = together(
     sigma,
-    click.option(
-        "--noise", default="gaussian", show_default=True, help="Smoothing distribution (`certify list noises`)."
-    ),
+    click.option("--noise", default="gaussian", help="Smoothing distribution (`certify list noises`)."),
     click.option("--round", "rounded", is_flag=True, help="With --noise exact: round images to the 8-bit grid first."),
 )
 
@@ -172,18 +170,10 @@ image_options = together(
     click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data)."),
     click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root."),
     click.option(
-        "--skip",
-        type=Count("K to take every K-th image"),
-        default=1,
-        show_default=True,
-        help="Take every K-th image, from --start.",
+        "--skip", type=Count("K to take every K-th image"), default=1, help="Take every K-th image, from --start."
     ),
     click.option(
-        "--start",
-        type=Count("the first image's place", least=0),
-        default=0,
-        show_default=True,
-        help="Place of the first image, from 0.",
+        "--start", type=Count("the first image's place", least=0), default=0, help="Place of the first image, from 0."
     ),
     click.option("--max", "max_images", type=Count("the most images to take"), help="Take at most so many images."),
     click.option("--ids", help="Take only these images: ids separated by commas."),
@@ -202,7 +192,6 @@ alpha = click.option(
     "--alpha",
     type=Positive("a probability strictly between 0 and 1, such as 0.001", below=1.0),
     default=0.001,
-    show_default=True,
     help="Probability that the statement about an image is wrong, at most.",
 )
 
@@ -210,7 +199,6 @@ n = click.option(
     "--n",
     type=Count("a number of samples"),
     default=100_000,
-    show_default=True,
     help="Estimation samples an image; the most of them with --radius (default there: 20000) and --tolerance.",
 )
 
@@ -219,36 +207,45 @@ engine_options = together(
         "--precision",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
-        show_default=True,
         help="Arithmetic behind the noise; auto measures, and keeps float32 unless another is faster and agrees.",
     ),
     click.option(
         "--compile",
         type=click.Choice(["auto", "on", "off"]),
         default="auto",
-        show_default=True,
         help="Compile the base classifier; auto does where the run is long enough to pay for it.",
     ),
     click.option(
-        "--batch-size",
-        type=BatchSize(),
-        default="auto",
-        show_default=True,
-        metavar="N",
-        help="Samples a forward pass; changes no noise.",
+        "--batch-size", type=BatchSize(), default="auto", metavar="N", help="Samples a forward pass; changes no noise."
     ),
 )
 
+device = click.option("--device", default="auto", help="Device: cpu, cuda, cuda:1, mps; auto takes an accelerator.")
+
+
+def seed(of: str) -> Decorator:
+    """The seed of what is drawn: noise, or everything."""
+    return click.option("--seed", type=Count("a seed", least=0), default=0, help=f"Seed of {of}.")
+
+
+def as_json(of: str) -> Decorator:
+    """The choice of JSON in place of a table or a text."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print one JSON object instead of {of}.")
+
+
+quiet = click.option("--quiet", is_flag=True, help="No plan and no progress on stderr.")
+
+denoiser = click.option("--denoiser", default="none", help="Denoiser in front (`certify list denoisers`).")
+
+
 compute_options = together(
-    click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`)."),
-    click.option("--seed", type=Count("a seed", least=0), default=0, show_default=True, help="Seed of all noise."),
-    click.option(
-        "--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, mps; auto takes an accelerator."
-    ),
+    denoiser,
+    seed("all noise"),
+    device,
     engine_options,
     click.option("--out", metavar="PATH", help="Run file (.jsonl), or a folder for it (default: runs/)."),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),
-    click.option("--quiet", is_flag=True, help="No plan and no progress on stderr."),
+    as_json("the table"),
+    quiet,
 )
 
 

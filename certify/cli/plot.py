@@ -13,9 +13,7 @@ _CURVES = ("no_band", "envelope", "image", "samples")
 
 @click.command(short_help="Draw certified accuracy over radius.")
 @options.runs_argument
-@click.option(
-    "-o", "--out", metavar="FILE", default="curve.png", show_default=True, help="Picture to write: .png, .svg or .pdf."
-)
+@click.option("-o", "--out", metavar="FILE", default="curve.png", help="Picture to write: .png, .svg or .pdf.")
 @click.option("--title", help="Title above the axes.")
 @click.option("--no-band", is_flag=True, help="Leave out the shaded 95 % interval over images.")
 @options.envelope_option

@@ -34,16 +34,10 @@ if TYPE_CHECKING:
 @options.classifier_options
 @options.noise_options
 @options.data_options
-@click.option(
-    "--n0",
-    type=options.Count("a number of samples"),
-    default=100,
-    show_default=True,
-    help="Selection samples an image.",
-)
+@click.option("--n0", type=options.Count("a number of samples"), default=100, help="Selection samples an image.")
 @options.n
 @options.alpha
-@click.option("--bound", default="clopper-pearson", show_default=True, help="Confidence bound (`certify list bounds`).")
+@click.option("--bound", default="clopper-pearson", help="Confidence bound (`certify list bounds`).")
 @click.option(
     "--norm",
     type=click.Choice(["l1", "l2", "linf"]),

@@ -49,33 +49,24 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
     "--queries",
     type=options.Count("requests at a time"),
     default=4,
-    show_default=True,
     help="Requests to the service under way at a time.",
 )
 @click.option(
     "--query-timeout",
     type=options.Positive("seconds above 0"),
     default=20.0,
-    show_default=True,
     help="Seconds for one request to the service, as `certify audit --timeout`; --timeout is for one to this server.",
 )
 @click.option(
     "--budget", type=options.Count("requests"), help="Requests to the service in all; then it answers no more."
 )
 @options.noise_options
-@click.option("--denoiser", default="none", show_default=True, help="Denoiser in front (`certify list denoisers`).")
-@click.option(
-    "--n0",
-    type=options.Count("a number of samples"),
-    default=100,
-    show_default=True,
-    help="Selection samples an image.",
-)
+@options.denoiser
+@click.option("--n0", type=options.Count("a number of samples"), default=100, help="Selection samples an image.")
 @click.option(
     "--n",
     type=options.Count("a number of samples"),
     default=1000,
-    show_default=True,
     help="Estimation samples an image; the most of them with --radius.",
 )
 @options.alpha
@@ -88,13 +79,10 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
     "--samples-per-request",
     type=options.Count("a number of samples"),
     default=100_000,
-    show_default=True,
     help="Noise samples that one request may take, all its images together.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port", type=click.IntRange(0, 65_535), default=8080, show_default=True, help="Port to listen on; 0: a free one."
-)
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65_535), default=8080, help="Port to listen on; 0: a free one.")
 @click.option(
     "--allow-host",
     multiple=True,
@@ -103,37 +91,28 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 )
 @click.option("--name", help="The model's name in URLs (default: from --model).")
 @click.option(
-    "--max-bytes",
-    type=options.Count("a number of bytes"),
-    default=16 * 2**20,
-    show_default=True,
-    help="Longest body of a request.",
+    "--max-bytes", type=options.Count("a number of bytes"), default=16 * 2**20, help="Longest body of a request."
 )
 @click.option(
     "--max-pixels",
     type=options.Count("a number of pixels"),
     default=16_000_000,
-    show_default=True,
     help="Pixels of all images of a request, and of an image file before it is decoded.",
 )
 @click.option(
     "--concurrency",
     type=options.Count("a number of requests"),
     default=32,
-    show_default=True,
     help="Requests that wait or are in work at a time; more get 429 with Retry-After.",
 )
 @click.option(
     "--timeout",
     type=options.Positive("seconds above 0"),
     default=60.0,
-    show_default=True,
     help="Seconds for a request, from its first byte to its answer; also the longest wait at the end.",
 )
 @click.option("--seed", type=options.Count("a seed", least=0), help="Seed of all noise (default: a secret one).")
-@click.option(
-    "--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, mps; auto takes an accelerator."
-)
+@options.device
 @options.engine_options
 def serve(**o: Any) -> None:
     """Serve the smoothed classifier by the Open Inference Protocol v2, with a page at / and metrics at /metrics.

@@ -23,9 +23,7 @@ protocol_options = options.together(
     click.option(
         "--protocol-option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the protocol; repeatable."
     ),
-    click.option(
-        "--encoding", default="png", show_default=True, help="Encoding of pictures: png, jpeg or jpegQ, such as jpeg90."
-    ),
+    click.option("--encoding", default="png", help="Encoding of pictures: png, jpeg or jpegQ, such as jpeg90."),
     click.option("--sdk", is_flag=True, help="Ask through the vendor's SDK (extra `clouds`); rekognition always does."),
     click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the service's key."),
     click.option(
@@ -40,7 +38,6 @@ protocol_options = options.together(
         "--retries",
         type=options.Count("repetitions", least=0),
         default=4,
-        show_default=True,
         help="Further requests for a query that was declined (429, 5xx) or got lost; each counts.",
     ),
 )
@@ -50,17 +47,12 @@ service_options = options.together(
     click.option("--protocol", required=True, help="How it is asked and answers (`certify list protocols`)."),
     protocol_options,
     click.option(
-        "--concurrency",
-        type=options.Count("requests at a time"),
-        default=4,
-        show_default=True,
-        help="Requests under way at a time.",
+        "--concurrency", type=options.Count("requests at a time"), default=4, help="Requests under way at a time."
     ),
     click.option(
         "--timeout",
         type=options.Positive("seconds above 0"),
         default=60.0,
-        show_default=True,
         help="Seconds for one request; through an SDK those to connect, and those without a byte (Clarifai's: in all).",
     ),
 )

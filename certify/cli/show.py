@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     "style",
     type=click.Choice(["text", "markdown", "latex", "csv"]),
     default="text",
-    show_default=True,
     help="Form of the table.",
 )
 @click.option(
@@ -127,7 +126,7 @@ def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) ->
 @click.option("--bound", help="Confidence bound (`certify list bounds`; default: the run's).")
 @click.option("--out", metavar="PATH", help="New run file (.jsonl), or a folder for it (default: RUN's).")
 @click.option("--radii", type=options.Numbers(), help="Radii of the table (default: round numbers).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@options.as_json("the table")
 def recompute(
     run: str, alpha: float | None, bound: str | None, out: str | None, radii: list[float] | None, as_json: bool
 ) -> None:

@@ -103,7 +103,7 @@ def station(o: dict[str, Any]) -> SmoothedStation:
 @click.argument("shards", nargs=-1, required=True, metavar="SHARD...")
 @click.option("-o", "--out", required=True, metavar="RUN", help="Run file to write (.jsonl).")
 @click.option("--radii", type=options.Numbers(), help="Radii of the table (default: round numbers).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@options.as_json("the table")
 def merge(shards: tuple[str, ...], out: str, radii: list[float] | None, as_json: bool) -> None:
     """Merge the files of all shards of a run (`--shard i/n`) into the file of the whole run, images in their order.
 

@@ -222,12 +222,7 @@ def _each(rows: list[dict[str, Any]], norm: str, most: int = 20) -> list[str]:
     from certify.norms import IN_WORDS
 
     shown = [
-        [
-            r["id"],
-            _class_or_outcome(r),
-            "-" if r["radius"] is None else floor4(r["radius"]),
-            r["base_class"],
-        ]
+        [r["id"], _class_or_outcome(r), "-" if r["radius"] is None else floor4(r["radius"]), r["base_class"]]
         for r in rows[:most]
     ]
     more = [f"... and {len(rows) - most} more, in the run file"] if len(rows) > most else []

@@ -12,6 +12,7 @@ import click
 
 from certify.cli import options
 from certify.cli.load import classifier_from, device_from, surrogate_from
+from certify.cli.recipe import key_values, recipe_from, recipe_options, refuse_unused
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
@@ -20,37 +21,10 @@ if TYPE_CHECKING:
     from training.recipe import Recipe
 
 
-class LevelsOption(options.ParamType):
-    """Noise levels: one, several with commas between them, or LOW:HIGH."""
-
-    name = "numbers|LOW:HIGH"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[tuple[float, ...], bool]:
-        """``"0.1:1"`` to ``((0.1, 1.0), True)``."""
-        if isinstance(value, tuple):
-            return value
-        ranged = ":" in str(value)
-        try:
-            numbers = tuple(float(v) for v in str(value).split(":" if ranged else ","))
-            wrong = ranged and not (len(numbers) == 2 and 0 < numbers[0] < numbers[1])
-            if wrong or not all(0 <= v < float("inf") for v in numbers):
-                raise ValueError
-        except (ValueError, IndexError):
-            self.fail(f"{value!r}; expected levels in [0, 1] pixels: 0.25, or 0.12,0.25,0.5, or 0.1:1", param, ctx)
-        return numbers, ranged
-
-
 @click.command(short_help="Train a denoiser for a frozen classifier.")
 @click.option("--denoiser", metavar="ARCHITECTURE", help="What to train (`certify list architectures`).")
 @click.option("--train-classifier", metavar="MODEL", help="Train this classifier instead, from --weights or afresh.")
 @click.option("--option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the architecture; repeatable.")
-@click.option("--objective", help="What it is trained for (`certify list objectives`; default: mse).")
-@click.option(
-    "--sigma",
-    type=LevelsOption(),
-    help="Standard deviation of the noise in [0, 1] pixels, where the objective has any: 0.25; 0.12,0.25; 0.1:1.",
-)
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the objective; repeatable.")
 @click.option(
     "--classifier", "--model", metavar="MODEL", help="The frozen classifier; with --surrogate the target, never used."
 )
@@ -59,11 +33,7 @@ class LevelsOption(options.ParamType):
     "--surrogate", multiple=True, metavar="MODEL[=FILE]", help="Query access: train through this one; repeatable."
 )
 @click.option("--init", metavar="DENOISER", help="Start from these weights (MSE first, then --objective stability).")
-@click.option(
-    "--train-only",
-    metavar="PARTS",
-    help="Train these parts alone, by the beginnings of their parameters' names: up,tail. The others stay frozen.",
-)
+@recipe_options
 @click.option("--data", required=True, help="Training images: a dataset's name, a folder, .zip or .npz.")
 @click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data).")
 @click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root.")
@@ -78,93 +48,24 @@ class LevelsOption(options.ParamType):
     type=options.Count("a number of images"),
     help="Images held out to choose weights by (default: a tenth).",
 )
-@click.option("--epochs", type=float, default=10.0, show_default=True, help="Passes over the images; may be 0.5.")
-@click.option("--batch-size", type=options.Count("a batch size"), default=64, show_default=True, help="Images a step.")
-@click.option("--optimizer", default="adam", show_default=True, help="Optimizer: adam, sgd, adam-then-sgd, muon.")
-@click.option(
-    "--rate",
-    type=options.Positive("a rate above 0"),
-    default=1e-3,
-    show_default=True,
-    help="Learning rate at its peak.",
-)
-@click.option("--weight-decay", type=float, default=1e-4, show_default=True, help="L2 penalty.")
-@click.option(
-    "--schedule", default="one-cycle", show_default=True, help="Schedule of the rate: one-cycle, step, constant."
-)
-@click.option("--switch-at", type=float, help="Share of the steps that are Adam's, for adam-then-sgd (default: 50/90).")
-@click.option(
-    "--sgd-rate",
-    type=options.Positive("a rate above 0"),
-    default=1e-3,
-    show_default=True,
-    help="Learning rate of SGD, for adam-then-sgd.",
-)
-@click.option(
-    "--first-share",
-    type=float,
-    default=0.5,
-    show_default=True,
-    help="Share of the steps that are mse's, for mse+stability.",
-)
-@click.option(
-    "--temperature",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Number that the frozen classifier's logits are divided by.",
-)
-@click.option(
-    "--queries",
-    type=options.Count("queries"),
-    default=20,
-    show_default=True,
-    help="Queries an image and step, for zeroth-order.",
-)
-@click.option(
-    "--ema",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Decay of a running average of the weights, which is then kept; 0: none.",
-)
-@click.option("--no-augment", is_flag=True, help="Do not move and mirror the images.")
-@click.option(
-    "--seed",
-    type=options.Count("a seed", least=0),
-    default=0,
-    show_default=True,
-    help="Seed of everything that is drawn.",
-)
-@click.option("--device", default="auto", show_default=True, help="Device: cpu, cuda; auto takes an accelerator.")
+@click.option("--device", default="auto", help="Device: cpu, cuda; auto takes an accelerator.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
-    show_default=True,
     help="Arithmetic; auto takes bfloat16 where the machine multiplies it faster.",
 )
+@click.option("--compile", type=click.Choice(["on", "off"]), default="off", help="Compile the network.")
 @click.option(
-    "--compile", type=click.Choice(["on", "off"]), default="off", show_default=True, help="Compile the network."
+    "--validations", type=options.Count("a number"), default=20, help="How often the held-out images are looked at."
 )
 @click.option(
-    "--validations",
-    type=options.Count("a number"),
-    default=20,
-    show_default=True,
-    help="How often the held-out images are looked at.",
+    "--store", type=click.Choice(["float32", "float16"]), default="float32", help="Type of the stored numbers."
 )
-@click.option(
-    "--store",
-    type=click.Choice(["float32", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Type of the stored numbers.",
-)
-@click.option("--licence", default="MIT", show_default=True, help="Licence of the weights, for the card.")
+@click.option("--licence", default="MIT", help="Licence of the weights, for the card.")
 @click.option("--out", metavar="DIR", required=True, help="Folder for weights, checkpoint and metrics.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
-@click.option("--quiet", is_flag=True, help="No plan and no progress on stderr.")
+@options.as_json("the text")
+@options.quiet
 def train(**o: Any) -> None:
     """Train a denoiser D so that f(D(x + noise)) is right; f stays frozen.
 
@@ -180,7 +81,7 @@ def train(**o: Any) -> None:
     o["objective"] = o["objective"] or ("classification" if o["train_classifier"] else "mse")
     o["sigma"] = o["sigma"] or ((), False)
     phases(o["objective"])
-    _refuse_unused(o)
+    refuse_unused(o)
     if o["denoiser"]:
         from denoisers import ARCHITECTURES
 
@@ -201,7 +102,7 @@ def _train(o: dict[str, Any]) -> Outcome:
     from training.losses import make_objective, phases
 
     say = _silent if o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")) else _say
-    recipe = _recipe(o)
+    recipe = recipe_from(o)
     driver = make_accelerator(device_from(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
     surrogates = [surrogate_from(s) for s in o["surrogate"]]
@@ -256,32 +157,6 @@ def _train(o: dict[str, Any]) -> Outcome:
             raise fault from None
 
 
-def _recipe(o: dict[str, Any]) -> Recipe:
-    from training.recipe import Recipe
-
-    return Recipe(
-        objective=o["objective"],
-        sigmas=o["sigma"][0],
-        continuous=o["sigma"][1],
-        epochs=o["epochs"],
-        batch_size=o["batch_size"],
-        optimizer=o["optimizer"],
-        rate=o["rate"],
-        weight_decay=o["weight_decay"],
-        schedule=o["schedule"],
-        augment=not o["no_augment"],
-        switch_at=50 / 90 if o["switch_at"] is None else o["switch_at"],
-        sgd_rate=o["sgd_rate"],
-        first_share=o["first_share"],
-        temperature=o["temperature"],
-        queries=o["queries"],
-        ema=o["ema"],
-        only=tuple(part for part in (o["train_only"] or "").split(",") if part),
-        seed=o["seed"],
-        settings=_key_values("--set", o["settings"]),
-    )
-
-
 def _run(
     o: dict[str, Any],
     data: Any,
@@ -311,35 +186,10 @@ def _run(
         conduct,
         guides=guides,
         watched_by=watched,
-        options=_key_values("--option", o["extra"]),
+        options=key_values("--option", o["extra"]),
         init=o["init"],
         stored=o["store"],
     )
-
-
-def _refuse_unused(o: dict[str, Any]) -> None:
-    """Refuse options that would change nothing."""
-    from training.losses import make_objective, phases
-
-    settings = _key_values("--set", o["settings"])
-    needs = [make_objective(name, settings) for name in phases(o["objective"])]
-    of = {
-        "temperature": (any(n.classifier for n in needs) and o["denoiser"], "an objective with a classifier"),
-        "sigma": (any(n.noise for n in needs), "an objective that trains under noise"),
-        "queries": (o["objective"] == "zeroth-order", "--objective zeroth-order"),
-        "first_share": (o["objective"] == "mse+stability", "--objective mse+stability"),
-        "switch_at": (o["optimizer"] == "adam-then-sgd", "--optimizer adam-then-sgd"),
-        "sgd_rate": (o["optimizer"] == "adam-then-sgd", "--optimizer adam-then-sgd"),
-        **dict.fromkeys(("classifier", "surrogate", "init", "extra", "store"), (o["denoiser"], "--denoiser")),
-    }
-    for name, (used, where) in of.items():
-        if options.given_by_user(name) and not used:
-            spelled = "option" if name == "extra" else name.replace("_", "-")
-            raise UserError(f"--{spelled} belongs to {where}; leave it out here")
-    if o["objective"] == "zeroth-order" and o["surrogate"]:
-        raise UserError(
-            "--objective zeroth-order asks the target itself; leave --surrogate out, or train for stability"
-        )
 
 
 def _target(o: dict[str, Any]) -> Classifier | None:
@@ -364,21 +214,9 @@ def _precision(o: dict[str, Any]) -> str:
 
     if o["device"] != "cpu" and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return "bfloat16" if has_tiles else "float32"
-
-
-def _key_values(spelled: str, given: tuple[str, ...]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for item in given:
-        key, _, text = item.partition("=")
-        if not (key and text):
-            raise UserError(f"{spelled} {item!r}: expected KEY=VALUE, such as channels=96")
-        try:
-            found[key] = json.loads(text)
-        except ValueError:  # a word, such as transform=rt2
-            found[key] = text
-    return found
+    cpu = torch.cpu
+    fast = (getattr(cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return "bfloat16" if any(fast) else "float32"
 
 
 def _report(outcome: Outcome, o: dict[str, Any]) -> None:
