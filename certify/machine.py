@@ -15,6 +15,11 @@ from certify.execution import PRECISIONS
 _LONG_ENOUGH = 0.5  # seconds for one matrix product again and again
 
 
+def in_threads(count: int) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{count} thread{'s' * (count != 1)}"
+
+
 def machine_name(device: torch.device) -> str:
     """The accelerator's name, or the processor's."""
     if device.type == "cuda":

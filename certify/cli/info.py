@@ -159,11 +159,11 @@ def doctor(as_json: bool) -> None:
     report: dict[str, Any] = {"hub": _hub(hub)}
     import torch
 
-    from certify.machine import machine_name
+    from certify.machine import in_threads, machine_name
     from certify.settings import versions
 
     report["versions"] = versions()
-    report["devices"] = [f"cpu ({torch.get_num_threads()} threads, {machine_name(torch.device('cpu'))})"]
+    report["devices"] = [f"cpu ({in_threads(torch.get_num_threads())}, {machine_name(torch.device('cpu'))})"]
     report["devices"] += [
         f"cuda:{i} ({machine_name(torch.device('cuda', i))})" for i in range(torch.cuda.device_count())
     ]

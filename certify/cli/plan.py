@@ -124,7 +124,11 @@ def show_engine(
     execution: Execution, smoothed: SmoothedClassifier, say: Callable[[str], None], where: str = ""
 ) -> None:
     """How the base classifier is run, where (in this process, unless told), and why so."""
-    threads = f" ({_threads()} threads)" if smoothed.device.type == "cpu" else ""
+    import torch
+
+    from certify.machine import in_threads
+
+    threads = f" ({in_threads(torch.get_num_threads())})" if smoothed.device.type == "cpu" else ""
     say(f"engine     {execution.describe()}, on {where or f'{smoothed.device}{threads}'}")
     for why in execution.why:
         say(f"           {why}")
@@ -158,12 +162,6 @@ def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet, m
             f"without noise the classifier is right on {correct} of {total} images, which is near chance: "
             "wrong class order (--class-map)? normalised twice or not at all (--mean, --std)? another model's weights?"
         )
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _list(values: Any) -> str:

@@ -32,7 +32,7 @@ _LONGEST = 20  # times its shorter side may an image file's longer side be
 _OF_MODELS = ("weights", "mean", "std", "precision", "compile")
 _OF_SERVICES = (  # each is ignored on the other side, which nobody would notice
     *("protocol", "extra", "encoding", "sdk", "api_key_env", "auth_header", "auth_query", "insecure", "rate"),
-    *("retries", "queries", "query_timeout", "budget"),
+    *("retries", "query_concurrency", "query_timeout", "budget"),
 )
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -46,7 +46,7 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 @click.option("--protocol", help="How the service is asked and answers (`certify list protocols`).")
 @protocol_options
 @click.option(
-    "--queries",
+    "--query-concurrency",
     type=options.Count("requests at a time"),
     default=4,
     help="Requests to the service under way at a time.",
@@ -179,7 +179,7 @@ def _classifier(o: dict[str, Any], wanted: Wanted | None) -> Iterator[tuple[Smoo
     from certify.serve.endpoint import TOGETHER, Endpoint, Forgetful
     from certify.smoothing import SmoothedClassifier
 
-    theirs = {**o, "concurrency": o["queries"], "timeout": o["query_timeout"]}
+    theirs = {**o, "concurrency": o["query_concurrency"], "timeout": o["query_timeout"]}
     with open_service(wanted, theirs) as (send, found):
         asker = Asker(send, found.format, Forgetful(), budget=o["budget"], manners=manners(theirs))
         about = {"endpoint": found.endpoint, "format": found.format.name, **found.format.about}
@@ -234,7 +234,7 @@ def _serve(
         "noise": smoothed.noise.name,
         "norm": service.stated.norm,
         "alpha": o["alpha"],
-        "denoiser": o["denoiser"],
+        "denoiser": next((s["name"] for s in smoothed.base.describe()["steps"] if s["step"] == "denoiser"), "none"),
         "input": "x".join(map(str, spec.size)),
     }
     front = Front(service, name, lambda content: _picture(content, spec, limits.max_pixels), metrics, gate, about)

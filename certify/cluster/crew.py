@@ -92,8 +92,10 @@ class Crew:
 
     def where(self) -> str:
         """The workers and what they run on, in words."""
+        from certify.machine import in_threads
+
         facts = self._first().facts
-        device = facts["accelerator"] or f"{facts['device']} ({facts['machine']['threads']} threads)"
+        device = facts["accelerator"] or f"{facts['device']} ({in_threads(facts['machine']['threads'])})"
         return f"{len(self)} workers, each on {device}"
 
     def prepare(self, image: Tensor, samples: int, execution: Execution | None = None) -> Execution:
