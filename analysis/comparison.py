@@ -14,12 +14,7 @@ from typing import Any
 from analysis.sandwich import Contradiction, Crossing, contradictions, require_none
 from certify.records import Run
 
-GROUPS = {
-    "plain": "no attack",
-    "blind": "purifier-blind",
-    "adaptive": "adaptive",
-    "certified": "certified",
-}
+GROUPS = {"plain": "no attack", "blind": "purifier-blind", "adaptive": "adaptive", "certified": "certified"}
 """Groups of conditions, in the order of the table, in words."""
 
 CONFIDENCE = 0.95

@@ -48,13 +48,7 @@ class Row:
 
 
 def draw_grid(
-    rows: Sequence[Row],
-    columns: Sequence[str],
-    path: str | Path,
-    *,
-    title: str,
-    caption: str = "",
-    names: str = "",
+    rows: Sequence[Row], columns: Sequence[str], path: str | Path, *, title: str, caption: str = "", names: str = ""
 ) -> None:
     """Write the figure.
 

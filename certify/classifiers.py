@@ -264,10 +264,7 @@ def load_classifier(
 
 
 def _override_input(
-    own: InputSpec,
-    size: tuple[int, int, int] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    own: InputSpec, size: tuple[int, int, int] | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> InputSpec:
     """The model's input with the user's settings in place of its own."""
     if (mean is None) != (std is None):

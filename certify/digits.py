@@ -21,12 +21,7 @@ TRAIN_IMAGES = 1297
 def digits_net(hidden: int = 128) -> nn.Sequential:
     """A perceptron from 1x8x8 to 10 logits, with two hidden layers."""
     return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(64, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, 10),
+        nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10)
     )
 
 

@@ -96,12 +96,7 @@ class NoisyClassifier:
         return self.base.num_classes
 
     def prepare(
-        self,
-        image: torch.Tensor | np.ndarray,
-        samples: int,
-        execution: Execution | None = None,
-        *,
-        again: bool = False,
+        self, image: torch.Tensor | np.ndarray, samples: int, execution: Execution | None = None, *, again: bool = False
     ) -> Execution:
         """Decide how to run the base classifier for this many samples; it is run this way from now on.
 

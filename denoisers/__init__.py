@@ -50,11 +50,7 @@ SHIPPED = Path(__file__).parent / "data"
 
 
 def load_denoiser(
-    name: str,
-    *,
-    sigma: float | None = None,
-    image: tuple[int, int, int] | None = None,
-    classifier: str | None = None,
+    name: str, *, sigma: float | None = None, image: tuple[int, int, int] | None = None, classifier: str | None = None
 ) -> nn.Module:
     """The denoiser that ``name`` means, frozen, in evaluation mode.
 

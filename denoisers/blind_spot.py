@@ -174,12 +174,7 @@ class Iterated(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Name, options and weights, for the record."""
         smoothing = None if self.smoothing is None else self.smoothing.describe()
-        return {
-            "name": "ncis",
-            "iterations": self.passes,
-            "smoothing": smoothing,
-            "weights": self.network.describe(),
-        }
+        return {"name": "ncis", "iterations": self.passes, "smoothing": smoothing, "weights": self.network.describe()}
 
 
 def ncis(classifier: Classifier, iterations: int = 1, weights: str | None = None) -> Defence:

@@ -20,11 +20,7 @@ def shipped() -> dict[str, Card]:
 
 
 def find_denoiser(
-    name: str,
-    *,
-    sigma: float | None = None,
-    image: tuple[int, int, int] | None = None,
-    classifier: str | None = None,
+    name: str, *, sigma: float | None = None, image: tuple[int, int, int] | None = None, classifier: str | None = None
 ) -> nn.Module:
     """See :func:`denoisers.load_denoiser`."""
     from denoisers import adapters

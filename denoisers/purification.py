@@ -227,13 +227,6 @@ def ebm(
         raise UserError(f"ebm:draws={draws}; expected a whole number from 1")
     found = trained("ebm", classifier.input.size, weights)
     purifier = ScorePurifier(
-        found.net,
-        steps,
-        step,
-        noise=noise,
-        kind=kind,
-        threshold=threshold,
-        quiet=quiet,
-        about=found.describe(),
+        found.net, steps, step, noise=noise, kind=kind, threshold=threshold, quiet=quiet, about=found.describe()
     )
     return Defence("ebm", [Member(purifier, classifier)], draws=draws if purifier.random else 1, combine=combine)

@@ -55,15 +55,7 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-LIGHT = [
-    "--help",
-    "--version",
-    "run --help",
-    "train --help",
-    "serve --help",
-    "list bounds",
-    "list protocols",
-]
+LIGHT = ["--help", "--version", "run --help", "train --help", "serve --help", "list bounds", "list protocols"]
 
 
 def test_help_and_lists_do_not_import_torch() -> None:

@@ -92,8 +92,7 @@ def test_a_quadratic_energy_gives_lambda_times_its_variance(spread: float) -> No
     assert torch.allclose(length, torch.full((5,), 0.05 * spread, dtype=torch.float64), rtol=1e-9)
     wide = ScorePurifier(quadratic(0.4, spread), step=0.05, largest=0.01, smallest=0.008)
     assert torch.equal(
-        wide.length(x, -(x - 0.4) / spread),
-        torch.full((5,), min(0.01, max(0.008, 0.05 * spread)), dtype=torch.float64),
+        wide.length(x, -(x - 0.4) / spread), torch.full((5,), min(0.01, max(0.008, 0.05 * spread)), dtype=torch.float64)
     )
 
 

@@ -60,12 +60,7 @@ def architecture(model: str, num_classes: int | None = None, weights: str = hub.
 
 
 def train_classifier(
-    model: str,
-    spec: ClassifierSpec,
-    data: TrainingData,
-    recipe: Recipe,
-    out: str | Path,
-    conduct: Conduct,
+    model: str, spec: ClassifierSpec, data: TrainingData, recipe: Recipe, out: str | Path, conduct: Conduct
 ) -> Outcome:
     """Train a classifier under noise (or without: sigma 0), or on coded images; to ``out/classifier.safetensors``.
 
@@ -117,14 +112,4 @@ def train_classifier(
         beside.write_bytes(save(tensors, metadata={"card": json.dumps(full, sort_keys=True)}))
         os.replace(beside, Path(out) / WEIGHTS)
 
-    return train(
-        net,
-        data,
-        recipe,
-        Guides([]),
-        out,
-        conduct,
-        identity=identity,
-        validate=validate,
-        keep=keep,
-    )
+    return train(net, data, recipe, Guides([]), out, conduct, identity=identity, validate=validate, keep=keep)

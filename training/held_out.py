@@ -23,12 +23,7 @@ MOST = 500
 
 
 def scores_to_choose_by(
-    net: nn.Module,
-    whole: nn.Module,
-    data: TrainingData,
-    recipe: Recipe,
-    guides: Guides,
-    judges: Sequence[Classifier],
+    net: nn.Module, whole: nn.Module, data: TrainingData, recipe: Recipe, guides: Guides, judges: Sequence[Classifier]
 ) -> dict[str, float]:
     """The figures of a denoiser by which its weights are chosen, in evaluation mode; less ``score`` is better.
 

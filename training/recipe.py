@@ -71,10 +71,7 @@ class Recipe:
         for part in phases(self.objective):
             if make_objective(part, self.settings).noise and not self.sigmas:
                 raise UserError(f"--objective {self.objective} trains under noise: --sigma S, such as --sigma 0.25")
-        for name, value, known in (
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("schedule", self.schedule, SCHEDULES),
-        ):
+        for name, value, known in (("optimizer", self.optimizer, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
             if value not in known:
                 raise UserError(f"--{name} {value!r}: expected one of {', '.join(known)}")
         if self.continuous and len(set(self.sigmas)) < 2:

@@ -74,10 +74,7 @@ class LowFrequencies:
 
 
 def lowest_frequencies(
-    shape: Sequence[int],
-    size: int,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    shape: Sequence[int], size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> LowFrequencies:
     """The ``size x size`` lowest frequencies of each channel of ``(C, H, W)`` images; capped at H and W.
 

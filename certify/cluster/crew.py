@@ -147,12 +147,7 @@ class Crew:
     # The work
 
     def answers(
-        self,
-        places: Sequence[int],
-        read: Callable[[int], Sent],
-        settings: Settings,
-        *,
-        depth: int,
+        self, places: Sequence[int], read: Callable[[int], Sent], settings: Settings, *, depth: int
     ) -> Iterator[Line]:
         """The lines of these images as they are finished; an image that was set aside has ``error`` alone.
 

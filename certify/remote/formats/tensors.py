@@ -58,12 +58,7 @@ class TensorInput:
     @property
     def about(self) -> dict[str, Any]:
         """For the ledger."""
-        return {
-            "datatype": self.datatype,
-            "layout": self.layout,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
+        return {"datatype": self.datatype, "layout": self.layout, "mean": list(self.mean), "std": list(self.std)}
 
 
 def tensor_input(datatype: str, layout: str, mean: Any, std: Any) -> TensorInput:
