@@ -146,7 +146,7 @@ def auditing(soak: Soak, folder: Path) -> None:
     with service() as (port, asked):
         base = ["audit", "--endpoint", f"http://127.0.0.1:{port}/predict", "--protocol", "json"]
         base += "--protocol-option labels=labels --data digits --max 6 --sigma 0.25 --n0 20 --n 100 --quiet".split()
-        base += ["--input-size", "1x8x8", "--budget", "100000", "--yes", "--seed", str(soak.chance.randrange(1000))]
+        base += ["--input-size", "1x8x8", "--budget", "100000", "--seed", str(soak.chance.randrange(1000))]
         before = soak.did["killed"] + soak.did["stopped"]
         soak.disturbed([*base, "--out", "killed"], folder, 10)
         kills, first = soak.did["killed"] + soak.did["stopped"] - before, asked[0]

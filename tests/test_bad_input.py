@@ -30,7 +30,7 @@ from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
 from certify.cifar_resnet import CifarResNet
-from certify.cli.app import main
+from certify.cli.app import group, main
 from certify.decode import decode
 from certify.records import read_run
 
@@ -42,6 +42,12 @@ S = "--model digits --sigma 0.25 --max 2 --quiet "
 R = "--model cifar_resnet20 --sigma 0.25 --n 100 --quiet "
 W = R + "--weights "
 MODEL = "--sigma 1 --n 100 --data digits --max 1 --quiet --model "
+T = "train --denoiser unet --data digits-train --sigma 0.25 --out o --quiet "
+E = "evaluate-denoiser --denoiser median --sigma 0.25 --max 2 --data digits "
+C = "compare --model digits --max 2 --quiet "
+A = "audit --endpoint http://127.0.0.1:9 --protocol json --protocol-option labels=l --data digits --input-size 1x8x8 "
+A += "--sigma 0.25 --n 10 --n0 5 --budget 100 --out a --quiet "
+V = "serve --model digits --sigma 0.25 --port 0 "
 MAP, LABELS = D + "--data d --class-map ", D + "--data d --labels "
 
 # Files to get wrong
@@ -123,6 +129,17 @@ def factory(): raise RuntimeError("no such file")
 # The table
 
 
+def lay_out(files: dict[str, Content]) -> None:
+    """Make the files here."""
+    for path, content in ((Path(name), content) for name, content in files.items()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        given = content() if callable(content) else content
+        if isinstance(given, Path):
+            path.mkdir()
+        else:
+            path.write_bytes(given.encode() if isinstance(given, str) else given)
+
+
 def case(id: str, argv: str, *words: str, x: Content | None = None, code: int = 2, **files: Content) -> Any:
     """A command, the files it finds, what its line must say and its exit code.
 
@@ -134,17 +151,7 @@ def case(id: str, argv: str, *words: str, x: Content | None = None, code: int = 
         name = next(word for word in argv.split() if word.startswith("x."))
         found[name], words = x, (name, *words)
 
-    def build() -> list[str]:
-        for path, content in ((Path(name), content) for name, content in found.items()):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            given = content() if callable(content) else content
-            if isinstance(given, Path):
-                path.mkdir()
-            else:
-                path.write_bytes(given.encode() if isinstance(given, str) else given)
-        return argv.split()
-
-    return pytest.param(build, words, code, id=id)
+    return pytest.param(argv, found, words, code, id=id)
 
 
 FOLDERS: dict[str, Content] = {"d__cat__a_png": DIGIT, "d__dog__b_png": DIGIT}
@@ -311,6 +318,57 @@ CASES = [
     case("log line", "table x.tsv", "line 2", "far", x=log(b"0\t1\t1\tfar\t1\t0:00:01")),
     case("log contradicts", "table x.tsv", "line 2", "contradicts", x=log(b"0\t1\t1\t0.5\t0\t0:00:01")),
     case("log not text", "table x.tsv", x=log(b"\xff\xfe")),
+    # predict, list, doctor
+    case("predict without a model", "predict --sigma 1", "--model"),
+    case("predict no samples", "predict --model digits --sigma 1 --n 0", "--n", "from 1"),
+    case("predict to .csv", "predict --model digits --sigma 1 --quiet --out x.csv", "x.csv", ".jsonl"),
+    case("list nothing found", "list bounds cloper", "unknown bound 'cloper'"),
+    case("doctor", "doctor --jsn", "--jsn", "--json"),
+    # train
+    case("train what", "train --data digits-train --out o", "--denoiser", "--train-classifier", "one of the two"),
+    case("train objective", T + "--objective mes", "unknown objective 'mes'", "mse"),
+    case("train downwards", T + "--sigma 1:0.5", "--sigma", "1:0.5", "0.1:1"),
+    case("train option", T + "--option channels=wide", "unet", "channels=[48,96,192]", "blocks=2"),
+    case("train half an option", T + "--option channels", "'channels'", "KEY=VALUE"),
+    case("train without f", T + "--objective stability", "--classifier", "--surrogate"),
+    case("train from another", T + "--init median", "--init median", "unet"),
+    case("train no part", T + "--train-only nose", "nose", "head", "tail"),
+    case("train no epochs", T + "--epochs 0", "--epochs", "above 0"),
+    case("train optimizer", T + "--optimizer adm", "'adm'", "adam-then-sgd"),
+    case("train setting", T + "--set draws=2", "draws", "mse", "none"),
+    case("train below a file", T + "--out f/x", "--out f/x", "folder", f="keep me"),
+    case("train on no images", T + "--data d", "no images in d", d=DIR),
+    # evaluate-denoiser
+    case("evaluate what", "evaluate-denoiser --sigma 1", "--denoiser"),
+    case("evaluate no denoiser", E + "--denoiser medain", "unknown denoiser 'medain'", "median"),
+    case("evaluate level", E + "--sigma far", "--sigma", "'far'", "0,0.25"),
+    case("evaluate on text", E + "--data x.txt", ".npz", x="hello"),
+    case("evaluate to .bmp", E + "--grid x.bmp", "x.bmp", ".png"),
+    # compare and inspect
+    *(case(f"compare eps {v}", C + f"--eps {v}", "--eps", v, "8/255") for v in ("0", "1/0", "nan")),
+    case("compare defence", C + "--defences medain", "unknown denoiser 'medain'", "median"),
+    case("compare attack", C + "--attacks pdg", "unknown attack 'pdg'"),
+    case("compare norm", C + "--norm l7", "--norm", "linf"),
+    case("compare to .bmp", C + "--figure x.bmp", "x.bmp", ".svg"),
+    case("compare below a file", C + "--defences median --out f/x.jsonl", "f/x.jsonl", "--out", f="keep me"),
+    case("inspect what", "inspect", "--model"),
+    case("inspect attack", "inspect --model digits --attacks pdg", "unknown attack 'pdg'"),
+    # audit, its report and its replay
+    case("audit protocol", A + "--protocol jsn", "unknown protocol 'jsn'", "json"),
+    case("audit endpoint", A + "--endpoint ftp://x", "'ftp://x'", "http://HOST"),
+    case("audit budget", A + "--budget=-1", "--budget", "'-1'", "from 0"),
+    case("audit option", A + "--protocol-option label=x", "'label=x'", "labels"),
+    case("audit key", A + "--api-key-env NOT_THERE", "$NOT_THERE is not set", "export"),
+    case("audit encoding", A + "--encoding gif", "gif", "png"),
+    case("audit data", A + "--data nowhere/", "no data at 'nowhere/'", "folder"),
+    *(case(f"{v} nowhere", f"{v} nowhere", "nowhere", "certify audit") for v in ("report", "replay")),
+    *(case(f"{v} of a file", f"{v} x.txt", "x.txt", "certify audit", x="hello") for v in ("report", "replay")),
+    # serve
+    case("serve what", "serve --sigma 1", "--model", "--endpoint"),
+    case("serve both", V + "--endpoint http://127.0.0.1:9", "--model", "--endpoint"),
+    case("serve port", V + "--port 99999", "--port", "65535"),
+    case("serve radius", V + "--radius 3", "radius 3", "sigma = 0.25"),
+    case("serve without a service", V + "--query-concurrency 3", "--query-concurrency", "--endpoint"),
 ]
 
 
@@ -344,17 +402,23 @@ def complaint(lines: list[str]) -> str:
     return rest[0]
 
 
-@pytest.mark.parametrize(("build", "words", "code"), CASES)
-def test_one_line(build: Callable[[], list[str]], words: tuple[str, ...], code: int, capfd: Capture) -> None:
-    argv = build()
+@pytest.mark.parametrize(("argv", "files", "words", "code"), CASES)
+def test_one_line(argv: str, files: dict[str, Content], words: tuple[str, ...], code: int, capfd: Capture) -> None:
+    lay_out(files)
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    ended, out, lines = certify(capfd, argv)
+    ended, out, lines = certify(capfd, argv.split())
     line = complaint(lines)
     assert [word for word in words if word not in line] == [], line
     assert ended == code
     assert out == "" or code == 1  # a fault takes away nothing that can still be shown
     assert {path: path.read_bytes() for path in before} == before
     assert not Path("pwned").exists()
+
+
+def test_every_command_is_in_the_table() -> None:
+    """``run`` is the default; it needs no name."""
+    first = {str(c.values[0]).split()[0] for c in CASES}
+    assert set(group.commands) - first == {"run"}
 
 
 # The network

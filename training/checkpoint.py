@@ -64,6 +64,18 @@ class Meter:
         return found
 
 
+def make_folder(out: str | Path) -> None:
+    """Make the folder of a training, unless it is there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}; expected a folder") from None
+
+
 class Checkpoints:
     """Step and best score, in ``out``: a checkpoint is written beside the old one and then takes its place.
 
@@ -84,10 +96,7 @@ class Checkpoints:
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one; lines of metrics after it are dropped."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to --out {self.out}: {error.strerror}; expected a folder") from None
+        make_folder(self.out)
         found = next((f for f in (self.folder, self.old) if (f / "state.json").is_file()), None)
         if found is None:
             self.metrics.unlink(missing_ok=True)

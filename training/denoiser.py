@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -171,7 +173,11 @@ def build(
     try:
         net: nn.Module = ARCHITECTURES.get(architecture)(image_channels=image[0], **(options or {}))
     except (TypeError, ValueError, IndexError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"--option does not fit {architecture}: {first_line(error)}") from None
+        known = inspect.signature(ARCHITECTURES.get(architecture)).parameters.values()
+        its = ", ".join(f"{p.name}={_spelled(p.default)}" for p in known if p.name != "image_channels")
+        raise UserError(
+            f"--option does not fit {architecture}: {first_line(error)}; its options: {its or 'none'}"
+        ) from None
     if init is None:
         return net, None
     start = find_denoiser(init, image=image)
@@ -191,6 +197,11 @@ def build(
     card = start.card
     about = {key: getattr(card, key) for key in ("sha256", "objective", "access", "command", "started_from")}
     return net, {**about, "classifiers": list(card.classifiers), **({"new": sorted(missing)} if missing else {})}
+
+
+def _spelled(default: Any) -> str:
+    """A default as it would be typed: JSON."""
+    return json.dumps(default, separators=(",", ":"))
 
 
 def lineage(access: str, guides: Guides, before: dict[str, Any] | None) -> tuple[str, tuple[dict[str, Any], ...]]:

@@ -21,7 +21,7 @@ from certify.classifiers import Classifier
 from certify.errors import RunFault, UserError, first_line
 from certify.streams import block_generator, stream_key
 from training.average import averaged, make_average
-from training.checkpoint import Checkpoints, Meter, Scores
+from training.checkpoint import Checkpoints, Meter, Scores, make_folder
 from training.data import Levels, TrainingData, augment
 from training.guides import Guides
 from training.losses import Batch, Draw, Prepared, make_objective, phases
@@ -87,7 +87,8 @@ def make_accelerator(device: str = "auto", precision: str = "float32", out: str 
         out: folder of the TensorBoard files, or None for none.
 
     Raises:
-        UserError: accelerate is not installed, or half precision on a processor, which has no scaling of gradients.
+        UserError: accelerate is not installed; half precision on a processor, which has no scaling of gradients; a
+            folder that cannot be made.
     """
     if precision == "float16" and (device == "cpu" or not torch.cuda.is_available()):
         raise UserError("--precision float16 needs an accelerator; expected float32 or bfloat16 on a processor")
@@ -100,6 +101,7 @@ def make_accelerator(device: str = "auto", precision: str = "float32", out: str 
     log = "tensorboard" if out is not None and is_tensorboard_available() else None
     driver = Accelerator(cpu=device == "cpu", mixed_precision=mixed, log_with=log, project_dir=str(out or "."))
     if log:
+        make_folder(str(out))
         driver.init_trackers("tensorboard")
     return driver
 

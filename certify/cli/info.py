@@ -126,6 +126,8 @@ def list_(kind: str | None, pattern: str | None) -> None:
         raise unknown_name("kind", kind, ["models", *registries], "expected one of models, " + ", ".join(registries))
     found = wanted()
     shown = [name for name in found if (pattern or "") in name]
+    if pattern and not shown:
+        raise unknown_name(found.kind, pattern, found)
     width = max([20, *map(len, shown)])
     for name in shown:
         click.echo(f"{name:<{width}} {found.note(name)}")
