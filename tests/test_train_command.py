@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command import run
 from PIL import Image
 from safetensors import safe_open
@@ -46,6 +47,16 @@ def test_train_then_certify(capsys: Capture) -> None:
         "d/denoiser.safetensors")  # fmt: skip
     step = read_run("r.jsonl").header["pipeline"][0]
     assert (step["sha256"], step["trained_for"]) == (card.sha256, "0.1 to 1")
+
+
+@pytest.mark.parametrize(("fast", "expected"), [((), "float32"), (("_is_avx512_bf16_supported",), "bfloat16")])
+def test_bfloat16_where_the_processor_multiplies_it(
+    fast: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in fast, raising=False)
+    run(*[word for word in UNET if word != "--quiet"], *SHORT, *"--sigma 0.5 --max 200 --device cpu --out d".split())
+    assert f"on cpu, {expected}" in capsys.readouterr().err
 
 
 def test_surrogates_that_the_objective_does_not_use() -> None:

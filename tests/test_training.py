@@ -309,6 +309,12 @@ def test_one_driver_for_two_trainings(data: Any, tmp_path: Path) -> None:
         assert all(torch.equal(kept[k], v) for k, v in read_state_dict(tmp_path / name / WEIGHTS).items())
 
 
+def test_every_training_has_its_own_precision() -> None:
+    for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        with make_accelerator("cpu", precision).autocast():
+            assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
 def test_folding_that_changes_a_classifier_is_left_out() -> None:
     """One convolution used twice with two batch norms: folding both into it gives another function."""
 

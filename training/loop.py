@@ -94,11 +94,14 @@ def make_accelerator(device: str = "auto", precision: str = "float32", out: str 
         raise UserError("--precision float16 needs an accelerator; expected float32 or bfloat16 on a processor")
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import is_tensorboard_available
     except ImportError:
         raise UserError("training needs accelerate: pip install 'certify-toolkit[train]'") from None
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
     log = "tensorboard" if out is not None and is_tensorboard_available() else None
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
+        AcceleratorState._reset_state()  # one state for the process: the training before this one had its own precision
     driver = Accelerator(cpu=device == "cpu", mixed_precision=mixed, log_with=log, project_dir=str(out or "."))
     if log:
         make_folder(str(out))
