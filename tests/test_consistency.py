@@ -12,8 +12,11 @@ from torch.nn.functional import cross_entropy
 from certify.classifiers import Classifier
 from certify.errors import UserError
 from certify.types import FAILED
+from denoisers.unet import UNet
 from training.consistency import agreeing_loss
 from training.data import load_training_data
+from training.guides import Guides
+from training.held_out import loss_scores, scores_to_choose_by
 from training.loop import draw_batch
 from training.losses import Batch, make_objective
 from training.recipe import Recipe
@@ -66,6 +69,18 @@ def test_objectives_use_it(digits: Classifier, name: str) -> None:
     found = make_objective(name, {"draws": 2, "consistency": 5.0}).loss(batch)
     target = labels if name == "classification" else digits(clean)
     assert torch.allclose(found, agreeing_loss(digits.logits(output) / 2, target, 2, 5.0))
+
+
+def test_weights_are_chosen_by_agreement_where_draws_should_agree(digits: Classifier) -> None:
+    """One draw an image cannot show it; the objective's own loss does."""
+    torch.manual_seed(0)
+    data, net = load_training_data("digits-train", digits, held_out=60), UNet((8, 16), 1, image_channels=1).eval()
+    guides = Guides([digits])
+    for settings in ({}, {"draws": 2, "consistency": 5.0}):
+        recipe = Recipe("stability", (0.5,), settings=settings)
+        found = scores_to_choose_by(net, net, data, recipe, guides, [digits])
+        own = loss_scores(net, data, recipe, make_objective("stability", settings), guides)["score"]
+        assert found["score"] == pytest.approx(own if settings else 1 - found["agreement@0.5"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

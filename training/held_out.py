@@ -27,6 +27,9 @@ def scores_to_choose_by(
 ) -> dict[str, float]:
     """The figures of a denoiser by which its weights are chosen, in evaluation mode; less ``score`` is better.
 
+    With several draws of an image ``score`` is the objective's own loss: one draw each cannot show that draws agree,
+    and weights under which an image keeps its label more often may be right on fewer single draws.
+
     Args:
         net: the denoiser.
         whole: the same as it is trained, with what the objective wraps around it.
@@ -41,7 +44,7 @@ def scores_to_choose_by(
         return loss_scores(whole, data, recipe, objective, guides)
     levels = Levels(recipe.sigmas, recipe.continuous).checked()
     found = denoiser_scores(net, data, levels, name, judges)
-    if objective.wrap is not None:  # what it shares counts too
+    if objective.wrap is not None or objective.draws > 1:  # what is shared, and whether draws agree, counts too
         found["score"] = loss_scores(whole, data, recipe, objective, guides)["score"]
     return found
 
