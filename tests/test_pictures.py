@@ -79,6 +79,18 @@ def test_sizes_end_with_n() -> None:
     assert sample_sizes(7) == [7]
 
 
+def test_the_line_ends_at_the_median_radius_of_the_run(folder: Path, drawn: list[Any]) -> None:
+    """And the dotted one is the most that so many samples can certify."""
+    from analysis.samples_plot import plot_samples
+
+    run = read_run(folder / "run.jsonl")
+    plot_samples([run], "s.svg")
+    line, most = (found for found in drawn[0].axes[0].lines if len(found.get_xdata()) > 1)
+    assert list(line.get_xdata()) == list(most.get_xdata()) == sample_sizes(1000)
+    assert line.get_ydata()[-1] == pytest.approx(np.median([row["radius"] for row in run.images]))
+    assert most.get_ydata()[-1] == pytest.approx(most_with(run, 1000))
+
+
 def test_the_votes_of_an_image_are_its_bars(folder: Path, drawn: list[Any]) -> None:
     from analysis.votes_plot import plot_votes
 
