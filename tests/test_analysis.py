@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from statsmodels.stats.proportion import proportion_confint
 
-from analysis.curves import curve, curves, default_radii
+from analysis.curves import curve, curves, default_radii, proportion_interval
 from analysis.plots import plot_curves, steps
 from analysis.runs import read_any
 from analysis.tables import compare
@@ -173,3 +174,11 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
         log.write_text(heading + line)
         with pytest.raises(UserError, match=text):
             read_any(log)
+
+
+@pytest.mark.parametrize("n", [1, 7, 500])
+def test_intervals_over_images_are_those_of_statsmodels(n: int) -> None:
+    counts = np.arange(n + 1)
+    for confidence in (0.95, 0.999):
+        expected = proportion_confint(counts, n, alpha=1 - confidence, method="beta")
+        assert np.allclose(proportion_interval(counts, n, confidence), expected, rtol=0, atol=1e-12)
