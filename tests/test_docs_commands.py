@@ -96,8 +96,9 @@ def blocks(page: str) -> list[Block]:
 
 
 def shape(text: str) -> str:
-    """Text without what differs from machine to machine: numbers, widths of columns."""
-    text = re.sub(r"\d[\d,.]*(?:e[+-]?\d+)?", "#", text)
+    """Text without what differs from machine to machine: arithmetic, numbers and their plural, widths of columns."""
+    text = re.sub(r"b?float(?:16|32), (?:eager|compiled), batches", "batches", text)
+    text = re.sub(r"\d[\d,.]*(?:e[+-]?\d+)?", "#", text).replace("# threads", "# thread")
     return re.sub(r"-{2,}", "--", re.sub(r"[ \t]+", " ", text))
 
 
