@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from analysis.sandwich import Contradiction, Crossing, contradictions, require_none
+from analysis.sandwich import Crossing, require_none
 from certify.records import Run
 
 GROUPS = {"plain": "no attack", "blind": "purifier-blind", "adaptive": "adaptive", "certified": "certified"}
@@ -219,10 +219,6 @@ class Comparison:
                 if row["defence"] == defence and "crossing" in row
             ]
             yield Run(self.run.path, about, held), met
-
-    def refuted(self) -> list[Contradiction]:
-        """Every certificate that an attacked image refutes; there must be none."""
-        return [wrong for run, met in self._certificates() for wrong in contradictions(run, met)]
 
     def require_sound(self) -> None:
         """Stop where an attack refutes a certificate: no picture of such figures.

@@ -103,18 +103,6 @@ def crossing(
     return Crossing(image_id, norm, float(distances(far[None], near[None], norm)), predicted.prediction, alpha)
 
 
-def check_same(run: Run, smoothed: SmoothedClassifier) -> None:
-    """Refuse to hold a run against another smoothed classifier than its own.
-
-    Raises:
-        UserError: another noise, denoiser or classifier.
-    """
-    own = {"sigma": smoothed.noise.scale, "noise": smoothed.noise.name, "pipeline": smoothed.base.describe()["steps"]}
-    for key, value in own.items():
-        if key in run.header and run.header[key] is not None and run.header[key] != value:
-            raise UserError(f"{run.path} is of another smoothed classifier: {key} differs; attack the one it certifies")
-
-
 def contradictions(run: Run, found: Sequence[Crossing]) -> list[Contradiction]:
     """Every certificate of a run that an attacked image refutes; the radius itself is not within the certificate.
 

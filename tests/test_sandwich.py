@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analysis.adversarial_noise import noise_statistics
-from analysis.sandwich import Crossing, check_same, contradictions, crossing, require_none
+from analysis.sandwich import Crossing, contradictions, crossing, require_none
 from certify import SmoothedClassifier
 from certify.errors import RunFault, UserError
 from certify.records import Run
@@ -84,16 +84,6 @@ def test_a_linear_classifier_is_sandwiched(linear_classifier: Any) -> None:
     assert contradictions(run, [beyond, before]) == []
     false = run_of(("a", certificate.prediction, 2 * truth))
     assert [c.distance for c in contradictions(false, [beyond, before])] == [beyond.distance]
-
-
-def test_another_smoothed_classifier_is_refused(linear_classifier: Any) -> None:
-    smoothed = SmoothedClassifier(linear_classifier(WEIGHT, 18.0), sigma=0.25)
-    steps = smoothed.base.describe()["steps"]
-    check_same(run_of(("a", 0, 0.5), sigma=0.25, noise=smoothed.noise.name, pipeline=steps), smoothed)
-    with pytest.raises(UserError, match="another smoothed classifier: sigma differs"):
-        check_same(run_of(("a", 0, 0.5), sigma=0.5), smoothed)
-    with pytest.raises(UserError, match="pipeline differs"):
-        check_same(run_of(("a", 0, 0.5), sigma=0.25, pipeline=[{"name": "other"}]), smoothed)
 
 
 def test_statistics_of_known_noises() -> None:

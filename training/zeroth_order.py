@@ -95,11 +95,6 @@ def lowest_frequencies(
     return LowFrequencies(channels, vectors(height), vectors(width))
 
 
-def queries_per_image(method: Method, queries: int, dimensions: int) -> int:
-    """What one estimate costs for each image: one query at the image itself and one a direction."""
-    return 1 + (queries if method == "random" else dimensions)
-
-
 def estimate_gradient(
     loss: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -189,17 +184,6 @@ def margin(scores: Tensor, target: Tensor, confidence: float = 0.0) -> Tensor:
     own = scores.gather(1, target[:, None])[:, 0]
     other = scores.scatter(1, target[:, None], -math.inf).amax(dim=1)
     return (other - own).clamp_min(-confidence)
-
-
-def log_probabilities(scores: Tensor) -> Tensor:
-    """Logarithms of a black box's probabilities ``(B, K)``, which the losses take as logits; 0 counts as 1e-12.
-
-    Raises:
-        UserError: scores that are no probabilities.
-    """
-    if scores.min() < 0 or scores.max() > 1 + 1e-3:
-        raise UserError("the black box returned scores outside of 0 to 1; if they are logits, take them as they are")
-    return scores.clamp_min(SMALLEST_PROBABILITY).log()
 
 
 def objective() -> Objective:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from certify.serve.service import Procedure, Service
     from certify.smoothing import SmoothedClassifier
 
-    Say = Callable[[str], None]
 
 _CLASSES = 1000  # labels of a service that are told apart, unless --num-classes says otherwise
 _LONGEST = 20  # times its shorter side may an image file's longer side be
