@@ -76,7 +76,7 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
 def _points(axes: Any, line: Line, colour: str, name: str, band: bool) -> None:
     """Accuracy where it was asked for, and nowhere else."""
     share, (low, high) = line.accuracy(line.decided), line.interval(line.decided)
-    reach = [share - low, high - share] if band else None
+    reach = [(share - low).tolist(), (high - share).tolist()] if band else None  # arrays of one upset matplotlib
     axes.errorbar(line.decided, share, yerr=reach, fmt="o", ms=5, lw=1.4, capsize=3, color=colour, label=name)
 
 
