@@ -227,7 +227,8 @@ class Compiled:
             options["triton.cudagraphs"] = True
         else:
             options["compile_threads"] = 1  # no worker processes, which would go on beside the run
-        with lowering.patch(options), tracing.patch(recompile_limit=64):
+        limit = "recompile_limit" if hasattr(tracing, "recompile_limit") else "cache_size_limit"  # in torch 2.6
+        with lowering.patch(options), tracing.patch({limit: 64}):
             images = images.contiguous()
             if images.shape in self._shapes:
                 return self._function(images)
