@@ -25,8 +25,8 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str) -> 
         raise UserError(f"table format {style!r}; expected one of {', '.join(FORMATS)}")
     if style == "csv":
         out = io.StringIO()
-        exact = [[round(cell, 15) if isinstance(cell, float) else cell for cell in row] for row in rows]
-        csv.writer(out, lineterminator="\n").writerows([header, *exact])
+        rounded = [[round(cell, 15) if isinstance(cell, float) else cell for cell in row] for row in rows]
+        csv.writer(out, lineterminator="\n").writerows([header, *rounded])
         return out.getvalue().rstrip("\n")
     from tabulate import tabulate
 

@@ -77,11 +77,21 @@ class Pipeline(nn.Module):
         """Labels ``(B,)`` of noisy images ``(B, C, H, W)``."""
         return self.classifier(self.denoise(images))
 
+    @property
+    def denoiser_name(self) -> str:
+        """The denoiser as it calls itself, what ``auto`` chose; ``none`` without one."""
+        return "none" if self.denoiser is None else str(self._denoiser_in_its_words()["name"])
+
+    def _denoiser_in_its_words(self) -> dict[str, Any]:
+        own = getattr(self.denoiser, "describe", None)
+        return own() if callable(own) else {"name": type(self.denoiser).__name__}
+
     def describe(self) -> dict[str, Any]:
         """Every step with its options and hashes, in the order an image passes them."""
         steps = [self.classifier.describe()]
         if self.denoiser is not None:
-            own = getattr(self.denoiser, "describe", None)
-            named = own() if callable(own) else {"name": type(self.denoiser).__name__}
-            steps.insert(0, {"step": "denoiser", "sigma": self.sigma, "sha256": state_digest(self.denoiser), **named})
+            digest = state_digest(self.denoiser)
+            steps.insert(
+                0, {"step": "denoiser", "sigma": self.sigma, "sha256": digest, **self._denoiser_in_its_words()}
+            )
         return {"num_classes": self.num_classes, "steps": steps}

@@ -187,7 +187,7 @@ def train(
 def _rest_frozen(net: nn.Module) -> None:
     """Batch norms that are not trained keep the statistics they have."""
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, nn.BatchNorm2d) and module.affine and not module.weight.requires_grad:
             module.eval()
 
 

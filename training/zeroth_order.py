@@ -36,9 +36,6 @@ SIZE, STEP = 8, 0.05
 
 Method = Literal["random", "coordinate"]
 
-SMALLEST_PROBABILITY = 1e-12
-"""Probabilities below it (an answer rounded to 0) count as this when their logarithm is taken."""
-
 
 @dataclass(frozen=True)
 class LowFrequencies:

@@ -79,6 +79,11 @@ class Scene:
     craft: Callable[..., Any]
 
 
+def attacks_wanted(o: dict[str, Any]) -> list[str]:
+    """The names in ``--attacks``; ``none`` is no attack."""
+    return listed("--attacks", o["attacks"]) if o["attacks"] != "none" else []
+
+
 def set_scene(o: dict[str, Any], *, digits: int, eot: int = 1) -> Scene:
     """Everything that the options of both commands name, refused before any work where it is wrong.
 
@@ -94,7 +99,7 @@ def set_scene(o: dict[str, Any], *, digits: int, eot: int = 1) -> Scene:
 
     hub.require_weights(hub.find_source(o["model"], o["weights"]), o["weights"])
     named = listed("--defences", o["defences"])
-    attacks = listed("--attacks", o["attacks"]) if o["attacks"] != "none" else []
+    attacks = attacks_wanted(o)
     check_names(named)
     if o["data"] is None:
         if o["model"] != "digits":

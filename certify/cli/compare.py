@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.attacking import Scene, attack_options, listed, set_scene
+from certify.cli.attacking import Scene, attack_options, attacks_wanted, set_scene
 from certify.cli.files import output_path, stoppable
 from certify.errors import UserError
 
@@ -132,7 +132,7 @@ def _check_groups(o: dict[str, Any]) -> None:
     """Refuse attacks that ``--group`` leaves nothing to do, before anything is loaded."""
     from analysis.attacks import groups_of
 
-    for name in listed("--attacks", o["attacks"]) if o["attacks"] != "none" else []:
+    for name in attacks_wanted(o):
         if not set(_groups(o)) & set(groups_of(name)):
             raise UserError(
                 f"--group {o['group']}: attack {name} is {groups_of(name)[0]} only; leave it or --group out"

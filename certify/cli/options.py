@@ -195,6 +195,8 @@ alpha = click.option(
     help="Probability that the statement about an image is wrong, at most.",
 )
 
+n0 = click.option("--n0", type=Count("a number of samples"), default=100, help="Selection samples an image.")
+
 n = click.option(
     "--n",
     type=Count("a number of samples"),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @options.classifier_options
 @options.noise_options
 @options.data_options
-@click.option("--n0", type=options.Count("a number of samples"), default=100, help="Selection samples an image.")
+@options.n0
 @options.n
 @options.alpha
 @click.option("--bound", default="clopper-pearson", help="Confidence bound (`certify list bounds`).")

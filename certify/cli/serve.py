@@ -61,7 +61,7 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 )
 @options.noise_options
 @options.denoiser
-@click.option("--n0", type=options.Count("a number of samples"), default=100, help="Selection samples an image.")
+@options.n0
 @click.option(
     "--n",
     type=options.Count("a number of samples"),
@@ -233,7 +233,7 @@ def _serve(
         "noise": smoothed.noise.name,
         "norm": service.stated.norm,
         "alpha": o["alpha"],
-        "denoiser": next((s["name"] for s in smoothed.base.describe()["steps"] if s["step"] == "denoiser"), "none"),
+        "denoiser": smoothed.base.denoiser_name,
         "input": "x".join(map(str, spec.size)),
     }
     front = Front(service, name, lambda content: _picture(content, spec, limits.max_pixels), metrics, gate, about)
