@@ -79,10 +79,12 @@ class FaultServer:
     Args:
         plan: of faults.
         delay: seconds before every answer.
+        hold: no answer before so many requests have come.
     """
 
     plan: Plan | Sequence[str] = ()
     delay: float = 0.0
+    hold: int = 0
     seen: list[Seen] = field(default_factory=list)
     most_at_once: int = 0
     _now: int = 0
@@ -145,6 +147,8 @@ class FaultServer:
         self.most_at_once = max(self.most_at_once, self._now)
         try:
             await asyncio.sleep(self.delay)
+            while len(self.seen) < self.hold:
+                await asyncio.sleep(0.01)
             return await self._answer(fault, seen, writer)
         finally:
             self._now -= 1
