@@ -359,7 +359,7 @@ def test_a_deadline_ends_everything(fault: str) -> None:
         start = time.monotonic()
         with pytest.raises(TimeoutError, match=r"no whole reply within 0\.4 s"):
             send(Request(b"x"))
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10  # a hanging service never ends, a dripping one after 15 s
         assert send(Request(b"x")).status == 200
 
 
