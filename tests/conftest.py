@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +17,9 @@ import torch
 from certify import load_classifier
 from certify.classifiers import Classifier
 
-os.environ["CERTIFY_CACHE"] = tempfile.mkdtemp(prefix="certify-tests-")  # choices of other runs must not decide here
+# Choices of other runs must not decide here.
+_CACHE = os.environ["CERTIFY_CACHE"] = tempfile.mkdtemp(prefix="certify-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
