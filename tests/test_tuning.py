@@ -62,6 +62,7 @@ class TestChoice:
         base, wanted = Pipeline(classifier()), Wanted(compile="off")
         key = _key(base, IMAGE, 100_000, wanted)
         (tmp_path / "choices.json").write_text(content.replace("KEY", key))
+        monkeypatch.setattr("certify.tuning.product_speed", lambda p, d: 1e9 if p == "float32" else 1e8)
         _, real = choose(base, IMAGE, Gaussian(0.25), 100_000, wanted)
         assert real.precision == "float32"
         assert not any("chosen on" in why for why in real.why)
