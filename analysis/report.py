@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from analysis.curves import Curve, curve, default_radii, proportion_interval
 from analysis.report_method import method
 from analysis.report_pictures import STAGES, Thumbnails, curve_svg, latency_svg
 from certify.errors import RunFault, UserError
-from certify.norms import IN_WORDS
+from certify.norms import IN_WORDS, floor
 from certify.records import identity
 from certify.remote.credentials import public
 from certify.remote.labels import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, stage_of
@@ -180,9 +179,9 @@ def _figures(audit: AuditFolder, found: Curve | None) -> list[dict[str, str]]:
         tiles.append(_tile("keep their label", f"{kept:,} of {len(audit.rows):,}", about))
     radii = sorted(row["radius"] for row in audit.rows if words.outcome(row) == words.KEEPS)
     if radii and not (audit.header.get("stopping") or {}).get("radii"):
-        middle, cap = words.floor(radii[(len(radii) - 1) // 2]), (audit.about.get("plan") or {}).get("radius_cap")
-        possible = f"; at this n at most {words.floor(cap)}" if cap else ""
-        tiles.append(_tile("median radius", middle, f"largest {words.floor(radii[-1])}{possible}"))
+        middle, cap = floor(radii[(len(radii) - 1) // 2]), (audit.about.get("plan") or {}).get("radius_cap")
+        possible = f"; at this n at most {floor(cap)}" if cap else ""
+        tiles.append(_tile("median radius", middle, f"largest {floor(radii[-1])}{possible}"))
     plan = audit.about.get("plan") or {}
     if audit.asked:
         budget = f"of a budget of {plan['budget']:,}" if plan.get("budget") is not None else "no budget was set"
@@ -292,11 +291,9 @@ def _image(audit: AuditFolder, row: Mapping[str, Any], pictures: Mapping[str, st
         "score": None if answer is None or answer.score is None else f"{answer.score:.3g}",
         "reference": None if row["label"] is None else _named(audit, row, row["label"]),
         "label": None if row["prediction"] < 0 else row.get("class") or _named(audit, row, row["prediction"]),
-        "radius": None if row["prediction"] < 0 or not row["radius"] else words.floor(row["radius"]),
+        "radius": None if row["prediction"] < 0 or not row["radius"] else floor(row["radius"]),
         "decisions": row.get("decisions", ()),
-        "p_lower": None
-        if row["p_lower"] is None or row["prediction"] < 0
-        else f"{math.floor(row['p_lower'] * 1e4) / 1e4:.4f}",
+        "p_lower": None if row["p_lower"] is None or row["prediction"] < 0 else floor(row["p_lower"]),
         "votes": shown,
         "others": {"labels": len(votes) - len(shown), "votes": rest, "share": rest / trials if trials else 0.0},
         **nobody,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.audited import AuditFolder
-from certify.norms import IN_WORDS
+from certify.norms import IN_WORDS, floor
 from certify.remote.conclusions import FINISHED, RUNNING, SPENT, STOPPED
 from certify.remote.credentials import public
 from certify.types import NOT_CERTIFIABLE, UNDECIDED
@@ -113,11 +113,6 @@ def verdict(audit: AuditFolder) -> Verdict | None:
 
 def _one(words: str) -> str:
     return words.replace("are ", "is ", 1)
-
-
-def floor(radius: float) -> str:
-    """Four decimals at most, rounded down: a radius is never shown larger than it is."""
-    return f"{int(radius * 10_000) / 10_000:g}"
 
 
 def denoiser_of(audit: AuditFolder) -> str:

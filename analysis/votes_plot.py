@@ -7,6 +7,7 @@ from typing import Any
 
 from analysis.figures import COLOURS, canvas, check_format, save_figure
 from certify.errors import UserError
+from certify.norms import ceil, floor
 from certify.records import Run
 from certify.rows import votes_of
 from certify.types import ABSTAIN
@@ -42,9 +43,13 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
             share = count / votes.trials
             axes.barh(place, share, height=0.62, color=COLOURS[0] if leads else "#B8C4CE")
             axes.text(share + 0.01, place, f"{count:,}", va="center", fontsize=8)
-        _bound(axes, row.get("p_lower"), COLOURS[1], "lower bound of the prediction", "-")
-        if row.get("p_other") is not None and row["p_other"] < 1 - (row.get("p_lower") or 0):
-            _bound(axes, row["p_other"], COLOURS[2], "upper bound of every other class", "--")
+        lower, other = row.get("p_lower"), row.get("p_other")
+        if lower:
+            label = f"lower bound of the prediction: {floor(lower)}"
+            axes.axvline(lower, color=COLOURS[1], lw=1.4, label=label)
+        if other and other < 1 - (lower or 0):
+            label = f"upper bound of every other class: {ceil(other)}"
+            axes.axvline(other, color=COLOURS[2], ls="--", lw=1.4, label=label)
         axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
         axes.set(xlim=(0, 1.12), ylim=(len(bars) - 0.4, -0.6), xlabel=f"share of {votes.trials:,} votes under noise")
         axes.set_title(title or _in_words(run, row), fontsize=9, loc="left", wrap=True)
@@ -72,17 +77,12 @@ def _name(row: dict[str, Any], label: int) -> str:
     return str(row.get("classes", {}).get(str(label), numbered))
 
 
-def _bound(axes: Any, value: float | None, colour: str, label: str, dash: str) -> None:
-    if value:
-        axes.axvline(value, color=colour, ls=dash, lw=1.4, label=f"{label}: {value:.3f}")
-
-
 def _in_words(run: Run, row: dict[str, Any]) -> str:
     header = run.header
     if row["prediction"] == ABSTAIN:
         answer = "abstains"
     else:
         right = {True: "right", False: "wrong"}[row["prediction"] == row["label"]] if row["label"] is not None else ""
-        radius = f", radius {row['radius']:.3f}" if row.get("radius") is not None else ""
+        radius = f", radius {floor(row['radius'])}" if row.get("radius") is not None else ""
         answer = f"{_name(row, row['prediction'])}{f' ({right})' if right else ''}{radius}"
     return f"image {row['id']}, sigma {header['sigma']:g}: {answer}"

@@ -1,9 +1,10 @@
-"""Norms: their names, and what a certificate in one implies in another."""
+"""Norms: their names, what a certificate in one implies in another, and how its numbers are shown."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import TYPE_CHECKING
 
 from certify.errors import UserError
@@ -35,6 +36,16 @@ def implied_factor(native: str, wanted: str, values: int) -> float:
             raise UserError(f"norm {name!r}; expected one of {', '.join(ORDERS)}")
     loss = 1.0 / ORDERS[native] - 1.0 / ORDERS[wanted]
     return 1.0 if loss <= 0 else float(values) ** -loss * (1.0 - 1e-14)
+
+
+def floor(value: float, digits: int = 4) -> str:
+    """So many decimals, rounded down: a radius or a lower bound is never shown larger than it is."""
+    return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
+
+
+def ceil(value: float, digits: int = 4) -> str:
+    """So many decimals, rounded up: an upper bound is never shown smaller than it is."""
+    return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), ROUND_CEILING))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from scipy.stats import norm
 from analysis.figures import canvas
 from analysis.samples_plot import most_with, radii_with, sample_sizes
 from analysis.speed_plot import Speed, read_speeds
+from certify.norms import ceil, floor
 from certify.records import Run, read_run
 
 RUN = "--model digits --sigma 0.25 --n 1000 --max 12 --quiet --out run.jsonl"
@@ -103,6 +104,25 @@ def test_the_votes_of_an_image_are_its_bars(folder: Path, drawn: list[Any]) -> N
     assert widths[:8] == pytest.approx([count / 1000 for count in counts[:8]])
     assert sum(widths) == pytest.approx(1)
     assert axes.lines[0].get_xdata()[0] == pytest.approx(row["p_lower"])
+
+
+def test_bounds_are_shown_on_their_safe_side(folder: Path, drawn: list[Any]) -> None:
+    """A unanimous image's lower bound is not shown as 1, nor its radius larger than it is."""
+    from analysis.votes_plot import plot_votes
+
+    run = read_run(folder / "run.jsonl")
+    row = {**run.images[0], "p_lower": 0.001 ** (1 / 100_000), "p_other": 3e-5, "radius": 0.95279}
+    plot_votes(Run(run.path, run.header, [row]), row["id"], "v.svg")
+    (axes,) = drawn[0].axes
+    shown = [line.get_label().rpartition(" ")[2] for line in axes.lines]
+    assert shown == ["0.9999", "0.0001"]
+    assert axes.get_title(loc="left").endswith("radius 0.9527")
+
+
+@pytest.mark.parametrize("value", [0.3, 0.29999, 1 - 2**-53, 0.00019999, 123.45678, 6.0])
+def test_rounding_never_flatters(value: float) -> None:
+    assert float(floor(value)) <= value <= float(ceil(value))
+    assert float(ceil(value)) - float(floor(value)) < 1.01e-4
 
 
 def test_speeds_show_the_last_of_each_name(tmp_path: Path, drawn: list[Any]) -> None:

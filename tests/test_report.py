@@ -187,7 +187,7 @@ def loud(page: Page) -> str:
 
 
 def floored(value: float) -> str:
-    return f"{math.floor(value * 10_000) / 10_000:g}"
+    return f"{math.floor(value * 10_000) / 10_000:.4f}"
 
 
 def group_of(row: dict[str, Any]) -> str:
@@ -216,7 +216,7 @@ def test_every_image_stands_there_with_its_own_numbers(page: Page, records: Reco
         for decision in row.get("decisions", ()):
             assert f"{decision['radius']:g}: {decision['outcome']}" in what
         if not row.get("decisions") and row["prediction"] >= 0:
-            assert f"p at least {math.floor(row['p_lower'] * 1e4) / 1e4:.4f}" in what
+            assert f"p at least {floored(row['p_lower'])}" in what
     groups = Counter(outcome for outcome, _ in page.ids)
     assert groups == Counter(group_of(row) for row in records.rows.values())
     assert len(groups) >= 2, "there are images of several kinds"

@@ -219,10 +219,10 @@ def _saved(run: Run, rate: float | None) -> str:
 def _each(rows: list[dict[str, Any]], norm: str, most: int = 20) -> list[str]:
     """Without labels there is no accuracy: the predictions themselves."""
     from analysis.tables import render
-    from certify.norms import IN_WORDS
+    from certify.norms import IN_WORDS, floor
 
     shown = [
-        [r["id"], _class_or_outcome(r), "-" if r["radius"] is None else floor4(r["radius"]), r["base_class"]]
+        [r["id"], _class_or_outcome(r), "-" if r["radius"] is None else floor(r["radius"]), r["base_class"]]
         for r in rows[:most]
     ]
     more = [f"... and {len(rows) - most} more, in the run file"] if len(rows) > most else []
@@ -238,11 +238,6 @@ def _class_or_outcome(row: dict[str, Any]) -> str:
         return str(row["class"])
     outcomes = [decision["outcome"] for decision in row.get("decisions", ())]
     return outcomes[0] if outcomes else "abstains"
-
-
-def floor4(radius: float) -> str:
-    """Four decimals, rounded down: a radius is never shown larger than it is."""
-    return f"{int(radius * 10_000) / 10_000:.4f}"
 
 
 def warn(text: str) -> None:
