@@ -6,6 +6,7 @@ the purifier (``blind``), attacks on the whole defended classifier (``adaptive``
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -173,18 +174,19 @@ class Comparison:
                 for row in self._rows[defence, c.key]:
                     if "error" not in row:
                         shares.setdefault(row["image"], []).append(_share(row))
-        least = [min(given) for given in shares.values()]
+        least = [min(given) for given in shares.values() if len(given) == len(found)]  # attacked by all of them
         failed = next((cell.failed for cell in cells if cell.failed), "")
+        if not least and not failed:
+            return None
         return Cell(len(least), sum(least), sum(s == 1 for s in least), max(c.repeats for c in cells), failed)
 
     def notes(self, defence: str, condition: Condition) -> dict[str, int]:
-        """What an attack had to say about gradients, and about how many images."""
-        found: dict[str, int] = {}
-        for row in self._rows.get((defence, condition.key), []):
-            note = str(row.get("note", ""))
-            if "gradients" in note:
-                found[note] = found.get(note, 0) + 1
-        return found
+        """What an attack had to say about gradients, and about how many images.
+
+        Not that it found nothing, which is the figure itself, nor how far away an image was, another text for each.
+        """
+        notes = (str(row.get("note", "")) for row in self._rows.get((defence, condition.key), []))
+        return Counter(note for note in notes if "gradients" in note)
 
     def pair(self, first: str, second: str, condition: Condition) -> Pair | None:
         """The two on the same images, if neither failed; an image counts as right where most of its answers are."""

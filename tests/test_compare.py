@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from analysis import compare as engine
 from analysis.compare import CLEAN, RANDOM, SMOOTHING, Plan, Proposed, compare, make_header
-from analysis.comparison import Comparison, Condition, wilson
+from analysis.comparison import Cell, Comparison, Condition, wilson
 from analysis.comparison_plot import draw_comparison
 from analysis.comparison_tables import records, tabulate_comparison
 from analysis.runs import read_comparison
@@ -24,7 +24,7 @@ from certify.classifiers import Classifier
 from certify.defence import Defence, Member
 from certify.errors import RunFault, UserError
 from certify.images import ImageSet, load_images
-from certify.records import RunFile, read_run
+from certify.records import Run, RunFile, read_run
 from certify.streams import stream_key
 from denoisers.defences import build_defence, undefended
 
@@ -347,3 +347,15 @@ def test_the_worst_attack_is_found_image_by_image(digits: Classifier, images: Im
     assert worst.right < min(cell.right for cell in cells if cell is not None)
     text = tabulate_comparison(found)
     assert "note: none, adaptive: swap: 12 images: all 3 gradients were zero" in text
+
+    def unfinished(first: set[str], second: set[str]) -> Cell | None:
+        """The worst while the attacks are on their way, each through with these images."""
+        through = {ADAPTIVE.key: first, other.key: second}
+        kept = [r for r in found.run.images if r["image"] in through.get(r["condition"], ())]
+        return Comparison(Run(found.run.path, found.run.header, kept)).cell("none", column)
+
+    names = sorted({r["image"] for r in found.run.images})
+    partial = unfinished(set(names), set(names[:1]))  # only one image has met both
+    assert partial is not None
+    assert (partial.images, partial.right) == (1, names[0] in right[0] & right[1])
+    assert unfinished(set(names[1:]), set(names[:1])) is None
