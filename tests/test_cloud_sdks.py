@@ -20,7 +20,7 @@ from certify.remote import sdk, types
 from certify.remote.credentials import Credential
 from certify.remote.formats import FORMATS
 from certify.remote.pictures import to_pictures, to_tensor
-from certify.remote.sdk import SENDERS
+from certify.remote.sdk import SENDERS, sdk_sender
 from certify.remote.types import BadReply, Picture
 
 for _package in ("boto3", "google.cloud.vision_v1", "azure.ai.vision.imageanalysis", "clarifai_grpc"):
@@ -76,7 +76,7 @@ def test_votes_through_the_sdk_equal_local_ones(
 ) -> None:
     url, log = clouds[name]
     log.clear()
-    wire, send = made(name), SENDERS.get(name)(url, secret(name), timeout=20)
+    wire, send = made(name), sdk_sender(name, url, secret(name), timeout=20)
     answers = [wire.reply(send(wire.request(picture))) for picture in pictures]
     local = digits.logits(torch.stack([to_tensor(picture) for picture in pictures])).softmax(1)
     assert [one[0].label for one in answers] == [f"digit {n}" for n in local.argmax(1).tolist()]
@@ -84,7 +84,7 @@ def test_votes_through_the_sdk_equal_local_ones(
     assert len(log) == len(pictures)  # each sent once
     assert all(map(signed, log))
     log.clear()
-    SENDERS.get(name)(url)(wire.request(pictures[0]))
+    sdk_sender(name, url)(wire.request(pictures[0]))
     assert len(log) == 1
     assert not signed(log[0])
 
@@ -95,7 +95,7 @@ def test_clarifai_is_asked_for_the_model_that_is_meant(
     url, log = clouds["clarifai"]
     log.clear()
     wire = FORMATS.get("clarifai")(model="my model", user="me", app="mine", version="3")
-    wire.reply(SENDERS.get("clarifai")(url)(wire.request(pictures[0])))
+    wire.reply(sdk_sender("clarifai", url)(wire.request(pictures[0])))
     assert (log[0]["model"], log[0]["user"]) == ("my model", "me")
 
 
@@ -103,7 +103,7 @@ def test_the_wire_of_detect_labels_is_that_of_others(pictures: list[Picture]) ->
     moto = pytest.importorskip("moto")
     wire = made("rekognition")
     with moto.mock_aws():
-        send = SENDERS.get("rekognition")("https://rekognition.eu-west-1.amazonaws.com", secret("rekognition"))
+        send = sdk_sender("rekognition", "https://rekognition.eu-west-1.amazonaws.com", secret("rekognition"))
         ranked = wire.reply(send(wire.request(pictures[0])))
     assert ranked[0].label == "Mobile Phone"
     assert ranked[0].score == pytest.approx(0.999364, abs=1e-6)
@@ -144,7 +144,7 @@ def test_every_reply_comes_through_as_it_is_and_only_once(
     with serving(failing(log, status, body, headers)) as url:
         for sent, name in enumerate(REST, start=1):
             credential = secret(name)
-            reply = SENDERS.get(name)(url, credential, timeout=20)(made(name).request(pictures[0]))
+            reply = sdk_sender(name, url, credential, timeout=20)(made(name).request(pictures[0]))
             assert len(log) == sent
             assert (reply.status, reply.body) == (status, credential.redact_bytes(body))
             found = {key.lower(): value for key, value in reply.headers.items()}
@@ -163,7 +163,7 @@ def test_redirects_are_not_followed(pictures: list[Picture]) -> None:
         for status in (302, 307):
             with serving(failing(log, status, b"", {"Location": f"{other}/v1/images:annotate"})) as url:
                 for name in REST:
-                    reply = SENDERS.get(name)(url, secret(name), timeout=20)(made(name).request(pictures[0]))
+                    reply = sdk_sender(name, url, secret(name), timeout=20)(made(name).request(pictures[0]))
                     assert reply.status == status
     assert len(log) == 2 * len(REST)
     assert not elsewhere
@@ -174,7 +174,7 @@ def test_no_reply_is_an_error_of_the_network(
     name: str, pictures: list[Picture], unused_port: Callable[[], int]
 ) -> None:
     with pytest.raises(ConnectionError) as found:
-        SENDERS.get(name)(f"http://127.0.0.1:{unused_port()}", secret(name), timeout=5)(made(name).request(pictures[0]))
+        sdk_sender(name, f"http://127.0.0.1:{unused_port()}", secret(name), timeout=5)(made(name).request(pictures[0]))
     assert secret(name).key not in str(found.value)
 
 
@@ -194,7 +194,7 @@ def test_a_service_that_hangs_is_left_in_time(pictures: list[Picture]) -> None:
     log: Log = []
     with serving(failing(log, 200, b"{}", {}, seconds=2)) as url:
         for sent, name in enumerate(REST, start=1):
-            send, request = SENDERS.get(name)(url, secret(name), timeout=0.3), made(name).request(pictures[0])
+            send, request = sdk_sender(name, url, secret(name), timeout=0.3), made(name).request(pictures[0])
             with pytest.raises(TimeoutError):
                 send(request)
             assert len(log) == sent  # and not asked again
@@ -218,7 +218,7 @@ def test_grpc_failures_are_statuses_or_no_reply(
     log: Log = []
     wire = made("clarifai")
     with clarifai_grpc_service(digits, log, getattr(grpc.StatusCode, code)) as url:
-        send = SENDERS.get("clarifai")(url, secret("clarifai"), timeout=10)
+        send = sdk_sender("clarifai", url, secret("clarifai"), timeout=10)
         if not status:
             with pytest.raises(TimeoutError if code == "DEADLINE_EXCEEDED" else ConnectionError):
                 send(wire.request(pictures[0]))
@@ -231,8 +231,8 @@ def test_grpc_failures_are_statuses_or_no_reply(
 @pytest.mark.parametrize("name", sorted(SENDERS))
 def test_a_key_does_not_go_over_plain_http_to_others(name: str) -> None:
     with pytest.raises(UserError, match="plain HTTP"):
-        SENDERS.get(name)("http://vision.example.com", secret(name))
-    assert SENDERS.get(name)("http://vision.example.com", secret(name), insecure=True)
+        sdk_sender(name, "http://vision.example.com", secret(name))
+    assert sdk_sender(name, "http://vision.example.com", secret(name), insecure=True)
 
 
 TALKING = """
@@ -249,7 +249,7 @@ if sys.argv[1] == "talking":
     sdk._silence = lambda: None
 for name, url, key in zip(*[iter(sys.argv[2:])] * 3):
     wire = FORMATS.get(name)(**({"model": "digits"} if name == "clarifai" else {}))
-    sdk.SENDERS.get(name)(url, Credential("TEST_KEY", key))(wire.request(Picture(np.zeros((8, 8, 1), np.uint8))))
+    sdk.sdk_sender(name, url, Credential("TEST_KEY", key))(wire.request(Picture(np.zeros((8, 8, 1), np.uint8))))
 logging.getLogger("test").warning("the end")
 """
 
@@ -277,5 +277,5 @@ def test_what_sdks_log_reaches_nobody(clouds: dict[str, tuple[str, Log]], how: s
 def test_keys_of_another_form_are_refused() -> None:
     for key in ("AKIAIOSFODNN7EXAMPLE", "a:b:c:d", "longenough:"):
         with pytest.raises(UserError, match="ACCESS_KEY_ID:SECRET") as found:
-            SENDERS.get("rekognition")("https://rekognition.eu-west-1.amazonaws.com", Credential("TEST_KEY", key))
+            sdk_sender("rekognition", "https://rekognition.eu-west-1.amazonaws.com", Credential("TEST_KEY", key))
         assert key not in str(found.value)

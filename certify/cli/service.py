@@ -126,11 +126,11 @@ def manners(o: dict[str, Any]) -> Manners:
 def open_service(wanted: Wanted, o: dict[str, Any]) -> Iterator[tuple[Sender, Wanted]]:
     """What sends requests there; a model that describes itself (v2) is asked for what its options leave open."""
     from certify.remote.http import HttpSender
-    from certify.remote.sdk import SENDERS
+    from certify.remote.sdk import sdk_sender
 
     if o["sdk"] or wanted.protocol == "rekognition":
-        build = SENDERS.get(wanted.protocol)
-        yield build(wanted.endpoint, wanted.credential, insecure=o["insecure"], timeout=o["timeout"]), wanted
+        how = {"insecure": o["insecure"], "timeout": o["timeout"]}
+        yield sdk_sender(wanted.protocol, wanted.endpoint, wanted.credential, **how), wanted
         return
     sender = HttpSender(
         wanted.endpoint,

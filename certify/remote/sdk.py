@@ -12,6 +12,7 @@ loggers are silent in this process.
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import logging
 import re
@@ -33,6 +34,17 @@ SENDERS.add("azure-vision", f"{_HERE}:azure_sender", "azure-ai-vision-imageanaly
 SENDERS.add("clarifai", f"{_HERE}:clarifai_sender", "the package clarifai-grpc")
 
 
+_PACKAGES = {
+    "rekognition": ("boto3", "boto3"),
+    "google-vision": ("google.cloud.vision_v1", "google-cloud-vision"),
+    "azure-vision": ("azure.ai.vision.imageanalysis", "azure-ai-vision-imageanalysis"),
+    "clarifai": ("clarifai_grpc.grpc.api.service_pb2", "clarifai-grpc"),
+}
+"""The module of each SDK, and what it is called where it is installed from."""
+
+_Way = tuple[Callable[[Request], None], *tuple[type[Exception], ...]]
+"""What asks, and raises the reply; then the SDK's own words for no reply."""
+
 _LOGGERS = ("azure", "boto3", "botocore", "clarifai_grpc", "google", "grpc", "requests", "s3transfer", "urllib3")
 
 
@@ -44,28 +56,51 @@ class _Answered(Exception):
         self.reply = reply
 
 
-def boto3_sender(
-    endpoint: str, credential: Credential | None = None, *, insecure: bool = False, timeout: float = TIMEOUT
+def sdk_sender(
+    protocol: str,
+    endpoint: str,
+    credential: Credential | None = None,
+    *,
+    insecure: bool = False,
+    timeout: float = TIMEOUT,
 ) -> Sender:
-    """Rekognition through boto3.
+    """Sends requests of a protocol's format through the SDK of its service.
 
     Args:
-        endpoint: such as ``https://rekognition.eu-west-1.amazonaws.com``; the region is read from it.
-        credential: ``ACCESS_KEY_ID:SECRET_ACCESS_KEY``, with ``:SESSION_TOKEN`` where there is one; None: unsigned.
-        insecure: whether it may go over plain HTTP to another machine.
+        protocol: of ``SENDERS``.
+        endpoint: of the service; the builders below say what it looks like.
+        credential: in the form that the builder below names; None: nothing is signed.
+        insecure: whether a key may go over plain HTTP to another machine.
         timeout: seconds to connect, and seconds without an answer.
 
     Raises:
-        UserError: boto3 is not installed, the key has another form, or as :func:`~certify.remote.http.check_endpoint`.
+        UserError: no such protocol, its SDK is not installed, the key has another form, or as
+            :func:`~certify.remote.http.check_endpoint`.
     """
+    build = SENDERS.get(protocol)
+    module, package = _PACKAGES[protocol]
     try:
-        import boto3
-        from botocore import UNSIGNED
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
+        importlib.import_module(module)
     except ImportError:
-        _missing("boto3")
-    endpoint, key = _checked(endpoint, credential, insecure)
+        raise UserError(f"{package} is not installed; pip install 'certify-toolkit[clouds]'") from None
+    _silence()  # after the import, which may turn loggers on
+    endpoint = check_endpoint(endpoint, key=credential is not None, insecure=insecure)
+    return cleaned(_sender(*build(endpoint, credential.key if credential else "", timeout)), credential)
+
+
+def boto3_sender(endpoint: str, key: str, timeout: float) -> _Way:
+    """Rekognition through boto3; the region is read from ``https://rekognition.eu-west-1.amazonaws.com``.
+
+    The key is ``ACCESS_KEY_ID:SECRET_ACCESS_KEY``, with ``:SESSION_TOKEN`` where there is one.
+
+    Raises:
+        UserError: the key has another form.
+    """
+    import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
     parts = key.split(":") if key else []
     if len(parts) not in (0, 2, 3) or not all(parts):
         raise UserError("the key for AWS has another form; expected ACCESS_KEY_ID:SECRET_ACCESS_KEY[:SESSION_TOKEN]")
@@ -96,29 +131,14 @@ def boto3_sender(
         asked["Image"] = {"Bytes": base64.b64decode(asked["Image"]["Bytes"])}
         client.detect_labels(**asked)
 
-    return cleaned(_sender(ask, BotoCoreError), credential)
+    return ask, BotoCoreError
 
 
-def google_sender(
-    endpoint: str, credential: Credential | None = None, *, insecure: bool = False, timeout: float = TIMEOUT
-) -> Sender:
-    """Google Cloud Vision through its SDK, over REST.
+def google_sender(endpoint: str, key: str, timeout: float) -> _Way:
+    """Google Cloud Vision over REST, such as ``https://vision.googleapis.com``; the key is an API key."""
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import vision_v1
 
-    Args:
-        endpoint: such as ``https://vision.googleapis.com``.
-        credential: an API key.
-        insecure: whether it may go over plain HTTP to another machine.
-        timeout: seconds to connect, and seconds without an answer.
-
-    Raises:
-        UserError: google-cloud-vision is not installed, or as :func:`~certify.remote.http.check_endpoint`.
-    """
-    try:
-        from google.auth.credentials import AnonymousCredentials
-        from google.cloud import vision_v1
-    except ImportError:
-        _missing("google-cloud-vision")
-    endpoint, key = _checked(endpoint, credential, insecure)
     client = vision_v1.ImageAnnotatorClient(
         transport="rest",
         credentials=None if key else AnonymousCredentials(),
@@ -135,31 +155,14 @@ def google_sender(
         asked = vision_v1.BatchAnnotateImagesRequest.from_json(request.body)
         client.batch_annotate_images(asked, retry=None, timeout=timeout)
 
-    return cleaned(_sender(ask), credential)
+    return (ask,)
 
 
-def azure_sender(
-    endpoint: str, credential: Credential | None = None, *, insecure: bool = False, timeout: float = TIMEOUT
-) -> Sender:
-    """Azure AI Vision through its SDK.
-
-    Args:
-        endpoint: such as ``https://NAME.cognitiveservices.azure.com``.
-        credential: the key of the resource.
-        insecure: whether it may go over plain HTTP to another machine.
-        timeout: seconds to connect, and seconds without an answer.
-
-    Raises:
-        UserError: azure-ai-vision-imageanalysis is not installed, or as :func:`~certify.remote.http.check_endpoint`.
-    """
-    try:
-        from azure.ai.vision.imageanalysis import ImageAnalysisClient
-        from azure.core.credentials import AzureKeyCredential
-        from azure.core.exceptions import AzureError
-    except ImportError:
-        _missing("azure-ai-vision-imageanalysis")
-
-    endpoint, key = _checked(endpoint, credential, insecure)
+def azure_sender(endpoint: str, key: str, timeout: float) -> _Way:
+    """Azure AI Vision, such as ``https://NAME.cognitiveservices.azure.com``; the key is the resource's."""
+    from azure.ai.vision.imageanalysis import ImageAnalysisClient
+    from azure.core.credentials import AzureKeyCredential
+    from azure.core.exceptions import AzureError
 
     def answered(response: Any) -> NoReturn:
         found = response.http_response
@@ -180,30 +183,18 @@ def azure_sender(
         options = {"language": query["language"][0], "model_version": query["model-version"][0]}
         client.analyze(request.body, query["features"], **options)
 
-    return cleaned(_sender(ask, AzureError), credential)
+    return ask, AzureError
 
 
-def clarifai_sender(
-    endpoint: str, credential: Credential | None = None, *, insecure: bool = False, timeout: float = TIMEOUT
-) -> Sender:
-    """Clarifai by gRPC, with the messages of its SDK.
+def clarifai_sender(endpoint: str, key: str, timeout: float) -> _Way:
+    """Clarifai by gRPC, with the messages of its SDK; the key is a personal access token.
 
-    Args:
-        endpoint: such as ``https://api.clarifai.com``; a scheme of ``http`` means a channel that is not encrypted.
-        credential: a personal access token.
-        insecure: whether it may go over plain HTTP to another machine.
-        timeout: seconds for a whole call.
-
-    Raises:
-        UserError: the package clarifai-grpc is not installed, or as :func:`~certify.remote.http.check_endpoint`.
+    An endpoint of ``http://`` means a channel that is not encrypted; ``timeout`` is of a whole call.
     """
-    try:
-        import grpc
-        from clarifai_grpc.grpc.api import service_pb2
-        from google.protobuf import json_format
-    except ImportError:
-        _missing("clarifai-grpc")
-    endpoint, key = _checked(endpoint, credential, insecure)
+    import grpc
+    from clarifai_grpc.grpc.api import service_pb2
+    from google.protobuf import json_format
+
     where = urlsplit(endpoint)
     options = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", MOST_BYTES)]
     secure = where.scheme == "https"
@@ -234,7 +225,7 @@ def clarifai_sender(
         text = json_format.MessageToJson(reply, preserving_proto_field_name=True, use_integers_for_enums=True)
         raise _Answered(Reply(200, text.encode()))
 
-    return cleaned(_sender(ask), credential)
+    return (ask,)
 
 
 def _of_status(error: Any, code: Any) -> Reply:
@@ -278,13 +269,6 @@ def _sender(ask: Callable[[Request], None], *lost: type[Exception]) -> Sender:
     return send
 
 
-def _checked(endpoint: str, credential: Credential | None, insecure: bool) -> tuple[str, str]:
-    """The endpoint and the key, once it is clear that the key may go there, and that nobody will log it."""
-    _silence()
-    shown = check_endpoint(endpoint, key=credential is not None, insecure=insecure)
-    return shown, credential.key if credential else ""
-
-
 def _silence() -> None:
     """Let no logger of an SDK say anything, whatever level it or the root was given; those to come inherit that."""
     for name in [*logging.root.manager.loggerDict]:
@@ -292,7 +276,3 @@ def _silence() -> None:
             logging.getLogger(name).setLevel(logging.NOTSET)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-
-
-def _missing(package: str) -> NoReturn:
-    raise UserError(f"{package} is not installed; pip install 'certify-toolkit[clouds]'") from None
