@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
 from analysis.attacked import SLACK, Proposal, Task, distances
-from certify.classifiers import labels_from_logits
+from certify.classifiers import Classifier, labels_from_logits
 from certify.defence import Defence, Member
 from certify.errors import UserError
 from certify.streams import block_generator
@@ -100,16 +100,15 @@ def _climb(
     task: Task,
     loss: _Climbed,
     judge: Callable[[Tensor], Tensor],
-    classes: int,
+    classifier: Classifier,
     *,
     steps: int,
     step: float,
     random_start: bool,
-    decay: float | None,
-    device: torch.device,
+    decay: float | None = None,
     last: bool = False,
 ) -> Proposal:
-    """ART's projected gradient; ``step`` in parts of eps, ``decay`` of the momentum.
+    """ART's projected gradient; ``step`` in parts of eps, ``decay`` of the momentum; classes as ``classifier`` has.
 
     The library returns the last image; unless ``last`` is wanted, what is proposed is the best that it went through.
     """
@@ -121,6 +120,7 @@ def _climb(
     if steps < 1 or not step > 0:
         raise UserError(f"steps {steps}, step {step}: expected 1 or more, and a part of eps above 0, such as 0.25")
     assert task.eps is not None
+    classes, device = classifier.num_classes, classifier.mean.device
     model = PyTorchClassifier(
         loss,
         loss=nn.NLLLoss(),
@@ -172,19 +172,7 @@ def blind_pgd(
     classifier = task.classifier
     assert classifier is not None
     loss = _Climbed(lambda images: classifier.logits(images).log_softmax(1), 1)
-    return _climb(
-        image,
-        label,
-        task,
-        loss,
-        classifier,
-        classifier.num_classes,
-        steps=steps,
-        step=step,
-        random_start=random_start,
-        decay=None,
-        device=classifier.mean.device,
-    )
+    return _climb(image, label, task, loss, classifier, classifier, steps=steps, step=step, random_start=random_start)
 
 
 class _PassedBy(nn.Module):
@@ -296,22 +284,9 @@ def adaptive_pgd(
         answer: Tensor = defence(images, [own])
         return answer
 
-    loss = _Climbed(
-        _expected(passing_by(defence, draws), task.key, answers), answers, None if defence.random else judge
-    )
-    return _climb(
-        image,
-        label,
-        task,
-        loss,
-        judge,
-        defence.num_classes,
-        steps=steps,
-        step=step,
-        random_start=random_start,
-        decay=None,
-        device=defence.classifiers[0].mean.device,
-    )
+    log_scores = _expected(passing_by(defence, draws), task.key, answers)
+    loss, first = _Climbed(log_scores, answers, None if defence.random else judge), defence.classifiers[0]
+    return _climb(image, label, task, loss, judge, first, steps=steps, step=step, random_start=random_start)
 
 
 def transfer(
@@ -356,19 +331,13 @@ def transfer(
     def log_scores(images: Tensor) -> Tensor:
         return logits(_diverse(images, generator, diversity, smallest)).log_softmax(1)
 
+    def judge(images: Tensor) -> Tensor:
+        return labels_from_logits(logits(images))
+
+    loss = _Climbed(log_scores, 0)  # the target is not asked
+    # The last image, as published: what the surrogates get wrong first is not what transfers best.
     return _climb(
-        image,
-        label,
-        task,
-        _Climbed(log_scores, 0),  # the target is not asked
-        lambda proposed: labels_from_logits(logits(proposed)),
-        first.num_classes,
-        steps=steps,
-        step=step,
-        random_start=False,
-        decay=decay,
-        device=first.mean.device,
-        last=True,  # as published: what the surrogates get wrong first is not what transfers best
+        image, label, task, loss, judge, first, steps=steps, step=step, random_start=False, decay=decay, last=True
     )
 
 
