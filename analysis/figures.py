@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,25 @@ def check_format(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def canvas(width: float, height: float, columns: int = 1, style: dict[str, Any] | None = None) -> Iterator[Any]:
-    """A figure of so many inches in the house's style, with its axes; closed at the end of the block.
+    """A figure of so many inches with its axes, in the house's style until the end of the block: save it there.
 
-    Gives ``(figure, axes)``: one pair of axes, or a row of them.
+    Gives ``(figure, axes)``: one pair of axes, or a row of them. A notebook's own figures and backend are left alone.
     """
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context({**STYLE, **(style or {})}):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
-        try:
-            yield figure, axes
-        finally:
-            plt.close(figure)
+    with rc_context({**STYLE, **(style or {})}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(1, columns)
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def wrapped(labels: Sequence[str]) -> tuple[list[str], float]:
+    """Labels whose lines fit below the axes, and the inches that those beyond the second add to a figure's height."""
+    found = [textwrap.fill(label, 66, subsequent_indent="   ") for label in labels]
+    return found, 0.17 * max(0, sum(1 + label.count("\n") for label in found) - 2)
+
+
+def save_figure(figure: Any, path: Path, dpi: float = 200) -> None:
     """Write it whole or not at all, the same bytes for the same figure.
 
     Raises:
@@ -65,7 +67,7 @@ def save_figure(figure: Any, path: Path) -> None:
     beside = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(beside, dpi=200, metadata=metadata)
+        figure.savefig(beside, dpi=dpi, metadata=metadata)
         beside.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

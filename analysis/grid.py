@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.figures import check_format
-from certify.errors import RunFault, UserError
+from analysis.figures import check_format, save_figure
+from certify.errors import UserError
 
 RIGHT, WRONG = "✓", "✗"
 """Marks beside a label, so that colour is not needed to read it."""
@@ -66,10 +66,7 @@ def draw_grid(
     """
     check_format(path)
     _check(rows, columns)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     panels = [panel for row in rows for panel in row.panels]
     heights = [max(p.image.shape[1] / max(p.image.shape[1:]) for p in row.panels) for row in rows]
@@ -85,7 +82,7 @@ def draw_grid(
     below = textwrap.wrap(caption, int(total / 0.052))
     top = 0.12 + 0.2 * len(above) + _LINE * (1 + max(c.count("\n") for c in columns)) + 0.1
     height = top + sum(side * h + under for h in heights) + _LINE * len(below) + 0.12
-    figure = plt.figure(figsize=(total, height), facecolor="white")
+    figure = Figure(figsize=(total, height), facecolor="white")
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
         """Text at inches from the left and from the top."""
@@ -112,13 +109,7 @@ def draw_grid(
             write(centre, line, panel.note, ha="center", va="top", fontsize=7, color="#555555")
         y += tall + under
     write(0.08, y + 0.02, "\n".join(below), va="top", fontsize=7, color="#555555", linespacing=1.3)
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=min(_DPI, 2**14 / max(total, height)))
-    except OSError as error:
-        raise RunFault(f"could not write {path}: {error.strerror}; name another file") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, Path(path), dpi=min(_DPI, 2**14 / max(total, height)))
 
 
 def _check(rows: Sequence[Row], columns: Sequence[str]) -> None:

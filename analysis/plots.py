@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from analysis.curves import Curve, proportion_interval
 from analysis.envelope import Envelope, Line
-from analysis.figures import COLOURS, canvas, check_format, save_figure
+from analysis.figures import COLOURS, canvas, check_format, save_figure, wrapped
 from certify.norms import IN_TEX
 
 
@@ -51,9 +50,9 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
 
     The single runs of an envelope are faint lines of its colour.
     """
-    labels, legend_title = _legend_texts(lines)
-    more = sum(1 + label.count("\n") for label in labels) - 2  # lines of the legend, which stands below the axes
-    with canvas(4.8, 3.3 + 0.17 * max(0, more)) as (figure, axes):
+    texts, legend_title = _legend_texts(lines)
+    labels, more = wrapped(texts)
+    with canvas(4.8, 3.3 + more) as (figure, axes):
         for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
             colour, dashes = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
             if isinstance(line, Envelope):
@@ -93,10 +92,6 @@ def _single_runs(axes: Any, envelope: Envelope, colour: str) -> None:
             axes.step(radii, reached / curve.total, where="pre", **faint)
 
 
-_WIDEST = 66
-"""Characters of a line of the legend that fit below the axes."""
-
-
 def _legend_texts(lines: Sequence[Line]) -> tuple[list[str], str | None]:
     """A label for each line; above them, once, what an envelope is and over which sigmas (or these by the names)."""
     names = [line.name for line in lines]
@@ -107,7 +102,6 @@ def _legend_texts(lines: Sequence[Line]) -> tuple[list[str], str | None]:
     elif levels:
         names = [f"{name}, σ = {found}" for name, found in zip(names, levels, strict=True)]
     labels = [name + (f" ({line.note})" if line.note else "") for name, line in zip(names, lines, strict=True)]
-    labels = [textwrap.fill(label, _WIDEST, subsequent_indent="   ") for label in labels]
     title = f"upper envelope over {over} (faint: single runs):\nat each radius the best, chosen on these images"
     return labels, title if levels else None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.curves import common_norm, names
-from analysis.figures import COLOURS, canvas, check_format, save_figure
+from analysis.figures import COLOURS, canvas, check_format, save_figure, wrapped
 from certify.certificates import certificate_from_votes, largest_radius
 from certify.errors import UserError
 from certify.norms import IN_TEX
@@ -39,9 +39,7 @@ def radii_with(run: Run, size: int, seed: int = 0) -> np.ndarray:
     header = run.header
     chance = np.random.default_rng([seed, size])
     found = []
-    for row in run.images:
-        if "error" in row:
-            continue
+    for row in run.usable:
         selection, votes = votes_of(row)
         drawn = chance.multivariate_hypergeometric([*votes.counts, votes.failures], size)
         certificate = certificate_from_votes(
@@ -72,8 +70,9 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
                 "--tolerance"
             )
     norm = common_norm(runs)
-    with canvas(4.8, 3.3) as (figure, axes):
-        for i, (run, name) in enumerate(zip(runs, names(runs), strict=True)):
+    labels, more = wrapped([*names(runs), "the most that n samples can certify"])
+    with canvas(4.8, 3.3 + more) as (figure, axes):
+        for i, (run, name) in enumerate(zip(runs, labels, strict=False)):
             sizes = sample_sizes(run.header["n"])
             radii = [radii_with(run, size) for size in sizes]
             if not radii[0].size:
@@ -83,7 +82,7 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
             axes.plot(sizes, middle, color=colour, marker="o", ms=3, lw=1.6, label=name)
             axes.fill_between(sizes, low, high, color=colour, alpha=0.15, lw=0)
             axes.plot(sizes, [most_with(run, size) for size in sizes], color=colour, ls=":", lw=1.2)
-        axes.plot([], [], color="#555555", ls=":", lw=1.2, label="the most that n samples can certify")
+        axes.plot([], [], color="#555555", ls=":", lw=1.2, label=labels[-1])
         axes.set(xscale="log", xlabel="samples n an image", ylim=(0, None))
         axes.set_ylabel(f"{IN_TEX[norm]} radius\n(median and middle half of images)")
         if title:

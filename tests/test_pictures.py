@@ -164,9 +164,22 @@ def test_what_cannot_be_drawn_is_one_line(
     assert told.count("\n") == 1
 
 
-def test_a_canvas_is_closed_even_when_drawing_fails() -> None:
+def test_a_notebooks_own_plots_are_left_alone() -> None:
     import matplotlib.pyplot as plt
+    from matplotlib import get_backend
 
-    with pytest.raises(RuntimeError), canvas(2, 2) as (_, _axes):
-        raise RuntimeError
-    assert plt.get_fignums() == []
+    plt.switch_backend("svg")
+    with canvas(2, 2) as (_, _axes):
+        assert get_backend() == "svg"
+        assert plt.get_fignums() == []
+
+
+def test_long_names_wrap_below_the_samples(folder: Path, drawn: list[Any]) -> None:
+    from analysis.samples_plot import plot_samples
+
+    run = read_run(folder / "run.jsonl")
+    plot_samples([Run(run.path, {**run.header, "model": "a long name " * 12}, run.images)], "s.svg")
+    (legend,) = drawn[0].legends
+    name = legend.get_texts()[0].get_text()
+    assert max(map(len, name.split("\n"))) <= 66
+    assert drawn[0].get_figheight() > 3.3
