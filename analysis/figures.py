@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from certify.errors import RunFault, UserError
+from certify.records import replacing
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -63,13 +64,10 @@ def save_figure(figure: Any, path: Path, dpi: float = 200) -> None:
     Raises:
         RunFault: the file cannot be written.
     """
-    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-    beside = path.with_name(f".{path.stem}.part{path.suffix}")
+    kind = path.suffix.lower()[1:]
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(beside, dpi=dpi, metadata=metadata)
-        beside.replace(path)
+        with replacing(path) as beside:
+            figure.savefig(beside, format=kind, dpi=dpi, metadata=metadata)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise RunFault(f"could not write {path}: {error.strerror}; the run files are untouched") from None

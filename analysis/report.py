@@ -5,7 +5,6 @@ Everything that a service or a user wrote is escaped by the template; the page r
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import shlex
 from collections import Counter
@@ -22,7 +21,7 @@ from analysis.report_method import method
 from analysis.report_pictures import STAGES, Thumbnails, curve_svg, latency_svg
 from certify.errors import RunFault, UserError
 from certify.norms import IN_WORDS, floor
-from certify.records import identity
+from certify.records import identity, replacing
 from certify.remote.credentials import public
 from certify.remote.labels import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, stage_of
 
@@ -50,13 +49,10 @@ def write_report(folder: str | Path) -> Path:
     """
     audit = read_audit(folder)
     path = audit.folder / NAME
-    beside = path.with_name(f".{NAME}.part")
     try:
-        beside.write_text(render(audit), encoding="utf-8", errors="replace")
-        beside.replace(path)
+        with replacing(path) as beside:
+            beside.write_text(render(audit), encoding="utf-8", errors="replace")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise RunFault(f"could not write {path}: {error.strerror}; the audit's records are untouched") from None
     return path
 

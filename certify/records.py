@@ -8,12 +8,13 @@ Header keys that others rely on: ``type`` ("run"), ``schema``, ``model``, ``data
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -288,17 +289,31 @@ def write_run(path: str | Path, header: Mapping[str, Any], rows: Iterable[Mappin
     Raises:
         OSError: it cannot be written; what was there is untouched.
     """
+    with replacing(path, sync=True) as beside, beside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in (header, *rows))
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
+    """A file beside ``path`` to write in its folder, made if need be; after the block it replaces ``path``.
+
+    Where writing fails it goes, and what was there is untouched. ``sync``: it is on the disk before it replaces.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in (header, *rows))
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
+        if sync:
+            with beside.open("rb+") as file:
+                os.fsync(file.fileno())
         beside.replace(target)
-    except OSError:
-        beside.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from certify.errors import UserError, first_line
+from certify.records import replacing
 from denoisers import SHIPPED
 
 FORMAT = 1
@@ -162,13 +162,10 @@ def write_tables(path: str | Path, found: TableSet) -> TableSet:
     kept = {k: {str(q): asdict(s) for q, s in levels.items()} for k, levels in found.tables.items()}
     content = {"format": FORMAT, "image": list(found.image), "tables": kept, **found.about}
     digest = _digest(content)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
     text = json.dumps({**content, "sha256": digest}, indent=1)
     text = re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text)  # a table a line
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(text + "\n", encoding="utf-8")
     return TableSet(found.image, found.tables, found.about, digest)
 
 

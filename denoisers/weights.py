@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from certify.errors import UserError, first_line
 from certify.pipeline import tensors_digest
+from certify.records import replacing
 
 FORMAT = 1
 ACCESS = ("none", "surrogates", "queries", "white-box")
@@ -145,11 +145,8 @@ def save_denoiser(path: str | Path, net: nn.Module, card: Card) -> Card:
         for key, value in net.state_dict().items()
     }
     written = Card(**{**asdict(card), "sha256": tensors_digest(tensors)})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_bytes(save(tensors, metadata={_KEY: json.dumps(asdict(written), sort_keys=True)}))
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_bytes(save(tensors, metadata={_KEY: json.dumps(asdict(written), sort_keys=True)}))
     return written
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from certify.errors import RunFault, UserError, first_line
+from certify.records import replacing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,9 +121,8 @@ class Checkpoints:
         self.best, self.best_step = state["best"], state["best_step"]
         if self.driver.is_main_process and self.metrics.is_file():
             lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= self.step]
-            beside = self.metrics.with_suffix(".new")
-            beside.write_text("".join(line + "\n" for line in lines))
-            os.replace(beside, self.metrics)
+            with replacing(self.metrics) as beside:
+                beside.write_text("".join(line + "\n" for line in lines))
 
     def save(self) -> None:
         """Everything that is needed to go on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from certify import hub
 from certify.classifiers import ClassifierSpec
 from certify.errors import UserError
 from certify.pipeline import state_digest, tensors_digest
+from certify.records import replacing
 from certify.settings import versions
 from training.checkpoint import Scores
 from training.data import Levels, TrainingData
@@ -108,8 +108,7 @@ def train_classifier(
         assert isinstance(trained, Normalised)
         tensors = {k: v.detach().cpu().contiguous() for k, v in trained.net.state_dict().items()}
         full = {**card, "validation": scores, "chosen_at_step": step, "sha256": tensors_digest(tensors)}
-        beside = Path(out) / f"{WEIGHTS}.new"
-        beside.write_bytes(save(tensors, metadata={"card": json.dumps(full, sort_keys=True)}))
-        os.replace(beside, Path(out) / WEIGHTS)
+        with replacing(Path(out) / WEIGHTS) as beside:
+            beside.write_bytes(save(tensors, metadata={"card": json.dumps(full, sort_keys=True)}))
 
     return train(net, data, recipe, Guides([]), out, conduct, identity=identity, validate=validate, keep=keep)

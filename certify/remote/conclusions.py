@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from certify.errors import RunFault
-from certify.records import write_run
+from certify.records import replacing, write_run
 from certify.remote.answer_rows import clean_answer, rows_of
 from certify.remote.constancy import drifts, probes
 from certify.remote.labels import stage_of
@@ -108,14 +107,16 @@ def write_rows(folder: Path, header: Mapping[str, Any], rows: Sequence[Mapping[s
     Raises:
         RunFault: it cannot be written.
     """
-    written(folder / RUN, partial(write_run, header=header, rows=rows))
+    with writing(folder / RUN) as path:
+        write_run(path, header, rows)
 
 
-def written(path: Path, write: Callable[[Path], Any]) -> None:
-    """Make the folder and write; a full disk is a fault that says what is kept."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Makes the folder of what is written in the block; a full disk is a fault that says what is kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
+        yield path
     except OSError as error:
         raise RunFault(
             f"could not write {path}: {error.strerror}; what was asked before is kept in the ledger"
@@ -128,13 +129,5 @@ def write_about(folder: Path, about: Mapping[str, Any]) -> None:
     Raises:
         RunFault: it cannot be written.
     """
-
-    def write(path: Path) -> None:
-        beside = path.with_name(f".{path.name}.part")
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(about, indent=1, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-
-    written(folder / ABOUT, write)
+    with writing(folder / ABOUT) as path, replacing(path, sync=True) as beside:
+        beside.write_text(json.dumps(about, indent=1, allow_nan=False) + "\n", encoding="utf-8")

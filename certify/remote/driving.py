@@ -22,7 +22,7 @@ from certify.adaptive import Watch, settle
 from certify.errors import RunFault
 from certify.remote.answer_rows import clean_answer, watch_for
 from certify.remote.audit import CHUNK, DRIFT_IMAGES, Audit
-from certify.remote.conclusions import FINISHED, SPENT, written
+from certify.remote.conclusions import FINISHED, SPENT, writing
 from certify.remote.labels import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, label_remotely, query_name, stage_of
 from certify.remote.pictures import encode, to_pictures
 from certify.remote.types import Answer, Asking, Picture, Query
@@ -125,7 +125,8 @@ def _picture(audit: Audit, index: int) -> Picture:
 def _save(audit: Audit, index: int, kind: str, picture: Picture) -> None:
     path = audit.folder / "pictures" / f"{index:03d}-{kind}.png"
     if not path.exists():
-        written(path, lambda there: there.write_bytes(encode(picture)))
+        with writing(path):
+            path.write_bytes(encode(picture))
 
 
 def _ask_clean(audit: Audit, ask: Patient, chunk: Sequence[int], *, alone: bool) -> None:
