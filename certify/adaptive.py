@@ -20,6 +20,8 @@ from certify.votes import Job, Tally
 LEAST = 16  # samples of an image's first piece
 _TURN = 4  # rounds of which one begins with the image that has waited longest
 _HARD = 8  # images with as much work as this share of a batch that may keep new ones waiting
+_CHOICE = 2  # batches of pieces to fill one from
+_FULL = 0.9  # of a round's batches, at least, while there is work to fill them with
 _OPEN_BYTES = 2**30  # of images that wait for more samples, with a block of noise each
 
 Label = Callable[[Iterable[Job]], Iterator[Tally]]
@@ -263,7 +265,7 @@ def settle(
 ) -> Iterator[Settled]:
     """Label samples of all images until each is settled; as they are settled, not in their order.
 
-    Work goes in rounds of about one batch: pieces of the images in work, those with the fewest samples first. New
+    Work goes in rounds of one batch or a few: pieces of the images in work, those with the fewest samples first. New
     images are opened while a round has room; a few hard ones, which want more than a batch, do not keep them waiting.
     Every fourth round begins with the oldest image, so that new ones without end do not keep hard ones waiting either.
     What is settled about an image does not depend on the others.
@@ -285,10 +287,10 @@ def settle(
     more, turn = True, 0
     while True:
         work.sort(key=lambda image: image.watch.drawn)
-        most = batch_size if in_order else max(1, batch_size // _HARD)
+        most, enough = (batch_size, batch_size) if in_order else (max(1, batch_size // _HARD), _CHOICE * batch_size)
         planned = sum(min(most, image.watch.want) for image in work)
         held = sum(image.nbytes for image in work)
-        while more and planned < batch_size and (held < _OPEN_BYTES or not work):
+        while more and planned < enough and (held < _OPEN_BYTES or not work):
             try:
                 found = next(queue)
             except StopIteration:
@@ -303,20 +305,38 @@ def settle(
             if more:
                 continue
             return
-        chosen: list[_Open] = []
-        room = batch_size
         turn += 1
         if in_order or turn % _TURN == 0:
             work.sort(key=lambda image: image.index)
-        for image in work:
-            if room > 0:
-                chosen.append(image)
-                room -= image.watch.want
+        chosen = _filling(work, batch_size, clean)
         _round(label, chosen, keep, clean)
         for image in [image for image in chosen if not image.watch.want]:
             work.remove(image)
             assert image.first is not None
             yield Settled(image.index, image.watch, image.clean, image.first)
+
+
+def _filling(work: Sequence[_Open], batch_size: int, clean: bool) -> list[_Open]:
+    """The first of the images in work, and others until their next pieces fill whole batches, nearly.
+
+    A batch costs a compiled classifier the same whether it is full or not, and pieces are not cut: where one ends
+    depends on its image alone.
+    """
+    chosen: list[_Open] = []
+    rest, total, room = list(work), 0, 0
+    while rest and (not chosen or total < _FULL * room):
+        left = []
+        for image in rest:
+            samples = image.watch.want + (clean and image.clean is None)
+            if image is rest[0]:  # whatever it takes
+                room = -(-(total + samples) // batch_size) * batch_size
+            if total + samples <= room:
+                chosen.append(image)
+                total += samples
+            else:
+                left.append(image)
+        rest = left
+    return chosen
 
 
 def _round(label: Label, chosen: Sequence[_Open], keep: int, clean: bool) -> None:

@@ -149,10 +149,10 @@ def test_few_samples_first_and_new_images_while_there_is_room() -> None:
     def label(jobs: Iterable[Job]) -> Iterator[Tally]:
         rounds.append(0)
         for job in jobs:
+            rounds[-1] += job.trials
             if job.key is None:
                 yield Tally(Votes((1, 0)), torch.zeros(1, dtype=torch.int64))
                 continue
-            rounds[-1] += job.trials
             hard = job.key in (b"0", b"1")
             where = torch.arange(job.start, job.start + job.trials)
             yield Tally(Votes((job.trials, 0)), (where * 0.841345 % 1 < 0.841345).long() if hard else where * 0)
@@ -167,9 +167,11 @@ def test_few_samples_first_and_new_images_while_there_is_room() -> None:
     assert sorted(s.index for s in done) == list(range(200))
     assert all(s.clean == 0 and len(s.labels) == 10 for s in done)
     assert max(rounds) < 256 + 100_000 / 8
-    assert sum(rounds) == sum(s.watch.drawn for s in done)
+    assert sum(rounds) == sum(s.watch.drawn for s in done) + len(done)
     easy = 198 * 56
     assert sum(size >= 256 for size in rounds) > 0.9 * easy / 256  # nearly all easy work went in full batches
+    full = [size for size in rounds[: easy // 256] if size > 0.9 * 256 * -(-size // 256)]
+    assert len(full) > 0.9 * (easy // 256)  # and what was paid for was used
 
 
 def test_a_large_image_is_settled_while_small_ones_come_without_end() -> None:
