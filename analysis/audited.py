@@ -16,10 +16,10 @@ from certify.errors import UserError
 from certify.records import Run, read_run
 from certify.remote.conclusions import ABOUT, LEDGER, RUN
 from certify.remote.constancy import Drifted, Probed, drifts, probes
-from certify.remote.labels import ESTIMATION, SELECTION
+from certify.remote.labels import ESTIMATION, SELECTION, parts_of
 from certify.remote.ledger_lines import LOST, Kept, read_ledger
 from certify.remote.types import Answer
-from certify.remote.vocabulary import Vocabulary
+from certify.remote.vocabulary import class_of
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,6 @@ class AuditFolder:
     def of(self, image: str, *stages: str) -> list[Asked]:
         """The queries about one image in these stages."""
         return [query for stage in stages for query in self._by_image.get((image, stage), ())]
-
-    def images(self, stage: str) -> list[str]:
-        """The images that were asked about in a stage, in order."""
-        return list(dict.fromkeys(query.image for query in self.asked if query.stage == stage))
 
     @property
     def spent(self) -> int:
@@ -181,10 +177,7 @@ def _read_about(path: Path, faults: list[str]) -> dict[str, Any]:
 
 
 def _asked(kept: Kept | None, class_map: Mapping[str, str] | None) -> tuple[Asked, ...]:
-    vocabulary, found = Vocabulary(class_map=class_map), []
-    for name, answer in kept.answers.items() if kept else ():
-        image, stage, _ = [*name.rsplit(" | ", 2), "", ""][:3]
-        vote = vocabulary.vote(answer.ranked)
-        found.append((image, stage, answer, vote))
-    names = vocabulary.names
-    return tuple(Asked(i, stage, answer, names[vote] if vote >= 0 else None) for i, stage, answer, vote in found)
+    answers = kept.answers if kept else {}
+    return tuple(
+        Asked(*parts_of(name)[:2], answer, class_of(answer.ranked, class_map)) for name, answer in answers.items()
+    )

@@ -255,7 +255,7 @@ def test_class_map_files(tmp_path: Path) -> None:
 
 
 def test_vocabulary() -> None:
-    free, mapped = Vocabulary(), Vocabulary(class_map={"tabby": "cat", "pug": "dog", "lynx": "cat"})
+    free, mapped = Vocabulary(), Vocabulary({"tabby": "cat", "pug": "dog", "lynx": "cat"})
     assert [free.vote((Scored(w),)) for w in ("b", "a", "b")] == [0, 1, 0]
     assert free.names == ["b", "a"]
     assert mapped.names == ["cat", "dog"]

@@ -96,7 +96,7 @@ def _target(job: Audit, asking: Asking, answers: Mapping[str, Answer]) -> tuple[
     from certify.remote.classifier import RemoteClassifier
     from certify.remote.vocabulary import Vocabulary
 
-    vocabulary = Vocabulary(class_map=job.class_map)
+    vocabulary = Vocabulary(job.class_map)
     kept, labels, scored = [], [], True
     sizes: set[tuple[int, int, int]] = set()
     for index, item in enumerate(job.images.items):

@@ -17,6 +17,7 @@ from certify.errors import RunFault, UserError
 from certify.remote.labels import Ask, query_name
 from certify.remote.pictures import to_pictures
 from certify.remote.types import Answer, Query, Ranked
+from certify.remote.vocabulary import class_of
 from certify.types import FAILED
 
 _NOTHING = 1e-12  # score of a class that is not in the answer
@@ -53,7 +54,7 @@ class RemoteClassifier:
         scored: bool = True,
     ) -> None:
         self._ask, self._scored, self._class_map = ask, scored, class_map
-        self._numbers = {name: number for number, name in enumerate(classes)}
+        self._numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
         self.describe = describe
         self.name = str(describe()["name"])
         self.num_classes = len(classes) + 1
@@ -93,15 +94,12 @@ class RemoteClassifier:
 
     def _class(self, label: str) -> int:
         name = label if self._class_map is None else self._class_map.get(label)
-        return self._numbers.get(name, len(self._numbers)) if name is not None else len(self._numbers)
+        return self._numbers.get(name, len(self._numbers))
 
     def _label(self, ranked: Ranked) -> int:
         if not ranked:
             return FAILED
-        found = [self._class(one.label) for one in ranked]
-        if self._class_map is None:
-            return found[0]
-        return next((c for c in found if c < len(self._numbers)), len(self._numbers))
+        return self._numbers.get(class_of(ranked, self._class_map), len(self._numbers))
 
     def _weights(self, ranked: Ranked) -> list[float]:
         if not ranked:

@@ -19,7 +19,7 @@ from certify.remote.answer_rows import clean_answer, rows_of
 from certify.remote.constancy import drifts, probes
 from certify.remote.labels import stage_of
 from certify.remote.types import Answer
-from certify.remote.vocabulary import Vocabulary
+from certify.remote.vocabulary import Vocabulary, class_of
 
 RUN, ABOUT, LEDGER = "run.jsonl", "audit.json", "ledger.jsonl"
 """What an audit's folder holds, beside pictures and the report."""
@@ -52,7 +52,7 @@ def conclude(
     Raises:
         RunFault: they cannot be written.
     """
-    vocabulary = Vocabulary(class_map=about["class_map"])
+    vocabulary = Vocabulary(about["class_map"])
     rows = rows_of(header, about["images"], answers, vocabulary)
     write_rows(folder, header, rows)
     price = about["plan"]["price_per_1000"]
@@ -63,7 +63,7 @@ def conclude(
         "status": status,
         "reason": reason,
         "vocabulary": vocabulary.names,
-        "images": [{**image, **_reference(image, answers, vocabulary)} for image in about["images"]],
+        "images": [{**image, **_reference(image, answers, about["class_map"])} for image in about["images"]],
         "determinism": [dataclasses.asdict(one) for one in probes(answers, about["class_map"])],
         "drift": [dataclasses.asdict(one) for one in drifts(answers, about["class_map"])],
         "asked": {
@@ -86,19 +86,18 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     return {name: float(np.quantile(seconds, q)) for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
 
 
-def _name(vocabulary: Vocabulary, answer: Answer) -> str | None:
-    """The class an answer votes for, or None."""
-    vote = vocabulary.vote(answer.ranked)
-    return vocabulary.names[vote] if vote >= 0 else None
-
-
-def _reference(image: Mapping[str, Any], answers: Mapping[str, Answer], vocabulary: Vocabulary) -> dict[str, Any]:
+def _reference(
+    image: Mapping[str, Any], answers: Mapping[str, Answer], class_map: Mapping[str, str] | None
+) -> dict[str, Any]:
     clean = clean_answer(answers, image["id"])
     if clean is None:
         return {"reference": image["given"], "answer": [], "failure": "not asked"}
-    own = _name(vocabulary, clean)
     ranked = [[one.label, one.score] for one in clean.ranked]
-    return {"reference": image["given"] or own, "answer": ranked, "failure": clean.failure}
+    return {
+        "reference": image["given"] or class_of(clean.ranked, class_map),
+        "answer": ranked,
+        "failure": clean.failure,
+    }
 
 
 def write_rows(folder: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

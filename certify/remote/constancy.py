@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from certify.remote.answer_rows import clean_answer
-from certify.remote.labels import DRIFT, PROBE
+from certify.remote.labels import DRIFT, PROBE, parts_of
 from certify.remote.types import Answer
-from certify.remote.vocabulary import Vocabulary
+from certify.remote.vocabulary import class_of
 
 NO_LABEL = "no label of the class map"
 """Stands for the class of an answer whose labels are all outside of the class map."""
@@ -43,13 +43,11 @@ class Drifted:
         id: of the image.
         before: the class that was answered first; None: no label.
         after: the class that was answered at the end, if several times the last; None: no label.
-        change: of the first label's score; None where a score is missing, or the class is another one.
     """
 
     id: str
     before: str | None
     after: str | None
-    change: float | None
 
     @property
     def compared(self) -> bool:
@@ -69,11 +67,11 @@ def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
         answers: by name, in the order of their first sending.
         class_map: from labels to classes, or None.
     """
-    vocabulary, found = Vocabulary(class_map=class_map), []
+    found = []
     for image, again in _of_stage(answers, PROBE).items():
         clean = clean_answer(answers, image)
         answered = [a for a in (clean, *again.values()) if a is not None and a.ranked]
-        labels = Counter(_class(a, vocabulary) or NO_LABEL for a in answered)
+        labels = Counter(class_of(a.ranked, class_map) or NO_LABEL for a in answered)
         scores = [a.ranked[0].score for a in answered]
         known = [score for score in scores if score is not None]
         spread = max(known) - min(known) if known and len(known) == len(scores) and len(labels) == 1 else None
@@ -83,15 +81,13 @@ def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
 
 def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Drifted]:
     """The drift check: clean images at the end, the latest time they were asked about, beside their first answers."""
-    vocabulary, found = Vocabulary(class_map=class_map), []
+    found = []
     for image, asked in _of_stage(answers, DRIFT).items():
         clean, last = clean_answer(answers, image), asked[max(asked)]
-        before, after = (None if a is None else _class(a, vocabulary) for a in (clean, last))
-        scores = [a.ranked[0].score if a is not None and a.ranked else None for a in (clean, last)]
-        change = None
-        if scores[0] is not None and scores[1] is not None and before == after:
-            change = abs(scores[1] - scores[0])
-        found.append(Drifted(image, before, after, change))
+        before, after = (
+            class_of(a.ranked, class_map) or NO_LABEL if a is not None and a.ranked else None for a in (clean, last)
+        )
+        found.append(Drifted(image, before, after))
     return found
 
 
@@ -99,15 +95,7 @@ def _of_stage(answers: Mapping[str, Answer], stage: str) -> dict[str, dict[int, 
     """Answers of a stage by image and number."""
     found: dict[str, dict[int, Answer]] = {}
     for name, answer in answers.items():
-        image, there, number = [*name.rsplit(" | ", 2), "", ""][:3]
+        image, there, number = parts_of(name)
         if there == stage:
             found.setdefault(image, {})[int(number)] = answer
     return found
-
-
-def _class(answer: Answer, vocabulary: Vocabulary) -> str | None:
-    """The class that an answer votes for; None where it failed."""
-    if not answer.ranked:
-        return None
-    vote = vocabulary.vote(answer.ranked)
-    return vocabulary.names[vote] if vote >= 0 else NO_LABEL

@@ -173,7 +173,7 @@ def _ask_again(audit: Audit, ask: Patient, chunk: Sequence[int]) -> None:
 
 def _sample(audit: Audit, ask: Patient, header: Mapping[str, Any], chunk: Sequence[int]) -> None:
     """Noisy copies of these images, until each is settled or at n."""
-    s, vocabulary = audit.settings, Vocabulary(class_map=audit.class_map)
+    s, vocabulary = audit.settings, Vocabulary(audit.class_map)
     pipeline = audit.pipeline
     streams: dict[bytes, tuple[str, str]] = {}
     places = {audit.images.items[i].id: i for i in chunk}

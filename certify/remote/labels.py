@@ -38,9 +38,15 @@ def query_name(image: str, stage: str, number: int | str) -> str:
     return f"{image} | {stage} | {number}"
 
 
+def parts_of(name: str) -> tuple[str, str, str]:
+    """Image, stage and number that a query's name says; empty where it says none."""
+    image, stage, number = [*name.rsplit(" | ", 2), "", ""][:3]
+    return image, stage, number
+
+
 def stage_of(name: str) -> str:
     """The stage that a query's name says."""
-    return name.rsplit(" | ", 2)[1]
+    return parts_of(name)[1]
 
 
 def label_remotely(

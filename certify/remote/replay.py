@@ -76,7 +76,7 @@ def replay(
             raise UserError(str(error)) from None
     if answers is None:
         answers = read_answers(folder / LEDGER)
-    rows = rows_of(header, about["images"], answers, Vocabulary(class_map=about.get("class_map")))
+    rows = rows_of(header, about["images"], answers, Vocabulary(about.get("class_map")))
     before, now = ({row["id"]: row for row in some} for some in (there.images, rows))
     same = header == there.header
     differing = [i for i in before | now if same and _by_name(before.get(i)) != _by_name(now.get(i))]

@@ -8,7 +8,7 @@ mean one class, and an answer without any of them is an outcome of its own: a tr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from certify.errors import UserError
@@ -20,18 +20,23 @@ OUTSIDE = -2
 """The outcome of an answer in which no label is in the class map; negative, so that it is no class."""
 
 
+def class_of(ranked: Ranked, class_map: Mapping[str, str] | None = None) -> str | None:
+    """The class that an answer votes for: its best label, or the best that is in the class map; None: nobody's vote."""
+    names = (one.label if class_map is None else class_map.get(one.label) for one in ranked)
+    return next((name for name in names if name is not None), None)
+
+
 class Vocabulary:
     """Names of classes and their numbers.
 
     Args:
-        names: of the classes that are known already, in the order of their numbers.
         class_map: from the service's labels to classes; None: every label is a class of its own.
     """
 
-    def __init__(self, names: Iterable[str] = (), class_map: Mapping[str, str] | None = None) -> None:
+    def __init__(self, class_map: Mapping[str, str] | None = None) -> None:
         self.class_map = class_map
         self._numbers: dict[str, int] = {}
-        for name in [*names, *(class_map or {}).values()]:
+        for name in (class_map or {}).values():
             self.number(name)
 
     @property
@@ -44,18 +49,11 @@ class Vocabulary:
         return self._numbers.setdefault(name, len(self._numbers))
 
     def vote(self, ranked: Ranked) -> int:
-        """The class that an answer votes for: its best label, or the best that is in the class map.
-
-        Returns:
-            A class number, ``OUTSIDE`` where the class map knows none of the labels, ``FAILED`` without labels.
-        """
-        if not ranked:
-            return FAILED
-        if self.class_map is None:
-            return self.number(ranked[0].label)
-        known = (self.class_map[one.label] for one in ranked if one.label in self.class_map)
-        name = next(known, None)
-        return OUTSIDE if name is None else self.number(name)
+        """The number of :func:`class_of`: ``OUTSIDE`` where the class map knows no label, ``FAILED`` without labels."""
+        name = class_of(ranked, self.class_map)
+        if name is None:
+            return OUTSIDE if ranked else FAILED
+        return self.number(name)
 
 
 def read_class_map(path: str | Path) -> dict[str, str]:
