@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from denoisers.dncnn import DnCNN
 from training.muon import ADAM_SHARE, MOMENTUM, Muon, orthogonal
 
 
@@ -64,6 +65,15 @@ def test_weights_keep_their_norm() -> None:
     for seed in range(20):
         step(net, optimizer, seed)
     assert net[1].weight.norm().item() == pytest.approx(8**0.5, rel=0.1)  # one update away from it
+
+
+def test_a_convolution_that_starts_at_zero_is_adams() -> None:
+    """The last one of DnCNN: it has no norm to keep."""
+    net = nn.Sequential(DnCNN(4, 3), nn.Flatten(), nn.Linear(3 * 16, 2))
+    step(net, Muon(net, 0.05, 0.0), 0)
+    last = net[0].dncnn[-1].weight
+    assert last.isfinite().all()
+    assert 0 < last.abs().max() <= 0.05 * ADAM_SHARE * 1.001
 
 
 def test_it_goes_on_as_if_it_had_not_been_stopped() -> None:

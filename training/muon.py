@@ -22,7 +22,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024
 
 
 class Muon(torch.optim.Adam):
-    """Orthogonal updates for those convolutions that have no bias (a normalisation follows), Adam for the rest.
+    """Orthogonal updates for convolutions without bias (a normalisation follows) that do not start at zero; else Adam.
 
     Args:
         net: the network; parameters without gradients are left out.
@@ -32,7 +32,7 @@ class Muon(torch.optim.Adam):
 
     def __init__(self, net: nn.Module, rate: float, weight_decay: float) -> None:
         turned = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d) and m.bias is None]
-        turned = [p for p in turned if p.requires_grad]
+        turned = [p for p in turned if p.requires_grad and p.any()]  # one that starts at zero has no norm to keep
         mine = {id(p) for p in turned}
         rest = [p for p in net.parameters() if p.requires_grad and id(p) not in mine]
         groups = [{"params": p, "orthogonal": flag} for p, flag in ((turned, True), (rest, False)) if p]
