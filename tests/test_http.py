@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
+from servers import wait_for
 
 from certify.access import BudgetSpent
 from certify.cli.service import manners
@@ -51,7 +52,7 @@ def ask(
     *,
     budget: int | None = None,
     manners: Manners = SOON,
-    timeout: float = 2.0,
+    timeout: float = 20.0,
 ) -> tuple[list[Answer], CertifyError | None]:
     """What was handed out, and what ended it."""
     found: list[Answer] = []
@@ -100,7 +101,7 @@ def test_a_fault_costs_what_was_sent_and_nothing_else(fault: str, tmp_path: Path
         return fault if number == 1 or (number % 3 == 1 and not slow) else ""
 
     with FaultServer(plan) as server:
-        found, error = ask(server, tmp_path / "ledger", wanted, timeout=1.5 if slow else 20)
+        found, error = ask(server, tmp_path / "ledger", wanted, timeout=1.5 if slow else 20.0)
     assert error is None
     assert [answer.name for answer in found] == [query.name for query in wanted]
     sent = read_ledger(tmp_path / "ledger")
@@ -250,7 +251,7 @@ def test_a_burst_of_refusals_stops_at_once(tmp_path: Path) -> None:
         start = time.monotonic()
         _, error = ask(server, tmp_path / "ledger", queries(500), manners=Manners(8, longest_wait=30, grace=5))
     assert "check the key" in str(error)
-    assert time.monotonic() - start < 5  # though a query before it would wait for half a minute
+    assert time.monotonic() - start < 20  # though a query before it would wait for half a minute
     assert len(server.seen) == read_ledger(tmp_path / "ledger").spent <= 8
 
 
@@ -279,24 +280,25 @@ def test_requests_are_waited_for_longer_than_they_may_take(tmp_path: Path) -> No
     assert Manners().grace > TIMEOUT
     assert manners({"concurrency": 1, "rate": None, "retries": 4, "timeout": 120.0}).grace > 120
     path, header, said = tmp_path / "ledger", ledger_header("http://x", RAW), list[str]()
+    slow = picture(1).pixels.tobytes()  # by content: of two threads either request may come first
     with (
-        FaultServer(["", "drip:0.04"], delay=0.05) as server,
+        FaultServer(lambda number, seen: "drip:0.06" if seen.body == slow else "", hold=2) as server,
         HttpSender(server.url) as send,
         Ledger(path, header) as ledger,
     ):
-        answers = Asker(send, RAW, ledger, manners=Manners(2), tell=said.append)(queries(100))
+        answers = Asker(send, RAW, ledger, manners=Manners(2), tell=said.append)(queries(2))
         next(answers)
         answers.close()
         assert all(answer.ranked for answer in ledger.answers().values())
-        assert len(server.seen) == len(ledger.answers()) >= 2
+        assert len(server.seen) == len(ledger.answers()) == 2
     assert said == ["waiting for requests under way: 1, 65 s at most; their answers are kept"]
 
 
 def test_concurrency_is_kept(tmp_path: Path) -> None:
-    with FaultServer(delay=0.05) as server:
+    with FaultServer(delay=0.05, hold=6) as server:
         found, _ = ask(server, tmp_path / "ledger", queries(24), manners=Manners(6))
     assert len(found) == 24
-    assert 4 <= server.most_at_once <= 6
+    assert server.most_at_once == 6
 
 
 def test_rate_with_a_clock() -> None:
@@ -345,12 +347,20 @@ def test_retry_after(text: str, seconds: float | None) -> None:
     assert retry_after(Reply(429, b"", {}), noon) is None
 
 
-def test_retry_after_is_honoured_for_everybody(tmp_path: Path) -> None:
+def test_retry_after_is_honoured_for_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused, pause = list[float](), Rate.pause
+
+    def spy(rate: Rate, seconds: float) -> None:
+        paused.append(seconds)
+        pause(rate, seconds)
+
+    monkeypatch.setattr(Rate, "pause", spy)  # of the rate, which all queries share: test_rate_with_a_clock
     with FaultServer(["later:0.4"]) as server:
         start = time.monotonic()
         found, _ = ask(server, tmp_path / "ledger", queries(5), manners=Manners(1, longest_wait=1.0))
         assert time.monotonic() - start >= 0.4
     assert found[0].attempts == 2
+    assert paused == [0.4]
 
 
 @pytest.mark.parametrize("fault", ["hang", "drip:0.1", "drip-head:0.1"])
@@ -360,6 +370,7 @@ def test_a_deadline_ends_everything(fault: str) -> None:
         with pytest.raises(TimeoutError, match=r"no whole reply within 0\.4 s"):
             send(Request(b"x"))
         assert time.monotonic() - start < 10  # a hanging service never ends, a dripping one after 15 s
+        send._timeout = 20.0  # what comes next is about the connection alone, however busy the machine
         assert send(Request(b"x")).status == 200
 
 
@@ -537,9 +548,9 @@ def test_ctrl_c_waits_for_what_is_under_way(asking_child: tuple[subprocess.Popen
     child, server, path = asking_child
     assert child.stdout is not None
     child.stdout.readline()
-    time.sleep(0.1)  # three others are on their way
+    wait_for(lambda: len(server.seen) >= 4)  # three others are on their way
     child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=20)
+    _, errors = child.communicate(timeout=60)
     assert child.returncode != 0
     assert "KeyboardInterrupt" in errors
     kept = read_ledger(path)
