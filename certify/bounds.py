@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from certify.errors import UserError
 from certify.registry import Registry
 
 _OUTWARD = 1e-12
@@ -75,7 +76,7 @@ class Bound:
 def check_alpha(alpha: float) -> None:
     """Refuse an alpha outside (0, 1), NaN included, and below 1e-40, where the margin is not known to suffice."""
     if not _SMALLEST_ALPHA <= alpha < 1.0:
-        raise ValueError(f"alpha = {alpha}: expected a number strictly between 0 and 1, such as 0.001 (1e-40 at least)")
+        raise UserError(f"alpha = {alpha}: expected a number strictly between 0 and 1, such as 0.001 (1e-40 at least)")
 
 
 def check_share(alpha: float) -> None:

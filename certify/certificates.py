@@ -172,7 +172,4 @@ def check_counts(n: int, n0: int, alpha: float) -> None:
     """Refuse sample counts below 1 and alpha outside (0, 1), as the user's mistakes."""
     if n < 1 or n0 < 1:
         raise UserError(f"n = {n}, n0 = {n0}: expected at least 1 sample in each stage")
-    try:
-        check_alpha(alpha)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    check_alpha(alpha)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from certify.bounds import BOUNDS, check_alpha
 from certify.errors import RunFault, UserError
-from certify.records import Run, read_run, write_run
+from certify.records import Run, now, read_run, write_run
 from certify.rows import answer
 
 
@@ -33,24 +33,27 @@ def recompute(
     header = run.header
     if "procedure" not in header or "noise" not in header:
         raise UserError(f"{run.path} names no procedure or noise; expected a run file of certify")
+    origin = {"run": run.path.name, "sha256": hashlib.sha256(run.path.read_bytes()).hexdigest()}
+    changed = recomputed_header(run, origin, alpha=alpha, bound=bound, command=command)
+    return changed, [_line(changed, row) for row in run.images]
+
+
+def recomputed_header(
+    run: Run, origin: Mapping[str, str], *, alpha: float | None, bound: str | None, command: str
+) -> dict[str, Any]:
+    """The run's header at another alpha or bound (None keeps it), with what it was and where its votes are from.
+
+    Raises:
+        UserError: as :func:`recompute`.
+    """
+    header = run.header
     alpha = header["alpha"] if alpha is None else alpha
     bound = header["bound"] if bound is None else bound
-    try:
-        check_alpha(alpha)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    check_alpha(alpha)
     check_design(run, bound)
-    origin = {"run": run.path.name, "sha256": hashlib.sha256(run.path.read_bytes()).hexdigest()}
     kept = {key: header[key] for key in ("alpha", "bound", "created", "command")}
-    changed = {
-        **header,
-        "alpha": alpha,
-        "bound": bound,
-        "recomputed": {**origin, "from": kept},
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-    }
-    return changed, [_line(changed, row) for row in run.images]
+    said = {"recomputed": {**origin, "from": kept}, "created": now(), "command": command}
+    return {**header, "alpha": alpha, "bound": bound, **said}
 
 
 def _line(header: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:

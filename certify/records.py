@@ -9,6 +9,7 @@ Header keys that others rely on: ``type`` ("run"), ``schema``, ``model``, ``data
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import io
 import json
@@ -37,6 +38,11 @@ SET_ASIDE = "is set aside"
 """How the ``error`` of an image begins that can be read, but that no worker survives."""
 
 IMAGE_KEYS = ("id", "label", "prediction", "radius", "p_lower", "votes", "selection", "trials", "failures", "seconds")
+
+
+def now() -> str:
+    """The time in UTC to the second, as headers say when they were made."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def identity(header: Mapping[str, Any]) -> dict[str, Any]:

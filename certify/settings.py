@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,12 +15,13 @@ from certify.errors import UserError
 from certify.execution import Execution
 from certify.images import ImageSet
 from certify.machine import machine_name
-from certify.records import SCHEMA
+from certify.records import SCHEMA, now
 from certify.registry import PLUGINS
 from certify.sampling import KEPT, NoisyClassifier
 from certify.sequential import DEFAULT_RULE, MEASURING_BOUND
 from certify.streams import STREAM
 from certify.tuning import Wanted
+from certify.types import Noise
 
 PROCEDURES = ("certify", "predict", "decide")
 
@@ -100,6 +100,21 @@ class Settings:
         rule = self.rule if self.procedure == "decide" else MEASURING_BOUND
         return {"rule": rule, "radii": list(self.radii), "tolerance": self.tolerance}
 
+    def numbers(self, noise: Noise, norm: str) -> dict[str, Any]:
+        """What the header says of the noise, the norm of the radii, and how the votes are counted."""
+        return {
+            "noise": noise.name,
+            "rounded": bool(getattr(noise, "rounded", False)),
+            "norm": norm,
+            "sigma": noise.scale,
+            "n0": self.stages.get("selection", 0),
+            "n": self.n,
+            "alpha": self.alpha,
+            "bound": {"certify": self.bound, "predict": "binomial test", "decide": self.rule}[self.procedure],
+            "stopping": self.stopping(),
+            "seed": self.seed,
+        }
+
 
 def run_header(
     smoothed: NoisyClassifier,
@@ -123,36 +138,27 @@ def run_header(
         "model": model,
         "data": data,
         "denoiser": denoiser,
-        "noise": smoothed.noise.name,
-        "rounded": bool(getattr(smoothed.noise, "rounded", False)),
-        "norm": smoothed.norm,
-        "sigma": smoothed.noise.scale,
-        "n0": settings.stages.get("selection", 0),
-        "n": settings.n,
-        "alpha": settings.alpha,
-        "bound": {"certify": settings.bound, "predict": "binomial test", "decide": settings.rule}[settings.procedure],
-        "stopping": settings.stopping(),
-        "seed": settings.seed,
+        **settings.numbers(smoothed.noise, smoothed.norm),
         "precision": wanted.precision,
         "compiled": wanted.compile,
         "folded": "auto",
-        **circumstances(smoothed),
+        **circumstances(smoothed.device),
         "expected": len(images),
         "images": images.describe(),
         "pipeline": smoothed.base.describe()["steps"],
         "stream": STREAM,
         "batch_size": wanted.batch_size or "auto",
         "execution": {"asked": asdict(wanted)},
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "command": command,
     }
 
 
-def circumstances(smoothed: NoisyClassifier) -> dict[str, Any]:
+def circumstances(device: torch.device) -> dict[str, Any]:
     """What the header says of the device and the machine on which the base classifier runs."""
     return {
-        "device": smoothed.device.type,
-        "accelerator": machine_name(smoothed.device) if smoothed.device.type != "cpu" else None,
+        "device": device.type,
+        "accelerator": machine_name(device) if device.type != "cpu" else None,
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "versions": versions(),
         "machine": {"processor": machine_name(torch.device("cpu")), "threads": torch.get_num_threads()},

@@ -7,7 +7,6 @@ that a single process would have written.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certify.errors import RunFault, UserError
-from certify.records import Run, differences, identity_digest, read_run, write_run
+from certify.records import Run, differences, identity_digest, now, read_run, write_run
 
 if TYPE_CHECKING:
     from certify.execution import Execution
@@ -136,12 +135,7 @@ def merge_shards(paths: Sequence[str | Path], *, command: str = "") -> tuple[dic
     names = [row["id"] for _, row in rows]
     if len(set(names)) < len(names):
         raise UserError(f"{first.path} and the others hold an image twice; they are damaged: run one of them again")
-    header = {
-        **whole,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "merged": [_origin(run) for run in runs],
-    }
+    header = {**whole, "created": now(), "command": command, "merged": [_origin(run) for run in runs]}
     return header, [row for _, row in rows]
 
 

@@ -40,7 +40,7 @@ class SmoothedStation:
 
     def facts(self) -> dict[str, Any]:
         """Device, versions and machine."""
-        return circumstances(self._smoothed)
+        return circumstances(self._smoothed.device)
 
     def prepare(self, image: np.ndarray, samples: int, execution: Execution | None) -> Execution:
         """As :meth:`certify.sampling.NoisyClassifier.prepare`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import shlex
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 from certify.certificates import largest_radius, needed
 from certify.errors import ImageError
 from certify.images import ImageSet
-from certify.machine import machine_name
 from certify.pipeline import Pipeline
-from certify.records import SCHEMA, peek_header, refuse_other_run
+from certify.records import SCHEMA, now, peek_header, refuse_other_run
 from certify.remote.conclusions import RUN, RUNNING, write_about, write_rows
-from certify.remote.labels import CLEAN, DRIFT, PROBE, SELECTION, TOGETHER
+from certify.remote.labels import CLEAN, DRIFT, PROBE, TOGETHER
 from certify.sampling import image_digest
 from certify.sequential import thresholds
-from certify.settings import Settings, versions
+from certify.settings import Settings, circumstances
 from certify.streams import STREAM
 from certify.types import Noise
 
@@ -136,43 +134,26 @@ def make_header(audit: Audit, *, data: str, denoiser: str = "none", command: str
         "model": audit.service.endpoint,
         "data": data,
         "denoiser": denoiser,
-        "noise": audit.noise.name,
-        "rounded": bool(getattr(audit.noise, "rounded", False)),
-        "norm": audit.noise.norm,
-        "sigma": audit.noise.scale,
-        "n0": s.stages.get(SELECTION, 0),
-        "n": s.n,
-        "alpha": s.alpha,
-        "bound": s.bound if s.procedure == "certify" else s.rule,
-        "stopping": s.stopping(),
+        **s.numbers(audit.noise, audit.noise.norm),
         "in_order": True,  # the images of an unfinished run are the first ones, not the easy ones
-        "seed": s.seed,
         "precision": "float32",
         "compiled": False,
         "folded": False,
-        "device": audit.device.type,
-        "accelerator": machine_name(audit.device) if audit.device.type != "cpu" else None,
-        "torch": ".".join(torch.__version__.split(".")[:2]),
+        **circumstances(audit.device),
         "expected": len(audit.images),
         "images": audit.images.describe(),
         "reference": {"labels": OWN if audit.given is None else GIVEN, "sha256": _digest(audit.given)},
         "class_map": audit.class_map and dict(audit.class_map),
         "pipeline": audit.pipeline.describe()["steps"],
         "stream": STREAM,
-        "versions": versions(),
-        "machine": {"processor": machine_name(torch.device("cpu")), "threads": torch.get_num_threads()},
         "batch_size": TOGETHER,
-        "created": _now(),
+        "created": now(),
         "command": command,
     }
 
 
 def _digest(given: Mapping[str, str] | None) -> str | None:
     return None if given is None else hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def plan(audit: Audit, *, price: float | None = None, rate: float | None = None, attacks: int = 0) -> dict[str, Any]:

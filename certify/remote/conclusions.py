@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from certify.errors import RunFault
-from certify.records import replacing, write_run
+from certify.records import now, replacing, write_run
 from certify.remote.answer_rows import clean_answer, rows_of
 from certify.remote.constancy import drifts, probes
 from certify.remote.labels import stage_of
@@ -59,7 +58,7 @@ def conclude(
     attempts, queries = sent or (sum(answer.attempts for answer in answers.values()), len(answers))
     concluded = {
         **about,
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "finished": now(),
         "status": status,
         "reason": reason,
         "vocabulary": vocabulary.names,

@@ -15,7 +15,6 @@ which is then left out; anything else that does not fit is refused.
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 
 from certify import __version__
 from certify.errors import UserError
+from certify.records import now
 from certify.remote.types import Answer, Format, Scored
 
 SCHEMA = 2
@@ -82,7 +82,7 @@ def ledger_header(endpoint: str, format: Format, **settings: Any) -> dict[str, A
         "format": {"name": format.name, **format.about},
         **settings,
         "version": __version__,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created": now(),
     }
 
 

@@ -6,16 +6,14 @@ header; every vote comes from the ledger. No data, no model, no service.
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from certify.bounds import check_alpha
 from certify.errors import UserError
-from certify.recompute import check_design
+from certify.recompute import check_design, recomputed_header
 from certify.records import Run, read_run
 from certify.remote.answer_rows import rows_of
 from certify.remote.conclusions import ABOUT, LEDGER, RUN
@@ -62,23 +60,15 @@ def replay(
     folder = Path(folder)
     about = read_about(folder)
     there = read_run(folder / RUN, allow_partial=True)
-    header = {**there.header}
-    check_design(there, header["bound"] if bound is None else bound)
-    if alpha is not None or bound is not None:
-        kept = {key: header[key] for key in ("alpha", "bound", "created", "command")}
-        header |= {"recomputed": {"run": str(folder), "from": kept}, "command": command}
-        header["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        header["alpha"] = header["alpha"] if alpha is None else alpha
-        header["bound"] = header["bound"] if bound is None else bound
-        try:
-            check_alpha(header["alpha"])
-        except ValueError as error:
-            raise UserError(str(error)) from None
+    header, same = there.header, alpha is None and bound is None
+    if same:
+        check_design(there, header["bound"])
+    else:
+        header = recomputed_header(there, {"run": str(folder)}, alpha=alpha, bound=bound, command=command)
     if answers is None:
         answers = read_answers(folder / LEDGER)
     rows = rows_of(header, about["images"], answers, Vocabulary(about.get("class_map")))
     before, now = ({row["id"]: row for row in some} for some in (there.images, rows))
-    same = header == there.header
     differing = [i for i in before | now if same and _by_name(before.get(i)) != _by_name(now.get(i))]
     return Replayed(Run(there.path, header, rows), tuple(differing))
 
