@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,5 @@ class DnCNN(nn.Module):
         return cleaned
 
 
-def wide(**options: int) -> DnCNN:
-    """DnCNN with 128 channels (2,222,720 parameters for RGB)."""
-    return DnCNN(channels=128, **options)
+wide = functools.partial(DnCNN, channels=128)
+"""DnCNN with 128 channels (2,222,720 parameters for RGB)."""

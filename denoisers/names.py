@@ -59,24 +59,36 @@ def parse_options(text: str) -> tuple[str, dict[str, Any]]:
     return name, found
 
 
-def build_with(kind: str, text: str, builder: Callable[..., Any], *given: Any, options: Mapping[str, Any]) -> Any:
-    """What ``builder(*given, **options)`` makes; options it does not know are the user's mistake.
+def build_with(
+    kind: str, text: str, builder: Callable[..., Any], *given: Any, options: Mapping[str, Any], **fixed: Any
+) -> Any:
+    """What ``builder(*given, **fixed, **options)`` makes; options that do not fit are the user's mistake.
 
     Raises:
-        UserError: an unknown option (with those there are), or a value that does not fit.
+        UserError: an unknown option, one of those that are ``fixed``, or a value that does not fit; says what there is.
     """
-    known = list(inspect.signature(builder).parameters.values())[len(given) :]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known)
-    wrong = [] if takes_any else [key for key in options if key not in {p.name for p in known}]
-    if wrong:
-        names = ", ".join(p.name for p in known) or "none"
-        raise UserError(f"{kind} {text!r} has no option {wrong[0]!r}; its options: {names}")
+    parameters = list(inspect.signature(builder).parameters.values())[len(given) :]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in fixed}
+    its = f"its options: {', '.join(map(_spelled, known.values())) or 'none'}"
+    for key in options:
+        if key in fixed or not (takes_any or key in known):
+            raise UserError(f"{kind} {text!r} has no option {key!r}; {its}")
     try:
-        return builder(*given, **options)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{kind} {text!r}: {first_line(error)}") from None
+        return builder(*given, **fixed, **options)
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{kind} {text!r}: {first_line(error)}; {its}") from None
+
+
+def _spelled(option: inspect.Parameter) -> str:
+    """An option with its default as it would be typed, if it has one."""
+    if option.default is option.empty:
+        return option.name
+    words = isinstance(option.default, str)
+    default = option.default if words else json.dumps(option.default, separators=(",", ":"), default=str)
+    return f"{option.name}={default}"
 
 
 def shipped_names() -> list[str]:

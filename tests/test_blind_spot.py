@@ -209,7 +209,7 @@ def test_from_the_command_to_a_label(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ("ncis:iterations=0:weights={}", "ncis:iterations=0; expected a whole number from 1"),
         ("ncis:iterations=1.5:weights={}", "ncis:iterations=1.5; expected a whole number from 1"),
-        ("ncis:passes=2", "has no option 'passes'; its options: iterations, weights"),
+        ("ncis:passes=2", "has no option 'passes'; its options: iterations=1, weights=null"),
         ("ncis:weights={}", "holds no weights for ncis"),
     ],
 )

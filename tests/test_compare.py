@@ -249,7 +249,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ("changed", "message"),
     [
         (("--defences", "gss"), "unknown denoiser 'gss'; nearest: gs"),
-        (("--defences", "gs:width=2"), "has no option 'width'; its options: kernel, std, iterations"),
+        (("--defences", "gs:width=2"), "has no option 'width'; its options: kernel=5, std=0.5, iterations=2"),
         (("--defences", "none,,gs"), "expected names separated by commas, each once"),
         (("--attacks", "pgd"), "unknown attack 'pgd'"),
         (("--attacks", "transfer"), "attack transfer needs surrogates"),

@@ -90,7 +90,10 @@ def test_weights_are_chosen_by_agreement_where_draws_should_agree(digits: Classi
         ({"draws": 1.5}, "--set draws=1.5: expected a whole number"),
         ({"consistency": 3}, "one draw has nothing to agree with; add --set draws=2"),
         ({"draws": 2, "consistency": -1}, "--set consistency=-1: expected a number from 0"),
-        ({"draws": 2, "weight": 3}, "objective stability has no such setting; its settings: draws, consistency"),
+        (
+            {"draws": 2, "weight": 3},
+            "objective 'stability' has no option 'weight'; its options: draws=1, consistency=0.0",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], says: str) -> None:

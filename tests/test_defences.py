@@ -114,10 +114,10 @@ def test_smoothing_as_a_plain_classifier_counts_the_votes_of_its_draws() -> None
     ("text", "message"),
     [
         ("nothing-like-it", "unknown"),
-        ("denoised:sigmo=1", "has no option 'sigmo'; its options: sigma, n, denoiser"),
+        ("denoised:sigmo=1", "has no option 'sigmo'; its options: sigma=0.25, n=100, denoiser=auto"),
         ("denoised:sigma", "expected NAME:KEY=VALUE"),
         ("denoised:sigma=-1", "expected a number above 0"),
-        ("gaussian:size=3", "has no option 'size'; its options: width"),
+        ("gaussian:size=3", "has no option 'size'; its options: width=null"),
         ("gaussian", "width follows the noise, and none is added here; write gaussian:width=0.5"),
         ("denoised:n=2.5", "n=2.5; expected a whole number of votes"),
         ("denoised:sigma=x", "sigma=x; expected a number above 0"),

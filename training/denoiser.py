@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,12 +12,13 @@ import torch
 from torch import nn
 
 from certify.classifiers import Classifier
-from certify.errors import RunFault, UserError, first_line
+from certify.errors import RunFault, UserError
 from certify.pipeline import state_digest
 from certify.settings import versions
 from denoisers import ARCHITECTURES
 from denoisers.adapters import Adapted
 from denoisers.find import find_denoiser
+from denoisers.names import build_with
 from denoisers.weights import ACCESS, UNNAMED, Card, Trained, save_denoiser
 from training.checkpoint import Scores
 from training.data import TrainingData
@@ -170,14 +169,8 @@ def build(
     Weights of the same architecture may lack parts that ``options`` add; a warning names them.
     """
     torch.manual_seed(seed)
-    try:
-        net: nn.Module = ARCHITECTURES.get(architecture)(image_channels=image[0], **(options or {}))
-    except (TypeError, ValueError, IndexError, RuntimeError, ArithmeticError) as error:
-        known = inspect.signature(ARCHITECTURES.get(architecture)).parameters.values()
-        its = ", ".join(f"{p.name}={_spelled(p.default)}" for p in known if p.name != "image_channels")
-        raise UserError(
-            f"--option does not fit {architecture}: {first_line(error)}; its options: {its or 'none'}"
-        ) from None
+    builder = ARCHITECTURES.get(architecture)
+    net: nn.Module = build_with("architecture", architecture, builder, options=options or {}, image_channels=image[0])
     if init is None:
         return net, None
     start = find_denoiser(init, image=image)
@@ -197,11 +190,6 @@ def build(
     card = start.card
     about = {key: getattr(card, key) for key in ("sha256", "objective", "access", "command", "started_from")}
     return net, {**about, "classifiers": list(card.classifiers), **({"new": sorted(missing)} if missing else {})}
-
-
-def _spelled(default: Any) -> str:
-    """A default as it would be typed: JSON."""
-    return json.dumps(default, separators=(",", ":"))
 
 
 def lineage(access: str, guides: Guides, before: dict[str, Any] | None) -> tuple[str, tuple[dict[str, Any], ...]]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from certify.classifiers import Classifier
-from certify.errors import UserError, first_line
+from certify.errors import UserError
 from certify.registry import Registry
+from denoisers.names import build_with
 from training.consistency import agreeing_loss, check_draws
 
 if TYPE_CHECKING:
@@ -203,20 +204,11 @@ def make_objective(name: str, settings: Mapping[str, Any] | None = None) -> Obje
         UserError: a setting it does not have (with those there are), or a value that does not fit.
     """
     builder = OBJECTIVES.get(name)
-    known = list(inspect.signature(builder).parameters)
-    wrong = [key for key in settings or {} if key not in known]
-    if wrong:
-        raise UserError(
-            f"--set {wrong[0]}: objective {name} has no such setting; its settings: {', '.join(known) or 'none'}"
-        )
+    known = inspect.signature(builder).parameters
     for key, value in (settings or {}).items():
-        _check_type(key, value, inspect.signature(builder).parameters[key])
-    try:
-        built: Objective = builder(**(settings or {}))
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--set does not fit objective {name}: {first_line(error)}") from None
+        if key in known:
+            _check_type(key, value, known[key])
+    built: Objective = build_with("objective", name, builder, options=settings or {})
     return built
 
 
