@@ -16,17 +16,21 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.attacks import CLASSIFIER, DEFENCE, LABELS, SCORES, SURROGATES, Attack, find_attack, need_extra
+from analysis.attacks import ATTACKS, CLASSIFIER, DEFENCE, LABELS, SCORES, SURROGATES, Attack, find_attack, need_extra
 from certify.access import QueryAccess
 from certify.classifiers import Classifier
 from certify.defence import Defence
 from certify.errors import UserError
 from certify.streams import stream_key
+
+_MEANS = {CLASSIFIER: "classifier", DEFENCE: "defence", SURROGATES: "surrogates"}
+"""What an attack needs, if it does not ask, and the argument of :func:`attack` and field of ``Task`` that it is."""
 
 SLACK = 1e-6
 """How far float32 may carry an image over the edge of a ball before it counts as outside."""
@@ -163,25 +167,17 @@ def attack(
     found = find_attack(name, norm)
     need_extra(name)
     _check(name, found, images, labels, ids, eps, access, options)
-    means = {CLASSIFIER: classifier, DEFENCE: defence, SURROGATES: surrogates or None}
-    if found.needs in means and means[found.needs] is None:
-        word = {CLASSIFIER: "classifier", DEFENCE: "defence", SURROGATES: "surrogates"}[found.needs]
-        raise UserError(f"attack {name} needs {found.needs}; give {word}=")
+    given: dict[str, Any] = {"classifier": classifier, "defence": defence, "surrogates": surrogates or None}
+    own = {word: given[word] for need, word in _MEANS.items() if need == found.needs}
+    if None in own.values():
+        raise UserError(f"attack {name} needs {found.needs}; give {_MEANS[found.needs]}=")
     known = [c.identity() for c in ([classifier] if classifier else []) + (defence.classifiers if defence else [])]
     if found.needs == SURROGATES and any(s.identity() in known for s in surrogates):
         raise UserError(f"attack {name}: a surrogate is the target itself (same weights); expected other classifiers")
     proposals = []
     for i, image in enumerate(images.detach().cpu().float()):
         key = stream_key(seed, ids[i], f"attack {name} {norm}")
-        task = Task(
-            norm,
-            eps,
-            key,
-            access[i] if found.asks else None,
-            classifier if found.needs == CLASSIFIER else None,
-            defence if found.needs == DEFENCE else None,
-            surrogates if found.needs == SURROGATES else (),
-        )
+        task = Task(norm, eps, key, access[i] if found.asks else None, **own)
         with seeded(key):
             proposals.append(found(image, int(labels[i]), task, **options))
     return _measured(name, norm, eps, images.detach().cpu().float(), labels, proposals)
@@ -242,9 +238,10 @@ def _check_access(name: str, found: Attack, count: int, access: Sequence[QueryAc
         )
     for one in access:
         if found.needs == SCORES and one.answers == LABELS:
+            others = ", ".join(other for other in ATTACKS if find_attack(other).needs == LABELS)
             raise UserError(
                 f"attack {name} needs scores, and this access answers labels; expected QueryAccess(..., 'scores'), or "
-                "hopskipjump, which needs labels alone"
+                f"an attack that needs labels alone: {others}"
             )
         if one.budget is None:
             raise UserError(f"attack {name} asks for as long as it may: give the access a budget, such as 1000")

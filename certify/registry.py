@@ -6,7 +6,7 @@ Other packages add to a registry that has a group of entry points, without a cha
 from __future__ import annotations
 
 import difflib
-import importlib
+import pkgutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -63,9 +63,8 @@ class Registry:
         target, _ = self._entries[name]
         if not isinstance(target, str):
             return target
-        module, _, attribute = target.partition(":")
         try:
-            found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+            found: Callable[..., Any] = pkgutil.resolve_name(target)
         except Exception as error:
             if name not in self._packages:
                 raise

@@ -196,9 +196,9 @@ def test_a_worker_writes_the_lines_of_a_single_machine(kind: str, digits: Classi
     assert facts["device"] == "cpu"
     assert steps[0]["sha256"]
     example = images.load(0).numpy()
-    assert worker.prepare(example, 1000, None).plain
-    assert worker.measure_rate(example) > 0
-    assert worker.base_labels([example]) == [alone[0]["base"]]
+    assert worker.ask("prepare", example, 1000, None).plain
+    assert worker.ask("measure_rate", example) > 0
+    assert worker.ask("base_labels", [example]) == [alone[0]["base"]]
     sent = [Sent(t.place, t.id, t.label, np.asarray(images.items[t.place].read())) for t in tasks]
     for image in sent:
         assert isinstance(image.raw, np.ndarray)

@@ -5,9 +5,9 @@ An attack only proposes an image. What that image is worth is measured in :mod:`
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,8 +56,7 @@ class Attack:
     @property
     def function(self) -> Any:
         """What ``run`` names."""
-        module, _, name = self.run.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(self.run)
 
     @property
     def options(self) -> list[str]:
@@ -99,28 +98,17 @@ ATTACKS.add(
 )
 
 
-def find_attack(name: str, norm: str) -> Attack:
-    """The attack of this name, if it can work in this norm.
+def find_attack(name: str, norm: str | None = None) -> Attack:
+    """The attack of this name, if it can work in this norm (None: in any).
 
     Raises:
         UserError: no such attack or norm.
     """
     found = ATTACKS.get(name)
     assert isinstance(found, Attack)
-    if norm not in found.norms:
+    if norm is not None and norm not in found.norms:
         raise UserError(f"attack {name}: norm {norm!r}; expected one of {', '.join(found.norms)}")
     return found
-
-
-def groups_of(name: str) -> tuple[str, ...]:
-    """``blind``, ``adaptive`` or both.
-
-    Raises:
-        UserError: no such attack.
-    """
-    found = ATTACKS.get(name)
-    assert isinstance(found, Attack)
-    return found.groups
 
 
 def check_attacks(names: Sequence[str], *, norm: str, surrogates: int = 0) -> None:
@@ -160,9 +148,7 @@ def need_extra(name: str) -> None:
     Raises:
         UserError: how to install it.
     """
-    found = ATTACKS.get(name)
-    assert isinstance(found, Attack)
-    if found.library and importlib.util.find_spec("art") is None:
+    if find_attack(name).library and importlib.util.find_spec("art") is None:
         raise UserError(
             f"attack {name} needs adversarial-robustness-toolbox, which is not installed; "
             "pip install 'certify-toolkit[attacks]'"

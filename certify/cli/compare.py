@@ -130,23 +130,22 @@ def _groups(o: dict[str, Any]) -> tuple[str, ...]:
 
 def _check_groups(o: dict[str, Any]) -> None:
     """Refuse attacks that ``--group`` leaves nothing to do, before anything is loaded."""
-    from analysis.attacks import groups_of
+    from analysis.attacks import find_attack
 
     for name in attacks_wanted(o):
-        if not set(_groups(o)) & set(groups_of(name)):
-            raise UserError(
-                f"--group {o['group']}: attack {name} is {groups_of(name)[0]} only; leave it or --group out"
-            )
+        groups = find_attack(name).groups
+        if not set(_groups(o)) & set(groups):
+            raise UserError(f"--group {o['group']}: attack {name} is {groups[0]} only; leave it or --group out")
 
 
 def _plan(o: dict[str, Any], scene: Scene) -> Plan:
-    from analysis.attacks import groups_of
+    from analysis.attacks import find_attack
     from analysis.compare import CLEAN, RANDOM, SMOOTHING, Plan, applies
     from analysis.comparison import Condition
 
     conditions = [CLEAN, RANDOM]
     for group in _groups(o):
-        conditions += [Condition(name, group) for name in scene.attacks if group in groups_of(name)]
+        conditions += [Condition(name, group) for name in scene.attacks if group in find_attack(name).groups]
     if o["certify_n"] and any(applies(d, SMOOTHING) for d in scene.defences.values()):
         conditions.append(SMOOTHING)
     eps, text = o["eps"]

@@ -134,7 +134,7 @@ class Crew:
         for _ in range(tries):
             member = self._first()
             try:
-                found = self._ray.get(getattr(member.actor, what).remote(*given))
+                found = self._ray.get(member.actor.ask.remote(what, *given))
             except self._ray.exceptions.RayError as error:
                 self._failed(member, error)
                 continue
@@ -190,7 +190,7 @@ class Crew:
         for member in self._members:
             if member.stage == "ready" and self.execution is not None:
                 member.stage, member.told = "preparing", self.execution
-                member.call = member.actor.prepare.remote(self._example, 1, self.execution)
+                member.call = member.actor.ask.remote("prepare", self._example, 1, self.execution)
         calls = {member.call: member for member in self._members if member.call is not None}
         if not calls:
             raise RunFault(f"no worker is left{self._because()}")

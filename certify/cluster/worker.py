@@ -131,17 +131,9 @@ class Worker:
         self._station = order.build()
         return self._station.describe(), self._station.facts()
 
-    def prepare(self, image: np.ndarray, samples: int, execution: Execution | None) -> Execution:
-        """As :meth:`Station.prepare`."""
-        return self._there(lambda: self._built.prepare(image, samples, execution))
-
-    def measure_rate(self, image: np.ndarray) -> float:
-        """As :meth:`Station.measure_rate`."""
-        return self._there(lambda: self._built.measure_rate(image))
-
-    def base_labels(self, images: Sequence[np.ndarray]) -> list[int]:
-        """As :meth:`Station.base_labels`."""
-        return self._there(lambda: self._built.base_labels(images))
+    def ask(self, what: str, *given: Any) -> Any:
+        """What the method of this name of its :class:`Station` gives."""
+        return self._there(lambda: getattr(self._built, what)(*given))
 
     def exchange(self, sent: Sequence[Sent], settings: Settings, patience: float) -> list[Line]:
         """Take these images, give the lines that are finished; wait for one, but not longer than so many seconds.

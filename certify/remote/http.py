@@ -60,7 +60,7 @@ def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> st
             f"the endpoint's query holds {named!r}, which looks like a key; expected the URL without it, and "
             f"--api-key-env NAME --auth-query '{named}={{key}}'"
         )
-    if key and parts.scheme == "http" and not insecure and not _is_loopback(host):
+    if key and parts.scheme == "http" and not insecure and not is_loopback(host):
         raise UserError(
             f"the key would go to {host} over plain HTTP, where anybody on the way can read it; write https://, or "
             "--insecure to send it nevertheless"
@@ -68,7 +68,8 @@ def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> st
     return parts._replace(fragment="").geturl()
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
     if host.lower().rstrip(".") == "localhost":
         return True
     try:
@@ -127,7 +128,7 @@ class HttpSender:
                 max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE
             ),
             follow_redirects=False,
-            trust_env=not _is_loopback(self._url.hostname or ""),
+            trust_env=not is_loopback(self._url.hostname or ""),
             transport=transport,
         )
         self._send = cleaned(self._send_once, credential)

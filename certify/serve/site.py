@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
+from certify.remote.http import is_loopback
 from certify.serve.limits import Refused
 
 
@@ -25,7 +25,7 @@ def site_check(*, loopback: bool, names: Collection[str] = ()) -> Callable[[Requ
 
     def check(request: Request) -> None:
         host = request.headers.get("host", "")
-        if loopback and not (_is_local(name := _name("//" + host)) or name in known):
+        if loopback and not (is_loopback(name := _name("//" + host)) or name in known):
             raise Refused(403, f"host {host[:60]!r}: expected localhost, or a name given by --allow-host", "foreign")
         origin = request.headers.get("origin")
         if origin is not None and _place(origin) != host.lower() and _name(origin) not in known:
@@ -48,10 +48,3 @@ def _name(url: str) -> str:
         return urlsplit(url).hostname or ""
     except ValueError:
         return ""
-
-
-def _is_local(name: str) -> bool:
-    try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
