@@ -228,6 +228,7 @@ def test_statistics_of_known_coefficients(digits: Classifier, data: TrainingData
     size = torch.arange(1.0, 65.0)
     normal = torch.randn(20_000, 64, generator=generator)
     found = Coefficients(size * normal, size * normal.flip(0), size * normal).statistics()
+    # relative errors of the 64 columns: 0.5% of a deviation, 0.7% of a 95% quantile, 0.5% of a mean size
     assert found["S"] == pytest.approx(size.tolist(), rel=0.03)
     assert found["P_std"] == pytest.approx(size.tolist(), rel=0.03)
     assert found["P_p95"] == pytest.approx((1.96 * size).tolist(), rel=0.05)
@@ -416,7 +417,7 @@ def test_four_of_five_images_are_coded() -> None:
     same = torch.stack(
         [(jpeg(q)(clean) == shown).flatten(1).all(1) for q in QUALITIES] + [(clean == shown).flatten(1).all(1)]
     )
-    shares = same.float().mean(1).tolist()
+    shares = same.float().mean(1).tolist()  # sampling error 0.009
     assert shares[-1] == pytest.approx(0.2, abs=0.04)
     assert shares[:-1] == pytest.approx([0.16] * 5, abs=0.04)
     assert make_objective("jpeg-noise", {"level": 60}).noise is False
@@ -481,6 +482,6 @@ def test_noisy_training_and_the_ensemble_of_its_members(tmp_path: Path, monkeypa
 
 
 def test_a_denoiser_is_not_trained_on_coded_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = "train --denoiser unet --objective jpeg-noise --classifier digits --data digits-train --quiet --out"
+    line = "train --denoiser unet --objective jpeg-noise --data digits-train --quiet --out"
     run(*line.split(), str(tmp_path / "d"), code=2)
     assert "write --train-classifier MODEL" in capsys.readouterr().err

@@ -132,6 +132,7 @@ D = "train --denoiser unet --data digits-train --out d --sigma "
         (D + "x", "'x'; expected levels"),
         (D + "1 --objective stab", "unknown objective 'stab'"),
         (D + "1 --objective stability", "needs a frozen classifier"),
+        ("train --train-classifier digits --sigma 1 --data digits-train --out d --train-only 1", "only belongs to"),
         (D + "1 --optimizer adma", "expected one of adam, sgd"),
         (D + "1 --option width=3", "'unet' has no option 'width'; its options: channels=[48,96,192], blocks=2"),
         (D.replace("unet", "dncnn-wide") + "1 --option width=3", "its options: channels=128, depth=17, momentum=0.95"),

@@ -16,12 +16,11 @@ from certify.pipeline import state_digest, tensors_digest
 from certify.records import replacing
 from certify.settings import versions
 from training.checkpoint import Scores
-from training.data import Levels, TrainingData
+from training.data import TrainingData
 from training.guides import Guides
 from training.held_out import classifier_scores
-from training.jpeg_noise import codecs_of, coded_scores
+from training.jpeg_noise import coded_scores
 from training.loop import Conduct, Outcome, train
-from training.losses import make_objective
 from training.recipe import Recipe
 
 WEIGHTS = "classifier.safetensors"
@@ -70,19 +69,22 @@ def train_classifier(
     Raises:
         UserError: another objective, no labels, or a single class.
     """
-    objective = make_objective(recipe.objective, recipe.settings)
+    objective = recipe.objectives[0]
     if not objective.for_classifiers:
         raise UserError(
             f"--train-classifier with --objective {recipe.objective}: expected classification or jpeg-noise"
         )
     if data.labels is None or len(data.labels.unique()) < 2:
-        raise UserError(f"{data.about['name']} has no labels of at least two classes; a classifier needs them")
+        raise UserError(
+            f"{data.about['name']} has no labels of at least two classes; a classifier needs them: --data DIR with a "
+            "folder a class, or an .npz with x and y"
+        )
     net = Normalised(spec).requires_grad_(True).to(conduct.driver.device)
     start: dict[str, Any] | None = (
         None if spec.weights == hub.UNTRAINED else {"weights": spec.weights, "sha256": state_digest(net.net)}
     )
-    codecs = () if objective.noise else codecs_of(recipe.settings)
-    levels = Levels(recipe.sigmas, recipe.continuous).checked()
+    codecs = objective.codecs
+    levels = recipe.levels.checked()
 
     def validate(trained: nn.Module) -> Scores:
         return coded_scores(trained, data, codecs) if codecs else classifier_scores(trained, data, levels)

@@ -25,7 +25,6 @@ from training.data import TrainingData
 from training.guides import Guides
 from training.held_out import scores_to_choose_by
 from training.loop import Conduct, Outcome, train
-from training.losses import make_objective, phases
 from training.recipe import Recipe
 
 WEIGHTS = f"{UNNAMED}.safetensors"
@@ -66,8 +65,7 @@ def train_denoiser(
     check_needs(recipe, data, guides)
     net, before = build(architecture, data.image, recipe.seed, options, init)
     freeze_but(net, recipe.only)
-    objectives = [make_objective(name, recipe.settings) for name in phases(recipe.objective)]
-    last = objectives[-1]
+    last = recipe.objectives[-1]
     judges = guides.working or list(watched_by)
     for judge in judges:
         judge.to(conduct.driver.device)
@@ -81,8 +79,7 @@ def train_denoiser(
         stored=stored,
         purifier=last.purifier,
     )
-    wrap = next((objective.wrap for objective in objectives if objective.wrap is not None), None)
-    whole = net if wrap is None else wrap(net, data, recipe.seed)
+    whole = net if last.wrap is None else last.wrap(net, data, recipe.seed)
 
     def keep(trained: nn.Module, scores: Scores, step: int) -> None:
         shaped = {**recipe.describe(), "chosen_at_step": step, "of_steps": recipe.steps(len(data.train))}
@@ -126,18 +123,23 @@ def _begun(
 
 
 def check_needs(recipe: Recipe, data: TrainingData, guides: Guides) -> None:
-    """Refuse an objective whose classifier, labels or classes are missing."""
-    for name in phases(recipe.objective):
-        objective = make_objective(name, recipe.settings)
+    """Refuse an objective that is not for denoisers, or whose classifier, labels or classes are missing."""
+    for objective in recipe.objectives:
+        if not objective.for_denoisers:
+            raise UserError(
+                f"--objective {recipe.objective} trains a classifier, no denoiser; write --train-classifier MODEL"
+            )
         if objective.classifier and not len(guides):
             raise UserError(
                 f"--objective {recipe.objective} needs a frozen classifier: --classifier M, or --surrogate M for query "
                 "access (mse needs none)"
             )
-        if objective.labels and data.labels is None:
-            raise UserError(f"--objective {recipe.objective} needs labels, and {data.about['name']} has none")
-        if objective.labels and data.labels is not None and len(data.labels.unique()) < 2:
-            raise UserError(f"{data.about['name']} holds one class only; --objective {recipe.objective} needs several")
+        if objective.labels and (data.labels is None or len(data.labels.unique()) < 2):
+            has = "has none" if data.labels is None else "holds one class only"
+            raise UserError(
+                f"--objective {recipe.objective} needs labels of at least two classes, and {data.about['name']} {has}; "
+                "write --data DIR with a folder a class, or --objective stability or mse, which need no labels"
+            )
 
 
 def freeze_but(net: nn.Module, only: Sequence[str]) -> None:

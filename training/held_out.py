@@ -11,13 +11,14 @@ from torch.nn.functional import cross_entropy
 
 from certify.classifiers import Classifier
 from certify.streams import block_generator, stream_key
-from training.data import Levels, TrainingData
+from training.data import TrainingData
 from training.guides import Guides
 from training.loop import make_batch
-from training.losses import OBJECTIVES, Batch, Draw, Objective, add_noise, make_objective, mse, phases
+from training.losses import Batch, Draw, Objective, add_noise, mse
 from training.recipe import Recipe
 
 _BATCH = 100
+_SEED = 0  # of what is drawn: the same in every training
 MOST = 500
 """Held-out images that are looked at, at most."""
 
@@ -38,12 +39,10 @@ def scores_to_choose_by(
         guides: the frozen classifiers that the objective needs.
         judges: the classifiers that agreement and accuracy are measured with.
     """
-    name = phases(recipe.objective)[-1]
-    objective = make_objective(name, recipe.settings)
+    objective = recipe.objectives[-1]
     if objective.purifier or objective.prepare is not add_noise:  # squared error is not what it is for
         return loss_scores(whole, data, recipe, objective, guides)
-    levels = Levels(recipe.sigmas, recipe.continuous).checked()
-    found = denoiser_scores(net, data, levels, name, judges)
+    found = denoiser_scores(net, data, recipe.levels.checked(), objective, judges)
     if objective.wrap is not None or objective.draws > 1:  # what is shared, and whether draws agree, counts too
         found["score"] = loss_scores(whole, data, recipe, objective, guides)["score"]
     return found
@@ -51,12 +50,7 @@ def scores_to_choose_by(
 
 @torch.no_grad()
 def denoiser_scores(
-    net: nn.Module,
-    data: TrainingData,
-    sigmas: Sequence[float],
-    objective: str,
-    classifiers: Sequence[Classifier],
-    seed: int = 0,
+    net: nn.Module, data: TrainingData, sigmas: Sequence[float], objective: Objective, classifiers: Sequence[Classifier]
 ) -> dict[str, float]:
     """What a denoiser does to held-out images; the noise is the same in every call.
 
@@ -65,10 +59,9 @@ def denoiser_scores(
         data: its held-out images are used.
         sigmas: noise levels.
         objective: what ``score``, averaged over levels, is made of: squared error where the objective needs no
-            classifier, else the share of denoised images whose label is wrong (``classification``) or not that of the
-            clean image, because that share, not the cross-entropy, is what certificates are made of.
+            classifier, else the share of denoised images whose label is wrong (where it needs labels) or not that of
+            the clean image, because that share, not the cross-entropy, is what certificates are made of.
         classifiers: frozen, on the network's device; accuracies are averaged over them.
-        seed: of the noise.
 
     Returns:
         ``score``, and for every level ``psnr@S`` (dB) and, with classifiers, ``agreement@S`` (the label of the clean
@@ -76,32 +69,33 @@ def denoiser_scores(
     """
     found: dict[str, float] = {}
     scores = []
-    by_error = not OBJECTIVES.get(objective)().classifier
+    batches = _batches(data, next(net.parameters()).device)
+    answers = [[classifier(clean) for classifier in classifiers] for clean, _ in batches]
     for sigma in sigmas:
         errors, losses, right, kept = [], [], [], []
-        for i, (clean, labels) in enumerate(_batches(data, next(net.parameters()).device)):
+        for i, (clean, labels) in enumerate(batches):
             level = torch.full((len(clean),), sigma, device=clean.device)
-            output = net(_noisy(clean, i, sigma, seed), level)
+            output = net(_noisy(clean, i, sigma), level)
             errors.append((output - clean).pow(2).mean((1, 2, 3)).clamp_min(1e-12))
             losses.append(mse(Batch(clean, output, level, labels, None, torch.Generator())) * len(clean))
-            for classifier in classifiers:
+            for classifier, undisturbed in zip(classifiers, answers[i], strict=True):
                 answer = classifier(output)
-                kept.append(answer == classifier(clean))
+                kept.append(answer == undisturbed)
                 right.extend([] if labels is None else [answer == labels])
         found[f"psnr@{sigma:g}"] = round(float(-10 * torch.cat(errors).log10().mean()), 3)
         for name, hits in (("agreement", kept), ("accuracy", right)):
             if hits:
                 found[f"{name}@{sigma:g}"] = round(float(torch.cat(hits).float().mean()), 4)
-        if by_error:
-            scores.append(float(sum(losses)) / len(torch.cat(errors)))
+        if objective.classifier:
+            scores.append(1 - float(torch.cat(right if objective.labels else kept).float().mean()))
         else:
-            scores.append(1 - float(torch.cat(right if objective == "classification" else kept).float().mean()))
+            scores.append(float(sum(losses)) / len(torch.cat(errors)))
     return {"score": sum(scores) / len(scores), **found}
 
 
 @torch.no_grad()
 def loss_scores(
-    net: nn.Module, data: TrainingData, recipe: Recipe, objective: Objective, guides: Guides, seed: int = 0
+    net: nn.Module, data: TrainingData, recipe: Recipe, objective: Objective, guides: Guides
 ) -> dict[str, float]:
     """The objective's own loss on held-out images, as ``score``, for one that shows the network something of its own.
 
@@ -114,7 +108,6 @@ def loss_scores(
         recipe: noise levels, temperature, epochs.
         objective: whose ``prepare`` and ``loss`` these are.
         guides: the frozen classifiers that it needs.
-        seed: of what is drawn.
 
     Returns:
         ``score``, the mean loss, and ``psnr`` (dB) of the output against the objective's own target.
@@ -122,8 +115,8 @@ def loss_scores(
     device = next(net.parameters()).device
     losses, errors = [], []
     for i, (clean, labels) in enumerate(_batches(data, device)):
-        generator = block_generator(stream_key(seed, "objective", "held out"), i)
-        sigma = Levels(recipe.sigmas, recipe.continuous).draw(len(clean), generator).to(device)
+        generator = block_generator(stream_key(_SEED, "objective", "held out"), i)
+        sigma = recipe.levels.draw(len(clean), generator).to(device)
         draw = Draw(clean, sigma, labels, guides.at(i), generator, recipe.epochs).times(objective.draws)
         prepared = objective.prepare(draw)
         batch = make_batch(draw, prepared, net(*prepared.inputs), recipe)
@@ -133,9 +126,9 @@ def loss_scores(
     return {"score": sum(losses) / len(losses), "psnr": round(psnr, 3)}
 
 
-def classifier_scores(net: nn.Module, data: TrainingData, sigmas: Sequence[float], seed: int = 0) -> dict[str, float]:
+def classifier_scores(net: nn.Module, data: TrainingData, sigmas: Sequence[float]) -> dict[str, float]:
     """Cross-entropy (``score``) and accuracy of a noise-trained classifier on noisy held-out images."""
-    return viewed_scores(net, data, {f"{s:g}": functools.partial(_noisy, sigma=s, seed=seed) for s in sigmas})
+    return viewed_scores(net, data, {f"{s:g}": functools.partial(_noisy, sigma=s) for s in sigmas})
 
 
 @torch.no_grad()
@@ -172,6 +165,6 @@ def _batches(data: TrainingData, device: torch.device) -> list[tuple[Tensor, Ten
     ]
 
 
-def _noisy(clean: Tensor, block: int, sigma: float, seed: int) -> Tensor:
-    generator = block_generator(stream_key(seed, f"sigma {sigma:g}", "held out"), block)
+def _noisy(clean: Tensor, block: int, sigma: float) -> Tensor:
+    generator = block_generator(stream_key(_SEED, f"sigma {sigma:g}", "held out"), block)
     return clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)

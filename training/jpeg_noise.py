@@ -7,8 +7,7 @@ rates and levels are ours. The result is a classifier of its own, no longer a fr
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -23,7 +22,6 @@ from training.losses import Draw, Objective, Prepared, classification
 MIXED = "mixed"
 
 
-@functools.lru_cache(maxsize=8, typed=True)  # an objective is made anew for every step
 def codecs(
     level: int | str = 75, tables: str | None = None, table: str | None = None, subsampling: int = 444
 ) -> tuple[Codec, ...]:
@@ -51,11 +49,6 @@ def codecs(
     return tuple(jpeg(one, subsampling, table, tables) for one in levels)
 
 
-def codecs_of(settings: Mapping[str, Any]) -> tuple[Codec, ...]:
-    """The codecs of an objective with these settings."""
-    return codecs(**{key: value for key, value in settings.items() if key != "share"})
-
-
 def objective(
     level: int | str = 75,
     tables: str | None = None,
@@ -77,11 +70,13 @@ def objective(
     chosen = codecs(level, tables, table, subsampling)
     return Objective(
         classification,
+        classifier=False,
         labels=True,
         noise=False,
         prepare=functools.partial(coded, codecs=chosen, share=share),
-        wrap=_refuse,
         for_classifiers=True,
+        for_denoisers=False,
+        codecs=chosen,
     )
 
 
@@ -103,7 +98,3 @@ def coded_scores(net: nn.Module, data: TrainingData, codecs: Sequence[Codec]) ->
     views = {f"q{codec.quality}": lambda clean, block, codec=codec: codec.to(clean.device)(clean) for codec in codecs}
     clean = viewed_scores(net, data, {"clean": lambda clean, block: clean})
     return {**clean, **viewed_scores(net, data, views)}
-
-
-def _refuse(net: nn.Module, data: TrainingData, seed: int) -> NoReturn:
-    raise UserError("--objective jpeg-noise trains a classifier, no denoiser; write --train-classifier MODEL")

@@ -22,9 +22,9 @@ from certify.errors import RunFault, UserError, first_line
 from certify.streams import block_generator, stream_key
 from training.average import averaged, make_average
 from training.checkpoint import Checkpoints, Meter, Scores, make_folder
-from training.data import Levels, TrainingData, augment
+from training.data import TrainingData, augment
 from training.guides import Guides
-from training.losses import Batch, Draw, Prepared, make_objective, phases
+from training.losses import Batch, Draw, Prepared
 from training.muon import Muon
 from training.recipe import Recipe
 
@@ -196,7 +196,7 @@ def _compile(net: nn.Module, data: TrainingData, recipe: Recipe, guides: Guides,
 
     The trial is two images as the objective shows them, there and back: some networks fail on the way back only.
     """
-    objective = make_objective(phases(recipe.objective)[0], recipe.settings)
+    objective = recipe.objectives[0]
     draw = draw_batch(data, data.train[:2], recipe, torch.Generator().manual_seed(0), guides.at(0), 0, device)
     with torch.no_grad():
         prepared = objective.prepare(draw)
@@ -241,7 +241,7 @@ def _step(
     driver: Accelerator,
 ) -> float:
     """One step on this process's share of the batch; the loss."""
-    objective = make_objective(recipe.phase(step, steps)[0], recipe.settings)
+    objective, _, _ = recipe.phase(step, steps)
     indices, generator = draw_order(data.train, recipe, step, driver.process_index, driver.num_processes)
     draw = draw_batch(data, indices, recipe, generator, guides.at(step), step, driver.device)
     draw = draw.times(objective.draws)
@@ -294,7 +294,7 @@ def draw_batch(
     """Clean images, augmented, and each image's noise level and label."""
     images = data.take(indices).to(device)
     clean = (augment(images, generator) if recipe.augment else images.float()) / 255
-    sigma = Levels(recipe.sigmas, recipe.continuous).draw(len(indices), generator).to(device)
+    sigma = recipe.levels.draw(len(indices), generator).to(device)
     labels = data.labels[indices].to(device) if data.labels is not None else None
     return Draw(clean, sigma, labels, guide, generator, step * recipe.batch_size / len(data.train))
 

@@ -1,4 +1,4 @@
-"""What a denoiser or purifier is trained for: one function an objective, from a batch to a number."""
+"""What networks are trained for, objective by objective: what a step shows them, and its loss."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from denoisers.names import build_with
 from training.consistency import agreeing_loss, check_draws
 
 if TYPE_CHECKING:
+    from denoisers.jpeg import Codec
     from training.data import TrainingData
 
 _SPREAD = 0.25  # standard deviation of natural images' pixels in [0, 1]
@@ -125,6 +126,8 @@ class Objective:
         purifier: the defence that the weights are for, or empty: a denoiser for smoothing.
         draws: of noise for each image of a step; the loss gets all images once, then all again.
         for_classifiers: whether a classifier can be trained for it, being the network itself.
+        for_denoisers: whether a denoiser or purifier can.
+        codecs: that a classifier's held-out images are shown through; none: they get noise.
     """
 
     loss: Callable[[Batch], Tensor]
@@ -137,6 +140,8 @@ class Objective:
     purifier: str = ""
     draws: int = 1
     for_classifiers: bool = False
+    for_denoisers: bool = True
+    codecs: tuple[Codec, ...] = ()
 
 
 def mse(batch: Batch) -> Tensor:

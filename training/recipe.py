@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -9,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from certify.errors import UserError
-from training.losses import default_settings, make_objective, phases
+from training.data import Levels
+from training.losses import Objective, default_settings, make_objective, phases
 
 OPTIMIZERS = ("adam", "sgd", "adam-then-sgd", "muon")
 SCHEDULES = ("one-cycle", "step", "constant")
@@ -68,9 +70,8 @@ class Recipe:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for part in phases(self.objective):
-            if make_objective(part, self.settings).noise and not self.sigmas:
-                raise UserError(f"--objective {self.objective} trains under noise: --sigma S, such as --sigma 0.25")
+        if any(objective.noise for objective in self.objectives) and not self.sigmas:
+            raise UserError(f"--objective {self.objective} trains under noise: --sigma S, such as --sigma 0.25")
         for name, value, known in (("optimizer", self.optimizer, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
             if value not in known:
                 raise UserError(f"--{name} {value!r}: expected one of {', '.join(known)}")
@@ -92,17 +93,28 @@ class Recipe:
         if not (self.epochs > 0 and math.isfinite(self.epochs) and self.batch_size > 0):
             raise UserError(f"--epochs {self.epochs} --batch-size {self.batch_size}: expected numbers above 0")
 
+    @functools.cached_property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The objective, or one a phase."""
+        return tuple(make_objective(name, self.settings) for name in phases(self.objective))
+
+    @property
+    def levels(self) -> Levels:
+        """The noise levels, to draw from."""
+        return Levels(self.sigmas, self.continuous)
+
     def steps(self, images: int) -> int:
         """Steps of the whole training on so many images."""
         return max(1, round(self.epochs * images / self.batch_size))
 
-    def phase(self, step: int, steps: int) -> tuple[str, int, int]:
+    def phase(self, step: int, steps: int) -> tuple[Objective, int, int]:
         """The objective at this step, the step within its phase, and the phase's length."""
-        names = phases(self.objective)
-        if len(names) == 1:
-            return names[0], step, steps
+        if len(self.objectives) == 1:
+            return self.objectives[0], step, steps
         first = max(1, min(steps - 1, round(self.first_share * steps)))
-        return (names[0], step, first) if step < first else (names[1], step - first, steps - first)
+        if step < first:
+            return self.objectives[0], step, first
+        return self.objectives[1], step - first, steps - first
 
     def uses_sgd(self, step: int, steps: int) -> bool:
         """Whether this step is SGD's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,7 @@ from certify.cli import options
 from certify.errors import UserError
 
 if TYPE_CHECKING:
+    from training.losses import Objective
     from training.recipe import Recipe
 
 
@@ -106,20 +108,19 @@ def recipe_from(o: dict[str, Any]) -> Recipe:
     )
 
 
-def refuse_unused(o: dict[str, Any]) -> None:
-    """Refuse options that would change nothing."""
-    from training.losses import make_objective, phases
-
-    settings = key_values("--set", o["settings"])
-    needs = [make_objective(name, settings) for name in phases(o["objective"])]
+def refuse_unused(o: dict[str, Any], objectives: Sequence[Objective]) -> None:
+    """Refuse options that would change nothing in a training for these objectives."""
+    by_classifier = o["denoiser"] and any(objective.classifier for objective in objectives)
     of = {
-        "temperature": (any(n.classifier for n in needs) and o["denoiser"], "an objective with a classifier"),
-        "sigma": (any(n.noise for n in needs), "an objective that trains under noise"),
+        "temperature": (by_classifier, "an objective with a classifier"),
+        "sigma": (any(objective.noise for objective in objectives), "an objective that trains under noise"),
         "queries": (o["objective"] == "zeroth-order", "--objective zeroth-order"),
         "first_share": (o["objective"] == "mse+stability", "--objective mse+stability"),
         "switch_at": (o["optimizer"] == "adam-then-sgd", "--optimizer adam-then-sgd"),
         "sgd_rate": (o["optimizer"] == "adam-then-sgd", "--optimizer adam-then-sgd"),
-        **dict.fromkeys(("classifier", "surrogate", "init", "extra", "store"), (o["denoiser"], "--denoiser")),
+        **dict.fromkeys(
+            ("classifier", "surrogate", "init", "extra", "store", "train_only"), (o["denoiser"], "--denoiser")
+        ),
     }
     for name, (used, where) in of.items():
         if options.given_by_user(name) and not used:

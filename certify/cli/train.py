@@ -74,39 +74,34 @@ def train(**o: Any) -> None:
     stopped. The result, OUT/denoiser.safetensors, goes to `certify --denoiser`; weights of a purifier (objectives dsm,
     context, restore, complete, atop) go to `certify compare --defences NAME:weights=FILE`.
     """
-    from training.losses import phases
-
     if (o["denoiser"] is None) == (o["train_classifier"] is None):
         raise UserError("expected --denoiser ARCHITECTURE or --train-classifier MODEL, one of the two")
     o["objective"] = o["objective"] or ("classification" if o["train_classifier"] else "mse")
     o["sigma"] = o["sigma"] or ((), False)
-    phases(o["objective"])
-    refuse_unused(o)
+    recipe = recipe_from(o)
+    refuse_unused(o, recipe.objectives)
     if o["denoiser"]:
         from denoisers import ARCHITECTURES
 
         ARCHITECTURES.get(o["denoiser"])
         if o["sigma"][0] and min(o["sigma"][0]) <= 0:
             raise UserError("--sigma 0: a denoiser needs noise; expected levels above 0")
-    outcome = _train(o)
+    outcome = _train(o, recipe)
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes one speaks
         _report(outcome, o)
 
 
-def _train(o: dict[str, Any]) -> Outcome:
+def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
     import torch
     from tqdm import tqdm
 
     from training.data import View, count_classes, load_training_data
     from training.loop import Conduct, make_accelerator
-    from training.losses import make_objective, phases
 
     say = _silent if o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")) else _say
-    recipe = recipe_from(o)
     driver = make_accelerator(device_from(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
     surrogates = [surrogate_from(s) for s in o["surrogate"]]
-    needs = [make_objective(name, recipe.settings) for name in phases(recipe.objective)]
     hidden = say is _silent
     say(f"data       reading {o['data']} ...")
     spec = None
@@ -123,7 +118,7 @@ def _train(o: dict[str, Any]) -> Outcome:
         o["data"],
         viewer,
         size=o["input_size"],
-        labelled=spec is not None or any(need.labels for need in needs),
+        labelled=spec is not None or any(objective.labels for objective in recipe.objectives),
         held_out=o["held_out"],
         max_images=o["max_images"],
         root=o["root"],
@@ -172,10 +167,9 @@ def _run(
         return train_classifier(o["train_classifier"], spec, data, recipe, o["out"], conduct)
     from training.denoiser import train_denoiser
     from training.guides import Guides
-    from training.losses import make_objective, phases
 
     given = surrogates or ([target] if target is not None else [])
-    needed = any(make_objective(name, recipe.settings).classifier for name in phases(recipe.objective))
+    needed = any(objective.classifier for objective in recipe.objectives)
     guides = Guides(given if needed else [], target if surrogates and needed else None, surrogates=bool(surrogates))
     watched = [] if needed else given  # denoisers are shown with their accuracy; nothing of them goes into the weights
     return train_denoiser(
