@@ -5,17 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +17,8 @@ import pytest
 import torch
 from command import run
 from PIL import Image
+from servers import free_ports, process
+from small_audit import WORDS
 
 from analysis.audited import read_audit
 from analysis.report import _stage_rows
@@ -35,7 +29,6 @@ from certify.remote.labels import AsSent
 from certify.remote.ledger import Ledger
 from certify.remote.ledger_lines import read_ledger
 
-WORDS = "zero one two three four five six seven eight nine".split()
 KEY = "a-secret-key-1234567890"
 NUMBERS = ["--data", "digits", "--skip", "90", "--sigma", "0.25", "--n0", "5", "--n", "20", "--seed", "2"]
 FILE = "comparison.jsonl"
@@ -340,69 +333,14 @@ def test_attacks_go_through_the_same_ledger_and_budget(
     run("table", str(tmp_path / "whole" / FILE))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--protocol", "jsn"], "unknown protocol 'jsn'; nearest: json"),
-        (["--protocol-option", "label=x"], "json knows labels, scores"),
-        (["--api-key-env", "NO_SUCH_KEY"], "is not set, or empty"),
-        (["--auth-header", "X-Key: {key}"], "without --api-key-env"),
-        (["--endpoint", "ftp://x"], "expected http://"),
-        (["--sdk", "--api-key-env", "PATH", "--auth-query", "k={key}"], "it places the key itself"),
-        (["--encoding", "gif"], "expected png, jpeg"),
-        (["--labels", "x.csv"], "--labels without --reference given"),
-        (["--n0", "5", "--radius", "0.2"], "--n0 with --radius"),
-        (["--attacks", "square"], "--attacks without --defences"),
-        (["--defences", "none", "--attacks", "blind-pgd"], "a service can only be asked"),
-    ],
-)
-def test_mistakes_are_refused_in_one_line_before_anything_is_sent(
-    tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    usual = ["--endpoint", "http://127.0.0.1:9/", "--protocol", "json", "--protocol-option", "labels=a"]
-    numbers = ["--data", "digits", "--skip", "90", "--sigma", "0.25", "--budget", "9", "--out", str(tmp_path / "a")]
-    run("audit", *usual, *numbers, *change, code=2)
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
-    assert not (tmp_path / "a").exists()
-
-
-@contextmanager
-def litserve(tmp_path: Path) -> Iterator[str]:
-    """The example's server, in a process group of its own that is ended whatever happens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with (tmp_path / "litserve.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, str(ROOT / "examples" / "litserve_digits.py"), str(port)],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        until = time.monotonic() + 300
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
-                    if reply.status == 200:
-                        break
-            except (urllib.error.URLError, OSError):
-                assert server.poll() is None, (tmp_path / "litserve.log").read_text()
-            assert time.monotonic() < until, "LitServe did not come up"
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/predict"
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait(30)
-
-
 @pytest.mark.slow
 def test_a_real_model_server(tmp_path: Path, digits: Classifier) -> None:
     """LitServe holds the digits: the audit's votes and certificates are a local run's."""
     pytest.importorskip("litserve")
-    with litserve(tmp_path) as endpoint:
+    (port,) = free_ports(1)
+    command = [sys.executable, str(ROOT / "examples" / "litserve_digits.py"), str(port)]
+    with process(command, tmp_path, f"http://127.0.0.1:{port}", "health") as sender:
         protocol = ["--protocol", "json", "--protocol-option", "labels=labels", "--protocol-option", "scores=scores"]
-        run("audit", "--endpoint", endpoint, *protocol, *NUMBERS, "--budget", "300", "--out", str(tmp_path / "a"))
+        address = ["--endpoint", f"{sender.endpoint}/predict", *protocol]
+        run("audit", *address, *NUMBERS, "--budget", "300", "--out", str(tmp_path / "a"))
     same_as_a_local_run(tmp_path / "a", digits)

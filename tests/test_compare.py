@@ -245,37 +245,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "is a comparison, not a run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (("--defences", "gss"), "unknown denoiser 'gss'; nearest: gs"),
-        (("--defences", "gs:width=2"), "has no option 'width'; its options: kernel=5, std=0.5, iterations=2"),
-        (("--defences", "none,,gs"), "expected names separated by commas, each once"),
-        (("--attacks", "pgd"), "unknown attack 'pgd'"),
-        (("--attacks", "transfer"), "attack transfer needs surrogates"),
-        (("--attacks", "blind-pgd", "--group", "adaptive"), "--group adaptive: attack blind-pgd is blind only"),
-        (("--eps", "0"), "expected a distance above 0 in [0, 1] pixels, such as 8/255"),
-        (("--labels", "none"), "has no labels, and accuracies need them"),
-        (("--defences", "ncis"), "no shipped weights for 1x8x8 images; train some"),
-        (("--figure", "c.txt"), "expected a name that ends in .png, .svg, .pdf"),
-        (("--out", "c.csv"), "expected a file ending in .jsonl, or a folder"),
-    ],
-)
-def test_bad_input(
-    changed: tuple[str, str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    pytest.importorskip("art", reason="attacks need the extra: pip install 'certify-toolkit[attacks]'")
-    monkeypatch.chdir(tmp_path)
-    command("compare", "--model", "digits", "--data", "digits", "--max", "2", "--attacks", "none", *changed, code=2)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert message in lines[-1]
-    assert not list(tmp_path.glob("*.jsonl"))
-
-
 def test_what_fails_on_the_way_fails_alone_and_stays_failed(
     digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

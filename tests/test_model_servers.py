@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import venv
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from vision_stubs import noisy_digits, wait_for
+from servers import free_ports, process
+from small_audit import WORDS
+from vision_stubs import noisy_digits
 
 from certify.classifiers import Classifier
 from certify.remote.formats import FORMATS
@@ -29,7 +28,6 @@ from certify.remote.pictures import to_pictures, to_tensor
 from certify.remote.types import BadReply, Format, Picture, Ranked, Request, Sender
 
 HERE = Path(__file__).parent
-WORDS = "zero one two three four five six seven eight nine".split()  # of examples/litserve_digits.py
 
 pytestmark = pytest.mark.slow
 
@@ -47,39 +45,6 @@ def local(digits: Classifier, pictures: list[Picture]) -> torch.Tensor:
 
 def answers(wire: Format, send: Sender, pictures: list[Picture]) -> list[Ranked]:
     return [wire.reply(send(wire.request(picture))) for picture in pictures]
-
-
-def free_ports(count: int) -> list[int]:
-    doors = [socket.socket() for _ in range(count)]
-    for door in doors:
-        door.bind(("127.0.0.1", 0))
-    ports = [door.getsockname()[1] for door in doors]
-    for door in doors:
-        door.close()
-    return ports
-
-
-@contextmanager
-def process(command: list[str], folder: Path, url: str, ready: str) -> Iterator[HttpSender]:
-    """A server that answers ``ready`` with 200 within five minutes; its whole process group ends with the block."""
-    log = folder / "log.txt"
-    with log.open("wb") as out, HttpSender(url, timeout=20) as send:
-        server = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, start_new_session=True)
-
-        def up() -> bool:
-            if server.poll() is not None:
-                raise RuntimeError(f"the server ended: {log.read_text()[-2000:]}")
-            try:
-                return send(Request(b"", ready, "GET")).status == 200
-            except OSError:
-                return False
-
-        try:
-            wait_for(up, 300)
-            yield send
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait(20)
 
 
 # MLServer, Open Inference Protocol v2

@@ -7,8 +7,7 @@ import json
 import socket
 import struct
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email import message_from_bytes, policy
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from servers import wait_for
 from sklearn.datasets import load_digits
 
 from certify.classifiers import Classifier
@@ -125,7 +125,7 @@ def serving(app: Any) -> Iterator[str]:
     """An ASGI application on a free port of loopback, as its URL; gone when the block ends."""
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=2))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=6))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
         thread.start()
         try:
@@ -133,16 +133,8 @@ def serving(app: Any) -> Iterator[str]:
             yield f"http://127.0.0.1:{door.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive()
-
-
-def wait_for(ready: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not ready within {seconds} seconds")
-        time.sleep(0.02)
 
 
 @contextmanager
