@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import run as certify
-from scipy.stats import norm
+from scipy.stats import beta, norm
 
 from analysis.figures import canvas
 from analysis.samples_plot import most_with, radii_with, sample_sizes
@@ -51,20 +51,20 @@ def test_all_votes_give_the_radii_of_the_run(folder: Path) -> None:
 
 
 def test_fewer_votes_have_the_law_of_fewer_samples(folder: Path) -> None:
-    """The share of the class among n' votes drawn from n: mean p, variance p(1-p)/n' (n-n')/(n-1)."""
+    """The votes for the class among m drawn from n: mean mp, variance mp(1-p) (n-m)/(n-1)."""
     run = read_run(folder / "run.jsonl")
-    one = next(row for row in run.images if 600 < max(row["votes"].values()) < 950)
-    many = Run(run.path, run.header, [one])
-    shares = []
-    for seed in range(400):
-        p_lower = norm.cdf(radii_with(many, 100, seed)[0] / 0.25)
-        shares.append(p_lower)
-    p, n, m = max(one["votes"].values()) / 1000, 1000, 100
-    spread = (p * (1 - p) / m * (n - m) / (n - 1)) ** 0.5
-    lowest = norm.cdf(most_with(run, 100) / 0.25)
-    assert max(shares) <= lowest + 1e-12
-    assert np.mean(shares) < p - spread  # a bound at alpha = 0.001 lies about three deviations below the share
-    assert np.mean(shares) > p - 6 * spread
+    one = next(row for row in run.images if 800 <= max(row["votes"].values()) <= 950)
+    many, n, m, draws = Run(run.path, run.header, [one]), 1000, 500, 400
+    bounds = norm.cdf([radii_with(many, m, seed)[0] / 0.25 for seed in range(draws)])
+    assert bounds.max() <= norm.cdf(most_with(run, m) / 0.25) + 1e-12
+    k = np.arange(1, m + 1)
+    known = beta.ppf(0.001, k, m - k + 1)  # Clopper-Pearson's of so many votes
+    counts = k[np.abs(known - bounds[:, None]).argmin(axis=1)]
+    assert known[counts - 1] == pytest.approx(bounds, abs=1e-9)
+    p = max(one["votes"].values()) / n
+    variance = m * p * (1 - p) * (n - m) / (n - 1)
+    assert counts.mean() == pytest.approx(m * p, abs=4 * (variance / draws) ** 0.5)
+    assert counts.var(ddof=1) == pytest.approx(variance, rel=4 * (2 / draws) ** 0.5)  # 28%; of fresh votes: twice it
 
 
 def test_the_most_is_the_published_formula(folder: Path) -> None:

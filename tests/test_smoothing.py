@@ -197,23 +197,6 @@ def test_seed_image_and_stage_all_matter(linear_classifier: Any) -> None:
     assert len(votes) == 8
 
 
-def test_out_of_memory_halves_the_batch(linear_classifier: Any) -> None:
-    class Small(linear_classifier):  # type: ignore[misc]
-        largest = 0
-
-        def __call__(self, images: torch.Tensor) -> torch.Tensor:
-            if len(images) > 50:
-                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-            Small.largest = max(Small.largest, len(images))
-            return super().__call__(images)
-
-    image = torch.full((3, 4, 4), 0.5)
-    arguments = (torch.ones(48), 24.0)
-    small = SmoothedClassifier(Small(*arguments), 0.25, batch_size=400).votes(image, 1000, stage="e", image_id="x")
-    assert small == SmoothedClassifier(linear_classifier(*arguments), 0.25).votes(image, 1000, stage="e", image_id="x")
-    assert Small.largest == 50
-
-
 def test_a_label_out_of_range_is_an_error(linear_classifier: Any) -> None:
     class Wrong(linear_classifier):  # type: ignore[misc]
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
