@@ -64,6 +64,7 @@ def test_peeking_with_a_fixed_n_bound_is_wrong_more_often(p0: float) -> None:
         assert ever_crosses(naive(p0, alpha, n), p0, n)[0] > 1.5 * alpha
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p0", P0S)
 def test_simulated_sequences(p0: float) -> None:
     """20,000 sequences of 10,000 votes, alpha = 0.05: errors within alpha for the rules, beyond it for peeking."""
