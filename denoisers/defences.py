@@ -34,7 +34,7 @@ def build_defence(text: str, classifier: Classifier) -> Defence:
         name, options = parse_options(text)
         built: Defence = build_with("defence", text, DEFENCES.get(name), classifier, options=options)
         return built
-    if head.isidentifier() and head not in DENOISERS and ":" in text and "=" in text.partition(":")[2]:
+    if head.isidentifier() and head not in (*DENOISERS, "deepinv") and ":" in text and "=" in text.partition(":")[2]:
         DEFENCES.get(head)  # says what there is
     denoiser = find_denoiser(text, image=classifier.input.size)
     _check_alone(denoiser, text, classifier.input.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,17 +46,34 @@ def parse_options(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: an option that is no KEY=VALUE.
     """
-    name, *parts = text.split(":")
+    # a value may hold a colon: denoiser=package.module:callable, denoiser=deepinv:NAME=FILE
+    name, *parts = re.split(r"(?<!=deepinv):(?=[A-Za-z_]\w*=)", text)
+    if ":" in name:
+        got = name.partition(":")[2]
+        raise UserError(f"{text!r}: expected NAME:KEY=VALUE:KEY=VALUE, such as gs:std=1:iterations=4; got {got!r}")
+    return name, key_values(f"{text!r}, option", parts)
+
+
+def key_values(spelled: str, given: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts, the values as JSON or words.
+
+    Args:
+        spelled: where they were given, for the message.
+        given: the texts.
+
+    Raises:
+        UserError: one that is no KEY=VALUE.
+    """
     found: dict[str, Any] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not (equals and key.isidentifier() and value):
-            raise UserError(f"{text!r}: expected NAME:KEY=VALUE:KEY=VALUE, such as gs:std=1:iterations=4; got {part!r}")
+    for item in given:
+        key, _, text = item.partition("=")
+        if not (key and text):
+            raise UserError(f"{spelled} {item!r}: expected KEY=VALUE, such as channels=96")
         try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
-    return name, found
+            found[key] = json.loads(text)
+        except ValueError:  # a word, such as transform=rt2
+            found[key] = text
+    return found
 
 
 def build_with(

@@ -18,8 +18,10 @@ from certify.defence import Defence, Member, majority
 from certify.errors import RunFault, UserError
 from certify.streams import stream_key
 from certify.types import FAILED
-from denoisers import ARCHITECTURES, DEFENCES, load_denoiser
+from denoisers import ARCHITECTURES, DEFENCES, defences, load_denoiser
+from denoisers.classical import Median
 from denoisers.defences import build_defence
+from denoisers.names import parse_options
 from denoisers.weights import Card, read_denoiser, save_denoiser
 
 IMAGES = torch.rand((5, 1, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -130,6 +132,14 @@ def test_smoothing_as_a_plain_classifier_counts_the_votes_of_its_draws() -> None
 def test_bad_names_and_options(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_defence(text, load_classifier("digits"))
+
+
+def test_a_value_may_hold_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
+    for denoiser in ("my.mod:fn", "deepinv:DRUNet=F.pth"):
+        assert parse_options(f"denoised:denoiser={denoiser}:n=5") == ("denoised", {"denoiser": denoiser, "n": 5})
+    asked: list[str] = []
+    monkeypatch.setattr(defences, "find_denoiser", lambda text, image: asked.append(text) or Median())
+    assert build_defence("deepinv:DRUNet=F.pth", load_classifier("digits")).name == asked[0] == "deepinv:DRUNet=F.pth"
 
 
 @pytest.mark.parametrize("purifier", ["ncis", "ebm", "atop"])

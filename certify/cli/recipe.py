@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +82,7 @@ recipe_options = options.together(
 
 def recipe_from(o: dict[str, Any]) -> Recipe:
     """The recipe that these options make."""
+    from denoisers.names import key_values
     from training.recipe import Recipe
 
     return Recipe(
@@ -130,17 +130,3 @@ def refuse_unused(o: dict[str, Any], objectives: Sequence[Objective]) -> None:
         raise UserError(
             "--objective zeroth-order asks the target itself; leave --surrogate out, or train for stability"
         )
-
-
-def key_values(spelled: str, given: tuple[str, ...]) -> dict[str, Any]:
-    """``KEY=VALUE`` texts of the option ``spelled``, the values as JSON or words."""
-    found: dict[str, Any] = {}
-    for item in given:
-        key, _, text = item.partition("=")
-        if not (key and text):
-            raise UserError(f"{spelled} {item!r}: expected KEY=VALUE, such as channels=96")
-        try:
-            found[key] = json.loads(text)
-        except ValueError:  # a word, such as transform=rt2
-            found[key] = text
-    return found

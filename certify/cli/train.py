@@ -12,7 +12,7 @@ import click
 
 from certify.cli import options
 from certify.cli.load import classifier_from, device_from, surrogate_from
-from certify.cli.recipe import key_values, recipe_from, recipe_options, refuse_unused
+from certify.cli.recipe import recipe_from, recipe_options, refuse_unused
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def _run(
         from training.classifier import train_classifier
 
         return train_classifier(o["train_classifier"], spec, data, recipe, o["out"], conduct)
+    from denoisers.names import key_values
     from training.denoiser import train_denoiser
     from training.guides import Guides
 
