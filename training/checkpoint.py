@@ -121,23 +121,24 @@ class Checkpoints:
         self.best, self.best_step = state["best"], state["best_step"]
         if self.driver.is_main_process and self.metrics.is_file():
             lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= self.step]
-            with replacing(self.metrics) as beside:
+            with self._writing(), replacing(self.metrics) as beside:
                 beside.write_text("".join(line + "\n" for line in lines))
 
     def save(self) -> None:
         """Everything that is needed to go on."""
         self.driver.wait_for_everyone()
-        self.driver.save_state(str(self.new))
-        if self.driver.is_main_process:
-            state = {"step": self.step, "best": self.best, "best_step": self.best_step, "digest": self.digest}
-            if self.average is not None:
-                torch.save(self.average.state_dict(), self.new / _AVERAGE)
-            (self.new / "state.json").write_text(json.dumps(state))
-            if self.folder.exists():
+        with self._writing():
+            self.driver.save_state(str(self.new))
+            if self.driver.is_main_process:
+                state = {"step": self.step, "best": self.best, "best_step": self.best_step, "digest": self.digest}
+                if self.average is not None:
+                    torch.save(self.average.state_dict(), self.new / _AVERAGE)
+                (self.new / "state.json").write_text(json.dumps(state))
+                if self.folder.exists():
+                    shutil.rmtree(self.old, ignore_errors=True)
+                    os.replace(self.folder, self.old)
+                os.replace(self.new, self.folder)
                 shutil.rmtree(self.old, ignore_errors=True)
-                os.replace(self.folder, self.old)
-            os.replace(self.new, self.folder)
-            shutil.rmtree(self.old, ignore_errors=True)
         self.saved, self._written = self.step, time.monotonic()
         self.driver.wait_for_everyone()
 
@@ -160,15 +161,30 @@ class Checkpoints:
         if scores["score"] < self.best.get("score", float("inf")):
             self.best, self.best_step = scores, self.step
             if self.driver.is_main_process:
-                keep(scores, self.step)
+                with self._writing():
+                    keep(scores, self.step)
 
     def log(self, values: dict[str, Any]) -> None:
         """One line of metrics, flushed, and the same for TensorBoard."""
-        if self.driver.is_main_process:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
         flat = {f"held_out/{k}": v for k, v in values["held_out"].items()} if "held_out" in values else values
-        self.driver.log(flat, step=self.step)
+        with self._writing():
+            if self.driver.is_main_process:
+                with self.metrics.open("a") as file:
+                    file.write(json.dumps({"step": self.step, **values}) + "\n")
+            self.driver.log(flat, step=self.step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk, in whosever words, stops the training and says what was kept."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError
+            kept = "there is no checkpoint yet"
+            if self.saved:
+                kept = f"the checkpoint of step {self.saved} is kept, and the same command goes on from it"
+            raise RunFault(f"could not write to {self.out}: {first_line(error)}; {kept}") from error
 
 
 def _step_of(line: str) -> int:
