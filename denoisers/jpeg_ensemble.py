@@ -22,6 +22,7 @@ from certify.pipeline import state_digest
 from certify.weights import load_weights
 from denoisers.jpeg import Codec, from_record
 from denoisers.quantisation import TableSet, find_tables
+from denoisers.weights import stored_card
 
 _WANTED = "expected a file of `certify train --train-classifier M --objective jpeg-noise`"
 
@@ -110,14 +111,11 @@ def trained_members(folder: str | Path, original: Classifier) -> dict[int, Membe
 
 def _card(file: Path) -> dict[str, Any]:
     """What noisy training wrote about a member."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            card = json.loads((opened.metadata() or {}).get("card", "{}"))
+        card = json.loads(stored_card(file) or "{}")
         if not card["codecs"] or not card["sha256"]:
             raise KeyError("codecs")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no member of a JPEG ensemble ({first_line(error)}); {_WANTED}") from None
     found: dict[str, Any] = card
     return found

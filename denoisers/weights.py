@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,39 +131,64 @@ class Trained(nn.Module):
         }
 
 
-def save_denoiser(path: str | Path, net: nn.Module, card: Card) -> Card:
-    """Write weights and card, beside and then over ``path``; floating-point tensors as the card's ``stored`` says.
+def write_weights(
+    path: str | Path, net: nn.Module, card: Mapping[str, Any], kind: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Write a network's weights and their card, beside and then over ``path``.
+
+    Args:
+        path: of the file.
+        net: the network.
+        card: what is known of the weights, as JSON.
+        kind: type in which floating-point tensors are stored; None: their own.
 
     Returns:
         The card as written, with the tensors' hash.
     """
     from safetensors.torch import save
 
-    kind = _STORED[card.stored]
     tensors = {
-        key: (value.to(kind) if value.is_floating_point() else value).detach().cpu().contiguous()
+        key: (value.to(kind) if kind and value.is_floating_point() else value).detach().cpu().contiguous()
         for key, value in net.state_dict().items()
     }
-    written = Card(**{**asdict(card), "sha256": tensors_digest(tensors)})
+    written = {**card, "sha256": tensors_digest(tensors)}
     with replacing(path) as beside:
-        beside.write_bytes(save(tensors, metadata={_KEY: json.dumps(asdict(written), sort_keys=True)}))
+        beside.write_bytes(save(tensors, metadata={_KEY: json.dumps(written, sort_keys=True)}))
     return written
 
 
-def read_card(path: str | Path) -> Card:
-    """The card in a safetensors file, without reading its tensors.
+def stored_card(path: str | Path) -> str:
+    """The text of the card in a safetensors file, without reading its tensors; empty where there is none.
 
     Raises:
-        UserError: no such file, no safetensors, no card, or a card of another format.
+        UserError: no such file, or no safetensors.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            found = (file.metadata() or {}).get(_KEY)
+            return str((file.metadata() or {}).get(_KEY, ""))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read denoiser {path}: {first_line(error)}; expected a .safetensors file") from None
-    if found is None:
+        raise UserError(f"cannot read weights {path}: {first_line(error)}; expected a .safetensors file") from None
+
+
+def save_denoiser(path: str | Path, net: nn.Module, card: Card) -> Card:
+    """Write a denoiser's weights and card; floating-point tensors as the card's ``stored`` says.
+
+    Returns:
+        The card as written, with the tensors' hash.
+    """
+    return replace(card, sha256=write_weights(path, net, asdict(card), _STORED[card.stored])["sha256"])
+
+
+def read_card(path: str | Path) -> Card:
+    """The card of a denoiser, without reading its tensors.
+
+    Raises:
+        UserError: no such file, no safetensors, no card, or a card of another format.
+    """
+    found = stored_card(path)
+    if not found:
         raise UserError(
             f"{path} has no card, so its architecture is not known; write ARCHITECTURE={path}, such as dncnn={path}"
         )
@@ -205,7 +230,8 @@ def read_denoiser(path: str | Path, name: str | None = None) -> Trained:
         net.load_state_dict(tensors)
     except (TypeError, RuntimeError, ValueError, IndexError) as error:
         raise UserError(
-            f"the card of {path} does not match its tensors: {card.architecture} {card.options}: {first_line(error)}"
+            f"the card of {path} does not match its tensors: {card.architecture} {card.options}: {first_line(error)}; "
+            "expected a file as `certify train` wrote it: get it again"
         ) from None
     return Trained(net.requires_grad_(False).eval(), card, name or _name(Path(path)))
 

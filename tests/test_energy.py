@@ -199,7 +199,7 @@ def test_the_loss_of_a_gaussians_own_score_is_its_minimum(sigma: float) -> None:
 
     def loss(h: Tensor) -> float:
         level = torch.full((count,), sigma, dtype=torch.float64)
-        return float(dsm(Batch(clean, noisy + sigma * h, level, None, None, torch.Generator())))
+        return float(dsm(Batch(clean, level, None, None, torch.Generator(), output=noisy + sigma * h)))
 
     least = 0.5 * d * spread**2 / total
     # an image's loss is s^2 / (s^2 + sigma^2) / 2 times a chi-square number of d degrees of freedom

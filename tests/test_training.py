@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def test_stability_training_raises_accuracy_and_leaves_the_classifier_alone(
     assert guides.unchanged()
     card = read_denoiser(tmp_path / WEIGHTS).card
     assert (card.objective, card.access, card.classifiers[0]["sha256"]) == ("mse+stability", "white-box", before)
+    assert card.training["precision"] == "float32"
 
 
 def test_queries_alone_improve_on_squared_error(data: Any, digits: Classifier, tmp_path: Path) -> None:
@@ -264,6 +266,20 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
             run(data, tmp_path, recipe, validations=14, checkpoint_seconds=0.0)
     assert read_denoiser(tmp_path / WEIGHTS).card.sha256 == good
     assert run(data, tmp_path, recipe, validations=14).finished  # and goes on from there
+
+
+@pytest.mark.parametrize("largest", [100, 10_000, 80_000], ids=["metrics", "weights", "checkpoint"])
+def test_a_full_disk_keeps_the_checkpoint(data: Any, tmp_path: Path, largest: int) -> None:
+    recipe = Recipe(epochs=1)
+    run(data, tmp_path, recipe, validations=1, checkpoint_seconds=0.0, stop_after=5)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        with pytest.raises(RunFault, match=r"could not write to .*; the checkpoint of step 5 is kept, and the same"):
+            run(data, tmp_path, recipe, validations=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert run(data, tmp_path, recipe, validations=1).steps == 14
 
 
 def test_weights_that_are_no_numbers_never_become_a_checkpoint(data: Any, tmp_path: Path) -> None:

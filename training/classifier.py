@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from certify import hub
 from certify.classifiers import ClassifierSpec
 from certify.errors import UserError
-from certify.pipeline import state_digest, tensors_digest
-from certify.records import replacing
+from certify.pipeline import state_digest
 from certify.settings import versions
+from denoisers.weights import write_weights
 from training.checkpoint import Scores
 from training.data import TrainingData
 from training.guides import Guides
@@ -86,31 +85,26 @@ def train_classifier(
     codecs = objective.codecs
     levels = recipe.levels.checked()
 
-    def validate(trained: nn.Module) -> Scores:
-        return coded_scores(trained, data, codecs) if codecs else classifier_scores(trained, data, levels)
+    def validate() -> Scores:
+        return coded_scores(net, data, codecs) if codecs else classifier_scores(net, data, levels)
 
     records = [codec.describe() for codec in codecs]
     identity = model if start is None and not records else [model, dict(start or {}), records]
     if start is not None:
-        start["validation"] = validate(net.eval())
+        net.eval()
+        start["validation"] = validate()
     card: dict[str, Any] = {
         "architecture": model,
         "started_from": start,
         "codecs": records,
         "data": data.about,
-        "training": recipe.describe(),
+        "training": {**recipe.describe(), "precision": conduct.precision},
         "command": conduct.command,
         "versions": versions(),
         "licence": conduct.licence,
     }
 
-    def keep(trained: nn.Module, scores: Scores, step: int) -> None:
-        from safetensors.torch import save
-
-        assert isinstance(trained, Normalised)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in trained.net.state_dict().items()}
-        full = {**card, "validation": scores, "chosen_at_step": step, "sha256": tensors_digest(tensors)}
-        with replacing(Path(out) / WEIGHTS) as beside:
-            beside.write_bytes(save(tensors, metadata={"card": json.dumps(full, sort_keys=True)}))
+    def keep(scores: Scores, step: int) -> None:
+        write_weights(Path(out) / WEIGHTS, net.net, {**card, "validation": scores, "chosen_at_step": step})
 
     return train(net, data, recipe, Guides([]), out, conduct, identity=identity, validate=validate, keep=keep)

@@ -65,25 +65,16 @@ def train_denoiser(
     check_needs(recipe, data, guides)
     net, before = build(architecture, data.image, recipe.seed, options, init)
     freeze_but(net, recipe.only)
-    last = recipe.objectives[-1]
-    judges = guides.working or list(watched_by)
-    for judge in judges:
+    card = _card(architecture, options, data, recipe, conduct, guides, before)
+    for judge in watched_by:
         judge.to(conduct.driver.device)
-    own = guides.access if last.gradients or not len(guides) else "queries"
-    access, classifiers = lineage(own, guides, before)
-    card = replace(
-        _begun(architecture, data, recipe, conduct, options),
-        access=access,
-        classifiers=classifiers,
-        started_from=before,
-        stored=stored,
-        purifier=last.purifier,
-    )
-    whole = net if last.wrap is None else last.wrap(net, data, recipe.seed)
+    judges = guides.working or list(watched_by)
+    wrap = recipe.objectives[-1].wrap
+    whole = net if wrap is None else wrap(net, data, recipe.seed)
 
-    def keep(trained: nn.Module, scores: Scores, step: int) -> None:
-        shaped = {**recipe.describe(), "chosen_at_step": step, "of_steps": recipe.steps(len(data.train))}
-        save_denoiser(Path(out) / WEIGHTS, net, replace(card, training=shaped, validation=scores))
+    def keep(scores: Scores, step: int) -> None:
+        shaped = {**card.training, "chosen_at_step": step, "of_steps": recipe.steps(len(data.train))}
+        save_denoiser(Path(out) / WEIGHTS, net, replace(card, training=shaped, validation=scores, stored=stored))
 
     outcome = train(
         whole,
@@ -93,7 +84,7 @@ def train_denoiser(
         out,
         conduct,
         identity=[architecture, options, before],
-        validate=lambda _: scores_to_choose_by(net, whole, data, recipe, guides, judges),
+        validate=lambda: scores_to_choose_by(net, whole, data, recipe, guides, judges),
         keep=keep,
     )
     if outcome.finished and not (Path(out) / WEIGHTS).is_file():
@@ -103,10 +94,18 @@ def train_denoiser(
     return outcome
 
 
-def _begun(
-    architecture: str, data: TrainingData, recipe: Recipe, conduct: Conduct, options: dict[str, Any] | None
+def _card(
+    architecture: str,
+    options: dict[str, Any] | None,
+    data: TrainingData,
+    recipe: Recipe,
+    conduct: Conduct,
+    guides: Guides,
+    before: dict[str, Any] | None,
 ) -> Card:
-    """What a card can say before any network is there."""
+    """What a card can say before training."""
+    last = recipe.objectives[-1]
+    access, classifiers = lineage(guides.access if last.gradients or not len(guides) else "queries", guides, before)
     return Card(
         architecture=architecture,
         options=options or {},
@@ -114,11 +113,15 @@ def _begun(
         sigmas=tuple(sorted(set(recipe.sigmas))),
         continuous=recipe.continuous,
         objective=recipe.objective,
-        access="none",
+        access=access,
+        classifiers=classifiers,
         data=data.about,
+        training={**recipe.describe(), "precision": conduct.precision},
+        started_from=before,
         command=conduct.command,
         versions=versions(),
         licence=conduct.licence,
+        purifier=last.purifier,
     )
 
 

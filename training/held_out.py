@@ -77,7 +77,7 @@ def denoiser_scores(
             level = torch.full((len(clean),), sigma, device=clean.device)
             output = net(_noisy(clean, i, sigma), level)
             errors.append((output - clean).pow(2).mean((1, 2, 3)).clamp_min(1e-12))
-            losses.append(mse(Batch(clean, output, level, labels, None, torch.Generator())) * len(clean))
+            losses.append(mse(Batch(clean, level, labels, None, torch.Generator(), output=output)) * len(clean))
             for classifier, undisturbed in zip(classifiers, answers[i], strict=True):
                 answer = classifier(output)
                 kept.append(answer == undisturbed)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from certify.classifiers import Classifier
 from certify.errors import RunFault, UserError, first_line
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _LOG_SECONDS = 5.0
+_MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our names, accelerate's
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Conduct:
     progress: Callable[[int, float], None] = lambda images, loss: None
     command: str = ""
     licence: str = "MIT"
+
+    @property
+    def precision(self) -> str:
+        """The driver's arithmetic, as :func:`make_accelerator` calls it."""
+        return next(name for name, mixed in _MIXED.items() if mixed == self.driver.mixed_precision)
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def make_accelerator(device: str = "auto", precision: str = "float32", out: str 
         from accelerate.utils import is_tensorboard_available
     except ImportError:
         raise UserError("training needs accelerate: pip install 'certify-toolkit[train]'") from None
-    mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
+    mixed = _MIXED[precision]
     log = "tensorboard" if out is not None and is_tensorboard_available() else None
     if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
         AcceleratorState._reset_state()  # one state for the process: the training before this one had its own precision
@@ -118,8 +125,8 @@ def train(
     conduct: Conduct,
     *,
     identity: Any,
-    validate: Callable[[nn.Module], Scores],
-    keep: Callable[[nn.Module, Scores, int], None],
+    validate: Callable[[], Scores],
+    keep: Callable[[Scores, int], None],
 ) -> Outcome:
     """Train ``net`` in place, from the checkpoint in ``out`` if there is one.
 
@@ -131,24 +138,16 @@ def train(
         out: folder for ``checkpoint/`` and ``metrics.jsonl``.
         conduct: device, checkpoints, progress.
         identity: what the network is and starts from, as JSON; another one does not go on from this checkpoint.
-        validate: a network in evaluation mode to its figures on held-out images; ``score`` among them, less is better.
-        keep: called with the network, its figures and the step whenever its score is the best; it writes the weights.
+        validate: the figures on held-out images of ``net``, then in evaluation mode; ``score`` among them, less is
+            better.
+        keep: called with the figures and the step whenever the score is the best; it writes the weights of ``net``.
 
     Raises:
         UserError: a checkpoint of another training in ``out``.
-        RunFault: the loss is no number any more; says where the last good weights are.
+        RunFault: the loss is no number any more, or the disk is full; says what was kept.
     """
     driver = conduct.driver
-    driver.free_memory()  # of a training before this one with the same driver, whose network it would save
-    torch.manual_seed(recipe.seed)  # for layers that draw
-    guides.to(driver.device)
-    net.to(driver.device)
-    if any(p.ndim == 4 for p in net.parameters()):
-        net.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
-    average = make_average(net, recipe.ema)
-    model, *optimizers = driver.prepare(net, *_optimizers(net, recipe))
-    if conduct.compile:
-        _compile(net, data, recipe, guides, driver.device)
+    model, optimizers, average = _ready(net, data, recipe, guides, conduct)
     digest = recipe.digest(
         identity, data.image, data.about, conduct.validations, guides.describe(), driver.num_processes
     )
@@ -178,10 +177,28 @@ def train(
             if look:
                 with meter.paused(), averaged(net, average):
                     model.eval()
-                    state.judge(validate(net), lambda scores, step: keep(net, scores, step))
+                    state.judge(validate(), keep)
             state.save()
     driver.end_training()
     return Outcome(state.step, state.step >= steps, state.best, state.best_step, meter.rate)
+
+
+def _ready(
+    net: nn.Module, data: TrainingData, recipe: Recipe, guides: Guides, conduct: Conduct
+) -> tuple[nn.Module, list[torch.optim.Optimizer], AveragedModel | None]:
+    """The network as it is trained, on its device and perhaps compiled, its optimizers, and its average."""
+    driver = conduct.driver
+    driver.free_memory()  # of a training before this one with the same driver, whose network it would save
+    torch.manual_seed(recipe.seed)  # for layers that draw
+    guides.to(driver.device)
+    net.to(driver.device)
+    if any(p.ndim == 4 for p in net.parameters()):
+        net.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
+    average = make_average(net, recipe.ema)
+    model, *optimizers = driver.prepare(net, *_optimizers(net, recipe))
+    if conduct.compile:
+        _compile(net, data, recipe, guides, driver.device)
+    return model, optimizers, average
 
 
 def _rest_frozen(net: nn.Module) -> None:
@@ -303,15 +320,10 @@ def make_batch(draw: Draw, prepared: Prepared, found: Any, recipe: Recipe) -> Ba
     """What the objective gets to see: the draw, and what the network made of it."""
     output, *extra = found if isinstance(found, tuple) else (found,)
     return Batch(
-        draw.clean,
-        output,
-        draw.sigma,
-        draw.labels,
-        draw.classifier,
-        draw.generator,
-        recipe.queries,
-        recipe.temperature,
-        tuple(extra),
-        prepared,
-        draw.epoch,
+        **vars(draw),
+        output=output,
+        queries=recipe.queries,
+        temperature=recipe.temperature,
+        extra=tuple(extra),
+        prepared=prepared,
     )

@@ -69,35 +69,23 @@ def add_noise(draw: Draw) -> Prepared:
     return Prepared((draw.clean + draw.sigma[:, None, None, None] * noise, draw.sigma), draw.clean)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One step's images.
+@dataclass(frozen=True, kw_only=True)
+class Batch(Draw):
+    """One step's images: what was drawn, and what the trained network made of it.
 
     Attributes:
-        clean: ``(B, C, H, W)`` in [0, 1].
-        output: what the trained network made of its inputs: images of the same shape, or logits ``(B, K)``.
-        sigma: noise level of each image ``(B,)``.
-        labels: class indices ``(B,)``, or None.
-        classifier: the frozen classifier whose turn it is, or None.
-        generator: for objectives that draw.
+        output: what the network made of its inputs: images of the same shape as ``clean``, or logits ``(B, K)``.
         queries: for objectives that estimate gradients: directions an image.
         temperature: what the classifier's logits are divided by before the cross-entropy.
         extra: whatever else the network gave, such as class scores ``(B, K)`` read off its own features.
         prepared: the inputs and the target; None means clean images.
-        epoch: passes over the images so far.
     """
 
-    clean: Tensor
     output: Tensor
-    sigma: Tensor
-    labels: Tensor | None
-    classifier: Classifier | None
-    generator: torch.Generator
     queries: int = 20
     temperature: float = 1.0
     extra: tuple[Tensor, ...] = ()
     prepared: Prepared | None = None
-    epoch: float = 0.0
 
     @property
     def target(self) -> Tensor:
