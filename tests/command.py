@@ -1,10 +1,14 @@
-"""The command, run in this process."""
+"""The command, run in this process, and what it writes."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from certify.cli.app import main
+from certify.records import read_run
 
 
 def run(*args: str, code: int = 0) -> None:
@@ -12,3 +16,8 @@ def run(*args: str, code: int = 0) -> None:
     with pytest.raises(SystemExit) as ended:
         main(list(args))
     assert (ended.value.code or 0) == code
+
+
+def rows_without_seconds(path: Path | str) -> list[dict[str, Any]]:
+    """The image lines of a run file, finished or not, without their times."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_run(path, allow_partial=True).images]

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import run
+from command import rows_without_seconds, run
+from servers import wait_for
 
-from certify import read_run
 from certify.records import identity, peek_header
 
 pytestmark = pytest.mark.slow
@@ -206,16 +206,15 @@ def certify(folder: Path, model: str, out: str, *more: str, cluster: Raylets | N
 
 
 def records(path: Path, without: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    rows = read_run(path, allow_partial=True).images
-    return {r["id"]: {k: v for k, v in r.items() if k != "seconds"} for r in rows if r["id"] not in without}
+    return {row["id"]: row for row in rows_without_seconds(path) if row["id"] not in without}
 
 
 def wait_for_lines(path: Path, process: subprocess.Popen[str], lines: int) -> None:
-    end = time.monotonic() + 300
-    while not path.exists() or path.read_bytes().count(b"\n") <= lines:
+    def there() -> bool:
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end
-        time.sleep(0.01)
+        return path.exists() and path.read_bytes().count(b"\n") > lines
+
+    wait_for(there, 300)
 
 
 def same_run(folder: Path, one: str, other: str) -> None:

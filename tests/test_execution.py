@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import run
 from small_networks import IMAGE, PLAIN, classifier, labels, network, trained
 from torch import Tensor, nn
 
@@ -187,25 +188,19 @@ class TestCompilation:
 
 def test_a_run_goes_on_as_it_began(tmp_path: Path) -> None:
     """Resumed with `auto`, a run keeps its precision; asked for another one, it is refused."""
-    from certify.cli.app import main
-
-    def certify(*more: str) -> int:
-        with pytest.raises(SystemExit) as ended:
-            main(["--model", "digits", "--sigma", "0.25", "--n", "200", "--max", "4", "--json", *more])
-        return int(ended.value.code or 0)
-
     path = tmp_path / "r.jsonl"
-    assert certify("--out", str(path), "--precision", "bfloat16") == 0
+    command = [*"--model digits --sigma 0.25 --n 200 --max 4 --json --out".split(), str(path)]
+    run(*command, "--precision", "bfloat16")
     whole = path.read_text().splitlines()
     header = json.loads(whole[0])
     assert (header["precision"], header["compiled"], header["folded"]) == ("bfloat16", False, False)
     assert header["execution"]["asked"]["precision"] == "bfloat16"
     assert json.loads(whole[1])["agreement"][1] == 100
     path.write_text("\n".join(whole[:3]) + "\n")
-    assert certify("--out", str(path)) == 0
+    run(*command)
     resumed = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["votes"] for r in resumed[1:]] == [json.loads(line)["votes"] for line in whole[1:]]
-    assert certify("--out", str(path), "--precision", "float32") == 2
+    run(*command, "--precision", "float32", code=2)
 
 
 def test_disagreement_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:

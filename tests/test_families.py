@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import run as certify
 from flint import arb, ctx
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -19,7 +20,6 @@ from analysis.curves import proportion_interval
 from analysis.families import accuracy_interval, betting_p, binomial_p, family, p_values, simultaneous
 from analysis.runs import read_any
 from certify.certificates import certificate_from_votes, decision_from_counts
-from certify.cli.app import main
 from certify.errors import UserError
 from certify.noise import Gaussian
 from certify.records import Run
@@ -335,12 +335,6 @@ def write(path: Path, run: Run) -> str:
     return str(path)
 
 
-def verb(*args: str, code: int = 0) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["table", *args])
-    assert (ended.value.code or 0) == code
-
-
 def example(**header: Any) -> Run:
     """Ten images; three with p-values between alpha / 10 and alpha at r = 0, one of them with another label."""
     counts = [990] * 6 + [565, 565, 565, 400]
@@ -357,7 +351,7 @@ def test_the_table_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (p[6:9] > 1e-5).all()
     assert (p[6:9] <= 1e-4 / 4).all()  # Holm takes them, after six certain ones; Bonferroni does not
     path = write(tmp_path / "a.jsonl", example())
-    verb(path, "--simultaneous", "--radii", "0,0.5")
+    certify("table", path, "--simultaneous", "--radii", "0,0.5")
     out = capsys.readouterr().out
     cells = [line.split()[-6:] for line in out.splitlines() if line.endswith("Holm")]
     low, high = accuracy_interval(np.array([8, 6]), 10, 1e-4)
@@ -366,7 +360,7 @@ def test_the_table_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str
     words = " ".join(out.split())
     assert "except with probability at most alpha = 0.0001 over the noise, every image that is counted here" in words
     assert "l2 radius r" in words
-    verb(path, "--simultaneous", "--correction", "bonferroni", "--format", "csv", "--radii", "0,0.5")
+    certify("table", path, "--simultaneous", "--correction", "bonferroni", "--format", "csv", "--radii", "0,0.5")
     found = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["value"], row["all_at_once"], row["correction"]) for row in found] == [
         ("0.8", "0.6", "bonferroni"),
@@ -374,14 +368,14 @@ def test_the_table_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
     assert [float(row["true_low95"]) for row in found] == pytest.approx(low.tolist(), abs=1e-15)
     for style, text in (("markdown", "|:---"), ("latex", r"\toprule")):
-        verb(path, "--simultaneous", "--format", style, "-o", str(tmp_path / "t"))
+        certify("table", path, "--simultaneous", "--format", style, "-o", str(tmp_path / "t"))
         assert text in (tmp_path / "t").read_text(encoding="utf-8")
 
 
 def test_the_table_of_a_family_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = example()
     path = write(tmp_path / "a.jsonl", Run(run.path, run.header, [{**row, "label": None} for row in run.images]))
-    verb(path, "--simultaneous", "--radii", "0")
+    certify("table", path, "--simultaneous", "--radii", "0")
     out = capsys.readouterr().out
     assert "certified fraction" in out
     assert "accuracy" not in out
@@ -397,9 +391,9 @@ def test_what_the_verb_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([alone, "--simultaneous", "--correction", "holm"], "pass --correction bonferroni"),
         ([alone, "--correction", "holm"], "pass --simultaneous too"),
     ):
-        verb(*args, code=2)
+        certify("table", *args, code=2)
         err = capsys.readouterr().err
         assert text in err
         assert err.count("\n") == 1
-    verb(alone, "--simultaneous", "--radii", "0")
+    certify("table", alone, "--simultaneous", "--radii", "0")
     assert "Bonferroni: at all radii" in capsys.readouterr().out

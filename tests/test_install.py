@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from certify.cli.app import main
+from command import run
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,9 +72,7 @@ def test_the_example_classifier_can_be_certified(
     """A nearest-mean classifier beats guessing by far, and its certificates are of the usual kind."""
     monkeypatch.chdir(ROOT)
     command = "--model examples.my_model:nearest_mean --data digits --skip 20 --sigma 0.25 --n 1000 --json --out"
-    with pytest.raises(SystemExit) as ended:
-        main([*command.split(), str(tmp_path / "r.jsonl")])
-    assert not ended.value.code
+    run(*command.split(), str(tmp_path / "r.jsonl"))
     result = json.loads(capsys.readouterr().out)
     assert result["base_accuracy"] > 0.7
     assert result["certified_accuracy"]["0"] > 0.5

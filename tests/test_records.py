@@ -7,41 +7,34 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command import rows_without_seconds, run
 from PIL import Image
+from servers import wait_for
 
 from certify import Votes, certificate_from_votes, read_run
-from certify.cli.app import main
 from certify.errors import UserError
 from certify.noise import NOISES
 from certify.records import IMAGE_KEYS, RunFile, identity
 
 COMMAND = ["--model", "digits", "--sigma", "0.25", "--n", "2000", "--max", "6", "--quiet"]
-
-
-def run(args: list[str]) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(args)
-    return int(ended.value.code or 0)
+CIRCUMSTANCES = ("created", "command", "batch_size", "execution")
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:
-    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for key in ("created", "command", "batch_size", "execution"):
-        header.pop(key)
-    return [header, *({k: v for k, v in row.items() if k != "seconds"} for row in rows)]
+    header = read_run(path).header
+    return [{k: v for k, v in header.items() if k not in CIRCUMSTANCES}, *rows_without_seconds(path)]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "whole.jsonl"
-    assert run([*COMMAND, "--out", str(path)]) == 0
+    run(*COMMAND, "--out", str(path))
     return path
 
 
@@ -77,7 +70,7 @@ def test_the_record_proves_its_own_certificates(finished: Path) -> None:
 
 def test_the_same_command_again_changes_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = finished.read_bytes()
-    assert run([*COMMAND, "--out", str(finished), "--json"]) == 0
+    run(*COMMAND, "--out", str(finished), "--json")
     assert finished.read_bytes() == before
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == 6
@@ -88,7 +81,7 @@ def test_the_same_command_again_changes_nothing(finished: Path, capsys: pytest.C
 @pytest.mark.parametrize("batch_size", ["1000", "170"])
 def test_batch_size_changes_nothing(batch_size: str, finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    assert run([*COMMAND, "--out", str(path), "--batch-size", batch_size]) == 0
+    run(*COMMAND, "--out", str(path), "--batch-size", batch_size)
     assert without_times(path) == without_times(finished)
 
 
@@ -98,36 +91,30 @@ def test_a_torn_last_line_is_done_again(cut: int, finished: Path, tmp_path: Path
     path.write_bytes(finished.read_bytes()[:-cut])
     assert read_run(path, allow_partial=True).torn
     assert read_run(path, allow_partial=True).partial
-    assert run([*COMMAND, "--out", str(path)]) == 0
+    run(*COMMAND, "--out", str(path))
     assert without_times(path) == without_times(finished)
 
 
 def test_a_torn_header_starts_again(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(finished.read_bytes()[:100])
-    assert run([*COMMAND, "--out", str(path)]) == 0
+    run(*COMMAND, "--out", str(path))
     assert without_times(path) == without_times(finished)
 
 
 def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     """SIGKILL at several moments; at most the image in work is lost, and the end result is the same."""
     settings = [*COMMAND, "--n", "40000", "--out"]
-    command = [sys.executable, "-m", "certify", *settings]
+    command = [sys.executable, "-m", "certify", "--batch-size", "20", *settings]  # slowly: it must not end by itself
     killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
-    kills = 0
     for _ in range(2):
-        process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, start_new_session=True)
-        before = _images(killed)
-        while process.poll() is None and _images(killed) < before + 2:
-            time.sleep(0.01)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills == 2
+        process = subprocess.Popen([*command, str(killed)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+        _wait_for_images(killed, _images(killed) + 2, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     assert read_run(killed, allow_partial=True).partial
     for path in (killed, whole):
-        assert run([*settings, str(path)]) == 0
+        run(*settings, str(path))
     assert without_times(killed) == without_times(whole)
 
 
@@ -135,13 +122,21 @@ def _images(path: Path) -> int:
     return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
 
 
+def _wait_for_images(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    def there() -> bool:
+        assert process.poll() is None, process.communicate()[1]
+        return _images(path) >= count
+
+    wait_for(there, 300)
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    command = [sys.executable, "-m", "certify", *COMMAND, "--n", "500000", "--out", str(path)]
+    command = [sys.executable, "-m", "certify", *COMMAND, "--n", "500000", "--precision", "float32", "--compile", "off"]
+    command += ["--out", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while _images(path) < 1:
-        time.sleep(0.01)
+    _wait_for_images(path, 1, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -155,7 +150,7 @@ def test_a_run_of_other_settings_is_left_alone(
     option: str, value: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = finished.read_bytes()
-    assert run([*COMMAND, option, value, "--out", str(finished)]) == 2
+    run(*COMMAND, option, value, "--out", str(finished), code=2)
     assert "holds a run with other settings" in capsys.readouterr().err
     assert finished.read_bytes() == before
 
@@ -167,8 +162,8 @@ def test_file_names_that_are_not_text(tmp_path: Path, monkeypatch: pytest.Monkey
         Path("d", os.fsdecode(name)).write_bytes(b"")
         Image.new("L", (8, 8), 9).save(Path("d", os.fsdecode(name)))
     command = ["--model", "digits", "--data", "d", "--sigma", "0.25", "--n", "50", "--out", "r.jsonl"]
-    assert run(command) == 0
-    assert run(command) == 0
+    run(*command)
+    run(*command)
     assert [row["id"] for row in read_run("r.jsonl").images] == ["σ ü.png", "\udcff\udcfe.png"]
 
 
@@ -178,8 +173,8 @@ def test_strict_also_minds_what_an_earlier_run_left_out(tmp_path: Path, monkeypa
     Image.new("L", (8, 8), 9).save("d/a.png")
     Path("d/b.png").write_bytes(b"no image")
     command = ["--model", "digits", "--data", "d", "--sigma", "0.25", "--n", "50", "--quiet", "--out", "r.jsonl"]
-    assert run(command) == 0
-    assert run([*command, "--strict"]) == 2
+    run(*command)
+    run(*command, "--strict", code=2)
 
 
 @pytest.mark.parametrize("form", ["npz", "folder", "zip"])
@@ -202,10 +197,10 @@ def test_changed_images_are_not_taken_for_the_old_ones(
 
     out = tmp_path / "r.jsonl"
     command = ["--model", "digits", "--sigma", "0.25", "--n", "100", "--quiet", "--out", str(out)]
-    assert run([*command, "--data", str(write(100))]) == 0
-    assert run([*command, "--data", str(write(100))]) == 0
+    run(*command, "--data", str(write(100)))
+    run(*command, "--data", str(write(100)))
     before = out.read_bytes()
-    assert run([*command, "--data", str(write(200))]) == 2
+    run(*command, "--data", str(write(200)), code=2)
     assert "images.sha256" in capsys.readouterr().err
     assert out.read_bytes() == before
 
@@ -253,7 +248,7 @@ def test_nan_classifier_abstains_and_says_so(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert run(["--model", "nan_model:nan", "--data", "digits", "--sigma", "0.25", "--n", "100", "--max", "3"]) == 0
+    run("--model", "nan_model:nan", "--data", "digits", "--sigma", "0.25", "--n", "100", "--max", "3")
     err = capsys.readouterr().err
     assert "every sample failed" in err
     assert "near chance" not in err  # three images are too few to say

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import run
+from command import rows_without_seconds, run
 from PIL import Image
 
 from certify import read_run
@@ -20,11 +20,6 @@ from certify.shards import Shard, agree, merge_files
 
 COMMAND = ["--model", "digits", "--data", "digits", "--sigma", "0.25", "--n", "300", "--skip", "45", "--quiet"]
 KINDS = {"certify": [], "decide": ["--radius", "0.1,0.25"], "measure": ["--tolerance", "0.5"], "predict": []}
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """The image lines without their times."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_run(path).images]
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -49,10 +44,11 @@ def test_merged_shards_are_the_run(
     assert "12 images of digits" in capsys.readouterr().out
     found, single = read_run(merged), read_run(whole)
     if single.header["stopping"] is None:
-        assert records(merged) == records(whole)
+        assert rows_without_seconds(merged) == rows_without_seconds(whole)
     else:  # where images stop by themselves, a single process writes them as they are settled
         assert [row["id"] for row in found.images] == [str(1297 + 45 * k) for k in range(12)]
-        assert {row["id"]: row for row in records(merged)} == {row["id"]: row for row in records(whole)}
+        by_id = [{row["id"]: row for row in rows_without_seconds(path)} for path in (merged, whole)]
+        assert by_id[0] == by_id[1]
     assert identity(found.header) == identity(single.header)
     assert [part["run"] for part in found.header["merged"]] == ["1.jsonl", "2.jsonl", "3.jsonl"]
     with pytest.raises(UserError, match=r"merged\.jsonl is there already"):
@@ -138,14 +134,14 @@ def test_shards_that_do_not_make_a_run_are_refused_by_name(
 
 def test_a_shard_goes_on_as_that_shard_alone(shards: Callable[[Path], list[Path]], tmp_path: Path) -> None:
     _, two, _ = shards(tmp_path)
-    finished = records(two)
+    finished = rows_without_seconds(two)
     two.write_bytes(b"".join(two.read_bytes().splitlines(keepends=True)[:-2]))
     begun = two.read_bytes()
     for other in (["--shard", "3/3"], ["--shard", "2/4"], []):
         run(*COMMAND, *other, "--out", str(two), code=2)
     assert two.read_bytes() == begun
     run(*COMMAND, "--shard", "2/3", "--out", str(two))
-    assert records(two) == finished
+    assert rows_without_seconds(two) == finished
 
 
 def test_places_are_interleaved_and_cover_every_image_once() -> None:
@@ -168,8 +164,8 @@ def test_an_image_that_cannot_be_read_has_its_place_too(tmp_path: Path, monkeypa
     for i in (1, 2):
         run(*command, f"{i}.jsonl", "--shard", f"{i}/2")
     run("merge", "1.jsonl", "2.jsonl", "-o", "merged.jsonl")
-    assert records(Path("merged.jsonl")) == records(Path("whole.jsonl"))
-    assert "error" in records(Path("merged.jsonl"))[2]
+    assert rows_without_seconds(Path("merged.jsonl")) == rows_without_seconds(Path("whole.jsonl"))
+    assert "error" in rows_without_seconds(Path("merged.jsonl"))[2]
 
 
 def test_shards_agree_on_how_they_run(tmp_path: Path) -> None:
