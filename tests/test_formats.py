@@ -535,9 +535,9 @@ def test_errors_say_what_the_service_says_and_no_secret() -> None:
         "": "",
     }
     assert {text: safe_text(text.encode()) for text in texts} == texts
-    started = time.perf_counter()
+    started = time.process_time()
     assert len({safe_text(c * 30_000) for c in (b"a", b"Ab", b"<", b"<a", b"\x00", b'["', b"[", b"{")}) <= 8
-    assert time.perf_counter() - started < 2  # no text makes reading slow
+    assert time.process_time() - started < 2  # no text makes reading slow
     with pytest.raises(BadReply) as found:
         built("hugging-face").reply(reply({"error": f"Invalid token {secret}"}, 401))
     assert str(found.value) == "HTTP 401: Invalid token [...]"
