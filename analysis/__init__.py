@@ -1,1 +1,1 @@
-"""Reads run files, makes curves, tables and pictures of them, and attacks; never samples noise for a certificate."""
+"""Reads run files, makes curves, tables and pictures of them, and attacks; certify alone decides certificates."""

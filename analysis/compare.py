@@ -19,7 +19,7 @@ from torch import Tensor
 from analysis.comparison import Condition
 from analysis.sandwich import crossing
 from certify.defence import Defence
-from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.errors import RunFault, UserError, in_words
 from certify.images import ImageSet
 from certify.records import COMPARISON, SCHEMA, RunFile
 from certify.settings import versions
@@ -194,14 +194,9 @@ def _hold_against_certificates(defence: Defence, rows: list[dict[str, Any]], fil
             smoothed = smoothed or _smoothed(defence)
             found = crossing(smoothed, name, row["clean"], row["attacked"], n=n, alpha=plan.alpha, seed=plan.seed)
         except Exception as error:
-            return _fault(error)
+            return in_words(error)
         row["crossing"] = {"distance": found.distance, "prediction": found.prediction, "alpha": found.alpha}
     return ""
-
-
-def _fault(error: Exception) -> str:
-    """In one line; what this package says needs no name in front."""
-    return str(error) if isinstance(error, CertifyError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _smoothed(defence: Defence) -> SmoothedClassifier:
@@ -226,7 +221,7 @@ def _attempt(
         proposed = _craft(craft, condition, defence, chunk) if own else shown().take(places)
         return _outcomes(defence, named, condition, chunk, proposed, plan), ""
     except Exception as error:
-        return [], _fault(error)
+        return [], in_words(error)
 
 
 @dataclass(frozen=True)

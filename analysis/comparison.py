@@ -18,8 +18,6 @@ from certify.records import Run
 GROUPS = {"plain": "no attack", "blind": "purifier-blind", "adaptive": "adaptive", "certified": "certified"}
 """Groups of conditions, in the order of the table, in words."""
 
-CONFIDENCE = 0.95
-
 
 @dataclass(frozen=True)
 class Condition:
@@ -81,11 +79,11 @@ class Cell:
         return wilson(self.right, self.images)
 
 
-def wilson(successes: float, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's interval of a proportion (statsmodels)."""
+def wilson(successes: float, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion (statsmodels)."""
     from statsmodels.stats.proportion import proportion_confint
 
-    low, high = proportion_confint(successes, total, alpha=1 - confidence, method="wilson")
+    low, high = proportion_confint(successes, total, alpha=0.05, method="wilson")
     return max(0.0, float(low)), min(1.0, float(high))
 
 

@@ -83,7 +83,9 @@ class Curve:
         return ", ".join(parts)
 
 
-def proportion_interval(successes: np.ndarray, total: int, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+def proportion_interval(
+    successes: np.ndarray | int, total: int, confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
     """Exact two-sided interval of proportions (Clopper and Pearson 1934)."""
     from scipy.special import betaincinv  # statsmodels has the same, and takes a second to import
 
@@ -179,9 +181,9 @@ def _number(value: float | int) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def default_radii(largest: float, steps: int = 6) -> list[float]:
+def default_radii(largest: float) -> list[float]:
     """A handful of round radii from 0 up to the largest one that is possible."""
     for step in (0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0):
-        if largest <= step * steps:
+        if largest <= 6 * step:
             return [round(i * step, 4) for i in range(int(largest / step) + 1)]
     return [0.0, largest / 2, largest]

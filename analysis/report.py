@@ -168,8 +168,8 @@ def _figures(audit: AuditFolder, found: Curve | None) -> list[dict[str, str]]:
     tiles = []
     if audit.rows:
         kept = sum(words.outcome(row) == words.KEEPS for row in audit.rows)
-        low, high = proportion_interval(np.asarray([kept]), len(audit.rows))
-        about = f"95 % interval over images: {low[0]:.0%} to {high[0]:.0%}"
+        low, high = proportion_interval(kept, len(audit.rows))
+        about = f"95 % interval over images: {low:.0%} to {high:.0%}"
         nothing = sum("error" in row for row in audit.rows)
         about += f"; {nothing:,} without anything to certify among them, which the curve leaves out" if nothing else ""
         tiles.append(_tile("keep their label", f"{kept:,} of {len(audit.rows):,}", about))

@@ -79,19 +79,17 @@ def crossing(
     clean: Tensor,
     attacked: Tensor,
     *,
-    norm: str = "l2",
     n: int = 10_000,
     alpha: float = 0.001,
     seed: int = 0,
 ) -> Crossing:
-    """Ask the smoothed classifier about an attacked image, by PREDICT.
+    """Ask the smoothed classifier about an attacked image, by PREDICT; its distance is in l2.
 
     Args:
         smoothed: the one that was certified.
         image_id: as in the run file.
         clean: the image that was certified, ``(C, H, W)``.
         attacked: what an attack made of it.
-        norm: of the certificates, ``l2`` or ``linf``.
         n: votes, from a noise stream of their own.
         alpha: probability that the class is wrong, at most.
         seed: of the votes.
@@ -100,7 +98,7 @@ def crossing(
 
     near, far = smoothed.noise.input(clean), smoothed.noise.input(attacked)  # rounded, where the noise is on a grid
     predicted = smoothed.predict(attacked, n=n, alpha=alpha, seed=seed, image_id=f"{image_id} attacked")
-    return Crossing(image_id, norm, float(distances(far[None], near[None], norm)), predicted.prediction, alpha)
+    return Crossing(image_id, "l2", float(distances(far[None], near[None], "l2")), predicted.prediction, alpha)
 
 
 def contradictions(run: Run, found: Sequence[Crossing]) -> list[Contradiction]:

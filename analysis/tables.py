@@ -243,7 +243,5 @@ def one_run(c: Curve, radii: Sequence[float]) -> str:
 
 def share(successes: int, total: int) -> str:
     """A proportion of images with its 95 % interval, in words."""
-    import numpy as np
-
-    low, high = proportion_interval(np.asarray([successes]), total)
-    return f"{successes / total:.3f} ({successes} of {total}; 95 %: {low[0]:.3f} - {high[0]:.3f})"
+    low, high = proportion_interval(successes, total)
+    return f"{successes / total:.3f} ({successes} of {total}; 95 %: {low:.3f} - {high:.3f})"

@@ -8,6 +8,11 @@ def first_line(error: BaseException, longest: int = 140) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest]
 
 
+def in_words(error: BaseException) -> str:
+    """What an error says: its own text where this package raised it, else its kind and its first line."""
+    return str(error) if isinstance(error, CertifyError) else f"{type(error).__name__}: {first_line(error)}"
+
+
 class CertifyError(Exception):
     """Base of every error this package raises on purpose; its text is one line for a person to read."""
 

@@ -266,8 +266,7 @@ class RunFile:
     def _append(self, file: io.FileIO, row: Mapping[str, Any]) -> None:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
-            while line:
-                line = line[file.write(line) :]
+            write_all(file, line)
         except OSError as error:
             raise RunFault(
                 f"could not write {self.path}: {error.strerror}; {len(self.done)} finished images are kept: "
@@ -340,6 +339,12 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 24 else text[:20] + '..."'
+
+
+def write_all(file: io.FileIO, line: bytes) -> None:
+    """Write every byte: a file without a buffer may take a part of them at a time."""
+    while line:
+        line = line[file.write(line) :]
 
 
 def open_to_append(path: Path) -> io.FileIO:

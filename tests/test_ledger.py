@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     with Ledger(path, HEADER) as ledger:
-        monkeypatch.setattr("certify.remote.ledger._write", half)
+        monkeypatch.setattr("certify.remote.ledger.write_all", half)
         with pytest.raises(RunFault, match="No space left on device; what it holds is kept"):
             ledger.sent(query, b"body")
         monkeypatch.undo()

@@ -83,7 +83,8 @@ def serving(
     with Service(smoothed, size, procedure, limits, names, metrics.samples.inc) as service:
         picture = functools.partial(_picture, spec=spec, max_pixels=limits.max_pixels)
         about = {"sigma": 0.25, "norm": "l2", "alpha": ALPHA}
-        app = build_app(Front(service, "digits", picture, metrics, gate, about))
+        front = Front(service, "digits", picture, metrics, gate, about)
+        app = build_app(front, site_check(loopback=False))
         with TestClient(app, raise_server_exceptions=False) as client:
             yield client, service, gate, metrics
 

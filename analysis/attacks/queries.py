@@ -242,7 +242,7 @@ def square(image: Tensor, label: int, task: Task, *, fraction: float = 0.8) -> P
         raise UserError(f"attack square: fraction {fraction}, {height}x{width} pixels; expected 0 to 1, 3x3 or more")
     chase = Chase(task.access, image, label, task)
     if task.norm == "l2":
-        return chase.proposal(lambda: _square_l2(chase, image.numpy(), label, task, fraction))
+        return chase.proposal(lambda: _square_l2(chase, fraction))
     from art.attacks.evasion import SquareAttack
     from art.estimators.classification.blackbox import BlackBoxClassifierNeuralNetwork
 
@@ -273,8 +273,9 @@ def square(image: Tensor, label: int, task: Task, *, fraction: float = 0.8) -> P
     return chase.proposal(lambda: library.generate(image[None].numpy(), y=right))
 
 
-def _square_l2(chase: Chase, clean: np.ndarray, label: int, task: Task, fraction: float) -> None:
+def _square_l2(chase: Chase, fraction: float) -> None:
     """The l2 version (algorithms 1 and 3 of the paper): mass moves from one window to another, the norm stays eps."""
+    clean, label, task = chase.image.numpy(), chase.label, chase.task
     assert task.access is not None
     assert task.access.budget is not None
     assert task.eps is not None

@@ -147,11 +147,11 @@ def connected(address: Address, *, device: str, gpus: int, threads: int, most: i
         ray.shutdown()
 
 
-def _start(count: int, gpus: int, common: Mapping[str, Any], tries: int = 3) -> None:
+def _start(count: int, gpus: int, common: Mapping[str, Any]) -> None:
     """A cluster on this machine. Ray gives its own processes 30 seconds, which a busy machine may miss."""
     import ray
 
-    for left in reversed(range(tries)):
+    for left in (2, 1, 0):
         try:
             ray.init(
                 address="local",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from certify.errors import CertifyError, first_line
+from certify.errors import in_words
 
 
 def other_code(mine: Mapping[str, str], there: Mapping[str, str], name: str) -> str:
@@ -40,7 +40,7 @@ def _short(value: Any) -> str:
 def how_it_ended(error: Exception, cause: BaseException | None) -> str:
     """What an exception on a worker says, or the line of Ray's report that says how a worker ended."""
     if cause is not None:
-        return first_line(cause) if isinstance(cause, CertifyError) else f"{type(cause).__name__}: {first_line(cause)}"
+        return in_words(cause)
     lines = [line.strip() for line in str(error).splitlines()]
     told = next((line for line in lines if "exit type" in line or "node" in line.lower()), lines[0] if lines else "")
     return told.partition("Some common causes")[0].strip()[:200] or type(error).__name__

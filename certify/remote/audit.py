@@ -89,7 +89,7 @@ class Audit:
         denoiser: ``forward(noisy, sigma)``, on ``device``, or None.
         given: the reference label of each image by id; None: the service's own answers.
         class_map: from its labels to classes, or None.
-        repeat_clean: how often one clean image is asked about at the start.
+        repeat_clean: how often one clean image is asked about again at the start.
         budget: requests, retries included.
         concurrency: queries at a time.
         about: what else ``audit.json`` says: manners, prices, the command. Nothing secret.

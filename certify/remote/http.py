@@ -13,17 +13,13 @@ import weakref
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from certify import __version__
 from certify.errors import UserError, first_line
 from certify.remote.credentials import Credential, cleaned, cleaned_logs, secret_name
 from certify.remote.types import MOST_BYTES, BadReply, Reply, Request
-
-if TYPE_CHECKING:
-    import httpx2
 
 TIMEOUT = 60.0
 """Seconds for one request, from the first look for the host to the last byte."""
@@ -92,7 +88,6 @@ class HttpSender:
         timeout: seconds for one request, whatever happens.
         most_bytes: of a reply.
         connections: that may be open at a time.
-        transport: of httpx2, for tests.
 
     Raises:
         UserError: httpx2 is not installed, or as :func:`check_endpoint`.
@@ -107,7 +102,6 @@ class HttpSender:
         timeout: float = TIMEOUT,
         most_bytes: int = MOST_BYTES,
         connections: int = 64,
-        transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.endpoint = check_endpoint(url, key=credential is not None, insecure=insecure)
         try:
@@ -129,7 +123,6 @@ class HttpSender:
             ),
             follow_redirects=False,
             trust_env=not is_loopback(self._url.hostname or ""),
-            transport=transport,
         )
         self._send = cleaned(self._send_once, credential)
         held = ExitStack()
@@ -158,9 +151,7 @@ class HttpSender:
     def __enter__(self) -> HttpSender:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _send_once(self, request: Request) -> Reply:
@@ -173,9 +164,9 @@ class HttpSender:
         except TimeoutError:
             raise TimeoutError(f"no whole reply within {self._timeout:g} s") from None
         except self._late:
-            raise TimeoutError(f"no connection within {_CONNECT:g} s") from None
+            raise TimeoutError(f"no connection to {self._url.netloc} within {_CONNECT:g} s") from None
         except self._failures as error:
-            raise ConnectionError(f"{first_line(error)} ({type(error).__name__})") from None
+            raise ConnectionError(f"{self._url.netloc}: {first_line(error)} ({type(error).__name__})") from None
 
     async def _exchange(self, request: Request) -> Reply:
         body = bytearray()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import io
 import json
 import os
 import threading
@@ -12,11 +11,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from certify.errors import RunFault, UserError
-from certify.records import open_to_append
+from certify.records import open_to_append, write_all
 from certify.remote.ledger_lines import Entry, answers_of, enter, parse
 from certify.remote.types import Answer, Query
 
@@ -135,7 +133,7 @@ class Ledger:
                 raise self._fault(p.fault or "it was closed")
             enter(self._entries, row)
             try:
-                _write(self._file, line)
+                write_all(self._file, line)
             except OSError as error:
                 p.fault = error.strerror or type(error).__name__
                 with suppress(OSError):
@@ -187,7 +185,7 @@ class Ledger:
         try:
             if old is None:
                 self._file.truncate(0)
-                _write(self._file, json.dumps(self.header, allow_nan=False).encode() + b"\n")
+                write_all(self._file, json.dumps(self.header, allow_nan=False).encode() + b"\n")
             else:
                 _refuse_other(self.path, old, self.header)
                 self.header = old
@@ -208,15 +206,8 @@ class Ledger:
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _write(file: io.FileIO, line: bytes) -> None:
-    while line:
-        line = line[file.write(line) :]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -23,20 +23,18 @@ from certify.serve.protocol import (
     wishes_from,
     write_response,
 )
-from certify.serve.site import site_check
 
 _SHOWN = 10  # classes on the page
 _JSON = ("application/json", "application/octet-stream")
 
 
-def build_app(front: Front, check: Callable[[Request], None] | None = None) -> FastAPI:
+def build_app(front: Front, check: Callable[[Request], None]) -> FastAPI:
     """The server's application: refusals, metrics, and all routes.
 
     Args:
         front: what the routes share.
-        check: looks at every request first and raises ``Refused``; default: of an address that others reach too.
+        check: looks at every request first and raises ``Refused``.
     """
-    check = check or site_check(loopback=False)
 
     async def first(request: Request) -> None:
         check(request)

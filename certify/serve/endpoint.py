@@ -46,7 +46,6 @@ class Endpoint:
         self.num_classes, self.input = num_classes, square_input(size)
         self._asking, self._about = asking, dict(about)
         self._classes: dict[str, int] = {}
-        self._names: list[str] = []
         self._queries = itertools.count()
         self.beyond = 0
 
@@ -61,16 +60,15 @@ class Endpoint:
             return FAILED
         label = answer.ranked[0].label
         if label not in self._classes:
-            if len(self._names) >= self.num_classes:
+            if len(self._classes) >= self.num_classes:
                 self.beyond += 1
                 return FAILED
-            self._classes[label] = len(self._names)
-            self._names.append(label)
+            self._classes[label] = len(self._classes)
         return self._classes[label]
 
     def name_of(self, label: int) -> str:
         """What the service calls this class."""
-        return self._names[label]
+        return list(self._classes)[label]
 
     def describe(self) -> dict[str, Any]:
         """Which service, and how it is asked."""

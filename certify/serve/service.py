@@ -27,7 +27,7 @@ from torch import Tensor
 from certify.access import BudgetSpent
 from certify.adaptive import Counting, Deciding, Label, Watch, settle
 from certify.certificates import certificate_from_votes, check_counts, needed
-from certify.errors import CertifyError, UserError, first_line
+from certify.errors import UserError, in_words
 from certify.sampling import image_digest
 from certify.sequential import DEFAULT_RULE
 from certify.serve.limits import Limits, Refused
@@ -51,7 +51,7 @@ class Procedure:
         n: estimation samples; the most of them at a radius.
         alpha: probability that the statement about an image is wrong, at most.
         radius: decide at this radius; None: measure it.
-        seed: of all noise; None: a secret one, drawn now.
+        seed: of all noise; by default a secret one.
     """
 
     n0: int = 100
@@ -338,8 +338,7 @@ class Service:
 
     def _failed(self, error: Exception) -> None:
         self._well_again = math.inf if isinstance(error, BudgetSpent) else time.monotonic() + _RECOVERY
-        text = str(error) if isinstance(error, CertifyError) else f"{type(error).__name__}: {first_line(error)}"
-        _LOG.error("the classifier failed: %s", text)
+        _LOG.error("the classifier failed: %s", in_words(error))
 
     def _fail(self, error: Exception) -> None:
         """Everything in work fails with what the classifier failed with; what waits is tried."""
