@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import rows_without_seconds
 from PIL import Image
 from raw_png import raw_png
 from safetensors.torch import save as safetensors_bytes
@@ -561,9 +562,6 @@ def test_full_disk_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch, capfd: C
     assert "2 finished images are kept" in complaint(limited.stderr.splitlines())
     assert limited.returncode == 1
 
-    def records(name: str) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in read_run(name, allow_partial=True).images]
-
-    assert records("short.jsonl") == records("whole.jsonl")[:2]
+    assert rows_without_seconds("short.jsonl") == rows_without_seconds("whole.jsonl")[:2]
     assert certify(capfd, argv)[0] == 0
-    assert records("short.jsonl") == records("whole.jsonl")
+    assert rows_without_seconds("short.jsonl") == rows_without_seconds("whole.jsonl")

@@ -208,7 +208,7 @@ def test_threads_share_a_flush_and_none_runs_ahead(tmp_path: Path, monkeypatch: 
         def counted(number: int) -> None:
             size = os.fstat(number).st_size
             flush(number)
-            time.sleep(0.002)  # as slow as a disk
+            time.sleep(0.02)  # as slow as a disk
             flushed[0], flushes[0] = size, flushes[0] + 1
 
         monkeypatch.setattr(os, "fsync", counted)
