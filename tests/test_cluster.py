@@ -124,7 +124,7 @@ def test_an_address_that_does_not_answer() -> None:
     start = time.monotonic()
     with pytest.raises(RunFault, match=r"ray://127\.0\.0\.1:9 does not answer"):
         require_ray(Address.parse("ray://127.0.0.1:9"))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 20  # Ray's own client tries for 35 s
 
 
 # What has to fit
