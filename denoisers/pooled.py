@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from denoisers.unet import LEVEL_FEATURES, Block, Modulation, add_change, level_embedding, precondition
+from denoisers.unet import LEVEL_FEATURES, Block, LevelUNet, Modulation
 
 
 class Stage(nn.Module):
@@ -36,10 +35,8 @@ class Stage(nn.Module):
         return out
 
 
-class PooledUNet(nn.Module):
-    """Noisy images and their level to clean images.
-
-    Untrained it is the linear estimate that treats every pixel alone, as :class:`denoisers.unet.UNet` is.
+class PooledUNet(LevelUNet):
+    """A classifier's way down and a light way up.
 
     Args:
         channels: after each halving of the size on the way down.
@@ -62,7 +59,6 @@ class PooledUNet(nn.Module):
             raise ValueError(f"{len(channels)} channels on the way down, {len(light)} on the way up: as many of both")
         self.bottleneck_channels = channels[-1]
         self.step = 2 ** len(channels)
-        self.embed = level_embedding()
         self.act = nn.GELU()
         self.head = nn.Conv2d(image_channels, light[0], 3, padding=1)
         self.down = nn.ModuleList(Stage(a, b) for a, b in pairwise((light[0], *channels)))
@@ -77,35 +73,21 @@ class PooledUNet(nn.Module):
         nn.init.zeros_(self.tail.weight)
         nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
 
-    @property
-    def bottleneck(self) -> nn.Module:
-        """The last stage on the way down: what the network makes of the picture as a whole."""
-        return self.down[-1]
-
-    def forward(
-        self, noisy: Tensor, sigma: float | Tensor | None = None, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """``(B, C, H, W)`` to the same shape; deterministic.
-
-        Args:
-            noisy: images plus noise.
-            sigma: the noise's standard deviation in [0, 1] pixels: a number, or one per image ``(B,)``.
-            generator: not used.
-
-        Raises:
-            UserError: no level.
-        """
-        images, level, kept, gain = precondition(noisy, sigma, self.step)
-        known = self.embed(level)
-        features = self.act(self.head(images))
-        skips = []
+    def look(self, images: Tensor, level: Tensor) -> list[Tensor]:
+        """See :class:`denoisers.unet.LevelUNet`."""
+        scales = [self.act(self.head(images))]
         for stage in self.down:
-            skips.append(features)
-            features = stage(features, known)
+            scales.append(stage(scales[-1], level))
+        return scales
+
+    def draw(self, scales: list[Tensor], level: Tensor) -> Tensor:
+        """See :class:`denoisers.unet.LevelUNet`."""
+        *skips, features = scales
         likely = None if self.read is None else self.read(features.mean((2, 3))).softmax(1)
         for i in reversed(range(len(self.grow))):
             features = self.grow[i](features) + self.skip[i](skips[i])
             if likely is not None and self.tell is not None:
                 features = self.tell[i](features, likely)
-            features = self.up[i - 1](features, known) if i else self.act(features)
-        return add_change(kept, gain, self.tail(features))
+            features = self.up[i - 1](features, level) if i else self.act(features)
+        change: Tensor = self.tail(features)
+        return change

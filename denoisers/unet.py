@@ -61,39 +61,35 @@ class Block(nn.Module):
         return out
 
 
-class UNet(nn.Module):
-    """Noisy images and their level to clean images.
+class LevelUNet(nn.Module):
+    """The frame of the U-Nets: noisy images and their level to clean images.
 
-    Untrained it is the linear estimate that treats every pixel alone: the input drawn towards mid-grey by its
-    signal-to-noise ratio.
-
-    Args:
-        channels: of the scales, from half the image's size downwards; each further one halves it again.
-        blocks: residual blocks at each scale on the way down, and as many on the way up.
-        image_channels: of the images.
+    Untrained they are the linear estimate that treats every pixel alone: the input drawn towards mid-grey by its
+    signal-to-noise ratio. A subclass has ``step``, what sides are padded to multiples of, and ``bottleneck_channels``,
+    of its coarsest features; it looks, and draws.
     """
 
-    def __init__(self, channels: tuple[int, ...] = (48, 96, 192), blocks: int = 2, image_channels: int = 3) -> None:
-        super().__init__()
-        self.channels = tuple(channels)
-        self.bottleneck_channels = channels[-1]
-        self.step = _FOLD * 2 ** (len(channels) - 1)
-        self.embed = level_embedding()
-        folded = image_channels * _FOLD**2
-        self.head = nn.Conv2d(folded, channels[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.ModuleList(Block(c) for _ in range(blocks)) for c in channels)
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(channels))
-        self.up = nn.ModuleList(nn.ModuleList(Block(c) for _ in range(blocks)) for c in channels[:-1])
-        self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(channels))
-        self.tail = nn.Conv2d(channels[0], folded, 3, padding=1)
-        nn.init.zeros_(self.tail.weight)
-        nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
+    step: int
+    bottleneck_channels: int
 
-    @property
-    def bottleneck(self) -> nn.Module:
-        """The last block at the coarsest scale: what the network makes of the picture as a whole."""
-        found: nn.Module = self.down[-1][-1]  # type: ignore[index]
-        return found
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = level_embedding()
+
+    def look(self, images: Tensor, level: Tensor) -> list[Tensor]:
+        """The features of every scale on the way down, the coarsest last, of images and their levels' features."""
+        raise NotImplementedError
+
+    def draw(self, scales: list[Tensor], level: Tensor) -> Tensor:
+        """The change ``(B, C, H, W)`` that the way up makes of these features."""
+        raise NotImplementedError
+
+    def seen(self, noisy: Tensor, sigma: float | Tensor | None) -> tuple[Tensor, Tensor]:
+        """Clean images, and the coarsest features: what the network makes of the picture as a whole."""
+        images, level, kept, gain = precondition(noisy, sigma, self.step)
+        known = self.embed(level)
+        scales = self.look(images, known)
+        return add_change(kept, gain, self.draw(scales, known)), scales[-1]
 
     def forward(
         self, noisy: Tensor, sigma: float | Tensor | None = None, *, generator: torch.Generator | None = None
@@ -108,21 +104,53 @@ class UNet(nn.Module):
         Raises:
             UserError: no level.
         """
-        images, level, kept, gain = precondition(noisy, sigma, self.step)
-        known = self.embed(level)
+        return self.seen(noisy, sigma)[0]
+
+
+class UNet(LevelUNet):
+    """Residual blocks at every scale, as many on the way up as on the way down.
+
+    Args:
+        channels: of the scales, from half the image's size downwards; each further one halves it again.
+        blocks: residual blocks at each scale on the way down, and as many on the way up.
+        image_channels: of the images.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (48, 96, 192), blocks: int = 2, image_channels: int = 3) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.bottleneck_channels = channels[-1]
+        self.step = _FOLD * 2 ** (len(channels) - 1)
+        folded = image_channels * _FOLD**2
+        self.head = nn.Conv2d(folded, channels[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.ModuleList(Block(c) for _ in range(blocks)) for c in channels)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(channels))
+        self.up = nn.ModuleList(nn.ModuleList(Block(c) for _ in range(blocks)) for c in channels[:-1])
+        self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(channels))
+        self.tail = nn.Conv2d(channels[0], folded, 3, padding=1)
+        nn.init.zeros_(self.tail.weight)
+        nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
+
+    def look(self, images: Tensor, level: Tensor) -> list[Tensor]:
+        """See :class:`LevelUNet`."""
         features = self.head(pixel_unshuffle(images, _FOLD))
-        skips = []
+        scales = []
         for i, blocks in enumerate(self.down):
             if i:
-                skips.append(features)
                 features = self.shrink[i - 1](features)
             for block in blocks:  # type: ignore[attr-defined]
-                features = block(features, known)
+                features = block(features, level)
+            scales.append(features)
+        return scales
+
+    def draw(self, scales: list[Tensor], level: Tensor) -> Tensor:
+        """See :class:`LevelUNet`."""
+        *skips, features = scales
         for i in reversed(range(len(self.up))):
             features = self.grow[i](features) + skips[i]
             for block in self.up[i]:  # type: ignore[attr-defined]
-                features = block(features, known)
-        return add_change(kept, gain, pixel_shuffle(self.tail(features), _FOLD))
+                features = block(features, level)
+        return pixel_shuffle(self.tail(features), _FOLD)
 
 
 @fx.wrap

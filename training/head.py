@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import UserError
+from denoisers.unet import LevelUNet
 from training.consistency import agreeing_loss, check_draws
 from training.data import TrainingData
 from training.losses import Batch, Objective, mse
@@ -21,49 +22,34 @@ WEIGHT = 0.1
 
 
 class Headed(nn.Module):
-    """A denoiser and a linear map from the mean over pixels of its ``bottleneck`` features to class scores.
+    """A denoiser and a linear map from the mean over pixels of its coarsest features to class scores.
 
     The map is the denoiser's own ``read`` where it has one.
 
     Args:
-        net: a denoiser with a submodule ``bottleneck``.
-        channels: of its features.
+        net: a denoiser.
         classes: K.
     """
 
-    def __init__(self, net: nn.Module, channels: int, classes: int) -> None:
+    def __init__(self, net: LevelUNet, classes: int) -> None:
         super().__init__()
         self.net = net
-        self.head = nn.Linear(channels, classes) if getattr(net, "read", None) is None else None
-        self._features: Tensor | None = None
-        bottleneck: nn.Module = net.bottleneck  # type: ignore[assignment]
-        bottleneck.register_forward_hook(self._remember)
-
-    def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._features = output
+        self.head = nn.Linear(net.bottleneck_channels, classes) if getattr(net, "read", None) is None else None
 
     def forward(self, noisy: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Denoised images ``(B, C, H, W)`` and class scores ``(B, K)``."""
-        cleaned = self.net(noisy, sigma)
-        assert self._features is not None
+        cleaned, features = self.net.seen(noisy, sigma)
         read: nn.Module = self.net.read if self.head is None else self.head  # type: ignore[assignment]
-        scores = read(self._features.mean((2, 3)))
-        self._features = None
-        return cleaned, scores
+        return cleaned, read(features.mean((2, 3)))
 
 
 def with_head(net: nn.Module, data: TrainingData, seed: int) -> Headed:
     """The denoiser with a fresh head for the labels of these images.
 
     Raises:
-        UserError: an architecture without a bottleneck.
+        UserError: an architecture without coarsest features.
     """
-    channels = getattr(net, "bottleneck_channels", None)
-    try:
-        found = channels is not None and net.bottleneck is not None
-    except IndexError:  # no blocks
-        found = False
-    if channels is None or not found:
+    if not isinstance(net, LevelUNet):
         raise UserError(
             f"--objective mse+classes needs a network with a bottleneck, such as unet; {type(net).__name__} has none"
         )
@@ -73,7 +59,7 @@ def with_head(net: nn.Module, data: TrainingData, seed: int) -> Headed:
     if read is not None and read.out_features < classes:
         raise UserError(f"the network reads {read.out_features} classes, the images have {classes}; expected as many")
     torch.manual_seed(seed)
-    return Headed(net, channels, classes)
+    return Headed(net, classes)
 
 
 def objective(weight: float = WEIGHT, draws: int = 1, consistency: float = 0.0) -> Objective:
