@@ -31,6 +31,12 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def in_its_words(module: nn.Module) -> dict[str, Any]:
+    """What a denoiser or purifier says of itself; its class where it says nothing."""
+    own = getattr(module, "describe", None)
+    return dict(own()) if callable(own) else {"name": type(module).__name__}
+
+
 class Pipeline(nn.Module):
     """The base classifier whose smoothing is certified: f(D(x + e)), or f(x + e) without a denoiser.
 
@@ -80,18 +86,12 @@ class Pipeline(nn.Module):
     @property
     def denoiser_name(self) -> str:
         """The denoiser as it calls itself, what ``auto`` chose; ``none`` without one."""
-        return "none" if self.denoiser is None else str(self._denoiser_in_its_words()["name"])
-
-    def _denoiser_in_its_words(self) -> dict[str, Any]:
-        own = getattr(self.denoiser, "describe", None)
-        return own() if callable(own) else {"name": type(self.denoiser).__name__}
+        return "none" if self.denoiser is None else str(in_its_words(self.denoiser)["name"])
 
     def describe(self) -> dict[str, Any]:
         """Every step with its options and hashes, in the order an image passes them."""
         steps = [self.classifier.describe()]
         if self.denoiser is not None:
             digest = state_digest(self.denoiser)
-            steps.insert(
-                0, {"step": "denoiser", "sigma": self.sigma, "sha256": digest, **self._denoiser_in_its_words()}
-            )
+            steps.insert(0, {"step": "denoiser", "sigma": self.sigma, "sha256": digest, **in_its_words(self.denoiser)})
         return {"num_classes": self.num_classes, "steps": steps}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from certify.errors import CertifyError, RunFault, UserError, first_line
 from certify.foreign import build_object, file_digest, open_torchscript
 from certify.hub import UNTRAINED, is_file
+from certify.pipeline import in_its_words
 from certify.registry import unknown_name
 from certify.weights import load_weights
 
@@ -255,8 +256,7 @@ def check_contract(module: nn.Module, shape: tuple[int, int, int], sigma: float 
         UserError: it fails on such images, changes their shape, gives numbers that are not finite, writes into its
             input, or treats an image differently alone and in a batch.
     """
-    own = getattr(module, "describe", None)
-    name = f"denoiser {own()['name'] if callable(own) else type(module).__name__}"
+    name = f"denoiser {in_its_words(module)['name']}"
     wanted = "x".join(map(str, shape))
     device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
     draws = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ from torch.nn.functional import conv2d
 from certify.classifiers import Classifier
 from certify.defence import Defence, Member
 from certify.errors import UserError
-from denoisers.classical import GaussianSmoothing
+from denoisers.classical import GaussianSmoothing, whole
 from denoisers.defences import trained
 from denoisers.randomness import Generators
 from denoisers.weights import Trained
@@ -191,8 +191,7 @@ def ncis(classifier: Classifier, iterations: int = 1, weights: str | None = None
     Raises:
         UserError: no such weights, or no such number of passes.
     """
-    if type(iterations) is not int or iterations < 1:
-        raise UserError(f"ncis:iterations={iterations}; expected a whole number from 1")
+    whole("ncis", "iterations", iterations)
     network = trained("ncis", classifier.input.size, weights)
     smoothing = None
     if network.card.objective == "restore":

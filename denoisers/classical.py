@@ -56,8 +56,8 @@ class GaussianSmoothing(nn.Module):
 
     def __init__(self, kernel: int = 5, std: float = 0.5, iterations: int = 2) -> None:
         super().__init__()
-        _whole("gs", "kernel", kernel, odd=True)
-        _whole("gs", "iterations", iterations)
+        whole("gs", "kernel", kernel, odd=True)
+        whole("gs", "iterations", iterations)
         _positive("gs", "std", std)
         self.kernel, self.std, self.iterations = kernel, std, iterations
 
@@ -93,7 +93,7 @@ class Median(nn.Module):
 
     def __init__(self, size: int = 3) -> None:
         super().__init__()
-        _whole("median", "size", size, odd=True)
+        whole("median", "size", size, odd=True)
         self.size = size
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
@@ -127,7 +127,7 @@ class BitDepth(nn.Module):
 
     def __init__(self, bits: int = 4) -> None:
         super().__init__()
-        _whole("bits", "bits", bits)
+        whole("bits", "bits", bits)
         if bits > 8:
             raise UserError(f"bits:bits={bits}; expected a whole number from 1 to 8, the bits of an image's values")
         self.bits = bits
@@ -160,7 +160,7 @@ class TotalVariation(nn.Module):
     def __init__(self, weight: float = 0.1, iterations: int = 50) -> None:
         super().__init__()
         _positive("tv", "weight", weight)
-        _whole("tv", "iterations", iterations)
+        whole("tv", "iterations", iterations)
         self.weight, self.iterations = weight, iterations
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
@@ -201,7 +201,8 @@ def _divergence(dual: Tensor) -> Tensor:
     return down - pad(down[..., :-1, :], (0, 0, 1, 0)) + right - pad(right[..., :-1], (1, 0))
 
 
-def _whole(name: str, option: str, value: Any, *, odd: bool = False) -> None:
+def whole(name: str, option: str, value: Any, *, odd: bool = False) -> None:
+    """Refuse an option that is no whole number from 1, or, where it is to be odd, from 3."""
     if type(value) is not int or value < (3 if odd else 1) or (odd and value % 2 == 0):
         expected = "an odd number of pixels from 3, such as 5" if odd else "a whole number from 1"
         raise UserError(f"{name}:{option}={value}; expected {expected}")

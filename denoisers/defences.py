@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from certify.classifiers import Classifier
 from certify.defence import Defence, Member
 from certify.errors import UserError, first_line
+from certify.pipeline import in_its_words
 from denoisers import DEFENCES, DENOISERS, SHIPPED, load_denoiser
-from denoisers.classical import GaussianBlur
+from denoisers.classical import GaussianBlur, whole
 from denoisers.find import find_denoiser, shipped
 from denoisers.names import build_with, parse_options
 from denoisers.randomness import Generators, normal
@@ -85,8 +86,8 @@ class Noisy(nn.Module):
 
     def describe(self) -> dict[str, object]:
         """Noise level and denoiser, for the record."""
-        own = getattr(self.denoiser, "describe", None)
-        return {"name": "noise, then denoiser", "noise": self.sigma, "denoiser": own() if callable(own) else None}
+        denoiser = None if self.denoiser is None else in_its_words(self.denoiser)
+        return {"name": "noise, then denoiser", "noise": self.sigma, "denoiser": denoiser}
 
 
 def smoothed(classifier: Classifier, sigma: float = 0.25, n: int = 100, denoiser: str = "auto") -> Defence:
@@ -100,8 +101,7 @@ def smoothed(classifier: Classifier, sigma: float = 0.25, n: int = 100, denoiser
     """
     if isinstance(sigma, bool | str) or not 0 < sigma < float("inf"):
         raise UserError(f"defence denoised: sigma={sigma}; expected a number above 0, such as 0.25")
-    if type(n) is not int or n < 1:
-        raise UserError(f"defence denoised: n={n}; expected a whole number of votes from 1")
+    whole("denoised", "n", n)
     if not isinstance(denoiser, str):
         raise UserError(f"defence denoised: denoiser={denoiser}; expected a name or a file")
     size = classifier.input.size

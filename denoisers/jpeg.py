@@ -24,11 +24,11 @@ _TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, 
 _TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))  # BT.601, full range, as JFIF has it
 
 
-def dct_matrix() -> Tensor:
-    """The orthonormal DCT-II of length 8: ``(8, 8)`` float64, row k the k-th basis vector."""
-    k, n = torch.arange(BLOCK, dtype=torch.float64)[:, None], torch.arange(BLOCK, dtype=torch.float64)
-    found: Tensor = 0.5 * torch.cos(math.pi / BLOCK * k * (n + 0.5))
-    found[0] = BLOCK**-0.5
+def dct_matrix(length: int = BLOCK) -> Tensor:
+    """The orthonormal DCT-II: ``(length, length)`` float64, row k the k-th basis vector."""
+    n = torch.arange(length, dtype=torch.float64)
+    found: Tensor = (2 / length) ** 0.5 * torch.cos(math.pi / length * n[:, None] * (n + 0.5))
+    found[0] = length**-0.5
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from certify.classifiers import Classifier
 from certify.defence import Defence, Member
 from certify.errors import UserError
+from certify.pipeline import in_its_words
 from denoisers.defences import trained
 from denoisers.randomness import Generators, normal, permutations
 from denoisers.unet import UNet
@@ -159,10 +160,9 @@ class RandomTransformPurifier(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Transform and network, for the record."""
-        own = getattr(self.net, "describe", None)
         noise = 0.0 if self.transform == "rt1" else NOISE
         about = {"name": "atop", "transform": self.transform, "noise": noise, "missing": 1 / PARTS}
-        return {**about, "net": own() if callable(own) else type(self.net).__name__}
+        return {**about, "net": in_its_words(self.net)}
 
 
 def atop(
@@ -181,11 +181,11 @@ def atop(
         combine: how their logits become one answer, see :data:`certify.defence.COMBINE`.
         weights: of ``certify train --objective complete`` or ``atop``; None: shipped ones.
     """
-    if transform is not None:
+    if transform is not None:  # before any weights are looked for
         checked(transform)
     net = trained("atop", classifier.input.size, weights)  # hands its second argument, here the mask, to the network
     settings = net.card.training.get("settings", {})
-    purifier = RandomTransformPurifier(net, transform or checked(settings.get("transform", "rt2")))
+    purifier = RandomTransformPurifier(net, transform or settings.get("transform", "rt2"))
     about = {"trained_with": settings}
     return Defence("atop", [Member(purifier, classifier)], draws=draws, combine=combine, about=about)
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from certify.classifiers import Classifier
 from certify.defence import Defence, Member
 from certify.errors import UserError
+from denoisers.classical import whole
 from denoisers.defences import trained
 from denoisers.randomness import Generators, normal
 
@@ -73,8 +74,7 @@ class ScorePurifier(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise UserError(f"score purification: kind={kind!r}; expected one of {', '.join(KINDS)}")
-        if type(steps) is not int or steps < 1:
-            raise UserError(f"score purification: steps={steps}; expected a whole number from 1")
+        whole("score purification", "steps", steps)
         numbers = {"step": step, "noise": noise, "quiet": quiet, "threshold": 0 if threshold is None else threshold}
         for key, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -223,8 +223,7 @@ def ebm(
         quiet: the share of the noise for images that the detector takes as clean.
         weights: a file of ``certify train --objective dsm``, or a shipped name; None takes the shipped ones that fit.
     """
-    if type(draws) is not int or draws < 1:  # where there is no noise too, which needs one only
-        raise UserError(f"ebm:draws={draws}; expected a whole number from 1")
+    whole("ebm", "draws", draws)  # where there is no noise too, which needs one only
     found = trained("ebm", classifier.input.size, weights)
     purifier = ScorePurifier(
         found.net, steps, step, noise=noise, kind=kind, threshold=threshold, quiet=quiet, about=found.describe()

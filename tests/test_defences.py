@@ -121,7 +121,7 @@ def test_smoothing_as_a_plain_classifier_counts_the_votes_of_its_draws() -> None
         ("denoised:sigma=-1", "expected a number above 0"),
         ("gaussian:size=3", "has no option 'size'; its options: width=null"),
         ("gaussian", "width follows the noise, and none is added here; write gaussian:width=0.5"),
-        ("denoised:n=2.5", "n=2.5; expected a whole number of votes"),
+        ("denoised:n=2.5", "denoised:n=2.5; expected a whole number from 1"),
         ("denoised:sigma=x", "sigma=x; expected a number above 0"),
         ("denoised:denoiser=5", "denoiser=5; expected a name or a file"),
         ("ebm:weights=5", "weights=5; expected a file"),

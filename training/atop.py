@@ -21,7 +21,6 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, relu
 from torch.nn.utils.parametrizations import spectral_norm
 
-from certify.classifiers import Classifier
 from certify.errors import UserError
 from denoisers.masked import MaskedUNet, checked, complete, random_transform
 from training.data import TrainingData
@@ -37,19 +36,7 @@ def completion(transform: str = "rt2", gan: bool = False, gan_gradient: bool = T
         gan_gradient: whether the network learns from it. False repeats the authors' fine-tuning code, where the
             discriminator's score is taken of a detached image and so teaches the network nothing.
     """
-    checked(transform)
-
-    def prepare(draw: Draw) -> Prepared:
-        return _transformed(draw, draw.clean, draw.clean, transform)
-
-    return Objective(
-        lambda batch: reconstruction(batch) + (adversarial_loss(batch) if gan else 0.0),
-        classifier=False,
-        noise=False,
-        prepare=prepare,
-        wrap=_wrap(gan, gan_gradient),
-        purifier="atop",
-    )
+    return fine_tuning(transform, weight=0.0, adversarial=False, gan=gan, gan_gradient=gan_gradient)
 
 
 def fine_tuning(
@@ -118,19 +105,14 @@ def attacked(draw: Draw, eps: float) -> Tensor:
     assert draw.labels is not None
     with torch.enable_grad():
         images = draw.clean.detach().requires_grad_(True)
-        loss = cross_entropy(_logits(draw.classifier, images), draw.labels)
-        (gradient,) = torch.autograd.grad(loss, images)
+        logits = draw.classifier.logits(images)
+        if not logits.requires_grad:
+            raise UserError(
+                f"no gradient comes back through {draw.classifier.name}; expected a torch model: train through a "
+                "--surrogate, or leave the attack and the classifier out: --set adversarial=false --set weight=0"
+            )
+        (gradient,) = torch.autograd.grad(cross_entropy(logits, draw.labels), images)
     return (draw.clean + eps * gradient.sign()).clamp(0, 1)
-
-
-def _logits(classifier: Classifier, images: Tensor) -> Tensor:
-    logits = classifier.logits(images)
-    if not logits.requires_grad:
-        raise UserError(
-            f"no gradient comes back through {classifier.name}; expected a torch model: train through a --surrogate, "
-            "or leave the attack and the classifier out: --set adversarial=false --set weight=0"
-        )
-    return logits
 
 
 def reconstruction(batch: Batch) -> Tensor:

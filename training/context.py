@@ -14,12 +14,12 @@ from certify.errors import UserError
 from denoisers.blind_spot import BlindSpot
 from denoisers.classical import GaussianSmoothing
 from training.data import TrainingData
-from training.losses import Batch, Draw, Objective, Prepared
+from training.losses import Objective, Prepared
 
 
 def context() -> Objective:
     """|| BSN(x) - x ||^2 on clean images: each pixel from its surroundings; the blind spot excludes the identity."""
-    return _objective(as_it_is)
+    return _objective(lambda images: images)
 
 
 def restore(kernel: int = 5, std: float = 0.5, iterations: int = 2) -> Objective:
@@ -33,16 +33,19 @@ def restore(kernel: int = 5, std: float = 0.5, iterations: int = 2) -> Objective
     Raises:
         UserError: values that make no sense.
     """
-    smoothing = GaussianSmoothing(kernel, std, iterations)
-
-    def smoothed(draw: Draw) -> Prepared:
-        return Prepared((smoothing.smooth(draw.clean),), draw.clean)
-
-    return _objective(smoothed)
+    return _objective(GaussianSmoothing(kernel, std, iterations).smooth)
 
 
-def _objective(prepare: Callable[[Draw], Prepared]) -> Objective:
-    return Objective(error, classifier=False, noise=False, prepare=prepare, wrap=blind, purifier="ncis")
+def _objective(change: Callable[[Tensor], Tensor]) -> Objective:
+    """The clean image from a changed one, by the squared error's mean over pixels, channels and images."""
+    return Objective(
+        lambda batch: (batch.output - batch.target).pow(2).mean(),
+        classifier=False,
+        noise=False,
+        prepare=lambda draw: Prepared((change(draw.clean),), draw.clean),
+        wrap=blind,
+        purifier="ncis",
+    )
 
 
 def blind(net: nn.Module, data: TrainingData, seed: int) -> nn.Module:
@@ -56,13 +59,3 @@ def blind(net: nn.Module, data: TrainingData, seed: int) -> nn.Module:
             f"--objective context and restore need a blind spot: --denoiser blind-spot; {type(net).__name__} has none"
         )
     return net
-
-
-def as_it_is(draw: Draw) -> Prepared:
-    """The clean image, to be made again."""
-    return Prepared((draw.clean,), draw.clean)
-
-
-def error(batch: Batch) -> Tensor:
-    """Squared error, mean over pixels, channels and images."""
-    return (batch.output - batch.target).pow(2).mean()

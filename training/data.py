@@ -64,7 +64,6 @@ def load_training_data(
     max_images: int | None = None,
     root: str | None = None,
     download: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> TrainingData:
     """The images that ``data`` names, as ``viewer`` (a classifier) wants to see them.
 
@@ -77,7 +76,6 @@ def load_training_data(
         max_images: use only so many, spread over the data.
         root: folder of torchvision's datasets.
         download: whether a missing dataset may be downloaded.
-        progress: told how many images were read since the last call.
 
     Raises:
         UserError: no such data, images of different sizes, too few images.
@@ -97,7 +95,7 @@ def load_training_data(
     if not 1 <= keep < n:
         raise UserError(f"--held-out {keep} of {n} images; expected at least 1, and fewer than there are")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
-    take = _reader(images, image, progress)
+    take = _reader(images, image)
     labels = torch.tensor([int(v) for v in images.labels if v is not None]) if images.labelled else None
     about = {"name": images.name, "images": n, "held_out": keep, "sha256": images.digest()}
     return TrainingData(take, labels, image, order[keep:], order[:keep], about)
@@ -133,9 +131,7 @@ def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, do
     return View(spec, count_classes(data, root, download))
 
 
-def _reader(
-    images: ImageSet, image: tuple[int, int, int], progress: Callable[[int], None]
-) -> Callable[[Tensor], Tensor]:
+def _reader(images: ImageSet, image: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:
     """All images in memory, or a function that decodes the wanted ones."""
 
     def read(index: int) -> Tensor:
@@ -155,7 +151,6 @@ def _reader(
         stack = torch.empty((len(images), *image), dtype=torch.uint8)
         for i in range(len(images)):
             stack[i] = read(i)
-            progress(1)
         return lambda indices: stack[indices]
     pool = ThreadPoolExecutor()
     return lambda indices: torch.stack(list(pool.map(read, indices.tolist())))

@@ -34,14 +34,14 @@ class Guides:
     ) -> None:
         self.originals = list(classifiers)
         self.digests = [c.identity() for c in self.originals]
+        self.target = None if target is None else target.identity()
         self._refuse(target)
         self.working = [_folded(c) for c in self.originals]
-        self.target = None if target is None else target.identity()
         self.access = "none" if not self.originals else "surrogates" if surrogates else "white-box"
 
     def _refuse(self, target: Classifier | None) -> None:
         for classifier, digest in zip(self.originals, self.digests, strict=True):
-            if target is not None and digest == target.identity():
+            if digest == self.target:
                 raise UserError(
                     f"surrogate {classifier.name!r} is the target itself (same weights); query access means that it is "
                     "not used for training: leave it out, or drop --surrogate for white-box training"

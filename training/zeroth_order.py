@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from certify.access import QueryAccess, forward_only
 from certify.errors import UserError
+from denoisers.jpeg import dct_matrix
 from training.losses import Batch, Objective
 
 SIZE, STEP = 8, 0.05
@@ -81,15 +82,8 @@ def lowest_frequencies(
     if size < 1:
         raise UserError(f"size {size} of the low frequencies: expected 1 or more, such as 8 (of 8x8 frequencies)")
     channels, height, width = shape
-
-    def vectors(length: int) -> Tensor:
-        frequency = torch.arange(min(size, length), dtype=torch.float64)[:, None]
-        position = torch.arange(length, dtype=torch.float64) + 0.5
-        waves: Tensor = (2 / length) ** 0.5 * torch.cos(math.pi / length * frequency * position)
-        waves[0] = length**-0.5
-        return waves.to(device=device, dtype=dtype)
-
-    return LowFrequencies(channels, vectors(height), vectors(width))
+    vertical, horizontal = (dct_matrix(length)[:size].to(device, dtype) for length in (height, width))
+    return LowFrequencies(channels, vertical, horizontal)
 
 
 def estimate_gradient(
@@ -170,17 +164,6 @@ def surrogate_loss(images: Tensor, gradient: Tensor) -> Tensor:
 def stability(scores: Tensor, target: Tensor) -> Tensor:
     """Cross entropy ``(B,)`` of scores ``(B, K)`` against the black box's own labels ``(B,)`` of the clean images."""
     return cross_entropy(scores, target, reduction="none")
-
-
-def margin(scores: Tensor, target: Tensor, confidence: float = 0.0) -> Tensor:
-    """Carlini and Wagner's margin ``(B,)``: best other score less the target's, no lower than ``-confidence``.
-
-    Flat once the target leads by ``confidence`` (2017, "Towards Evaluating the Robustness of Neural Networks", f_6,
-    with the roles exchanged: here the target is to be kept).
-    """
-    own = scores.gather(1, target[:, None])[:, 0]
-    other = scores.scatter(1, target[:, None], -math.inf).amax(dim=1)
-    return (other - own).clamp_min(-confidence)
 
 
 def objective() -> Objective:
