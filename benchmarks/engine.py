@@ -99,7 +99,7 @@ def memory(case: str, o: argparse.Namespace) -> None:
     peaks = {}
     for n in (2 * batch, 10 * batch, 100 * batch):
         command = [sys.executable, __file__, "peak", case, "--n", str(n), "--batch-size", str(batch)]
-        command += ["--compile", o.compile, "--precision", o.precision]
+        command += ["--compile", o.compile, "--precision", o.precision, "--device", o.device]
         command += ["--classifiers", o.classifiers] if o.classifiers else []
         peaks[n] = int(subprocess.run(command, capture_output=True, check=True).stdout.split()[-1])
     print(f"{case}, batches of {batch}: " + ", ".join(f"n = {n:,}: {p / 1024:,.0f} MiB" for n, p in peaks.items()))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import random
@@ -33,8 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from certify import load_classifier
+from certify.pipeline import tensors_digest
 
 Command = list[str]
 OF_VOTES = (
@@ -131,18 +132,8 @@ def training(soak: Soak, folder: Path) -> None:
     rest = f"--sigma 0.5 --data digits-train --epochs 6 --validations 3 --seed {soak.chance.randrange(1000)} --quiet"
     soak.disturbed([*base.split(), *rest.split(), "--out", "killed"], folder, 15)
     soak.whole([*base.split(), *rest.split(), "--out", "whole"], folder)
-    both = [weights(folder / name / "denoiser.safetensors") for name in ("killed", "whole")]
+    both = [tensors_digest(load_file(folder / name / "denoiser.safetensors")) for name in ("killed", "whole")]
     soak.same("train", *both)
-
-
-def weights(path: Path) -> str:
-    """A hash of the tensors in a file."""
-    from safetensors.torch import load_file
-
-    total = hashlib.sha256()
-    for name, tensor in sorted(load_file(path).items()):
-        total.update(name.encode() + tensor.numpy().tobytes())
-    return total.hexdigest()
 
 
 def auditing(soak: Soak, folder: Path) -> None:
