@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from certify.classifiers import ClassifierSpec, square_input
-from certify.hub import UNTRAINED
+from certify.errors import UserError
 from certify.weights import load_weights
 
 CIFAR10_CLASSES = (
@@ -80,5 +80,7 @@ def _stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential
 def build(name: str, weights: str | Path | None) -> ClassifierSpec:
     """``cifar_resnet<depth>`` with a checkpoint's weights."""
     net = CifarResNet(int(name.removeprefix("cifar_resnet")))
-    loaded = load_weights(net, weights or UNTRAINED, name)
+    if weights is None:
+        raise UserError(f"model {name!r} has no weights of its own; pass a checkpoint: --weights FILE")
+    loaded = load_weights(net, weights, name)
     return ClassifierSpec(net, square_input((3, 32, 32), MEAN, STD), CIFAR10_CLASSES, 10, loaded)

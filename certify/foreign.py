@@ -137,13 +137,18 @@ def build_callable(name: str, weights: str | Path | None, num_classes: int | Non
 
         loaded = load_weights(net, weights, name)
     size = getattr(found, "input_size", None)
-    spec = InputSpec(None)
-    if size is not None:
-        spec = square_input(tuple(size), tuple(getattr(found, "mean", ())), tuple(getattr(found, "std", ())))
+    mean, std = _stated(found, "mean"), _stated(found, "std")
+    spec = InputSpec(None, mean, std) if size is None else square_input(tuple(size), mean, std)
     stated = num_classes or getattr(found, "num_classes", None)
     given = getattr(found, "class_names", None)
     names = tuple((str(n),) for n in given) if given is not None else _names(stated)
     return ClassifierSpec(net, spec, names, stated, loaded, code, native=isinstance(found, nn.Module))
+
+
+def _stated(found: Any, name: str) -> tuple[float, ...]:
+    """The numbers that the object states; a tensor or a method of that name is its own affair."""
+    value = getattr(found, name, ())
+    return () if isinstance(value, Tensor) or callable(value) else tuple(value)
 
 
 def build_object(name: str) -> tuple[Any, str | None]:
@@ -189,10 +194,7 @@ def _takes_nothing(function: Any, name: str) -> bool:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return False
-    empty, named = inspect.Parameter.empty, (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return not any(p.default is empty and p.kind not in named for p in parameters) and not any(
-        p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters
-    )
+    return all(p.default is not p.empty or p.kind == p.VAR_KEYWORD for p in parameters)
 
 
 def _refuse_weights(name: str, weights: str | Path | None) -> None:

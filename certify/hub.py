@@ -40,8 +40,6 @@ _LIBRARIES = ("timm", "torchvision")
 _BY_FORM = ("built-in", "torchscript", "onnx", "python")
 """Builders that are told by the form of a name; any other is written in front of it."""
 
-_PROBE_SECONDS = 1.0
-
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -174,7 +172,12 @@ def cached(source: ModelSource) -> bool:
     hub_cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     torch_home = Path(os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch")
     if source.kind == "torchvision":
-        return any((torch_home / "hub" / "checkpoints").expanduser().glob(f"{source.name}-*.pth"))
+        there = {file.name for file in (torch_home / "hub" / "checkpoints").expanduser().glob("*.pth")}
+        if not there:
+            return False
+        from torchvision.models import get_model_weights  # takes seconds; only it knows what its files are called
+
+        return Path(get_model_weights(source.name).DEFAULT.url).name in there
     if source.name.startswith("hf-hub:"):
         folder = f"models--{source.name[7:].partition('@')[0].replace('/', '--')}"
     else:
@@ -183,7 +186,7 @@ def cached(source: ModelSource) -> bool:
     return any(file.exists() for file in files)
 
 
-def reachable(address: str, seconds: float = _PROBE_SECONDS) -> bool:
+def reachable(address: str, seconds: float = 1.0) -> bool:
     """Whether a connection to the address (or to the proxy in front of it) opens within ``seconds``, DNS included."""
     parts = urllib.parse.urlsplit(address)
     proxy = urllib.request.getproxies().get(parts.scheme)

@@ -70,7 +70,8 @@ def map_names(
     if indices and ("0" in names or len(names) < num_classes):
         return {name: int(name) for name in names}, f"class names are indices ({len(names)} of {num_classes})"
     numbers = all(name.isdecimal() for name in names)
-    if len(names) == num_classes and not (numbers and sorted(names, key=int) != names):  # 1, 10, 2: not an order
+    ordered = not (numbers and sorted(names, key=int) != names)  # 1, 10, 2: not an order
+    if class_names is None and len(names) == num_classes and ordered:
         return {name: i for i, name in enumerate(names)}, f"sorted order of {num_classes} class names"
     raise UserError(
         f"cannot tell which of the classifier's {num_classes} classes the data's {len(names)} are ({_few(names)}); "

@@ -213,6 +213,21 @@ def test_a_published_model_from_the_cache_without_network(monkeypatch: pytest.Mo
     assert done.stdout.strip() == "published (timm/test_vit.r160_in1k)", done.stderr[-500:]
 
 
+def test_torchvisions_files_are_found_in_its_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torchvision import models
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in models.list_models(module=models):
+        source = hub.ModelSource("torchvision", name)
+        assert not hub.cached(source)
+        file = folder / Path(models.get_model_weights(name).DEFAULT.url).name
+        file.touch()
+        assert hub.cached(source), file
+        file.unlink()
+
+
 @pytest.mark.parametrize("leftover", [False, True])
 def test_the_command_gives_up_soon(leftover: bool, tmp_path: Path) -> None:
     """As a user meets it: a process of its own, with an empty cache or the leftovers of a failed download in it."""
@@ -283,6 +298,7 @@ def labels(images): return (images.mean(dim=(1, 2, 3)) > 0.5).long()
 labels.num_classes = 2
 labels.input_size = (3, 2, 2)
 def logits(images): return images.flatten(1)[:, :3].numpy()
+logits.mean, logits.std = [0.5], [2]
 module = nn.Flatten()
 number = 3
 """
@@ -301,6 +317,7 @@ def test_python_callables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (
         load_classifier("my_models:logits", input_size=(3, 2, 2))(x).tolist() == x.flatten(1)[:, :3].argmax(1).tolist()
     )
+    assert load_classifier("my_models:logits", input_size=(3, 2, 2)).logits(x).equal(((x - 0.5) / 2).flatten(1)[:, :3])
     assert load_classifier("my_models:module", input_size=(3, 2, 2)).num_classes == 12
     with pytest.raises(UserError, match="has no 'absent'"):
         load_classifier("my_models:absent")

@@ -113,6 +113,7 @@ def test_names_to_indices(names: list[str], classes: str | None, k: int, mapped:
             3,
             "3 of 3 class names are not the classifier's",
         ),  # never by the alphabet
+        ([f"{i:04}" for i in range(1, 1001)], "imagenet", 1000, "cannot tell which"),
         ([str(i) for i in range(1, 11)], None, 10, "cannot tell which"),  # 1, 10, 2, ...: sorted order is no order
         (["tench", "no such thing"], "imagenet", 1000, r"1 of 2 class names .*no such thing"),
         (["crane"], "imagenet", 1000, "several classes: crane"),  # the bird and the machine
