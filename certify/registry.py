@@ -16,12 +16,19 @@ PLUGINS: dict[str, str] = {}
 """Versions of the other packages whose components were used, by package: they go into the run file."""
 
 
+_FEW = 12  # names that a message shows
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
     """The error for a name that is not there, with the nearest names that are."""
-    near = difflib.get_close_matches(name, list(known), n=4, cutoff=0.6)
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.6)
     if not near:
-        near = [k for k in known if name and (name in k or k in name)][:4]
-    advice = f"nearest: {', '.join(near)}" if near else f"see `certify list {kind}s`"
+        near = [k for k in names if name and (name in k or k in name)][:4]
+    if near:
+        advice = f"nearest: {', '.join(near)}"
+    else:  # what has many names has a list
+        advice = f"expected one of {', '.join(names)}" if len(names) <= _FEW else f"see `certify list {kind}s`"
     return UserError(f"unknown {kind} {name!r}; {advice}{'; ' + hint if hint else ''}")
 
 

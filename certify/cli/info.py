@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
+import pkgutil
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -33,13 +35,7 @@ EXTRAS = {
 
 def _registered(where: str) -> Callable[[], Registry]:
     """Loads the registry ``package.module:NAME`` when it is wanted: some import torch."""
-
-    def load() -> Registry:
-        module, _, name = where.partition(":")
-        found: Registry = getattr(importlib.import_module(module), name)
-        return found
-
-    return load
+    return functools.partial(pkgutil.resolve_name, where)
 
 
 def _registries() -> dict[str, Callable[[], Registry]]:
@@ -53,6 +49,7 @@ def _registries() -> dict[str, Callable[[], Registry]]:
         "noises": _registered("certify.noise:NOISES"),
         "bounds": _registered("certify.bounds:BOUNDS"),
         "rules": _registered("certify.sequential:RULES"),
+        "sources": _registered("certify.hub:BUILDERS"),
         "protocols": _registered("certify.remote.formats:FORMATS"),
     }
 
@@ -106,9 +103,9 @@ FORMS = {
 @click.argument("kind", required=False)
 @click.argument("pattern", required=False)
 def list_(kind: str | None, pattern: str | None) -> None:
-    """List models, datasets, denoisers, architectures, objectives, noises, bounds, stopping rules or protocols.
+    """List what there is of a kind: models, datasets, denoisers, architectures, defences, attacks, objectives, ...
 
-    PATTERN filters by part of the name.
+    Without KIND: all kinds with their names. PATTERN filters by part of the name.
     """
     from certify.registry import unknown_name
 
@@ -123,7 +120,7 @@ def list_(kind: str | None, pattern: str | None) -> None:
     registries = _registries()
     wanted = registries.get(kind) or registries.get(kind + "s")
     if wanted is None:
-        raise unknown_name("kind", kind, ["models", *registries], "expected one of models, " + ", ".join(registries))
+        raise unknown_name("kind", kind, ["models", *registries])
     found = wanted()
     shown = [name for name in found if (pattern or "") in name]
     if pattern and not shown:
