@@ -23,6 +23,12 @@ class RunFault(CertifyError):
     """A fault on the way (network, disk, worker): says what was kept and how to go on."""
 
 
+class Stopped(RunFault):
+    """The user ended it (Ctrl-C): says what was kept and how to go on."""
+
+    exit_code = 130
+
+
 class UserError(CertifyError, ValueError):
     """A mistake in what was asked: says what came, what was expected and what to write instead."""
 

@@ -40,6 +40,22 @@ class Viewer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class View:
+    """A viewer without a classifier: images are brought to its input; classes are the data's, or none."""
+
+    input: InputSpec
+    num_classes: int = 0
+    class_names: ClassNames | None = None
+
+    @classmethod
+    def at(cls, size: tuple[int, int, int] | None) -> View:
+        """Images of any class, at this size or as they are."""
+        from certify.classifiers import InputSpec, square_input
+
+        return cls(InputSpec(None) if size is None else square_input(size))
+
+
 _SLACK = 1e-6  # float32 arithmetic leaves values like -3e-8; they are clamped, anything further out is refused
 
 

@@ -159,9 +159,9 @@ def _arrange(keys: Any, where: str, item: Callable[[str, str, str | None], Item]
     )
     if not paths:
         raise UserError(f"no images in {where}; expected files ending in {', '.join(SUFFIXES)}")
-    depth = max(len(p.parts) for p, _ in paths)
+    depth, shallowest = (choose(len(p.parts) for p, _ in paths) for choose in (max, min))
     strip = 0
-    while depth - strip > 2 and len({p.parts[: strip + 1] for p, _ in paths}) == 1 and _shallowest(paths) > strip + 1:
+    while depth - strip > 2 and len({p.parts[: strip + 1] for p, _ in paths}) == 1 and shallowest > strip + 1:
         strip += 1
     depths = {len(p.parts) - strip for p, _ in paths}
     if depths in ({1}, {2}):
@@ -171,10 +171,6 @@ def _arrange(keys: Any, where: str, item: Callable[[str, str, str | None], Item]
         f"images in {where} lie at several depths (under {', '.join(tops[:4])}{', ...' if len(tops) > 4 else ''}); "
         f"expected one flat folder or one folder a class: name one of them, such as {where.rstrip('/')}/{tops[0]}"
     )
-
-
-def _shallowest(paths: list[tuple[PurePosixPath, str]]) -> int:
-    return min(len(p.parts) for p, _ in paths)
 
 
 def _from_npz(path: Path) -> Source:
@@ -269,8 +265,7 @@ def _imagenet(root: Path, download: bool) -> Source:
         raise UserError(
             f"no imagenet under {root}; ImageNet cannot be downloaded: pass --root DIR that holds val/<wnid>/*.JPEG"
         )
-    source = _from_folder(folder)
-    return Source("imagenet", source.items)
+    return Source("imagenet", _from_folder(folder).items)
 
 
 DATASETS.add("digits", _digits("digits", False), "scikit-learn's 8x8 digits: the 500 held out (in the package)")

@@ -14,6 +14,7 @@ from scipy.stats import norm
 
 from certify.cli.app import group
 from certify.cli.info import _installed
+from certify.cli.options import Count
 
 DIGITS = ["--model", "digits", "--sigma", "0.25"]
 
@@ -173,12 +174,23 @@ def test_an_untrained_model_is_enough_to_measure(capsys: pytest.CaptureFixture[s
     assert "float32, eager, batches of 10)" in capsys.readouterr().out
 
 
+def test_a_large_seed_is_that_seed() -> None:
+    count = Count("a seed", least=0)
+    given = ("9007199254740993", "100_000", "1e5")
+    assert [count.convert(text, None, None) for text in given] == [2**53 + 1, 10**5, 10**5]
+
+
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     run("list", "models", "cifar_resnet")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         f"cifar_resnet{d}" for d in (20, 32, 44, 56, 110)
     ]
-    for kind, name in (("denoisers", "median"), ("datasets", "cifar10"), ("bounds", "clopper-pearson")):
+    for kind, name in (
+        ("denoisers", "median"),
+        ("datasets", "cifar10"),
+        ("bounds", "clopper-pearson"),
+        ("sources", "onnx"),
+    ):
         run("list", kind)
         assert name in capsys.readouterr().out
     run("list", "denoisers")

@@ -129,6 +129,22 @@ def test_from_the_command_line(runs: dict[str, Path], capsys: pytest.CaptureFixt
     assert runs["fixed"].read_bytes() == before
 
 
+def test_where_the_new_file_goes_and_what_has_no_table(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["recompute", str(runs["fixed"]), "--alpha", "0.01", "--out", "new/sigma_0.25"]
+    run(*command, code=2)
+    assert "a new one: end it with /" in capsys.readouterr().err
+    run(*command[:-1], "new/sigma_0.25/")
+    assert Path("new/sigma_0.25/fixed-alpha0.01.jsonl").is_file()
+    header, *rows = [json.loads(line) for line in runs["fixed"].read_text().splitlines()]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(json.dumps(line) + "\n" for line in (header, *({**r, "error": "is cut"} for r in rows))))
+    capsys.readouterr()
+    run("recompute", str(bad), "--alpha", "0.01", code=2)
+    assert f"none of the 8 images could be used; the first, {rows[0]['id']}: is cut" in capsys.readouterr().err
+
+
 def test_norms_stay_apart(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """The norm stands in record, table and axis; runs of two norms share no table and no plot."""
     fixed, linf = read_run(runs["fixed"]), read_run(runs["linf"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import click
 
 from certify.cli import options
 from certify.cli.load import chosen_images, classifier_from, surrogate_from
-from certify.cli.summary import warn
+from certify.cli.words import warn
 from certify.errors import ImageError, UserError, first_line
 
 if TYPE_CHECKING:
@@ -114,7 +114,9 @@ def set_scene(o: dict[str, Any], *, digits: int, eot: int = 1) -> Scene:
 
     check_attacks(attacks, norm=o["norm"], surrogates=len(o["surrogate"]))
     classifier = classifier_from(o["model"], o)
-    images = _readable(chosen_images(o, classifier), o["strict"])
+    images = readable(chosen_images(o, classifier), o["strict"])
+    if classifier.input.size is None:  # attacks take batches
+        one_size(f"the images of {images.name}", {tuple(images.load(i).shape) for i in range(len(images))})
     if not images.labelled:
         raise UserError(f"{images.name} has no labels, and accuracies need them: --labels FILE, or a folder a class")
     defences = {text: build(text, classifier) for text in named}
@@ -172,8 +174,16 @@ def build(text: str, classifier: Classifier) -> Defence | str:
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _readable(images: ImageSet, strict: bool) -> ImageSet:
-    """The images that can be read: all defences are judged on the same ones."""
+def one_size(images: str, sizes: Collection[tuple[int, ...]]) -> tuple[int, int, int]:
+    """The one size (C, H, W) that all of these images have; several do not fit into a batch."""
+    if len(sizes) != 1:
+        raise UserError(f"{images} have {len(sizes)} sizes; expected one: pass --input-size CxHxW")
+    ((channels, height, width),) = sizes
+    return channels, height, width
+
+
+def readable(images: ImageSet, strict: bool) -> ImageSet:
+    """The images that can be read: all defences and noise levels are judged on the same ones."""
     kept = []
     for index, item in enumerate(images.items):
         try:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,8 @@ import click
 from certify.cli import options
 from certify.cli.audit_attacks import attack, attack_options, check_attacks, most_queries
 from certify.cli.audit_words import show_plan, tell_attacks, tell_outcome, tell_replay, warn_of_drift, warn_of_probe
-from certify.cli.load import check_procedure, denoiser_for, device_from
+from certify.cli.load import check_procedure, chosen_images, denoiser_for, device_from
+from certify.cli.plan import first_shape
 from certify.cli.service import (
     Wanted,
     as_before,
@@ -26,11 +26,10 @@ from certify.cli.service import (
     service_options,
     wanted_service,
 )
-from certify.cli.summary import warn
-from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.cli.words import progress_bar, say, silent, speaker, warn
+from certify.errors import CertifyError, RunFault, Stopped, UserError, first_line
 
 if TYPE_CHECKING:
-    from certify.classifiers import InputSpec
     from certify.images import ImageSet
     from certify.remote.audit import Audit
     from certify.remote.ledger import Ledger
@@ -55,16 +54,14 @@ N0, N, N_AT_MOST = 20, 100, 1000
     help=f"Estimation samples an image; the most of them with --radius and --tolerance (default there: {N_AT_MOST}).",
 )
 @options.alpha
-@click.option("--bound", default="clopper-pearson", help="Confidence bound (`certify list bounds`).")
+@options.bound
 @click.option(
     "--radius", type=options.Numbers(), help="Only decide at these radii, each image with as few queries as it takes."
 )
 @click.option(
-    "--tolerance",
-    type=options.Positive("a share between 0 and 1, such as 0.1", below=1.0),
-    help="Stop each image once its radius is known to this relative tolerance.",
+    "--tolerance", type=options.SHARE, help="Stop each image once its radius is known to this relative tolerance."
 )
-@click.option("--rule", help="Stopping rule of --radius (`certify list rules`; default: one-sided).")
+@options.rule
 @click.option(
     "--budget",
     type=options.Count("a number of requests", least=0),
@@ -121,25 +118,25 @@ def audit(**o: Any) -> None:
     if o["data"] is None:
         raise UserError("--data is missing: expected images, such as a folder, a .zip or an .npz")
     wanted = as_before(wanted, read_header(Path(o["out"]) / "ledger.jsonl"))
-    say = _silent if o["quiet"] or o["as_json"] else _say
+    speak = speaker(quiet=o["quiet"] or o["as_json"])
     if o["dry_run"]:
         job, plan = _planned(o, wanted)
-        show_plan(job, plan, say)
+        show_plan(job, plan, speak)
         if asks_for_metadata(wanted):
-            say("metadata   one request asks the model what it takes, before the first query and beside the budget")
+            speak("metadata   one request asks the model what it takes, before the first query and beside the budget")
         click.echo(json.dumps({"plan": plan}) if o["as_json"] else "dry run: nothing was sent")
         return
     with open_service(wanted, o) as (send, known):
         job, plan = _planned(o, known)
-        show_plan(job, plan, say)
+        show_plan(job, plan, speak)
 
         @contextlib.contextmanager
         def asking(ledger: Ledger, budget: int) -> Iterator[Asking]:
             from certify.remote.asking import Asker
 
-            yield Asker(send, known.format, ledger, budget=budget, manners=manners(o), tell=_say)
+            yield Asker(send, known.format, ledger, budget=budget, manners=manners(o), tell=say)
 
-        about = _work(o, job, plan, asking, known, say)
+        about = _work(o, job, plan, asking, known, speak)
     tell_outcome(job.folder, about, as_json=o["as_json"])
     if o["defences"] is not None and not o["as_json"]:
         tell_attacks(job.folder)
@@ -149,27 +146,17 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
     """Everything that is known before anything is asked."""
     import torch
 
-    from certify.images import load_images
+    from certify.images import View
     from certify.noise import make_noise
     from certify.remote.audit import Audit, Service, plan
     from certify.remote.vocabulary import read_class_map
 
-    images = load_images(
-        o["data"],
-        _Viewer(_input(o["input_size"])),
-        skip=o["skip"],
-        start=o["start"],
-        max_images=o["max_images"],
-        ids=o["ids"].split(",") if o["ids"] else None,
-        labels="none",
-        root=o["root"],
-        download=o["download"],
-    )
+    images = chosen_images({**o, "labels": "none", "class_map": None}, View.at(o["input_size"]))
     class_map = read_class_map(o["class_map"]) if o["class_map"] else None
     device = torch.device(device_from(o["device"]))
     denoiser = None
     if o["denoiser"] != "none":
-        denoiser = denoiser_for(o["denoiser"], o["sigma"], _size(images)).eval()
+        denoiser = denoiser_for(o["denoiser"], o["sigma"], first_shape(images)).eval()
     form = wanted.format
     job = Audit(
         Path(o["out"]),
@@ -187,30 +174,6 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
         device,
     )
     return job, plan(job, price=o["price_per_1000"], rate=o["rate"], attacks=most_queries(o, len(images)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Viewer:
-    """Who looks at the images: somebody who takes any class, and a size only if one was given."""
-
-    input: InputSpec
-    class_names: None = None
-    num_classes: int = 0
-
-
-def _input(size: tuple[int, int, int] | None) -> InputSpec:
-    from certify.classifiers import InputSpec, square_input
-
-    return InputSpec(None) if size is None else square_input(size)
-
-
-def _size(images: ImageSet) -> tuple[int, int, int] | None:
-    """Of the first image that can be read."""
-    for index in range(len(images)):
-        with contextlib.suppress(CertifyError):
-            channels, height, width = images.load(index).shape
-            return channels, height, width
-    return None
 
 
 def _settings(o: dict[str, Any]) -> Settings:
@@ -253,8 +216,6 @@ def _work(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Ask, conclude and report, whatever ends the asking."""
-    from tqdm import tqdm
-
     from certify.remote.audit import make_header, prepare
     from certify.remote.classifier import LedgerBudgetSpent, ServiceSilent
     from certify.remote.conclusions import LEDGER, SPENT, STOPPED, conclude
@@ -275,30 +236,22 @@ def _work(
             warn_of_probe(probes(answers, job.class_map))
 
         try:
-            with tqdm(
-                total=len(job.images),
-                unit=" images",
-                disable=True if say is _silent else None,
-                leave=False,
-                file=sys.stderr,
-            ) as bar:
+            with progress_bar(len(job.images), "images", hidden=say is silent) as bar:
                 say(f"ledger     {path}: {ledger.spent:,} of {job.budget:,} requests are spent")
                 opened = functools.partial(asking, ledger)
                 ended = drive(job, header, about, opened, progress=bar.update, probed=probed)
                 bar.close()
                 if o["defences"] is not None:
                     with asking(ledger, job.budget) as ask:
-                        attack(o, job, Patient(ask), ledger.answers(), say is _silent)
+                        attack(o, job, Patient(ask), ledger.answers(), say is silent)
                 status, reason = ended, ""
         except LedgerBudgetSpent:
             status, reason = SPENT, ""
-        except ServiceSilent as silent:
-            reason = str(silent)
+        except ServiceSilent as error:
+            reason = str(error)
             raise RunFault(reason) from None
         except KeyboardInterrupt:
-            fault = RunFault(f"stopped; every answer is kept in {path}, the same command goes on from there")
-            fault.exit_code = 130
-            raise fault from None
+            raise Stopped(f"stopped; every answer is kept in {path}, the same command goes on from there") from None
         except CertifyError as error:
             reason = str(error)
             raise
@@ -323,12 +276,7 @@ def _report(folder: Path) -> None:
 
 @click.command(short_help="Compute an audit's certificates again, from the answers in its folder.")
 @click.argument("folder", metavar="RUN")
-@click.option(
-    "--alpha",
-    type=options.Positive("a probability strictly between 0 and 1, such as 0.001", below=1.0),
-    help="Probability that the statement about an image is wrong, at most (default: the audit's).",
-)
-@click.option("--bound", help="Confidence bound (`certify list bounds`; default: the audit's).")
+@options.alpha_and_bound("the audit's")
 @click.option("--out", metavar="FILE", help="Also write the certificates as a run file (.jsonl).")
 @options.as_json("the table")
 def replay(folder: str, alpha: float | None, bound: str | None, out: str | None, as_json: bool) -> None:
@@ -358,11 +306,3 @@ def replay(folder: str, alpha: float | None, bound: str | None, out: str | None,
             f"{len(found.differing)} of {len(found.run.images)} certificates differ from the run file's; first: "
             f"{found.differing[0]}: run.jsonl or ledger.jsonl was changed, or an audit was killed: its command goes on"
         )
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _silent(text: str) -> None:
-    pass

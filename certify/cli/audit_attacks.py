@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.attacking import build, check_names, distance_options, listed
+from certify.cli.attacking import build, check_names, distance_options, listed, one_size
+from certify.cli.words import progress_bar
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ attack_options = options.together(
 def check_attacks(o: dict[str, Any]) -> None:
     """Refuse what cannot work before anything is asked."""
     if o["defences"] is None:
-        for name in ("attacks", "eps", "norm", "queries"):
-            if options.given_by_user(name):
-                raise UserError(f"--{name} without --defences: there is nothing to attack; add --defences none")
+        without = "without --defences: there is nothing to attack; add --defences none"
+        options.refuse_given(("attacks", "eps", "norm", "queries"), without)
         return
     from analysis.attacks import check_attacks as check
     from analysis.attacks import find_attack
@@ -66,8 +65,6 @@ def attack(o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, 
         LedgerBudgetSpent: the budget does not cover it; outcomes that are finished are in the file.
         UserError: nothing to attack, or images of several sizes.
     """
-    from tqdm import tqdm
-
     from analysis.compare import compare, make_header
     from certify.records import RunFile
     from certify.remote.credentials import public
@@ -82,10 +79,7 @@ def attack(o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, 
     )
     craft = _crafter(o, service, {id(defence): text for text, defence in defences.items()})
     path = job.folder / COMPARISON
-    with (
-        RunFile(path, header) as file,
-        tqdm(total=header["expected"], unit=" outcomes", disable=quiet or None, leave=False, file=sys.stderr) as bar,
-    ):
+    with RunFile(path, header) as file, progress_bar(header["expected"], "outcomes", hidden=quiet) as bar:
         compare(defences, undefended(service), images, plan, file, craft, bar.update)
     return path
 
@@ -98,7 +92,7 @@ def _target(job: Audit, asking: Asking, answers: Mapping[str, Answer]) -> tuple[
 
     vocabulary = Vocabulary(job.class_map)
     kept, labels, scored = [], [], True
-    sizes: set[tuple[int, int, int]] = set()
+    sizes: set[tuple[int, ...]] = set()
     for index, item in enumerate(job.images.items):
         clean = clean_answer(answers, item.id)
         if clean is None or not clean.ranked:
@@ -112,14 +106,10 @@ def _target(job: Audit, asking: Asking, answers: Mapping[str, Answer]) -> tuple[
         if label >= 0:
             kept.append(item)
             labels.append(label)
-            channels, height, width = job.load(index).shape
-            sizes.add((channels, height, width))
-    if len(sizes) != 1:
-        raise UserError(
-            f"--defences: the images with an answer have {len(sizes)} sizes; expected one: pass --input-size CxHxW"
-        )
+            sizes.add(tuple(job.load(index).shape))
+    size = one_size("--defences: the images with an answer", sizes)
     classifier = RemoteClassifier(
-        asking, vocabulary.names, sizes.pop(), job.service.describe, class_map=job.class_map, scored=scored
+        asking, vocabulary.names, size, job.service.describe, class_map=job.class_map, scored=scored
     )
     own_input = dataclasses.replace(job.images.input, size=classifier.input.size)
     return classifier, dataclasses.replace(job.images, items=kept, labels=labels, input=own_input)

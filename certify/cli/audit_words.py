@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from certify.cli.plan import clock
-from certify.cli.summary import warn
+from certify.cli.summary import table_radii, title
+from certify.cli.words import clock, warn
 from certify.norms import IN_WORDS
 
 if TYPE_CHECKING:
@@ -162,28 +162,18 @@ def tell_replay(found: Replayed, *, anew: bool) -> None:
 
 def _table(run: Run) -> str:
     """Certified accuracy over radius, or what there is."""
-    from analysis.curves import curves, default_radii
+    from analysis.curves import curves
     from analysis.tables import one_run
-    from certify.certificates import largest_radius
-    from certify.rows import noise_of
 
     header, rows = run.header, run.usable
-    lines = [
-        f"{header['model']}, sigma = {header['sigma']:g} ([0, 1] pixels), {len(rows):,} images of {header['data']}"
-    ]
+    lines = [title(run)]
     left = int(header["expected"]) - len(rows)
     if left:
         lines.append(f"{left:,} images are left out: not asked about, unfinished, or without a reference label")
     if not rows:
         return "\n".join(lines)
-    if header["procedure"] == "decide":
-        radii = list(header["stopping"]["radii"])
-    else:
-        noise = noise_of(header, rows[0]["values"])
-        cap = largest_radius(noise, header["n"], header["alpha"], header["bound"], selected=not header["stopping"])
-        radii = default_radii(cap)
     (found,) = curves([run])
-    lines += ["", one_run(found, radii), ""]
+    lines += ["", one_run(found, table_radii(run)), ""]
     right = "the service's own answer" if header["reference"]["labels"] == "service" else "the given label"
     lines.append(f"right is           {right}")
     lines.append(f"abstained          {sum(row['prediction'] < 0 for row in rows):,} of {len(rows):,}")

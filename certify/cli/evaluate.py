@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from certify.cli import options
+from certify.cli.attacking import readable
 from certify.cli.files import telling_name
 from certify.cli.load import chosen_images, classifier_from, denoiser_for, device_from
-from certify.cli.summary import warn
-from certify.errors import ImageError, UserError
+from certify.cli.plan import first_shape, warn_near_chance
+from certify.cli.words import progress_bar
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,10 +23,9 @@ if TYPE_CHECKING:
     from certify.classifiers import Classifier
     from certify.cli.quality import Evaluated
     from certify.images import ImageSet
-    from training.evaluate import Example, Outcome, Share
+    from training.evaluate import Outcome
 
 _MOST = 500
-_OF_A_CLASSIFIER = {"weights": "--weights", "mean": "--mean", "std": "--std", "num_classes": "--num-classes"}
 
 
 @click.command("evaluate-denoiser", short_help="Measure a denoiser: PSNR, SSIM, accuracy behind it, pictures.")
@@ -61,29 +59,29 @@ def evaluate_denoiser(**o: Any) -> None:
     """
     sigmas = _check_first(o)
     classifier = classifier_from(o["model"], o) if o["model"] else None
-    images = _images(o, classifier)
-    shape, device = _shape(images), device_from(o["device"])
+    chosen = _images(o, classifier)
+    images, device = readable(chosen, o["strict"]), device_from(o["device"])
 
     import torch
 
     from certify.cli.quality import Evaluated, as_json, draw, in_words
-    from training.evaluate import measure, summarise
+    from training.evaluate import Example, measure, summarise
 
     if device.startswith("cuda"):  # float32 means float32, as when certifying
         torch.backends.cudnn.allow_tf32 = False
     denoisers = {
-        sigma: denoiser_for(o["denoiser"], sigma, classifier.input.size if classifier else shape, classifier).to(device)
+        sigma: denoiser_for(o["denoiser"], sigma, images.input.size or first_shape(images), classifier).to(device)
         for sigma in sigmas
     }
     classifier = classifier.to(device) if classifier is not None else None
     shown: dict[str, list[Outcome]] = {images.items[i].id: [] for i in _spread(len(images), o["rows"])}
-    shapes, unusable = set[tuple[int, ...]](), set[str]()
+    shapes = set[tuple[int, ...]]()
     reports = []
-    with _progress(len(images) * len(sigmas), o["as_json"]) as bar:
+    with progress_bar(len(images) * len(sigmas), "images", hidden=o["as_json"]) as bar:
 
         def watched(sigma: float) -> Iterator[Outcome]:
-            usable = _usable(images, unusable, o["strict"])
-            for found in measure(denoisers[sigma], usable, sigma, classifier=classifier, seed=o["seed"], device=device):
+            there = (Example(item.id, images.load(i), images.labels[i]) for i, item in enumerate(images.items))
+            for found in measure(denoisers[sigma], there, sigma, classifier=classifier, seed=o["seed"], device=device):
                 if found.example.id in shown:
                     shown[found.example.id].append(_apart(found))
                 shapes.add(tuple(found.noisy.shape))
@@ -92,9 +90,11 @@ def evaluate_denoiser(**o: Any) -> None:
 
         for sigma in sigmas:
             reports.append(summarise(watched(sigma), sigma, o["seed"]))
-    _warn_near_chance(reports[0].clean_accuracy, classifier)
+    clean = reports[0].clean_accuracy
+    if clean and classifier:
+        warn_near_chance(clean.count, clean.total, classifier.num_classes)
     described = [_describe(denoisers[sigma]) for sigma in sigmas]
-    done = Evaluated(o["denoiser"], o["model"], images, shapes, reports, described, len(unusable))
+    done = Evaluated(o["denoiser"], o["model"], chosen, shapes, reports, described, len(chosen) - len(images))
     kept = [outcomes for outcomes in shown.values() if outcomes]
     picture = _picture(o, done) if kept else None
     click.echo(json.dumps(as_json(done, picture)) if o["as_json"] else in_words(done))
@@ -120,14 +120,15 @@ def _check_first(o: dict[str, Any]) -> list[float]:
     if o["model"]:
         hub.require_weights(hub.find_source(o["model"], o["weights"]), o["weights"])
         return sigmas
-    for name, option in _OF_A_CLASSIFIER.items():
-        if o[name] is not None:
-            raise UserError(f"{option} without --model: there is no classifier it could belong to; add --model NAME")
+    without = "without --model: there is no classifier it could belong to; add --model NAME"
+    options.refuse_given(("weights", "mean", "std", "num_classes"), without)
     return sigmas
 
 
 def _images(o: dict[str, Any], classifier: Classifier | None) -> ImageSet:
     """The images that the options choose: without --data those at hand, without --skip spread over the data."""
+    from certify.images import View
+
     if o["data"] is None:
         o["data"] = "digits" if o["model"] == "digits" else "photos"
         if not o["as_json"]:
@@ -135,47 +136,10 @@ def _images(o: dict[str, Any], classifier: Classifier | None) -> ImageSet:
             click.echo(f"demo       no --data: {which}; pass your own images with --data", err=True)
     most = o["max_images"] or _MOST
     if classifier is None:
-        from certify.classifiers import InputSpec, square_input
-
-        own = square_input(o["input_size"]) if o["input_size"] else InputSpec(None)
-        chooser: Any = SimpleNamespace(input=own, class_names=None, num_classes=0)
         o["labels"] = "none"
-    else:
-        chooser = classifier
-    found = chosen_images({**o, "max_images": None}, chooser)
+    found = chosen_images({**o, "max_images": None}, classifier or View.at(o["input_size"]))
     chosen = range(len(found))[:most] if options.given_by_user("skip") else _spread(len(found), most)
     return dataclasses.replace(found, items=[found.items[i] for i in chosen], labels=[found.labels[i] for i in chosen])
-
-
-def _shape(images: ImageSet) -> tuple[int, int, int]:
-    """The classifier's input, or the shape of the first image that can be read."""
-    from certify.cli.plan import first_image
-
-    if images.input.size is not None:
-        return images.input.size
-    first = first_image(images)
-    if first is None:
-        raise UserError(f"none of the {len(images)} images of {images.name} can be read; expected one or more")
-    channels, height, width = first.shape
-    return channels, height, width
-
-
-def _usable(images: ImageSet, unusable: set[str], strict: bool) -> Iterator[Example]:
-    """The images that can be read; the others are named once."""
-    from training.evaluate import Example
-
-    for index, item in enumerate(images.items):
-        if item.id in unusable:
-            continue
-        try:
-            image = images.load(index)
-        except ImageError as error:
-            if strict:
-                raise ImageError(f"{item.id}: {error}") from None
-            unusable.add(item.id)
-            warn(f"{item.id}: {error}; it is left out")
-            continue
-        yield Example(item.id, image, images.labels[index])
 
 
 def _spread(total: int, most: int) -> list[int]:
@@ -187,22 +151,6 @@ def _spread(total: int, most: int) -> list[int]:
 def _apart(found: Outcome) -> Outcome:
     """The same in memory of its own, so that its batch can go."""
     return dataclasses.replace(found, noisy=found.noisy.clone(), denoised=found.denoised.clone())
-
-
-def _progress(total: int, hidden: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=" images", disable=hidden or None, leave=False, file=sys.stderr)
-
-
-def _warn_near_chance(found: Share | None, classifier: Classifier | None) -> None:
-    from certify.runner import near_chance
-
-    if found and classifier and near_chance(found.count, found.total, classifier.num_classes):
-        warn(
-            f"without noise the classifier is right on {found.count} of {found.total} images, which is near chance: "
-            "wrong class order (--class-map)? normalised twice or not at all (--mean, --std)? another model's weights?"
-        )
 
 
 def _describe(denoiser: nn.Module) -> dict[str, Any]:

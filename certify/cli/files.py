@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.errors import RunFault, UserError
+from certify.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from certify.records import RunFile
@@ -18,20 +18,25 @@ def telling_name(words: Sequence[str]) -> str:
     return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
 
 
-def output_path(out: str | None, words: Sequence[str], header: Mapping[str, Any]) -> Path:
-    """Where a run goes: a file as named, or a telling name in a folder (``runs/`` unless named).
+def run_path(out: str | None, folder: Path, name: str) -> Path:
+    """Where ``--out`` puts a run file: there, if it ends in .jsonl, else as ``name`` in that folder, or in ``folder``.
 
     Raises:
-        UserError: a file that does not end in .jsonl.
+        UserError: another suffix, and no folder of that name.
     """
+    target = Path(out or folder)
+    if target.suffix == ".jsonl" and out:
+        return target
+    if target.suffix and out and not out.endswith("/") and not target.is_dir():
+        raise UserError(f"--out {out}: expected a file ending in .jsonl, or a folder (a new one: end it with /)")
+    return target / name
+
+
+def output_path(out: str | None, words: Sequence[str], header: Mapping[str, Any]) -> Path:
+    """Where a run goes: :func:`run_path` with a telling name, in ``runs/`` unless named."""
     from certify.records import identity_digest
 
-    target = Path(out or "runs")
-    if target.suffix == ".jsonl":
-        return target
-    if target.suffix and not target.is_dir():
-        raise UserError(f"--out {out!r}: expected a file ending in .jsonl, or a folder")
-    return target / f"{telling_name(words)}-{identity_digest(header)}.jsonl"
+    return run_path(out, Path("runs"), f"{telling_name(words)}-{identity_digest(header)}.jsonl")
 
 
 @contextlib.contextmanager
@@ -41,6 +46,4 @@ def stoppable(file: RunFile, expected: int, what: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         kept = f"stopped after {len(file.done):,} of {expected:,} {what}, which are in {file.path}"
-        fault = RunFault(f"{kept}; the same command goes on from there")
-        fault.exit_code = 130
-        raise fault from None
+        raise Stopped(f"{kept}; the same command goes on from there") from None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certify.cli import options
 from certify.cli.options import check_radii
-from certify.cli.summary import warn
+from certify.cli.words import warn
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,10 +166,19 @@ def without_data(o: dict[str, Any]) -> str:
     return f"demo       no --data: scikit-learn's two photographs, {few}; {how}"
 
 
+def check_data(o: dict[str, Any]) -> None:
+    """Refuse a dataset's name that is a folder here too, unless ``--root`` says that the dataset is meant."""
+    from certify.sources import DATASETS
+
+    if options.given_by_user("data") and o["root"] is None and o["data"] in DATASETS and Path(o["data"]).is_dir():
+        raise UserError(f"--data {o['data']} is a dataset's name and a folder here; write {o['data']}/ for the folder")
+
+
 def chosen_images(o: dict[str, Any], classifier: Any) -> ImageSet:
     """The images that the options choose, with the classifier's labels for them."""
     from certify.images import load_images
 
+    check_data(o)
     return load_images(
         o["data"],
         classifier,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,13 +58,14 @@ class Count(ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Text to a whole number in range."""
-        try:
-            number = float(value)
-            if number != int(number) or number < self.least:
-                raise ValueError
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r}; expected {self.what}, a whole number from {self.least}", param, ctx)
-        return int(number)
+        with contextlib.suppress(ValueError, OverflowError):
+            try:
+                number = int(value)
+            except ValueError:  # 1e5, which is exact only as far as floating point is
+                number = int(float(value)) if float(value).is_integer() else self.least - 1
+            if number >= self.least:
+                return number
+        self.fail(f"{value!r}; expected {self.what}, a whole number from {self.least}", param, ctx)
 
 
 class Positive(ParamType):
@@ -188,12 +190,22 @@ data_options = together(
     click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read."),
 )
 
-alpha = click.option(
-    "--alpha",
-    type=Positive("a probability strictly between 0 and 1, such as 0.001", below=1.0),
-    default=0.001,
-    help="Probability that the statement about an image is wrong, at most.",
-)
+PROBABILITY = Positive("a probability strictly between 0 and 1, such as 0.001", below=1.0)
+SHARE = Positive("a share between 0 and 1, such as 0.1", below=1.0)
+
+_WRONG = "Probability that the statement about an image is wrong, at most"
+alpha = click.option("--alpha", type=PROBABILITY, default=0.001, help=f"{_WRONG}.")
+bound = click.option("--bound", default="clopper-pearson", help="Confidence bound (`certify list bounds`).")
+rule = click.option("--rule", help="Stopping rule of --radius (`certify list rules`; default: one-sided).")
+
+
+def alpha_and_bound(default: str) -> Decorator:
+    """Another alpha and another bound than those of what is read, ``default``."""
+    return together(
+        click.option("--alpha", type=PROBABILITY, help=f"{_WRONG} (default: {default})."),
+        click.option("--bound", help=f"Confidence bound (`certify list bounds`; default: {default})."),
+    )
+
 
 n0 = click.option("--n0", type=Count("a number of samples"), default=100, help="Selection samples an image.")
 
@@ -260,15 +272,19 @@ envelope_option = click.option(
 )
 
 
+FOR_CERTIFICATES = "is for runs of certificates; leave it out for"
+"""The reason of :func:`refuse_given` where something else is shown."""
+
+
 def refuse_beside_comparison(paths: tuple[str, ...], names: tuple[str, ...]) -> None:
     """A comparison is shown alone, and options for certificates say nothing about it."""
     if len(paths) > 1:
         raise UserError(f"{len(paths)} files, a comparison among them: a comparison is shown alone; name one")
-    refuse_given("a comparison", names)
+    refuse_given(names, f"{FOR_CERTIFICATES} a comparison")
 
 
-def refuse_given(what: str, names: tuple[str, ...]) -> None:
-    """Refuse options that say nothing about what is shown."""
-    given = next((name for name in names if given_by_user(name)), None)
-    if given:
-        raise UserError(f"--{given.replace('_', '-')} is for runs of certificates; leave it out for {what}")
+def refuse_given(names: Collection[str], why: str) -> None:
+    """Refuse options of this command that were given and would change nothing, by their spelling and ``why``."""
+    for option in click.get_current_context().command.params:
+        if option.name in names and given_by_user(option.name):
+            raise UserError(f"{option.opts[0]} {why}")

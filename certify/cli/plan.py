@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from certify.cli.summary import warn
+from certify.cli.words import warn
 from certify.errors import CertifyError
 from certify.norms import IN_WORDS
 
@@ -142,10 +142,17 @@ def first_image(images: ImageSet) -> Tensor | None:
     return None
 
 
+def first_shape(images: ImageSet) -> tuple[int, int, int] | None:
+    """(C, H, W) of the first image that can be read."""
+    first = first_image(images)
+    if first is None:
+        return None
+    channels, height, width = first.shape
+    return channels, height, width
+
+
 def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet, most: int = 50) -> None:
     """Warn when the classifier without noise does no better than guessing: labels or normalisation are wrong."""
-    from certify.runner import near_chance
-
     if not images.labelled:
         return
     loaded, truth = [], []
@@ -153,11 +160,17 @@ def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet, m
         with contextlib.suppress(CertifyError):
             loaded.append(smoothed.check(images.load(i)))
             truth.append(images.labels[i])
-    labels, total = engine.base_labels(loaded), len(loaded)
+    labels = engine.base_labels(loaded)
     if labels is None:
         return
-    correct = sum(a == b for a, b in zip(labels, truth, strict=True))
-    if total and near_chance(correct, total, smoothed.num_classes):
+    warn_near_chance(sum(a == b for a, b in zip(labels, truth, strict=True)), len(loaded), smoothed.num_classes)
+
+
+def warn_near_chance(correct: int, total: int, classes: int) -> None:
+    """Warn where so many right answers of so many are hardly more than guesses."""
+    from certify.runner import near_chance
+
+    if total and near_chance(correct, total, classes):
         warn(
             f"without noise the classifier is right on {correct} of {total} images, which is near chance: "
             "wrong class order (--class-map)? normalised twice or not at all (--mean, --std)? another model's weights?"
@@ -166,12 +179,3 @@ def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet, m
 
 def _list(values: Any) -> str:
     return ",".join(f"{v:g}" for v in values)
-
-
-def clock(seconds: float) -> str:
-    """A duration in the unit a person would use."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

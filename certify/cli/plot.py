@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from certify.cli import options
-from certify.cli.summary import warn
+from certify.cli.words import warn
 from certify.errors import UserError
 
 _CURVES = ("no_band", "envelope", "image", "samples")
@@ -60,7 +60,7 @@ def _certificates(
     if samples:
         from analysis.samples_plot import plot_samples
 
-        options.refuse_given("radius against samples", ("no_band", "envelope"))
+        options.refuse_given(("no_band", "envelope"), f"{options.FOR_CERTIFICATES} radius against samples")
         plot_samples(found, out, title=title)
         return
     from analysis.curves import curves
@@ -75,7 +75,7 @@ def _votes(runs: tuple[str, ...], image: str, out: str, title: str | None) -> No
     from analysis.votes_plot import plot_votes
     from certify.records import read_run
 
-    options.refuse_given("the votes of one image", ("no_band", "envelope"))
+    options.refuse_given(("no_band", "envelope"), f"{options.FOR_CERTIFICATES} the votes of one image")
     if len(runs) > 1:
         raise UserError(f"--image {image} with {len(runs)} runs: the votes of an image are one run's; name one")
     plot_votes(read_run(runs[0], allow_partial=True), image, out, title=title)
@@ -98,7 +98,7 @@ def _trainings(folders: tuple[str, ...], out: str, title: str | None) -> None:
     for path in folders:
         if not is_training(path):
             raise UserError(f"{path} is no training, unlike the others; draw runs and trainings apart")
-    options.refuse_given("trainings", _CURVES)
+    options.refuse_given(_CURVES, f"{options.FOR_CERTIFICATES} trainings")
     plot_learning([read_learning(path) for path in folders], out, title=title)
 
 
@@ -108,5 +108,5 @@ def _speeds(files: tuple[str, ...], out: str, title: str | None) -> None:
     for path in files:
         if not is_speeds(path):
             raise UserError(f"{path} holds no lines of certify bench --json, unlike the others; draw them apart")
-    options.refuse_given("speeds", _CURVES)
+    options.refuse_given(_CURVES, f"{options.FOR_CERTIFICATES} speeds")
     plot_speeds([speed for path in files for speed in read_speeds(path)], out, title=title)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ import click
 from certify.cli import options
 from certify.cli.files import output_path, stoppable
 from certify.cli.load import check_first, chosen_images, load_smoothed, without_data
-from certify.cli.plan import check_base, clock, first_image, show_engine, show_plan
+from certify.cli.plan import check_base, first_image, show_engine, show_plan
 from certify.cli.spread import crew_for, spread_from, spread_options
-from certify.cli.summary import summarise, warn
+from certify.cli.summary import summarise
+from certify.cli.words import clock, progress_bar, silent, speaker, warn
 from certify.errors import UserError
 from certify.shards import agree
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @options.n0
 @options.n
 @options.alpha
-@click.option("--bound", default="clopper-pearson", help="Confidence bound (`certify list bounds`).")
+@options.bound
 @click.option(
     "--norm",
     type=click.Choice(["l1", "l2", "linf"]),
@@ -51,10 +51,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tolerance",
-    type=options.Positive("a share between 0 and 1, such as 0.1", below=1.0),
+    type=options.SHARE,
     help="Stop each image once its radius is known to this relative tolerance; --n is the most samples.",
 )
-@click.option("--rule", help="Stopping rule of --radius (`certify list rules`; default: one-sided).")
+@options.rule
 @click.option(
     "--radii", type=options.Numbers(), help="Radii of the table (default: round numbers up to the largest possible)."
 )
@@ -99,7 +99,7 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     """The whole verb: check what is cheap, load, plan, work, summarise."""
     check_first(o)
     spread = spread_from(o)
-    say = _silent if o["quiet"] or o["as_json"] else _say
+    say = speaker(quiet=o["quiet"] or o["as_json"])
     demonstration = without_data(o) if o["data"] is None else ""
     smoothed = load_smoothed(o if spread.address is None else {**o, "device": "cpu"})
     images = chosen_images(o, smoothed.classifier)
@@ -148,13 +148,7 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
                     check_base(engine, smoothed, images)
                     rate = engine.measure_rate(first)
                 _work(crew, smoothed, images, places, settings, file, rate, o, say)
-    finished = read_run(path)
-    if not finished.usable:
-        unusable = finished.images[0]
-        raise UserError(
-            f"none of the {len(finished.images)} images could be used; the first, {unusable['id']}: {unusable['error']}"
-        )
-    summarise(finished, o["radii"], as_json=o["as_json"], rate=rate)
+    summarise(read_run(path), o["radii"], as_json=o["as_json"], rate=rate)
 
 
 def _decide(
@@ -202,8 +196,6 @@ def _work(
     say: Callable[[str], None],
 ) -> None:
     """Say what it costs, then do what is left."""
-    from tqdm import tqdm
-
     left = len(places) - len(file.done)
     if rate is not None:
         total, speed = left * settings.samples, rate * (1 if crew is None else len(crew))
@@ -211,14 +203,8 @@ def _work(
         work = f"{left:,} images x {most}{settings.samples:,} samples = {total:,}"
         say(f"cost       {work}: {most}about {clock(total / speed)}")
     by_image = settings.adaptive or crew is not None
-    with tqdm(
-        total=left if by_image else left * settings.samples,
-        unit=" images" if by_image else " samples",
-        unit_scale=not by_image,
-        disable=True if say is _silent else None,  # None: shown on a terminal only
-        leave=False,
-        file=sys.stderr,
-    ) as bar:
+    total, unit = (left, "images") if by_image else (left * settings.samples, "samples")
+    with progress_bar(total, unit, hidden=say is silent, scaled=not by_image) as bar:
         how = {"places": places, "strict": o["strict"], "progress": bar.update, "warn": warn}
         if crew is None:
             from certify.runner import process
@@ -234,11 +220,3 @@ def _words(header: dict[str, Any]) -> list[str]:
     """What the file of a run is called, where only its folder is named."""
     words = [Path(header["model"]).stem, Path(header["data"]).stem, f"sigma{header['sigma']:g}", f"n{header['n']}"]
     return words if header["procedure"] == "certify" else [header["procedure"], *words]
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _silent(text: str) -> None:
-    pass

@@ -12,7 +12,7 @@ import click
 from certify.cli import options
 from certify.cli.load import check_first, denoiser_for, load_smoothed
 from certify.cli.service import Wanted, manners, open_service, protocol_options, wanted_service
-from certify.cli.summary import warn
+from certify.cli.words import say, warn
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ _OF_SERVICES = (  # each is ignored on the other side, which nobody would notice
     *("protocol", "extra", "encoding", "sdk", "api_key_env", "auth_header", "auth_query", "insecure", "rate"),
     *("retries", "query_concurrency", "query_timeout", "budget"),
 )
-_NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
 @click.command(short_help="Serve smoothed labels with certificates over HTTP.")
@@ -131,7 +130,7 @@ def serve(**o: Any) -> None:
     limits = Limits(o["max_bytes"], o["max_pixels"], o["samples_per_request"], o["concurrency"], o["timeout"])
     with listen(o["host"], o["port"]) as listening, _classifier(o, wanted) as (smoothed, names):
         left = _serve(o, name, limits, listening, smoothed, names)
-    _say(f"stopped    {f'{left} requests were not answered' if left else 'everything that was accepted is answered'}")
+    say(f"stopped    {f'{left} requests were not answered' if left else 'everything that was accepted is answered'}")
 
 
 def _check_first(o: dict[str, Any]) -> Wanted | None:
@@ -139,7 +138,7 @@ def _check_first(o: dict[str, Any]) -> Wanted | None:
     if o["model"] is not None:
         if o["endpoint"] is not None:
             raise UserError("certify serve: expected --model NAME or --endpoint URL, one of them")
-        _refuse_given(_OF_SERVICES, "without --endpoint: a model is not asked over the network; leave it out")
+        options.refuse_given(_OF_SERVICES, "without --endpoint: a model is not asked over the network; leave it out")
         check_first({**o, "radius": None})
         return None
     if o["endpoint"] is None and o["protocol"] is None:
@@ -147,7 +146,7 @@ def _check_first(o: dict[str, Any]) -> Wanted | None:
     for option in ("protocol", "input_size"):
         if o[option] is None:
             raise UserError(f"--endpoint without --{option.replace('_', '-')}: expected how it is asked, about what")
-    _refuse_given(_OF_MODELS, "without --model: it is about a model of this machine; leave it out")
+    options.refuse_given(_OF_MODELS, "without --model: it is about a model of this machine; leave it out")
     from certify.noise import make_noise
     from denoisers.names import find_source
 
@@ -155,13 +154,6 @@ def _check_first(o: dict[str, Any]) -> Wanted | None:
     if o["denoiser"] != "none":
         find_source(o["denoiser"])
     return wanted_service(o)
-
-
-def _refuse_given(names: tuple[str, ...], why: str) -> None:
-    for name in names:
-        if options.given_by_user(name):
-            option = "protocol-option" if name == "extra" else name.replace("_", "-")
-            raise UserError(f"--{option} {why}")
 
 
 @contextlib.contextmanager
@@ -194,10 +186,6 @@ def _classifier(o: dict[str, Any], wanted: Wanted | None) -> Iterator[tuple[Smoo
             batch_size=o["batch_size"] or TOGETHER,
         )
         yield smoothed, endpoint.name_of
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
 
 
 def _serve(
@@ -240,9 +228,9 @@ def _serve(
     _show(o, name, service)
     with service:
         if smoothed.execution is not None:
-            show_engine(smoothed.execution, smoothed, _say)
+            show_engine(smoothed.execution, smoothed, say)
         app = build_app(front, site_check(loopback=is_loopback(listening), names=o["allow_host"]))
-        return serve(app, gate, listening, lambda: _say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"))
+        return serve(app, gate, listening, lambda: say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"))
 
 
 def _procedure(o: dict[str, Any]) -> Procedure:
@@ -262,19 +250,19 @@ def _show(o: dict[str, Any], name: str, service: Service) -> None:
     procedure = service.procedure
     where = "" if o["model"] is not None else " at most, behind a service"
     size = "x".join(map(str, service.size))
-    _say(f"model      {name}: {service.smoothed.num_classes:,} classes{where}, input {size}")
+    say(f"model      {name}: {service.smoothed.num_classes:,} classes{where}, input {size}")
     noise = f"{service.smoothed.noise.name} noise, sigma = {o['sigma']:g} in [0, 1] pixels, denoiser: {o['denoiser']}"
     if o["model"] is None:
-        _say(f"queries    {procedure.cost(Wishes()):,} requests to the service an image at most, before retries")
+        say(f"queries    {procedure.cost(Wishes()):,} requests to the service an image at most, before retries")
         if o["budget"] is None:
             warn("no --budget: whoever asks this server makes requests to the service without end")
     if procedure.radius is not None:
         how = f"decide at {procedure.radius:g}, n = {procedure.n:,} at most"
-        _say(f"procedure  {how}, alpha = {procedure.alpha:g}, {noise}")
+        say(f"procedure  {how}, alpha = {procedure.alpha:g}, {noise}")
         return
-    _say(f"procedure  n0 = {procedure.n0:,}, n = {procedure.n:,}, alpha = {procedure.alpha:g}, {noise}")
+    say(f"procedure  n0 = {procedure.n0:,}, n = {procedure.n:,}, alpha = {procedure.alpha:g}, {noise}")
     cap = largest_radius(service.stated, procedure.n, procedure.alpha)
-    _say(f"radius     at most {cap:.4g} ({service.stated.norm}) at this n and alpha")
+    say(f"radius     at most {cap:.4g} ({service.stated.norm}) at this n and alpha")
     if cap == 0.0:
         warn(f"n = {procedure.n} can certify nothing at alpha = {procedure.alpha:g}: every image will abstain")
 
@@ -295,6 +283,8 @@ def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:
 def _check_extra() -> None:
     import importlib.util
 
-    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    from certify.cli.info import EXTRAS
+
+    missing = [name for name in EXTRAS["serve"] if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"certify serve needs {', '.join(missing)}; pip install 'certify-toolkit[serve]'")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from certify.cli import options
-from certify.cli.summary import warn
+from certify.cli.files import run_path
+from certify.cli.words import warn
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
@@ -118,12 +119,7 @@ def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) ->
 
 @click.command(short_help="Certify the votes of a run again, at another alpha or bound.")
 @click.argument("run", metavar="RUN")
-@click.option(
-    "--alpha",
-    type=options.Positive("a probability strictly between 0 and 1, such as 0.001", below=1.0),
-    help="Probability that the statement about an image is wrong, at most (default: the run's).",
-)
-@click.option("--bound", help="Confidence bound (`certify list bounds`; default: the run's).")
+@options.alpha_and_bound("the run's")
 @click.option("--out", metavar="PATH", help="New run file (.jsonl), or a folder for it (default: RUN's).")
 @click.option("--radii", type=options.Numbers(), help="Radii of the table (default: round numbers).")
 @options.as_json("the table")
@@ -148,8 +144,9 @@ def recompute(
     if len(words) == 1:
         raise UserError("recompute without --alpha and --bound would change nothing; pass one of them")
     name = "-".join(words) + ".jsonl"
-    target = source.with_name(name) if out is None else Path(out) if Path(out).suffix == ".jsonl" else Path(out) / name
-    renewed = recompute_file(source, target, alpha=alpha, bound=bound, command=options.command_line())
+    renewed = recompute_file(
+        source, run_path(out, source.parent, name), alpha=alpha, bound=bound, command=options.command_line()
+    )
     summarise(renewed, radii, as_json=as_json)
 
 

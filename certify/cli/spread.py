@@ -14,8 +14,9 @@ import click
 
 from certify.cli import options
 from certify.cli.load import load_smoothed
-from certify.cli.summary import summarise, warn
-from certify.errors import RunFault, UserError
+from certify.cli.summary import summarise
+from certify.cli.words import warn
+from certify.errors import UserError
 from certify.shards import Shard, merge_files
 
 if TYPE_CHECKING:
@@ -113,6 +114,4 @@ def merge(shards: tuple[str, ...], out: str, radii: list[float] | None, as_json:
     if Path(out).suffix != ".jsonl":
         raise UserError(f"--out {out!r}: expected a file ending in .jsonl")
     run = merge_files(shards, out, command=options.command_line())
-    if not run.usable:
-        raise RunFault(f"none of the {len(run.images)} images could be used; they are merged in {run.path}")
     summarise(run, radii, as_json=as_json)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from certify.cli.words import clock, printable, warn
+from certify.errors import UserError
 from certify.records import SET_ASIDE
 
 if TYPE_CHECKING:
@@ -22,8 +24,16 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
     """Print the table (or one JSON object) on stdout; for certificates, draw the curve beside the run file.
 
     ``rate``, in samples a second, says what the samples that were not needed would have taken.
+
+    Raises:
+        UserError: no image could be used.
     """
     rows = run.usable
+    if not rows:
+        first = run.images[0]
+        raise UserError(
+            f"none of the {len(run.images)} images could be used; the first, {first['id']}: {first['error']}"
+        )
     _warn_of_failures(rows)
     _warn_of_disagreement(run)
     curve, picture = None, None
@@ -31,7 +41,7 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
         from analysis.curves import curves
 
         (curve,) = curves([run])
-        radii = radii or _radii(run)
+        radii = radii or table_radii(run)
         picture = run.path.with_suffix(".png")
     if as_json:
         click.echo(json.dumps(_as_json(run, curve, radii or [], picture, rate)))
@@ -44,7 +54,8 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
         plot_curves([curve], picture)  # last: when it cannot be written, the numbers are out already
 
 
-def _radii(run: Run) -> list[float]:
+def table_radii(run: Run) -> list[float]:
+    """The radii of its table: those that were asked for, or round numbers up to the largest possible."""
     from analysis.curves import default_radii
     from certify.certificates import largest_radius
     from certify.rows import noise_of
@@ -150,14 +161,18 @@ def _as_json(
     }
 
 
+def title(run: Run) -> str:
+    """What was certified, in the first line of its table."""
+    h = run.header
+    return f"{h['model']}, sigma = {h['sigma']:g} ([0, 1] pixels), {len(run.usable):,} images of {h['data']}"
+
+
 def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | None) -> str:
     from analysis.tables import one_run, share
     from certify.norms import IN_WORDS
 
     rows, header = run.usable, run.header
-    lines = [
-        f"{header['model']}, sigma = {header['sigma']:g} ([0, 1] pixels), {len(rows):,} images of {header['data']}"
-    ]
+    lines = [title(run)]
     if len(rows) < len(run.images):
         lines.append(f"{len(run.images) - len(rows)} images could not be used and are left out")
         aside = [row for row in run.images if str(row.get("error", "")).startswith(SET_ASIDE)]
@@ -206,8 +221,6 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | N
 
 def _saved(run: Run, rate: float | None) -> str:
     """What stopping early was worth."""
-    from certify.cli.plan import clock
-
     (drawn, fixed), seconds = _samples(run), sum(row["seconds"] for row in run.usable)
     full = f"{fixed:,} (n = {run.header['n']:,} each)"
     text = f"{drawn:,} instead of {full}: {fixed / max(drawn, 1):,.0f} times fewer"
@@ -238,13 +251,3 @@ def _class_or_outcome(row: dict[str, Any]) -> str:
         return str(row["class"])
     outcomes = [decision["outcome"] for decision in row.get("decisions", ())]
     return outcomes[0] if outcomes else "abstains"
-
-
-def warn(text: str) -> None:
-    """One line on stderr that does not stop the run; whatever a stranger's text would do to a terminal is shown."""
-    click.echo(f"warning: {printable(text)}", err=True)
-
-
-def printable(text: str) -> str:
-    """A stranger's text without what it could do to a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
