@@ -18,8 +18,6 @@ from certify.cli.plan import first_shape, warn_near_chance
 from certify.cli.words import progress_bar
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from certify.classifiers import Classifier
     from certify.cli.quality import Evaluated
     from certify.images import ImageSet
@@ -65,6 +63,7 @@ def evaluate_denoiser(**o: Any) -> None:
     import torch
 
     from certify.cli.quality import Evaluated, as_json, draw, in_words
+    from certify.pipeline import in_its_words
     from training.evaluate import Example, measure, summarise
 
     if device.startswith("cuda"):  # float32 means float32, as when certifying
@@ -93,7 +92,7 @@ def evaluate_denoiser(**o: Any) -> None:
     clean = reports[0].clean_accuracy
     if clean and classifier:
         warn_near_chance(clean.count, clean.total, classifier.num_classes)
-    described = [_describe(denoisers[sigma]) for sigma in sigmas]
+    described = [in_its_words(denoisers[sigma]) for sigma in sigmas]
     done = Evaluated(o["denoiser"], o["model"], chosen, shapes, reports, described, len(chosen) - len(images))
     kept = [outcomes for outcomes in shown.values() if outcomes]
     picture = _picture(o, done) if kept else None
@@ -151,11 +150,6 @@ def _spread(total: int, most: int) -> list[int]:
 def _apart(found: Outcome) -> Outcome:
     """The same in memory of its own, so that its batch can go."""
     return dataclasses.replace(found, noisy=found.noisy.clone(), denoised=found.denoised.clone())
-
-
-def _describe(denoiser: nn.Module) -> dict[str, Any]:
-    own = getattr(denoiser, "describe", None)
-    return dict(own()) if callable(own) else {"name": type(denoiser).__name__}
 
 
 def _picture(o: dict[str, Any], done: Evaluated) -> Path:
