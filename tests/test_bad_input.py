@@ -328,6 +328,7 @@ CASES = [
     case("train from another", T + "--init median", "--init median", "unet"),
     case("train no part", T + "--train-only nose", "nose", "head", "tail"),
     case("train no epochs", T + "--epochs 0", "--epochs", "above 0"),
+    case("train device", T + "--device cuda:1", "--device cuda:1", "CUDA_VISIBLE_DEVICES"),
     case("train optimizer", T + "--optimizer adm", "'adm'", "adam-then-sgd"),
     case("train setting", T + "--set draws=2", "draws", "mse", "none"),
     case("train below a file", T + "--out f/x", "--out f/x", "folder", f="keep me"),

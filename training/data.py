@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from certify.classifiers import InputSpec, square_input
 from certify.errors import ImageError, UserError
-from certify.images import ImageSet, Viewer, load_images
+from certify.images import ImageSet, View, Viewer, load_images
 from certify.sources import DATASETS, open_source
 
 SPLIT_SEED = 0
@@ -21,15 +21,6 @@ SPLIT_SEED = 0
 
 IN_MEMORY = 8 * 2**30
 """Bytes of images that are kept in memory; beyond that they are decoded for every batch."""
-
-
-@dataclass(frozen=True)
-class View:
-    """Images looked at without a classifier: classes are those of the data, sizes those of the first image."""
-
-    input: InputSpec
-    num_classes: int
-    class_names: tuple[tuple[str, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +113,7 @@ def count_classes(data: str, root: str | None = None, download: bool = False) ->
 
 
 def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, download: bool) -> View:
+    """Classes are those of the data, the size that of the first image unless it is given."""
     source = open_source(data, root=root, download=download)
     if size is not None:
         spec = square_input(size, resize=size[1])

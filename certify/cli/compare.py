@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import click
 from certify.cli import options
 from certify.cli.attacking import Scene, attack_options, attacks_wanted, set_scene
 from certify.cli.files import output_path, stoppable
+from certify.cli.words import progress_bar, speaker
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,8 +92,6 @@ def compare(**o: Any) -> None:
 
 def _work(o: dict[str, Any]) -> Path:
     """Build, compare, and say where the outcomes are."""
-    from tqdm import tqdm
-
     from analysis.compare import compare as run_all
     from analysis.compare import make_header
     from certify.records import RunFile
@@ -106,15 +104,12 @@ def _work(o: dict[str, Any]) -> Path:
         plan, scene.defences, scene.images, model=o["model"], data=o["data"], command=options.command_line()
     )
     path = output_path(o["out"], _words(header), header)
-    say = not (o["quiet"] or o["as_json"])
+    quiet = o["quiet"] or o["as_json"]
     with RunFile(path, header) as file:
-        if say:
-            there = f": {len(file.done):,} of {header['expected']:,} outcomes are there already" if file.resumed else ""
-            click.echo(f"outcomes   {path}{there}", err=True)
+        there = f": {len(file.done):,} of {header['expected']:,} outcomes are there already" if file.resumed else ""
+        speaker(quiet=quiet)(f"outcomes   {path}{there}")
         with (
-            tqdm(
-                total=header["expected"], unit=" outcomes", disable=None if say else True, leave=False, file=sys.stderr
-            ) as bar,
+            progress_bar(header["expected"], "outcomes", hidden=quiet) as bar,
             stoppable(file, header["expected"], "outcomes"),
         ):
             bare = undefended(scene.classifier)

@@ -123,9 +123,8 @@ def refuse_unused(o: dict[str, Any], objectives: Sequence[Objective]) -> None:
         ),
     }
     for name, (used, where) in of.items():
-        if options.given_by_user(name) and not used:
-            spelled = "option" if name == "extra" else name.replace("_", "-")
-            raise UserError(f"--{spelled} belongs to {where}; leave it out here")
+        if not used:
+            options.refuse_given((name,), f"belongs to {where}; leave it out here")
     if o["objective"] == "zeroth-order" and o["surrogate"]:
         raise UserError(
             "--objective zeroth-order asks the target itself; leave --surrogate out, or train for stability"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from certify.cli import options
-from certify.cli.load import classifier_from, device_from, surrogate_from
+from certify.cli.load import check_data, classifier_from, device_from, surrogate_from
 from certify.cli.recipe import recipe_from, recipe_options, refuse_unused
-from certify.errors import RunFault, UserError
+from certify.cli.words import progress_bar, speaker
+from certify.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from certify.classifiers import Classifier
@@ -86,6 +86,9 @@ def train(**o: Any) -> None:
         ARCHITECTURES.get(o["denoiser"])
         if o["sigma"][0] and min(o["sigma"][0]) <= 0:
             raise UserError("--sigma 0: a denoiser needs noise; expected levels above 0")
+    if ":" in o["device"]:
+        raise UserError(f"--device {o['device']}: expected cuda; CUDA_VISIBLE_DEVICES chooses which")
+    check_data(o)
     outcome = _train(o, recipe)
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes one speaks
         _report(outcome, o)
@@ -93,16 +96,16 @@ def train(**o: Any) -> None:
 
 def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
     import torch
-    from tqdm import tqdm
 
-    from training.data import View, count_classes, load_training_data
+    from certify.images import View
+    from training.data import count_classes, load_training_data
     from training.loop import Conduct, make_accelerator
 
-    say = _silent if o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")) else _say
+    hidden = bool(o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")))
+    say = speaker(quiet=hidden)
     driver = make_accelerator(device_from(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
     surrogates = [surrogate_from(s) for s in o["surrogate"]]
-    hidden = say is _silent
     say(f"data       reading {o['data']} ...")
     spec = None
     viewer: Any = surrogates[0] if surrogates else target
@@ -128,9 +131,7 @@ def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
     about = f"{len(data.train):,} images of {'x'.join(map(str, data.image))}, {len(data.held_out):,} held out"
     say(f"data       {data.about['name']}: {about}")
     say(f"training   {recipe.objective}, {steps:,} steps of {recipe.batch_size}, on {driver.device}, {_precision(o)}")
-    with tqdm(
-        total=steps * recipe.batch_size, unit=" images", disable=hidden or None, leave=False, file=sys.stderr
-    ) as bar:
+    with progress_bar(steps * recipe.batch_size, "images", hidden=hidden) as bar:
 
         def progress(images: int, loss: float) -> None:
             bar.update(images)
@@ -147,9 +148,7 @@ def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
         try:
             return _run(o, data, recipe, spec, target, surrogates, conduct)
         except KeyboardInterrupt:
-            fault = RunFault(f"stopped; the same command goes on from the last checkpoint in {o['out']}")
-            fault.exit_code = 130
-            raise fault from None
+            raise Stopped(f"stopped; the same command goes on from the last checkpoint in {o['out']}") from None
 
 
 def _run(
@@ -192,13 +191,9 @@ def _target(o: dict[str, Any]) -> Classifier | None:
     if o["classifier"]:
         return classifier_from(o["classifier"], o)
     own = ("input_size", "num_classes", "weights") if o["train_classifier"] else ("input_size",)
-    alone = next((name for name in _OF_A_CLASSIFIER if o[name] is not None and name not in own), None)
-    if alone is not None:
-        raise UserError(f"--{alone.replace('_', '-')} without --classifier: there is nothing it could be of")
+    of_a_classifier = {"weights", "input_size", "mean", "std", "num_classes"}
+    options.refuse_given(of_a_classifier.difference(own), "without --classifier: there is nothing it could be of")
     return None
-
-
-_OF_A_CLASSIFIER = ("weights", "input_size", "mean", "std", "num_classes")
 
 
 def _precision(o: dict[str, Any]) -> str:
@@ -234,11 +229,3 @@ def _report(outcome: Outcome, o: dict[str, Any]) -> None:
     purifier = read_card(path).purifier if o["denoiser"] and path.is_file() else ""
     if purifier:
         click.echo(f"a purifier, not for --denoiser: certify compare ... --defences {purifier}:weights={path}")
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _silent(text: str) -> None:
-    pass
