@@ -69,7 +69,6 @@ class QueryAccess:
         key: of :func:`certify.streams.stream_key`; names the random numbers of a random defence.
         spent: images sent before, where something goes on.
         num_classes: K of a function; others say it themselves.
-        device: where the target computes; None: where the images are.
         bounded: refuse images that are not finite or leave [0, 1], as a service would.
 
     Raises:
@@ -87,7 +86,6 @@ class QueryAccess:
         key: bytes = b"",
         spent: int = 0,
         num_classes: int | None = None,
-        device: torch.device | str | None = None,
         bounded: bool = True,
     ) -> None:
         if answers not in ("labels", "scores"):
@@ -98,7 +96,7 @@ class QueryAccess:
         self._classes = num_classes or getattr(target, "num_classes", None)
         self._random = getattr(target, "random", False) is True
         self._token = next(_TOKENS).to_bytes(8, "little")
-        _TABLE[self._token] = _Held(_asking(target, answers, device), budget, spent, key)
+        _TABLE[self._token] = _Held(_asking(target, answers), budget, spent, key)
         weakref.finalize(self, _TABLE.pop, self._token, None)
 
     @property
@@ -163,19 +161,16 @@ def forward_only(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _asking(
-    target: Target, answers: Answers, device: torch.device | str | None
-) -> Callable[[Tensor, list[bytes]], Tensor]:
+def _asking(target: Target, answers: Answers) -> Callable[[Tensor, list[bytes]], Tensor]:
     """The one closure that knows the target."""
 
     def answer(images: Tensor, keys: list[bytes]) -> Tensor:
-        there = images if device is None else images.to(device)
-        with forward_only(there.device):
+        with forward_only(images.device):
             if isinstance(target, Defence):
-                return target(there, keys) if answers == "labels" else target.scores(there, keys)
+                return target(images, keys) if answers == "labels" else target.scores(images, keys)
             if isinstance(target, Classifier):
-                return target(there) if answers == "labels" else target.logits(there).softmax(1)
-            return target(there)
+                return target(images) if answers == "labels" else target.logits(images).softmax(1)
+            return target(images)
 
     return answer
 

@@ -281,8 +281,7 @@ def _override_input(
             or not all(map(math.isfinite, (*mean, *std)))
         ):
             raise UserError(f"--mean {mean} --std {std}: expected 1 or {channels} numbers each, std above 0")
-        expand = channels if own.size else max(len(mean), len(std))
-        own = replace(own, mean=tuple(mean) * (expand // len(mean)), std=tuple(std) * (expand // len(std)))
+        own = replace(own, mean=tuple(mean) * (channels // len(mean)), std=tuple(std) * (channels // len(std)))
     return own
 
 

@@ -18,10 +18,10 @@ TRAIN_IMAGES = 1297
 """scikit-learn's first 1,297 digits train the classifier; the last 500, by other writers, are for certification."""
 
 
-def digits_net(hidden: int = 128) -> nn.Sequential:
+def digits_net() -> nn.Sequential:
     """A perceptron from 1x8x8 to 10 logits, with two hidden layers."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10)
+        nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
     )
 
 

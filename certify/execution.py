@@ -77,8 +77,8 @@ def convertible(base: BaseClassifier) -> bool:
 def prepare(base: BaseClassifier, execution: Execution, example: Tensor) -> tuple[BaseClassifier, Execution]:
     """The base classifier, run this way; ``base`` itself stays as it is.
 
-    What cannot be done is left out, with the reason in the returned execution's ``why``: a network whose batch norms
-    cannot be folded, a machine without a compiler.
+    What cannot be done is left out: batch norms that cannot be folded, without a word; conversion where the network is
+    not made of torch modules or cannot be copied, and compilation, with the reason in the returned execution's ``why``.
 
     Args:
         base: the base classifier in float32, on its device.

@@ -186,8 +186,9 @@ def cached(source: ModelSource) -> bool:
     return any(file.exists() for file in files)
 
 
-def reachable(address: str, seconds: float = 1.0) -> bool:
-    """Whether a connection to the address (or to the proxy in front of it) opens within ``seconds``, DNS included."""
+def reachable(address: str) -> bool:
+    """Whether a connection to the address (or to the proxy in front of it) opens within a second, DNS included."""
+    seconds = 1.0
     parts = urllib.parse.urlsplit(address)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -75,40 +76,19 @@ class Gaussian(Additive):
 
         It is sigma Phi^-1(p_lower) for p_other = 1 - p_lower.
         """
-        return gaussian_radius(self.sigma, p_lower, p_other)
+        from scipy.special import ndtri
+
+        if not p_lower > (0.5 if p_other is None else p_other):  # nor with NaN
+            return 0.0
+        above = float(ndtri(p_lower))
+        below = -above if p_other is None else float(ndtri(p_other))
+        return max(0.0, self.sigma / 2 * (above - below - _OUTWARD * (abs(above) + abs(below))))
 
     def probability(self, radius: float) -> float:
         """Phi(radius / sigma): the probability that is needed for this radius."""
-        return gaussian_probability(self.sigma, radius)
+        from scipy.special import ndtr
 
-
-def gaussian_radius(sigma: float, p_lower: float, p_other: float | None = None) -> float:
-    """The l2 radius under Gaussian noise, rounded down; 0 without a majority or with NaN.
-
-    Args:
-        sigma: standard deviation.
-        p_lower: lower bound on the class's probability.
-        p_other: upper bound on every other class's probability; None: 1 - p_lower.
-    """
-    from scipy.special import ndtri
-
-    if p_other is None:
-        if not p_lower > 0.5:
-            return 0.0
-        above = float(ndtri(p_lower))
-        below = -above
-    else:
-        if not p_lower > p_other:
-            return 0.0
-        above, below = float(ndtri(p_lower)), float(ndtri(p_other))
-    return max(0.0, sigma / 2 * (above - below - _OUTWARD * (abs(above) + abs(below))))
-
-
-def gaussian_probability(sigma: float, radius: float) -> float:
-    """Phi(radius / sigma), the inverse of :func:`gaussian_radius` with one argument."""
-    from scipy.special import ndtr
-
-    return float(ndtr(radius / sigma))
+        return float(ndtr(radius / self.sigma))
 
 
 @dataclass(frozen=True)
@@ -206,7 +186,7 @@ def make_noise(name: str, sigma: float, *, rounded: bool = False) -> Noise:
         UserError: an unknown name, sigma out of range, or rounding for a noise that needs none.
     """
     build = NOISES.get(name)
-    if rounded and name != "exact":
+    if rounded and "rounded" not in inspect.signature(build).parameters:
         raise UserError(f"noise {name!r} takes any image; rounding to 8 bits (--round) belongs to noise 'exact' only")
     try:
         noise: Noise = build(sigma, rounded=True) if rounded else build(sigma)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,7 @@ def recompute(
     header = run.header
     if "procedure" not in header or "noise" not in header:
         raise UserError(f"{run.path} names no procedure or noise; expected a run file of certify")
-    origin = {"run": run.path.name, "sha256": hashlib.sha256(run.path.read_bytes()).hexdigest()}
-    changed = recomputed_header(run, origin, alpha=alpha, bound=bound, command=command)
+    changed = recomputed_header(run, run.origin, alpha=alpha, bound=bound, command=command)
     return changed, [_line(changed, row) for row in run.images]
 
 

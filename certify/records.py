@@ -95,6 +95,11 @@ class Run:
         """The images that could be read; the others carry ``error`` and prove nothing."""
         return [row for row in self.images if "error" not in row]
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The file's name and hash, for the record of what is made of it."""
+        return {"run": self.path.name, "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
+
 
 def peek_header(path: str | Path) -> dict[str, Any] | None:
     """The header of a run file; None when there is no such file, or no whole header in it."""
@@ -225,33 +230,28 @@ class RunFile:
         self.done: dict[str, dict[str, Any]] = {}
         self._file = open_to_append(self.path)  # locked from here on: what is read next cannot change any more
         try:
-            self.resumed = self._resume()
-            self._start()
+            whole = self._resume()
+            self.resumed = whole > 0
+            self._file.truncate(whole)
+            if not self.resumed:
+                self._append(self.header)
         except BaseException:
             self._file.close()
             raise
 
-    def _resume(self) -> bool:
+    def _resume(self) -> int:
+        """Take over what is there; how many bytes of it stay, which leaves out a line torn by a kill."""
         try:
             content = self.path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}; name another --out") from None
-        if not content:
-            return False
-        if b"\n" not in content and content.startswith(_HEADER_START):
-            return False  # killed while the header was written
+        if not content or (b"\n" not in content and content.startswith(_HEADER_START)):
+            return 0  # new, or killed while the header was written
         run = read_run(self.path, allow_partial=True, kind=self.header["type"])
         refuse_other_run(self.path, run.header, self.header)
         self.header = run.header
         self.done = {row["id"]: row for row in run.images}
-        return True
-
-    def _start(self) -> None:
-        """Cut off a line torn by a kill; write the header of a new run."""
-        whole = self.path.read_bytes().rfind(b"\n") + 1 if self.resumed else 0
-        self._file.truncate(whole)
-        if not self.resumed:
-            self._append(self._file, self.header)
+        return content.rfind(b"\n") + 1
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one image's line; it is on its way to the disk when this returns.
@@ -260,13 +260,13 @@ class RunFile:
             RunFault: the disk is full or gone; what was written before stays.
         """
         line = {"type": _ROWS[self.header["type"]][0], **row}
-        self._append(self._file, line)
+        self._append(line)
         self.done[row["id"]] = line
 
-    def _append(self, file: io.FileIO, row: Mapping[str, Any]) -> None:
+    def _append(self, row: Mapping[str, Any]) -> None:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
-            write_all(file, line)
+            write_all(self._file, line)
         except OSError as error:
             raise RunFault(
                 f"could not write {self.path}: {error.strerror}; {len(self.done)} finished images are kept: "

@@ -177,7 +177,6 @@ class NoisyClassifier:
         watch: Callable[[torch.Tensor], Watch],
         *,
         seed: int = 0,
-        samples: int = 1000,
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[Settled]:
         """Label samples of the images until each one's watch is settled; as they are settled (:mod:`certify.adaptive`).
@@ -187,7 +186,6 @@ class NoisyClassifier:
                 there is none now, but there may be after the next round.
             watch: makes the watch of an image.
             seed: as for :meth:`tallies`.
-            samples: a guess at how many there will be in all.
             progress: called with the number of noisy samples done since the last call.
         """
         from certify.adaptive import settle
@@ -197,7 +195,7 @@ class NoisyClassifier:
         first = next(queue, None)
         if first is None:
             return
-        label, batch_size = self.labeller(first[0], samples, progress)
+        label, batch_size = self.labeller(first[0], 1000, progress)  # a guess: watches say themselves when they end
 
         def there() -> Iterator[tuple[torch.Tensor, bytes] | None]:
             for found in itertools.chain([first], queue):

@@ -7,7 +7,6 @@ that a single process would have written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -169,12 +168,8 @@ def _complete(runs: Sequence[Run]) -> None:
         if run.partial:
             raise UserError(
                 f"{run.path} (shard {run.header['shard']['index']}/{of}) is unfinished: {len(run.images)} of "
-                f"{run.header['expected']} images; go on with: {_command(run)}"
+                f"{run.header['expected']} images; go on with: {run.header.get('command') or 'its command'}"
             )
-
-
-def _command(run: Run) -> str:
-    return str(run.header.get("command") or "its command")
 
 
 def _placed(run: Run, row: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -187,8 +182,7 @@ def _placed(run: Run, row: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
 
 def _origin(run: Run) -> dict[str, Any]:
     """Where a part came from, for the record."""
-    content = {"run": run.path.name, "sha256": hashlib.sha256(run.path.read_bytes()).hexdigest()}
-    return content | {key: run.header.get(key) for key in ("created", "command", "machine")}
+    return run.origin | {key: run.header.get(key) for key in ("created", "command", "machine")}
 
 
 def merge_files(paths: Sequence[str | Path], target: str | Path, *, command: str = "") -> Run:

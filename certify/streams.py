@@ -48,18 +48,13 @@ def bound_draw(seed: int, image_id: str) -> float:
     return (word + 1) * 2.0**-53
 
 
-def _twister_words(seed: int) -> np.ndarray:
-    """The 624 words that a Mersenne twister has after plain seeding, by numpy's implementation."""
-    words: np.ndarray = np.random.RandomState(seed).get_state(legacy=False)["state"]["key"]
-    return words
-
-
 @functools.cache
 def _fresh_cpu_state() -> np.ndarray:
     """A just-seeded CPU generator's state, checked to hold the twister's words where they are going to be written."""
     state = torch.Generator().manual_seed(20_190_208).get_state().numpy().copy()
     words = state[_STATE_OFFSET : _STATE_OFFSET + 8 * _WORDS].view(np.uint64)
-    if words.size != _WORDS or not (words == _twister_words(20_190_208)).all():
+    plain = np.random.RandomState(20_190_208).get_state(legacy=False)["state"]["key"]  # by numpy's implementation
+    if words.size != _WORDS or not (words == plain).all():
         raise RuntimeError(f"torch {torch.__version__} lays out its CPU generator differently: certify must be updated")
     return state
 

@@ -133,10 +133,9 @@ class Votes:
         return {str(c): k for c, k in enumerate(self.counts) if k}
 
     @classmethod
-    def from_dict(cls, counts: Mapping[str, int], failures: int = 0, num_classes: int = 0) -> Votes:
-        """The inverse of :meth:`as_dict`; ``num_classes`` pads with zeros."""
-        size = max([num_classes, *(int(c) + 1 for c in counts)])
-        dense = [0] * size
+    def from_dict(cls, counts: Mapping[str, int], failures: int = 0) -> Votes:
+        """The inverse of :meth:`as_dict`."""
+        dense = [0] * max((int(c) + 1 for c in counts), default=0)
         for c, k in counts.items():
             dense[int(c)] = int(k)
         return cls(tuple(dense), int(failures))

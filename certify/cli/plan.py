@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from certify.smoothing import SmoothedClassifier
     from certify.types import Radii
 
+_TRIED = 50  # images without noise, at most, to see whether labels and classifier agree
 _LARGE = 4.0  # sigma in [0, 1] pixels above which it was hardly meant; Cohen et al. use at most 1
 
 
@@ -151,12 +152,12 @@ def first_shape(images: ImageSet) -> tuple[int, int, int] | None:
     return channels, height, width
 
 
-def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet, most: int = 50) -> None:
+def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet) -> None:
     """Warn when the classifier without noise does no better than guessing: labels or normalisation are wrong."""
     if not images.labelled:
         return
     loaded, truth = [], []
-    for i in range(0, len(images), max(1, -(-len(images) // most))):
+    for i in range(0, len(images), max(1, -(-len(images) // _TRIED))):
         with contextlib.suppress(CertifyError):
             loaded.append(smoothed.check(images.load(i)))
             truth.append(images.labels[i])

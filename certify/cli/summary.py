@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from certify.records import Run
 
 
+_LISTED = 20  # images without labels, each with its answer
 _NAMED = 5  # images that were set aside, by name
 
 
@@ -229,16 +230,16 @@ def _saved(run: Run, rate: float | None) -> str:
     return f"{text}; {clock(seconds)} instead of about {clock(fixed / rate)}"
 
 
-def _each(rows: list[dict[str, Any]], norm: str, most: int = 20) -> list[str]:
+def _each(rows: list[dict[str, Any]], norm: str) -> list[str]:
     """Without labels there is no accuracy: the predictions themselves."""
     from analysis.tables import render
     from certify.norms import IN_WORDS, floor
 
     shown = [
         [r["id"], _class_or_outcome(r), "-" if r["radius"] is None else floor(r["radius"]), r["base_class"]]
-        for r in rows[:most]
+        for r in rows[:_LISTED]
     ]
-    more = [f"... and {len(rows) - most} more, in the run file"] if len(rows) > most else []
+    more = [f"... and {len(rows) - _LISTED} more, in the run file"] if len(rows) > _LISTED else []
     return [
         render(["image", "smoothed class", f"{IN_WORDS[norm]} radius", "class without noise"], shown, "text"),
         *more,
