@@ -154,7 +154,6 @@ CASES = [
     case("model", MODEL + "resnet5O", "unknown model 'resnet5O'", "resnet50"),
     case("model of timm", MODEL + "timm:resnet5O", "'resnet5O'", "resnet50", "timm"),
     case("dataset", D + "--data cifar1O", "unknown dataset 'cifar1O'", "cifar10"),
-    case("photos here", D + "--data photos", "--data photos", "write photos/ for the folder", photos__a_png=DIGIT),
     case("folder", D + "--data pictures/", "no data at 'pictures/'", "a folder"),
     case("option", "--modle digits --sigma 1", "--modle", "--model"),
     case("verb", "plto x", "plto", "plot"),

@@ -171,7 +171,10 @@ def check_data(o: dict[str, Any]) -> None:
     from certify.sources import DATASETS
 
     if options.given_by_user("data") and o["root"] is None and o["data"] in DATASETS and Path(o["data"]).is_dir():
-        raise UserError(f"--data {o['data']} is a dataset's name and a folder here; write {o['data']}/ for the folder")
+        named = o["data"]
+        raise UserError(
+            f"--data {named} is a dataset's name and a folder here; write {named}/, or --root data for the dataset"
+        )
 
 
 def chosen_images(o: dict[str, Any], classifier: Any) -> ImageSet:

@@ -6,7 +6,6 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -168,20 +167,8 @@ input_options = together(
 
 classifier_options = together(click.option("--model", required=True, help=_MODEL), input_options)
 
-
-def data_or_folder(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """What ``--data`` names, unless it is two things: ``photos`` is a dataset, and what many call their folder."""
-    if value == "photos" and Path(value).is_dir():
-        raise UserError("--data photos is a dataset's name and a folder here; write photos/ for the folder")
-    return value
-
-
 image_options = together(
-    click.option(
-        "--data",
-        callback=data_or_folder,
-        help="Images: a dataset's name (`certify list datasets`), an image, folder, .zip or .npz.",
-    ),
+    click.option("--data", help="Images: a dataset's name (`certify list datasets`), an image, folder, .zip or .npz."),
     click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data)."),
     click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root."),
     click.option(

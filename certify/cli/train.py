@@ -34,12 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--init", metavar="DENOISER", help="Start from these weights (MSE first, then --objective stability).")
 @recipe_options
-@click.option(
-    "--data",
-    required=True,
-    callback=options.data_or_folder,
-    help="Training images: a dataset's name, a folder, .zip or .npz.",
-)
+@click.option("--data", required=True, help="Training images: a dataset's name, a folder, .zip or .npz.")
 @click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data).")
 @click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root.")
 @click.option(
