@@ -112,7 +112,6 @@ def make_accelerator(device: str = "auto", precision: str = "float32", out: str 
     driver = Accelerator(cpu=device == "cpu", mixed_precision=mixed, log_with=log, project_dir=str(out or "."))
     if log:
         make_folder(str(out))
-        driver.init_trackers("tensorboard")
     return driver
 
 
@@ -153,6 +152,8 @@ def train(
     )
     state = Checkpoints(Path(out), digest, driver, average)
     state.resume()
+    if driver.log_with:
+        driver.init_trackers("tensorboard")
     steps, start, meter = recipe.steps(len(data.train)), state.step, Meter()
     every = max(1, steps // conduct.validations)
     conduct.progress(start * recipe.batch_size, float("nan"))
