@@ -32,6 +32,10 @@ def outline(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     return radii, reached / line.total, *proportion_interval(reached, line.total)
 
 
+_ASIDE = 3.0  # points between what was decided at one radius
+_TICKS = 12  # that have room for their numbers
+
+
 def plot_curves(lines: Sequence[Line], path: str | Path, *, title: str | None = None, band: bool = True) -> None:
     """Write the figure: one line a run or envelope, a shaded 95 % band over images, axes with units.
 
@@ -52,13 +56,14 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
     """
     texts, legend_title = _legend_texts(lines)
     labels, more = wrapped(texts)
+    asked = [line for line in lines if line.decided]
     with canvas(4.8, 3.3 + more) as (figure, axes):
         for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
             colour, dashes = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
             if isinstance(line, Envelope):
                 _single_runs(axes, line, colour)
             if line.decided:
-                _points(axes, line, colour, label, band)
+                _points(axes, line, colour, label, band, _ASIDE * (asked.index(line) - (len(asked) - 1) / 2))
                 continue
             radii, share, low, high = outline(line)
             axes.step(radii, share, where="pre", color=colour, ls=dashes, lw=1.6, label=label)
@@ -66,6 +71,8 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
                 axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, lw=0)
         largest = max((r for line in lines for r in (*line.radii[-1:], *line.decided)), default=0.0) or 1.0
         axes.set(xlim=(0, 1.04 * largest), ylim=(0, 1.0))
+        if len(asked) == len(lines):
+            axes.set_xticks(sorted({r for line in asked for r in line.decided})[:_TICKS])
         axes.set_xlabel(f"{IN_TEX[lines[0].norm]} radius (images in [0, 1] pixels)")
         axes.set_ylabel(f"{lines[0].quantity}\n(95 % interval over images)" if band else lines[0].quantity)
         if title:
@@ -74,11 +81,16 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
         yield figure
 
 
-def _points(axes: Any, line: Line, colour: str, name: str, band: bool) -> None:
-    """Accuracy where it was asked for, and nowhere else."""
+def _points(axes: Any, line: Line, colour: str, name: str, band: bool, aside: float) -> None:
+    """Accuracy where it was asked for, and nowhere else; moved aside by so many points, so that none hides another."""
+    from matplotlib.transforms import ScaledTranslation
+
     share, (low, high) = line.accuracy(line.decided), line.interval(line.decided)
     reach = [(share - low).tolist(), (high - share).tolist()] if band else None  # arrays of one upset matplotlib
-    axes.errorbar(line.decided, share, yerr=reach, fmt="o", ms=5, lw=1.4, capsize=3, color=colour, label=name)
+    moved = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+    axes.errorbar(
+        *(line.decided, share, reach), fmt="o", ms=4, lw=1.2, capsize=2, color=colour, label=name, transform=moved
+    )
 
 
 def _single_runs(axes: Any, envelope: Envelope, colour: str) -> None:
