@@ -19,9 +19,10 @@ from analysis.audited import AuditFolder, read_audit
 from analysis.curves import Curve, curve, default_radii, proportion_interval
 from analysis.report_method import method
 from analysis.report_pictures import STAGES, Thumbnails, curve_svg, latency_svg
+from certify.disk import replacing
 from certify.errors import RunFault, UserError
 from certify.norms import IN_WORDS, floor
-from certify.records import identity, replacing
+from certify.records import identity
 from certify.remote.credentials import public
 from certify.remote.labels import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, stage_of
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from certify.bounds import BOUNDS, check_alpha
-from certify.errors import RunFault, UserError
-from certify.records import Run, now, read_run, write_run
+from certify.errors import UserError
+from certify.records import Run, new_run_file, now, read_run, write_derived
 from certify.rows import answer
 
 
@@ -113,16 +113,10 @@ def recompute_file(
     """Write the recomputed run beside the old one, whole or not at all.
 
     Raises:
-        UserError: as :func:`recompute`; the target is there already.
+        UserError: as :func:`recompute`; the target is there already, or no run file by its name.
         RunFault: it cannot be written.
     """
-    target = Path(target)
-    if target.exists():
-        raise UserError(f"{target} is there already and is left alone: name another --out")
+    target = new_run_file(target)
     run = read_run(source, allow_partial=allow_partial)
     header, rows = recompute(run, alpha=alpha, bound=bound, command=command)
-    try:
-        write_run(target, header, rows)
-    except OSError as error:
-        raise RunFault(f"could not write {target}: {error.strerror}; {run.path} is untouched") from None
-    return Run(target, header, rows)
+    return write_derived(target, header, rows)

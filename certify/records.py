@@ -8,19 +8,18 @@ Header keys that others rely on: ``type`` ("run"), ``schema``, ``model``, ``data
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
-import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from certify.disk import open_to_append, replacing, write_all
 from certify.errors import RunFault, UserError
 
 SCHEMA = 1
@@ -298,28 +297,31 @@ def write_run(path: str | Path, header: Mapping[str, Any], rows: Iterable[Mappin
         file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in (header, *rows))
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
-    """A file beside ``path`` to write in its folder, made if need be; after the block it replaces ``path``.
-
-    Where writing fails it goes, and what was there is untouched. ``sync``: it is on the disk before it replaces.
+def new_run_file(path: str | Path) -> Path:
+    """Where a run that is made from others may be written: before anything is read or computed for it.
 
     Raises:
-        OSError: it cannot be written.
+        UserError: not a name of a run file, or something is there already.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.part")
+    if target.suffix != ".jsonl":
+        raise UserError(f"--out {path}: expected a file ending in .jsonl")
+    if target.exists():
+        raise UserError(f"{path} is there already and is left alone: name another --out")
+    return target
+
+
+def write_derived(target: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> Run:
+    """Write a run that was made from others, whole or not at all.
+
+    Raises:
+        RunFault: it cannot be written.
+    """
     try:
-        yield beside
-        if sync:
-            with beside.open("rb+") as file:
-                os.fsync(file.fileno())
-        beside.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
+        write_run(target, header, rows)
+    except OSError as error:
+        raise RunFault(f"could not write {target}: {error.strerror}; what it is made from is untouched") from None
+    return Run(target, header, rows)
 
 
 def refuse_other_run(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -339,46 +341,3 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 24 else text[:20] + '..."'
-
-
-def write_all(file: io.FileIO, line: bytes) -> None:
-    """Write every byte: a file without a buffer may take a part of them at a time."""
-    while line:
-        line = line[file.write(line) :]
-
-
-def open_to_append(path: Path) -> io.FileIO:
-    """A file that this process alone writes to, as long as it is open; made with its folder where it is not there.
-
-    Raises:
-        UserError: it cannot be written, or another process is writing to it.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a regular file; name another --out")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # unbuffered: nothing is left behind in a buffer when the disk is full
-        file = path.open("ab", buffering=0)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another --out") from None
-    _lock(file, path)
-    return file
-
-
-def _lock(file: io.FileIO, path: Path) -> None:
-    """Keep other processes from writing to an open file, as long as it is open.
-
-    Raises:
-        UserError: one is writing already; the file is closed.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows: two writers are not caught
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"{path} is being written by another process; wait for it or name another --out") from None
-    except OSError:  # a file system without locks
-        return

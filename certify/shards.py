@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.errors import RunFault, UserError
-from certify.records import Run, differences, identity_digest, now, read_run, write_run
+from certify.errors import UserError
+from certify.records import Run, differences, identity_digest, new_run_file, now, read_run, write_derived
 
 if TYPE_CHECKING:
     from certify.execution import Execution
@@ -189,15 +189,9 @@ def merge_files(paths: Sequence[str | Path], target: str | Path, *, command: str
     """Write the merged run, whole or not at all.
 
     Raises:
-        UserError: as :func:`merge_shards`; the target is there already.
+        UserError: as :func:`merge_shards`; the target is there already, or no run file by its name.
         RunFault: it cannot be written.
     """
-    target = Path(target)
-    if target.exists():
-        raise UserError(f"{target} is there already and is left alone: name another -o")
+    target = new_run_file(target)
     header, rows = merge_shards(paths, command=command)
-    try:
-        write_run(target, header, rows)
-    except OSError as error:
-        raise RunFault(f"could not write {target}: {error.strerror}; the shards are untouched") from None
-    return Run(target, header, rows)
+    return write_derived(target, header, rows)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from certify.disk import replacing
 from certify.errors import UserError, first_line
 from certify.pipeline import tensors_digest
-from certify.records import replacing
 
 FORMAT = 1
 ACCESS = ("none", "surrogates", "queries", "white-box")

@@ -340,7 +340,7 @@ CASES = [
     case("evaluate without noise", E + "--sigma 0", "sigma = 0.0", "a positive number"),
     case("evaluate weights of no model", E + "--weights w.pt", "--weights without --model"),
     case("evaluate on text", E + "--data x.txt", ".npz", x="hello"),
-    case("evaluate to .bmp", E + "--grid x.bmp", "x.bmp", ".png"),
+    case("evaluate to .bmp", E + "--pictures x.bmp", "x.bmp", ".png"),
     # compare and inspect
     *(case(f"compare eps {v}", C + f"--eps {v}", "--eps", v, "8/255") for v in ("0", "1/0", "nan")),
     case("compare defence", C + "--defences medain", "unknown denoiser 'medain'", "median"),

@@ -212,7 +212,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found, err = capsys.readouterr()
     assert err == ""
     result = json.loads(found)
-    assert (result["images"], result["available"], result["grid"], result["certified"]) == (20, 500, None, False)
+    assert (result["images"], result["available"], result["pictures"], result["certified"]) == (20, 500, None, False)
     lines = out.splitlines()
     assert lines[0] == "median on 20 of 500 images of digits (1x8x8), classifier digits"
     assert "they certify nothing" in out
@@ -245,7 +245,7 @@ def test_without_a_classifier_images_keep_their_size(folder: Path, capsys: pytes
     for i, size in enumerate(((20, 12), (9, 9), (9, 9))):
         Image.linear_gradient("L").resize(size).save(f"d/{i}.png")
     Path("d/broken.png").write_bytes(b"no picture")
-    options = "evaluate-denoiser --denoiser gaussian --sigma 0.5 --data d --grid g.svg".split()
+    options = "evaluate-denoiser --denoiser gaussian --sigma 0.5 --data d --pictures g.svg".split()
     run(*options)
     out, err = capsys.readouterr()
     assert "gaussian on 3 images of d (of 2 sizes)" in out

@@ -285,18 +285,13 @@ def replay(folder: str, alpha: float | None, bound: str | None, out: str | None,
     Says whether they equal those of RUN/run.jsonl. With another --alpha or --bound the same answers are counted anew;
     an image that had stopped by itself is settled with the answers that there are, or is undecided.
     """
-    from certify.records import write_run
+    from certify.records import new_run_file, write_derived
     from certify.remote.replay import replay as read_again
 
-    if out is not None and (Path(out).suffix != ".jsonl" or Path(out).exists()):
-        raise UserError(f"--out {out}: expected a new file ending in .jsonl")
+    target = None if out is None else new_run_file(out)
     found = read_again(folder, alpha=alpha, bound=bound, command=options.command_line())
-    if out is not None:
-        try:
-            write_run(out, found.run.header, found.run.images)
-        except OSError as error:
-            raise RunFault(f"could not write {out}: {error.strerror}") from None
-        found = dataclasses.replace(found, run=dataclasses.replace(found.run, path=Path(out)))
+    if target is not None:
+        found = dataclasses.replace(found, run=write_derived(target, found.run.header, found.run.images))
     if as_json:
         click.echo(json.dumps({"header": found.run.header, "images": found.run.images, "differing": found.differing}))
     else:

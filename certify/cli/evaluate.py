@@ -39,7 +39,7 @@ _MOST = 500
 @options.data_options
 @options.seed("all noise")
 @options.device
-@click.option("--grid", metavar="FILE", help="Picture to write: .png, .svg or .pdf (default: a .png under runs/).")
+@click.option("--pictures", metavar="FILE", help="Picture to write: .png, .svg or .pdf (default: a .png under runs/).")
 @click.option(
     "--images",
     "rows",
@@ -114,8 +114,8 @@ def _check_first(o: dict[str, Any]) -> list[float]:
     sigmas = list(dict.fromkeys(o["sigma"]))
     for sigma in sigmas:
         make_noise("gaussian", sigma)
-    if o["grid"] is not None:
-        check_format(o["grid"])
+    if o["pictures"] is not None:
+        check_format(o["pictures"])
     if o["model"]:
         hub.require_weights(hub.find_source(o["model"], o["weights"]), o["weights"])
         return sigmas
@@ -154,8 +154,8 @@ def _apart(found: Outcome) -> Outcome:
 
 def _picture(o: dict[str, Any], done: Evaluated) -> Path:
     """Where the picture goes: as named, or a telling name under runs/."""
-    if o["grid"] is not None:
-        return Path(o["grid"])
+    if o["pictures"] is not None:
+        return Path(o["pictures"])
     levels = "sigma" + "_".join(f"{report.sigma:g}" for report in done.reports)
     words = ["denoiser", done.denoiser_name, Path(done.images.name).stem, levels]
     return Path("runs") / f"{telling_name(words)}.png"

@@ -117,7 +117,7 @@ def as_json(done: Evaluated, picture: Path | None) -> dict[str, Any]:
         "certified": False,
         "ssim_window": first.ssim_window,
         "results": [_result(*pair) for pair in zip(done.reports, done.described, strict=True)],
-        "grid": str(picture) if picture else None,
+        "pictures": str(picture) if picture else None,
     }
 
 

@@ -7,7 +7,6 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -111,7 +110,5 @@ def merge(shards: tuple[str, ...], out: str, radii: list[float] | None, as_json:
     Shards that overlap, are missing, unfinished or another run's are refused by name. The shards stay.
     """
     options.check_radii(radii)
-    if Path(out).suffix != ".jsonl":
-        raise UserError(f"--out {out!r}: expected a file ending in .jsonl")
     run = merge_files(shards, out, command=options.command_line())
     summarise(run, radii, as_json=as_json)

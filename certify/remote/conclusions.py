@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from certify.disk import replacing
 from certify.errors import RunFault
-from certify.records import now, replacing, write_run
+from certify.records import now, write_run
 from certify.remote.answer_rows import clean_answer, rows_of
 from certify.remote.constancy import drifts, probes
 from certify.remote.labels import stage_of

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from certify.disk import open_to_append, write_all
 from certify.errors import RunFault, UserError
-from certify.records import open_to_append, write_all
 from certify.remote.ledger_lines import Entry, answers_of, enter, parse
 from certify.remote.types import Answer, Query
 
