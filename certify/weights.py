@@ -53,7 +53,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def load_weights(net: nn.Module, path: str | Path, architecture: str) -> str:
     """Load a checkpoint into ``net``, every key or none; ``untrained`` leaves it as it was built.
 
-    Prefixes that DataParallel and torch.compile leave in names are taken off, wherever they stand.
+    What DataParallel and torch.compile leave in names is taken off, wherever it stands, and so is the number that
+    ``nn.Sequential(normalise, network)`` puts in front of all of them.
 
     Returns:
         What was loaded, for the record: the file's name and what was taken off.
@@ -65,25 +66,31 @@ def load_weights(net: nn.Module, path: str | Path, architecture: str) -> str:
         return UNTRAINED
     own = net.state_dict()
     state = read_state_dict(path)
-    stripped = _strip_wrappers(state, own)
+    stripped, taken = _strip_wrappers(state, own)
     for key in own.keys() - stripped.keys():
         if key.endswith("num_batches_tracked"):  # absent from checkpoints of torch before 0.4.1, unused in evaluation
             stripped[key] = own[key]
     _refuse_misfit(own, stripped, Path(path), architecture)
     net.load_state_dict(stripped)
-    return Path(path).name + ("" if stripped.keys() & state.keys() else " (wrapper prefixes taken off)")
+    return Path(path).name + (f" (without {', '.join(taken)} in its names)" if taken else "")
 
 
-def _strip_wrappers(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _strip_wrappers(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under names without wrappers, and what was taken off."""
     if state.keys() <= own.keys():
-        return dict(state)
+        return dict(state), []
+    wrappers = {part for key in state for part in key.split(".")} & {*_WRAPPERS}
+    names = {key: ".".join(part for part in key.split(".") if part not in wrappers) for key in state}
+    first = {name.partition(".")[0] for name in names.values()}
+    if len(first) == 1 and min(first).isdecimal() and not own.keys() & set(names.values()):
+        names = {key: name.partition(".")[2] for key, name in names.items()}
+        wrappers |= first
     stripped: dict[str, Tensor] = {}
-    for key, value in state.items():
-        short = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+    for key, short in names.items():
         if short in stripped:
             raise UserError(f"the checkpoint holds {short!r} twice, with and without a wrapper prefix; save it once")
-        stripped[short] = value
-    return stripped
+        stripped[short] = state[key]
+    return stripped, [f"{part}." for part in sorted(wrappers)]
 
 
 def _refuse_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, architecture: str) -> None:

@@ -222,7 +222,7 @@ def test_deepinv_networks_are_called_as_deepinv_does(tmp_path: Path) -> None:
     denoiser = load_deepinv("DnCNN", str(tmp_path / "dncnn.pth"))
     with torch.no_grad():
         assert torch.equal(denoiser(IMAGES, 0.25), own(IMAGES, 0.25))
-    assert denoiser.describe()["weights"] == "dncnn.pth (wrapper prefixes taken off)"
+    assert denoiser.describe()["weights"] == "dncnn.pth (without module. in its names)"
     assert denoiser.describe()["version"] == deepinv.__version__
     with pytest.raises(UserError, match=r"dncnn\.pth does not fit deepinv:DnCNN"):
         load_deepinv("DnCNN", str(tmp_path / "dncnn.pth"), channels=1)

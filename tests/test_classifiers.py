@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from certify import hub, load_classifier
 from certify.cifar_resnet import CifarResNet
@@ -116,7 +117,7 @@ def wrapped(state: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("container", ["", "state_dict", "model", "model_state"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "1.", "1.module."])
 def test_checkpoints_as_people_have_them(container: str, prefix: str, tmp_path: Path) -> None:
     own = net()
     state: Any = wrapped(own.state_dict(), prefix)
@@ -126,7 +127,59 @@ def test_checkpoints_as_people_have_them(container: str, prefix: str, tmp_path: 
     for key, value in own.state_dict().items():
         assert torch.equal(classifier.net.state_dict()[key], value)
     assert classifier.weights.startswith("checkpoint.th")
-    assert ("taken off" in classifier.weights) == bool(prefix)
+    parts = sorted(f"{part}." for part in prefix.split(".") if part)
+    assert classifier.weights == "checkpoint.th" + (f" (without {', '.join(parts)} in its names)" if parts else "")
+
+
+class OptionB(nn.Module):
+    """ResNet-20 with 1x1 convolutions in its shortcuts, out of torchvision's blocks: an independent reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        for i, (before, here) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
+            shrink = nn.Sequential(nn.Conv2d(before, here, 1, 2, bias=False), nn.BatchNorm2d(here)) if i > 1 else None
+            blocks = [BasicBlock(before, here, 1 + (i > 1), shrink), BasicBlock(here, here), BasicBlock(here, here)]
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: torch.Tensor = self.fc(nn.functional.avg_pool2d(x, 8).flatten(1))
+        return logits
+
+
+class Normalise(nn.Module):
+    """The layer in front of the published networks: its constants are no buffers, so their files lack them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, std = torch.tensor((0.4914, 0.4822, 0.4465)), torch.tensor((0.2023, 0.1994, 0.2010))
+        return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def test_the_published_classifiers_for_noise_load_as_they_are(tmp_path: Path) -> None:
+    """Cohen et al. 2019 saved ``Sequential(normalise, network)`` with option B shortcuts, under ``state_dict``."""
+    torch.manual_seed(0)
+    theirs = nn.Sequential(Normalise(), nn.DataParallel(OptionB()))
+    with torch.no_grad():
+        for module in theirs.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()  # type: ignore[union-attr]
+                module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    theirs.eval()
+    state = theirs.state_dict()
+    assert {"1.module.layer2.0.downsample.0.weight", "1.module.fc.weight"} <= state.keys()
+    torch.save({"epoch": 90, "arch": "cifar_resnet20", "state_dict": state}, tmp_path / "checkpoint.pth.tar")
+    classifier = load_classifier("cifar_resnet20", weights=tmp_path / "checkpoint.pth.tar")
+    assert classifier.weights == "checkpoint.pth.tar (without 1., module. in its names)"
+    images = torch.rand(8, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(classifier.logits(images), theirs[1].module(theirs[0](images)), atol=1e-5)
+    normalised = {**state, "0.mean": torch.zeros(3), "0.std": torch.ones(3)}
+    torch.save(normalised, tmp_path / "normalised.pth")
+    with pytest.raises(UserError, match=r"130 unexpected \(1.conv1.weight, "):
+        load_classifier("cifar_resnet20", weights=tmp_path / "normalised.pth")
 
 
 def test_safetensors_and_old_checkpoints(tmp_path: Path) -> None:
