@@ -1,10 +1,13 @@
 """Checkpoints as people have them -> a state dict that fits, or a reason.
 
-Nothing outside is unpickled: ``torch.load`` runs with ``weights_only=True``. Nothing is loaded partially.
+No code of a file is run: ``torch.load`` with ``weights_only=True`` reads tensors and plain values, to which numpy's
+numbers and the ``Namespace`` of parsed options are added here, as training scripts leave them beside the weights.
+Nothing is loaded partially.
 """
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 import struct
@@ -13,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +24,13 @@ from certify.errors import UserError, first_line
 from certify.hub import UNTRAINED
 
 _CONTAINERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "params_ema", "params")
+_NUMBERS = ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(getattr(np.dtypes, name) for name in _NUMBERS),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 _WRAPPERS = ("module", "_orig_mod")  # DataParallel, torch.compile
 
 
@@ -143,7 +154,7 @@ def _load(path: Path, kind: str) -> Any:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); download it again") from None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
             warnings.simplefilter("ignore")  # torch warns of the pickle protocol before it refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -211,6 +213,18 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"asks for .* which can run code: refused"):
         read_state_dict(tmp_path / "hostile.pth")
     assert not (tmp_path / "harm").exists()
+
+
+def test_plain_values_beside_the_weights_are_read(tmp_path: Path) -> None:
+    """Training scripts save their best accuracy as numpy's number, and their options; torch alone refuses both."""
+    beside = {"best": np.float64(0.93), "epoch": np.int64(9), "ema": np.bool_(True), "args": argparse.Namespace(lr=0.1)}
+    torch.save({"state_dict": net().state_dict(), **beside}, tmp_path / "best.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "best.pth", weights_only=True)
+    assert load_classifier("cifar_resnet20", weights=tmp_path / "best.pth").num_classes == 10
+    torch.save({"state_dict": net().state_dict(), "objects": np.array([tmp_path], dtype=object)}, tmp_path / "o.pth")
+    with pytest.raises(UserError, match="can run code: refused"):
+        load_classifier("cifar_resnet20", weights=tmp_path / "o.pth")
 
 
 def test_timm_settings_are_the_models_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
