@@ -1,6 +1,9 @@
 """``python -m certify``: the same as the ``certify`` command."""
 
-from certify.cli import main
+from certify.siblings import claim
 
 if __name__ == "__main__":
+    claim()  # -m puts the current folder first
+    from certify.cli import main
+
     main()

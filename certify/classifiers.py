@@ -167,27 +167,21 @@ class Classifier(nn.Module):
             if stated is None:
                 raise UserError(
                     f"classifier {self.name!r} does not say what it takes; "
-                    "give its input size, such as --input-size 3x32x32"
+                    "give its input size, such as --input-size 3x32x32 (from Python: input_size=(3, 32, 32))"
                 )
             return stated
-        try:
-            with torch.inference_mode():
-                probe = torch.rand((4, *self.input.size), generator=torch.Generator().manual_seed(0))
-                output, alone = self._raw(probe), self._raw(probe[:1])
-        except CertifyError:
-            raise
-        except Exception as error:
-            shape = "x".join(map(str, self.input.size))
-            raise UserError(
-                f"classifier {self.name!r} fails on a {shape} image: {first_line(error)}; "
-                "is --input-size, --mean or --std the wrong one?"
-            ) from error
+        probe = torch.rand((4, *self.input.size), generator=torch.Generator().manual_seed(0))
+        output = self._tried(probe)
         if not isinstance(output, Tensor) or output.shape[:1] != (4,) or output.ndim not in (1, 2):
             got = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(
                 f"classifier {self.name!r} returned {got} for 4 images; expected logits (4, K) or labels (4,)"
             )
-        if not torch.allclose(output[:1].double(), alone.double(), rtol=1e-3, atol=1e-3, equal_nan=True):
+        alone = [self._tried(image[None]) for image in probe]
+        if not all(
+            torch.allclose(there.double(), here.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
+            for there, here in zip(output.split(1), alone, strict=True)
+        ):
             raise UserError(
                 f"classifier {self.name!r} answers differently alone and in a batch (left in training mode? random?); "
                 "a certificate needs a fixed function of one image"
@@ -199,13 +193,32 @@ class Classifier(nn.Module):
             )
         if output.ndim == 1 and stated is None:
             raise UserError(
-                f"classifier {self.name!r} returns labels only; say how many classes there are: --num-classes K"
+                f"classifier {self.name!r} returns labels only; say how many classes there are: --num-classes K "
+                "(from Python: num_classes=K)"
             )
         found = stated if output.ndim == 1 else output.shape[1]
         assert found is not None
         if stated is not None and stated != found:
             raise UserError(f"classifier {self.name!r} has {found} classes, not {stated}; drop --num-classes")
         return int(found)
+
+    def _tried(self, images: Tensor) -> Tensor:
+        """What the network says to images that nobody chose.
+
+        Raises:
+            UserError: it fails on them.
+        """
+        try:
+            with torch.inference_mode():
+                return self._raw(images)
+        except CertifyError:
+            raise
+        except Exception as error:
+            shape = "x".join(map(str, images.shape[1:]))
+            raise UserError(
+                f"classifier {self.name!r} fails on a {shape} image: {first_line(error)}; "
+                "is --input-size, --mean or --std the wrong one?"
+            ) from error
 
     def identity(self) -> str:
         """What tells it from another: a hash of its tensors, and of the file that defines it where they do not."""
@@ -229,7 +242,7 @@ class Classifier(nn.Module):
 
 
 def load_classifier(
-    model: str,
+    model: str | nn.Module | Callable[..., Any],
     *,
     weights: str | Path | None = None,
     input_size: tuple[int, int, int] | None = None,
@@ -242,7 +255,8 @@ def load_classifier(
     Args:
         model: ``digits``, ``cifar_resnet20`` .. ``cifar_resnet110``, a timm or torchvision name (``timm:NAME`` or
             ``torchvision:NAME`` where both have it, else timm's), ``hf-hub:OWNER/NAME``, a TorchScript or ONNX file, or
-            ``package.module:callable``.
+            ``package.module:callable``; or the object itself: a module, which is copied, a function from images
+            ``(B, C, H, W)`` to logits or labels, or a function without arguments that returns one of them.
         weights: a checkpoint; without it the model's published weights are used.
         input_size: (C, H, W), in place of the model's own.
         mean: per-channel mean in place of the model's own; needs ``std``.
@@ -256,11 +270,17 @@ def load_classifier(
         UserError: unknown name, weights that do not fit, settings that contradict.
         RunFault: weights that cannot be downloaded.
     """
-    source = hub.find_source(model, weights)
-    hub.require_weights(source, weights)
-    spec: ClassifierSpec = hub.BUILDERS.get(source.kind)(source.name, weights, num_classes)
+    spec: ClassifierSpec
+    if isinstance(model, str):
+        source = hub.find_source(model, weights)
+        hub.require_weights(source, weights)
+        name, spec = model, hub.BUILDERS.get(source.kind)(source.name, weights, num_classes)
+    else:
+        from certify.foreign import spec_of_object
+
+        name, spec = spec_of_object(model, weights, num_classes)
     spec = replace(spec, input=_override_input(spec.input, input_size, mean, std))
-    return Classifier(model, spec, num_classes)
+    return Classifier(name, spec, num_classes)
 
 
 def _override_input(

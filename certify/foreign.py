@@ -5,6 +5,7 @@ None of them says how to normalise: they get images in [0, 1] unless ``--mean`` 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import inspect
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from certify.classifiers import ClassifierSpec, InputSpec, square_input
 from certify.errors import UserError, first_line
 from certify.labels import imagenet_classes
+from certify.siblings import claim
 
 
 def _names(num_classes: int | None) -> tuple[tuple[str, ...], ...] | None:
@@ -125,7 +127,13 @@ def build_callable(name: str, weights: str | Path | None, num_classes: int | Non
 
     The object may carry ``num_classes``, ``input_size`` (C, H, W), ``mean``, ``std`` and ``class_names``.
     """
-    found, code = build_object(name)
+    return spec_of(*build_object(name), name, weights, num_classes)
+
+
+def spec_of(
+    found: Any, code: str | None, name: str, weights: str | Path | None, num_classes: int | None
+) -> ClassifierSpec:
+    """A module or a function of images as a classifier; the object states what :func:`build_callable` says."""
     if not isinstance(found, nn.Module) and not callable(found):
         raise UserError(f"{name} gave {type(found).__name__}; expected a module or a function from images to labels")
     net = found if isinstance(found, nn.Module) else FunctionNet(found)
@@ -160,20 +168,43 @@ def build_object(name: str) -> tuple[Any, str | None]:
     Raises:
         UserError: it cannot be imported, or fails.
     """
-    found = import_object(name)
-    if not isinstance(found, nn.Module) and _takes_nothing(found, name):
-        try:
-            found = found()
-        except Exception as error:  # the user's own code
-            raise UserError(f"{name} failed: {type(error).__name__}: {first_line(error)}") from error
-    defined = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    return found, file_digest(defined) if defined else None
+    found = _made(import_object(name), name)
+    return found, _code(name.partition(":")[0])
+
+
+def _made(found: Any, name: str) -> Any:
+    if isinstance(found, nn.Module) or not _takes_nothing(found, name):
+        return found
+    try:
+        return found()
+    except Exception as error:  # the user's own code
+        raise UserError(f"{name} failed: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _code(module: str) -> str | None:
+    """SHA-256 of the file that defines a module; None in a notebook or at a prompt."""
+    defined = getattr(sys.modules.get(module), "__file__", None)
+    return file_digest(defined) if defined and os.path.isfile(defined) else None
+
+
+def spec_of_object(model: Any, weights: str | Path | None, num_classes: int | None) -> tuple[str, ClassifierSpec]:
+    """The name and the classifier of a module, a function of images, or a factory without arguments of one.
+
+    A module is copied: freezing it would surprise whoever trains it.
+    """
+    own = model if hasattr(model, "__qualname__") else type(model)
+    name = str(own.__qualname__)
+    found = _made(model, name)
+    if found is model and isinstance(found, nn.Module):
+        found = copy.deepcopy(found)
+    return name, spec_of(found, _code(own.__module__), name, weights, num_classes)
 
 
 def import_object(name: str) -> Any:
     """The attribute ``package.module:attribute`` names; the current folder is searched too."""
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
+        claim()
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)

@@ -75,6 +75,13 @@ class NoisyClassifier:
             raise UserError(
                 "rounded belongs to noise 'exact' by name; a ready-made noise says for itself whether it rounds"
             )
+        if not isinstance(getattr(classifier, "num_classes", None), int):
+            raise UserError(
+                f"{type(classifier).__name__} does not say how many classes it has; expected a base classifier: "
+                "load_classifier(NAME), or load_classifier(module or function, input_size=(C, H, W))"
+            )
+        if isinstance(denoiser, str):
+            raise UserError(f"denoiser={denoiser!r}: expected a module; denoisers.load_denoiser({denoiser!r}) gives it")
         self.noise: Noise = (
             make_noise(str(noise or "gaussian"), float(sigma or 0.0), rounded=rounded) if named else noise  # type: ignore[assignment]
         )

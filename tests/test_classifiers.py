@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from certify import hub, load_classifier
+from certify import SmoothedClassifier, hub, load_classifier
 from certify.cifar_resnet import CifarResNet
 from certify.classifiers import Classifier
 from certify.errors import UserError
@@ -213,6 +213,64 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"asks for .* which can run code: refused"):
         read_state_dict(tmp_path / "hostile.pth")
     assert not (tmp_path / "harm").exists()
+
+
+class Brightness(nn.Module):
+    """Two classes by the mean; with a parameter, so that freezing shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = x.mean(dim=(1, 2, 3))
+        return torch.stack([self.threshold - mean, mean - self.threshold], dim=1)
+
+
+def bright(x: torch.Tensor) -> torch.Tensor:
+    return (x.mean(dim=(1, 2, 3)) > 0.5).long()
+
+
+@pytest.mark.parametrize("model", [Brightness(), Brightness, bright, lambda: bright])
+def test_objects_of_ones_own_are_classifiers(model: Any) -> None:
+    """A module, a class, a function, a factory: as with ``package.module:name``, and the true radius is known."""
+    classifier = load_classifier(model, input_size=(3, 8, 8), num_classes=2)
+    g = SmoothedClassifier(classifier, sigma=0.25)
+    found = g.certify(torch.full((3, 8, 8), 0.51), n=2000)
+    truth = 0.01 * 192**0.5  # the distance to the plane where the mean is 0.5, whatever the noise
+    assert (found.prediction, 0.5 * truth < found.radius <= truth) == (1, True)
+    if isinstance(model, nn.Module):
+        assert all(p.requires_grad for p in model.parameters())  # the user's own is left alone
+    with pytest.raises(UserError, match=r"input_size=\(3, 32, 32\)"):
+        load_classifier(model)
+
+
+def test_what_is_no_classifier_is_told_how_to_become_one() -> None:
+    with pytest.raises(UserError, match=r"Brightness does not say .* load_classifier\(module or function, input_size="):
+        SmoothedClassifier(Brightness(), sigma=0.25)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"load_denoiser\('median'\)"):
+        SmoothedClassifier(load_classifier("digits"), sigma=0.25, denoiser="median")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="expected a module"):
+        load_classifier(3, input_size=(3, 8, 8))  # type: ignore[arg-type]
+
+
+def test_chance_is_not_a_classifier() -> None:
+    draws = torch.Generator().manual_seed(0)
+    with pytest.raises(UserError, match="answers differently alone and in a batch"):
+        load_classifier(lambda x: torch.randint(3, (len(x),), generator=draws), input_size=(1, 8, 8), num_classes=3)
+
+
+def test_a_folder_of_the_users_that_is_called_analysis(tmp_path: Path) -> None:
+    """With -m, and with a model out of it, the current folder comes first."""
+    for name in ("analysis", "training", "denoisers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('not this one')")
+    (tmp_path / "mine.py").write_text("def label(x):\n    return (x.mean(dim=(1, 2, 3)) > 0.3).long()\n")
+    command = [sys.executable, "-m", "certify", "--model", "mine:label", "--input-size", "1x8x8", "--num-classes", "10"]
+    command += "--data digits --max 2 --sigma 0.25 --n 100 --denoiser median --out r.jsonl".split()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.png").is_file()
 
 
 def test_plain_values_beside_the_weights_are_read(tmp_path: Path) -> None:

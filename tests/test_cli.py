@@ -12,6 +12,7 @@ from command import run
 from PIL import Image
 from scipy.stats import norm
 
+from certify import read_run
 from certify.cli.app import group
 from certify.cli.info import _installed
 from certify.cli.options import Count
@@ -50,6 +51,8 @@ def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str])
     assert {"run", "images", "certified_accuracy", "samples", "samples_per_second", "abstained"} <= result.keys()
     assert (result["images"], result["samples"]) == (4, 2400)
     assert list(result["certified_accuracy"]) == ["0", "0.1"]
+    assert [one["id"] for one in result["results"]] == [row["id"] for row in read_run(result["run"]).images]
+    assert {"label", "base", "prediction", "radius", "p_lower"} <= result["results"][0].keys()
 
 
 def test_unlabelled_images_get_classes_and_radii_but_no_accuracy(capsys: pytest.CaptureFixture[str]) -> None:

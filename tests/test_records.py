@@ -131,15 +131,16 @@ def _wait_for_images(path: Path, count: int, process: subprocess.Popen[str]) -> 
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_says_how_to_go_on(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     path = tmp_path / "r.jsonl"
     command = [sys.executable, "-m", "certify", *COMMAND, "--n", "500000", "--precision", "float32", "--compile", "off"]
     command += ["--out", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     _wait_for_images(path, 1, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     (line,) = err.strip().splitlines()
     assert line.startswith("certify: stopped after ")
     assert line.endswith("the same command goes on from there")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -96,9 +101,14 @@ for _command in (
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command and leave the process: 0 done, 1 a fault on the way, 2 the user's mistake, 130 interrupted."""
+    """Run the command and leave the process.
+
+    0 done, 1 a fault on the way, 2 the user's mistake, 130 stopped by Ctrl-C, 143 by SIGTERM (as batch systems do).
+    """
+    terminated: list[int] = []
     try:
-        code = group.main(args, prog_name="certify", standalone_mode=False)
+        with _terminates_like_ctrl_c(terminated):
+            code = group.main(args, prog_name="certify", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         code = 2
@@ -112,9 +122,44 @@ def main(args: list[str] | None = None) -> None:
         _complain("stopped")
         code = 130
     except BrokenPipeError:  # `certify table ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         code = 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _give_up_stdout()  # which is where it may have come from; files say their own names
+        _complain(f"could not write: {error.strerror}; what was written before is kept")
+        code = 1
+    if terminated and code:
+        code = 128 + signal.SIGTERM
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _terminates_like_ctrl_c(terminated: list[int]) -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does: what was done is concluded; told once, in the process that was told."""
+    own = os.getpid()
+
+    def stop(number: int, _frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != own:  # a child that was forked
+            os.kill(os.getpid(), number)
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _give_up_stdout() -> None:
+    """Nothing more can be written there, and python would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(text: str) -> None:

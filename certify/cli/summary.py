@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _LISTED = 20  # images without labels, each with its answer
+_EACH = ("id", "label", "base", "prediction", "class", "radius", "p_lower", "decisions", "error")  # of images, in JSON
 _NAMED = 5  # images that were set aside, by name
 
 
@@ -159,6 +160,7 @@ def _as_json(
         "seconds": round(seconds, 3),
         "seconds_at_fixed_n": round(fixed / rate, 1) if rate else None,
         "curve": str(picture) if picture else None,
+        "results": [{k: row[k] for k in _EACH if k in row} for row in run.images],
     }
 
 
