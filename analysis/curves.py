@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,14 @@ class Curve:
         return low, np.where([self.at_least(float(r)) for r in radii], 1.0, high)
 
     @property
+    def average_radius(self) -> float:
+        """The average certified radius (ACR; Zhai et al. 2020): over all images, wrong ones and abstentions as 0.
+
+        Of images that were decided or measured to a tolerance it is at least this.
+        """
+        return float(self.radii.sum() / self.total)
+
+    @property
     def quantity(self) -> str:
         """What the vertical axis is called."""
         return "certified accuracy" if self.labelled else "certified fraction"
@@ -64,6 +73,11 @@ class Curve:
         """The radii at which its images were decided; between them nothing was asked. Empty: every radius is known."""
         stopping = self.run.header.get("stopping") or {}
         return list(stopping.get("radii", ()))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its images stopped by themselves, so that their radii may be larger than they say."""
+        return bool(self.run.header.get("stopping"))
 
     def at_least(self, radius: float) -> bool:
         """Whether the accuracy at this radius is only known to be at least what is counted: nobody asked there."""
@@ -131,14 +145,16 @@ def common_norm(runs: Sequence[Run]) -> str:
     return norms[0]
 
 
-def curves(runs: Sequence[Run]) -> list[Curve]:
-    """One curve a run, named by what tells them apart.
+def curves(runs: Sequence[Run], given: Sequence[str] = ()) -> list[Curve]:
+    """One curve a run, named as ``given`` says, or by what tells them apart.
 
     Raises:
-        UserError: radii in different norms, or labelled and unlabelled runs together.
+        UserError: more or fewer names than runs, radii in different norms, or labelled and unlabelled runs together.
     """
     common_norm(runs)
-    found = [curve(run, name) for run, name in zip(runs, names(runs), strict=True)]
+    if given and len(given) != len(runs):
+        raise UserError(f"{len(given)} names for {len(runs)} runs: expected --name once for each, in their order")
+    found = [curve(run, name) for run, name in zip(runs, given or names(runs), strict=True)]
     if len({c.labelled for c in found}) > 1:
         plain = next(c.run.path for c in found if not c.labelled)
         raise UserError(f"{plain} has no labels and others have: accuracy and fraction do not compare; show them apart")
@@ -150,8 +166,13 @@ NAMING = ("data", "denoiser", "noise", "n", "alpha", "bound", "seed")
 
 
 def names(runs: Sequence[Run], keys: Sequence[str] = NAMING) -> list[str]:
-    """A legend for each run: its model and sigma, and whatever else of ``keys`` differs between the runs."""
-    differing = [k for k in keys if k != "model" and len({repr(run.header.get(k)) for run in runs}) > 1]
+    """A legend for each run: its model and sigma, and whatever else of ``keys`` differs between the runs that say it.
+
+    (Published logs say neither their data nor their bound.)
+    """
+    differing = [k for k in keys if k != "model" and len(_values(runs, k)) > 1]
+    files = {Path(data).name for data in _values(runs, "data")}
+    short = len(files) == len(_values(runs, "data"))
 
     def name(run: Run) -> str:
         header = run.header
@@ -162,6 +183,8 @@ def names(runs: Sequence[Run], keys: Sequence[str] = NAMING) -> list[str]:
             parts.append(f"{header['noise']} noise")
         for key in differing:
             value = _denoiser(header) if key == "denoiser" else header.get(key)
+            if key == "data" and value is not None and short:
+                value = Path(value).name
             if value is not None and value != "none":
                 parts.append(value if isinstance(value, str) else f"{key} = {_number(value)}")
         return ", ".join(parts)
@@ -170,11 +193,15 @@ def names(runs: Sequence[Run], keys: Sequence[str] = NAMING) -> list[str]:
     return [f"{n} ({run.path.stem})" if found.count(n) > 1 else n for n, run in zip(found, runs, strict=True)]
 
 
+def _values(runs: Sequence[Run], key: str) -> set[Any]:
+    return {run.header[key] for run in runs if run.header.get(key) is not None}
+
+
 def _denoiser(header: Mapping[str, Any]) -> Any:
     """The denoiser as it was asked for, or what ``auto`` chose."""
     asked = header.get("denoiser")
     steps = header.get("pipeline") or () if asked == "auto" else ()
-    return next((step["name"] for step in steps if step.get("step") == "denoiser"), asked)
+    return next((step.get("name", asked) for step in steps if step.get("step") == "denoiser"), asked)
 
 
 def _number(value: float | int) -> str:

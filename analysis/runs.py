@@ -120,7 +120,6 @@ def _log_header(path: Path) -> dict[str, Any]:
     return {
         "type": "run",
         "model": "/".join(folders),
-        "data": "log",
         "norm": "l2",
         "sigma": float(named[1].rstrip(".")) if named else None,
         "n": None,

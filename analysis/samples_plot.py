@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.curves import common_norm, names
 from analysis.figures import COLOURS, canvas, check_format, save_figure, wrapped
@@ -18,6 +19,7 @@ from certify.types import Votes
 
 _STEPS = 13
 _LEAST = 20
+_DECADE = 1_000
 
 
 def sample_sizes(n: int) -> list[int]:
@@ -84,6 +86,10 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
             axes.plot(sizes, [most_with(run, size) for size in sizes], color=colour, ls=":", lw=1.2)
         axes.plot([], [], color="#555555", ls=":", lw=1.2, label=labels[-1])
         axes.set(xscale="log", xlabel="samples n an image", ylim=(0, None))
+        if max(run.header["n"] for run in runs) < 10 * _DECADE:  # powers of ten alone would be one or two
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel(f"{IN_TEX[norm]} radius\n(median and middle half of images)")
         if title:
             axes.set_title(title, fontsize=9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.curves import Curve, proportion_interval
@@ -65,16 +65,28 @@ def compare(
     if style == "csv":
         return render(*_csv(lines, radii, relative_to), style)
     header = ["method", "sigma", "images"] if isinstance(lines[0], Envelope) else ["run", "images", "abstained"]
+    if not isinstance(lines[0], Envelope) and lines[0].labelled:
+        header.append("ACR")
     rows = []
     for line in lines:
         if isinstance(line, Envelope):
             about = [line.name, line.levels, line.said(_images)]
         else:
             about = [line.name, _images(line), str(abstained(line))]
+            if line.labelled:
+                about.append(_average(line))
         rows.append([*about, *_cells(line, radii, relative_to or 1.0, intervals=intervals)])
     caption = "\n".join(_caption(lines, relative_to, intervals=intervals))
     caption = textwrap.indent(caption, "% ") + "\n" if style == "latex" else f"{caption}\n\n"
-    return caption + render([*header, *(f"r = {r:g}" for r in radii)], rows, style)
+    text = render([*header, *(f"r = {r:g}" for r in radii)], rows, style)
+    if style == "latex":  # tabulate would escape the dollars
+        for r in radii:
+            text = text.replace(f" r = {r:g} ", f" $r = {r:g}$ ", 1)
+    return caption + text
+
+
+def _average(c: Curve) -> str:
+    return "≥ " * c.stopped + f"{c.average_radius:.3f}"
 
 
 def _cells(line: Line, radii: Sequence[float], divisor: float, *, intervals: bool) -> list[str]:
@@ -99,6 +111,9 @@ def _caption(lines: Sequence[Line], relative_to: float | None, *, intervals: boo
     """What the numbers are."""
     where = f"{lines[0].quantity} at {IN_WORDS[lines[0].norm]} radius r (images in [0, 1] pixels)"
     found = [where if relative_to is None else f"{where}, divided by {relative_to:g}"]
+    found += _procedure([c.run.header for line in lines for c in (line.runs if isinstance(line, Envelope) else [line])])
+    if not isinstance(lines[0], Envelope) and lines[0].labelled:
+        found.append("ACR: average certified radius, over all images")
     if isinstance(lines[0], Envelope):
         found += [
             "upper envelope over sigma: at each radius the best run, chosen on these images",
@@ -109,12 +124,22 @@ def _caption(lines: Sequence[Line], relative_to: float | None, *, intervals: boo
     return found
 
 
+def _procedure(headers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What all runs were certified with, as far as they agree and say it."""
+    agreed = {key: headers[0].get(key) for key in ("n0", "n", "alpha", "bound")}
+    shared = {k: v for k, v in agreed.items() if v is not None and all(h.get(k) == v for h in headers)}
+    words = [f"{k} = {v:,}" if isinstance(v, int) else v if k == "bound" else f"{k} = {v:g}" for k, v in shared.items()]
+    if any(h.get("stopping") for h in headers) and "n" in shared:
+        words = [f"{word} at most" if word.startswith("n =") else word for word in words]
+    return [", ".join(words)] if words else []
+
+
 def _csv(
     lines: Sequence[Line], radii: Sequence[float], relative_to: float | None = None
 ) -> tuple[list[str], list[list[Any]]]:
     """One line a run and radius; of an envelope the line of its best run there, and what makes it an envelope."""
     keys = ("model", "denoiser", "noise", "norm", "sigma", "n", "alpha", "bound")
-    header = ["run", *keys, "images", "expected", "abstained", "quantity", "radius", "value", "low95", "high95"]
+    header = ["run", *keys, "images", "expected", "abstained", "acr", "quantity", "radius", "value", "low95", "high95"]
     if isinstance(lines[0], Envelope):
         header += ["method", "sigmas", "clean"]
     if relative_to is not None:
@@ -126,7 +151,7 @@ def _csv(
         for r, *values in zip(radii, line.accuracy(radii), low, high, strict=True):
             c = line.winner(r) if isinstance(line, Envelope) else line
             row = [str(c.run.path), *(c.run.header.get(k) for k in keys)]
-            row += [c.total, c.run.header["expected"], abstained(c)]
+            row += [c.total, c.run.header["expected"], abstained(c), c.average_radius if c.labelled else None]
             upper = " (upper envelope)" if c is not line else ""
             row += [c.quantity + upper + " (at least)" * line.at_least(r), r, *(float(v) / divisor for v in values)]
             if isinstance(line, Envelope):

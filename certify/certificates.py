@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -170,6 +171,10 @@ def largest_radius(
 
 def check_counts(n: int, n0: int, alpha: float) -> None:
     """Refuse sample counts below 1 and alpha outside (0, 1), as the user's mistakes."""
+    try:
+        operator.index(n), operator.index(n0)
+    except TypeError:
+        raise UserError(f"n = {n!r}, n0 = {n0!r}: expected whole numbers, such as 1_000") from None
     if n < 1 or n0 < 1:
         raise UserError(f"n = {n}, n0 = {n0}: expected at least 1 sample in each stage")
     check_alpha(alpha)

@@ -225,7 +225,11 @@ def _takes_nothing(function: Any, name: str) -> bool:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return False
-    return all(p.default is not p.empty or p.kind == p.VAR_KEYWORD for p in parameters)
+    own = not inspect.isclass(function)  # a class without __init__ of its own shows its parent's *args
+    return all(
+        p.default is not p.empty or p.kind == p.VAR_KEYWORD or (p.kind == p.VAR_POSITIONAL and not own)
+        for p in parameters
+    )
 
 
 def _refuse_weights(name: str, weights: str | Path | None) -> None:

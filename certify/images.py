@@ -255,7 +255,10 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
     Raises:
         ImageError: another shape, type or range; the message shows what came.
     """
-    tensor = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
+    try:
+        tensor = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    except (TypeError, ValueError):  # a copy: arrays of PIL images cannot be written to
+        raise ImageError(f"image of type {type(image).__name__}; expected an array or tensor (C, H, W)") from None
     if tensor.ndim != 3 or (size is not None and tuple(tensor.shape) != size):
         wanted = "(C, H, W)" if size is None else str(size)
         raise ImageError(

@@ -87,7 +87,10 @@ class NoisyClassifier:
         )
         self.norm = norm or self.noise.norm
         implied_factor(self.noise.norm, self.norm, 1)  # refuses an unknown norm
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise UserError(f"device = {device!r}: expected one that torch knows, such as 'cpu' or 'cuda'") from None
         if self.device.type == "cuda":  # float32 means float32: convolutions would run in TF32 by default
             torch.backends.cudnn.allow_tf32 = False
         self.classifier = classifier

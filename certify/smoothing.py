@@ -114,7 +114,10 @@ class SmoothedClassifier(NoisyClassifier):
         check_counts(n, 1, alpha)
         RULES.get(rule)
         several = radius if isinstance(radius, Iterable) else [radius]
-        radii = sorted({float(r) for r in several})
+        try:
+            radii = sorted({float(r) for r in several})
+        except (TypeError, ValueError):
+            raise UserError(f"radius = {radius!r}: expected one number or several, such as 0.25") from None
         if not radii:
             raise UserError("no radius: expected one or several, such as 0.25")
         deciding = functools.partial(Deciding, self.num_classes, n=n, radii=radii, alpha=alpha, rule=rule)

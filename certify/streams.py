@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import threading
 
 import numpy as np
 import torch
+
+from certify.errors import UserError
 
 STREAM = (
     "blocks of 100 (1000 below 1024 values); cpu: mt19937 by philox4x64(sha256(seed, id, stage), block); cuda: philox"
@@ -38,7 +41,11 @@ def block_size(values: int) -> int:
 
 def stream_key(seed: int, image_id: str, stage: str) -> bytes:
     """32 bytes that name one stream: all noise of one image in one stage of one run."""
-    text = "\0".join((str(int(seed)), image_id, stage))
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise UserError(f"seed = {seed!r}: expected a whole number") from None
+    text = "\0".join((str(number), image_id, stage))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 

@@ -127,6 +127,8 @@ class Half(nn.Module):
         super().__init__()
         self.by, self.weight = by, nn.Parameter(torch.ones(()))
     def forward(self, x): return x / self.by
+class Plain(nn.Module):
+    def forward(self, x): return x / 6
 class Level(Half):
     def forward(self, noisy, sigma=None): return noisy - sigma
 class Needy(nn.Module):
@@ -162,6 +164,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("instance", IMAGES / 4),
         ("Half", IMAGES / 2),
         ("Level", IMAGES - 0.25),
+        ("Plain", IMAGES / 6),  # a class that leaves __init__ to its parent
         ("factory", IMAGES / 5),
         ("makes_function", IMAGES + 0.25),
         ("function", IMAGES + 0.25),

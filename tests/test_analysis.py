@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import run
 from PIL import Image
 from statsmodels.stats.proportion import proportion_confint
 
-from analysis.curves import curve, curves, default_radii, proportion_interval
+from analysis.curves import curve, curves, default_radii, names, proportion_interval
 from analysis.plots import plot_curves, steps
 from analysis.runs import read_any
 from analysis.tables import compare
@@ -41,6 +42,53 @@ def test_certified_accuracy_is_the_share_right_and_at_least_r(tmp_path: Path) ->
     assert c.accuracy(radii).tolist() == [0.5, 0.5, 0.5, 0.25, 0.25, 0.0]
     low, high = c.interval([0.0])
     assert (low[0], high[0]) == pytest.approx((0.0676, 0.9324), abs=1e-4)  # exact interval of 2 in 4, as tabulated
+
+
+def test_the_average_certified_radius_counts_wrong_images_as_0(tmp_path: Path) -> None:
+    """Zhai et al. 2020: the mean over all images of the radius where the prediction is right, and of 0 elsewhere."""
+    c = curve(read_any(write(tmp_path / "r.jsonl", FOUR)))
+    assert c.average_radius == (0.5 + 0.25) / 4
+    assert "0.188" in compare([c], [0.0]).splitlines()[-1].split()
+    stopped = curve(read_any(write(tmp_path / "s.jsonl", FOUR, stopping={"radii": [0.25, 0.5]})))
+    assert "≥ 0.188" in compare([stopped], [0.25])
+    rows = [row(0, None, 1, 0.5)]
+    assert "ACR" not in compare([curve(read_any(write(tmp_path / "u.jsonl", rows)))], [0.0])
+
+
+def test_the_average_radius_of_published_logs(shared_data: Path) -> None:
+    """Recomputed from the text of the log, whose columns are idx label predict radius correct time."""
+    log = shared_data / "cohen_logs/certify/cifar10/resnet110/noise_0.25/test/sigma_0.25"
+    table = np.genfromtxt(log, names=True, dtype=None, encoding="utf-8", delimiter="\t", usecols=(3, 4))
+    expected = float((table["radius"] * table["correct"]).mean())
+    assert curve(read_any(log)).average_radius == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_a_log_does_not_say_does_not_tell_runs_apart(tmp_path: Path) -> None:
+    """Beside a published log, which says neither data nor bound, runs keep the names that they have without it."""
+    log = tmp_path / "resnet110" / "sigma_0.25"
+    log.parent.mkdir()
+    log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0:00:01\n")
+    said = {"model": "m", "sigma": 0.25, "data": "/far/away.zip"}
+    runs = [read_any(write(tmp_path / f"{n}.jsonl", FOUR, **said, n=n)) for n in (10, 20)]
+    own = names(runs)
+    assert own == ["m, σ = 0.25, n = 10", "m, σ = 0.25, n = 20"]
+    assert names([*runs, read_any(log)])[:2] == own
+    other = write(tmp_path / "o.jsonl", FOUR, **{**said, "data": "/far/other.zip"}, n=10)
+    others = [*runs, read_any(other)]
+    assert names(others)[0] == "m, σ = 0.25, away.zip, n = 10"
+
+
+def test_runs_are_called_as_one_likes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(write(tmp_path / f"{n}.jsonl", FOUR, n=n)) for n in (10, 20)]
+    run("table", *paths, "--name", "ours", "--name", "theirs, as published", "--radii", "0.25", "--format", "latex")
+    out = capsys.readouterr().out
+    assert "$r = 0.25$" in out
+    first = [line.split("&")[0].strip() for line in out.splitlines() if "&" in line]
+    assert first == ["run", "ours", "theirs, as published"]
+    run("plot", *paths, "--name", "ours", "--name", "theirs", "-o", str(tmp_path / "p.svg"))
+    assert "theirs" in (tmp_path / "p.svg").read_text()
+    run("table", *paths, "--name", "ours", code=2)
+    assert "1 names for 2 runs" in capsys.readouterr().err
 
 
 def test_a_radius_just_below_does_not_count(tmp_path: Path) -> None:

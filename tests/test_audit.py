@@ -377,8 +377,12 @@ def test_a_random_service_is_detected(tmp_path: Path, digits: Classifier) -> Non
         return ranked(name, digits, image + 0.3 * torch.randn(image.shape, generator=generator))
 
     images = some_images(16)
-    (wavering,) = run_audit(set_up(tmp_path / "a", images=images, repeat_clean=5), Fake(digits, respond))["determinism"]
-    (plain,) = run_audit(set_up(tmp_path / "b", images=images, repeat_clean=5), Fake(digits))["determinism"]
+    found = [
+        run_audit(set_up(tmp_path / name, images=images, repeat_clean=5), fake)
+        for name, fake in (("a", Fake(digits, respond)), ("b", Fake(digits)))
+    ]
+    assert [about["fixed_function"] for about in found] == [False, True]
+    (wavering,), (plain,) = (about["determinism"] for about in found)
     assert len(wavering["labels"]) > 1
     assert wavering["spread"] is None  # between scores of different labels there is none
     assert (len(plain["labels"]), plain["spread"], sum(plain["labels"].values())) == (1, 0.0, 6)
@@ -389,6 +393,7 @@ def test_drift_is_detected(tmp_path: Path, digits: Classifier) -> None:
         return Answer(name, (Scored("new", 0.9),)) if "drift" in name and int(name[:4]) > 1310 else None
 
     about = run_audit(set_up(tmp_path), Fake(digits, respond))
+    assert about["fixed_function"] is False
     changed = [entry["id"] for entry in about["drift"] if entry["before"] != entry["after"]]
     assert changed == [image["id"] for image in about["images"] if int(image["id"]) > 1310]
     assert changed

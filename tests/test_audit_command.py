@@ -179,13 +179,25 @@ def test_a_small_budget_is_kept_and_a_larger_one_goes_on(
     command = ["audit", *service.arguments, *NUMBERS, "--out", str(tmp_path), "--quiet"]
     run(*command, "--budget", "0")
     assert service.requests == 0
+    err = capsys.readouterr().err
+    assert "--budget 0 finishes no image: one takes 40 requests, probes included" in err
+    run(*command[:-1], "--budget", "39", "--dry-run")
+    assert "finishes no image" in capsys.readouterr().err
+    run(*command[:-1], "--budget", "40", "--dry-run")
+    assert "finishes no image" not in capsys.readouterr().err
     run(*command, "--budget", "70")
     assert service.requests <= 70
     said = capsys.readouterr().out
     assert "unfinished         budget spent" in said
     assert len(read_run(tmp_path / "run.jsonl", allow_partial=True).images) == 2
+    run(*command[:-1], "--budget", "400", "--dry-run")
+    assert "ledger.jsonl: 70 requests are spent already" in capsys.readouterr().err
+    run(*command, "--budget", "400", "--sigma", "0.5", "--dry-run", code=2)
+    assert "holds a run with other settings (sigma 0.25 there, 0.5 here" in capsys.readouterr().err
+    assert service.requests == 70
     run(*command, "--budget", "400", "--concurrency", "7")
     same_as_a_local_run(tmp_path, digits)
+    assert json.loads((tmp_path / "audit.json").read_text())["fixed_function"] is True
     names = [json.loads(line)["name"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()[1:]]
     assert len(names) == 2 * len(set(names))  # sent and answered, each once
 

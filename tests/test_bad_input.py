@@ -321,6 +321,7 @@ CASES = [
     # train
     case("train what", "train --data digits-train --out o", "--denoiser", "--train-classifier", "one of the two"),
     case("train objective", T + "--objective mes", "unknown objective 'mes'", "mse"),
+    case("train fractions", T + "--sigma 64/0", "--sigma", "64/0"),
     case("train downwards", T + "--sigma 1:0.5", "--sigma", "1:0.5", "0.1:1"),
     case("train option", T + "--option channels=wide", "unet", "channels=[48,96,192]", "blocks=2"),
     case("train half an option", T + "--option channels", "'channels'", "KEY=VALUE"),

@@ -43,6 +43,12 @@ def test_the_default_verb(capsys: pytest.CaptureFixture[str]) -> None:
         assert image.size[0] > 600
 
 
+def test_numbers_are_fractions_of_255_where_one_likes() -> None:
+    run(*DIGITS[:2], "--sigma", "64/255", "--n", "100", "--max", "2", "--radius", "36/255", "--out", "f.jsonl")
+    header = read_run("f.jsonl").header
+    assert (header["sigma"], header["stopping"]["radii"]) == (64 / 255, [36 / 255])
+
+
 def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     run(*DIGITS, "--n", "500", "--max", "4", "--radii", "0,0.1", "--json")
     out, err = capsys.readouterr()

@@ -171,6 +171,8 @@ def test_auto_takes_a_denoiser_for_each_sigma() -> None:
         for s in (0.25, 0.5)
     ]
     assert grouped(*runs) == {"m": [0.25, 0.5]}
+    alone = [{"sigma": s, "denoiser": "none", "pipeline": [step("m", "a")]} for s in (0.25, 0.5)]
+    assert grouped(*runs, *alone) == {"m, auto": [0.25, 0.5], "m": [0.25, 0.5]}
 
 
 def test_a_run_that_goes_both_ways_is_not_guessed() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -244,3 +246,42 @@ def test_sigma_or_noise_not_both(linear_classifier: Any) -> None:
         SmoothedClassifier(classifier, 0.25, noise=NOISE)
     with pytest.raises(UserError, match="positive number"):
         SmoothedClassifier(classifier, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda g, x: g.certify(x, n=1e3), r"n = 1000.0, n0 = 100: expected whole numbers"),
+        (lambda g, x: g.certify(x, n=100, seed=None), r"seed = None: expected a whole number"),
+        (lambda g, x: g.certify(x, n=100, seed=1.5), r"seed = 1.5: expected a whole number"),
+        (lambda g, x: g.certify(None, n=100), r"image of type NoneType; expected an array or tensor"),
+        (lambda g, x: g.decide(x, radius="0.25"), r"radius = '0.25': expected one number or several"),
+        (lambda g, x: g.decide(x, radius=None), r"radius = None: expected one number or several"),
+        (lambda g, x: SmoothedClassifier(g.classifier, sigma=0.25, device="gpu"), r"device = 'gpu': expected one that"),
+    ],
+)
+def test_slips_in_python_are_told_as_such(call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(SmoothedClassifier(load_classifier("digits"), sigma=0.25), torch.rand(1, 8, 8))
+
+
+def test_images_as_people_have_them() -> None:
+    """A tensor that wants a gradient, an array that nobody may write to: the same image, and no warning."""
+    g = SmoothedClassifier(load_classifier("digits"), sigma=0.25, precision="float32", compile="off")
+    image = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
+    own = g.certify(image, n=200)
+    frozen = image.numpy().copy()
+    frozen.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert g.certify(frozen, n=200) == own
+        assert g.certify(image.clone().requires_grad_(), n=200) == own
+
+
+def test_threads_may_share_one_that_is_prepared() -> None:
+    g = SmoothedClassifier(load_classifier("digits"), sigma=0.25, precision="float32", compile="off")
+    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    g.prepare(images[0], 10_000)
+    alone = [g.certify(image, n=2000) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda image: g.certify(image, n=2000), images)) == alone

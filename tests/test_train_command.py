@@ -87,6 +87,20 @@ def test_fine_tuning_starts_from_the_given_weights() -> None:
     assert b.validation["psnr@0.25"] == pytest.approx(a.validation["psnr@0.25"], abs=0.3)  # but for batch statistics
 
 
+def test_what_the_options_lack_is_said_before_the_images_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def reads(*_: object, **__: object) -> None:
+        raise AssertionError("the images were read first")
+
+    monkeypatch.setattr("training.data.load_training_data", reads)
+    command = [*UNET, *SHORT, "--objective", "stability", "--sigma", "25", "--out", "d"]
+    run(*command, code=2)
+    err = capsys.readouterr().err
+    assert "warning: sigma = 25 drowns images in [0, 1]; is it in pixels of 255? that is --sigma 0.098" in err
+    assert "--objective stability needs a frozen classifier" in err
+
+
 def test_a_classifier_under_noise(capsys: Capture) -> None:
     """Cohen's baseline: its accuracy under the noise it was trained with beats that of the shipped classifier."""
     options = "--train-classifier digits --sigma 0.5 --data digits-train --epochs 20 --rate 3e-3 --out c --quiet"

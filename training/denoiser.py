@@ -125,18 +125,24 @@ def _card(
     )
 
 
-def check_needs(recipe: Recipe, data: TrainingData, guides: Guides) -> None:
-    """Refuse an objective that is not for denoisers, or whose classifier, labels or classes are missing."""
+def check_guided(recipe: Recipe, guides: int) -> None:
+    """Refuse an objective that is not for denoisers, or that needs a classifier, if there are none."""
     for objective in recipe.objectives:
         if not objective.for_denoisers:
             raise UserError(
                 f"--objective {recipe.objective} trains a classifier, no denoiser; write --train-classifier MODEL"
             )
-        if objective.classifier and not len(guides):
+        if objective.classifier and not guides:
             raise UserError(
                 f"--objective {recipe.objective} needs a frozen classifier: --classifier M, or --surrogate M for query "
                 "access (mse needs none)"
             )
+
+
+def check_needs(recipe: Recipe, data: TrainingData, guides: Guides) -> None:
+    """Refuse an objective that is not for denoisers, or whose classifier, labels or classes are missing."""
+    check_guided(recipe, len(guides))
+    for objective in recipe.objectives:
         if objective.labels and (data.labels is None or len(data.labels.unique()) < 2):
             has = "has none" if data.labels is None else "holds one class only"
             raise UserError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,12 +30,12 @@ class Distance(options.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            number = float(Fraction(str(value)))
-            if not 0 < number < float("inf"):
+            found = options.number(str(value))
+            if not 0 < found < float("inf"):
                 raise ValueError
-        except (ValueError, ZeroDivisionError, OverflowError):
+        except ValueError:
             self.fail(f"{value!r}; expected a distance above 0 in [0, 1] pixels, such as 8/255 or 0.5", param, ctx)
-        return number, str(value)
+        return found, str(value)
 
 
 distance_options = options.together(

@@ -122,6 +122,7 @@ def audit(**o: Any) -> None:
     if o["dry_run"]:
         job, plan = _planned(o, wanted)
         show_plan(job, plan, speak)
+        _compare_with_folder(job, o, speak)
         if asks_for_metadata(wanted):
             speak("metadata   one request asks the model what it takes, before the first query and beside the budget")
         click.echo(json.dumps({"plan": plan}) if o["as_json"] else "dry run: nothing was sent")
@@ -140,6 +141,20 @@ def audit(**o: Any) -> None:
     tell_outcome(job.folder, about, as_json=o["as_json"])
     if o["defences"] is not None and not o["as_json"]:
         tell_attacks(job.folder)
+
+
+def _compare_with_folder(job: Audit, o: dict[str, Any], say: Callable[[str], None]) -> None:
+    """What a dry run can say of an audit that it would go on with, or why it could not."""
+    from certify.records import peek_header, refuse_other_run
+    from certify.remote.audit import make_header
+    from certify.remote.conclusions import LEDGER, RUN
+    from certify.remote.ledger_lines import read_ledger
+
+    known = peek_header(job.folder / RUN)
+    if known is not None:
+        refuse_other_run(job.folder / RUN, known, make_header(job, data=o["data"], denoiser=o["denoiser"], command=""))
+    if (job.folder / LEDGER).exists():
+        say(f"ledger     {job.folder / LEDGER}: {read_ledger(job.folder / LEDGER).spent:,} requests are spent already")
 
 
 def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:

@@ -53,6 +53,11 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
         sure = f"finishes {plan['covers']:,} of {plan['images']:,} images without retries"
         sure = f"about {plan['covers']:,} of {plan['images']:,} images if each takes {s.n:,}" if s.adaptive else sure
         say(f"budget     {audit.budget:,} requests: {sure}")
+        if not plan["covers"] and not s.adaptive:
+            warn(
+                f"--budget {audit.budget} finishes no image: one takes {plan['least']:,} requests, probes included; "
+                "what is asked now is kept, and a larger --budget goes on in the same folder"
+            )
     else:
         say(f"budget     {audit.budget:,} requests, never exceeded")
     if plan["cost"] is not None:

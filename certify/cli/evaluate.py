@@ -15,7 +15,7 @@ from certify.cli.attacking import readable
 from certify.cli.files import telling_name
 from certify.cli.load import chosen_images, classifier_from, denoiser_for, device_from
 from certify.cli.plan import first_shape, warn_near_chance
-from certify.cli.words import progress_bar
+from certify.cli.words import progress_bar, warn_of_units
 
 if TYPE_CHECKING:
     from certify.classifiers import Classifier
@@ -114,6 +114,7 @@ def _check_first(o: dict[str, Any]) -> list[float]:
     sigmas = list(dict.fromkeys(o["sigma"]))
     for sigma in sigmas:
         make_noise("gaussian", sigma)
+    warn_of_units(max(sigmas))
     if o["pictures"] is not None:
         check_format(o["pictures"])
     if o["model"]:

@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Collection
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,18 @@ else:  # generic only since click 8.5
     ParamType = click.ParamType
 
 
+def number(text: str) -> float:
+    """A number, or a fraction as the field writes them: ``64/255``.
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ZeroDivisionError, OverflowError):
+        raise ValueError(f"{text} is not finite") from None
+
+
 class Numbers(ParamType):
     """Numbers separated by commas."""
 
@@ -28,7 +41,7 @@ class Numbers(ParamType):
         if isinstance(value, list):
             return value
         try:
-            return [float(v) for v in str(value).split(",")]
+            return [number(v) for v in str(value).split(",")]
         except ValueError:
             self.fail(f"{value!r}; expected numbers separated by commas, such as 0,0.25,0.5", param, ctx)
 
@@ -79,12 +92,12 @@ class Positive(ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Text to a number in range."""
         try:
-            number = float(value)
-            if not 0.0 < number < self.below:
+            found = number(str(value))
+            if not 0.0 < found < self.below:
                 raise ValueError
         except ValueError:
             self.fail(f"{value!r}; expected {self.advice}", param, ctx)
-        return number
+        return found
 
 
 def check_radii(radii: list[float] | None, option: str = "--radii") -> None:
@@ -269,6 +282,11 @@ envelope_option = click.option(
     "--envelope",
     is_flag=True,
     help="One line a method: at each radius the best of its runs over sigma, chosen on the images they share.",
+)
+
+
+name_option = click.option(
+    "--name", "given", multiple=True, metavar="TEXT", help="What to call a run; once for each, in their order."
 )
 
 

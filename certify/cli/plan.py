@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from certify.cli.words import warn
+from certify.cli.words import warn, warn_of_units
 from certify.errors import CertifyError
 from certify.norms import IN_WORDS
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from certify.types import Radii
 
 _TRIED = 50  # images without noise, at most, to see whether labels and classifier agree
-_LARGE = 4.0  # sigma in [0, 1] pixels above which it was hardly meant; Cohen et al. use at most 1
 
 
 def show_plan(
@@ -49,8 +48,7 @@ def show_plan(
     classes = {label for label in images.labels if label is not None}
     if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
         warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")
-    if sigma > _LARGE:
-        warn(f"sigma = {sigma:g} drowns images in [0, 1]; is it in pixels of 255? that is --sigma {sigma / 255:.3g}")
+    warn_of_units(sigma)
     noise = f"{smoothed.noise.name} noise, sigma = {sigma:g} in [0, 1] pixels"
     if settings.procedure == "predict":
         say(f"procedure  predict: n = {settings.n:,}, alpha = {settings.alpha:g}, {noise}")
@@ -164,16 +162,23 @@ def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet) -
     labels = engine.base_labels(loaded)
     if labels is None:
         return
-    warn_near_chance(sum(a == b for a, b in zip(labels, truth, strict=True)), len(loaded), smoothed.num_classes)
+    warn_near_chance(
+        sum(a == b for a, b in zip(labels, truth, strict=True)),
+        len(loaded),
+        smoothed.num_classes,
+        denoised=smoothed.base.denoiser is not None,
+    )
 
 
-def warn_near_chance(correct: int, total: int, classes: int) -> None:
-    """Warn where so many right answers of so many are hardly more than guesses."""
+def warn_near_chance(correct: int, total: int, classes: int, *, denoised: bool = False) -> None:
+    """Warn where so many right answers of so many are hardly more than guesses; ``denoised``: behind a denoiser."""
     from certify.runner import near_chance
 
     if total and near_chance(correct, total, classes):
+        who = "the classifier behind the denoiser" if denoised else "the classifier"
+        first = "a denoiser of other images or noise (without it: --denoiser none)? " if denoised else ""
         warn(
-            f"without noise the classifier is right on {correct} of {total} images, which is near chance: "
+            f"without noise {who} is right on {correct} of {total} images, which is near chance: {first}"
             "wrong class order (--class-map)? normalised twice or not at all (--mean, --std)? another model's weights?"
         )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from certify.cli import options
-from certify.cli.words import warn
+from certify.cli.words import warn, warn_of_precisions
 from certify.errors import UserError
 
-_CURVES = ("no_band", "envelope", "image", "samples")
+_CURVES = ("no_band", "envelope", "given", "image", "samples")
 
 
 @click.command(short_help="Draw certified accuracy over radius.")
@@ -17,12 +17,20 @@ _CURVES = ("no_band", "envelope", "image", "samples")
 @click.option("--title", help="Title above the axes.")
 @click.option("--no-band", is_flag=True, help="Leave out the shaded 95 % interval over images.")
 @options.envelope_option
+@options.name_option
 @click.option("--image", metavar="ID", help="The votes of this image of RUN instead, and the bounds they give.")
 @click.option(
     "--samples", is_flag=True, help="Radius against samples instead: what fewer of the votes would have certified."
 )
 def plot(
-    runs: tuple[str, ...], out: str, title: str | None, no_band: bool, envelope: bool, image: str | None, samples: bool
+    runs: tuple[str, ...],
+    out: str,
+    title: str | None,
+    no_band: bool,
+    envelope: bool,
+    given: tuple[str, ...],
+    image: str | None,
+    samples: bool,
 ) -> None:
     """Draw certified accuracy over radius, one line a run.
 
@@ -47,12 +55,19 @@ def plot(
     elif image is not None:
         _votes(runs, image, out, title)
     else:
-        _certificates(runs, out, title, band=not no_band, envelope=envelope, samples=samples)
+        _certificates(runs, out, title, given, band=not no_band, envelope=envelope, samples=samples)
     click.echo(f"wrote {out}")
 
 
 def _certificates(
-    runs: tuple[str, ...], out: str, title: str | None, *, band: bool, envelope: bool, samples: bool
+    runs: tuple[str, ...],
+    out: str,
+    title: str | None,
+    given: tuple[str, ...],
+    *,
+    band: bool,
+    envelope: bool,
+    samples: bool,
 ) -> None:
     from analysis.runs import read_all
 
@@ -60,14 +75,17 @@ def _certificates(
     if samples:
         from analysis.samples_plot import plot_samples
 
-        options.refuse_given(("no_band", "envelope"), f"{options.FOR_CERTIFICATES} radius against samples")
+        options.refuse_given(("no_band", "envelope", "given"), f"{options.FOR_CERTIFICATES} radius against samples")
         plot_samples(found, out, title=title)
         return
     from analysis.curves import curves
     from analysis.envelope import group
     from analysis.plots import plot_curves
 
-    lines = curves(found)
+    if envelope and given:
+        raise UserError("--name names runs, --envelope shows methods; pass one of them")
+    warn_of_precisions(found)
+    lines = curves(found, given)
     plot_curves(group(lines) if envelope else lines, out, title=title, band=band)
 
 
@@ -75,7 +93,7 @@ def _votes(runs: tuple[str, ...], image: str, out: str, title: str | None) -> No
     from analysis.votes_plot import plot_votes
     from certify.records import read_run
 
-    options.refuse_given(("no_band", "envelope"), f"{options.FOR_CERTIFICATES} the votes of one image")
+    options.refuse_given(("no_band", "envelope", "given"), f"{options.FOR_CERTIFICATES} the votes of one image")
     if len(runs) > 1:
         raise UserError(f"--image {image} with {len(runs)} runs: the votes of an image are one run's; name one")
     plot_votes(read_run(runs[0], allow_partial=True), image, out, title=title)

@@ -26,7 +26,7 @@ class LevelsOption(options.ParamType):
             return value
         ranged = ":" in str(value)
         try:
-            numbers = tuple(float(v) for v in str(value).split(":" if ranged else ","))
+            numbers = tuple(options.number(v) for v in str(value).split(":" if ranged else ","))
             wrong = ranged and not (len(numbers) == 2 and 0 < numbers[0] < numbers[1])
             if wrong or not all(0 <= v < float("inf") for v in numbers):
                 raise ValueError

@@ -11,7 +11,7 @@ import click
 
 from certify.cli import options
 from certify.cli.files import run_path
-from certify.cli.words import warn
+from certify.cli.words import warn, warn_of_precisions
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     help="Add the 95 % interval over images to each cell (csv and --simultaneous always have one).",
 )
 @options.envelope_option
+@options.name_option
 @click.option(
     "--relative-to",
     type=options.Positive("a number above 0 and at most 1, such as 0.832", below=math.nextafter(1.0, 2.0)),
@@ -58,6 +59,7 @@ def table(
     style: str,
     intervals: bool,
     envelope: bool,
+    given: tuple[str, ...],
     relative_to: float | None,
     simultaneous: bool,
     correction: str | None,
@@ -83,7 +85,11 @@ def table(
         raise UserError("--simultaneous speaks for one run, --envelope chooses among several; pass one of them")
     if simultaneous and relative_to is not None:
         raise UserError("--relative-to divides accuracies, and --simultaneous shows more than those; pass one of them")
-    found = curves(read_all(runs, warn))
+    if envelope and given:
+        raise UserError("--name names runs, --envelope shows methods; pass one of them")
+    there = read_all(runs, warn)
+    warn_of_precisions(there)
+    found = curves(there, given)
     lines: Sequence[Line] = group(found) if envelope else found
     if radii is None:
         asked = sorted({r for line in lines for r in line.decided}) if all(line.decided for line in lines) else []
@@ -111,7 +117,7 @@ def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) ->
     from analysis.comparison_tables import tabulate_comparison
     from analysis.runs import read_comparison
 
-    options.refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "relative_to", "simultaneous"))
+    options.refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "given", "relative_to", "simultaneous"))
     found = read_comparison(paths[0])
     _put(tabulate_comparison(found, style), out)
     found.require_sound()

@@ -189,7 +189,9 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | N
         lines.append(f"{f'decided at {radius}':<26} {counts}")
     base, smoothed, abstained = _count(rows)
     if rows[0]["label"] is not None:
-        lines.append(f"base accuracy (no noise)   {share(base, len(rows))}")
+        denoised = header["denoiser"] not in (None, "none")
+        which = "base accuracy (denoised)" if denoised else "base accuracy (no noise)"
+        lines.append(f"{which}   {share(base, len(rows))}")
         if not deciding:
             lines.append(f"smoothed accuracy          {share(smoothed, len(rows))}")
     else:

@@ -12,7 +12,7 @@ import click
 from certify.cli import options
 from certify.cli.load import check_data, classifier_from, device_from, surrogate_from
 from certify.cli.recipe import recipe_from, recipe_options, refuse_unused
-from certify.cli.words import progress_bar, speaker
+from certify.cli.words import progress_bar, speaker, warn_of_units
 from certify.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def train(**o: Any) -> None:
         ARCHITECTURES.get(o["denoiser"])
         if o["sigma"][0] and min(o["sigma"][0]) <= 0:
             raise UserError("--sigma 0: a denoiser needs noise; expected levels above 0")
+    warn_of_units(max(o["sigma"][0], default=0.0))
     if ":" in o["device"]:
         raise UserError(f"--device {o['device']}: expected cuda; CUDA_VISIBLE_DEVICES chooses which")
     check_data(o)
@@ -106,6 +107,10 @@ def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
     driver = make_accelerator(device_from(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
     surrogates = [surrogate_from(s) for s in o["surrogate"]]
+    if o["denoiser"]:
+        from training.denoiser import check_guided
+
+        check_guided(recipe, len(surrogates) or int(target is not None))  # before minutes of reading
     say(f"data       reading {o['data']} ...")
     spec = None
     viewer: Any = surrogates[0] if surrogates else target

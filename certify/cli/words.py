@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from certify.records import Run
 
 
 def say(text: str) -> None:
@@ -26,6 +29,22 @@ def speaker(*, quiet: bool) -> Callable[[str], None]:
 def warn(text: str) -> None:
     """One line on stderr that does not stop the run; whatever a stranger's text would do to a terminal is shown."""
     say(f"warning: {printable(text)}")
+
+
+_LARGE = 4.0  # sigma in [0, 1] pixels above which it was hardly meant; Cohen et al. use at most 1
+
+
+def warn_of_units(sigma: float) -> None:
+    """A noise level that drowns every image is one of 255."""
+    if sigma > _LARGE:
+        warn(f"sigma = {sigma:g} drowns images in [0, 1]; is it in pixels of 255? that is --sigma {sigma / 255:.3g}")
+
+
+def warn_of_precisions(runs: Sequence[Run]) -> None:
+    """Runs that are shown together are compared, and ``auto`` may have chosen otherwise for each."""
+    found = sorted({str(run.header["precision"]) for run in runs if run.header.get("precision")})
+    if len(found) > 1:
+        warn(f"these runs are of classifiers run in {' and '.join(found)}; --precision makes them alike")
 
 
 def printable(text: str) -> str:

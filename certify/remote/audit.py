@@ -167,13 +167,14 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
 
     Returns:
         ``images``; ``queries`` by stage and ``most`` of them; ``budget`` and ``covers``, the images that it finishes
-        if each takes all its samples; ``radius_cap``; ``price_per_1000``, ``cost`` without retries and ``cost_most``
-        if they take up the budget; ``rate``, ``concurrency`` and ``seconds`` at that rate, without retries;
-        ``earliest``: samples that settle an image at the least.
+        if each takes all its samples, and ``least``, the budget that finishes one; ``radius_cap``;
+        ``price_per_1000``, ``cost`` without retries and ``cost_most`` if they take up the budget; ``rate``,
+        ``concurrency`` and ``seconds`` at that rate, without retries; ``earliest``: samples that settle an image at
+        the least.
     """
     s, count = audit.settings, len(audit.images)
-    left = audit.budget - audit.repeat_clean - min(count, DRIFT_IMAGES)
-    clean = (min(count, -(-k // CHUNK) * CHUNK) for k in range(1, count + 1))  # a chunk's come before its noise
+    beside = audit.repeat_clean + min(count, DRIFT_IMAGES)
+    clean = tuple(min(count, -(-k // CHUNK) * CHUNK) for k in range(1, count + 1))  # a chunk's come before its noise
     queries = {CLEAN: count, PROBE: audit.repeat_clean, **{k: count * n for k, n in s.stages.items()}}
     queries[DRIFT] = min(count, DRIFT_IMAGES)
     queries |= {"attacks": attacks} if attacks else {}
@@ -191,7 +192,8 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
         "queries": queries,
         "most": most,
         "budget": audit.budget,
-        "covers": sum(first + k * s.samples <= left for k, first in enumerate(clean, 1)),
+        "covers": sum(beside + first + k * s.samples <= audit.budget for k, first in enumerate(clean, 1)),
+        "least": beside + clean[0] + s.samples if clean else 0,
         "radius_cap": cap,
         "earliest": earliest,
         "price_per_1000": price,
@@ -246,6 +248,7 @@ def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) ->
         "vocabulary": [],
         "plan": dict(planned),
         "images": images,
+        "fixed_function": None,
         "determinism": [],
         "drift": [],
         "versions": header["versions"],

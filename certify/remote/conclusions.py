@@ -16,7 +16,7 @@ from certify.disk import replacing
 from certify.errors import RunFault
 from certify.records import now, write_run
 from certify.remote.answer_rows import clean_answer, rows_of
-from certify.remote.constancy import drifts, probes
+from certify.remote.constancy import drifts, fixed, probes
 from certify.remote.labels import stage_of
 from certify.remote.types import Answer
 from certify.remote.vocabulary import Vocabulary, class_of
@@ -56,6 +56,7 @@ def conclude(
     rows = rows_of(header, about["images"], answers, vocabulary)
     write_rows(folder, header, rows)
     price = about["plan"]["price_per_1000"]
+    probed, drifted = probes(answers, about["class_map"]), drifts(answers, about["class_map"])
     attempts, queries = sent or (sum(answer.attempts for answer in answers.values()), len(answers))
     concluded = {
         **about,
@@ -64,8 +65,9 @@ def conclude(
         "reason": reason,
         "vocabulary": vocabulary.names,
         "images": [{**image, **_reference(image, answers, about["class_map"])} for image in about["images"]],
-        "determinism": [dataclasses.asdict(one) for one in probes(answers, about["class_map"])],
-        "drift": [dataclasses.asdict(one) for one in drifts(answers, about["class_map"])],
+        "fixed_function": fixed(probed, drifted),
+        "determinism": [dataclasses.asdict(one) for one in probed],
+        "drift": [dataclasses.asdict(one) for one in drifted],
         "asked": {
             "requests": attempts,
             "queries": dict(Counter(stage_of(name) for name in answers)),

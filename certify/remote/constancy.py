@@ -6,7 +6,7 @@ Said once, for the warnings of the command, ``audit.json`` and the report alike:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from certify.remote.answer_rows import clean_answer
@@ -58,6 +58,15 @@ class Drifted:
     def changed(self) -> bool:
         """Whether they differ."""
         return self.compared and self.before != self.after
+
+
+def fixed(probed: Sequence[Probed], drifted: Sequence[Drifted]) -> bool | None:
+    """Whether the service answered as a fixed function would; None where no picture was answered twice."""
+    labelled = [probe for probe in probed if sum(probe.labels.values()) > 1]
+    compared = [one for one in drifted if one.compared]
+    if not labelled and not compared:
+        return None
+    return all(len(probe.labels) == 1 for probe in labelled) and not any(one.changed for one in compared)
 
 
 def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Probed]:
