@@ -156,7 +156,8 @@ def _json(line: bytes) -> Any:
 def _parse_header(line: bytes, path: Path, kind: str) -> dict[str, Any]:
     row = _json(line)
     if not isinstance(row, dict) or str(row.get("type")) not in _ROWS or not isinstance(row.get("expected"), int):
-        raise UserError(f"{path} is not a run file of certify: its first line is no header")
+        log = "; a published log holds no votes: `certify table` and `certify plot` read it" * line.startswith(b"idx\t")
+        raise UserError(f"{path} is not a run file of certify: its first line is no header{log}")
     if row["type"] != kind:
         raise UserError(f"{path} is a {row['type']}, not a {kind}; `certify table` shows both")
     return row

@@ -160,7 +160,11 @@ def _load(path: Path, kind: str) -> Any:
     except pickle.UnpicklingError as error:
         raise UserError(_refused_pickle(path, str(error))) from None
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint ({first_line(error)}); download it again") from None
+        reason = first_line(error).partition(" (Could this")[0].rstrip(". ")  # torch asks for reports of its wording
+        raise UserError(
+            f"{path} is damaged or not a checkpoint ({reason}); expected what torch.save or safetensors wrote: "
+            "download it again, or name another file"
+        ) from None
 
 
 def _refused_pickle(path: Path, reason: str) -> str:
