@@ -70,7 +70,8 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
             if band:
                 axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, lw=0)
         largest = max((r for line in lines for r in (*line.radii[-1:], *line.decided)), default=0.0) or 1.0
-        axes.set(xlim=(0, 1.04 * largest), ylim=(0, 1.0))
+        room = 1.04 + _ASIDE * len(asked) / 2 / 280  # the axes are about 280 points wide
+        axes.set(xlim=(0, room * largest), ylim=(0, 1.0))
         if len(asked) == len(lines):
             axes.set_xticks(sorted({r for line in asked for r in line.decided})[:_TICKS])
         axes.set_xlabel(f"{IN_TEX[lines[0].norm]} radius (images in [0, 1] pixels)")

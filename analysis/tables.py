@@ -127,7 +127,7 @@ def _caption(lines: Sequence[Line], relative_to: float | None, *, intervals: boo
 def _procedure(headers: Sequence[Mapping[str, Any]]) -> list[str]:
     """What all runs were certified with, as far as they agree and say it."""
     agreed = {key: headers[0].get(key) for key in ("n0", "n", "alpha", "bound")}
-    shared = {k: v for k, v in agreed.items() if v is not None and all(h.get(k) == v for h in headers)}
+    shared = {k: v for k, v in agreed.items() if v not in (None, 0) and all(h.get(k) == v for h in headers)}
     words = [f"{k} = {v:,}" if isinstance(v, int) else v if k == "bound" else f"{k} = {v:g}" for k, v in shared.items()]
     if any(h.get("stopping") for h in headers) and "n" in shared:
         words = [f"{word} at most" if word.startswith("n =") else word for word in words]
