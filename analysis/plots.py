@@ -56,24 +56,25 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
     """
     texts, legend_title = _legend_texts(lines)
     labels, more = wrapped(texts)
-    asked = [line for line in lines if line.decided]
+    asked = sum(bool(line.decided) for line in lines)
+    asides = iter([_ASIDE * (i - (asked - 1) / 2) for i in range(asked)])
     with canvas(4.8, 3.3 + more) as (figure, axes):
         for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
             colour, dashes = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
             if isinstance(line, Envelope):
                 _single_runs(axes, line, colour)
             if line.decided:
-                _points(axes, line, colour, label, band, _ASIDE * (asked.index(line) - (len(asked) - 1) / 2))
+                _points(axes, line, colour, label, band, next(asides))
                 continue
             radii, share, low, high = outline(line)
             axes.step(radii, share, where="pre", color=colour, ls=dashes, lw=1.6, label=label)
             if band:
                 axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, lw=0)
         largest = max((r for line in lines for r in (*line.radii[-1:], *line.decided)), default=0.0) or 1.0
-        room = 1.04 + _ASIDE * len(asked) / 2 / 280  # the axes are about 280 points wide
+        room = 1.04 + _ASIDE * asked / 2 / 280  # the axes are about 280 points wide
         axes.set(xlim=(0, room * largest), ylim=(0, 1.0))
-        if len(asked) == len(lines):
-            axes.set_xticks(sorted({r for line in asked for r in line.decided})[:_TICKS])
+        if asked == len(lines):
+            axes.set_xticks(sorted({r for line in lines for r in line.decided})[:_TICKS])
         axes.set_xlabel(f"{IN_TEX[lines[0].norm]} radius (images in [0, 1] pixels)")
         axes.set_ylabel(f"{lines[0].quantity}\n(95 % interval over images)" if band else lines[0].quantity)
         if title:

@@ -78,6 +78,13 @@ def test_what_a_log_does_not_say_does_not_tell_runs_apart(tmp_path: Path) -> Non
     assert names(others)[0] == "m, σ = 0.25, away.zip, n = 10"
 
 
+def test_one_decided_run_may_stand_twice(tmp_path: Path) -> None:
+    """Two equal lines are two lines: each has its own place beside a radius."""
+    path = write(tmp_path / "d.jsonl", FOUR, stopping={"radii": [0.25, 0.5]})
+    run("plot", str(path), str(path), "-o", str(tmp_path / "p.svg"))
+    assert (tmp_path / "p.svg").is_file()
+
+
 def test_runs_are_called_as_one_likes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(write(tmp_path / f"{n}.jsonl", FOUR, n=n)) for n in (10, 20)]
     run("table", *paths, "--name", "ours", "--name", "theirs, as published", "--radii", "0.25", "--format", "latex")
