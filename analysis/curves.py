@@ -171,8 +171,8 @@ def names(runs: Sequence[Run], keys: Sequence[str] = NAMING) -> list[str]:
     (Published logs say neither their data nor their bound.)
     """
     differing = [k for k in keys if k != "model" and len(_values(runs, k)) > 1]
-    files = {Path(data).name for data in _values(runs, "data")}
-    short = len(files) == len(_values(runs, "data"))
+    data = _values(runs, "data")
+    short = len({Path(name).name for name in data}) == len(data)
 
     def name(run: Run) -> str:
         header = run.header
@@ -186,15 +186,16 @@ def names(runs: Sequence[Run], keys: Sequence[str] = NAMING) -> list[str]:
             if key == "data" and value is not None and short:
                 value = Path(value).name
             if value is not None and value != "none":
-                parts.append(value if isinstance(value, str) else f"{key} = {_number(value)}")
+                parts.append(value if isinstance(value, str) else f"{key} = {number(value)}")
         return ", ".join(parts)
 
     found = [name(run) for run in runs]
     return [f"{n} ({run.path.stem})" if found.count(n) > 1 else n for n, run in zip(found, runs, strict=True)]
 
 
-def _values(runs: Sequence[Run], key: str) -> set[Any]:
-    return {run.header[key] for run in runs if run.header.get(key) is not None}
+def _values(runs: Sequence[Run], key: str) -> set[str]:
+    """What those say that say it, as text: whatever a file holds there can be compared."""
+    return {str(run.header[key]) for run in runs if run.header.get(key) is not None}
 
 
 def _denoiser(header: Mapping[str, Any]) -> Any:
@@ -204,7 +205,8 @@ def _denoiser(header: Mapping[str, Any]) -> Any:
     return next((step.get("name", asked) for step in steps if step.get("step") == "denoiser"), asked)
 
 
-def _number(value: float | int) -> str:
+def number(value: float | int) -> str:
+    """A setting in a legend or caption."""
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 

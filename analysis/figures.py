@@ -52,6 +52,15 @@ def canvas(width: float, height: float, columns: int = 1, style: dict[str, Any] 
         yield figure, figure.subplots(1, columns)
 
 
+def log_ticks(axis: Any, text: str, subs: Sequence[float] = (1.0, 2.0, 5.0)) -> None:
+    """Ticks of a logarithmic axis at these multiples of powers of ten, as plain numbers; none between them is named."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    axis.set_major_formatter(text)
+    axis.set_minor_formatter("")
+
+
 def wrapped(labels: Sequence[str]) -> tuple[list[str], float]:
     """Labels whose lines fit below the axes, and the inches that those beyond the second add to a figure's height."""
     found = [textwrap.fill(label, 66, subsequent_indent="   ") for label in labels]

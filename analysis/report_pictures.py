@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from analysis.curves import Curve
-from analysis.figures import COLOURS, canvas
+from analysis.figures import COLOURS, canvas, log_ticks
 from analysis.plots import drawn_curves
 from certify.norms import IN_WORDS
 
@@ -37,17 +37,13 @@ def curve_svg(curve: Curve) -> str:
 
 def latency_svg(seconds: Sequence[float]) -> str:
     """How long answers took: a histogram over equal steps of the logarithm."""
-    from matplotlib.ticker import LogLocator
-
     milliseconds = np.maximum(1000 * np.asarray(seconds), 1e-3)
     low, high = milliseconds.min() / 1.05, milliseconds.max() * 1.05
     with canvas(4.8, 1.9, style={"axes.grid.axis": "y"}) as (figure, axes):
         bins = np.geomspace(low, high, min(40, max(8, int(len(milliseconds) ** 0.5))) + 1)
         axes.hist(milliseconds, bins=bins, color=COLOURS[0], rwidth=0.92)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
+        log_ticks(axes.xaxis, "{x:g}")
         axes.set(xlim=(low, high), xlabel="milliseconds from sending to reply", ylabel="answers")
         return _inline(figure, "latency", "histogram of how long answers took")
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.curves import common_norm, names
-from analysis.figures import COLOURS, canvas, check_format, save_figure, wrapped
+from analysis.figures import COLOURS, canvas, check_format, log_ticks, save_figure, wrapped
 from certify.certificates import certificate_from_votes, largest_radius
 from certify.errors import UserError
 from certify.norms import IN_TEX
@@ -19,7 +18,7 @@ from certify.types import Votes
 
 _STEPS = 13
 _LEAST = 20
-_DECADE = 1_000
+_MANY = 10_000  # from here on powers of ten alone are ticks enough
 
 
 def sample_sizes(n: int) -> list[int]:
@@ -86,10 +85,8 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
             axes.plot(sizes, [most_with(run, size) for size in sizes], color=colour, ls=":", lw=1.2)
         axes.plot([], [], color="#555555", ls=":", lw=1.2, label=labels[-1])
         axes.set(xscale="log", xlabel="samples n an image", ylim=(0, None))
-        if max(run.header["n"] for run in runs) < 10 * _DECADE:  # powers of ten alone would be one or two
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        many = max(run.header["n"] for run in runs) >= _MANY
+        log_ticks(axes.xaxis, "{x:,.0f}", (1.0,) if many else (1.0, 2.0, 5.0))
         axes.set_ylabel(f"{IN_TEX[norm]} radius\n(median and middle half of images)")
         if title:
             axes.set_title(title, fontsize=9)

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.curves import Curve, proportion_interval
+from analysis.curves import Curve, number, proportion_interval
 from analysis.envelope import Envelope, Line
 from analysis.families import CORRECTIONS, Family, accuracy_interval, family
 from certify.errors import UserError
@@ -74,7 +74,7 @@ def compare(
         else:
             about = [line.name, _images(line), str(abstained(line))]
             if line.labelled:
-                about.append(_average(line))
+                about.append(_figure(line.average_radius, least=line.stopped))
         rows.append([*about, *_cells(line, radii, relative_to or 1.0, intervals=intervals)])
     caption = "\n".join(_caption(lines, relative_to, intervals=intervals))
     caption = textwrap.indent(caption, "% ") + "\n" if style == "latex" else f"{caption}\n\n"
@@ -85,23 +85,20 @@ def compare(
     return caption + text
 
 
-def _average(c: Curve) -> str:
-    return "≥ " * c.stopped + f"{c.average_radius:.3f}"
+def _figure(value: float, *, least: bool) -> str:
+    return "≥ " * least + f"{value:.3f}"
 
 
 def _cells(line: Line, radii: Sequence[float], divisor: float, *, intervals: bool) -> list[str]:
-    def number(value: float, *, least: bool) -> str:
-        return "≥ " * least + f"{value / divisor:.3f}"
-
     found = []
     low, high = line.interval(radii)
     for r, value, lo, hi in zip(radii, line.accuracy(radii), low, high, strict=True):
-        cell = number(value, least=line.at_least(r))
+        cell = _figure(value / divisor, least=line.at_least(r))
         if intervals:
             cell += f" [{lo / divisor:.3f}, {hi / divisor:.3f}]"
         if isinstance(line, Envelope):
             best = line.winner(r)
-            clean = number(best.accuracy([0.0])[0], least=best.at_least(0.0))
+            clean = _figure(best.accuracy([0.0])[0] / divisor, least=best.at_least(0.0))
             cell += f" ({clean}; σ {best.run.header['sigma']:g})"
         found.append(cell)
     return found
@@ -128,9 +125,8 @@ def _procedure(headers: Sequence[Mapping[str, Any]]) -> list[str]:
     """What all runs were certified with, as far as they agree and say it."""
     agreed = {key: headers[0].get(key) for key in ("n0", "n", "alpha", "bound")}
     shared = {k: v for k, v in agreed.items() if v not in (None, 0) and all(h.get(k) == v for h in headers)}
-    words = [f"{k} = {v:,}" if isinstance(v, int) else v if k == "bound" else f"{k} = {v:g}" for k, v in shared.items()]
-    if any(h.get("stopping") for h in headers) and "n" in shared:
-        words = [f"{word} at most" if word.startswith("n =") else word for word in words]
+    most = " at most" * any(h.get("stopping") for h in headers)
+    words = [v if k == "bound" else f"{k} = {number(v)}" + most * (k == "n") for k, v in shared.items()]
     return [", ".join(words)] if words else []
 
 
@@ -188,7 +184,7 @@ def compare_families(
         for i, (r, a) in enumerate(zip(radii, c.accuracy(radii), strict=True)):
             cells = [
                 f"{r:g}",
-                "≥ " * c.at_least(r) + f"{a:.3f}",
+                _figure(a, least=c.at_least(r)),
                 f"{low[i]:.3f} - {high[i]:.3f}",
                 f"{_at_once(c, f, r, correction):.3f}",
             ]
@@ -260,7 +256,7 @@ def one_run(c: Curve, radii: Sequence[float]) -> str:
     """The table at the end of a run: certified accuracy at a few radii, with its interval."""
     low, high = c.interval(radii)
     rows = [
-        [f"{r:g}", "≥ " * c.at_least(r) + f"{a:.3f}", f"{lo:.3f} - {hi:.3f}"]
+        [f"{r:g}", _figure(a, least=c.at_least(r)), f"{lo:.3f} - {hi:.3f}"]
         for r, a, lo, hi in zip(radii, c.accuracy(radii), low, high, strict=True)
     ]
     return render([f"{IN_WORDS[c.norm]} radius >=", c.quantity, "95 % interval"], rows, "text")

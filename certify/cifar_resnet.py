@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from certify.classifiers import ClassifierSpec, square_input
 from certify.errors import UserError
 from certify.hub import UNTRAINED
-from certify.weights import load_weights, read_state_dict
+from certify.weights import fit_weights, read_state_dict
 
 CIFAR10_CLASSES = (
     ("airplane", "plane"),
@@ -90,8 +90,9 @@ def build(name: str, weights: str | Path | None) -> ClassifierSpec:
     """``cifar_resnet<depth>`` with a checkpoint's weights, in the form that the checkpoint has."""
     if weights is None:
         raise UserError(f"model {name!r} has no weights of its own; pass a checkpoint: --weights FILE")
-    projects = weights != UNTRAINED and any(".downsample." in key for key in read_state_dict(weights))
+    state = None if weights == UNTRAINED else read_state_dict(weights)
+    projects = any(".downsample." in key for key in state or ())
     net = CifarResNet(int(name.removeprefix("cifar_resnet")), projects=projects)
-    loaded = load_weights(net, weights, name)
+    loaded = UNTRAINED if state is None else fit_weights(net, state, weights, name)
     mean, std = (MEAN_B, STD_B) if projects else (MEAN, STD)
     return ClassifierSpec(net, square_input((3, 32, 32), mean, std), CIFAR10_CLASSES, 10, loaded)

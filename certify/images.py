@@ -256,7 +256,7 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
         ImageError: another shape, type or range; the message shows what came.
     """
     try:
-        tensor = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+        tensor = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image, order="C"))
     except (TypeError, ValueError):  # a copy: arrays of PIL images cannot be written to
         raise ImageError(f"image of type {type(image).__name__}; expected an array or tensor (C, H, W)") from None
     if tensor.ndim != 3 or (size is not None and tuple(tensor.shape) != size):
@@ -283,7 +283,7 @@ def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
         array = array[None]
     elif array.ndim == 3 and array.shape[0] not in (1, 3) and array.shape[2] in (1, 3, 4):
         array = np.moveaxis(array, 2, 0)[:3]
-    image = as_image(np.ascontiguousarray(array), None)
+    image = as_image(array, None)
     if channels == 3 and image.shape[0] == 1:
         return image.expand(3, -1, -1).contiguous()
     if channels == 1 and image.shape[0] == 3:

@@ -73,10 +73,12 @@ def load_weights(net: nn.Module, path: str | Path, architecture: str) -> str:
     Raises:
         UserError: keys or shapes that do not fit; the first few are listed.
     """
-    if path == UNTRAINED:
-        return UNTRAINED
+    return UNTRAINED if path == UNTRAINED else fit_weights(net, read_state_dict(path), path, architecture)
+
+
+def fit_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path, architecture: str) -> str:
+    """:func:`load_weights` of a checkpoint that was read already."""
     own = net.state_dict()
-    state = read_state_dict(path)
     stripped, taken = _strip_wrappers(state, own)
     for key in own.keys() - stripped.keys():
         if key.endswith("num_batches_tracked"):  # absent from checkpoints of torch before 0.4.1, unused in evaluation

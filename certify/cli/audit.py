@@ -145,14 +145,11 @@ def audit(**o: Any) -> None:
 
 def _compare_with_folder(job: Audit, o: dict[str, Any], say: Callable[[str], None]) -> None:
     """What a dry run can say of an audit that it would go on with, or why it could not."""
-    from certify.records import peek_header, refuse_other_run
-    from certify.remote.audit import make_header
-    from certify.remote.conclusions import LEDGER, RUN
+    from certify.remote.audit import header_there, make_header
+    from certify.remote.conclusions import LEDGER
     from certify.remote.ledger_lines import read_ledger
 
-    known = peek_header(job.folder / RUN)
-    if known is not None:
-        refuse_other_run(job.folder / RUN, known, make_header(job, data=o["data"], denoiser=o["denoiser"], command=""))
+    header_there(job, make_header(job, data=o["data"], denoiser=o["denoiser"], command=""))
     if (job.folder / LEDGER).exists():
         say(f"ledger     {job.folder / LEDGER}: {read_ledger(job.folder / LEDGER).spent:,} requests are spent already")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from certify.cli import options
-from certify.cli.words import warn, warn_of_precisions
+from certify.cli.show import curves_of
+from certify.cli.words import warn
 from certify.errors import UserError
 
 _CURVES = ("no_band", "envelope", "given", "image", "samples")
@@ -78,14 +79,10 @@ def _certificates(
         options.refuse_given(("no_band", "envelope", "given"), f"{options.FOR_CERTIFICATES} radius against samples")
         plot_samples(found, out, title=title)
         return
-    from analysis.curves import curves
     from analysis.envelope import group
     from analysis.plots import plot_curves
 
-    if envelope and given:
-        raise UserError("--name names runs, --envelope shows methods; pass one of them")
-    warn_of_precisions(found)
-    lines = curves(found, given)
+    lines = curves_of(found, given, envelope=envelope)
     plot_curves(group(lines) if envelope else lines, out, title=title, band=band)
 
 

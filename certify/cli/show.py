@@ -15,7 +15,9 @@ from certify.cli.words import warn, warn_of_precisions
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
+    from analysis.curves import Curve
     from analysis.envelope import Line
+    from certify.records import Run
 
 
 @click.command(short_help="Tabulate certified accuracy at given radii.")
@@ -70,7 +72,7 @@ def table(
     RUN is a run file of certify, or a log with columns idx label predict radius correct time. A certificate speaks for
     its image alone; --simultaneous says from the votes what holds for all images of a run at once.
     """
-    from analysis.curves import curves, default_radii
+    from analysis.curves import default_radii
     from analysis.envelope import group
     from analysis.runs import is_comparison, read_all
     from analysis.tables import compare, compare_families
@@ -85,11 +87,7 @@ def table(
         raise UserError("--simultaneous speaks for one run, --envelope chooses among several; pass one of them")
     if simultaneous and relative_to is not None:
         raise UserError("--relative-to divides accuracies, and --simultaneous shows more than those; pass one of them")
-    if envelope and given:
-        raise UserError("--name names runs, --envelope shows methods; pass one of them")
-    there = read_all(runs, warn)
-    warn_of_precisions(there)
-    found = curves(there, given)
+    found = curves_of(read_all(runs, warn), given, envelope=envelope)
     lines: Sequence[Line] = group(found) if envelope else found
     if radii is None:
         asked = sorted({r for line in lines for r in line.decided}) if all(line.decided for line in lines) else []
@@ -99,6 +97,16 @@ def table(
     else:
         text = compare(lines, radii, style, intervals=intervals, relative_to=relative_to)
     _put(text, out)
+
+
+def curves_of(runs: Sequence[Run], given: Sequence[str], *, envelope: bool) -> list[Curve]:
+    """The runs' curves under the names that were given, if any; warns where they hardly compare."""
+    from analysis.curves import curves
+
+    if envelope and given:
+        raise UserError("--name names runs, --envelope shows methods; pass one of them")
+    warn_of_precisions(runs)
+    return curves(runs, given)
 
 
 def _put(text: str, out: str | None) -> None:

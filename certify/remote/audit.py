@@ -205,6 +205,18 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
     }
 
 
+def header_there(audit: Audit, header: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The run file's header in the folder, which must mean the same; None where there is none yet.
+
+    Raises:
+        UserError: the folder holds an audit with other settings.
+    """
+    known = peek_header(audit.folder / RUN)
+    if known is not None:
+        refuse_other_run(audit.folder / RUN, known, header)
+    return known
+
+
 def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Make the folder and write what is known beforehand into it, or go on with what is there.
 
@@ -215,9 +227,8 @@ def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) ->
         UserError: the folder holds an audit with other settings.
         RunFault: it cannot be written.
     """
-    known = peek_header(audit.folder / RUN)
+    known = header_there(audit, header)
     if known is not None:
-        refuse_other_run(audit.folder / RUN, known, header)
         header = {**header, "created": known["created"]}
     images: list[dict[str, Any]] = []
     for index, item in enumerate(audit.images.items):
