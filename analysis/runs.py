@@ -12,7 +12,7 @@ from typing import Any
 
 from analysis.comparison import Comparison
 from certify.errors import UserError
-from certify.records import COMPARISON, Run, peek_header, read_run
+from certify.records import COMPARISON, Run, peek_header, read_run, refuse_duplicates
 
 
 class NoRadii(UserError):
@@ -27,7 +27,7 @@ def read_any(path: str | Path) -> Run:
     """A run file, or a log ``idx label predict radius correct time`` separated by tabs (Cohen et al. 2019).
 
     Raises:
-        UserError: neither, or damaged, or a run that holds predictions without radii.
+        UserError: neither, damaged, an image twice, or a run that holds predictions without radii.
     """
     path = Path(path)
     if path.is_dir():
@@ -94,7 +94,8 @@ def _read_log(path: Path) -> Run:
     images = [_log_image(row, number, path) for number, row in enumerate(rows[1:], 2) if row]
     if not images:
         raise UserError(f"{path} holds no images")
-    return Run(path, {**_log_header(path), "expected": _expected([int(i["id"]) for i in images])}, images)
+    refuse_duplicates(path, images)
+    return Run(path, {**_log_header(path), "expected": _expected(sorted(int(i["id"]) for i in images))}, images)
 
 
 def _log_image(row: list[str], number: int, path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -202,12 +202,22 @@ def _check(run: Run) -> None:
         raise UserError(
             f"{run.path} was written by a newer version (schema {run.header['schema']}); update certify-toolkit"
         )
-    ids = [row["id"] for row in run.images]
-    if len(set(ids)) < len(ids):
-        double = next(i for i in ids if ids.count(i) > 1)
-        raise UserError(f"{run.path} holds image {double!r} twice; expected one line an image")
-    if len(ids) > run.header["expected"]:
-        raise UserError(f"{run.path} holds {len(ids)} images, but its header owes {run.header['expected']}")
+    refuse_duplicates(run.path, run.images)
+    if len(run.images) > run.header["expected"]:
+        raise UserError(f"{run.path} holds {len(run.images)} images, but its header owes {run.header['expected']}")
+
+
+def refuse_duplicates(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse results in which one image would be counted twice.
+
+    Raises:
+        UserError: two lines with the same ``id``.
+    """
+    seen = set[str]()
+    for row in images:
+        if row["id"] in seen:
+            raise UserError(f"{path} holds image {row['id']!r} twice; expected one line per image: delete the repeats")
+        seen.add(row["id"])
 
 
 class RunFile:

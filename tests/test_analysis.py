@@ -231,6 +231,36 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
             read_any(log)
 
 
+@pytest.mark.parametrize("repeat", ["20\t5\t5\t0.5\t1\t0:01", "020\t5\t-1\t0.0\t0\t0:09"])
+def test_a_log_that_holds_an_image_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], repeat: str
+) -> None:
+    """As for run files: counted twice, one image would move every share; the same number may be spelled otherwise."""
+    log = tmp_path / "sigma_0.25"
+    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime", "0\t3\t3\t0.52\t1\t0:01", "20\t5\t5\t0.5\t1\t0:01"]
+    log.write_text("\n".join([*rows, repeat]) + "\n")
+    for verb in ("table", "plot"):
+        run(verb, str(log), "-o", str(tmp_path / "out.svg"), code=2)
+        error = capsys.readouterr().err
+        assert error == f"certify: {log} holds image '20' twice; expected one line per image: delete the repeats\n"
+    assert not (tmp_path / "out.svg").exists()
+    log.write_text("\n".join(rows) + "\n")
+    assert curve(read_any(log)).accuracy([0.51]).tolist() == [0.5]
+
+
+def test_the_order_of_a_logs_lines_does_not_matter(tmp_path: Path) -> None:
+    """How many images it lacks follows from the stride, which the lines of workers that ran side by side have too."""
+    lines = [f"{i}\t1\t1\t0.5\t1\t0:01\n" for i in range(0, 10_000, 1000)]
+    for name, found in (("sorted", lines), ("mixed", lines[::2] + lines[1::2]), ("partial", lines[3:0:-1])):
+        (tmp_path / name).write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n" + "".join(found))
+    runs = {name: read_any(tmp_path / name) for name in ("sorted", "mixed", "partial")}
+    assert {name: (r.partial, r.header["expected"]) for name, r in runs.items()} == {
+        "sorted": (False, 10),
+        "mixed": (False, 10),
+        "partial": (True, 10),
+    }
+
+
 @pytest.mark.parametrize("n", [1, 7, 500])
 def test_intervals_over_images_are_those_of_statsmodels(n: int) -> None:
     counts = np.arange(n + 1)
