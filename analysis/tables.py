@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from analysis.curves import Curve, number, proportion_interval
 from analysis.envelope import Envelope, Line
 from analysis.families import CORRECTIONS, Family, accuracy_interval, family
@@ -179,7 +181,7 @@ def compare_families(
     header = ["run", "images", "r", curves[0].quantity, "95 % interval", "all at once", "correction"]
     rows = []
     for c, f in zip(curves, found, strict=True):
-        low, high = accuracy_interval(c.successes(radii), c.total, c.run.header["alpha"])
+        low, high = _joint_interval(c, radii)
         name = [c.name, _images(c)]
         for i, (r, a) in enumerate(zip(radii, c.accuracy(radii), strict=True)):
             cells = [
@@ -195,6 +197,12 @@ def compare_families(
         return "".join(f"% {line}\n" for line in lines) + render(header, rows, style)
     between = "\n\n" if style == "markdown" else "\n"
     return f"{title}\n\n{render(header, rows, style)}\n\n" + between.join(textwrap.fill(note, 110) for note in notes)
+
+
+def _joint_interval(c: Curve, radii: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval over images and noise; no upper end below 1 at radii where the images were not decided."""
+    low, _ = accuracy_interval(c.successes(radii), c.total, c.run.header["alpha"])
+    return low, c.interval(radii)[1]
 
 
 def _at_once(c: Curve, f: Family, radius: float, correction: str | None) -> float:
@@ -235,7 +243,7 @@ def _families_csv(
     header, rows = _csv(curves, radii)
     lines = iter(rows)
     for c, f in zip(curves, families, strict=True):
-        low, _ = accuracy_interval(c.successes(radii), c.total, c.run.header["alpha"])
+        low, _ = _joint_interval(c, radii)
         for r, end in zip(radii, low, strict=True):
             next(lines).extend([float(end), _at_once(c, f, r, correction), f.correction(correction)])
     return [*header, "true_low95", "all_at_once", "correction"], rows

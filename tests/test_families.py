@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -380,6 +381,23 @@ def test_the_table_of_a_family_without_labels(tmp_path: Path, capsys: pytest.Cap
     assert "certified fraction" in out
     assert "accuracy" not in out
     assert [line.split()[-6] for line in out.splitlines() if line.endswith("Holm")] == ["0.900"]
+
+
+@pytest.mark.parametrize("style", ["text", "markdown", "latex", "csv"])
+def test_no_upper_end_at_radii_where_images_were_not_decided(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], style: str
+) -> None:
+    """Images decided at 0.25 stop there: the count at any other radius is a lower bound with nothing above it but 1."""
+    rows = [{"prediction": 0, "radius": 0.25}] * 5
+    run = run_of([60] * 5 + [31] * 5, 60, rows, procedure="decide", stopping={"rule": "betting", "radii": [0.25]})
+    path = write(tmp_path / "d.jsonl", run)
+    certify("table", path, "--simultaneous", "--format", style, "--radii", "0,0.1,0.25,0.5")
+    out = capsys.readouterr().out
+    if style == "csv":
+        ends = [row["high95"] for row in csv.DictReader(io.StringIO(out))]
+    else:
+        ends = re.findall(r" - (\d\.\d+)", out)
+    assert [float(end) for end in ends] == pytest.approx([1.0, 1.0, 0.8129, 1.0], abs=1e-3)
 
 
 def test_what_the_verb_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,15 +142,30 @@ def test_labels_and_radii_are_those_of_the_smoothed_classifier(
     said = reply.json()
     assert (said["model_name"], said["model_version"], said["id"]) == ("digits", "1", "five")
     assert said["parameters"] == {
-        "radius": min(c.radius for c in wanted),
-        "p_lower": min(c.p_lower for c in wanted),
         "samples": 5 * (N0 + N),
         "failures": 0,
         "abstentions": sum(c.abstained for c in wanted),
         "sigma": 0.25,
         "norm": "l2",
         "alpha": ALPHA,
+        "alpha_all": 0.05,
     }
+
+
+@pytest.mark.parametrize("parameters", [{"samples": 100}, {"radius": 0.1, "samples": 400}])
+def test_no_number_about_several_images_stands_beside_the_alpha_of_each(
+    client: TestClient, images: np.ndarray, parameters: dict[str, Any]
+) -> None:
+    """Each of m statements fails with probability alpha, one or more of them with up to m alpha."""
+    said = client.post(INFER, json=request(images[1:2], parameters=parameters)).json()
+    found = {output["name"]: output["data"] for output in said["outputs"]}
+    claim = {name: said["parameters"][name] for name in ("radius", "p_lower", "alpha", "alpha_all")}
+    assert claim == {"radius": found["radius"][0], "p_lower": found["p_lower"][0], "alpha": 0.01, "alpha_all": 0.01}
+    assert claim["radius"] > 0
+    for many, together in ((3, 0.03), (20, 0.2)):
+        said = client.post(INFER, json=request(images[[1] * many], parameters=parameters)).json()
+        assert not said["parameters"].keys() & {"radius", "p_lower"}
+        assert (said["parameters"]["alpha"], said["parameters"]["alpha_all"]) == (0.01, together)
 
 
 def test_a_radius_is_decided_with_few_samples(client: TestClient, digits: Classifier, images: np.ndarray) -> None:

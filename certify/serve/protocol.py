@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from certify import __version__
+from certify.rounding import times
 from certify.serve.limits import Limits, Refused, read_json
 
 INPUT = "image"
@@ -258,10 +259,12 @@ def _outputs(wanted: Any, parameters: Mapping[str, Any]) -> dict[str, bool]:
 def write_response(
     model: str, asked: Asked, answers: Sequence[Answer], about: Mapping[str, Any]
 ) -> tuple[bytes, dict[str, str]]:
-    """The body of a response and its headers.
+    """Return the body of a response and its headers.
 
-    Its parameters say what is claimed: of several images the smallest radius and p_lower; samples, failures and
-    abstentions in all.
+    Its parameters give the totals of samples, failures and abstentions, the failure probability ``alpha`` of each
+    image's statement, and ``alpha_all``, that of all statements of this response together: at most ``alpha`` times the
+    number of images. Radius and p_lower stand there only where they are about the one image of the request; a number
+    about several images beside ``alpha`` would read as a joint statement at that level.
     """
     outputs, tail = [], bytearray()
     for name, binary in asked.outputs.items():
@@ -277,15 +280,15 @@ def write_response(
             output["data"] = [v for row in values for v in row] if name == "votes" else values
         outputs.append(output)
     claimed = {
-        "radius": min(answer.radius for answer in answers),
-        "p_lower": min(answer.p_lower for answer in answers),
+        **({"radius": answers[0].radius, "p_lower": answers[0].p_lower} if len(answers) == 1 else {}),
         "samples": sum(answer.samples for answer in answers),
         "failures": sum(answer.failures for answer in answers),
         "abstentions": sum(answer.label < 0 for answer in answers),
     }
     response: dict[str, Any] = {"model_name": model, "model_version": VERSION}
     response |= {"id": asked.id} if asked.id is not None else {}
-    response |= {"parameters": {**claimed, **about}, "outputs": outputs}
+    together = {"alpha_all": min(1.0, times(about["alpha"], len(answers)))}
+    response |= {"parameters": {**claimed, **about, **together}, "outputs": outputs}
     text = json.dumps(response).encode()
     if not tail:
         return text, {"content-type": "application/json"}
