@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from certify.decode import decode
+from certify.decode import LIMITS, DecodeLimits, decode
 from certify.errors import ImageError, UserError
 from certify.labels import ClassNames, class_index, map_names, name_index, read_labels
 from certify.sources import Item, Source, open_source
@@ -236,12 +236,18 @@ def as_seen(raw: bytes | np.ndarray, spec: InputSpec) -> Tensor:
     return fitted(image, spec)
 
 
-def fitted(picture: Any, spec: InputSpec) -> Tensor:
-    """A PIL image, or a tensor ``(C, H, W)`` in [0, 1], as the classifier wants to see it: ``(C, H, W)`` in [0, 1]."""
+def fitted(picture: Any, spec: InputSpec, limits: DecodeLimits = LIMITS) -> Tensor:
+    """A PIL image, or a tensor ``(C, H, W)`` in [0, 1], as the classifier wants to see it: ``(C, H, W)`` in [0, 1].
+
+    Raises:
+        ImageError: too long and thin to be resized.
+    """
     if spec.transform is None:
         from torchvision.transforms.functional import to_tensor
 
         return as_image(to_tensor(picture), None)
+    height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.size[::-1]
+    limits.check_aspect(width, height)
     return as_image(spec.transform(picture).clamp(0.0, 1.0), spec.size)  # bicubic overshoots
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from certify.errors import UserError, first_line
 from certify.hub import UNTRAINED
+from certify.mistaken import mistaken_for
 
 _CONTAINERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "params_ema", "params")
 _NUMBERS = ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")
@@ -136,11 +137,8 @@ def _sniff(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not head:
         raise UserError(f"{path} is empty; expected a checkpoint (download it again)")
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise UserError(f"{path} is a web page, not weights: the download saved an HTML page; fetch the file itself")
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not weights; fetch the file itself (git lfs pull)")
+    if (mistake := mistaken_for(head, "weights")) is not None:
+        raise UserError(f"{path} {mistake}")
     if len(head) > 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 100_000_000:
         return "safetensors"
     return "torch"

@@ -485,7 +485,7 @@ BAD = {
     "cut.png": (picture(NOISE)[:2000], "is damaged"),
     "empty.png": (b"", "is empty"),
     "large.png": (raw_png(8_001, 8_000, 8, 0, b"\0"), "8001x8000 pixels; the limit is 64,000,000"),
-    "page.jpg": (HTML.encode(), "is not an image"),
+    "page.jpg": (HTML.encode(), "is a web page, not an image"),
 }
 MIXED = (D + "--max 99 --data d --labels none --out x.jsonl").split()
 

@@ -269,15 +269,11 @@ def _show(o: dict[str, Any], name: str, service: Service) -> None:
 
 def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:
     """Bytes of an image file as the classifier wants to see them, ``(C, H, W)`` in [0, 1]."""
-    from certify.decode import decode
-    from certify.errors import ImageError
+    from certify.decode import DecodeLimits, decode
     from certify.images import fitted
 
-    picture = decode(content, spec.size[0] if spec.size is not None else 3, max_pixels)
-    if max(picture.size) > _LONGEST * min(picture.size):  # the shorter side is resized, the longer one grows with it
-        width, height = picture.size
-        raise ImageError(f"has {width}x{height} pixels; the longer side may be {_LONGEST} times the shorter")
-    return fitted(picture, spec).numpy()
+    limits = DecodeLimits(max_pixels, max_aspect=_LONGEST)
+    return fitted(decode(content, spec.size[0] if spec.size is not None else 3, limits), spec, limits).numpy()
 
 
 def _check_extra() -> None:
