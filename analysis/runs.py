@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import itertools
 import math
 import re
@@ -13,6 +15,7 @@ from typing import Any
 from analysis.comparison import Comparison
 from certify.errors import UserError
 from certify.records import COMPARISON, Run, peek_header, read_run, refuse_duplicates
+from certify.text import read_text
 
 
 class NoRadii(UserError):
@@ -37,7 +40,7 @@ def read_any(path: str | Path) -> Run:
             head = file.read(64)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if head.split(b"\t")[0].strip() == b"idx":
+    if head.removeprefix(codecs.BOM_UTF8).split(b"\t")[0].strip() == b"idx":
         return _read_log(path)
     run = read_run(path, allow_partial=True)
     if run.header.get("procedure", "certify") == "predict":
@@ -84,8 +87,7 @@ def read_all(paths: Sequence[str | Path], warn: Callable[[str], None]) -> list[R
 
 def _read_log(path: Path) -> Run:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file, delimiter="\t"))
+        rows = list(csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a log in text ({error})") from None
     columns = [c.strip() for c in rows[0]]

@@ -28,7 +28,7 @@ class Speed:
 def is_speeds(path: str | Path) -> bool:
     """Whether this file begins with a line of `certify bench --json`."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             first = json.loads(file.readline())
     except (OSError, ValueError):
         return False
@@ -42,7 +42,7 @@ def read_speeds(path: str | Path) -> list[Speed]:
         UserError: a file that cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_bytes().splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from certify.decode import LIMITS, DecodeLimits, decode
 from certify.errors import ImageError, UserError
-from certify.labels import ClassNames, class_index, map_names, name_index, read_labels
+from certify.labels import ClassNames, class_index, map_names, match_labels, name_index
 from certify.sources import Item, Source, open_source
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _labels(
     if labels is not None and str(labels) == "none":
         return [None] * len(chosen), "none"
     if labels is not None:
-        return _labels_from_file(chosen, class_names, num_classes, Path(labels))
+        return _labels_from_file(source, chosen, class_names, num_classes, Path(labels))
     if any(item.name is None for item in source.items):
         if class_map is not None:
             raise UserError(f"--class-map needs folders of classes, and {source.name} has none; pass --labels FILE.csv")
@@ -198,22 +198,11 @@ def _labels(
 
 
 def _labels_from_file(
-    chosen: Sequence[Item], class_names: ClassNames | None, num_classes: int, path: Path
+    source: Source, chosen: Sequence[Item], class_names: ClassNames | None, num_classes: int, path: Path
 ) -> tuple[list[int | None], str]:
-    given = read_labels(path)
+    given, _ = match_labels(path, [item.id for item in chosen], (item.id for item in source.items))
     index = name_index(class_names)
-    keys = [item.id if item.id in given else item.id.rpartition("/")[2] for item in chosen]
-    if len(set(keys)) < len(keys):
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(
-            f"--labels {path}: several images are called {double!r}; write their paths, such as {chosen[0].id}"
-        )
-    missing = [key for key in keys if key not in given]
-    if missing:
-        raise UserError(
-            f"--labels {path} misses {len(missing)} of {len(chosen)} images: {', '.join(missing[:3])}; add them"
-        )
-    return [class_index(given[k], index, num_classes, f"--labels {path}") for k in keys], f"from {path.name}"
+    return [class_index(given[i.id], index, num_classes, f"--labels {path}") for i in chosen], f"from {path.name}"
 
 
 def as_seen(raw: bytes | np.ndarray, spec: InputSpec) -> Tensor:

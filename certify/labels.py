@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from certify.errors import UserError
+from certify.text import read_text
 
 ClassNames = tuple[tuple[str, ...], ...]
 """For each class index, every name it goes by."""
@@ -58,27 +62,44 @@ def map_names(
         missing = [name for name, hits in found.items() if not hits]
         twofold = [name for name, hits in found.items() if len(hits) > 1]
         if not missing and not twofold:
-            return {name: hits[0] for name, hits in found.items()}, f"by name ({len(names)} of {num_classes} classes)"
+            mapping = {name: hits[0] for name, hits in found.items()}
+            return mapping, f"by name ({len(set(mapping.values()))} of {num_classes} classes)"
         if not all(name.isdecimal() for name in names):  # numbers may still be indices
             bad = f"{len(missing)} of {len(names)} class names are not the classifier's ({_few(missing)})"
             if not missing:
                 bad = f"class names that mean several classes: {_few(twofold)}"
-            raise UserError(f"{bad}; {_HOW}, or --labels none to certify without labels")
+            raise UserError(f"{bad}; {_HOW}, {_OR_NONE}")
+    count = Counter(map(_plain, names))
+    if alike := sorted((name for name in names if count[_plain(name)] > 1), key=_plain):
+        raise UserError(
+            f"class names {', '.join(map(repr, alike[:2]))} differ only in case, spaces or hyphens; if they are one "
+            f"class, {_HOW} with the same class for both, {_OR_NONE}"
+        )
     if order is not None and len(order) == num_classes:
         return {name: i for i, name in enumerate(order)}, f"the data set's own order of {num_classes} classes"
     indices = all(name.isdecimal() and str(int(name)) == name and int(name) < num_classes for name in names)
     if indices and ("0" in names or len(names) < num_classes):
         return {name: int(name) for name in names}, f"class names are indices ({len(names)} of {num_classes})"
-    numbers = all(name.isdecimal() for name in names)
-    ordered = not (numbers and sorted(names, key=int) != names)  # 1, 10, 2: not an order
-    if class_names is None and len(names) == num_classes and ordered:
+    if class_names is None and len(names) == num_classes and _are_ordered(names):
         return {name: i for i, name in enumerate(names)}, f"sorted order of {num_classes} class names"
     raise UserError(
         f"cannot tell which of the classifier's {num_classes} classes the data's {len(names)} are ({_few(names)}); "
-        f"{_HOW}, or --labels none to certify without labels"
+        f"{_HOW}, {_OR_NONE}"
     )
 
 
+def _are_ordered(names: Sequence[str]) -> bool:
+    """True if sorted names may be the classes in their order: words, or numbers without gaps that sort by value."""
+    if not any(_NUMBER.fullmatch(name) for name in names):
+        return True
+    if not all(name.isdecimal() for name in names):  # -1 marks what has no label; 1.5 is no class
+        return False
+    values = [int(name) for name in names]
+    return values == list(range(values[0], values[0] + len(values)))  # 1, 10, 2: not an order
+
+
+_NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d[\d.,]*\s*")
+_OR_NONE = "or --labels none to certify without labels"
 _HOW = 'pass --class-map FILE: JSON {"name": class} or lines "name,class"'
 
 
@@ -94,23 +115,96 @@ def read_labels(path: str | Path) -> dict[str, str]:
     return dict(rows)
 
 
-def _from_map(names: Sequence[str], class_names: ClassNames | None, num_classes: int, path: Path) -> dict[str, int]:
-    if path.suffix.lower() == ".json":
-        try:
-            given: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"--class-map {path}: not readable as JSON ({error})") from None
-        if not isinstance(given, dict):
-            raise UserError(f'--class-map {path}: expected an object {{"name": class}}, got {type(given).__name__}')
-    else:
-        given = dict(read_rows(path, "--class-map"))
-    missing = [name for name in names if name not in given]
+def match_labels(path: str | Path, ids: Sequence[str], every: Iterable[str] = ()) -> tuple[dict[str, str], list[str]]:
+    """The label of each image in a file of labels, by path or else by file name.
+
+    Args:
+        path: of the CSV.
+        ids: of the images that need a label.
+        every: ids of all images that the file may name.
+
+    Returns:
+        Labels by id, and the rows that name none of the images.
+
+    Raises:
+        UserError: unreadable, an image without a label, or one row for several images.
+    """
+    given = read_labels(path)
+    keys = _rows_of(ids, given)
+    missing = [i for i in ids if i not in keys]
     if missing:
-        raise UserError(
-            f"--class-map {path} misses {len(missing)} of {len(names)} class names: {_few(missing)}; add them"
-        )
+        raise UserError(_mismatch(f"--labels {path}", "images", ids, missing, given))
+    double = next((key for key, count in Counter(keys.values()).items() if count > 1), None)
+    if double is not None:
+        first = next(i for i in ids if keys[i] == double)
+        raise UserError(f"--labels {path}: several images are called {double!r}; write their paths, such as {first}")
+    named = set(_rows_of(list(every), given).values()) | set(keys.values())
+    return {i: given[keys[i]] for i in ids}, [key for key in given if key not in named]
+
+
+def _rows_of(ids: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    by_path = find_keys(ids, given)
+    by_name = find_keys([i.rpartition("/")[2] for i in ids], given)
+    found = {i: by_path.get(i, by_name.get(i.rpartition("/")[2])) for i in ids}
+    return {i: key for i, key in found.items() if key is not None}
+
+
+def find_keys(names: Iterable[str], given: Iterable[str]) -> dict[str, str]:
+    """For each name that is given its key: itself, or one that differs in surrounding spaces or spelling of characters.
+
+    File names are the same with backslashes, and accented letters with the accent apart, as macOS writes them.
+    """
+    known = set(given)
+    alike = {_same(key): key for key in known}
+    found = {name: name if name in known else alike.get(_same(name)) for name in names}
+    return {name: key for name, key in found.items() if key is not None}
+
+
+def _same(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip().replace("\\", "/").removeprefix("./")
+
+
+def _mismatch(where: str, what: str, names: Sequence[str], missing: Sequence[str], given: Iterable[str]) -> str:
+    """One line about names that a file lacks; where it has none of them, with entries of both sides."""
+    if len(missing) < len(names):
+        return f"{where} misses {len(missing)} of {len(names)} {what}: {_few(missing)}; add them"
+    there, here = (", ".join(map(repr, list(side)[:3])) for side in (given, names))
+    return f"{where} names none of the {len(names)} {what}: its first column has {there}, the data has {here}"
+
+
+def read_class_map(path: str | Path) -> dict[str, Any]:
+    """A class map as it is written: JSON ``{"name": class}``, or lines ``name,class``.
+
+    Raises:
+        UserError: unreadable, not of that form, or a name twice with different classes.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".json":
+        return dict(read_rows(path, "--class-map"))
+    try:
+        given: Any = json.loads(path.read_bytes(), object_pairs_hook=_unique)  # bytes: any byte-order mark is right
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--class-map {path}: not readable as JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise UserError(f'--class-map {path}: expected an object {{"name": class}}, got {type(given).__name__}')
+    return given
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    double = next((key for key, value in pairs if dict(pairs)[key] != value), None)
+    if double is not None:
+        raise ValueError(f"{double!r} stands there twice with different classes")
+    return dict(pairs)
+
+
+def _from_map(names: Sequence[str], class_names: ClassNames | None, num_classes: int, path: Path) -> dict[str, int]:
+    given = read_class_map(path)
+    keys = find_keys(names, given)
+    missing = [name for name in names if name not in keys]
+    if missing:
+        raise UserError(_mismatch(f"--class-map {path}", "class names", names, missing, given))
     index = name_index(class_names)
-    return {name: class_index(given[name], index, num_classes, f"--class-map {path}") for name in names}
+    return {name: class_index(given[keys[name]], index, num_classes, f"--class-map {path}") for name in names}
 
 
 def class_index(value: Any, index: Mapping[str, list[int]], num_classes: int, where: str) -> int:
@@ -125,7 +219,9 @@ def class_index(value: Any, index: Mapping[str, list[int]], num_classes: int, wh
             return int(text)
     elif len(index.get(_plain(text), [])) == 1:
         return index[_plain(text)][0]
-    raise UserError(f"{where}: class {text!r}; expected 0 to {num_classes - 1} or one name of the classifier's")
+    raise UserError(
+        f"{where}: class {text!r}; expected 0 to {num_classes - 1} or one name of the classifier's, {_OR_NONE}"
+    )
 
 
 def readable(class_names: ClassNames | None, label: int) -> str:
@@ -151,7 +247,9 @@ def _index(class_names: ClassNames) -> dict[str, list[int]]:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\s_\-]+", " ", name).strip().lower()
+    """A name as it is compared: without regard to case, spaces, hyphens and underscores, unless it is a number."""
+    plain = re.sub(r"[\s_\-]+", " ", unicodedata.normalize("NFC", name)).strip().lower()
+    return name.strip() if _NUMBER.fullmatch(plain.replace(" ", "")) else plain  # -1 is not 1
 
 
 def _few(names: Sequence[str]) -> str:
@@ -165,8 +263,8 @@ def read_rows(path: Path, option: str) -> list[tuple[str, str]]:
         UserError: unreadable, no lines, fewer columns, or a first column twice with different second ones.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row and any(cell.strip() for cell in row)]
+        lines = csv.reader(io.StringIO(read_text(path), newline=""))
+        rows = [row for row in lines if row and any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{option} {path}: not readable as CSV ({error})") from None
     bad = next((row for row in rows if len(row) < 2), None)

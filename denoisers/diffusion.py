@@ -197,7 +197,7 @@ def _fetched(where: str) -> Path:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except OSError:
         raise UserError(
             f"no {path}; expected a folder saved by diffusers: unet and scheduler in it, or config.json and "

@@ -176,7 +176,7 @@ def read_tables(path: str | Path) -> TableSet:
         UserError: no such file, another kind of file, or one that was changed.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read JPEG tables {path}: {first_line(error)}; {_WANTED}") from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT or not isinstance(raw.get("tables"), dict):

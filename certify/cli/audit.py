@@ -198,7 +198,7 @@ def _settings(o: dict[str, Any]) -> Settings:
 
 def _given(o: dict[str, Any], images: ImageSet, class_map: Mapping[str, str] | None) -> dict[str, str] | None:
     """The data's label of each image, by id; None where the service's own answers are the reference."""
-    from certify.labels import read_labels
+    from certify.labels import match_labels
 
     if o["reference"] == "own":
         if o["labels"]:
@@ -206,17 +206,20 @@ def _given(o: dict[str, Any], images: ImageSet, class_map: Mapping[str, str] | N
         return None
     ids = [item.id for item in images.items]
     if o["labels"]:
-        there = read_labels(o["labels"])
-        found = {i: there.get(i, there.get(i.rpartition("/")[2])) for i in ids}
+        found, _ = match_labels(o["labels"], ids)
     else:
-        found = {item.id: None if item.name is None else str(item.name) for item in images.items}
-    without = [i for i, label in found.items() if label is None]
+        found = {item.id: item.name for item in images.items if item.name is not None}
+    without = [i for i in ids if i not in found]
     if without:
         raise UserError(f"--reference given: no label for {without[0]!r}; pass --labels FILE with lines file,label")
-    strange = {str(label) for label in found.values()} - set((class_map or {}).values()) if class_map else set()
+    classes = sorted(set((class_map or {}).values()))
+    strange = sorted(set(found.values()).difference(classes)) if class_map else []
     if strange:
-        raise UserError(f"--class-map has no class {sorted(strange)[0]!r}, which is a label of the data; add it")
-    return {i: str(label) for i, label in found.items()}
+        there = ", ".join(map(repr, classes[:3]))
+        raise UserError(
+            f"--class-map has no class {strange[0]!r}, a label of the data; add it to those it has: {there}"
+        )
+    return found
 
 
 def _work(

@@ -7,12 +7,11 @@ mean one class, and an answer without any of them is an outcome of its own: a tr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from certify import labels
 from certify.errors import UserError
-from certify.labels import read_rows
 from certify.remote.types import Ranked
 from certify.types import FAILED
 
@@ -62,13 +61,7 @@ def read_class_map(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: unreadable, or not of that form.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".json":
-        return dict(read_rows(path, "--class-map"))
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--class-map {path}: not readable as JSON ({error})") from None
-    if not isinstance(found, dict) or not found or not all(isinstance(v, str | int) for v in found.values()):
+    found = labels.read_class_map(path)
+    if not found or not all(isinstance(v, str | int) for v in found.values()):
         raise UserError(f'--class-map {path}: expected an object {{"label of the service": "class"}}')
     return {label: str(name) for label, name in found.items()}
