@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify.allocator import keep_freed_memory
+from certify.engine.allocator import keep_freed_memory
+from certify.engine.execution import Execution, convertible
+from certify.engine.hardware import machine_name, product_speed
+from certify.engine.noisy_classifier import KEPT
 from certify.errors import UserError
-from certify.execution import Execution, convertible
-from certify.machine import machine_name, product_speed
-from certify.pipeline import Pipeline
-from certify.sampling import KEPT
-from certify.smoothing import SmoothedClassifier
+from certify.models.pipeline import Pipeline
+from certify.smoothed_classifier import SmoothedClassifier
 
 
 @dataclass(frozen=True)

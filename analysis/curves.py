@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from certify.errors import UserError
-from certify.records import Run
+from certify.runs.run_file import Run
 
 
 @dataclass(frozen=True)

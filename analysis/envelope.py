@@ -17,7 +17,7 @@ import numpy as np
 
 from analysis.curves import Curve, names
 from certify.errors import UserError
-from certify.records import Run
+from certify.runs.run_file import Run
 
 METHOD = ("model", "data", "denoiser", "noise", "rounded", "norm", "procedure", "n0", "n", "alpha", "bound")
 """Header keys in which the runs of one method agree: not sigma, nor the seed, nor how and where it ran."""

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from analysis.curves import proportion_interval
-from certify.bounds import check_alpha
 from certify.errors import UserError
-from certify.records import Run
-from certify.rows import noise_of, votes_of
+from certify.runs.image_rows import noise_of, votes_of
+from certify.runs.run_file import Run
+from certify.smoothing.bounds import check_alpha
 
 CORRECTIONS = {"holm": "Holm", "bonferroni": "Bonferroni"}
 
@@ -56,9 +56,9 @@ def betting_p(successes: np.ndarray, trials: np.ndarray, p0: float) -> np.ndarra
 
     With probability at least 1 - a, at no sample size is it at most a for any class of probability at most p0, however
     many classes there are: where (H - 1)/(T - 1) >= p0 such a class has p_c E_c >= p0 W, and sum_c p_c E_c reaches 1/a
-    with probability at most a (:mod:`certify.sequential`). 1 elsewhere.
+    with probability at most a (:mod:`certify.smoothing.stopping_rules`). 1 elsewhere.
     """
-    from certify.sequential import log_wealth
+    from certify.smoothing.stopping_rules import log_wealth
 
     h, t = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
     if not p0 < 1.0:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from certify.disk import replacing
 from certify.errors import RunFault, UserError
+from certify.runs.files import replacing
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -12,7 +12,7 @@ import numpy as np
 from analysis.curves import Curve, proportion_interval
 from analysis.envelope import Envelope, Line
 from analysis.figures import COLOURS, canvas, check_format, save_figure, wrapped
-from certify.norms import IN_TEX
+from certify.smoothing.norms import IN_TEX
 
 
 def steps(curve: Curve) -> tuple[np.ndarray, np.ndarray]:

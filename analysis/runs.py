@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.comparison import Comparison
+from analysis.comparison.results import Comparison
 from certify.errors import UserError
-from certify.records import COMPARISON, Run, peek_header, read_run, refuse_duplicates
+from certify.runs.run_file import COMPARISON, Run, peek_header, read_run, refuse_duplicates
 from certify.text import read_text
 
 

@@ -14,7 +14,7 @@ from analysis.curves import Curve, number, proportion_interval
 from analysis.envelope import Envelope, Line
 from analysis.families import CORRECTIONS, Family, accuracy_interval, family
 from certify.errors import UserError
-from certify.norms import IN_WORDS
+from certify.smoothing.norms import IN_WORDS
 
 FORMATS = {"text": "simple", "markdown": "pipe", "latex": "latex_booktabs", "csv": ""}
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from analysis.figures import COLOURS, canvas, check_format, save_figure
 from certify.errors import UserError
-from certify.norms import ceil, floor
-from certify.records import Run
-from certify.rows import votes_of
+from certify.runs.image_rows import votes_of
+from certify.runs.run_file import Run
+from certify.smoothing.norms import ceil, floor
 from certify.types import ABSTAIN
 
 _MOST = 8  # classes that get a bar of their own

@@ -14,7 +14,7 @@ from scipy import stats
 
 from analysis.tables import render
 from certify import Gaussian
-from certify.bounds import BOUNDS, Evidence
+from certify.smoothing.bounds import BOUNDS, Evidence
 
 NAMES = ("clopper-pearson", "randomized", "runner-up", "best", "betting")
 DRAWS = (np.arange(50) + 0.5) / 50

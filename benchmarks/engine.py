@@ -28,7 +28,7 @@ import torch
 
 from analysis.bench import Measured, Plain, compare, in_words, reference_votes
 from certify import SmoothedClassifier, load_classifier, load_images
-from certify.hub import UNTRAINED
+from certify.models.resolve import UNTRAINED
 from denoisers.dncnn import DnCNN
 
 RESULTS = Path(__file__).parent / "results.jsonl"

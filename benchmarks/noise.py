@@ -6,8 +6,8 @@ Two measurements, each the median of the pairs' ratios (above 1: exact noise is 
 
 - blocks: drawing a block of 100x3x32x32, looking for failed draws and adding an image, on one thread and on all. Beside
   it the published way to draw such integers, a loop over all thresholds, whose rate is that of one block.
-- votes: labels a second of :func:`certify.votes.count_votes`, noise and classifier, for ``cifar_resnet20`` and for a
-  single convolution, beside which noise costs the most.
+- votes: labels per second of :func:`certify.engine.monte_carlo.count_votes`, noise and classifier, for
+  ``cifar_resnet20`` and for a single convolution, beside which noise costs the most.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from certify import load_classifier
-from certify.exact import ExactGaussian, atom_counts
-from certify.machine import machine_name
-from certify.noise import Gaussian
-from certify.streams import block_generator, stream_key
+from certify.engine.hardware import machine_name
+from certify.engine.monte_carlo import Job, count_votes
+from certify.smoothing.exact_gaussian import ExactGaussian, atom_counts
+from certify.smoothing.noise import Gaussian
+from certify.smoothing.rng import block_generator, stream_key
 from certify.types import BaseClassifier, Noise
-from certify.votes import Job, count_votes
 
 SHAPE = (3, 32, 32)
 KEY = stream_key(0, "noise", "benchmark")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.tables import render
-from certify.sequential import RULES
+from certify.smoothing.stopping_rules import RULES
 
 CASES = {
     0.8413447460685429: (0.999, 0.99, 0.95, 0.9, 0.8, 0.7, 0.4),  # one sigma

@@ -5,7 +5,7 @@
 ``LOGS`` are the logs that Cohen, Rosenfeld and Kolter published with their paper (repository locuslab/smoothing,
 data/certify). From each radius follows the leading class's probability; votes are drawn with it and stopped by the rule
 that ``certify --radius`` uses, which gives the samples an image takes. 50,000 images drawn from these then go through
-``certify.cluster.handing``, as a run on a cluster hands them out. A worker takes its images one after the other at
+``certify.cluster.scheduler``, as a run on a cluster hands them out. A worker takes its images one after the other at
 ``--rate`` samples a second, since images that share batches share the device.
 """
 
@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtr
 
-from certify.adaptive import Deciding
-from certify.cluster.handing import Handing
-from certify.noise import Gaussian
+from certify.cluster.scheduler import Handing
+from certify.engine.adaptive import Deciding
+from certify.smoothing.noise import Gaussian
 
 IMAGES = 50_000
 ABSTAINED = 0.45

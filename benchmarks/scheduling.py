@@ -32,11 +32,11 @@ from typing import Any
 
 import numpy as np
 
-import certify.cluster.crew
+import certify.cluster.driver
 from certify.cluster.connect import Address, connected
-from certify.cluster.crew import Crew
+from certify.cluster.driver import Crew
 from certify.cluster.worker import Line, Order, Sent
-from certify.records import RunFile, read_run
+from certify.runs.run_file import RunFile, read_run
 
 
 class Sleeper:
@@ -84,7 +84,7 @@ def drawn(o: argparse.Namespace) -> np.ndarray:
 def sleep(o: argparse.Namespace) -> None:
     """The makespan of workers that sleep."""
     os.environ["RAY_worker_register_timeout_seconds"] = "3600"  # noqa: SIM112 - Ray's own spelling
-    certify.cluster.crew.PATIENCE = 3600.0  # so many processes on few cores take their time to start
+    certify.cluster.driver.PATIENCE = 3600.0  # so many processes on few cores take their time to start
     costs = drawn(o)
     ideal = max(costs.sum() / o.workers, costs.max())
     address = Address("local", o.workers)

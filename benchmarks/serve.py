@@ -33,8 +33,8 @@ import httpx2
 import torch
 
 from certify import SmoothedClassifier, __version__, load_classifier, load_images
-from certify.execution import default_batch_size
-from certify.machine import machine_name
+from certify.engine.execution import default_batch_size
+from certify.engine.hardware import machine_name
 from certify.types import Certificate
 
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -67,7 +67,7 @@ def processor_seconds(pid: int) -> float:
 
 def offline(g: SmoothedClassifier, images: list[torch.Tensor], o: argparse.Namespace) -> list[Certificate]:
     """The certificates of these images, by one call of the engine."""
-    from certify.certificates import certificate_from_votes
+    from certify.smoothing.certificates import certificate_from_votes
 
     found = g.tallies(((image, None) for image in images), {"selection": o.n0, "estimation": o.n}, seed=SEED)
     noise = g.stated(images[0].numel())

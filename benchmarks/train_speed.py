@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from analysis.tables import render
-from certify.classifiers import Classifier, load_classifier
+from certify.models.classifier import Classifier, load_classifier
 from denoisers import ARCHITECTURES
 from training.data import TrainingData
-from training.guides import Guides
+from training.frozen_classifiers import Guides
 from training.loop import _optimizers, _step, make_accelerator
 from training.recipe import Recipe
 

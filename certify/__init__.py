@@ -15,21 +15,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from certify.bounds import clopper_pearson_lower as clopper_pearson_lower
-    from certify.certificates import Prediction as Prediction
-    from certify.certificates import certificate_from_votes as certificate_from_votes
-    from certify.certificates import prediction_from_votes as prediction_from_votes
-    from certify.classifiers import Classifier as Classifier
-    from certify.classifiers import load_classifier as load_classifier
     from certify.errors import CertifyError as CertifyError
     from certify.errors import UserError as UserError
-    from certify.images import load_images as load_images
-    from certify.noise import Gaussian as Gaussian
-    from certify.noise import make_noise as make_noise
-    from certify.pipeline import Pipeline as Pipeline
-    from certify.records import Run as Run
-    from certify.records import read_run as read_run
-    from certify.smoothing import SmoothedClassifier as SmoothedClassifier
+    from certify.images.dataset import load_images as load_images
+    from certify.models.classifier import Classifier as Classifier
+    from certify.models.classifier import load_classifier as load_classifier
+    from certify.models.pipeline import Pipeline as Pipeline
+    from certify.runs.run_file import Run as Run
+    from certify.runs.run_file import read_run as read_run
+    from certify.smoothed_classifier import SmoothedClassifier as SmoothedClassifier
+    from certify.smoothing.bounds import clopper_pearson_lower as clopper_pearson_lower
+    from certify.smoothing.certificates import Prediction as Prediction
+    from certify.smoothing.certificates import certificate_from_votes as certificate_from_votes
+    from certify.smoothing.certificates import prediction_from_votes as prediction_from_votes
+    from certify.smoothing.noise import Gaussian as Gaussian
+    from certify.smoothing.noise import make_noise as make_noise
     from certify.types import ABSTAIN as ABSTAIN
     from certify.types import BaseClassifier as BaseClassifier
     from certify.types import Certificate as Certificate
@@ -41,22 +41,22 @@ _HOME = {
     "BaseClassifier": "types",
     "Certificate": "types",
     "CertifyError": "errors",
-    "Classifier": "classifiers",
+    "Classifier": "models.classifier",
     "Decision": "types",
-    "Gaussian": "noise",
-    "Pipeline": "pipeline",
-    "Prediction": "certificates",
-    "Run": "records",
-    "SmoothedClassifier": "smoothing",
+    "Gaussian": "smoothing.noise",
+    "Pipeline": "models.pipeline",
+    "Prediction": "smoothing.certificates",
+    "Run": "runs.run_file",
+    "SmoothedClassifier": "smoothed_classifier",
     "UserError": "errors",
     "Votes": "types",
-    "certificate_from_votes": "certificates",
-    "clopper_pearson_lower": "bounds",
-    "load_classifier": "classifiers",
-    "load_images": "images",
-    "make_noise": "noise",
-    "prediction_from_votes": "certificates",
-    "read_run": "records",
+    "certificate_from_votes": "smoothing.certificates",
+    "clopper_pearson_lower": "smoothing.bounds",
+    "load_classifier": "models.classifier",
+    "load_images": "images.dataset",
+    "make_noise": "smoothing.noise",
+    "prediction_from_votes": "smoothing.certificates",
+    "read_run": "runs.run_file",
 }
 
 __version__ = "0.1.0"

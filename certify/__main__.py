@@ -1,6 +1,6 @@
 """``python -m certify``: the same as the ``certify`` command."""
 
-from certify.siblings import claim
+from certify.sibling_packages import claim
 
 if __name__ == "__main__":
     claim()  # -m puts the current folder first

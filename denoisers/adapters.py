@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import CertifyError, RunFault, UserError, first_line
-from certify.foreign import build_object, file_digest, open_torchscript
-from certify.hub import UNTRAINED, is_file
-from certify.pipeline import in_its_words
+from certify.models.checkpoints import load_weights
+from certify.models.external import build_object, file_digest, open_torchscript
+from certify.models.pipeline import in_its_words
+from certify.models.resolve import UNTRAINED, is_file
 from certify.registry import unknown_name
-from certify.weights import load_weights
 
 _LEVELS = ("sigma", "ths", "noise_level")
 """What others call the noise level (``ths``: the threshold of deepinv's variational denoisers)."""

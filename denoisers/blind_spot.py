@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from certify.classifiers import Classifier
-from certify.defence import Defence, Member
 from certify.errors import UserError
+from certify.models.classifier import Classifier
+from certify.models.defence import Defence, Member
 from denoisers.classical import GaussianSmoothing, whole
 from denoisers.defences import trained
 from denoisers.randomness import Generators

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from certify.classifiers import Classifier
-from certify.defence import Defence, Member
 from certify.errors import UserError, first_line
-from certify.pipeline import in_its_words
+from certify.models.classifier import Classifier
+from certify.models.defence import Defence, Member
+from certify.models.pipeline import in_its_words
 from denoisers import DEFENCES, DENOISERS, SHIPPED, load_denoiser
 from denoisers.classical import GaussianBlur, whole
 from denoisers.find import find_denoiser, shipped

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from certify import hub
 from certify.errors import RunFault, UserError, first_line
+from certify.models import resolve as hub
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 """What a network may have been trained to say: the noise, the image, or the mixture of both called velocity."""

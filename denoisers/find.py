@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from certify.errors import UserError
-from certify.weights import load_weights
+from certify.models.checkpoints import load_weights
 from denoisers import ARCHITECTURES, DENOISERS, SHIPPED
 from denoisers.names import AUTO, build_with, find_source, shipped_names
 from denoisers.weights import Card, read_card, read_denoiser

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from certify.classifiers import Classifier, ClassifierSpec
-from certify.defence import Defence, Member
 from certify.errors import UserError, first_line
-from certify.pipeline import state_digest
-from certify.weights import load_weights
+from certify.models.checkpoints import load_weights
+from certify.models.classifier import Classifier, ClassifierSpec
+from certify.models.defence import Defence, Member
+from certify.models.pipeline import state_digest
 from denoisers.jpeg import Codec, from_record
 from denoisers.quantisation import TableSet, find_tables
 from denoisers.weights import stored_card
@@ -66,7 +66,7 @@ def ensemble(
         levels: nominal qualities, such as ``90+75+60``, or with commas, at which the command would split a list of
             defences; all there are by default.
         table: without a folder, ``nn``, ``std`` or ``flat``.
-        combine: how the members' answers become one; one of ``certify.defence.COMBINE``.
+        combine: how the members' answers become one; one of ``certify.models.defence.COMBINE``.
 
     Raises:
         UserError: no members, two of one level, or files of something else.

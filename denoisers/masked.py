@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify.classifiers import Classifier
-from certify.defence import Defence, Member
 from certify.errors import UserError
-from certify.pipeline import in_its_words
+from certify.models.classifier import Classifier
+from certify.models.defence import Defence, Member
+from certify.models.pipeline import in_its_words
 from denoisers.defences import trained
 from denoisers.randomness import Generators, normal, permutations
 from denoisers.unet import UNet
@@ -178,7 +178,7 @@ def atop(
         classifier: frozen.
         transform: one of ``TRANSFORMS``; None: the one that the weights were trained with.
         draws: random transforms an answer.
-        combine: how their logits become one answer, see :data:`certify.defence.COMBINE`.
+        combine: how their logits become one answer, see :data:`certify.models.defence.COMBINE`.
         weights: of ``certify train --objective complete`` or ``atop``; None: shipped ones.
     """
     if transform is not None:  # before any weights are looked for

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from certify.disk import replacing
 from certify.errors import UserError, first_line
+from certify.runs.files import replacing
 from denoisers import SHIPPED
 
 FORMAT = 1

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify.disk import replacing
 from certify.errors import UserError, first_line
-from certify.pipeline import tensors_digest
+from certify.models.pipeline import tensors_digest
+from certify.runs.files import replacing
 
 FORMAT = 1
 ACCESS = ("none", "surrogates", "queries", "white-box")
@@ -218,7 +218,7 @@ def read_denoiser(path: str | Path, name: str | None = None) -> Trained:
     Raises:
         UserError: an unknown architecture, or tensors that are not those the card describes.
     """
-    from certify.weights import read_state_dict
+    from certify.models.checkpoints import read_state_dict
     from denoisers import ARCHITECTURES
 
     card = read_card(path)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from certify import Certificate, SmoothedClassifier
-from certify.noise import make_noise
+from certify.smoothing.noise import make_noise
 
 SIGMA = 0.5
 SHAPE = (1, 32, 32)

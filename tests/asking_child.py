@@ -17,11 +17,11 @@ from pathlib import Path
 
 from fault_server import RAW, queries
 
-from certify.remote.asking import Asker
-from certify.remote.http import HttpSender
-from certify.remote.ledger import Ledger
-from certify.remote.ledger_lines import ledger_header
-from certify.remote.manners import Manners
+from certify.blackbox.client.http import HttpSender
+from certify.blackbox.client.query_client import Asker
+from certify.blackbox.client.rate_limit import Manners
+from certify.blackbox.ledger import Ledger
+from certify.blackbox.ledger_contents import ledger_header
 
 MANNERS = Manners(concurrency=4, first_wait=0.002, longest_wait=0.01)
 FURTHER = 16  # queries that are new to a process

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from certify.cli.app import main
-from certify.records import read_run
+from certify.runs.run_file import read_run
 
 
 def run(*args: str, code: int = 0) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from certify import load_classifier
-from certify.classifiers import Classifier
+from certify.models.classifier import Classifier
 
 # Choices of other runs must not decide here.
 _CACHE = os.environ["CERTIFY_CACHE"] = tempfile.mkdtemp(prefix="certify-tests-")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from certify.remote.types import BadReply, Format, Picture, Query, Ranked, Reply, Request, Scored
+from certify.blackbox.types import BadReply, Format, Picture, Query, Ranked, Reply, Request, Scored
 
 CLASSES = 7
 

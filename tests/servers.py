@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from certify.remote.http import HttpSender
-from certify.remote.types import Request
+from certify.blackbox.client.http import HttpSender
+from certify.blackbox.types import Request
 
 
 def wait_for(ready: Callable[[], bool], seconds: float = 60) -> None:

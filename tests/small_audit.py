@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from certify.adaptive import Deciding, settle
-from certify.certificates import certificate_from_votes
-from certify.classifiers import Classifier
-from certify.images import ImageSet
-from certify.noise import make_noise
-from certify.records import RunFile
-from certify.remote.ledger_lines import SCHEMA
-from certify.rows import certified_row, decided_row, unusable_row
-from certify.sampling import NoisyClassifier, image_digest
-from certify.settings import Settings, run_header
-from certify.streams import stream_key
+from certify.blackbox.ledger_contents import SCHEMA
+from certify.engine.adaptive import Deciding, settle
+from certify.engine.monte_carlo import Job, Tally, count_votes
+from certify.engine.noisy_classifier import NoisyClassifier, image_digest
+from certify.images.dataset import ImageSet
+from certify.models.classifier import Classifier
+from certify.runs.config import Settings, run_header
+from certify.runs.image_rows import certified_row, decided_row, unusable_row
+from certify.runs.run_file import RunFile
+from certify.smoothing.certificates import certificate_from_votes
+from certify.smoothing.noise import make_noise
+from certify.smoothing.rng import stream_key
 from certify.types import FAILED
-from certify.votes import Job, Tally, count_votes
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

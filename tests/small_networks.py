@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from certify import Gaussian
-from certify.classifiers import Classifier, ClassifierSpec, square_input
-from certify.execution import Execution
-from certify.pipeline import Pipeline
-from certify.streams import stream_key
-from certify.votes import Job, count_votes
+from certify.engine.execution import Execution
+from certify.engine.monte_carlo import Job, count_votes
+from certify.models.classifier import Classifier, ClassifierSpec, square_input
+from certify.models.pipeline import Pipeline
+from certify.smoothing.rng import stream_key
 
 PLAIN = Execution("float32", False, False, 50)
 IMAGE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -15,10 +15,10 @@ from small_networks import classifier
 from torch import Tensor, nn
 
 from certify import load_classifier
-from certify.access import BudgetSpent, QueryAccess
-from certify.defence import Defence, Member
 from certify.errors import RunFault, UserError
-from certify.streams import stream_key
+from certify.models.defence import Defence, Member
+from certify.models.query_access import BudgetSpent, QueryAccess
+from certify.smoothing.rng import stream_key
 from denoisers.randomness import Generators, normal
 
 IMAGES = torch.rand((6, 1, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -179,7 +179,7 @@ def test_neither_copied_nor_saved_and_gone_with_its_owner() -> None:
     for way in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="its budget would be copied"):
             way(access)
-    from certify import access as module
+    from certify.models import query_access as module
 
     token = access._token
     assert token in module._TABLE

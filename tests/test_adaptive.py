@@ -13,12 +13,12 @@ from scipy.stats import norm
 from torch import Tensor
 
 from certify import Gaussian, SmoothedClassifier, Votes
-from certify.adaptive import Counting, Deciding, Measuring, settle
-from certify.certificates import certificate_from_votes, decision_from_counts, largest_radius
+from certify.engine.adaptive import Counting, Deciding, Measuring, settle
+from certify.engine.monte_carlo import Job, Tally
 from certify.errors import UserError
-from certify.sequential import RULES
+from certify.smoothing.certificates import certificate_from_votes, decision_from_counts, largest_radius
+from certify.smoothing.stopping_rules import RULES
 from certify.types import ABSTAIN
-from certify.votes import Job, Tally
 
 NOISE = Gaussian(0.25)
 

@@ -23,6 +23,21 @@ ALLOWED = {
 MODULES = sorted(p.relative_to(ROOT) for package in ALLOWED for p in (ROOT / package).rglob("*.py"))
 
 
+LAYERS = (
+    ("types", "errors", "registry", "text", "sibling_packages"),
+    ("smoothing",),
+    ("models",),
+    ("images",),
+    ("engine",),
+    ("runs",),
+    ("smoothed_classifier",),
+    ("blackbox",),
+    ("serve", "cluster"),
+    ("cli", "__main__"),
+)
+"""Inside ``certify``, each layer imports itself and what stands above it."""
+
+
 def imported_packages(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -40,13 +55,36 @@ def test_imports_point_one_way(module: Path) -> None:
     assert imported_packages(ROOT / module) <= ALLOWED[module.parts[0]]
 
 
+def test_imports_inside_certify_point_one_way() -> None:
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    package = ROOT / "certify"
+    assert {p.stem for p in package.iterdir() if p.suffix in (".py", "")} - {
+        "__init__",
+        "__pycache__",
+        "data",
+    } == level.keys()
+    wrong = []
+    for path in sorted(package.rglob("*.py")):
+        here = path.relative_to(package).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                here == "__init__"
+                or not isinstance(node, ast.ImportFrom)
+                or not (node.module or "").startswith("certify")
+            ):
+                continue
+            names = [alias.name for alias in node.names] if node.module == "certify" else [node.module.split(".")[1]]
+            wrong += [f"{path.name}: {name}" for name in names if level.get(name, -1) > level[here]]
+    assert not wrong
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if m.name != "__init__.py"], ids=str)
-def test_readme_names_every_module(module: Path) -> None:
-    assert module.name in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_architecture_page_names_every_module(module: Path) -> None:
+    assert module.name in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    "module", ["certify", "certify.cli", "certify.records", "denoisers", "analysis.curves", "analysis.runs"]
+    "module", ["certify", "certify.cli", "certify.runs.run_file", "denoisers", "analysis.curves", "analysis.runs"]
 )
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = (

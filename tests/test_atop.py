@@ -15,11 +15,11 @@ from command import run
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from certify.classifiers import Classifier, ClassifierSpec
 from certify.errors import UserError
-from certify.pipeline import state_digest
-from certify.streams import block_generator, stream_key
-from certify.weights import read_state_dict
+from certify.models.checkpoints import read_state_dict
+from certify.models.classifier import Classifier, ClassifierSpec
+from certify.models.pipeline import state_digest
+from certify.smoothing.rng import block_generator, stream_key
 from denoisers.defences import build_defence
 from denoisers.masked import GREY, NOISE, MaskedUNet, RandomTransformPurifier, block_masks, complete, random_transform
 from denoisers.unet import UNet

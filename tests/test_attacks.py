@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 import analysis.attacks
-from analysis.attacked import SLACK, Attacked, Proposal, Task, _measured, attack, seeded
 from analysis.attacks import (
     ATTACKS,
     CLASSIFIER,
@@ -25,12 +24,13 @@ from analysis.attacks import (
     find_attack,
 )
 from analysis.attacks.gradients import _expected, passing_by
+from analysis.comparison.attacked import SLACK, Attacked, Proposal, Task, _measured, attack, seeded
 from certify import load_classifier, load_images
-from certify.access import QueryAccess
-from certify.classifiers import Classifier, ClassifierSpec, InputSpec
-from certify.defence import Defence, Member
 from certify.errors import UserError
-from certify.streams import stream_key
+from certify.models.classifier import Classifier, ClassifierSpec, InputSpec
+from certify.models.defence import Defence, Member
+from certify.models.query_access import QueryAccess
+from certify.smoothing.rng import stream_key
 from denoisers.jpeg import jpeg
 from denoisers.randomness import Generators, each, normal
 

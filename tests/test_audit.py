@@ -14,24 +14,24 @@ import torch
 from small_audit import WORDS
 
 from certify import SmoothedClassifier, load_images
-from certify.access import BudgetSpent
-from certify.classifiers import Classifier, InputSpec
-from certify.cli.audit_words import warn_of_probe
+from certify.blackbox.audit_loop import PATIENCE, drive
+from certify.blackbox.determinism import Probed, probes
+from certify.blackbox.encoding import to_tensor
+from certify.blackbox.label_index import OUTSIDE, Vocabulary, read_class_map
+from certify.blackbox.plan import Audit, Service, make_header, plan, prepare
+from certify.blackbox.query_votes import AsSent, stage_of
+from certify.blackbox.replay import replay
+from certify.blackbox.results import FINISHED, SPENT, conclude
+from certify.blackbox.types import Answer, Picture, Query, Scored
+from certify.cli.audit_messages import warn_of_probe
 from certify.errors import RunFault, UserError
-from certify.images import ImageSet
-from certify.noise import make_noise
-from certify.records import RunFile, read_run
-from certify.remote.audit import Audit, Service, make_header, plan, prepare
-from certify.remote.conclusions import FINISHED, SPENT, conclude
-from certify.remote.constancy import Probed, probes
-from certify.remote.driving import PATIENCE, drive
-from certify.remote.labels import AsSent, stage_of
-from certify.remote.pictures import to_tensor
-from certify.remote.replay import replay
-from certify.remote.types import Answer, Picture, Query, Scored
-from certify.remote.vocabulary import OUTSIDE, Vocabulary, read_class_map
-from certify.runner import process
-from certify.settings import Settings, run_header
+from certify.images.dataset import ImageSet
+from certify.models.classifier import Classifier, InputSpec
+from certify.models.query_access import BudgetSpent
+from certify.runs.config import Settings, run_header
+from certify.runs.run_file import RunFile, read_run
+from certify.runs.runner import process
+from certify.smoothing.noise import make_noise
 from certify.types import FAILED
 
 COUNT = 5

@@ -20,14 +20,14 @@ from PIL import Image
 from servers import free_ports, process
 from small_audit import WORDS
 
-from analysis.audited import read_audit
-from analysis.report import _stage_rows
+from analysis.report.audit_folder import read_audit
+from analysis.report.page import _stage_rows
 from analysis.runs import read_comparison
 from certify import SmoothedClassifier, load_images, read_run
-from certify.classifiers import Classifier
-from certify.remote.labels import AsSent
-from certify.remote.ledger import Ledger
-from certify.remote.ledger_lines import read_ledger
+from certify.blackbox.ledger import Ledger
+from certify.blackbox.ledger_contents import read_ledger
+from certify.blackbox.query_votes import AsSent
+from certify.models.classifier import Classifier
 
 KEY = "a-secret-key-1234567890"
 NUMBERS = ["--data", "digits", "--skip", "90", "--sigma", "0.25", "--n0", "5", "--n", "20", "--seed", "2"]
@@ -288,7 +288,7 @@ def test_a_second_process_writes_nothing_over(
 def test_attacks_stop_when_the_service_is_down(
     tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("certify.remote.driving.PATIENCE", 3)
+    monkeypatch.setattr("certify.blackbox.audit_loop.PATIENCE", 3)
     numbers = ["--data", "digits", "--skip", "250", "--sigma", "0.25", "--n0", "2", "--n", "8", "--quiet"]
     attacks = ["--defences", "none", "--attacks", "square", "--queries", "60", "--eps", "0.3"]
     service.decline = 2 * 11 + 3 + 2  # of two images all but the attacks

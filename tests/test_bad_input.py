@@ -30,10 +30,10 @@ from PIL import Image
 from raw_png import raw_png
 from safetensors.torch import save as safetensors_bytes
 
-from certify.cifar_resnet import CifarResNet
 from certify.cli.app import group, main
-from certify.decode import decode
-from certify.records import read_run
+from certify.images.decode import decode
+from certify.models.cifar_resnet import CifarResNet
+from certify.runs.run_file import read_run
 
 Capture = pytest.CaptureFixture[str]
 Content = bytes | str | Path | Callable[[], bytes]  # a path stands for a folder

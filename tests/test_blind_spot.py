@@ -15,7 +15,7 @@ from torch import Tensor
 
 from certify import load_classifier
 from certify.errors import UserError
-from certify.streams import stream_key
+from certify.smoothing.rng import stream_key
 from denoisers.blind_spot import BlindSpot, Iterated
 from denoisers.classical import GaussianSmoothing
 from denoisers.defences import build_defence, trained

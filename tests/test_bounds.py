@@ -13,8 +13,8 @@ from flint import arb, ctx
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from certify.bounds import BOUNDS, Evidence, Interval, clopper_pearson_lower, randomized_lower
-from certify.noise import Gaussian
+from certify.smoothing.bounds import BOUNDS, Evidence, Interval, clopper_pearson_lower, randomized_lower
+from certify.smoothing.noise import Gaussian
 
 
 def decide(compare: Callable[[], tuple[arb, arb]]) -> bool:

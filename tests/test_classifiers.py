@@ -19,12 +19,13 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from certify import SmoothedClassifier, hub, load_classifier
-from certify.cifar_resnet import CifarResNet
-from certify.classifiers import Classifier
+from certify import SmoothedClassifier, load_classifier
 from certify.errors import UserError
+from certify.models import resolve as hub
+from certify.models.checkpoints import read_state_dict
+from certify.models.cifar_resnet import CifarResNet
+from certify.models.classifier import Classifier
 from certify.types import FAILED
-from certify.weights import read_state_dict
 
 
 def test_name_index_equals_the_libraries_own() -> None:
@@ -92,7 +93,7 @@ def test_digits_labels_and_description() -> None:
 def test_shipped_digits_weights_carry_a_card() -> None:
     from safetensors import safe_open
 
-    from certify.digits import SHIPPED
+    from certify.models.digits import SHIPPED
 
     with safe_open(SHIPPED, "pt") as file:
         card = file.metadata()
@@ -490,7 +491,7 @@ def test_nan_from_a_network_is_a_failed_trial() -> None:
             logits[x.mean(dim=(1, 2, 3)) > 0.5] = torch.nan
             return logits
 
-    from certify.classifiers import ClassifierSpec, InputSpec
+    from certify.models.classifier import ClassifierSpec, InputSpec
 
     classifier = Classifier("broken", ClassifierSpec(Broken(), InputSpec((1, 2, 2))))
     bright, dark = torch.full((1, 1, 2, 2), 0.9), torch.full((1, 1, 2, 2), 0.1)
@@ -503,7 +504,7 @@ def test_known_accuracy_of_a_third_party_cifar_classifier(
     depth: int, file: str, accuracy: float, shared_data: Path
 ) -> None:
     """83.2 % of all 10,000 test images, labels by folder name: transform, normalisation, weights, classes at once."""
-    from certify.images import load_images
+    from certify.images.dataset import load_images
 
     classifier = load_classifier(f"cifar_resnet{depth}", weights=shared_data / "classifiers" / file)
     images = load_images(str(shared_data / "cifar10_jpeg_test.zip"), classifier)
@@ -519,7 +520,7 @@ def test_known_accuracy_of_a_third_party_cifar_classifier(
 @pytest.mark.slow
 def test_known_accuracy_of_a_third_party_imagenet_classifier(shared_data: Path) -> None:
     """59.3 % of 300 photographs of 300 classes; sorted folder order, the classic mistake, is right for almost none."""
-    from certify.images import load_images
+    from certify.images.dataset import load_images
 
     classifier = load_classifier("squeezenet1_0", weights=shared_data / "classifiers" / "squeezenet1_0_imagenet.pth")
     images = load_images(str(shared_data / "imagenet_sample"), classifier)

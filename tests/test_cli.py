@@ -228,7 +228,7 @@ def test_doctor_sees_that_a_package_is_not_there() -> None:
 
 def test_doctor_notices_wrong_mathematics(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("certify.bounds.clopper_pearson_lower", lambda k, n, alpha: k / n)
+    monkeypatch.setattr("certify.smoothing.bounds.clopper_pearson_lower", lambda k, n, alpha: k / n)
     run("doctor", code=1)
     assert "FAIL" in capsys.readouterr().out
 

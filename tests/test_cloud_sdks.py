@@ -16,14 +16,15 @@ from fastapi import FastAPI, Request, Response
 from servers import wait_for
 from vision_stubs import Log, clarifai_grpc_service, cloud_app, noisy_digits, serving
 
-from certify.classifiers import Classifier
+from certify.blackbox import types
+from certify.blackbox.client import cloud_sdks as sdk
+from certify.blackbox.client.cloud_sdks import SENDERS, sdk_sender
+from certify.blackbox.client.credentials import Credential
+from certify.blackbox.encoding import to_pictures, to_tensor
+from certify.blackbox.protocols import FORMATS
+from certify.blackbox.types import BadReply, Picture
 from certify.errors import UserError
-from certify.remote import sdk, types
-from certify.remote.credentials import Credential
-from certify.remote.formats import FORMATS
-from certify.remote.pictures import to_pictures, to_tensor
-from certify.remote.sdk import SENDERS, sdk_sender
-from certify.remote.types import BadReply, Picture
+from certify.models.classifier import Classifier
 
 for _package in ("boto3", "google.cloud.vision_v1", "azure.ai.vision.imageanalysis", "clarifai_grpc"):
     pytest.importorskip(_package)
@@ -233,10 +234,10 @@ logging.basicConfig(level=logging.DEBUG)
 for name in ("azure", "azure.core.pipeline.policies.http_logging_policy", "botocore.auth", "google.auth", "urllib3"):
     logging.getLogger(name).setLevel(logging.DEBUG)
 import numpy as np
-from certify.remote import sdk
-from certify.remote.credentials import Credential
-from certify.remote.formats import FORMATS
-from certify.remote.types import Picture
+from certify.blackbox.client import cloud_sdks as sdk
+from certify.blackbox.client.credentials import Credential
+from certify.blackbox.protocols import FORMATS
+from certify.blackbox.types import Picture
 if sys.argv[1] == "talking":
     sdk._silence = lambda: None
 for name, url, key in zip(*[iter(sys.argv[2:])] * 3):

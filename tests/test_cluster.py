@@ -16,15 +16,15 @@ import pytest
 from command import run
 
 from certify import SmoothedClassifier, load_images
-from certify.classifiers import Classifier
+from certify.cluster.compatibility import how_it_ended, other_code, other_weights
 from certify.cluster.connect import Address, Slot, cluster_slots, local_slots, require_ray
-from certify.cluster.fitting import how_it_ended, other_code, other_weights
-from certify.cluster.handing import TRIES, Handing
-from certify.cluster.station import SmoothedStation
+from certify.cluster.scheduler import TRIES, Handing
 from certify.cluster.worker import Line, Order, Sent, Worker, code_identity
+from certify.cluster.worker_engine import SmoothedStation
 from certify.errors import RunFault, UserError
-from certify.runner import Task, answered
-from certify.settings import Settings
+from certify.models.classifier import Classifier
+from certify.runs.config import Settings
+from certify.runs.runner import Task, answered
 
 # Who gets which image
 

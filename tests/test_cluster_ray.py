@@ -25,7 +25,7 @@ import pytest
 from command import rows_without_seconds, run
 from servers import wait_for
 
-from certify.records import identity, peek_header
+from certify.runs.run_file import identity, peek_header
 
 pytestmark = pytest.mark.slow
 

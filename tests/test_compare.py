@@ -13,19 +13,19 @@ from command import run as command
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from analysis import compare as engine
-from analysis.compare import CLEAN, RANDOM, SMOOTHING, Plan, Proposed, compare, make_header
-from analysis.comparison import Cell, Comparison, Condition, wilson
-from analysis.comparison_plot import draw_comparison
-from analysis.comparison_tables import records, tabulate_comparison
+from analysis.comparison import runner as engine
+from analysis.comparison.plot import draw_comparison
+from analysis.comparison.results import Cell, Comparison, Condition, wilson
+from analysis.comparison.runner import CLEAN, RANDOM, SMOOTHING, Plan, Proposed, compare, make_header
+from analysis.comparison.tables import records, tabulate_comparison
 from analysis.runs import read_comparison
 from certify import SmoothedClassifier
-from certify.classifiers import Classifier
-from certify.defence import Defence, Member
 from certify.errors import RunFault, UserError
-from certify.images import ImageSet, load_images
-from certify.records import Run, RunFile, read_run
-from certify.streams import stream_key
+from certify.images.dataset import ImageSet, load_images
+from certify.models.classifier import Classifier
+from certify.models.defence import Defence, Member
+from certify.runs.run_file import Run, RunFile, read_run
+from certify.smoothing.rng import stream_key
 from denoisers.defences import build_defence, undefended
 
 BLIND, ADAPTIVE = Condition("shove", "blind"), Condition("shove", "adaptive")

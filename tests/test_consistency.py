@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from certify.classifiers import Classifier
 from certify.errors import UserError
+from certify.models.classifier import Classifier
 from certify.types import FAILED
 from denoisers.unet import UNet
 from training.consistency import agreeing_loss
 from training.data import load_training_data
-from training.guides import Guides
+from training.frozen_classifiers import Guides
 from training.held_out import loss_scores, scores_to_choose_by
 from training.loop import draw_batch
 from training.losses import Batch, make_objective

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from certify import load_classifier
 from certify.cli.load import denoiser_for
-from certify.defence import Defence, Member, majority
 from certify.errors import RunFault, UserError
-from certify.streams import stream_key
+from certify.models.defence import Defence, Member, majority
+from certify.smoothing.rng import stream_key
 from certify.types import FAILED
 from denoisers import ARCHITECTURES, DEFENCES, defences, load_denoiser
 from denoisers.classical import Median

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from certify import load_classifier
-from certify.defence import Defence
 from certify.errors import UserError
-from certify.streams import block_generator, stream_key
-from certify.weights import read_state_dict
+from certify.models.checkpoints import read_state_dict
+from certify.models.defence import Defence
+from certify.smoothing.rng import block_generator, stream_key
 from denoisers import ARCHITECTURES
 from denoisers.defences import build_defence
 from denoisers.energy import EnergyNet, ScoreNet

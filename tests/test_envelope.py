@@ -21,7 +21,7 @@ from analysis.plots import outline, plot_curves
 from analysis.runs import read_any
 from analysis.tables import compare
 from certify.errors import UserError
-from certify.records import Run
+from certify.runs.run_file import Run
 
 IMAGENET = "cohen_logs/certify/imagenet/resnet50"
 DIAGONAL = [f"noise_{s}/test/sigma_{s}" for s in ("0.25", "0.50", "1.00")]

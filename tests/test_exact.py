@@ -12,9 +12,9 @@ from flint import arb, ctx
 from scipy.stats import chi2
 
 from certify.errors import UserError
-from certify.exact import FAILED_DRAW, ExactGaussian, _words, atom_counts, draw_table
-from certify.noise import Gaussian, make_noise
-from certify.streams import block_generator, stream_key
+from certify.smoothing.exact_gaussian import FAILED_DRAW, ExactGaussian, _words, atom_counts, draw_table
+from certify.smoothing.noise import Gaussian, make_noise
+from certify.smoothing.rng import block_generator, stream_key
 
 DRAWS = 2**60
 SIGMAS = (0.12, 0.25, 0.5, 1.0)
@@ -141,7 +141,7 @@ def test_a_failed_draw_fails_its_sample_only(monkeypatch: pytest.MonkeyPatch) ->
     noise = ExactGaussian(0.25)
     draws = torch.zeros(3 * 4, dtype=torch.int64)
     draws[6] = -1  # sample 1: all bits set
-    monkeypatch.setattr("certify.exact._words", lambda count, generator: draws[6].repeat(count))
+    monkeypatch.setattr("certify.smoothing.exact_gaussian._words", lambda count, generator: draws[6].repeat(count))
     assert noise.sample((3,), generator()).tolist() == [FAILED_DRAW] * 3
     monkeypatch.undo()
     drawn = noise.sample((3, 1, 2, 2), generator())
@@ -160,7 +160,7 @@ def test_sums_are_exact_and_the_same_integer_is_the_same_float(
     sigma: float, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For all K and the darkest, a middle and the brightest pixel: (v + K) / 255, clipped, correctly rounded."""
-    monkeypatch.setattr("certify.exact._SMALL", small)  # in torch and in numpy
+    monkeypatch.setattr("certify.smoothing.exact_gaussian._SMALL", small)  # in torch and in numpy
     noise = ExactGaussian(sigma)
     reach = 255 * (noise.k + 1)
     drawn = torch.cat([torch.arange(-reach, reach + 1), torch.tensor([FAILED_DRAW])]).to(torch.int16).view(-1, 1, 1, 1)

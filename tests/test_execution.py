@@ -17,11 +17,11 @@ from small_networks import IMAGE, PLAIN, classifier, labels, network, trained
 from torch import Tensor, nn
 
 from certify import Gaussian, SmoothedClassifier, UserError, load_classifier
-from certify.classifiers import Classifier, ClassifierSpec, square_input
-from certify.execution import Execution, prepare
-from certify.pipeline import Pipeline
-from certify.streams import stream_key
-from certify.votes import Job, count_votes
+from certify.engine.execution import Execution, prepare
+from certify.engine.monte_carlo import Job, count_votes
+from certify.models.classifier import Classifier, ClassifierSpec, square_input
+from certify.models.pipeline import Pipeline
+from certify.smoothing.rng import stream_key
 from denoisers.dncnn import DnCNN
 
 
@@ -205,7 +205,7 @@ def test_a_run_goes_on_as_it_began(tmp_path: Path) -> None:
 
 def test_disagreement_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     from certify.cli.summary import _warn_of_disagreement
-    from certify.records import Run
+    from certify.runs.run_file import Run
 
     rows = [{"agreement": [94, 100]}, {"agreement": [95, 100]}, {}]
     _warn_of_disagreement(Run(Path("r"), {}, rows))

@@ -30,15 +30,15 @@ from command import run
 from flint import arb, ctx
 from vision_stubs import noisy_digits, serving
 
-from analysis.attacked import attack
+from analysis.comparison.attacked import attack
 from certify import SmoothedClassifier, load_classifier
-from certify.bounds import clopper_pearson_lower
-from certify.classifiers import Classifier
+from certify.blackbox.encoding import to_pictures, to_tensor
+from certify.blackbox.protocols import FORMATS
+from certify.blackbox.types import BadReply, Busy, Reply
 from certify.errors import UserError
+from certify.models.classifier import Classifier
 from certify.registry import PLUGINS, Registry
-from certify.remote.formats import FORMATS
-from certify.remote.pictures import to_pictures, to_tensor
-from certify.remote.types import BadReply, Busy, Reply
+from certify.smoothing.bounds import clopper_pearson_lower
 from denoisers import load_denoiser
 
 ROOT = Path(__file__).parent.parent
@@ -389,7 +389,7 @@ def test_a_package_adds_a_noise_without_touching_this_one(
     installed: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from certify import read_run
-    from certify.noise import NOISES
+    from certify.smoothing.noise import NOISES
 
     installed("[certify.noises]\ntheirs = some_noises:Logistic\n")
     for name, value in (("_group", "certify.noises"), ("_entries", dict(NOISES._entries)), ("_packages", {})):

@@ -20,12 +20,12 @@ from statsmodels.stats.multitest import multipletests
 from analysis.curves import proportion_interval
 from analysis.families import accuracy_interval, betting_p, binomial_p, family, p_values, simultaneous
 from analysis.runs import read_any
-from certify.certificates import certificate_from_votes, decision_from_counts
 from certify.errors import UserError
-from certify.noise import Gaussian
-from certify.records import Run
-from certify.rows import answer, certified_row, decided_row
-from certify.sequential import thresholds
+from certify.runs.image_rows import answer, certified_row, decided_row
+from certify.runs.run_file import Run
+from certify.smoothing.certificates import certificate_from_votes, decision_from_counts
+from certify.smoothing.noise import Gaussian
+from certify.smoothing.stopping_rules import thresholds
 from certify.types import Votes
 
 HEADER = {

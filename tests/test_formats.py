@@ -16,13 +16,13 @@ import torch
 from fastapi.testclient import TestClient
 from vision_stubs import cloud_app, noisy_digits
 
-from certify.classifiers import Classifier
+from certify.blackbox.encoding import encode, from_bytes, media_type, seen, to_pictures, to_tensor
+from certify.blackbox.protocols import ENDPOINTS, FORMATS, KEY_HEADERS
+from certify.blackbox.protocols.parsing import safe_text
+from certify.blackbox.protocols.v2 import metadata_request, options_from
+from certify.blackbox.types import MOST_BYTES, BadReply, Busy, Format, Picture, Ranked, Reply, Request, Scored
 from certify.errors import ImageError, RunFault, UserError
-from certify.remote.formats import ENDPOINTS, FORMATS, KEY_HEADERS
-from certify.remote.formats.reading import safe_text
-from certify.remote.formats.v2 import metadata_request, options_from
-from certify.remote.pictures import encode, from_bytes, media_type, seen, to_pictures, to_tensor
-from certify.remote.types import MOST_BYTES, BadReply, Busy, Format, Picture, Ranked, Reply, Request, Scored
+from certify.models.classifier import Classifier
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "v2": {"model": "m"},

@@ -20,17 +20,17 @@ import pytest
 from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
 from servers import wait_for
 
-from certify.access import BudgetSpent
-from certify.cli.service import manners
+from certify.blackbox.client.credentials import public, read_credential
+from certify.blackbox.client.http import TIMEOUT, HttpSender, check_endpoint
+from certify.blackbox.client.query_client import Asker
+from certify.blackbox.client.rate_limit import Manners, Rate, retry_after
+from certify.blackbox.ledger import Ledger
+from certify.blackbox.ledger_contents import ledger_header, read_ledger
+from certify.blackbox.protocols.clarifai import clarifai
+from certify.blackbox.types import Answer, BadReply, Query, Reply, Request
+from certify.cli.service_options import manners
 from certify.errors import CertifyError, RunFault, UserError
-from certify.remote.asking import Asker
-from certify.remote.credentials import public, read_credential
-from certify.remote.formats.clarifai import clarifai
-from certify.remote.http import TIMEOUT, HttpSender, check_endpoint
-from certify.remote.ledger import Ledger
-from certify.remote.ledger_lines import ledger_header, read_ledger
-from certify.remote.manners import Manners, Rate, retry_after
-from certify.remote.types import Answer, BadReply, Query, Reply, Request
+from certify.models.query_access import BudgetSpent
 
 CLARIFAI = {"status": {"code": 10000}, "outputs": [{"data": {"concepts": [{"name": "cat", "value": 0.9}]}}]}
 SECRETS = "X-Amz-Signature x-functions-key sv_sig pwd passwd authorization cred jwt client_secret id_token code".split()
@@ -526,9 +526,9 @@ def test_a_reply_without_end() -> None:
 @pytest.fixture
 def asking_child(tmp_path: Path, interruptible: None) -> Iterator[tuple[subprocess.Popen[str], FaultServer, Path]]:
     code = (
-        "import sys\nfrom fault_server import *\nfrom certify.remote.asking import *\n"
-        "from certify.remote.http import *\nfrom certify.remote.ledger import *\n"
-        "from certify.remote.ledger_lines import *\nurl, path = sys.argv[1:]\n"
+        "import sys\nfrom fault_server import *\nfrom certify.blackbox.client.query_client import *\n"
+        "from certify.blackbox.client.http import *\nfrom certify.blackbox.ledger import *\n"
+        "from certify.blackbox.ledger_contents import *\nurl, path = sys.argv[1:]\n"
         "with HttpSender(url) as send, Ledger(path, ledger_header(url, RAW)) as ledger:\n"
         "    for a in Asker(send, RAW, ledger, manners=Manners(3))(queries(1000)): print(a.name, flush=True)\n"
     )
@@ -560,7 +560,8 @@ def test_ctrl_c_waits_for_what_is_under_way(asking_child: tuple[subprocess.Popen
 
 def test_light_imports() -> None:
     code = (
-        "import sys, certify.remote.types, certify.remote.ledger, certify.remote.asking, certify.remote.http\n"
+        "import sys, certify.blackbox.types, certify.blackbox.ledger\n"
+        "import certify.blackbox.client.query_client, certify.blackbox.client.http\n"
         "sys.exit(any(m in sys.modules for m in ('torch', 'timm', 'scipy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

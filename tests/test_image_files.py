@@ -15,8 +15,8 @@ from PIL import Image, PngImagePlugin
 from raw_png import raw_png
 
 from certify import load_classifier, load_images, read_run
-from certify.classifiers import Classifier
 from certify.errors import ImageError
+from certify.models.classifier import Classifier
 
 DIGIT = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 PIXELS = torch.from_numpy(DIGIT / np.float32(255))[None]

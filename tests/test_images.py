@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from certify import load_classifier, load_images
-from certify.classifiers import Classifier
-from certify.decode import decode
 from certify.errors import ImageError, UserError
-from certify.labels import imagenet_classes, map_names
-from certify.sources import DATASETS, open_source
+from certify.images.decode import decode
+from certify.images.sources import DATASETS, open_source
+from certify.models.classifier import Classifier
+from certify.models.labels import imagenet_classes, map_names
 
 
 def png(value: int, size: int = 8) -> bytes:
@@ -294,6 +294,6 @@ def test_whatever_a_reader_stumbles_over_is_a_damaged_image(error: Exception, mo
     def stumble(*given: object, **more: object) -> None:
         raise error
 
-    monkeypatch.setattr("certify.decode.Image.open", stumble)
+    monkeypatch.setattr("certify.images.decode.Image.open", stumble)
     with pytest.raises(ImageError, match="is damaged"):
         decode(b"an image")

@@ -11,11 +11,11 @@ import torch
 from command import run as command
 
 from analysis.adversarial_noise import noise_statistics
-from analysis.compare import randomly_moved
+from analysis.comparison.runner import randomly_moved
 from analysis.noise_plot import _spectrum
-from certify.classifiers import Classifier
 from certify.cli.inspect import _left, _line, _median
-from certify.images import load_images
+from certify.images.dataset import load_images
+from certify.models.classifier import Classifier
 
 
 def test_smoothing_leaves_of_white_noise_what_the_window_says() -> None:
@@ -61,7 +61,7 @@ def test_defences_that_nothing_shows_are_not_built(
         built.append(text)
         return "not needed"
 
-    monkeypatch.setattr("certify.cli.attacking.build", build)
+    monkeypatch.setattr("certify.cli.attack_options.build", build)
     wanted = ["--model", "digits", "--max", "2", "--attacks", "blind-pgd", "--steps", "1", "--defences", "gs,median"]
     command("inspect", *wanted)
     assert built == ["none"]

@@ -34,7 +34,7 @@ def test_a_wheel_installed_elsewhere_runs_the_digits_default(tmp_path: Path) -> 
     assert sorted(p.name for p in (tmp_path / "site" / shipped).iterdir()) == sorted(
         p.name for p in (ROOT / shipped).iterdir()
     )
-    assert (tmp_path / "site" / "analysis" / "report.html").is_file()
+    assert (tmp_path / "site" / "analysis" / "report" / "report.html").is_file()
     code = (
         "import certify, sys; from pathlib import Path; assert Path(certify.__file__).is_relative_to(sys.path[0]);"
         "from certify.cli import main; main(['--model', 'digits', '--sigma', '0.25', '--n', '1000', '--json'])"

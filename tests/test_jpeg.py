@@ -21,10 +21,10 @@ from torch.nn.functional import cross_entropy
 
 from analysis.attacks.gradients import passing_by
 from certify import load_classifier
-from certify.classifiers import Classifier, ClassifierSpec, square_input
-from certify.defence import Defence, Member
 from certify.errors import UserError
-from certify.streams import stream_key
+from certify.models.classifier import Classifier, ClassifierSpec, square_input
+from certify.models.defence import Defence, Member
+from certify.smoothing.rng import stream_key
 from denoisers import quantisation
 from denoisers.defences import build_defence
 from denoisers.jpeg import Codec, _dct2, coefficients, dct_matrix, from_record, jpeg, planes_of, to_images, to_planes

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from certify import load_classifier, load_images
-from certify.classifiers import Classifier
 from certify.cli.app import main
 from certify.errors import UserError
+from certify.models.classifier import Classifier
 
 D = "--model digits --sigma 0.25 --n 100 --n0 10 --quiet --out x.jsonl "
 Capture = pytest.CaptureFixture[str]

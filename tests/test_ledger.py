@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
 
+from certify.blackbox.ledger import Ledger
+from certify.blackbox.ledger_contents import LOST, ledger_header, read_answers, read_header, read_ledger
+from certify.blackbox.types import Answer, Query, Scored
 from certify.errors import RunFault, UserError
-from certify.remote.ledger import Ledger
-from certify.remote.ledger_lines import LOST, ledger_header, read_answers, read_header, read_ledger
-from certify.remote.types import Answer, Query, Scored
 
 HEADER = ledger_header("http://127.0.0.1:9/v2", RAW, encoding="png")
 CAT = (Scored("cat", 0.9), Scored("dog", None))
@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     with Ledger(path, HEADER) as ledger:
-        monkeypatch.setattr("certify.remote.ledger.write_all", half)
+        monkeypatch.setattr("certify.blackbox.ledger.write_all", half)
         with pytest.raises(RunFault, match="No space left on device; what it holds is kept"):
             ledger.sent(query, b"body")
         monkeypatch.undo()

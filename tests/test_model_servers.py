@@ -20,12 +20,12 @@ from servers import free_ports, process
 from small_audit import WORDS
 from vision_stubs import noisy_digits
 
-from certify.classifiers import Classifier
-from certify.remote.formats import FORMATS
-from certify.remote.formats.v2 import metadata_request, options_from
-from certify.remote.http import HttpSender
-from certify.remote.pictures import to_pictures, to_tensor
-from certify.remote.types import BadReply, Format, Picture, Ranked, Request, Sender
+from certify.blackbox.client.http import HttpSender
+from certify.blackbox.encoding import to_pictures, to_tensor
+from certify.blackbox.protocols import FORMATS
+from certify.blackbox.protocols.v2 import metadata_request, options_from
+from certify.blackbox.types import BadReply, Format, Picture, Ranked, Request, Sender
+from certify.models.classifier import Classifier
 
 HERE = Path(__file__).parent
 

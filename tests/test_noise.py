@@ -11,9 +11,9 @@ from scipy.stats import norm
 
 from certify import SmoothedClassifier
 from certify.errors import UserError
-from certify.noise import NOISES, Gaussian, Laplace, Uniform, make_noise
-from certify.norms import ORDERS, implied_factor, in_norm
-from certify.streams import block_generator, stream_key
+from certify.smoothing.noise import NOISES, Gaussian, Laplace, Uniform, make_noise
+from certify.smoothing.norms import ORDERS, implied_factor, in_norm
+from certify.smoothing.rng import block_generator, stream_key
 
 
 def draw(image_id: str = "0", stage: str = "estimation", block: int = 0, seed: int = 0, size: int = 64) -> torch.Tensor:

@@ -14,8 +14,8 @@ from scipy.stats import beta, norm
 from analysis.figures import canvas
 from analysis.samples_plot import most_with, radii_with, sample_sizes
 from analysis.speed_plot import Speed, read_speeds
-from certify.norms import ceil, floor
-from certify.records import Run, read_run
+from certify.runs.run_file import Run, read_run
+from certify.smoothing.norms import ceil, floor
 
 RUN = "--model digits --sigma 0.25 --n 1000 --max 12 --quiet --out run.jsonl"
 

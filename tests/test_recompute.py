@@ -11,11 +11,11 @@ import pytest
 from command import run
 
 from certify import read_run
-from certify.bounds import BOUNDS
 from certify.errors import UserError
-from certify.recompute import recompute, recompute_file
-from certify.rows import answer
-from certify.sequential import RULES
+from certify.runs.image_rows import answer
+from certify.runs.recompute import recompute, recompute_file
+from certify.smoothing.bounds import BOUNDS
+from certify.smoothing.stopping_rules import RULES
 
 DIGITS = ["--model", "digits", "--sigma", "0.25", "--max", "8", "--skip", "40", "--quiet"]
 RUNS = {

@@ -22,13 +22,13 @@ from PIL import Image
 from scipy.stats import beta
 from small_audit import WORDS, make_audit
 
-from analysis import report
-from analysis.report import write_report
-from certify.classifiers import Classifier
+from analysis.report import page as report
+from analysis.report.page import write_report
+from certify.blackbox.client.credentials import public
 from certify.errors import RunFault, UserError
-from certify.images import ImageSet, load_images
-from certify.remote.credentials import public
-from certify.settings import Settings
+from certify.images.dataset import ImageSet, load_images
+from certify.models.classifier import Classifier
+from certify.runs.config import Settings
 
 DECIDE = Settings(n=150, alpha=0.001, procedure="decide", radii=(0.05, 0.12))
 CERTIFY = Settings(n=60, n0=10, alpha=0.001)

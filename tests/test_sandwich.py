@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from analysis.adversarial_noise import noise_statistics
-from analysis.sandwich import Crossing, contradictions, crossing, require_none
+from analysis.comparison.sandwich import Crossing, contradictions, crossing, require_none
 from certify import SmoothedClassifier
 from certify.errors import RunFault, UserError
-from certify.records import Run
+from certify.runs.run_file import Run
 from certify.types import ABSTAIN
 
 SHAPE = (1, 6, 6)

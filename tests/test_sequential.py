@@ -10,8 +10,16 @@ import pytest
 from flint import arb, ctx
 from scipy import stats
 
-from certify.bounds import Interval
-from certify.sequential import RULES, Boundary, betting_lower, betting_upper, check_times, log_wealth, thresholds
+from certify.smoothing.bounds import Interval
+from certify.smoothing.stopping_rules import (
+    RULES,
+    Boundary,
+    betting_lower,
+    betting_upper,
+    check_times,
+    log_wealth,
+    thresholds,
+)
 
 P0S = [0.5, 0.8, 0.95, 0.999]
 

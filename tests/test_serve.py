@@ -37,26 +37,26 @@ from servers import wait_for
 from starlette.requests import Request as HttpRequest
 
 from certify import SmoothedClassifier, load_images
-from certify.access import BudgetSpent
-from certify.classifiers import Classifier
+from certify.blackbox.client.query_client import Asker
+from certify.blackbox.client.rate_limit import Manners
+from certify.blackbox.encoding import to_pictures, to_tensor
+from certify.blackbox.protocols.v2 import metadata_request, options_from, v2
+from certify.blackbox.query_votes import AsSent
+from certify.blackbox.types import Answer, Picture, Query, Reply, Request, Scored
 from certify.cli.serve import _picture
+from certify.engine.noisy_classifier import image_digest
 from certify.errors import UserError
-from certify.remote.asking import Asker
-from certify.remote.formats.v2 import metadata_request, options_from, v2
-from certify.remote.labels import AsSent
-from certify.remote.manners import Manners
-from certify.remote.pictures import to_pictures, to_tensor
-from certify.remote.types import Answer, Picture, Query, Reply, Request, Scored
-from certify.sampling import image_digest
+from certify.models.classifier import Classifier
+from certify.models.query_access import BudgetSpent
 from certify.serve.app import build_app
+from certify.serve.batching import Procedure, Service, class_names, stream_name
 from certify.serve.endpoint import Endpoint, Forgetful
-from certify.serve.front import Front, Gate
 from certify.serve.limits import JSON_DEPTH, Limits, Refused, read_json
 from certify.serve.metrics import Metrics
+from certify.serve.origin_check import site_check
 from certify.serve.protocol import HEADER, Wishes, read_request
+from certify.serve.request_handler import Front, Gate
 from certify.serve.server import listen, serve, url_of
-from certify.serve.service import Procedure, Service, class_names, stream_name
-from certify.serve.site import site_check
 
 SIZE = (1, 8, 8)
 SEED, N0, N, ALPHA = 7, 50, 400, 0.01
@@ -677,7 +677,7 @@ def test_a_server_whose_budget_is_spent_says_so(images: np.ndarray) -> None:
 def test_a_classifier_is_tried_again_some_time_after_a_fault(
     images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("certify.serve.service._RECOVERY", 0.0)
+    monkeypatch.setattr("certify.serve.batching._RECOVERY", 0.0)
     with serving(Held(broken=True)) as (client, *_):
         assert client.post(INFER, json=request(images[:1])).status_code == 500
         assert client.get("/v2/health/ready").status_code == 200

@@ -13,10 +13,10 @@ from command import rows_without_seconds, run
 from PIL import Image
 
 from certify import read_run
+from certify.engine.execution import Execution
 from certify.errors import UserError
-from certify.execution import Execution
-from certify.records import identity
-from certify.shards import Shard, agree, merge_files
+from certify.runs.run_file import identity
+from certify.runs.shards import Shard, agree, merge_files
 
 COMMAND = ["--model", "digits", "--data", "digits", "--sigma", "0.25", "--n", "300", "--skip", "45", "--quiet"]
 KINDS = {"certify": [], "decide": ["--radius", "0.1,0.25"], "measure": ["--tolerance", "0.5"], "predict": []}

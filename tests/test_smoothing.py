@@ -20,9 +20,9 @@ from certify import (
     load_classifier,
     prediction_from_votes,
 )
-from certify.certificates import largest_radius
-from certify.classifiers import labels_from_logits
 from certify.errors import UserError
+from certify.models.classifier import labels_from_logits
+from certify.smoothing.certificates import largest_radius
 from certify.types import FAILED
 
 NOISE = Gaussian(0.25)

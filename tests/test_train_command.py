@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from certify import load_classifier
-from certify.records import read_run
+from certify.runs.run_file import read_run
 from denoisers.defences import build_defence
 from denoisers.weights import read_card
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from analysis.curves import curves
 from certify import load_classifier
 from certify.errors import UserError
-from certify.records import read_run
+from certify.runs.run_file import read_run
 from denoisers import SHIPPED, load_denoiser
 from denoisers.find import choose, shipped
 from denoisers.unet import UNet

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from certify import load_classifier
-from certify.classifiers import Classifier, ClassifierSpec, InputSpec
 from certify.errors import RunFault, UserError
-from certify.pipeline import state_digest
-from certify.weights import read_state_dict
+from certify.models.checkpoints import read_state_dict
+from certify.models.classifier import Classifier, ClassifierSpec, InputSpec
+from certify.models.pipeline import state_digest
 from denoisers.dncnn import DnCNN
 from denoisers.pooled import PooledUNet
 from denoisers.unet import UNet
@@ -26,7 +26,7 @@ from denoisers.weights import read_denoiser
 from training import loop
 from training.data import Levels, augment, load_training_data
 from training.denoiser import WEIGHTS, train_denoiser
-from training.guides import Guides
+from training.frozen_classifiers import Guides
 from training.head import with_head
 from training.held_out import denoiser_scores
 from training.loop import Conduct, Outcome, draw_order, make_accelerator
@@ -185,7 +185,7 @@ class Forbidden(Classifier):
 
 def other_digits(seed: int) -> Classifier:
     """The digits architecture with other weights: another classifier of the same task."""
-    from certify.digits import digits_net
+    from certify.models.digits import digits_net
 
     torch.manual_seed(seed)
     own = load_classifier("digits")

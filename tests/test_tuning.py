@@ -13,10 +13,10 @@ from small_networks import IMAGE, PLAIN, classifier
 from torch import Tensor, nn
 
 from certify import Gaussian, UserError
-from certify.classifiers import Classifier, ClassifierSpec, square_input
-from certify.machine import product_speed
-from certify.pipeline import Pipeline
-from certify.tuning import LITTLE_WORK, Wanted, _key, _Search, choose
+from certify.engine.hardware import product_speed
+from certify.engine.tuning import LITTLE_WORK, Wanted, _key, _Search, choose
+from certify.models.classifier import Classifier, ClassifierSpec, square_input
+from certify.models.pipeline import Pipeline
 
 
 class TestChoice:
@@ -30,7 +30,7 @@ class TestChoice:
         """The second time nothing is measured, and the same comes out; other work is measured anew."""
         monkeypatch.setenv("CERTIFY_CACHE", str(tmp_path))
         base, measured = Pipeline(classifier()), []
-        monkeypatch.setattr("certify.tuning.measure_speed", lambda *a: measured.append(1) or 1e5)
+        monkeypatch.setattr("certify.engine.tuning.measure_speed", lambda *a: measured.append(1) or 1e5)
         _, first = choose(base, IMAGE, Gaussian(0.25), 100_000, Wanted(compile="off"))
         count = len(measured)
         assert count
@@ -62,7 +62,7 @@ class TestChoice:
         base, wanted = Pipeline(classifier()), Wanted(compile="off")
         key = _key(base, IMAGE, 100_000, wanted)
         (tmp_path / "choices.json").write_text(content.replace("KEY", key))
-        monkeypatch.setattr("certify.tuning.product_speed", lambda p, d: 1e9 if p == "float32" else 1e8)
+        monkeypatch.setattr("certify.engine.tuning.product_speed", lambda p, d: 1e9 if p == "float32" else 1e8)
         _, real = choose(base, IMAGE, Gaussian(0.25), 100_000, wanted)
         assert real.precision == "float32"
         assert not any("chosen on" in why for why in real.why)
@@ -82,7 +82,7 @@ class TestChoice:
 
         net = Fragile()
         base = Pipeline(Classifier("fragile", ClassifierSpec(net, square_input((3, 16, 16)))))
-        monkeypatch.setattr("certify.tuning.product_speed", lambda p, d: 1e9 if p == "float32" else 1e10)
+        monkeypatch.setattr("certify.engine.tuning.product_speed", lambda p, d: 1e9 if p == "float32" else 1e10)
         search = _Search(base, IMAGE, Gaussian(0.5), 1_000_000, replace(PLAIN, batch_size=100))
         search.precisions()
         assert search.best.precision == "float32"
@@ -146,5 +146,5 @@ class TestChoice:
             Wanted(batch_size=wrong)
 
     def test_product_speed_counts_two_operations_a_term(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("certify.machine._product_seconds", lambda size, *a: size**3 / 1e9)
+        monkeypatch.setattr("certify.engine.hardware._product_seconds", lambda size, *a: size**3 / 1e9)
         assert product_speed("float32", torch.device("cpu")) == pytest.approx(2e9)

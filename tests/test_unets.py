@@ -7,8 +7,8 @@ import small_networks
 import torch
 from torch import nn
 
+from certify.engine.execution import folded_copy
 from certify.errors import UserError
-from certify.execution import folded_copy
 from denoisers.pooled import PooledUNet
 from denoisers.unet import MEAN, SPREAD, UNet
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from certify import Gaussian, SmoothedClassifier
-from certify.pipeline import Pipeline
-from certify.streams import block_generator, block_size, stream_key
-from certify.votes import Job, count_votes
+from certify.engine.monte_carlo import Job, count_votes
+from certify.models.pipeline import Pipeline
+from certify.smoothing.rng import block_generator, block_size, stream_key
 
 STAGES = {"selection": 10, "estimation": 1500}
 

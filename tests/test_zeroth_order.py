@@ -13,8 +13,8 @@ from small_networks import network, trained
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from certify.access import QueryAccess
 from certify.errors import RunFault, UserError
+from certify.models.query_access import QueryAccess
 from training.zeroth_order import estimate_gradient, lowest_frequencies, stability, surrogate_loss
 
 SHAPE = (2, 6, 5)

@@ -20,8 +20,8 @@ from fastapi import FastAPI, Request, Response
 from servers import wait_for
 from sklearn.datasets import load_digits
 
-from certify.classifiers import Classifier
-from certify.remote.pictures import from_bytes, to_tensor
+from certify.blackbox.encoding import from_bytes, to_tensor
+from certify.models.classifier import Classifier
 
 Log = list[dict[str, str]]
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from certify.disk import replacing
 from certify.errors import RunFault, UserError, first_line
+from certify.runs.files import replacing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

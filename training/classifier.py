@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify import hub
-from certify.classifiers import ClassifierSpec
 from certify.errors import UserError
-from certify.pipeline import state_digest
-from certify.settings import versions
+from certify.models import resolve as hub
+from certify.models.classifier import ClassifierSpec
+from certify.models.pipeline import state_digest
+from certify.runs.config import versions
 from denoisers.weights import write_weights
 from training.checkpoint import Scores
 from training.data import TrainingData
-from training.guides import Guides
+from training.frozen_classifiers import Guides
 from training.held_out import classifier_scores
 from training.jpeg_noise import coded_scores
 from training.loop import Conduct, Outcome, train

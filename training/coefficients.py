@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from certify.classifiers import Classifier, load_classifier
 from certify.errors import CertifyError, UserError
-from certify.settings import versions
-from certify.streams import block_generator, stream_key
+from certify.models.classifier import Classifier, load_classifier
+from certify.runs.config import versions
+from certify.smoothing.rng import block_generator, stream_key
 from denoisers.jpeg import coefficients, planes_of, to_images, to_planes
 from denoisers.quantisation import KINDS, QUALITIES, Steps, TableSet, multiplied, shape_of, standard, write_tables
 from training.data import TrainingData, load_training_data

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from certify.classifiers import InputSpec, square_input
 from certify.errors import ImageError, UserError
-from certify.images import ImageSet, View, Viewer, load_images
-from certify.sources import DATASETS, open_source
+from certify.images.dataset import ImageSet, View, Viewer, load_images
+from certify.images.sources import DATASETS, open_source
+from certify.models.classifier import InputSpec, square_input
 
 SPLIT_SEED = 0
 """Of the split into images to train on and images held out."""

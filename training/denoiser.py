@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from certify.classifiers import Classifier
 from certify.errors import RunFault, UserError
-from certify.pipeline import state_digest
-from certify.settings import versions
+from certify.models.classifier import Classifier
+from certify.models.pipeline import state_digest
+from certify.runs.config import versions
 from denoisers import ARCHITECTURES
 from denoisers.adapters import Adapted
 from denoisers.find import find_denoiser
@@ -22,7 +22,7 @@ from denoisers.names import build_with
 from denoisers.weights import ACCESS, UNNAMED, Card, Trained, save_denoiser
 from training.checkpoint import Scores
 from training.data import TrainingData
-from training.guides import Guides
+from training.frozen_classifiers import Guides
 from training.held_out import scores_to_choose_by
 from training.loop import Conduct, Outcome, train
 from training.recipe import Recipe

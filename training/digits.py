@@ -1,4 +1,6 @@
-"""Train the embedded digits classifier: ``python -m training.digits --seed 0 --out certify/data/digits.safetensors``.
+"""Train the embedded digits classifier.
+
+    python -m training.digits --seed 0 --out certify/models/data/digits.safetensors
 
 Plain training without noise on scikit-learn's first 1,297 digits: the default demonstrates what smoothing does for a
 classifier that nobody made robust. The last 500 digits are used once, for the accuracy on the card.
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from certify.digits import SHIPPED, TRAIN_IMAGES, digits_net
+from certify.models.digits import SHIPPED, TRAIN_IMAGES, digits_net
 
 EPOCHS, BATCH, PEAK_RATE = 60, 64, 5e-3
 

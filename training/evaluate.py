@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from certify.bounds import clopper_pearson_lower, clopper_pearson_upper
+from certify.engine.monte_carlo import label_batch
 from certify.errors import CertifyError, RunFault, UserError, first_line
-from certify.noise import make_noise
-from certify.streams import block_generator, stream_key
+from certify.smoothing.bounds import clopper_pearson_lower, clopper_pearson_upper
+from certify.smoothing.noise import make_noise
+from certify.smoothing.rng import block_generator, stream_key
 from certify.types import FAILED, BaseClassifier, Noise
-from certify.votes import label_batch
 
 WINDOW, WIDTH = 11, 1.5
 """SSIM's Gaussian window: pixels along its side, and its standard deviation (Wang et al. 2004)."""

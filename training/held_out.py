@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from certify.classifiers import Classifier
-from certify.streams import block_generator, stream_key
+from certify.models.classifier import Classifier
+from certify.smoothing.rng import block_generator, stream_key
 from training.data import TrainingData
-from training.guides import Guides
+from training.frozen_classifiers import Guides
 from training.loop import make_batch
 from training.losses import Batch, Draw, Objective, add_noise, mse
 from training.recipe import Recipe

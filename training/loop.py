@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from certify.classifiers import Classifier
 from certify.errors import RunFault, UserError, first_line
-from certify.streams import block_generator, stream_key
+from certify.models.classifier import Classifier
+from certify.smoothing.rng import block_generator, stream_key
 from training.average import averaged, make_average
 from training.checkpoint import Checkpoints, Meter, Scores, make_folder
 from training.data import TrainingData, augment
-from training.guides import Guides
+from training.frozen_classifiers import Guides
 from training.losses import Batch, Draw, Prepared
 from training.muon import Muon
 from training.recipe import Recipe

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from certify.classifiers import Classifier
 from certify.errors import UserError
+from certify.models.classifier import Classifier
 from certify.registry import Registry
 from denoisers.names import build_with
 from training.consistency import agreeing_loss, check_draws

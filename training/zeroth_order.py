@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from certify.access import QueryAccess, forward_only
 from certify.errors import UserError
+from certify.models.query_access import QueryAccess, forward_only
 from denoisers.jpeg import dct_matrix
 from training.losses import Batch, Objective
 

@@ -1,6 +1,6 @@
 """Attacks by name, and what each may use; listing them imports neither torch nor a library of attacks.
 
-An attack only proposes an image. What that image is worth is measured in :mod:`analysis.attacked`.
+An attack only proposes an image. What that image is worth is measured in :mod:`analysis.comparison.attacked`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from certify.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from analysis.attacked import Attacked
-    from certify.access import Answers
-    from certify.classifiers import Classifier
-    from certify.defence import Defence
+    from analysis.comparison.attacked import Attacked
+    from certify.models.classifier import Classifier
+    from certify.models.defence import Defence
+    from certify.models.query_access import Answers
 
 LABELS, SCORES = "labels", "scores"
 CLASSIFIER, DEFENCE, SURROGATES = "gradients of the classifier", "gradients of the defence", "surrogates"
@@ -50,7 +50,7 @@ class Attack:
     library: bool = True
 
     def __call__(self, *given: Any, **options: Any) -> Any:
-        """Run it on one image; see :mod:`analysis.attacked`."""
+        """Run it on one image; see :mod:`analysis.comparison.attacked`."""
         return self.function(*given, **options)
 
     @property
@@ -185,9 +185,9 @@ def crafter(
     Raises:
         UserError: surrogates of another task.
     """
-    from analysis.attacked import attack
-    from certify.access import QueryAccess
-    from certify.streams import stream_key
+    from analysis.comparison.attacked import attack
+    from certify.models.query_access import QueryAccess
+    from certify.smoothing.rng import stream_key
 
     check_surrogates(classifier, surrogates)
     numbers = {"steps": steps, "eot": eot}

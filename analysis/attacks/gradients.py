@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from analysis.attacked import SLACK, Proposal, Task, distances
-from certify.classifiers import Classifier, labels_from_logits
-from certify.defence import Defence, Member
+from analysis.comparison.attacked import SLACK, Proposal, Task, distances
 from certify.errors import UserError
-from certify.streams import block_generator
+from certify.models.classifier import Classifier, labels_from_logits
+from certify.models.defence import Defence, Member
+from certify.smoothing.rng import block_generator
 
 
 class _Found(Exception):

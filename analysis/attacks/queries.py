@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from analysis.attacked import SLACK, Proposal, Task, distances
 from analysis.attacks import LABELS
-from certify.access import BudgetSpent, QueryAccess
-from certify.classifiers import labels_from_logits
+from analysis.comparison.attacked import SLACK, Proposal, Task, distances
 from certify.errors import UserError
+from certify.models.classifier import labels_from_logits
+from certify.models.query_access import BudgetSpent, QueryAccess
 
 _TINY = 1e-30
 _NEVER = 100.0

@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from certify import __version__
-from certify.cli import audit, bench, compare, evaluate, info, inspect, plot, run, serve, show, spread, train
+from certify.cli import audit, bench, compare, evaluate, info, inspect, plot, run, serve, show, train
+from certify.cli import distribute as spread
 from certify.errors import CertifyError
 
 

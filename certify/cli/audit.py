@@ -14,10 +14,11 @@ import click
 
 from certify.cli import options
 from certify.cli.audit_attacks import attack, attack_options, check_attacks, most_queries
-from certify.cli.audit_words import show_plan, tell_attacks, tell_outcome, tell_replay, warn_of_drift, warn_of_probe
+from certify.cli.audit_messages import show_plan, tell_attacks, tell_outcome, tell_replay, warn_of_drift, warn_of_probe
+from certify.cli.console import progress_bar, say, silent, speaker, warn
 from certify.cli.load import check_procedure, chosen_images, denoiser_for, device_from
 from certify.cli.plan import first_shape
-from certify.cli.service import (
+from certify.cli.service_options import (
     Wanted,
     as_before,
     asks_for_metadata,
@@ -26,15 +27,14 @@ from certify.cli.service import (
     service_options,
     wanted_service,
 )
-from certify.cli.words import progress_bar, say, silent, speaker, warn
 from certify.errors import CertifyError, RunFault, Stopped, UserError, first_line
 
 if TYPE_CHECKING:
-    from certify.images import ImageSet
-    from certify.remote.audit import Audit
-    from certify.remote.ledger import Ledger
-    from certify.remote.types import Answer, Asking
-    from certify.settings import Settings
+    from certify.blackbox.ledger import Ledger
+    from certify.blackbox.plan import Audit
+    from certify.blackbox.types import Answer, Asking
+    from certify.images.dataset import ImageSet
+    from certify.runs.config import Settings
 
 N0, N, N_AT_MOST = 20, 100, 1000
 """The published protocol for services that cost; and the most samples where images stop by themselves."""
@@ -105,7 +105,7 @@ def audit(**o: Any) -> None:
     `certify replay OUT` computes them again from the answers there. With --defences the service is then attacked by
     queries too, out of the same budget (OUT/comparison.jsonl).
     """
-    from certify.remote.ledger_lines import read_header
+    from certify.blackbox.ledger_contents import read_header
 
     if Path(o["out"]).exists() and not Path(o["out"]).is_dir():
         raise UserError(f"--out {o['out']}: it is a file; expected a folder for the audit")
@@ -133,7 +133,7 @@ def audit(**o: Any) -> None:
 
         @contextlib.contextmanager
         def asking(ledger: Ledger, budget: int) -> Iterator[Asking]:
-            from certify.remote.asking import Asker
+            from certify.blackbox.client.query_client import Asker
 
             yield Asker(send, known.format, ledger, budget=budget, manners=manners(o), tell=say)
 
@@ -145,9 +145,9 @@ def audit(**o: Any) -> None:
 
 def _compare_with_folder(job: Audit, o: dict[str, Any], say: Callable[[str], None]) -> None:
     """What a dry run can say of an audit that it would go on with, or why it could not."""
-    from certify.remote.audit import header_there, make_header
-    from certify.remote.conclusions import LEDGER
-    from certify.remote.ledger_lines import read_ledger
+    from certify.blackbox.ledger_contents import read_ledger
+    from certify.blackbox.plan import header_there, make_header
+    from certify.blackbox.results import LEDGER
 
     header_there(job, make_header(job, data=o["data"], denoiser=o["denoiser"], command=""))
     if (job.folder / LEDGER).exists():
@@ -158,10 +158,10 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
     """Everything that is known before anything is asked."""
     import torch
 
-    from certify.images import View
-    from certify.noise import make_noise
-    from certify.remote.audit import Audit, Service, plan
-    from certify.remote.vocabulary import read_class_map
+    from certify.blackbox.label_index import read_class_map
+    from certify.blackbox.plan import Audit, Service, plan
+    from certify.images.dataset import View
+    from certify.smoothing.noise import make_noise
 
     images = chosen_images({**o, "labels": "none", "class_map": None}, View.at(o["input_size"]))
     class_map = read_class_map(o["class_map"]) if o["class_map"] else None
@@ -189,7 +189,7 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
 
 
 def _settings(o: dict[str, Any]) -> Settings:
-    from certify.settings import Settings
+    from certify.runs.config import Settings
 
     radii = tuple(sorted(set(o["radius"] or ())))
     procedure = "decide" if radii else "certify"
@@ -198,7 +198,7 @@ def _settings(o: dict[str, Any]) -> Settings:
 
 def _given(o: dict[str, Any], images: ImageSet, class_map: Mapping[str, str] | None) -> dict[str, str] | None:
     """The data's label of each image, by id; None where the service's own answers are the reference."""
-    from certify.labels import match_labels
+    from certify.models.labels import match_labels
 
     if o["reference"] == "own":
         if o["labels"]:
@@ -231,14 +231,14 @@ def _work(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Ask, conclude and report, whatever ends the asking."""
-    from certify.remote.audit import make_header, prepare
-    from certify.remote.classifier import LedgerBudgetSpent, ServiceSilent
-    from certify.remote.conclusions import LEDGER, SPENT, STOPPED, conclude
-    from certify.remote.constancy import probes
-    from certify.remote.credentials import public
-    from certify.remote.driving import Patient, drive
-    from certify.remote.ledger import Ledger
-    from certify.remote.ledger_lines import ledger_header, read_ledger
+    from certify.blackbox.audit_loop import Patient, drive
+    from certify.blackbox.client.credentials import public
+    from certify.blackbox.determinism import probes
+    from certify.blackbox.ledger import Ledger
+    from certify.blackbox.ledger_contents import ledger_header, read_ledger
+    from certify.blackbox.plan import make_header, prepare
+    from certify.blackbox.remote_classifier import LedgerBudgetSpent, ServiceSilent
+    from certify.blackbox.results import LEDGER, SPENT, STOPPED, conclude
 
     command = public(options.command_line())
     head = ledger_header(wanted.endpoint, wanted.format, encoding=job.service.encoding)
@@ -281,7 +281,7 @@ def _work(
 
 def _report(folder: Path) -> None:
     """The page; whatever keeps it from being made must not take with it what was paid for."""
-    from analysis.report import write_report
+    from analysis.report.page import write_report
 
     try:
         write_report(folder)
@@ -300,8 +300,8 @@ def replay(folder: str, alpha: float | None, bound: str | None, out: str | None,
     Says whether they equal those of RUN/run.jsonl. With another --alpha or --bound the same answers are counted anew;
     an image that had stopped by itself is settled with the answers that there are, or is undecided.
     """
-    from certify.records import new_run_file, write_derived
-    from certify.remote.replay import replay as read_again
+    from certify.blackbox.replay import replay as read_again
+    from certify.runs.run_file import new_run_file, write_derived
 
     target = None if out is None else new_run_file(out)
     found = read_again(folder, alpha=alpha, bound=bound, command=options.command_line())

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.attacking import build, check_names, distance_options, listed, one_size
-from certify.cli.words import progress_bar
+from certify.cli.attack_options import build, check_names, distance_options, listed, one_size
+from certify.cli.console import progress_bar
 from certify.errors import UserError
 
 if TYPE_CHECKING:
-    from certify.images import ImageSet
-    from certify.remote.audit import Audit
-    from certify.remote.classifier import RemoteClassifier
-    from certify.remote.types import Answer, Asking
+    from certify.blackbox.plan import Audit
+    from certify.blackbox.remote_classifier import RemoteClassifier
+    from certify.blackbox.types import Answer, Asking
+    from certify.images.dataset import ImageSet
 
 COMPARISON = "comparison.jsonl"
 
@@ -65,9 +65,9 @@ def attack(o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, 
         LedgerBudgetSpent: the budget does not cover it; outcomes that are finished are in the file.
         UserError: nothing to attack, or images of several sizes.
     """
-    from analysis.compare import compare, make_header
-    from certify.records import RunFile
-    from certify.remote.credentials import public
+    from analysis.comparison.runner import compare, make_header
+    from certify.blackbox.client.credentials import public
+    from certify.runs.run_file import RunFile
     from denoisers.defences import undefended
 
     classifier, images = _target(job, asking, answers)
@@ -86,9 +86,9 @@ def attack(o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, 
 
 def _target(job: Audit, asking: Asking, answers: Mapping[str, Answer]) -> tuple[RemoteClassifier, ImageSet]:
     """The service with the classes that its own answers name, and the images whose reference label is one of them."""
-    from certify.remote.answer_rows import clean_answer
-    from certify.remote.classifier import RemoteClassifier
-    from certify.remote.vocabulary import Vocabulary
+    from certify.blackbox.answer_rows import clean_answer
+    from certify.blackbox.label_index import Vocabulary
+    from certify.blackbox.remote_classifier import RemoteClassifier
 
     vocabulary = Vocabulary(job.class_map)
     kept, labels, scored = [], [], True
@@ -116,8 +116,8 @@ def _target(job: Audit, asking: Asking, answers: Mapping[str, Answer]) -> tuple[
 
 
 def _plan(o: dict[str, Any]) -> Any:
-    from analysis.compare import CLEAN, RANDOM, Plan
-    from analysis.comparison import Condition
+    from analysis.comparison.results import Condition
+    from analysis.comparison.runner import CLEAN, RANDOM, Plan
 
     attacks = listed("--attacks", o["attacks"])
     conditions = [CLEAN, RANDOM, *(Condition(name, group) for group in ("blind", "adaptive") for name in attacks)]
@@ -131,7 +131,7 @@ def _crafter(o: dict[str, Any], classifier: Any, names: Mapping[int, str]) -> An
     import torch
 
     from analysis.attacks import crafter
-    from analysis.compare import Proposed
+    from analysis.comparison.runner import Proposed
 
     craft = crafter(classifier, eps=o["eps"][0], norm=o["norm"], queries=o["queries"], steps=1, eot=1, seed=o["seed"])
 

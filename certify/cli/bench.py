@@ -51,7 +51,7 @@ def bench(**o: Any) -> None:
     smoothed = load_smoothed(o)
 
     from analysis.bench import compare, in_words
-    from certify.images import load_images
+    from certify.images.dataset import load_images
 
     data = "digits" if o["model"] == "digits" else "photos"
     images = load_images(data, smoothed.classifier, labels="none", max_images=2)  # type: ignore[arg-type]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.attacking import Scene, attack_options, attacks_wanted, set_scene
-from certify.cli.files import output_path, stoppable
-from certify.cli.words import progress_bar, speaker
+from certify.cli.attack_options import Scene, attack_options, attacks_wanted, set_scene
+from certify.cli.console import progress_bar, speaker
+from certify.cli.output_files import output_path, stoppable
 from certify.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.compare import Plan
+    from analysis.comparison.runner import Plan
 
 DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
 
@@ -73,7 +73,7 @@ def compare(**o: Any) -> None:
 
         check_format(o["figure"])
     path = _work(o)
-    from analysis.comparison_tables import records, tabulate_comparison
+    from analysis.comparison.tables import records, tabulate_comparison
     from analysis.runs import read_comparison
 
     found = read_comparison(path)
@@ -83,7 +83,7 @@ def compare(**o: Any) -> None:
         click.echo(tabulate_comparison(found, o["style"]))
     found.require_sound()
     if o["figure"]:
-        from analysis.comparison_plot import draw_comparison
+        from analysis.comparison.plot import draw_comparison
 
         draw_comparison(found, o["figure"])
         if not o["as_json"]:
@@ -92,9 +92,9 @@ def compare(**o: Any) -> None:
 
 def _work(o: dict[str, Any]) -> Path:
     """Build, compare, and say where the outcomes are."""
-    from analysis.compare import compare as run_all
-    from analysis.compare import make_header
-    from certify.records import RunFile
+    from analysis.comparison.runner import compare as run_all
+    from analysis.comparison.runner import make_header
+    from certify.runs.run_file import RunFile
     from denoisers.defences import undefended
 
     _check_groups(o)
@@ -135,8 +135,8 @@ def _check_groups(o: dict[str, Any]) -> None:
 
 def _plan(o: dict[str, Any], scene: Scene) -> Plan:
     from analysis.attacks import find_attack
-    from analysis.compare import CLEAN, RANDOM, SMOOTHING, Plan, applies
-    from analysis.comparison import Condition
+    from analysis.comparison.results import Condition
+    from analysis.comparison.runner import CLEAN, RANDOM, SMOOTHING, Plan, applies
 
     conditions = [CLEAN, RANDOM]
     for group in _groups(o):

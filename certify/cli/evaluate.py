@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.attacking import readable
-from certify.cli.files import telling_name
+from certify.cli.attack_options import readable
+from certify.cli.console import progress_bar, warn_of_units
 from certify.cli.load import chosen_images, classifier_from, denoiser_for, device_from
+from certify.cli.output_files import telling_name
 from certify.cli.plan import first_shape, warn_near_chance
-from certify.cli.words import progress_bar, warn_of_units
 
 if TYPE_CHECKING:
-    from certify.classifiers import Classifier
-    from certify.cli.quality import Evaluated
-    from certify.images import ImageSet
+    from certify.cli.denoiser_quality import Evaluated
+    from certify.images.dataset import ImageSet
+    from certify.models.classifier import Classifier
     from training.evaluate import Outcome
 
 _MOST = 500
@@ -62,8 +62,8 @@ def evaluate_denoiser(**o: Any) -> None:
 
     import torch
 
-    from certify.cli.quality import Evaluated, as_json, draw, in_words
-    from certify.pipeline import in_its_words
+    from certify.cli.denoiser_quality import Evaluated, as_json, draw, in_words
+    from certify.models.pipeline import in_its_words
     from training.evaluate import Example, measure, summarise
 
     if device.startswith("cuda"):  # float32 means float32, as when certifying
@@ -106,8 +106,8 @@ def evaluate_denoiser(**o: Any) -> None:
 def _check_first(o: dict[str, Any]) -> list[float]:
     """Everything that can be refused before torch is imported; the noise levels, each once."""
     from analysis.figures import check_format
-    from certify import hub
-    from certify.noise import make_noise
+    from certify.models import resolve as hub
+    from certify.smoothing.noise import make_noise
     from denoisers.names import find_source
 
     find_source(o["denoiser"])
@@ -127,7 +127,7 @@ def _check_first(o: dict[str, Any]) -> list[float]:
 
 def _images(o: dict[str, Any], classifier: Classifier | None) -> ImageSet:
     """The images that the options choose: without --data those at hand, without --skip spread over the data."""
-    from certify.images import View
+    from certify.images.dataset import View
 
     if o["data"] is None:
         o["data"] = "digits" if o["model"] == "digits" else "photos"

@@ -40,17 +40,17 @@ def _registered(where: str) -> Callable[[], Registry]:
 
 def _registries() -> dict[str, Callable[[], Registry]]:
     return {
-        "datasets": _registered("certify.sources:DATASETS"),
+        "datasets": _registered("certify.images.sources:DATASETS"),
         "denoisers": _denoisers,
         "architectures": _registered("denoisers:ARCHITECTURES"),
         "defences": _registered("denoisers:DEFENCES"),
         "attacks": _registered("analysis.attacks:ATTACKS"),
         "objectives": _objectives,
-        "noises": _registered("certify.noise:NOISES"),
-        "bounds": _registered("certify.bounds:BOUNDS"),
-        "rules": _registered("certify.sequential:RULES"),
-        "sources": _registered("certify.hub:BUILDERS"),
-        "protocols": _registered("certify.remote.formats:FORMATS"),
+        "noises": _registered("certify.smoothing.noise:NOISES"),
+        "bounds": _registered("certify.smoothing.bounds:BOUNDS"),
+        "rules": _registered("certify.smoothing.stopping_rules:RULES"),
+        "sources": _registered("certify.models.resolve:BUILDERS"),
+        "protocols": _registered("certify.blackbox.protocols:FORMATS"),
     }
 
 
@@ -131,7 +131,7 @@ def list_(kind: str | None, pattern: str | None) -> None:
 
 
 def _list_models(pattern: str) -> None:
-    from certify import hub
+    from certify.models import resolve as hub
 
     timm, torchvision = hub.library_names("timm"), hub.library_names("torchvision")
     rows = [(name, hub.BUILT_IN.note(name)) for name in hub.BUILT_IN]
@@ -152,14 +152,14 @@ def _list_models(pattern: str) -> None:
 @options.as_json("the text")
 def doctor(as_json: bool) -> None:
     """Show versions, devices, extras, the model hub, and test the mathematics against known values."""
-    from certify import hub
+    from certify.models import resolve as hub
 
     start = time.perf_counter()
     report: dict[str, Any] = {"hub": _hub(hub)}
     import torch
 
-    from certify.machine import in_threads, machine_name
-    from certify.settings import versions
+    from certify.engine.hardware import in_threads, machine_name
+    from certify.runs.config import versions
 
     report["versions"] = versions()
     report["devices"] = [f"cpu ({in_threads(torch.get_num_threads())}, {machine_name(torch.device('cpu'))})"]
@@ -207,10 +207,10 @@ def self_test() -> dict[str, bool]:
     """Known values of the mathematics and of the noise, and one certificate of a classifier whose radius is known."""
     import torch
 
-    from certify.bounds import clopper_pearson_lower
-    from certify.noise import Gaussian
-    from certify.smoothing import SmoothedClassifier
-    from certify.streams import block_generator, stream_key
+    from certify.smoothed_classifier import SmoothedClassifier
+    from certify.smoothing.bounds import clopper_pearson_lower
+    from certify.smoothing.noise import Gaussian
+    from certify.smoothing.rng import block_generator, stream_key
 
     bound = clopper_pearson_lower(990, 1000, 0.001)
     radius = Gaussian(1.0).radius(clopper_pearson_lower(100, 100, 0.001))

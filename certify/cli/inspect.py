@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.attacking import Scene, attack_options, check_names, listed, set_scene
+from certify.cli.attack_options import Scene, attack_options, check_names, listed, set_scene
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def _attacked(o: dict[str, Any], scene: Scene) -> tuple[Tensor, dict[str, Tensor
     """The clean images, and by name what each attack makes of them; random noise is the first."""
     import torch
 
-    from analysis.compare import randomly_moved
-    from analysis.comparison import Condition
+    from analysis.comparison.results import Condition
+    from analysis.comparison.runner import randomly_moved
     from denoisers.defences import undefended
 
     ids = [item.id for item in scene.images.items]
@@ -164,9 +164,9 @@ _COLUMNS = {
 def _draw(o: dict[str, Any], scene: Scene, clean: Tensor, shown: dict[str, Tensor], title: str) -> None:
     """One image a row: clean, attacked by the first attack, what was added, and what each purifier makes of it."""
     from analysis.grid import RIGHT, WRONG, Panel, Row, draw_grid
-    from certify.defence import Defence
-    from certify.labels import readable
-    from certify.streams import block_generator, stream_key
+    from certify.models.defence import Defence
+    from certify.models.labels import readable
+    from certify.smoothing.rng import block_generator, stream_key
     from denoisers.defences import undefended
 
     first = scene.attacks[0]

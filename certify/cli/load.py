@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certify.cli import options
+from certify.cli.console import warn
 from certify.cli.options import check_radii
-from certify.cli.words import warn
 from certify.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from certify.classifiers import Classifier
-    from certify.images import ImageSet
-    from certify.smoothing import SmoothedClassifier
+    from certify.images.dataset import ImageSet
+    from certify.models.classifier import Classifier
+    from certify.smoothed_classifier import SmoothedClassifier
 
 
 def check_first(o: dict[str, Any]) -> None:
     """Everything that can be refused before torch is imported."""
-    from certify import hub
-    from certify.noise import make_noise
+    from certify.models import resolve as hub
+    from certify.smoothing.noise import make_noise
 
     make_noise(o.get("noise", "gaussian"), o["sigma"], rounded=o.get("rounded", False))
     check_procedure(o)
@@ -36,8 +36,8 @@ def check_first(o: dict[str, Any]) -> None:
 
 def check_procedure(o: dict[str, Any]) -> None:
     """Refuse options that contradict each other; a tolerance fixes the bound."""
-    from certify.bounds import BOUNDS
-    from certify.sequential import DEFAULT_RULE, MEASURING_BOUND, RULES
+    from certify.smoothing.bounds import BOUNDS
+    from certify.smoothing.stopping_rules import DEFAULT_RULE, MEASURING_BOUND, RULES
 
     BOUNDS.get(o.get("bound", "clopper-pearson"))
     radii, tolerance, rule = o.get("radius"), o.get("tolerance"), o.get("rule")
@@ -68,7 +68,7 @@ def check_procedure(o: dict[str, Any]) -> None:
 
 def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
     """The smoothed classifier that the options name, with its denoiser, on its device."""
-    from certify.smoothing import SmoothedClassifier
+    from certify.smoothed_classifier import SmoothedClassifier
 
     device = device_from(o["device"])
     classifier = classifier_from(o["model"], o)
@@ -90,7 +90,7 @@ def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
 
 def classifier_from(model: str, o: dict[str, Any]) -> Classifier:
     """The classifier of this name, with the user's settings in place of its own."""
-    from certify.classifiers import load_classifier
+    from certify.models.classifier import load_classifier
 
     settings = {name: o[name] for name in ("weights", "input_size", "mean", "std", "num_classes")}
     return load_classifier(model, **settings)
@@ -98,7 +98,7 @@ def classifier_from(model: str, o: dict[str, Any]) -> Classifier:
 
 def surrogate_from(named: str) -> Classifier:
     """The classifier of ``MODEL`` or ``MODEL=FILE``."""
-    from certify.classifiers import load_classifier
+    from certify.models.classifier import load_classifier
 
     model, _, weights = named.partition("=")
     return load_classifier(model, weights=weights or None)
@@ -168,7 +168,7 @@ def without_data(o: dict[str, Any]) -> str:
 
 def check_data(o: dict[str, Any]) -> None:
     """Refuse a dataset's name that is a folder here too, unless ``--root`` says that the dataset is meant."""
-    from certify.sources import DATASETS
+    from certify.images.sources import DATASETS
 
     if options.given_by_user("data") and o["root"] is None and o["data"] in DATASETS and Path(o["data"]).is_dir():
         named = o["data"]
@@ -179,7 +179,7 @@ def check_data(o: dict[str, Any]) -> None:
 
 def chosen_images(o: dict[str, Any], classifier: Any) -> ImageSet:
     """The images that the options choose, with the classifier's labels for them."""
-    from certify.images import load_images
+    from certify.images.dataset import load_images
 
     check_data(o)
     return load_images(

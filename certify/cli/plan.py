@@ -8,17 +8,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from certify.cli.words import warn, warn_of_units
+from certify.cli.console import warn, warn_of_units
 from certify.errors import CertifyError
-from certify.norms import IN_WORDS
+from certify.smoothing.norms import IN_WORDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from certify.execution import Execution
-    from certify.images import ImageSet
-    from certify.settings import Settings
-    from certify.smoothing import SmoothedClassifier
+    from certify.engine.execution import Execution
+    from certify.images.dataset import ImageSet
+    from certify.runs.config import Settings
+    from certify.smoothed_classifier import SmoothedClassifier
     from certify.types import Radii
 
 _TRIED = 50  # images without noise, at most, to see whether labels and classifier agree
@@ -32,7 +32,7 @@ def show_plan(
     say: Callable[[str], None],
 ) -> None:
     """What was asked for and what it turned out to be; warn of what cannot work."""
-    from certify.certificates import largest_radius
+    from certify.smoothing.certificates import largest_radius
 
     sigma = smoothed.noise.scale
     for step in header["pipeline"]:
@@ -85,8 +85,8 @@ def show_plan(
 
 def _show_deciding(settings: Settings, stated: Radii, noise: str, say: Callable[[str], None]) -> None:
     """The radii, what they need, and the fewest samples that can settle them."""
-    from certify.certificates import needed
-    from certify.sequential import thresholds
+    from certify.smoothing.certificates import needed
+    from certify.smoothing.stopping_rules import thresholds
 
     p0s, level = needed(settings.radii, stated, settings.alpha, settings.rule)
     say(
@@ -125,7 +125,7 @@ def show_engine(
     """How the base classifier is run, where (in this process, unless told), and why so."""
     import torch
 
-    from certify.machine import in_threads
+    from certify.engine.hardware import in_threads
 
     threads = f" ({in_threads(torch.get_num_threads())})" if smoothed.device.type == "cpu" else ""
     say(f"engine     {execution.describe()}, on {where or f'{smoothed.device}{threads}'}")
@@ -172,7 +172,7 @@ def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet) -
 
 def warn_near_chance(correct: int, total: int, classes: int, *, denoised: bool = False) -> None:
     """Warn where so many right answers of so many are hardly more than guesses; ``denoised``: behind a denoiser."""
-    from certify.runner import near_chance
+    from certify.runs.runner import near_chance
 
     if total and near_chance(correct, total, classes):
         who = "the classifier behind the denoiser" if denoised else "the classifier"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from certify.cli import options
+from certify.cli.console import warn
 from certify.cli.show import curves_of
-from certify.cli.words import warn
 from certify.errors import UserError
 
 _CURVES = ("no_band", "envelope", "given", "image", "samples")
@@ -88,7 +88,7 @@ def _certificates(
 
 def _votes(runs: tuple[str, ...], image: str, out: str, title: str | None) -> None:
     from analysis.votes_plot import plot_votes
-    from certify.records import read_run
+    from certify.runs.run_file import read_run
 
     options.refuse_given(("no_band", "envelope", "given"), f"{options.FOR_CERTIFICATES} the votes of one image")
     if len(runs) > 1:
@@ -97,7 +97,7 @@ def _votes(runs: tuple[str, ...], image: str, out: str, title: str | None) -> No
 
 
 def _comparison(runs: tuple[str, ...], out: str) -> None:
-    from analysis.comparison_plot import draw_comparison
+    from analysis.comparison.plot import draw_comparison
     from analysis.runs import read_comparison
 
     options.refuse_beside_comparison(runs, ("title", *_CURVES))

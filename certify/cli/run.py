@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.files import output_path, stoppable
+from certify.cli.console import clock, progress_bar, silent, speaker, warn
+from certify.cli.distribute import crew_for, spread_from, spread_options
 from certify.cli.load import check_first, chosen_images, load_smoothed, without_data
+from certify.cli.output_files import output_path, stoppable
 from certify.cli.plan import check_base, first_image, show_engine, show_plan
-from certify.cli.spread import crew_for, spread_from, spread_options
 from certify.cli.summary import summarise
-from certify.cli.words import clock, progress_bar, silent, speaker, warn
 from certify.errors import UserError
-from certify.shards import agree
+from certify.runs.shards import agree
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from certify.cli.plan import Engine
-    from certify.cluster.crew import Crew
-    from certify.execution import Execution
-    from certify.images import ImageSet
-    from certify.records import RunFile
-    from certify.settings import Settings
-    from certify.smoothing import SmoothedClassifier
+    from certify.cluster.driver import Crew
+    from certify.engine.execution import Execution
+    from certify.images.dataset import ImageSet
+    from certify.runs.config import Settings
+    from certify.runs.run_file import RunFile
+    from certify.smoothed_classifier import SmoothedClassifier
 
 
 @click.command(short_help="Certify images (the default verb).")
@@ -70,7 +70,7 @@ def run(**given: Any) -> None:
     within a few hundred samples.
     """
     if given["radius"] is not None:
-        from certify.sequential import DEFAULT_CAP
+        from certify.smoothing.stopping_rules import DEFAULT_CAP
 
         _execute("decide", given if options.given_by_user("n") else {**given, "n": DEFAULT_CAP})
     else:
@@ -105,8 +105,8 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     images = chosen_images(o, smoothed.classifier)
     places = spread.places(len(images))
 
-    from certify.records import RunFile, peek_header, read_run
-    from certify.settings import Settings, execution_of, run_header, with_execution
+    from certify.runs.config import Settings, execution_of, run_header, with_execution
+    from certify.runs.run_file import RunFile, peek_header, read_run
 
     radii = tuple(sorted(set(o["radius"] or ())))
     settings = Settings(o["n"], o["n0"], o["alpha"], o["seed"], o["bound"], procedure, radii, o["tolerance"], o["rule"])
@@ -207,11 +207,11 @@ def _work(
     with progress_bar(total, unit, hidden=say is silent, scaled=not by_image) as bar:
         how = {"places": places, "strict": o["strict"], "progress": bar.update, "warn": warn}
         if crew is None:
-            from certify.runner import process
+            from certify.runs.runner import process
 
             process(smoothed, images, settings, file, **how)
         else:
-            from certify.cluster.process import process_on
+            from certify.cluster.run import process_on
 
             process_on(crew, images, settings, file, **how)
 

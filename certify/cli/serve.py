@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
+from certify.cli.console import say, warn
 from certify.cli.load import check_first, denoiser_for, load_smoothed
-from certify.cli.service import Wanted, manners, open_service, protocol_options, wanted_service
-from certify.cli.words import say, warn
+from certify.cli.service_options import Wanted, manners, open_service, protocol_options, wanted_service
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from certify.classifiers import InputSpec
+    from certify.models.classifier import InputSpec
+    from certify.serve.batching import Procedure, Service
     from certify.serve.limits import Limits
-    from certify.serve.service import Procedure, Service
-    from certify.smoothing import SmoothedClassifier
+    from certify.smoothed_classifier import SmoothedClassifier
 
 
 _CLASSES = 1000  # labels of a service that are told apart, unless --num-classes says otherwise
@@ -147,7 +147,7 @@ def _check_first(o: dict[str, Any]) -> Wanted | None:
         if o[option] is None:
             raise UserError(f"--endpoint without --{option.replace('_', '-')}: expected how it is asked, about what")
     options.refuse_given(_OF_MODELS, "without --model: it is about a model of this machine; leave it out")
-    from certify.noise import make_noise
+    from certify.smoothing.noise import make_noise
     from denoisers.names import find_source
 
     make_noise(o["noise"], o["sigma"], rounded=o["rounded"])
@@ -159,16 +159,16 @@ def _check_first(o: dict[str, Any]) -> Wanted | None:
 @contextlib.contextmanager
 def _classifier(o: dict[str, Any], wanted: Wanted | None) -> Iterator[tuple[SmoothedClassifier, Callable[[int], str]]]:
     """The smoothed classifier, and what its classes are called."""
-    from certify.serve.service import class_names
+    from certify.serve.batching import class_names
 
     if wanted is None:
         smoothed = load_smoothed(o)
         yield smoothed, class_names(smoothed.classifier.class_names)  # type: ignore[attr-defined]
         return
+    from certify.blackbox.client.query_client import Asker
     from certify.cli.load import device_from
-    from certify.remote.asking import Asker
     from certify.serve.endpoint import TOGETHER, Endpoint, Forgetful
-    from certify.smoothing import SmoothedClassifier
+    from certify.smoothed_classifier import SmoothedClassifier
 
     theirs = {**o, "concurrency": o["query_concurrency"], "timeout": o["query_timeout"]}
     with open_service(wanted, theirs) as (send, found):
@@ -198,12 +198,12 @@ def _serve(
 ) -> int:
     from certify.cli.plan import show_engine
     from certify.serve.app import build_app
+    from certify.serve.batching import Service
     from certify.serve.endpoint import Endpoint
-    from certify.serve.front import Front, Gate
     from certify.serve.metrics import Metrics
+    from certify.serve.origin_check import site_check
+    from certify.serve.request_handler import Front, Gate
     from certify.serve.server import is_loopback, serve, url_of
-    from certify.serve.service import Service
-    from certify.serve.site import site_check
 
     if not is_loopback(listening):
         warn(f"--host {o['host']}: anybody who reaches this address may ask; put TLS and authentication in front")
@@ -234,8 +234,8 @@ def _serve(
 
 
 def _procedure(o: dict[str, Any]) -> Procedure:
-    from certify.sequential import DEFAULT_CAP
-    from certify.serve.service import Procedure
+    from certify.serve.batching import Procedure
+    from certify.smoothing.stopping_rules import DEFAULT_CAP
 
     n = DEFAULT_CAP if o["radius"] is not None and not options.given_by_user("n") else o["n"]
     seeded = {"seed": o["seed"]} if o["seed"] is not None else {}
@@ -244,8 +244,8 @@ def _procedure(o: dict[str, Any]) -> Procedure:
 
 def _show(o: dict[str, Any], name: str, service: Service) -> None:
     """What is served, and what it can claim at most."""
-    from certify.certificates import largest_radius
     from certify.serve.protocol import Wishes
+    from certify.smoothing.certificates import largest_radius
 
     procedure = service.procedure
     where = "" if o["model"] is not None else " at most, behind a service"
@@ -269,8 +269,8 @@ def _show(o: dict[str, Any], name: str, service: Service) -> None:
 
 def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:
     """Bytes of an image file as the classifier wants to see them, ``(C, H, W)`` in [0, 1]."""
-    from certify.decode import DecodeLimits, decode
-    from certify.images import fitted
+    from certify.images.dataset import fitted
+    from certify.images.decode import DecodeLimits, decode
 
     limits = DecodeLimits(max_pixels, max_aspect=_LONGEST)
     return fitted(decode(content, spec.size[0] if spec.size is not None else 3, limits), spec, limits).numpy()

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from certify.cli import options
-from certify.cli.files import run_path
-from certify.cli.words import warn, warn_of_precisions
+from certify.cli.console import warn, warn_of_precisions
+from certify.cli.output_files import run_path
 from certify.errors import RunFault, UserError
 
 if TYPE_CHECKING:
     from analysis.curves import Curve
     from analysis.envelope import Line
-    from certify.records import Run
+    from certify.runs.run_file import Run
 
 
 @click.command(short_help="Tabulate certified accuracy at given radii.")
@@ -122,7 +122,7 @@ def _put(text: str, out: str | None) -> None:
 
 def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) -> None:
     """One file of `certify compare`, whose columns are its own."""
-    from analysis.comparison_tables import tabulate_comparison
+    from analysis.comparison.tables import tabulate_comparison
     from analysis.runs import read_comparison
 
     options.refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "given", "relative_to", "simultaneous"))
@@ -145,10 +145,10 @@ def recompute(
     Choose both before you look: the smallest of several tries has no guarantee. A bound that the run's design cannot
     support is refused: fixed-n bounds where images stopped by themselves, or where no selection votes chose the class.
     """
-    from certify.bounds import BOUNDS
     from certify.cli.summary import summarise
-    from certify.recompute import recompute_file
-    from certify.sequential import RULES
+    from certify.runs.recompute import recompute_file
+    from certify.smoothing.bounds import BOUNDS
+    from certify.smoothing.stopping_rules import RULES
 
     if bound is not None and bound not in RULES:
         BOUNDS.get(bound)
@@ -171,6 +171,6 @@ def report(folder: str) -> None:
 
     One file that loads nothing and runs no script: verdict, certified accuracy, every image, failures, cost, method.
     """
-    from analysis.report import write_report
+    from analysis.report.page import write_report
 
     click.echo(f"wrote {write_report(folder)}")

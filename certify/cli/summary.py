@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from certify.cli.words import clock, printable, warn
+from certify.cli.console import clock, printable, warn
 from certify.errors import UserError
-from certify.records import SET_ASIDE
+from certify.runs.run_file import SET_ASIDE
 
 if TYPE_CHECKING:
     from analysis.curves import Curve
-    from certify.records import Run
+    from certify.runs.run_file import Run
 
 
 _LISTED = 20  # images without labels, each with its answer
@@ -59,8 +59,8 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
 def table_radii(run: Run) -> list[float]:
     """The radii of its table: those that were asked for, or round numbers up to the largest possible."""
     from analysis.curves import default_radii
-    from certify.certificates import largest_radius
-    from certify.rows import noise_of
+    from certify.runs.image_rows import noise_of
+    from certify.smoothing.certificates import largest_radius
 
     header = run.header
     if header["procedure"] == "decide":
@@ -95,7 +95,7 @@ def _warn_of_disagreement(run: Run) -> None:
 
 def how_it_ran(header: dict[str, Any]) -> str:
     """Precision, folding, compilation, batches and device in words."""
-    from certify.execution import Execution
+    from certify.engine.execution import Execution
 
     execution = Execution(*(header[k] for k in ("precision", "folded", "compiled", "batch_size")))
     return f"{execution.describe()}, on {header['accelerator'] or header['device']}"
@@ -172,7 +172,7 @@ def title(run: Run) -> str:
 
 def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | None) -> str:
     from analysis.tables import one_run, share
-    from certify.norms import IN_WORDS
+    from certify.smoothing.norms import IN_WORDS
 
     rows, header = run.usable, run.header
     lines = [title(run)]
@@ -237,7 +237,7 @@ def _saved(run: Run, rate: float | None) -> str:
 def _each(rows: list[dict[str, Any]], norm: str) -> list[str]:
     """Without labels there is no accuracy: the predictions themselves."""
     from analysis.tables import render
-    from certify.norms import IN_WORDS, floor
+    from certify.smoothing.norms import IN_WORDS, floor
 
     shown = [
         [r["id"], _class_or_outcome(r), "-" if r["radius"] is None else floor(r["radius"]), r["base_class"]]

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
+from certify.cli.console import progress_bar, speaker, warn_of_units
 from certify.cli.load import check_data, classifier_from, device_from, surrogate_from
-from certify.cli.recipe import recipe_from, recipe_options, refuse_unused
-from certify.cli.words import progress_bar, speaker, warn_of_units
+from certify.cli.training_options import recipe_from, recipe_options, refuse_unused
 from certify.errors import Stopped, UserError
 
 if TYPE_CHECKING:
-    from certify.classifiers import Classifier
+    from certify.models.classifier import Classifier
     from training.loop import Conduct, Outcome
     from training.recipe import Recipe
 
@@ -98,7 +98,7 @@ def train(**o: Any) -> None:
 def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
     import torch
 
-    from certify.images import View
+    from certify.images.dataset import View
     from training.data import count_classes, load_training_data
     from training.loop import Conduct, make_accelerator
 
@@ -115,7 +115,7 @@ def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
     spec = None
     viewer: Any = surrogates[0] if surrogates else target
     if o["train_classifier"]:
-        from certify.hub import UNTRAINED
+        from certify.models.resolve import UNTRAINED
         from training.classifier import architecture
 
         torch.manual_seed(recipe.seed)
@@ -171,7 +171,7 @@ def _run(
         return train_classifier(o["train_classifier"], spec, data, recipe, o["out"], conduct)
     from denoisers.names import key_values
     from training.denoiser import train_denoiser
-    from training.guides import Guides
+    from training.frozen_classifiers import Guides
 
     given = surrogates or ([target] if target is not None else [])
     needed = any(objective.classifier for objective in recipe.objectives)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from certify.errors import RunFault, UserError, first_line
-from certify.hub import reachable
+from certify.models.resolve import reachable
 
 CONNECT_SECONDS = 60.0
 """How long a cluster may take to answer."""

@@ -1,7 +1,7 @@
 """What runs on one device of a cluster: builds its pipeline once, then answers images in a thread of its own.
 
-The records come from :func:`certify.runner.answered`, as on a single machine. This module imports no torch: what does
-is loaded by the order to build, once the worker has said which version of this package it has.
+The records come from :func:`certify.runs.runner.answered`, as on a single machine. This module does not import torch:
+modules that do are loaded when the pipeline is built, after the worker has reported its version of this package.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from certify.errors import CertifyError, RunFault, first_line
 if TYPE_CHECKING:
     import numpy as np
 
-    from certify.execution import Execution
-    from certify.settings import Settings
+    from certify.engine.execution import Execution
+    from certify.runs.config import Settings
 
 Result = TypeVar("Result")
 

@@ -11,7 +11,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from certify.errors import UserError
-from certify.serve.front import Counted, Front
 from certify.serve.limits import Refused
 from certify.serve.page import HEADERS, page
 from certify.serve.protocol import (
@@ -23,6 +22,7 @@ from certify.serve.protocol import (
     wishes_from,
     write_response,
 )
+from certify.serve.request_handler import Counted, Front
 
 _SHOWN = 10  # classes on the page
 _JSON = ("application/json", "application/octet-stream")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify.classifiers import square_input
-from certify.remote.pictures import to_pictures
-from certify.remote.types import Answer, Asking, Query
+from certify.blackbox.encoding import to_pictures
+from certify.blackbox.types import Answer, Asking, Query
+from certify.models.classifier import square_input
 from certify.types import FAILED
 
 _UNSETTLED = 10_000  # queries that are remembered without an answer; far fewer are under way at a time

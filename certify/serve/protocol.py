@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from certify import __version__
-from certify.rounding import times
 from certify.serve.limits import Limits, Refused, read_json
+from certify.smoothing.rounding import times
 
 INPUT = "image"
 VERSION = "1"

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from certify.errors import RunFault, UserError
-from certify.serve.front import Gate
+from certify.serve.request_handler import Gate
 
 _HEAD = 10.0  # seconds for the head of a request: its line and headers
 _CONNECTIONS = 8  # for each request that may be in work; more are turned away

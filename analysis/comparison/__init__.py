@@ -1,0 +1,1 @@
+"""Defences side by side: attacks under blind and adaptive conditions, results, tables, plots."""

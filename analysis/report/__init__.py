@@ -1,0 +1,1 @@
+"""The report of an audit: one self-contained HTML file."""

@@ -1,0 +1,1 @@
+"""Clients of black-box APIs: requests within a budget and a rate limit, each logged before use."""

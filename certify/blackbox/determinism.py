@@ -1,0 +1,110 @@
+"""Whether a service is a fixed function, which a certificate presupposes: answers about the same picture, compared.
+
+Said once, for the warnings of the command, ``audit.json`` and the report alike: from the answers by name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from certify.blackbox.answer_rows import clean_answer
+from certify.blackbox.label_index import class_of
+from certify.blackbox.query_votes import DRIFT, PROBE, parts_of
+from certify.blackbox.types import Answer
+
+NO_LABEL = "no label of the class map"
+"""Stands for the class of an answer whose labels are all outside of the class map."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One image that was sent again at once.
+
+    Attributes:
+        id: of the image.
+        labels: how often each class was answered, the most frequent first; answers without a label are not among them.
+        failures: repetitions without a label.
+        spread: largest minus smallest score of the first label; None unless it has one label and always a score.
+    """
+
+    id: str
+    labels: dict[str, int]
+    failures: int
+    spread: float | None
+
+
+@dataclass(frozen=True)
+class Drifted:
+    """One image at the start and at the end.
+
+    Attributes:
+        id: of the image.
+        before: the class that was answered first; None: no label.
+        after: the class that was answered at the end, if several times the last; None: no label.
+    """
+
+    id: str
+    before: str | None
+    after: str | None
+
+    @property
+    def compared(self) -> bool:
+        """Whether there is a label at both times."""
+        return self.before is not None and self.after is not None
+
+    @property
+    def changed(self) -> bool:
+        """Whether they differ."""
+        return self.compared and self.before != self.after
+
+
+def fixed(probed: Sequence[Probed], drifted: Sequence[Drifted]) -> bool | None:
+    """Whether the service answered as a fixed function would; None where no picture was answered twice."""
+    labelled = [probe for probe in probed if sum(probe.labels.values()) > 1]
+    compared = [one for one in drifted if one.compared]
+    if not labelled and not compared:
+        return None
+    return all(len(probe.labels) == 1 for probe in labelled) and not any(one.changed for one in compared)
+
+
+def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Probed]:
+    """The determinism probe: the clean answer of each image that was sent again, and its repetitions.
+
+    Args:
+        answers: by name, in the order of their first sending.
+        class_map: from labels to classes, or None.
+    """
+    found = []
+    for image, again in _of_stage(answers, PROBE).items():
+        clean = clean_answer(answers, image)
+        answered = [a for a in (clean, *again.values()) if a is not None and a.ranked]
+        labels = Counter(class_of(a.ranked, class_map) or NO_LABEL for a in answered)
+        scores = [a.ranked[0].score for a in answered]
+        known = [score for score in scores if score is not None]
+        spread = max(known) - min(known) if known and len(known) == len(scores) and len(labels) == 1 else None
+        found.append(Probed(image, dict(labels.most_common()), sum(not a.ranked for a in again.values()), spread))
+    return found
+
+
+def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Drifted]:
+    """The drift check: clean images at the end, the latest time they were asked about, beside their first answers."""
+    found = []
+    for image, asked in _of_stage(answers, DRIFT).items():
+        clean, last = clean_answer(answers, image), asked[max(asked)]
+        before, after = (
+            class_of(a.ranked, class_map) or NO_LABEL if a is not None and a.ranked else None for a in (clean, last)
+        )
+        found.append(Drifted(image, before, after))
+    return found
+
+
+def _of_stage(answers: Mapping[str, Answer], stage: str) -> dict[str, dict[int, Answer]]:
+    """Answers of a stage by image and number."""
+    found: dict[str, dict[int, Answer]] = {}
+    for name, answer in answers.items():
+        image, there, number = parts_of(name)
+        if there == stage:
+            found.setdefault(image, {})[int(number)] = answer
+    return found

@@ -1,0 +1,58 @@
+"""Google Cloud Vision's label detection.
+
+https://docs.cloud.google.com/vision/docs/reference/rest/v1/images/annotate
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+
+from certify.blackbox.encoding import encode, read_encoding
+from certify.blackbox.protocols.parsing import at, ranked_entries, read_json, safe_text
+from certify.blackbox.types import BadReply, Busy, Format, Picture, Ranked, Reply, Request
+from certify.errors import UserError
+
+_AGAIN = (4, 8, 13, 14)  # google.rpc.Code: DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE
+
+
+def google_vision(*, max_labels: int = 10, encoding: str = "png") -> Format:
+    """The format.
+
+    Args:
+        max_labels: at most so many labels.
+        encoding: ``png``, ``jpeg`` or ``jpegQ``.
+
+    Raises:
+        UserError: an option that cannot be used.
+    """
+    read_encoding(encoding)
+    if max_labels < 1:
+        raise UserError(f"max_labels {max_labels}; expected at least 1")
+
+    def request(picture: Picture) -> Request:
+        one = {
+            "image": {"content": base64.b64encode(encode(picture, encoding)).decode()},
+            "features": [{"type": "LABEL_DETECTION", "maxResults": max_labels}],
+        }
+        body = json.dumps({"requests": [one]}).encode()
+        return Request(body, "v1/images:annotate", headers={"Content-Type": "application/json"})
+
+    return Format("google-vision", request, read_answer, {"max_labels": max_labels, "encoding": encoding})
+
+
+def read_answer(reply: Reply) -> Ranked:
+    """The labels of an answer.
+
+    Raises:
+        BadReply: there are none; an image that the service could not use is named in a reply of status 200.
+        Busy: the service could not just now.
+    """
+    one = at(read_json(reply), "responses", 0)
+    if isinstance(one, dict) and "error" in one:
+        error = one["error"]
+        said = safe_text(json.dumps(error).encode())
+        if isinstance(error, dict) and error.get("code") in _AGAIN:
+            raise Busy(f"the service is busy: {said}")
+        raise BadReply(f"the service could not use the image: {said}")
+    return ranked_entries(at(one, "labelAnnotations"), "description", "score")

@@ -1,0 +1,250 @@
+"""Replies to labels, for every protocol: status, JSON, the way down to a field, the ranking.
+
+A reply is written by a stranger. Whatever is wrong with it becomes ``BadReply`` with one line that says what.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+from certify.blackbox.types import MOST_BYTES, BadReply, Ranked, Reply, Scored
+from certify.errors import UserError
+
+_LONGEST_LABEL = 1000
+_LONGEST_MESSAGE = 140
+_WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[A-Z][a-z]{2,})*[.:]?")  # such as InvalidParameterException
+_MESSAGES = ("message", "Message", "error", "detail", "msg", "description", "details", "errors", "status", "__type")
+
+
+def read_json(reply: Reply) -> Any:
+    """What a reply's JSON says.
+
+    Raises:
+        BadReply: an error status, too long, or no JSON.
+    """
+    check_status(reply)
+    return parse(reply.body)
+
+
+def check_status(reply: Reply) -> None:
+    """Refuse what is not an answer.
+
+    Raises:
+        BadReply: a status outside 200 to 299, with what the service says about it; or a body too long to read.
+    """
+    if len(reply.body) > MOST_BYTES:
+        raise BadReply(f"HTTP {reply.status}: a reply of {len(reply.body):,} bytes; the limit is {MOST_BYTES:,}")
+    if not 200 <= reply.status < 300:
+        said = safe_text(reply.body)
+        raise BadReply(f"HTTP {reply.status}" + (f": {said}" if said else ""))
+
+
+def parse(body: bytes) -> Any:
+    """JSON in UTF-8, without the NaN and Infinity that Python would accept.
+
+    Raises:
+        BadReply: anything else, nested too deeply included.
+    """
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=_no_number)
+    except RecursionError:
+        raise BadReply("JSON nested too deeply") from None
+    except ValueError:  # also bytes that are not UTF-8, and whole numbers of thousands of digits
+        begins = safe_text(body)[:40]
+        raise BadReply(f"not JSON: begins {begins!r}" if begins else "not JSON: nothing in it") from None
+
+
+def _no_number(text: str) -> NoReturn:
+    raise BadReply(f"{text} in JSON")
+
+
+def safe_text(body: bytes) -> str:
+    """What an error reply says, in one short line without markup or anything that looks like a key."""
+    text = ""
+    try:
+        text = _message(json.loads(body.decode("utf-8")), 4)
+    except (ValueError, RecursionError):
+        page = body[:20_000].decode("utf-8", "replace")
+        titled = re.search(r"<title[^>]{0,200}>([^<]*)", page, re.IGNORECASE)
+        text = titled[1] if titled else re.sub(r"<[^>]{0,200}>", " ", page)
+    return _short(text)
+
+
+def _short(text: str) -> str:
+    """One line of printable text. A service may repeat the key that it refuses: long runs that are no words go."""
+    text = "".join(c if c.isprintable() else " " for c in text[:5000])
+    text = re.sub(r"[^\s\"'`,;()<>]{20,}", lambda run: run[0] if _WORDS.fullmatch(run[0]) else "[...]", text)
+    return " ".join(text.split())[:_LONGEST_MESSAGE]
+
+
+def _message(value: Any, depth: int) -> str:
+    """The first text under a key that errors use, a few levels down."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return _message(value[0], depth - 1) if value and depth else ""
+    if isinstance(value, dict) and depth:
+        return next((found for key in _MESSAGES if (found := _message(value.get(key), depth - 1))), "")
+    return ""
+
+
+def at(value: Any, *path: str | int) -> Any:
+    """What lies at a path of keys and indices.
+
+    Raises:
+        BadReply: it is not there.
+    """
+    for n, step in enumerate(path):
+        inside = (isinstance(step, str) and isinstance(value, dict) and step in value) or (
+            isinstance(step, int) and isinstance(value, list) and step < len(value)
+        )
+        if not inside:
+            raise BadReply(f"no {'.'.join(map(str, path[: n + 1]))} in the reply")
+        value = value[step]
+    return value
+
+
+def number(value: Any) -> float:
+    """A score.
+
+    Raises:
+        BadReply: not a number, or not a finite one.
+    """
+    found = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
+        found = float(value)
+    if not math.isfinite(found):
+        raise BadReply(f"{_shown(value)} where a score was expected")
+    return found
+
+
+def label(value: Any) -> str:
+    """A label: a name, or the number of a class.
+
+    Raises:
+        BadReply: neither, an empty name, one far too long, or one that is no Unicode text.
+    """
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else value
+    if not isinstance(text, str) or not text.strip() or len(text) > _LONGEST_LABEL:
+        raise BadReply(f"{_shown(value)} where a label was expected")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadReply("a label that is no Unicode text (half of a surrogate pair)") from None
+    return text
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return _short(repr(value[:60]))
+    if value is None or isinstance(value, float | bool):
+        return json.dumps(value)
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return "an enormous whole number"
+
+
+def ranked(labels: Sequence[Any], scores: Sequence[Any] | None = None, percent: bool = False) -> Ranked:
+    """Labels best first, each once: by score where there are scores, else in the order given.
+
+    Args:
+        labels: names or class numbers.
+        scores: one for each; equal ones keep the order given.
+        percent: whether scores are percentages, to be divided by 100.
+
+    Raises:
+        BadReply: no labels, or something else among labels or scores.
+    """
+    if not labels:
+        raise BadReply("an answer without labels")
+    if scores is None:
+        return _each_once(Scored(label(value)) for value in labels)
+    if len(scores) != len(labels):
+        raise BadReply(f"{len(labels)} labels and {len(scores)} scores")
+    scale = 100.0 if percent else 1.0
+    found = [Scored(label(a), number(b) / scale) for a, b in zip(labels, scores, strict=True)]
+    return _each_once(sorted(found, key=lambda one: -(one.score or 0.0)))
+
+
+def _each_once(found: Iterable[Scored]) -> Ranked:
+    kept: dict[str, Scored] = {}
+    for one in found:
+        kept.setdefault(one.label, one)
+    return tuple(kept.values())
+
+
+def ranked_entries(entries: Any, name: str, score: str, percent: bool = False) -> Ranked:
+    """The same from a list of objects, as most services answer.
+
+    Args:
+        entries: the list.
+        name: the key of the label.
+        score: the key of the score.
+        percent: as in :func:`ranked`.
+
+    Raises:
+        BadReply: no such list, or as :func:`ranked`.
+    """
+    if not isinstance(entries, list):
+        raise BadReply(f"{_shown(entries)} where a list of labels was expected")
+    return ranked([at(e, name) for e in entries], [at(e, score) for e in entries], percent)
+
+
+def class_scores(scores: Sequence[Any], names: Any = None, percent: bool = False) -> Ranked:
+    """Scores of all classes to a ranking.
+
+    Args:
+        scores: one a class.
+        names: a name for each class, or None: then labels are class numbers from 0.
+        percent: as in :func:`ranked`.
+
+    Raises:
+        BadReply: fewer than two classes, names that do not fit, or no finite numbers.
+    """
+    if len(scores) < 2:
+        raise BadReply("a single score: neither a label nor the scores of two classes")
+    if names is not None and not isinstance(names, list):
+        raise BadReply(f"{_shown(names)} where names of classes were expected")
+    return ranked(range(len(scores)) if names is None else names, scores, percent)
+
+
+def flat(value: Any) -> list[Any]:
+    """The elements of nested lists, row by row; a lone value as a list of one.
+
+    Raises:
+        BadReply: lists and values side by side.
+    """
+    found = value if isinstance(value, list) else [value]
+    while found and isinstance(found[0], list):
+        if not all(isinstance(row, list) for row in found):
+            raise BadReply("rows and values side by side in one list")
+        found = [element for row in found for element in row]
+    if any(isinstance(element, list) for element in found):
+        raise BadReply("rows and values side by side in one list")
+    return found
+
+
+def one_of(option: str, value: Any, choices: Sequence[str]) -> str:
+    """An option of a protocol that has few values.
+
+    Raises:
+        UserError: another value.
+    """
+    if value not in choices:
+        raise UserError(f"{option} {value!r}; expected one of {', '.join(choices)}")
+    return str(value)
+
+
+def in_path(value: Any) -> str:
+    """A name as part of a URL's path; slashes stay, as model names have them."""
+    return quote(str(value).strip("/"), safe="/-._~")
+
+
+def versioned(model: Any, version: Any) -> str:
+    """``models/NAME``, with the version where one is given; the protocols of servers agree on this."""
+    return f"models/{in_path(model)}" + (f"/versions/{in_path(version)}" if str(version) else "")

@@ -1,0 +1,114 @@
+"""Plain "POST an image, get JSON": the image as the body, a form's file or base64 in JSON; labels found by JMESPath."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from certify.blackbox.client.credentials import secret_name
+from certify.blackbox.encoding import encode, media_type
+from certify.blackbox.protocols.parsing import class_scores, one_of, ranked, read_json
+from certify.blackbox.types import BadReply, Format, Picture, Ranked, Reply, Request
+from certify.errors import UserError, first_line
+
+_WAYS = ("raw", "multipart", "base64")
+
+
+def post_image(
+    *,
+    labels: str = "",
+    scores: str = "",
+    send: str = "base64",
+    key: str = "image",
+    path: str = "",
+    percent: bool = False,
+    encoding: str = "png",
+) -> Format:
+    """The format.
+
+    Args:
+        labels: JMESPath expression (jmespath.org) for the label, a text or a whole number, or a list of them, best
+            first; where empty, labels are the numbers of the scores.
+        scores: expression for as many scores; then they make the order.
+        send: ``raw`` (the body is the image file), ``multipart`` (a form with one file) or ``base64`` (in JSON).
+        key: of the file in the form, or of the base64 text in the JSON object.
+        path: below the endpoint's URL; like that, it is written down.
+        percent: whether scores are percentages.
+        encoding: ``png``, ``jpeg`` or ``jpegQ``.
+
+    Raises:
+        UserError: no expression, one that cannot be read, or another option that cannot be used.
+    """
+    one_of("send", send, _WAYS)
+    if not labels and not scores:
+        raise UserError("where is the label? give labels=EXPRESSION, in JMESPath, such as labels=predictions[0].name")
+    if not re.fullmatch(r"[^\"\\\r\n]+", key):
+        raise UserError(f"key {key!r}; expected a name without quotation marks, such as image")
+    if (named := secret_name(urlsplit(path).query)) is not None:
+        raise UserError(
+            f"the query of path holds {named!r}, which looks like a key; expected it by --api-key-env and --auth-query"
+        )
+    find_labels, find_scores = _finder("labels", labels), _finder("scores", scores)
+    kind = media_type(encoding)
+
+    def request(picture: Picture) -> Request:
+        content = encode(picture, encoding)
+        if send == "raw":
+            return Request(content, path, headers={"Content-Type": kind})
+        if send == "multipart":
+            return _form(content, path, key, kind)
+        text = json.dumps({key: base64.b64encode(content).decode()})
+        return Request(text.encode(), path, headers={"Content-Type": "application/json"})
+
+    def reply(reply: Reply) -> Ranked:
+        body = read_json(reply)
+        names, weights = find_labels(body), find_scores(body)
+        return class_scores(weights or [], percent=percent) if names is None else ranked(names, weights, percent)
+
+    about = {"labels": labels, "scores": scores, "send": send, "key": key, "path": path, "percent": percent}
+    return Format("json", request, reply, {**about, "encoding": encoding})
+
+
+def _finder(option: str, expression: str) -> Callable[[Any], list[Any] | None]:
+    """What finds a list, a lone value as a list of one, in JSON; None where there is no expression."""
+    if not expression:
+        return lambda body: None
+    try:
+        import jmespath
+        from jmespath.exceptions import JMESPathError
+    except ImportError:
+        raise UserError(
+            "protocol json needs jmespath, which is not installed; pip install 'certify-toolkit[audit]'"
+        ) from None
+    try:
+        compiled = jmespath.compile(expression)
+    except JMESPathError as error:
+        raise UserError(f"{option} {expression!r} is no JMESPath expression: {first_line(error)}") from None
+
+    def find(body: Any) -> list[Any] | None:
+        try:
+            found = compiled.search(body)
+        except (JMESPathError, TypeError, ValueError, RecursionError, ArithmeticError) as error:
+            # A function of the expression met a value of another type than it takes.
+            raise BadReply(f"{option} {expression!r} does not fit the reply ({type(error).__name__})") from None
+        if found is None:
+            raise BadReply(f"{option} {expression!r} finds nothing in the reply")
+        return found if isinstance(found, list) else [found]
+
+    return find
+
+
+def _form(content: bytes, path: str, key: str, kind: str) -> Request:
+    """A form with one file (RFC 7578); the boundary depends on the content only, as all of a request does."""
+    boundary = hashlib.sha256(content).hexdigest()
+    head = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{key}"; filename="image.{kind.partition("/")[2]}"\r\n'
+        f"Content-Type: {kind}\r\n\r\n"
+    )
+    body = head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
+    return Request(body, path, headers={"Content-Type": f"multipart/form-data; boundary={boundary}"})

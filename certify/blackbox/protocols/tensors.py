@@ -1,0 +1,105 @@
+"""A picture as the tensor that model servers take: numbers, layout, and its text in JSON."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from certify.blackbox.protocols.parsing import one_of
+from certify.blackbox.types import Picture
+from certify.errors import UserError
+
+DATATYPES = ("FP32", "UINT8")
+LAYOUTS = ("NCHW", "NHWC")
+
+
+@dataclass(frozen=True)
+class TensorInput:
+    """How pixels become a tensor: ``(pixel / 255 - mean) / std`` in float32, or the bytes themselves.
+
+    Attributes:
+        datatype: ``FP32`` or ``UINT8``.
+        layout: ``NCHW`` or ``NHWC``.
+        mean: to subtract, one number or one a channel; FP32 only.
+        std: to divide by, likewise.
+    """
+
+    datatype: str = "FP32"
+    layout: str = "NCHW"
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def array(self, picture: Picture) -> np.ndarray:
+        """The tensor ``(1, C, H, W)`` or ``(1, H, W, C)``."""
+        return self._laid_out(picture, self.levels(picture.pixels.shape[2])[0])
+
+    def text(self, picture: Picture, nested: bool = False) -> str:
+        """Its JSON: one flat list, or nested lists. A pixel has 256 values, so their texts are looked up."""
+        texts = self._laid_out(picture, self.levels(picture.pixels.shape[2])[1])
+        return _written(texts if nested else texts.reshape(-1))
+
+    def _laid_out(self, picture: Picture, levels: np.ndarray) -> np.ndarray:
+        found = levels[np.arange(len(levels)), picture.pixels]
+        return np.ascontiguousarray((found if self.layout == "NHWC" else found.transpose(2, 0, 1))[None])
+
+    def levels(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """What each of 256 pixel values becomes, ``(C, 256)``: as numbers, and as text that reads back as the same."""
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise UserError(
+                    f"{name} has {len(values)} numbers; expected 1, or {channels} as pictures have channels"
+                )
+        return _levels(self, channels)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For the ledger."""
+        return {"datatype": self.datatype, "layout": self.layout, "mean": list(self.mean), "std": list(self.std)}
+
+
+def tensor_input(datatype: str, layout: str, mean: Any, std: Any) -> TensorInput:
+    """As options give it: numbers may be one, a list, or text such as ``0.5,0.5,0.5``.
+
+    Raises:
+        UserError: an unknown datatype or layout, or numbers that cannot be used.
+    """
+    one_of("datatype", datatype, DATATYPES)
+    one_of("layout", layout, LAYOUTS)
+    made = TensorInput(datatype, layout, _numbers("mean", mean), _numbers("std", std))
+    if any(s <= 0 for s in made.std):
+        raise UserError(f"std {std!r}; expected numbers above 0")
+    if datatype == "UINT8" and (made.mean, made.std) != ((0.0,), (1.0,)):
+        raise UserError("mean and std are for datatype FP32; UINT8 sends the bytes as they are")
+    return made
+
+
+def _numbers(name: str, given: Any) -> tuple[float, ...]:
+    parts: Sequence[Any] = (
+        given.split(",") if isinstance(given, str) else given if hasattr(given, "__len__") else [given]
+    )
+    try:
+        found = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        found = ()
+    if not found or not all(np.isfinite(found)):
+        raise UserError(f"{name} {given!r}; expected a number, or one a channel, such as 0.485,0.456,0.406")
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _levels(tensor: TensorInput, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    pixels = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 256))
+    numbers: np.ndarray = pixels
+    if tensor.datatype == "FP32":
+        mean, std = (np.asarray(v, dtype=np.float32)[:, None] for v in (tensor.mean, tensor.std))
+        numbers = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    return numbers, np.array([[str(value) for value in row] for row in numbers], dtype=object)
+
+
+def _written(texts: np.ndarray) -> str:
+    rows = texts.tolist() if texts.ndim == 1 else map(_written, texts)
+    return f"[{','.join(rows)}]"

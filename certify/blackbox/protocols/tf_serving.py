@@ -1,0 +1,98 @@
+"""TensorFlow Serving's REST predict, which KServe v1 and others speak too: one instance in, one prediction out.
+
+https://www.tensorflow.org/tfx/serving/api_rest
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from certify.blackbox.encoding import encode, read_encoding
+from certify.blackbox.protocols.parsing import at, class_scores, flat, ranked, read_json, versioned
+from certify.blackbox.protocols.tensors import tensor_input
+from certify.blackbox.types import BadReply, Format, Picture, Ranked, Reply, Request
+
+
+def tf_serving(
+    *,
+    model: str,
+    version: str = "",
+    signature: str = "",
+    input: str = "",
+    output: str = "",
+    labels: str = "",
+    datatype: str = "FP32",
+    layout: str = "NHWC",
+    mean: Any = 0.0,
+    std: Any = 1.0,
+    b64: bool = False,
+    encoding: str = "png",
+) -> Format:
+    """The format.
+
+    Args:
+        model: its name on the server.
+        version: of it; the newest where empty.
+        signature: of the model; the server's default where empty.
+        input: name of the input, where the signature has several.
+        output: key of the label or the scores, where a prediction is an object with several.
+        labels: key of the names of classes beside the scores, where a prediction has them.
+        datatype: of numbers: ``FP32`` (pixels in [0, 1], less ``mean``, divided by ``std``) or ``UINT8``.
+        layout: ``NHWC`` or ``NCHW``.
+        mean: a number, or one a channel.
+        std: likewise.
+        b64: send an image file in base64 instead of numbers, for models that decode it.
+        encoding: of that file: ``png``, ``jpeg`` or ``jpegQ``.
+
+    Raises:
+        UserError: an option that cannot be used.
+    """
+    tensor = tensor_input(datatype, layout, mean, std)
+    read_encoding(encoding)
+
+    def request(picture: Picture) -> Request:
+        if b64:
+            instance = json.dumps({"b64": base64.b64encode(encode(picture, encoding)).decode()})
+        else:
+            instance = tensor.text(picture, nested=True)[1:-1]  # without the batch
+        if input:
+            instance = f"{{{json.dumps(input)}: {instance}}}"
+        head = f'"signature_name": {json.dumps(signature)}, ' if signature else ""
+        body = f'{{{head}"instances": [{instance}]}}'.encode()
+        return Request(body, f"v1/{versioned(model, version)}:predict", headers={"Content-Type": "application/json"})
+
+    about: dict[str, Any] = {"encoding": encoding} if b64 else tensor.about
+    about |= {"model": model, "version": version, "signature": signature, "input": input, "output": output}
+    return Format("tf-serving", request, lambda reply: read_answer(reply, output, labels), {**about, "labels": labels})
+
+
+def read_answer(reply: Reply, output: str = "", labels: str = "") -> Ranked:
+    """The label of a prediction: a text or a whole number is one, a list of numbers ranks the classes.
+
+    Args:
+        reply: of the server.
+        output: key of either in a prediction that is an object.
+        labels: key of names for the classes of the list.
+
+    Raises:
+        BadReply: no such thing.
+    """
+    predictions = at(read_json(reply), "predictions")
+    if not isinstance(predictions, list) or len(predictions) != 1:
+        raise BadReply("no single prediction for the single instance in the reply")
+    found: Any = predictions[0]
+    names = None
+    if isinstance(found, dict):
+        if labels:
+            names = flat(at(found, labels))
+        if not output and len(found) != 1:
+            raise BadReply(
+                f"a prediction of {', '.join(map(repr, list(found)[:8]))[:140]}; expected one, or output=KEY"
+            )
+        found = at(found, output) if output else next(iter(found.values()))
+    values = flat(found)
+    if len(values) == 1 and isinstance(values[0], str | int):
+        return ranked(values)
+    return class_scores(values, names)

@@ -1,0 +1,130 @@
+"""A service as a classifier among defences: what an attack by queries meets, every query in the ledger.
+
+The classes are closed here, as attacks want them: those that are known when it begins, and one more for anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from certify.blackbox.encoding import to_pictures
+from certify.blackbox.label_index import class_of
+from certify.blackbox.query_votes import Ask, query_name
+from certify.blackbox.types import Answer, Query, Ranked
+from certify.errors import RunFault, UserError
+from certify.models.classifier import InputSpec
+from certify.models.query_access import BudgetSpent
+from certify.types import FAILED
+
+_NOTHING = 1e-12  # score of a class that is not in the answer
+
+
+class LedgerBudgetSpent(BaseException):
+    """The audit's budget is spent. No exception that an attack may take for the end of its own budget."""
+
+
+class ServiceSilent(BaseException):
+    """The service does not answer, or turns the key down: nothing about the image or the attack, as above."""
+
+
+class RemoteClassifier:
+    """Labels and scores of a service; in a :class:`certify.models.defence.Defence` it stands for a frozen classifier.
+
+    Args:
+        ask: within the budget.
+        classes: by number; number ``len(classes)`` is any other label.
+        size: (C, H, W) of the images.
+        describe: of the service.
+        class_map: from labels to classes; labels outside of it count only where an answer has no others.
+        scored: whether answers have scores.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        classes: Sequence[str],
+        size: tuple[int, int, int],
+        describe: Callable[[], dict[str, Any]],
+        *,
+        class_map: Mapping[str, str] | None = None,
+        scored: bool = True,
+    ) -> None:
+        self._ask, self._scored, self._class_map = ask, scored, class_map
+        self._numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
+        self.describe = describe
+        self.name = str(describe()["name"])
+        self.num_classes = len(classes) + 1
+        self.class_names = (*((name,) for name in classes), ("any other label",))
+        self.input = InputSpec(size)
+        self.stream: tuple[str, str] | None = None
+        """Image and stage that name the next queries; None: they are named by their pictures."""
+        self._number = 0
+
+    def begin(self, image: str, stage: str) -> None:
+        """Name the queries from here on: image, stage, and a number from 0."""
+        self.stream, self._number = (image, stage), 0
+
+    def end(self) -> None:
+        """Name queries by their pictures: who asks about the same one again gets the same answer, and pays once."""
+        self.stream = None
+
+    def identity(self) -> str:
+        """What tells it from another."""
+        return self.name
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Labels ``(B,)`` of images ``(B, C, H, W)``."""
+        labels = [self._label(answer.ranked) for answer in self._answers(images)]
+        return torch.tensor(labels, dtype=torch.int64, device=images.device)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logarithms of scores ``(B, K)``, NaN where a query failed.
+
+        Raises:
+            UserError: the service gives labels only.
+        """
+        if not self._scored:
+            raise UserError(f"{self.name} gives labels without scores; expected an attack that needs labels alone")
+        rows = [self._weights(answer.ranked) for answer in self._answers(images)]
+        return torch.tensor(rows, dtype=torch.float64, device=images.device).log()
+
+    def _class(self, label: str) -> int:
+        name = label if self._class_map is None else self._class_map.get(label)
+        return self._numbers.get(name, len(self._numbers))
+
+    def _label(self, ranked: Ranked) -> int:
+        if not ranked:
+            return FAILED
+        return self._numbers.get(class_of(ranked, self._class_map), len(self._numbers))
+
+    def _weights(self, ranked: Ranked) -> list[float]:
+        if not ranked:
+            return [float("nan")] * self.num_classes
+        weights = [_NOTHING] * self.num_classes
+        for one in ranked:
+            c = self._class(one.label)
+            weights[c] = max(weights[c], one.score or _NOTHING)
+        if self._class_map is not None:
+            weights[-1] = _NOTHING if self._label(ranked) < len(self._numbers) else 1.0
+        return weights
+
+    def _answers(self, images: Tensor) -> list[Answer]:
+        queries = []
+        for picture in to_pictures(images):
+            if self.stream is None:
+                name = query_name("any image", "judge", picture.sha256[:32])
+            else:
+                name = query_name(*self.stream, self._number)
+                self._number += 1
+            queries.append(Query(name, picture))
+        try:
+            found = {answer.name: answer for answer in self._ask({query.name: query for query in queries}.values())}
+        except BudgetSpent as error:
+            raise LedgerBudgetSpent(str(error)) from None
+        except RunFault as error:
+            raise ServiceSilent(str(error)) from None
+        return [found[query.name] for query in queries]

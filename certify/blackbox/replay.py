@@ -1,0 +1,103 @@
+"""An audit's certificates again, from what is in its folder: the ledger's answers, and the settings beside them.
+
+Which images, which labels are right and what the numbers of the run are stands in ``audit.json`` and in the run file's
+header; every vote comes from the ledger. No data, no model, no service.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from certify.blackbox.answer_rows import rows_of
+from certify.blackbox.label_index import Vocabulary
+from certify.blackbox.ledger_contents import read_answers
+from certify.blackbox.results import ABOUT, LEDGER, RUN
+from certify.blackbox.types import Answer
+from certify.errors import UserError
+from certify.runs.recompute import check_design, recomputed_header
+from certify.runs.run_file import Run, read_run
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What the answers in a folder say.
+
+    Attributes:
+        run: the certificates, with the path of the run file that they were compared with.
+        differing: images whose certificate there is another one; of a replay at the run's own alpha and bound.
+    """
+
+    run: Run
+    differing: tuple[str, ...]
+
+
+def replay(
+    folder: str | Path,
+    *,
+    alpha: float | None = None,
+    bound: str | None = None,
+    answers: Mapping[str, Answer] | None = None,
+    command: str = "",
+) -> Replayed:
+    """The certificates of an audit's folder, from its ledger, ``audit.json`` and the run file's header.
+
+    At another alpha an image that stopped by itself is settled with the samples that are there, or is undecided.
+
+    Args:
+        folder: of the audit.
+        alpha: probability of error for each image; None keeps it.
+        bound: name of a bound; None keeps it.
+        answers: by name, where they were read already.
+        command: for the record.
+
+    Raises:
+        UserError: no such folder, a damaged file, or a bound that the way the votes came about does not support.
+    """
+    folder = Path(folder)
+    about = read_about(folder)
+    there = read_run(folder / RUN, allow_partial=True)
+    header, same = there.header, alpha is None and bound is None
+    if same:
+        check_design(there, header["bound"])
+    else:
+        header = recomputed_header(there, {"run": str(folder)}, alpha=alpha, bound=bound, command=command)
+    if answers is None:
+        answers = read_answers(folder / LEDGER)
+    rows = rows_of(header, about["images"], answers, Vocabulary(about.get("class_map")))
+    before, now = ({row["id"]: row for row in some} for some in (there.images, rows))
+    differing = [i for i in before | now if same and _by_name(before.get(i)) != _by_name(now.get(i))]
+    return Replayed(Run(there.path, header, rows), tuple(differing))
+
+
+def _by_name(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A line with names for class numbers, which depend on the lines before it."""
+    if row is None or "classes" not in row:
+        return None if row is None else dict(row)
+    names = {int(c): name for c, name in row["classes"].items()}
+    votes = {key: {names[int(c)]: count for c, count in row[key].items()} for key in ("votes", "selection")}
+    looks = [{**d, "look": [names.get(d["look"][0]), *d["look"][1:]]} for d in row.get("decisions", ())]
+    return {
+        **{key: value for key, value in row.items() if key != "classes"},
+        **votes,
+        **{key: names.get(row[key]) for key in ("label", "prediction", "base")},
+        "decisions": looks,
+    }
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """An audit's ``audit.json``.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    try:
+        found = json.loads((folder / ABOUT).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / ABOUT}: not readable ({error}); expected the folder of `certify audit`") from None
+    if not isinstance(found, dict) or not isinstance(found.get("images"), list):
+        raise UserError(f"{folder / ABOUT}: no audit; expected the folder of `certify audit`")
+    return found

@@ -1,0 +1,134 @@
+"""What an audit leaves in its folder, made from its answers alone: run file and ``audit.json``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from certify.blackbox.answer_rows import clean_answer, rows_of
+from certify.blackbox.determinism import drifts, fixed, probes
+from certify.blackbox.label_index import Vocabulary, class_of
+from certify.blackbox.query_votes import stage_of
+from certify.blackbox.types import Answer
+from certify.errors import RunFault
+from certify.runs.files import replacing
+from certify.runs.run_file import now, write_run
+
+RUN, ABOUT, LEDGER = "run.jsonl", "audit.json", "ledger.jsonl"
+"""What an audit's folder holds, beside pictures and the report."""
+
+RUNNING, FINISHED, SPENT, STOPPED = "running", "finished", "budget spent", "stopped"
+"""How far an audit came: under way (or killed), and how it ended."""
+
+
+def conclude(
+    folder: Path,
+    header: Mapping[str, Any],
+    about: Mapping[str, Any],
+    answers: Mapping[str, Answer],
+    *,
+    status: str,
+    reason: str = "",
+    sent: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Write run file and ``audit.json`` from what was answered; the latter is returned.
+
+    Args:
+        folder: of the audit.
+        header: of the run file.
+        about: of :func:`~certify.blackbox.plan.prepare`.
+        answers: by name.
+        status: how it ended.
+        reason: why, where that needs words.
+        sent: requests and queries that went out, those without an answer yet included; None: those of the answers.
+
+    Raises:
+        RunFault: they cannot be written.
+    """
+    vocabulary = Vocabulary(about["class_map"])
+    rows = rows_of(header, about["images"], answers, vocabulary)
+    write_rows(folder, header, rows)
+    price = about["plan"]["price_per_1000"]
+    probed, drifted = probes(answers, about["class_map"]), drifts(answers, about["class_map"])
+    attempts, queries = sent or (sum(answer.attempts for answer in answers.values()), len(answers))
+    concluded = {
+        **about,
+        "finished": now(),
+        "status": status,
+        "reason": reason,
+        "vocabulary": vocabulary.names,
+        "images": [{**image, **_reference(image, answers, about["class_map"])} for image in about["images"]],
+        "fixed_function": fixed(probed, drifted),
+        "determinism": [dataclasses.asdict(one) for one in probed],
+        "drift": [dataclasses.asdict(one) for one in drifted],
+        "asked": {
+            "requests": attempts,
+            "queries": dict(Counter(stage_of(name) for name in answers)),
+            "retries": attempts - queries,
+            "failures": dict(Counter(answer.failure for answer in answers.values() if not answer.ranked)),
+            "cost": None if price is None else attempts * price / 1000,
+            "seconds": _quantiles([answer.seconds for answer in answers.values() if answer.ranked]),
+        },
+    }
+    write_about(folder, concluded)
+    return concluded
+
+
+def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Of the time that answers took."""
+    if not seconds:
+        return {}
+    return {name: float(np.quantile(seconds, q)) for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
+
+
+def _reference(
+    image: Mapping[str, Any], answers: Mapping[str, Answer], class_map: Mapping[str, str] | None
+) -> dict[str, Any]:
+    clean = clean_answer(answers, image["id"])
+    if clean is None:
+        return {"reference": image["given"], "answer": [], "failure": "not asked"}
+    ranked = [[one.label, one.score] for one in clean.ranked]
+    return {
+        "reference": image["given"] or class_of(clean.ranked, class_map),
+        "answer": ranked,
+        "failure": clean.failure,
+    }
+
+
+def write_rows(folder: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the run file anew.
+
+    Raises:
+        RunFault: it cannot be written.
+    """
+    with writing(folder / RUN) as path:
+        write_run(path, header, rows)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Makes the folder of what is written in the block; a full disk is a fault that says what is kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+    except OSError as error:
+        raise RunFault(
+            f"could not write {path}: {error.strerror}; what was asked before is kept in the ledger"
+        ) from None
+
+
+def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write ``audit.json`` anew, whole or not at all.
+
+    Raises:
+        RunFault: it cannot be written.
+    """
+    with writing(folder / ABOUT) as path, replacing(path, sync=True) as beside:
+        beside.write_text(json.dumps(about, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,68 @@
+"""Words for the terminal: lines on stderr, a bar of progress, durations, and a stranger's text made harmless."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from certify.runs.run_file import Run
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    click.echo(text, err=True)
+
+
+def silent(text: str) -> None:
+    """In place of :func:`say`: nothing."""
+
+
+def speaker(*, quiet: bool) -> Callable[[str], None]:
+    """:func:`say`, or :func:`silent`."""
+    return silent if quiet else say
+
+
+def warn(text: str) -> None:
+    """One line on stderr that does not stop the run; whatever a stranger's text would do to a terminal is shown."""
+    say(f"warning: {printable(text)}")
+
+
+_LARGE = 4.0  # sigma in [0, 1] pixels above which it was hardly meant; Cohen et al. use at most 1
+
+
+def warn_of_units(sigma: float) -> None:
+    """A noise level that drowns every image is one of 255."""
+    if sigma > _LARGE:
+        warn(f"sigma = {sigma:g} drowns images in [0, 1]; is it in pixels of 255? that is --sigma {sigma / 255:.3g}")
+
+
+def warn_of_precisions(runs: Sequence[Run]) -> None:
+    """Runs that are shown together are compared, and ``auto`` may have chosen otherwise for each."""
+    found = sorted({str(run.header["precision"]) for run in runs if run.header.get("precision")})
+    if len(found) > 1:
+        warn(f"these runs are of classifiers run in {' and '.join(found)}; --precision makes them alike")
+
+
+def printable(text: str) -> str:
+    """A stranger's text without what it could do to a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def clock(seconds: float) -> str:
+    """A duration in the unit a person would use."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def progress_bar(total: int, unit: str, *, hidden: bool = False, scaled: bool = False) -> Any:
+    """A tqdm bar on stderr, shown on a terminal only and gone at its end; ``scaled`` writes 12k for 12,000."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=f" {unit}", unit_scale=scaled, disable=hidden or None, leave=False, file=sys.stderr)

@@ -1,0 +1,70 @@
+"""A run on a cluster: chosen images through its workers into the run file, which the driver alone writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from certify.cluster.worker import Sent
+from certify.engine.adaptive import LEAST
+from certify.errors import ImageError
+from certify.runs.image_rows import unusable_row
+from certify.runs.runner import owed, refuse_unusable, store
+
+if TYPE_CHECKING:
+    from certify.cluster.driver import Crew
+    from certify.images.dataset import ImageSet
+    from certify.runs.config import Settings
+    from certify.runs.run_file import RunFile
+
+_DEEPEST = 512  # images that a worker holds at once, at most: they run again when it dies
+
+
+def process_on(
+    crew: Crew,
+    images: ImageSet,
+    settings: Settings,
+    file: RunFile,
+    *,
+    places: Sequence[int] | None = None,
+    strict: bool = False,
+    progress: Callable[[int], None],
+    warn: Callable[[str], None],
+) -> None:
+    """As :func:`certify.runs.runner.process`, on the workers of a cluster; lines come as they are finished.
+
+    The same images give the same lines as there, their ``seconds`` apart. An image whose worker fails again and again
+    is recorded with its ``error``. ``progress`` is called with images.
+
+    Raises:
+        ImageError: with ``strict``, the first unusable image.
+        UserError: a worker with other code or weights than this process.
+        RunFault: no worker is left, or the run file cannot be written; what it holds is kept.
+    """
+    tasks = {task.place: task for task in owed(images, file, places, strict=strict)}
+    unusable = [place for place, task in tasks.items() if task.id in file.done]  # only with strict
+    if unusable:
+        task = tasks[unusable[0]]
+        raise refuse_unusable(task, file.done[task.id]["error"])
+
+    def read(place: int) -> Sent:
+        task = tasks[place]
+        try:
+            return Sent(place, task.id, task.label, images.items[place].read())
+        except ImageError as error:
+            return Sent(place, task.id, task.label, None, str(error))
+
+    for place, line in crew.answers(list(tasks), read, settings, depth=depth(crew, settings)):
+        task = tasks[place]
+        if strict and "error" in line:
+            raise refuse_unusable(task, line["error"])
+        nobody = {"id": task.id, "label": task.label, **unusable_row(settings.procedure, ""), "seconds": 0.0}
+        store(file, place, line if "id" in line else nobody | line, warn)
+        progress(1)
+
+
+def depth(crew: Crew, settings: Settings) -> int:
+    """Images that a worker holds at once: one more than what fills its batches twice."""
+    batch = crew.execution.batch_size if crew.execution is not None else 1
+    first = LEAST if settings.adaptive else settings.samples
+    return min(_DEEPEST, 1 + max(1, -(-2 * batch // first)))

@@ -1,0 +1,278 @@
+"""The one Monte-Carlo loop: seeded noise blocks in, votes out.
+
+Left of this module everything is random, batched and on the device; right of it, float64 and pure.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from certify.engine.allocator import keep_freed_memory
+from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.smoothing.rng import block_generator, block_size
+from certify.types import FAILED, BaseClassifier, Noise, Votes
+
+_SMALL, _WAVE = 2**17, 2**26  # values of a block worth a thread; values drawn at once, at most (256 MiB)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Labels that are wanted: of noisy copies of one image, or of the image itself.
+
+    Attributes:
+        image: ``(C, H, W)``, float32 in [0, 1], on the device.
+        key: the noise stream (:func:`certify.smoothing.rng.stream_key`); None adds no noise.
+        trials: n >= 1.
+        keep: how many of the first labels to keep one by one.
+        start: samples of the stream to leave out, because they were labelled before.
+        drawn: where to keep the noise of a block of which samples are left over, by its number; None keeps nothing.
+    """
+
+    image: Tensor
+    key: bytes | None
+    trials: int
+    keep: int = 0
+    start: int = 0
+    drawn: dict[int, Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """A finished job: its votes (counts and failures add up to its trials) and its first labels, ``(keep,)`` int64."""
+
+    votes: Votes
+    labels: Tensor
+
+
+def count_votes(
+    classifier: BaseClassifier,
+    noise: Noise,
+    jobs: Iterable[Job],
+    *,
+    batch_size: int,
+    fixed_shape: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Tally]:
+    """Label the noisy copies of all jobs; their tallies, in the order of the jobs.
+
+    Jobs share batches. The noise of a job depends on its key alone: not on the batch size, on the other jobs or on the
+    number of workers. Memory does not grow with the trials; a batch that does not fit in memory is halved, and so are
+    all later ones. A sample that was not drawn from the distribution is a failure, whatever its label.
+
+    Args:
+        classifier: the base classifier, on the images' device.
+        noise: the smoothing distribution.
+        jobs: pulled some blocks ahead of the work.
+        batch_size: samples a forward pass.
+        fixed_shape: fill every batch up to ``batch_size`` with samples that are not counted (compiled classifiers).
+        progress: called with the number of noisy samples done since the last call.
+
+    Raises:
+        UserError: a label outside [0, K).
+        RunFault: the base classifier raised; the error is chained.
+    """
+    keep_freed_memory()
+    size, classes = batch_size, classifier.num_classes
+    unfinished: deque[_Count] = deque()
+    batch: list[_Piece] = []
+    waiting = 0
+
+    def flush() -> None:
+        nonlocal size, waiting
+        noisy = batch[0].noisy if len(batch) == 1 else torch.cat([piece.noisy for piece in batch])
+        if fixed_shape and len(noisy) < size:
+            noisy = torch.cat([noisy, noisy[-1:].expand(size - len(noisy), -1, -1, -1)])
+        labels, largest = label_batch(classifier, noisy)
+        labels = labels[:waiting]
+        if any(piece.failed is not None for piece in batch):
+            labels = labels.masked_fill(torch.cat([piece.mask() for piece in batch]), FAILED)
+        start = 0
+        for count, pieces in itertools.groupby(batch, key=lambda piece: piece.count):
+            length = sum(len(piece.noisy) for piece in pieces)
+            count.add(labels[start : start + length])
+            start += length
+        if progress is not None and (done := sum(len(piece.noisy) for piece in batch if piece.count.job.key)):
+            progress(done)
+        size, waiting = min(size, largest), 0
+        batch.clear()
+
+    for whole in _drawn(_blocks(jobs, classes), noise):
+        if not unfinished or unfinished[-1] is not whole.count:
+            unfinished.append(whole.count)
+        if batch and batch[0].noisy.shape[1:] != whole.noisy.shape[1:]:
+            flush()
+        rest = whole
+        while len(rest.noisy):
+            piece, rest = rest.split(size - waiting)
+            batch.append(piece)
+            waiting += len(piece.noisy)
+            if waiting >= size:
+                flush()
+                while unfinished and not unfinished[0].missing:
+                    yield unfinished.popleft().tally()
+    if batch:
+        flush()
+    for count in unfinished:
+        yield count.tally()
+
+
+def noisy_copies(jobs: Iterable[Job], noise: Noise) -> Iterator[tuple[Job, Tensor, Tensor | None]]:
+    """The noisy copies that :func:`count_votes` labels, in its order: pieces of a job, ``(B, C, H, W)``.
+
+    With each its job, and which of its samples were not drawn from the distribution, bool ``(B,)`` or None.
+    """
+    for piece in _drawn(_blocks(jobs, 1), noise):
+        yield piece.count.job, piece.noisy, piece.failed
+
+
+class _Count:
+    """A job's labels so far, on the device: bin 0 failures, 1 to K classes, K + 1 what no label may be."""
+
+    def __init__(self, job: Job, num_classes: int) -> None:
+        self.job, self.missing = job, job.trials
+        self.num_classes = num_classes
+        self.bins = torch.zeros(num_classes + 2, dtype=torch.int64, device=job.image.device)
+        extremes = torch.iinfo(torch.int64)
+        self.lowest, self.highest = self.bins.new_tensor(extremes.max), self.bins.new_tensor(extremes.min)
+        self.kept: list[Tensor] = []
+
+    def add(self, labels: Tensor) -> None:
+        if self.job.trials - self.missing < self.job.keep:
+            self.kept.append(labels.clone())  # a compiled function may use the memory again
+        self.missing -= len(labels)
+        low, high = labels.aminmax()
+        self.lowest, self.highest = torch.minimum(self.lowest, low), torch.maximum(self.highest, high)
+        index = torch.where((labels >= FAILED) & (labels < self.num_classes), labels, self.num_classes).add_(1)
+        self.bins.index_add_(0, index, torch.ones_like(index))
+
+    def tally(self) -> Tally:
+        failures, *by_class, wrong = self.bins.tolist()
+        if wrong:
+            raise UserError(
+                f"the base classifier returned {wrong:,} of {self.job.trials:,} labels outside 0 to "
+                f"{self.num_classes - 1} (from {int(self.lowest)} to {int(self.highest)}; {FAILED} is a failed trial)"
+            )
+        labels = torch.cat(self.kept)[: self.job.keep].cpu() if self.kept else torch.empty(0, dtype=torch.int64)
+        return Tally(Votes(tuple(by_class), failures), labels)
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Noisy copies that follow each other in one job; ``failed`` marks those that were not drawn properly, if any."""
+
+    count: _Count
+    noisy: Tensor
+    failed: Tensor | None = None
+
+    def split(self, length: int) -> tuple[_Piece, _Piece]:
+        ends = (slice(None, length), slice(length, None))
+        first, second = (
+            _Piece(self.count, self.noisy[end], None if self.failed is None else self.failed[end]) for end in ends
+        )
+        return first, second
+
+    def mask(self) -> Tensor:
+        return self.noisy.new_zeros(len(self.noisy), dtype=torch.bool) if self.failed is None else self.failed
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One block of a job's stream, of which the samples in ``wanted`` are wanted."""
+
+    count: _Count
+    number: int
+    wanted: slice
+
+    def draw(self, noise: Noise) -> Tensor | None:
+        """The noise, drawn whole so that any n sees the same samples; None for a job without noise."""
+        image, key, kept = self.count.job.image, self.count.job.key, self.count.job.drawn
+        if key is None:
+            return None
+        size = block_size(image.numel())
+        drawn = kept.pop(self.number, None) if kept else None
+        if drawn is None:
+            drawn = noise.sample((size, *image.shape), block_generator(key, self.number, image.device))
+        if kept is not None and self.wanted.stop < size:
+            kept[self.number] = drawn  # what is wanted of it now will be overwritten, the rest will not
+        return drawn
+
+    def noisy(self, noise: Noise, drawn: Tensor | None) -> _Piece:
+        """The wanted noisy copies, on the image's device."""
+        image = self.count.job.image
+        if drawn is None:
+            return _Piece(self.count, image.expand(self.wanted.stop, -1, -1, -1))
+        drawn = drawn[self.wanted].to(image.device)
+        failed = noise.failed(drawn)
+        return _Piece(self.count, noise.add(image, drawn), failed)
+
+
+def _blocks(jobs: Iterable[Job], num_classes: int) -> Iterator[_Block]:
+    """The blocks of all jobs, in order."""
+    for job in jobs:
+        if job.trials < 1:
+            raise ValueError(f"n = {job.trials}: expected at least 1")
+        count = _Count(job, num_classes)
+        step, end = block_size(job.image.numel()) if job.key else job.trials, job.start + job.trials
+        for number in range(job.start // step, -(-end // step)):
+            yield _Block(count, number, slice(max(0, job.start - number * step), min(step, end - number * step)))
+
+
+def _drawn(blocks: Iterator[_Block], noise: Noise) -> Iterator[_Piece]:
+    """The noisy copies of all blocks; on a processor as many blocks are drawn at once as it has threads.
+
+    A generator's normals come from one thread, so one block after the other would leave the other cores idle.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads(), "certify-noise") as pool:
+        for first in blocks:
+            wave = [first, *itertools.islice(blocks, _at_once(first) - 1)]
+            drawn = [pool.submit(block.draw, noise) for block in wave[1:]]
+            yield first.noisy(noise, first.draw(noise))
+            for block, future in zip(wave[1:], drawn, strict=True):
+                yield block.noisy(noise, future.result())
+
+
+def _at_once(block: _Block) -> int:
+    """Blocks like this one to draw at once: small ones cost less than a thread's start, large ones take memory."""
+    image = block.count.job.image
+    values = block_size(image.numel()) * image.numel()
+    if image.device.type != "cpu" or values < _SMALL:
+        return 1
+    return max(1, min(torch.get_num_threads(), _WAVE // values))
+
+
+def label_batch(classifier: BaseClassifier, batch: Tensor) -> tuple[Tensor, int]:
+    """Labels of one batch, and how many samples fit in memory at once: out of memory halves it and tries again."""
+    try:
+        with torch.no_grad():
+            labels = classifier(batch)
+    except CertifyError:
+        raise
+    except Exception as error:  # any classifier may stand there, also the user's own code
+        if len(batch) == 1 or not _out_of_memory(error):
+            raise RunFault(f"the base classifier failed: {type(error).__name__}: {first_line(error)}") from error
+    else:
+        if labels.shape != (len(batch),) or labels.is_floating_point():
+            raise UserError(
+                f"the base classifier returned {labels.dtype} of shape {tuple(labels.shape)} for {len(batch)} images; "
+                f"expected integer labels ({len(batch)},)"
+            )
+        return labels.long(), len(batch)
+    if batch.device.type == "cuda":
+        torch.cuda.empty_cache()
+    half = (len(batch) + 1) // 2
+    first, fits = label_batch(classifier, batch[:half])
+    first = first.clone()  # a compiled function may use the memory again
+    second, _ = label_batch(classifier, batch[half:])
+    return torch.cat([first, second]), fits
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or ("memory" in text and "alloc" in text)

@@ -1,0 +1,301 @@
+"""A base classifier under noise: images -> votes, by an engine that is decided once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from certify.errors import UserError
+from certify.smoothing.noise import make_noise
+from certify.smoothing.norms import implied_factor, in_norm
+from certify.types import BaseClassifier, Noise, Radii, Votes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from certify.engine.adaptive import Settled, Watch
+    from certify.engine.execution import Execution
+    from certify.engine.monte_carlo import Job, Tally
+
+KEPT = 100
+"""Labels of each stage that are kept one by one, to be compared with plain float32's."""
+
+
+class NoisyClassifier:
+    """A base classifier f behind a denoiser D under noise e: labels of f(D(x + e)), counted.
+
+    Args:
+        classifier: the base classifier f (:func:`certify.load_classifier`, or anything with its contract).
+        sigma: standard deviation of the noise, in [0, 1] pixels; not with a ready-made ``noise``.
+        denoiser: D, a module ``forward(noisy, sigma)``; part of the base classifier from then on.
+        noise: the smoothing distribution: a name (``gaussian`` by default, ``exact``, ``uniform``, ``laplace``), or
+            a ready-made one.
+        norm: of the radii: ``l1``, ``l2`` or ``linf``, implied by the noise's own, which is the default.
+        rounded: with noise ``exact``, round images to the 8-bit grid instead of refusing others.
+        device: where to compute, such as ``"cpu"`` or ``"cuda"``.
+        precision: of the arithmetic behind the noise: ``float32``, ``bfloat16``, ``float16``, or ``auto``.
+        compile: ``on``, ``off``, or ``auto``.
+        batch_size: samples a forward pass; None chooses. It changes no noise.
+
+    What is left open is decided by the first call from the number of samples it asks for, or by :meth:`prepare`; from
+    then on it stays, so that all certificates are about one function.
+
+    Raises:
+        UserError: sigma not positive, an unknown noise or norm, or neither or both of sigma and a ready-made noise.
+    """
+
+    def __init__(
+        self,
+        classifier: BaseClassifier,
+        sigma: float | None = None,
+        *,
+        denoiser: nn.Module | None = None,
+        noise: Noise | str | None = None,
+        norm: str | None = None,
+        rounded: bool = False,
+        device: str | torch.device = "cpu",
+        precision: str = "auto",
+        compile: str = "auto",
+        batch_size: int | None = None,
+    ) -> None:
+        import torch
+
+        from certify.engine.tuning import Wanted
+        from certify.models.pipeline import Pipeline
+
+        named = noise is None or isinstance(noise, str)
+        if (sigma is not None) != named:
+            raise UserError("give either sigma ([0, 1] pixels; and a noise by name) or a ready-made noise, not both")
+        if rounded and not named:
+            raise UserError(
+                "rounded belongs to noise 'exact' by name; a ready-made noise says for itself whether it rounds"
+            )
+        if not isinstance(getattr(classifier, "num_classes", None), int):
+            raise UserError(
+                f"{type(classifier).__name__} does not say how many classes it has; expected a base classifier: "
+                "load_classifier(NAME), or load_classifier(module or function, input_size=(C, H, W))"
+            )
+        if isinstance(denoiser, str):
+            raise UserError(f"denoiser={denoiser!r}: expected a module; denoisers.load_denoiser({denoiser!r}) gives it")
+        self.noise: Noise = (
+            make_noise(str(noise or "gaussian"), float(sigma or 0.0), rounded=rounded) if named else noise  # type: ignore[assignment]
+        )
+        self.norm = norm or self.noise.norm
+        implied_factor(self.noise.norm, self.norm, 1)  # refuses an unknown norm
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise UserError(f"device = {device!r}: expected one that torch knows, such as 'cpu' or 'cuda'") from None
+        if self.device.type == "cuda":  # float32 means float32: convolutions would run in TF32 by default
+            torch.backends.cudnn.allow_tf32 = False
+        self.classifier = classifier
+        self.base = Pipeline(classifier, denoiser, self.noise.scale).to(self.device)
+        self.base.eval()
+        self.wanted = Wanted(precision, compile, batch_size)
+        self.execution: Execution | None = None
+        self._run: BaseClassifier = self.base
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.base.num_classes
+
+    def prepare(
+        self, image: torch.Tensor | np.ndarray, samples: int, execution: Execution | None = None, *, again: bool = False
+    ) -> Execution:
+        """Decide how to run the base classifier for this many samples; it is run this way from now on.
+
+        Args:
+            image: one of the images, ``(C, H, W)``.
+            samples: noisy copies in all.
+            execution: how, where that is known already: of the run that is resumed, or another worker's.
+            again: measure although this machine has chosen before for such work.
+        """
+        from certify.engine import execution as executions
+        from certify.engine import tuning
+
+        example = self.check(image).to(self.device)
+        if execution is None:
+            self._run, self.execution = tuning.choose(self.base, example, self.noise, samples, self.wanted, again=again)
+        else:
+            self._run, self.execution = executions.prepare(self.base, execution, example)
+        return self.execution
+
+    def stated(self, values: int) -> Radii:
+        """What the noise certifies, stated in this classifier's norm for images of so many values (C * H * W)."""
+        return in_norm(self.noise, self.norm, values)
+
+    def measure_rate(self, image: torch.Tensor | np.ndarray) -> float:
+        """Samples a second on this machine, once prepared."""
+        from certify.engine.tuning import measure_rate
+
+        if self.execution is None:
+            raise RuntimeError("not prepared yet: call prepare first")
+        return measure_rate(self._run, self.check(image).to(self.device), self.noise, self.execution.batch_size)
+
+    def tallies(
+        self,
+        images: Iterable[tuple[torch.Tensor | np.ndarray, str | None]],
+        stages: Mapping[str, int],
+        *,
+        seed: int = 0,
+        clean: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[dict[str, Tally]]:
+        """For each image the tallies of its stages; images share batches.
+
+        Args:
+            images: pairs of an image ``(C, H, W)`` and the name of its noise (None: a hash of the image), pulled a few
+                blocks of noise ahead.
+            stages: noisy copies of each stage; each stage draws its own.
+            seed: with the name and the stage it fixes all noise.
+            clean: whether to label the image without noise too, as stage ``"clean"``.
+            progress: called with the number of noisy samples done since the last call.
+        """
+        from certify.engine.monte_carlo import Job
+        from certify.smoothing.rng import stream_key
+
+        queue = iter(images)
+        first = next(queue, None)
+        if first is None:
+            return
+        label, _ = self.labeller(first[0], sum(stages.values()), progress)
+
+        def jobs() -> Iterator[Job]:
+            for image, name in itertools.chain([first], queue):
+                tensor = self.check(image)
+                there = tensor.to(self.device)
+                if clean:
+                    yield Job(there, None, 1, keep=1)
+                for stage, trials in stages.items():
+                    key = stream_key(seed, image_digest(tensor) if name is None else name, stage)
+                    yield Job(there, key, trials, keep=KEPT)
+
+        done = label(jobs())
+        names = [*(["clean"] if clean else []), *stages]
+        for tally in done:
+            yield {name: tally if name == names[0] else next(done) for name in names}
+
+    def settled(
+        self,
+        images: Iterable[tuple[torch.Tensor | np.ndarray, str | None] | None],
+        watch: Callable[[torch.Tensor], Watch],
+        *,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[Settled]:
+        """Label samples of the images until each sequential test is settled, and yield them as they are.
+
+        See :mod:`certify.engine.adaptive`.
+
+        Args:
+            images: as for :meth:`tallies`; the noise is that of stage ``"estimation"``. None, but not as the first:
+                there is none now, but there may be after the next round.
+            watch: makes the watch of an image.
+            seed: as for :meth:`tallies`.
+            progress: called with the number of noisy samples done since the last call.
+        """
+        from certify.engine.adaptive import settle
+        from certify.smoothing.rng import stream_key
+
+        queue = iter(images)
+        first = next(queue, None)
+        if first is None:
+            return
+        label, batch_size = self.labeller(first[0], 1000, progress)  # a guess: watches say themselves when they end
+
+        def there() -> Iterator[tuple[torch.Tensor, bytes] | None]:
+            for found in itertools.chain([first], queue):
+                if found is None:
+                    yield None
+                    continue
+                image, name = found
+                tensor = self.check(image)
+                key = stream_key(seed, image_digest(tensor) if name is None else name, "estimation")
+                yield tensor.to(self.device), key
+
+        yield from settle(label, there(), watch, batch_size=batch_size, keep=KEPT)
+
+    def labeller(
+        self, image: torch.Tensor | np.ndarray, samples: int, progress: Callable[[int], None] | None = None
+    ) -> tuple[Callable[[Iterable[Job]], Iterator[Tally]], int]:
+        """The vote loop with everything but its jobs, and its batch size.
+
+        Args:
+            image: one of the images, by which to decide how to run the base classifier, if that is open.
+            samples: noisy copies in all, about.
+            progress: called with the number of noisy samples done since the last call.
+        """
+        from certify.engine.execution import Execution, default_batch_size
+        from certify.engine.monte_carlo import count_votes
+
+        if self.execution is None and samples:
+            self.prepare(image, samples)
+        size = self.wanted.batch_size or default_batch_size(self.check(image).to(self.device))
+        execution = self.execution or Execution("float32", False, False, size)
+        paid = getattr(self.classifier, "one_by_one", False)  # then a copy that only fills a batch is a query too
+        label = functools.partial(
+            count_votes,
+            self._run,
+            self.noise,
+            batch_size=execution.batch_size,
+            fixed_shape=execution.compiled or (self.noise.one_shape and not paid),
+            progress=progress,
+        )
+        return label, execution.batch_size
+
+    def votes(
+        self,
+        image: torch.Tensor | np.ndarray,
+        n: int,
+        *,
+        stage: str,
+        seed: int = 0,
+        image_id: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Votes:
+        """Votes of n noisy copies of one image ``(C, H, W)``.
+
+        The noise is fixed by ``seed``, ``image_id`` (default: a hash of the image) and ``stage``.
+        """
+        (found,) = self.tallies([(image, image_id)], {stage: n}, seed=seed, progress=progress)
+        return found[stage].votes
+
+    def base_labels(self, images: Iterable[torch.Tensor | np.ndarray]) -> list[int]:
+        """The base classifier's own labels of images without noise (``FAILED`` where it has none)."""
+        found = self.tallies(((image, None) for image in images), {}, clean=True)
+        return [int(tally["clean"].labels[0]) for tally in found]
+
+    def agreement(
+        self, image: torch.Tensor | np.ndarray, labels: torch.Tensor, *, stage: str, seed: int, image_id: str
+    ) -> int:
+        """How many of a stage's first labels the base classifier in plain float32 gives too, from the same noise."""
+        from certify.engine.execution import default_batch_size
+        from certify.engine.monte_carlo import Job, count_votes
+        from certify.smoothing.rng import stream_key
+
+        there = self.check(image).to(self.device)
+        job = Job(there, stream_key(seed, image_id, stage), len(labels), keep=len(labels))
+        (plain,) = count_votes(self.base, self.noise, [job], batch_size=default_batch_size(there))
+        return int((plain.labels == labels).sum())
+
+    def check(self, image: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """The image as it is certified: float32 ``(C, H, W)`` in [0, 1], rounded where the noise wants that.
+
+        Raises:
+            UserError: of the wrong shape, type or range, or nothing that the noise is defined around.
+        """
+        from certify.images.dataset import as_image
+
+        spec = getattr(self.classifier, "input", None)
+        return self.noise.input(as_image(image, spec.size if spec is not None else None))
+
+
+def image_digest(image: torch.Tensor) -> str:
+    """SHA-256 of the pixels of one image as it is certified: 16 hexadecimal digits."""
+    return hashlib.sha256(str(tuple(image.shape)).encode() + image.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Images to certify: where they come from, how they are decoded, datasets with stable ids."""

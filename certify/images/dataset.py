@@ -1,0 +1,287 @@
+"""Images to certify: [0, 1] tensors at the classifier's input size, with stable ids and the classifier's labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from certify.errors import ImageError, UserError
+from certify.images.decode import LIMITS, DecodeLimits, decode
+from certify.images.sources import Item, Source, open_source
+from certify.models.labels import ClassNames, class_index, map_names, match_labels, name_index
+
+if TYPE_CHECKING:
+    from certify.models.classifier import InputSpec
+
+
+class Viewer(Protocol):
+    """Who looks at the images: gives the classes that labels refer to, and the input that images are brought to."""
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """For each class index, every name it goes by, or None."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def input(self) -> InputSpec:
+        """Size and transform."""
+        ...
+
+
+@dataclass(frozen=True)
+class View:
+    """A viewer without a classifier: images are brought to its input; classes are the data's, or none."""
+
+    input: InputSpec
+    num_classes: int = 0
+    class_names: ClassNames | None = None
+
+    @classmethod
+    def at(cls, size: tuple[int, int, int] | None) -> View:
+        """Images of any class, at this size or as they are."""
+        from certify.models.classifier import InputSpec, square_input
+
+        return cls(InputSpec(None) if size is None else square_input(size))
+
+
+_SLACK = 1e-6  # float32 arithmetic leaves values like -3e-8; they are clamped, anything further out is refused
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The chosen images of a source, in the order in which they are certified.
+
+    Attributes:
+        name: of the source, as in the record.
+        items: the chosen ones.
+        labels: for each item its class index, or None.
+        available: how many images the source holds.
+        rule: how labels were found, in words.
+        selection: the options that chose the items.
+        input: the classifier's input, whose transform makes an item an image.
+    """
+
+    name: str
+    items: Sequence[Item]
+    labels: Sequence[int | None]
+    available: int
+    rule: str
+    selection: dict[str, Any]
+    input: InputSpec
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every image has a label."""
+        return all(label is not None for label in self.labels)
+
+    def load(self, index: int) -> Tensor:
+        """The image ``(C, H, W)``, float32 in [0, 1], that noise is added to.
+
+        Raises:
+            ImageError: this image cannot be used.
+        """
+        return as_seen(self.items[index].read(), self.input)
+
+    def digest(self) -> str:
+        """Hash over ids, labels and contents of the chosen images: what a resumed run must find again."""
+        total = hashlib.sha256()
+        for item, label in zip(self.items, self.labels, strict=True):
+            total.update(f"{item.id}\0{label}\0{item.stamp()}\n".encode("utf-8", "surrogatepass"))
+        return total.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """The selection and where labels came from, as JSON."""
+        return {
+            "source": self.name,
+            "available": self.available,
+            "selection": self.selection,
+            "labels": self.rule,
+            "sha256": self.digest(),
+        }
+
+
+def load_images(
+    data: str,
+    classifier: Viewer,
+    *,
+    skip: int = 1,
+    start: int = 0,
+    max_images: int | None = None,
+    ids: Sequence[str] | None = None,
+    labels: str | Path | None = None,
+    class_map: str | Path | None = None,
+    root: str | Path | None = None,
+    download: bool = False,
+) -> ImageSet:
+    """The images that ``data`` names, as ``classifier`` wants to see them.
+
+    Args:
+        data: a dataset's name or a path (:func:`certify.images.sources.open_source`).
+        classifier: gives the transform, and the classes that labels refer to.
+        skip: every K-th image.
+        start: which image is the first, from 0: with the same ``skip``, another start below it chooses other images.
+        max_images: at most so many.
+        ids: only these.
+        labels: CSV of file and label for images without class folders, or ``"none"`` to ignore labels.
+        class_map: CSV or JSON from the data's class names to the classifier's classes.
+        root: folder of torchvision's datasets.
+        download: whether a missing dataset may be downloaded.
+
+    Raises:
+        UserError: no such data, labels that cannot be mapped, a selection that chooses nothing.
+    """
+    source = open_source(data, root=root, download=download)
+    chosen = _select(source, skip, start, max_images, ids)
+    found, rule = _labels(source, chosen, classifier.class_names, classifier.num_classes, labels, class_map)
+    selection = {"skip": skip, "max": max_images, "ids": list(ids) if ids else None}
+    selection |= {"start": start} if start else {}  # run files without it go on as before
+    return ImageSet(source.name, chosen, found, len(source.items), rule, selection, classifier.input)
+
+
+def _select(source: Source, skip: int, start: int, max_images: int | None, ids: Sequence[str] | None) -> Sequence[Item]:
+    if skip < 1 or (max_images is not None and max_images < 1):
+        raise UserError(f"--skip {skip} --max {max_images}: expected whole numbers from 1")
+    items: Sequence[Item] = source.items
+    if ids:
+        by_id = {item.id: item for item in items}
+        absent = [i for i in ids if i not in by_id]
+        if absent:
+            raise UserError(f"no image {absent[0]!r} in {source.name}; ids look like {', '.join(list(by_id)[:3])}")
+        items = [by_id[i] for i in dict.fromkeys(ids)]
+    if not 0 <= start < max(1, len(items)):
+        raise UserError(
+            f"--start {start}: expected a whole number from 0 to {len(items) - 1}, the last of these images"
+        )
+    return items[start::skip][:max_images]
+
+
+def _labels(
+    source: Source,
+    chosen: Sequence[Item],
+    class_names: ClassNames | None,
+    num_classes: int,
+    labels: str | Path | None,
+    class_map: str | Path | None,
+) -> tuple[list[int | None], str]:
+    """The class index of every chosen image, and the rule in words."""
+    if labels is not None and str(labels) == "none":
+        return [None] * len(chosen), "none"
+    if labels is not None:
+        return _labels_from_file(source, chosen, class_names, num_classes, Path(labels))
+    if any(item.name is None for item in source.items):
+        if class_map is not None:
+            raise UserError(f"--class-map needs folders of classes, and {source.name} has none; pass --labels FILE.csv")
+        return [None] * len(chosen), "none"
+    names = [item.name for item in source.items if item.name is not None]
+    try:
+        mapping, rule = map_names(names, class_names, num_classes, class_map, source.classes)
+    except UserError:
+        if source.wrapped and class_map is None:  # photos.zip that holds photos/: a folder, but no class
+            return [None] * len(chosen), "none"
+        raise
+    return [mapping[item.name] for item in chosen if item.name is not None], rule
+
+
+def _labels_from_file(
+    source: Source, chosen: Sequence[Item], class_names: ClassNames | None, num_classes: int, path: Path
+) -> tuple[list[int | None], str]:
+    given, _ = match_labels(path, [item.id for item in chosen], (item.id for item in source.items))
+    index = name_index(class_names)
+    return [class_index(given[i.id], index, num_classes, f"--labels {path}") for i in chosen], f"from {path.name}"
+
+
+def as_seen(raw: bytes | np.ndarray, spec: InputSpec) -> Tensor:
+    """What a source gives, a file's bytes or an array, as the classifier wants to see it: ``(C, H, W)`` in [0, 1].
+
+    Raises:
+        ImageError: this image cannot be used.
+    """
+    channels = spec.size[0] if spec.size else None
+    if isinstance(raw, bytes):
+        return fitted(decode(raw, channels or 3), spec)
+    array = np.asarray(raw)
+    image = _array_to_tensor(array, channels)
+    if spec.size is None or tuple(image.shape) == spec.size:
+        return image
+    if array.dtype == np.uint8:  # the same way as a file of the same picture
+        from torchvision.transforms.functional import to_pil_image
+
+        return fitted(to_pil_image(image), spec)
+    return fitted(image, spec)
+
+
+def fitted(picture: Any, spec: InputSpec, limits: DecodeLimits = LIMITS) -> Tensor:
+    """A PIL image, or a tensor ``(C, H, W)`` in [0, 1], as the classifier wants to see it: ``(C, H, W)`` in [0, 1].
+
+    Raises:
+        ImageError: too long and thin to be resized.
+    """
+    if spec.transform is None:
+        from torchvision.transforms.functional import to_tensor
+
+        return as_image(to_tensor(picture), None)
+    height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.size[::-1]
+    limits.check_aspect(width, height)
+    return as_image(spec.transform(picture).clamp(0.0, 1.0), spec.size)  # bicubic overshoots
+
+
+def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> Tensor:
+    """``image`` as float32 ``(C, H, W)`` in [0, 1], checked.
+
+    Args:
+        image: ``(C, H, W)`` float in [0, 1], or uint8.
+        size: the shape that is expected, or None.
+
+    Raises:
+        ImageError: another shape, type or range; the message shows what came.
+    """
+    try:
+        tensor = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image, order="C"))
+    except (TypeError, ValueError):  # a copy: arrays of PIL images cannot be written to
+        raise ImageError(f"image of type {type(image).__name__}; expected an array or tensor (C, H, W)") from None
+    if tensor.ndim != 3 or (size is not None and tuple(tensor.shape) != size):
+        wanted = "(C, H, W)" if size is None else str(size)
+        raise ImageError(
+            f"image of shape {tuple(tensor.shape)}; expected {wanted}, one image at the classifier's input size"
+        )
+    if tensor.dtype == torch.uint8:
+        return tensor.to(torch.float32) / 255.0
+    if not tensor.is_floating_point():
+        raise ImageError(f"image of type {tensor.dtype}; expected floating point in [0, 1] or uint8")
+    tensor = tensor.to(torch.float32)
+    low, high = float(tensor.min()), float(tensor.max())
+    if not (low >= -_SLACK and high <= 1.0 + _SLACK):  # NaN is refused too
+        raise ImageError(
+            f"image with values from {low:.4g} to {high:.4g}; expected [0, 1], before normalisation, or uint8"
+        )
+    return tensor.clamp(0.0, 1.0)
+
+
+def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
+    """An array (H, W), (H, W, C) or (C, H, W) as ``(C, H, W)`` in [0, 1], with the classifier's number of channels."""
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim == 3 and array.shape[0] not in (1, 3) and array.shape[2] in (1, 3, 4):
+        array = np.moveaxis(array, 2, 0)[:3]
+    image = as_image(array, None)
+    if channels == 3 and image.shape[0] == 1:
+        return image.expand(3, -1, -1).contiguous()
+    if channels == 1 and image.shape[0] == 3:
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R 601, as PIL converts
+        return (image * weights).sum(0, keepdim=True).clamp(0.0, 1.0)
+    return image

@@ -1,0 +1,150 @@
+"""Bytes of an image file -> an 8-bit PIL image, with limits.
+
+Defined behaviour: the first frame; EXIF orientation and colour profiles are not applied and an alpha channel is dropped
+(as timm and torchvision load images); 16-bit grey becomes 8-bit by rounding v / 257, of 16-bit colour the high byte is
+kept; grey and palette images become RGB for an RGB classifier, and colour becomes grey (ITU-R 601) for a grey one.
+Metadata is not read, so that no fault in it makes a sound image unusable.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from certify.errors import ImageError
+from certify.models.placeholders import mistaken_for
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+MAX_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """Limits of one picture, checked before the work that they bound.
+
+    Attributes:
+        max_pixels: width times height, as the file declares them.
+        max_scans: scans of a JPEG file. Each scan of a progressive file visits every block again and may take ten
+            bytes, so a small file can keep a decoder busy for hours; encoders write about ten.
+        max_aspect: longer side over shorter side, where the picture is resized. The shorter side is brought to the
+            classifier's input and the longer one grows with it: 1 x 12,000 pixels would become 256 x 3,072,000.
+    """
+
+    max_pixels: int = 64_000_000
+    max_scans: int = 100
+    max_aspect: int = 100
+
+    def check_aspect(self, width: int, height: int) -> None:
+        """Refuse a picture that would grow too large when it is resized.
+
+        Raises:
+            ImageError: too long for its shorter side.
+        """
+        if max(width, height) > self.max_aspect * min(width, height):
+            raise ImageError(
+                f"has {width}x{height} pixels; the longer side may be at most {self.max_aspect} times the shorter"
+            )
+
+
+LIMITS = DecodeLimits()
+
+
+def decode(content: bytes, channels: int = 3, limits: DecodeLimits = LIMITS) -> Image.Image:
+    """A PIL image of mode RGB (3 channels) or L (1 channel).
+
+    Args:
+        content: of the file.
+        channels: 1 or 3.
+        limits: exceeded ones are refused before pixels are decoded.
+
+    Raises:
+        ImageError: empty, not an image, damaged, or larger than the limits.
+    """
+    if not content:
+        raise ImageError("is empty (0 bytes)")
+    if len(content) > MAX_BYTES:
+        raise ImageError(f"is a file of {len(content):,} bytes; the limit is {MAX_BYTES:,}")
+    if (mistake := mistaken_for(content[:512], "an image")) is not None:
+        raise ImageError(mistake)
+    if content.startswith(_PNG):
+        content = _critical_chunks(content)
+    elif content.startswith(_JPEG) and _has_more_scans(content, limits.max_scans):
+        raise ImageError(f"has more than {limits.max_scans} scans, the limit: a JPEG file made to keep decoders busy")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns of size (checked below) and of odd metadata (harmless)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if image.width * image.height > limits.max_pixels:
+                raise ImageError(f"has {image.width}x{image.height} pixels; the limit is {limits.max_pixels:,}")
+            image.load()
+            return _to_eight_bits(image, channels)
+    except Image.DecompressionBombError:
+        raise ImageError(f"claims more than the limit of {limits.max_pixels:,} pixels (a decompression bomb)") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"is not an image ({', '.join(f.lower() for f in FORMATS)} are read)") from None
+    except ImageError:
+        raise
+    except Exception as error:  # PIL's readers raise whatever a damaged file makes them stumble over
+        raise ImageError(f"is damaged ({str(error)[:80]})") from None
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ANCILLARY = 0x20  # bit of a chunk type's first letter: lower case
+
+
+def _critical_chunks(content: bytes) -> bytes:
+    """The PNG file without its ancillary chunks: text, profiles, times; also transparency, which is dropped anyway."""
+    kept, at = [_PNG], len(_PNG)
+    while at + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, at)
+        end = at + 12 + length
+        if not kind[0] & _ANCILLARY:
+            kept.append(content[at:end])
+        if kind == b"IEND":
+            break
+        at = end
+    return b"".join(kept)
+
+
+_JPEG = b"\xff\xd8"
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # not a stuffed zero, a restart marker or a fill byte
+_SOI, _EOI, _SOS, _FIRST_WITH_LENGTH = 0xD8, 0xD9, 0xDA, 0xC0
+
+
+def _has_more_scans(content: bytes, limit: int) -> bool:
+    """True if a JPEG file starts more than ``limit`` scans before its end of image.
+
+    Bytes within marker segments do not count: previews and profiles may hold markers of their own. Segments are skipped
+    only where the decoder skips them too, so no scan can hide from the count.
+    """
+    if content.count(bytes((0xFF, _SOS))) <= limit:  # at least the number of scans
+        return False
+    scans, at = 0, len(_JPEG)
+    while scans <= limit and (marker := _MARKER.search(content, at)) is not None:
+        kind, at = marker[1][0], marker.end()
+        if kind == _EOI:
+            break
+        scans += kind == _SOS
+        if kind >= _FIRST_WITH_LENGTH and kind != _SOI:
+            at += max(2, int.from_bytes(content[at : at + 2], "big"))
+    return scans > limit
+
+
+def _to_eight_bits(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode == "F":
+        raise ImageError("has floating-point pixels, whose scale nobody can tell; expected 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        if values.min() < 0 or values.max() > 65_535:
+            raise ImageError(f"has values from {values.min():g} to {values.max():g}; expected 8 or 16 bits a channel")
+        image = Image.fromarray(np.round(values / 257.0).astype(np.uint8), "L" if values.ndim == 2 else None)
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("L" if channels == 1 else "RGB")

@@ -1,0 +1,1 @@
+"""Frozen classifiers: names and files to base classifiers, denoiser pipelines, defences, query access."""

@@ -1,0 +1,85 @@
+"""Builders for timm and torchvision: published weights or a checkpoint, settings from the model's own configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from certify.errors import RunFault, UserError, first_line
+from certify.models.checkpoints import load_weights
+from certify.models.classifier import ClassifierSpec, InputSpec, square_input
+from certify.models.labels import ClassNames, imagenet_classes
+from certify.models.resolve import cannot_fetch
+
+
+def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
+    """A timm model (``hf-hub:`` names too); input size, crop, interpolation, mean and std from its configuration."""
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    net = _create(
+        name,
+        lambda: timm.create_model(
+            name, pretrained=weights is None, **({"num_classes": num_classes} if num_classes and weights else {})
+        ),
+        fetches=weights is None,
+    )
+    loaded = f"published ({net.pretrained_cfg.get('hf_hub_id') or net.pretrained_cfg.get('tag') or name})"
+    if weights is not None:
+        loaded = load_weights(net, weights, name)
+    config = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
+    channels, height, width = config["input_size"]
+    transform = create_transform(
+        input_size=config["input_size"],
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        mean=(0.0,) * channels,  # normalisation sits inside the classifier: the noise comes before it
+        std=(1.0,) * channels,
+        is_training=False,
+    )
+    steps = f"{config['crop_mode']} crop {height}x{width}, {config['crop_pct']} of a {config['interpolation']} resize"
+    spec = InputSpec((channels, height, width), tuple(config["mean"]), tuple(config["std"]), transform, steps)
+    own = net.pretrained_cfg.get("label_names")
+    names: ClassNames | None = tuple((str(n),) for n in own) if own and len(own) == net.num_classes else None
+    if names is None and net.num_classes == 1000:
+        names = imagenet_classes()
+    return ClassifierSpec(net, spec, names, None, loaded)
+
+
+def build_torchvision(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
+    """A torchvision classifier; its transform from the published weights of that file name, else from the default."""
+    import torchvision
+
+    try:
+        known = torchvision.models.get_model_weights(name)
+        published = next((w for w in known if weights and Path(w.url).name == Path(weights).name), known.DEFAULT)
+        preset = published.transforms()
+        mean, std, crop, resize = preset.mean, preset.std, preset.crop_size[0], preset.resize_size[0]
+        interpolation = preset.interpolation.value
+    except (AttributeError, ValueError, IndexError):
+        raise UserError(f"torchvision's {name!r} is not an image classifier; see `certify list models`") from None
+    settings: dict[str, Any] = {"num_classes": num_classes} if num_classes and weights is not None else {}
+    if name in ("googlenet", "inception_v3") and weights is not None:  # as torchvision does for its own weights
+        settings |= {"transform_input": True, "init_weights": False}
+    net = _create(
+        name,
+        lambda: torchvision.models.get_model(name, weights=published if weights is None else None, **settings),
+        fetches=weights is None,
+    )
+    loaded = f"published ({published})" if weights is None else load_weights(net, weights, name)
+    spec = square_input((3, crop, crop), mean, std, resize=resize, interpolation=interpolation)
+    return ClassifierSpec(net, spec, imagenet_classes() if (num_classes or 1000) == 1000 else None, None, loaded)
+
+
+def _create(name: str, create: Any, *, fetches: bool) -> Any:
+    """Build a model; failures to download and contradictions become one line."""
+    try:
+        return create()
+    except Exception as error:  # the hub client and its HTTP library have their own trees of errors
+        reason = first_line(error)
+        contradiction = isinstance(error, RuntimeError | ValueError | KeyError | AssertionError)
+        if fetches and (isinstance(error, OSError) or not contradiction):
+            raise RunFault(cannot_fetch(name, reason)) from error
+        advice = "; pass a checkpoint with --weights FILE" if fetches else ""
+        raise UserError(f"cannot build model {name!r}: {reason}{advice}") from error

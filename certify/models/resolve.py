@@ -1,0 +1,211 @@
+"""Where a model name leads, and whether its weights can be had: answered without importing torch.
+
+Importing timm takes seconds and the hub client's own retries 47 more; a mistyped name or a machine without network must
+not cost that.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from certify.errors import RunFault, UserError
+from certify.registry import Registry, unknown_name
+
+BUILT_IN = Registry("model")
+BUILT_IN.add("digits", "certify.models.digits:build", "8x8 handwritten digits, weights in the package")
+for _depth in (20, 32, 44, 56, 110):
+    BUILT_IN.add(
+        f"cifar_resnet{_depth}", "certify.models.cifar_resnet:build", "CIFAR-10, He et al. 2016; needs --weights"
+    )
+
+UNTRAINED = "untrained"
+"""In place of a checkpoint: random weights, for measuring speed."""
+
+BUILDERS = Registry("classifier source", "certify.classifiers")
+BUILDERS.add("built-in", "certify.models.builtin:build", "an architecture of this package, by its name")
+BUILDERS.add("timm", "certify.models.pretrained:build_timm", "timm:NAME")
+BUILDERS.add("torchvision", "certify.models.pretrained:build_torchvision", "torchvision:NAME")
+BUILDERS.add("torchscript", "certify.models.external:build_torchscript", "FILE.pt, .ts or .torchscript")
+BUILDERS.add("onnx", "certify.models.external:build_onnx", "FILE.onnx")
+BUILDERS.add("python", "certify.models.external:build_callable", "package.module:callable")
+
+_LIBRARIES = ("timm", "torchvision")
+_BY_FORM = ("built-in", "torchscript", "onnx", "python")
+"""Builders that are told by the form of a name; any other is written in front of it."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: ``kind`` names a builder, ``name`` is what it gets."""
+
+    kind: str
+    name: str
+
+
+@functools.cache
+def library_names(library: str) -> frozenset[str]:
+    """Architectures that timm or torchvision registers, read from its source text: importing it takes seconds.
+
+    A test compares them with the library's own ``list_models()``.
+    """
+    return _in_sources(library, r"^@register_model(?:\([^)]*\))?\n(?:@[^\n]+\n)*def (\w+)\(")
+
+
+@functools.cache
+def torchvision_files() -> frozenset[str]:
+    """Names of the checkpoints that torchvision publishes, such as ``resnet50-0676ba61.pth``."""
+    return _in_sources("torchvision", r"https://download\.pytorch\.org/models/([\w.\-]+\.pth)")
+
+
+def _in_sources(library: str, pattern: str) -> frozenset[str]:
+    spec = importlib.util.find_spec(library)
+    if spec is None or spec.origin is None:
+        return frozenset()
+    files = (Path(spec.origin).parent / "models").glob("*.py")
+    found = re.compile(pattern, re.MULTILINE)
+    return frozenset(name for file in files for name in found.findall(file.read_text(encoding="utf-8")))
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether this is a file; a name that is too long for the file system is none."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
+def model_names() -> list[str]:
+    """Every name that ``--model`` knows by itself."""
+    return [*BUILT_IN, *sorted(library_names("timm") | library_names("torchvision"))]
+
+
+def find_source(model: str, weights: str | Path | None = None) -> ModelSource:  # noqa: PLR0911 - one answer a form
+    """What ``--model`` means.
+
+    A name that timm and torchvision share is timm's, unless ``weights`` is a checkpoint that torchvision publishes: the
+    two crop and resize differently.
+
+    Raises:
+        UserError: an unknown name (with the nearest), or a file that is not there.
+    """
+    if model in BUILT_IN:
+        return ModelSource("built-in", model)
+    if re.fullmatch(r"hf[-_]hub:[^/]+/[^/]+", model):
+        return ModelSource("timm", "hf-hub:" + model[7:])
+    library, _, rest = model.partition(":")
+    if library in _LIBRARIES and rest:
+        if rest.split(".")[0] not in library_names(library):
+            raise unknown_name("model", rest, library_names(library), f"not in {library}")
+        return ModelSource(library, rest)
+    if rest and library not in _BY_FORM and library in BUILDERS:
+        return ModelSource(library, rest)
+    suffix = Path(model).suffix.lower()
+    if is_file(model) or suffix in (".onnx", ".pt", ".ts", ".torchscript"):
+        if not is_file(model):
+            raise UserError(f"no model file {model!r}; expected an existing TorchScript or ONNX file")
+        if suffix in (".pth", ".th", ".tar", ".safetensors"):
+            raise UserError(f"{model!r} looks like a checkpoint; name the architecture and pass --weights {model}")
+        return ModelSource("onnx" if suffix == ".onnx" else "torchscript", model)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
+        return ModelSource("python", model)
+    architecture = model.split(".", maxsplit=1)[0]
+    theirs = weights is not None and Path(weights).name in torchvision_files()
+    for library in reversed(_LIBRARIES) if theirs else _LIBRARIES:
+        if architecture in library_names(library):
+            return ModelSource(library, model)
+    raise unknown_name("model", model, model_names(), "or a TorchScript or ONNX file, or package.module:callable")
+
+
+def require_weights(source: ModelSource, weights: str | Path | None) -> None:
+    """Stop at once when the weights are neither on this machine nor within reach.
+
+    Raises:
+        RunFault: with what could not be fetched and ``--weights FILE`` as the way out.
+        UserError: no such file, or a built-in architecture that has no published weights.
+    """
+    if weights == UNTRAINED and source.kind in ("built-in", *_LIBRARIES):
+        return
+    if weights is not None:
+        if not is_file(weights):
+            raise UserError(
+                f"no weights file {str(weights)!r}; expected an existing .pth, .pt, .th, .tar or .safetensors file"
+            )
+        return
+    if source.kind == "built-in" and source.name != "digits":
+        raise UserError(f"model {source.name!r} has no weights of its own; pass a checkpoint: --weights FILE")
+    if source.kind not in _LIBRARIES:
+        return
+    address = hub_address() if source.kind == "timm" else "https://download.pytorch.org"
+    out_of_reach = offline() or not reachable(address)
+    if out_of_reach and cached(source):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # else the hub client retries for 47 s before it looks into its cache
+    elif out_of_reach:
+        why = "HF_HUB_OFFLINE is set" if offline() else f"{address} does not answer"
+        raise RunFault(cannot_fetch(source.name, why))
+
+
+def cannot_fetch(name: str, why: str) -> str:
+    """The one line about weights that could not be downloaded."""
+    return f"could not fetch the pretrained weights of {name!r}: {why}; pass a local checkpoint with --weights FILE"
+
+
+def hub_address() -> str:
+    """The model hub's address."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def offline() -> bool:
+    """Whether the user has forbidden the hub client to use the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def cached(source: ModelSource) -> bool:
+    """Whether the hub client's or torch's cache may hold weights for this model."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
+    hub_cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    torch_home = Path(os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch")
+    if source.kind == "torchvision":
+        there = {file.name for file in (torch_home / "hub" / "checkpoints").expanduser().glob("*.pth")}
+        if not there:
+            return False
+        from torchvision.models import get_model_weights  # takes seconds; only it knows what its files are called
+
+        return Path(get_model_weights(source.name).DEFAULT.url).name in there
+    if source.name.startswith("hf-hub:"):
+        folder = f"models--{source.name[7:].partition('@')[0].replace('/', '--')}"
+    else:
+        folder = f"models--timm--{source.name}" + ("" if "." in source.name else ".*")
+    files = (file for suffix in ("safetensors", "bin") for file in hub_cache.glob(f"{folder}/snapshots/*/*.{suffix}"))
+    return any(file.exists() for file in files)
+
+
+def reachable(address: str) -> bool:
+    """Whether a connection to the address (or to the proxy in front of it) opens within a second, DNS included."""
+    seconds = 1.0
+    parts = urllib.parse.urlsplit(address)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
+        parts = urllib.parse.urlsplit(proxy if "//" in proxy else "//" + proxy)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    opened: list[bool] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((parts.hostname, port), timeout=seconds).close()
+            opened.append(True)
+        except OSError:
+            pass
+
+    probe = threading.Thread(target=connect, daemon=True)  # a name server that hangs has no time-out of its own
+    probe.start()
+    probe.join(seconds)
+    return bool(opened)

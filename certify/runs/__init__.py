@@ -1,0 +1,1 @@
+"""Run files: writing, reading, resuming, recomputing, merging."""

@@ -1,0 +1,117 @@
+"""One image's line of the run file from its answer: pure, for live and recomputed runs alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from certify.errors import UserError
+from certify.smoothing.certificates import (
+    Prediction,
+    certificate_from_votes,
+    decision_from_counts,
+    prediction_from_votes,
+)
+from certify.smoothing.noise import make_noise
+from certify.smoothing.norms import in_norm
+from certify.types import Certificate, Decision, Radii, Votes
+
+
+def certified_row(certificate: Certificate) -> dict[str, Any]:
+    """The keys of a certificate."""
+    return {
+        "prediction": certificate.prediction,
+        "radius": certificate.radius,
+        "p_lower": certificate.p_lower,
+        "p_other": certificate.p_other,
+        **_stages(certificate.selection, certificate.estimation),
+    }
+
+
+def decided_row(decision: Decision) -> dict[str, Any]:
+    """The keys of a decision; its radius is the largest that was settled as robust."""
+    return {
+        "prediction": decision.prediction,
+        "radius": decision.radius,
+        "p_lower": None,
+        **_stages(Votes(()), decision.votes),
+        "decisions": [
+            {"radius": radius, "outcome": outcome, "look": list(look)}
+            for radius, outcome, look in zip(decision.radii, decision.outcomes, decision.looks, strict=True)
+        ],
+        "drawn": decision.drawn,
+    }
+
+
+def predicted_row(predicted: Prediction) -> dict[str, Any]:
+    """The keys of a prediction."""
+    return {
+        "prediction": predicted.prediction,
+        "radius": None,
+        "p_lower": None,
+        **_stages(Votes(()), predicted.votes),
+        "p_value": predicted.p_value,
+    }
+
+
+def unusable_row(procedure: str, reason: str) -> dict[str, Any]:
+    """An image that could not be used: an abstention without trials."""
+    nothing = None if procedure == "predict" else 0.0
+    empty = {"prediction": -1, "radius": nothing, "p_lower": nothing, **_stages(Votes(()), Votes(()))}
+    return {**empty, "base": None, "image": None, "error": reason}
+
+
+def _stages(selection: Votes, estimation: Votes) -> dict[str, Any]:
+    return {
+        "votes": estimation.as_dict(),
+        "selection": selection.as_dict(),
+        "trials": estimation.trials,
+        "failures": estimation.failures,
+        "selection_failures": selection.failures,
+    }
+
+
+def noise_of(header: Mapping[str, Any], values: int | None) -> Radii:
+    """What the noise of a run certifies, stated in the run's norm for images of so many values.
+
+    Raises:
+        UserError: an implied norm, and a line that does not say how many values its image has.
+    """
+    noise = make_noise(header["noise"], header["sigma"], rounded=bool(header.get("rounded")))
+    norm = header.get("norm", noise.norm)
+    if norm != noise.norm and values is None:
+        raise UserError(f"a line without `values` in a run whose norm {norm} is implied: its radius cannot be stated")
+    return in_norm(noise, norm, values or 1)
+
+
+def votes_of(row: Mapping[str, Any]) -> tuple[Votes, Votes]:
+    """Selection and estimation votes of an image's line."""
+    selection = Votes.from_dict(row["selection"], row.get("selection_failures", 0))
+    return selection, Votes.from_dict(row["votes"], row["failures"])
+
+
+def answer(header: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of an image's line that follow from its votes and the header alone.
+
+    Raises:
+        UserError: the header's bound needs what the votes do not have.
+    """
+    selection, estimation = votes_of(row)
+    alpha, noise = header["alpha"], noise_of(header, row.get("values"))
+    if header["procedure"] == "predict":
+        return predicted_row(prediction_from_votes(estimation, alpha=alpha))
+    if header["procedure"] == "decide":
+        decision = decision_from_counts(
+            [(int(leader), int(k), int(n)) for leader, k, n in (d["look"] for d in row["decisions"])],
+            estimation,
+            radii=header["stopping"]["radii"],
+            noise=noise,
+            alpha=alpha,
+            rule=header["stopping"]["rule"],
+            drawn=row["drawn"],
+        )
+        return decided_row(decision)
+    uniform = row.get("uniform", 1.0)
+    return certified_row(
+        certificate_from_votes(selection, estimation, noise=noise, alpha=alpha, bound=header["bound"], uniform=uniform)
+    )

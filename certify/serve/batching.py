@@ -1,0 +1,370 @@
+"""One worker thread owns the smoothed classifier and takes pieces of all requests in work together.
+
+Noise hangs on the image and the seed alone (:mod:`certify.smoothing.rng`), and each image has its own watch
+(:mod:`certify.engine.adaptive`): an answer depends on the other requests only as far as the last bits of a score
+depend on the batch, which batches of one shape exclude (compiled classifiers, exact noise).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from certify.engine.adaptive import Counting, Deciding, Label, Watch, settle
+from certify.engine.noisy_classifier import image_digest
+from certify.errors import UserError, in_words
+from certify.models.query_access import BudgetSpent
+from certify.serve.limits import Limits, Refused
+from certify.serve.protocol import ABSTAINED, Answer, Wishes
+from certify.smoothed_classifier import SmoothedClassifier
+from certify.smoothing.certificates import certificate_from_votes, check_counts, needed
+from certify.smoothing.rng import stream_key
+from certify.smoothing.stopping_rules import DEFAULT_RULE
+from certify.types import ABSTAIN, Certificate, Decision, Votes
+
+_LOG = logging.getLogger(__name__)
+_RECOVERY = 30.0  # seconds after a fault until the server calls itself ready again: somebody must try
+_WORTH = 100  # images whose work the choice of an engine should pay for
+SELECTION, ESTIMATION = "selection", "estimation"
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """What is done with an image unless its request says otherwise.
+
+    Attributes:
+        n0: selection samples.
+        n: estimation samples; the most of them at a radius.
+        alpha: probability that the statement about an image is wrong, at most.
+        radius: decide at this radius; None: measure it.
+        seed: of all noise; by default a secret one.
+    """
+
+    n0: int = 100
+    n: int = 1000
+    alpha: float = 0.001
+    radius: float | None = None
+    seed: int = field(default_factory=lambda: secrets.randbits(128), repr=False)
+
+    def __post_init__(self) -> None:
+        check_counts(self.n, self.n0, self.alpha)
+
+    def cost(self, wishes: Wishes) -> int:
+        """Samples of one image, at most."""
+        radius = self.radius if wishes.radius is None else wishes.radius
+        return (wishes.samples or self.n) + (self.n0 if radius is None else 0)
+
+
+def stream_name(digest: str, seed: int | None) -> str:
+    """The name of an image's noise: its digest, and the request's seed if it has one."""
+    return digest if seed is None else f"{digest} | {seed}"
+
+
+@dataclass(eq=False)
+class _Image:
+    """One image of a request: its stages that are not settled yet, the votes of the others, and who waits."""
+
+    pixels: np.ndarray
+    wishes: Wishes
+    answer: Future[Answer]
+    open: int = 0
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+class _Part:
+    """A watch that knows whose it is, and ends early when nobody waits any more."""
+
+    def __init__(self, image: _Image, stage: str, inner: Watch) -> None:
+        self.image, self.stage, self._inner = image, stage, inner
+        self.drawn, self.want = inner.drawn, inner.want
+
+    def add(self, labels: np.ndarray) -> None:
+        """Hand the labels on."""
+        self._inner.add(labels)
+        self.drawn = self._inner.drawn
+        self.want = 0 if self.image.answer.cancelled() else self._inner.want
+
+    def result(self) -> Any:
+        """What the watch says."""
+        return self._inner.result()
+
+
+class Service:
+    """Answers images in a thread of its own; a context manager that ends when what it accepted is done, or in time.
+
+    Args:
+        smoothed: prepared or not; nobody else may use it meanwhile.
+        size: (C, H, W) of the images.
+        procedure: unless a request says otherwise.
+        limits: on the samples of a request.
+        names: of the classes.
+        on_samples: told the number of samples that were labelled, now and then.
+    """
+
+    def __init__(
+        self,
+        smoothed: SmoothedClassifier,
+        size: tuple[int, int, int],
+        procedure: Procedure,
+        limits: Limits,
+        names: Callable[[int], str],
+        on_samples: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.smoothed, self.size, self.procedure, self.limits = smoothed, size, procedure, limits
+        self.name_of, self._on_samples = names, on_samples
+        self._waiting: deque[deque[_Image]] = deque()
+        self._parts: deque[tuple[Tensor, bytes, _Part]] = deque()
+        self._work: set[_Part] = set()
+        self._changed = threading.Condition()
+        self._ending, self._well_again = False, 0.0
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="certify-serve", daemon=True)
+        self.stated = smoothed.stated(int(np.prod(size)))
+        if procedure.radius is not None:
+            needed([procedure.radius], self.stated, procedure.alpha, DEFAULT_RULE)
+        if procedure.cost(Wishes()) > limits.budget:
+            raise UserError(
+                f"an image takes {procedure.cost(Wishes()):,} samples and a request may take {limits.budget:,}: "
+                "pass a smaller --n or a larger --samples-per-request"
+            )
+
+    def __enter__(self) -> Service:
+        self._thread.start()
+        self._ready.result()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(self.limits.timeout)
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Finish what was accepted, then end the thread; whether it has ended within the timeout, in seconds."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it answers."""
+        return self._thread.is_alive() and not self._ending
+
+    @property
+    def well(self) -> bool:
+        """Whether the classifier's last work succeeded, or it is time to try again; not after a spent budget."""
+        return time.monotonic() >= self._well_again
+
+    def ask(self, images: np.ndarray, wishes: Wishes) -> list[Future[Answer]]:
+        """The answers to come about images ``(B, C, H, W)``, float32 in [0, 1] or uint8. Cancel them to save the work.
+
+        Raises:
+            Refused: more samples than a request may take, a radius that cannot be certified, or it is ending.
+        """
+        cost = len(images) * self.procedure.cost(wishes)
+        if cost > self.limits.budget:
+            raise Refused(
+                400,
+                f"{len(images)} images take {cost:,} samples in all; a request may take {self.limits.budget:,}: "
+                "ask for fewer 'samples', or about fewer images",
+                "budget",
+            )
+        if wishes.radius is not None:
+            try:
+                needed([wishes.radius], self.stated, self.procedure.alpha, DEFAULT_RULE)
+            except UserError as error:
+                raise Refused(400, str(error).split(";")[0]) from None
+        asked = deque(_Image(pixels, wishes, Future()) for pixels in images)
+        answers = [image.answer for image in asked]
+        for image in asked:
+            image.answer.add_done_callback(functools.partial(self._forget, asked, image))
+        with self._changed:
+            if not self.alive:
+                raise Refused(503, "the server is stopping", "stopping", retry_after=5)
+            self._waiting.append(asked)
+            self._changed.notify()
+        return answers
+
+    def _forget(self, asked: deque[_Image], image: _Image, answer: Future[Answer]) -> None:
+        """Keep nothing of an image that waits and that nobody waits for any more."""
+        if answer.cancelled():
+            with self._changed, contextlib.suppress(ValueError):
+                asked.remove(image)
+                if not asked:
+                    self._waiting.remove(asked)
+
+    def _run(self) -> None:
+        """The worker: settle images until there is nothing to do any more and nothing will come."""
+        samples = _WORTH * self.procedure.cost(Wishes())
+        try:
+            label, batch_size = self.smoothed.labeller(torch.zeros(self.size), samples, self._on_samples)
+        except Exception as error:  # is raised where the service was started
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        while not self._ended:
+            try:
+                self._settle(label, batch_size)
+            except Exception as error:  # whatever the classifier raised must not end the server
+                self._fail(error)
+
+    def _settle(self, label: Label, batch_size: int) -> None:
+        opened: deque[_Part] = deque()
+
+        def images() -> Iterator[tuple[Tensor, bytes] | None]:
+            while True:
+                found = self._next(batch_size)
+                if found is None and self._ended:
+                    return
+                if found is not None:
+                    opened.append(found[2])
+                    yield found[:2]
+                else:
+                    yield None
+
+        found = settle(label, images(), lambda _: opened.popleft(), batch_size=batch_size, clean=False)
+        for settled in found:
+            assert isinstance(settled.watch, _Part)
+            self._finish(settled.watch)
+
+    @property
+    def _ended(self) -> bool:
+        return self._ending and not self._work and not self._waiting
+
+    def _next(self, batch_size: int) -> tuple[Tensor, bytes, _Part] | None:
+        """The next part to open, of each request in turn; waits only while nothing is in work."""
+        while not self._parts:
+            with self._changed:
+                while not self._waiting:
+                    if self._work or self._ending:
+                        return None
+                    self._changed.wait()
+                request = self._waiting.popleft()
+                image = request.popleft()
+                if request:
+                    self._waiting.append(request)
+            if image.answer.cancelled():
+                continue
+            try:
+                self._open(image, batch_size)
+            except Exception as error:
+                _deliver(image.answer, _fault(error))
+                raise
+        part = self._parts.popleft()
+        self._work.add(part[2])
+        return part
+
+    def _open(self, image: _Image, batch_size: int) -> None:
+        """The parts of an image: a stream and a watch each."""
+        procedure, classes = self.procedure, self.smoothed.num_classes
+        try:
+            tensor = self.smoothed.check(image.pixels)
+        except UserError as error:  # the noise is not defined around this image
+            _deliver(image.answer, Refused(400, str(error)))
+            return
+        there = tensor.to(self.smoothed.device)
+        radius = procedure.radius if image.wishes.radius is None else image.wishes.radius
+        n = image.wishes.samples or procedure.n
+        watches: dict[str, Watch]
+        if radius is not None:
+            decide = functools.partial(Deciding, noise=self.stated, alpha=procedure.alpha, rule=DEFAULT_RULE)
+            watches = {ESTIMATION: decide(classes, n=n, radii=[radius])}
+        else:
+            counts = {SELECTION: procedure.n0, ESTIMATION: n}
+            watches = {stage: Counting(classes, n=count, piece=batch_size) for stage, count in counts.items()}
+        image.open = len(watches)
+        name = stream_name(image_digest(tensor), image.wishes.seed)
+        for stage, watch in watches.items():
+            self._parts.append((there, stream_key(procedure.seed, name, stage), _Part(image, stage, watch)))
+
+    def _finish(self, part: _Part) -> None:
+        self._work.discard(part)
+        image = part.image
+        image.found[part.stage] = part.result()
+        image.open -= 1
+        self._well_again = 0.0
+        if not image.open and not image.answer.cancelled():
+            _deliver(image.answer, self._answer(image.found))
+
+    def _answer(self, found: dict[str, Any]) -> Answer:
+        estimated: Decision | Votes = found[ESTIMATION]
+        if isinstance(estimated, Decision):
+            return self._decided(estimated)
+        certificate = certificate_from_votes(found[SELECTION], estimated, noise=self.stated, alpha=self.procedure.alpha)
+        return self._certified(certificate)
+
+    def _certified(self, found: Certificate) -> Answer:
+        return Answer(
+            label=found.prediction,
+            name=self._name(found.prediction),
+            radius=found.radius,
+            p_lower=found.p_lower,
+            outcome=ABSTAINED if found.abstained else "certified",
+            samples=found.selection.trials + found.estimation.trials,
+            failures=found.selection.failures + found.estimation.failures,
+            leading=found.estimation.leader,
+            votes=found.estimation.counts,
+        )
+
+    def _decided(self, found: Decision) -> Answer:
+        robust = found.prediction != ABSTAIN
+        return Answer(
+            label=found.prediction,
+            name=self._name(found.prediction),
+            radius=found.radius,
+            p_lower=self.stated.probability(found.radius) if robust else 0.0,  # what being robust there means
+            outcome=found.outcomes[-1],
+            samples=found.drawn,
+            failures=found.votes.failures,
+            leading=found.votes.leader,
+            votes=found.votes.counts,
+        )
+
+    def _name(self, label: int) -> str:
+        return ABSTAINED if label == ABSTAIN else self.name_of(label)
+
+    def _failed(self, error: Exception) -> None:
+        self._well_again = math.inf if isinstance(error, BudgetSpent) else time.monotonic() + _RECOVERY
+        _LOG.error("the classifier failed: %s", in_words(error))
+
+    def _fail(self, error: Exception) -> None:
+        """Everything in work fails with what the classifier failed with; what waits is tried."""
+        self._failed(error)
+        for part in [*self._work, *(part for *_, part in self._parts)]:
+            _deliver(part.image.answer, _fault(error))
+        self._work.clear()
+        self._parts.clear()
+
+
+def _fault(error: Exception) -> Refused:
+    """What clients may know: the rest, such as a service's address or its reply, stands in the log."""
+    if isinstance(error, BudgetSpent):
+        return Refused(503, "the query budget of this server is spent", "spent")
+    return Refused(500, "the classifier failed", "fault")
+
+
+def _deliver(answer: Future[Answer], what: Answer | Refused) -> None:
+    """Unless nobody waits any more."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(what, Refused):
+            answer.set_exception(what)
+        else:
+            answer.set_result(what)
+
+
+def class_names(names: Sequence[Sequence[str]] | None) -> Callable[[int], str]:
+    """A class's number to its first name; the number where there are none."""
+    return lambda label: names[label][0] if names is not None and label < len(names) and names[label] else str(label)

@@ -1,0 +1,162 @@
+"""The smoothed classifier: votes of the base classifier under noise -> certificates, decisions, predictions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from certify.engine.noisy_classifier import NoisyClassifier, image_digest
+from certify.errors import UserError
+from certify.smoothing.bounds import BOUNDS
+from certify.smoothing.certificates import Prediction, certificate_from_votes, check_counts, prediction_from_votes
+from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE, MEASURING_BOUND, RULES
+from certify.types import Certificate, Decision
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class SmoothedClassifier(NoisyClassifier):
+    """The smoothed classifier g(x) = argmax_c P[f(D(x + e)) = c].
+
+    It is built as :class:`certify.engine.noisy_classifier.NoisyClassifier`.
+    """
+
+    def certify(
+        self,
+        image: torch.Tensor | np.ndarray,
+        *,
+        n0: int = 100,
+        n: int = 100_000,
+        alpha: float = 0.001,
+        seed: int = 0,
+        bound: str = "clopper-pearson",
+        tolerance: float | None = None,
+        image_id: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Certificate:
+        """Certify one image: with probability at least 1 - alpha the result is an abstention or holds.
+
+        Args:
+            image: ``(C, H, W)``, float in [0, 1] or uint8, already at the classifier's input size.
+            n0: selection samples.
+            n: estimation samples, fresh ones; at most, with a tolerance.
+            alpha: probability of error for this image.
+            seed: of the run; with ``image_id`` it fixes all noise.
+            bound: name of a bound (``certify list bounds``).
+            tolerance: stop once the radius is at least 1 - tolerance of what it can still become. The bound is then
+                ``betting``, which holds whenever one stops, and no selection samples are drawn.
+            image_id: names the noise stream; default: a hash of the image.
+            progress: called with the number of samples done since the last call.
+
+        Raises:
+            UserError: an image of the wrong shape, type or range; counts below 1; alpha outside (0, 1).
+        """
+        check_counts(n, n0, alpha)
+        BOUNDS.get(bound)
+        if tolerance is not None:
+            if bound not in ("clopper-pearson", MEASURING_BOUND):
+                raise UserError(
+                    f"bound {bound!r} with a tolerance: expected {MEASURING_BOUND}, which holds whenever one stops"
+                )
+            from certify.engine.adaptive import Measuring
+
+            measuring = functools.partial(Measuring, self.num_classes, n=n, tolerance=tolerance, alpha=alpha)
+            measured: Certificate = self._settle_one(image, measuring, seed, image_id, progress)
+            return measured
+        stages = {"selection": n0, "estimation": n}
+        (found,) = self.tallies([(image, image_id)], stages, seed=seed, progress=progress)
+        from certify.smoothing.rng import bound_draw
+
+        tensor = self.check(image)
+        return certificate_from_votes(
+            found["selection"].votes,
+            found["estimation"].votes,
+            noise=self.stated(tensor.numel()),
+            alpha=alpha,
+            bound=bound,
+            uniform=bound_draw(seed, image_digest(tensor) if image_id is None else image_id),
+        )
+
+    def decide(
+        self,
+        image: torch.Tensor | np.ndarray,
+        *,
+        radius: float | Iterable[float],
+        alpha: float = 0.001,
+        n: int = DEFAULT_CAP,
+        rule: str = DEFAULT_RULE,
+        seed: int = 0,
+        image_id: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Decision:
+        """Whether the smoothed classifier is certifiably robust at a radius, with as few samples as that takes.
+
+        With probability at least 1 - alpha all of the decision is true. No selection samples are needed.
+
+        Args:
+            image: as for :meth:`certify`.
+            radius: one or several, in [0, 1] pixels and this classifier's norm.
+            alpha: probability that any part of the decision is wrong, at most.
+            n: the most samples (20,000 unless given); at n an image stays undecided.
+            rule: name of a stopping rule (``certify list rules``); ``one-sided`` unless given.
+            seed: as for :meth:`certify`.
+            image_id: as for :meth:`certify`.
+            progress: as for :meth:`certify`.
+
+        Raises:
+            UserError: as for :meth:`certify`; a radius that this noise cannot certify.
+        """
+        from certify.engine.adaptive import Deciding
+
+        check_counts(n, 1, alpha)
+        RULES.get(rule)
+        several = radius if isinstance(radius, Iterable) else [radius]
+        try:
+            radii = sorted({float(r) for r in several})
+        except (TypeError, ValueError):
+            raise UserError(f"radius = {radius!r}: expected one number or several, such as 0.25") from None
+        if not radii:
+            raise UserError("no radius: expected one or several, such as 0.25")
+        deciding = functools.partial(Deciding, self.num_classes, n=n, radii=radii, alpha=alpha, rule=rule)
+        decided: Decision = self._settle_one(image, deciding, seed, image_id, progress)
+        return decided
+
+    def _settle_one(
+        self,
+        image: torch.Tensor | np.ndarray,
+        watch: Callable[..., Any],
+        seed: int,
+        image_id: str | None,
+        progress: Callable[[int], None] | None,
+    ) -> Any:
+        """The result of one image's watch."""
+        found = self.settled(
+            [(image, image_id)], lambda there: watch(noise=self.stated(there.numel())), seed=seed, progress=progress
+        )
+        (settled,) = found
+        return settled.watch.result()
+
+    def predict(
+        self,
+        image: torch.Tensor | np.ndarray,
+        *,
+        n: int = 100_000,
+        alpha: float = 0.001,
+        seed: int = 0,
+        image_id: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Prediction:
+        """The smoothed classifier's class, or an abstention; wrong with probability at most alpha.
+
+        Arguments as in :meth:`certify`.
+        """
+        check_counts(n, 1, alpha)
+        votes = self.votes(image, n, stage="prediction", seed=seed, image_id=image_id, progress=progress)
+        return prediction_from_votes(votes, alpha=alpha)
+
+    def base_label(self, image: torch.Tensor | np.ndarray) -> int:
+        """The base classifier's own label of one image without noise."""
+        return self.base_labels([image])[0]

@@ -1,0 +1,180 @@
+"""Votes -> certificate or abstention: pure functions, in which live, resumed and replayed runs all end."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from certify.errors import UserError
+from certify.smoothing.bounds import BOUNDS, Bound, Evidence, Interval, check_alpha
+from certify.smoothing.stopping_rules import RULES, Boundary, Rule
+from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Certificate, Decision, Radii, Votes
+
+
+def certificate_from_votes(
+    selection: Votes,
+    estimation: Votes,
+    *,
+    noise: Radii,
+    alpha: float,
+    bound: str = "clopper-pearson",
+    uniform: float = 1.0,
+) -> Certificate:
+    """CERTIFY of Cohen, Rosenfeld and Kolter (2019): from two stages of votes to a radius or an abstention.
+
+    The class comes from the selection votes alone (a tie goes to the lowest class); its probability is bounded from the
+    estimation votes, where failures count as trials. With probability at least 1 - alpha over the draws, a returned
+    radius is valid. Without selection votes an anytime-valid bound runs on all classes at once at alpha / 2, which
+    covers any number of them (:mod:`certify.smoothing.stopping_rules`, p0 = 1/2).
+
+    Args:
+        selection: votes of n0 noisy copies; of none, if the bound is anytime-valid.
+        estimation: votes of n fresh noisy copies.
+        noise: the distribution both were drawn from; it states the radius in its norm.
+        alpha: probability of error, in (0, 1).
+        bound: name of a bound.
+        uniform: for a randomized bound, a draw from (0, 1] that is independent of the votes.
+
+    Returns:
+        The certificate: an abstention unless the class's lower bound is above the others' upper bound.
+
+    Raises:
+        UserError: no selection votes, and a bound that needs them.
+    """
+    check_alpha(alpha)
+    compute = BOUNDS.get(bound)
+    assert isinstance(compute, Bound)
+    selected = selection.trials > 0
+    if not selected and not compute.anytime:
+        raise UserError(
+            f"bound {bound!r} needs a class that was chosen from other votes than those it counts, but there are no "
+            "selection votes (n0 = 0); expected an anytime-valid bound such as betting"
+        )
+    chosen = (selection if selected else estimation).leader  # ABSTAIN where every sample failed
+    successes = estimation.of(chosen)
+    rivals = (count for c, count in enumerate(estimation.counts) if c != chosen)
+    evidence = Evidence(successes, max(rivals, default=0) + estimation.failures, estimation.trials, uniform)
+    found: Interval = compute(evidence, alpha if selected else alpha / 2)
+    certified = chosen >= 0 and found.lower > found.upper  # written so that NaN abstains
+    if not selected:  # what the proof for all classes at once demands, at p0 = 1/2
+        certified = certified and successes - 1 >= (estimation.trials - 1) / 2
+    return Certificate(
+        prediction=chosen if certified else ABSTAIN,
+        radius=noise.radius(found.lower, found.upper) if certified else 0.0,
+        p_lower=found.lower,
+        norm=noise.norm,
+        alpha=alpha,
+        selection=selection,
+        estimation=estimation,
+        p_other=found.upper,
+    )
+
+
+def decision_from_counts(
+    looks: Sequence[tuple[int, int, int]],
+    votes: Votes,
+    *,
+    radii: Sequence[float],
+    noise: Radii,
+    alpha: float,
+    rule: str,
+    drawn: int,
+) -> Decision:
+    """What the counts settle at the last look at each radius: the one way from counts to a :class:`Decision`.
+
+    Args:
+        looks: for each radius the leading class, its votes and the samples then.
+        votes: all votes up to the last of these looks.
+        radii: ascending.
+        noise: states the radii in its norm.
+        alpha: probability of error, in (0, 1).
+        rule: name of the stopping rule.
+        drawn: samples that were labelled in all.
+    """
+    outcomes: list[str] = []
+    prediction, largest = ABSTAIN, 0.0
+    p0s, level = needed(radii, noise, alpha, rule)
+    for radius, p0, (leader, successes, trials) in zip(radii, p0s, looks, strict=True):
+        there: Boundary = RULES.get(rule)(p0, level, np.array([trials]))
+        robust, hopeless = successes >= there.up[0], successes <= there.low[0]
+        outcomes.append(ROBUST if robust else NOT_CERTIFIABLE if hopeless else UNDECIDED)
+        if robust:
+            prediction, largest = leader, radius
+    return Decision(
+        tuple(radii), tuple(outcomes), prediction, largest, noise.norm, alpha, rule, tuple(looks), votes, drawn
+    )
+
+
+def needed(radii: Sequence[float], noise: Radii, alpha: float, rule: str) -> tuple[list[float], float]:
+    """The probability that each radius needs, and the level at which the rule runs on every class.
+
+    Raises:
+        UserError: a radius that is not positive, or that this noise cannot certify with any number of samples.
+    """
+    p0s = [noise.probability(radius) for radius in radii]
+    for radius, p0 in zip(radii, p0s, strict=True):
+        if not (radius >= 0 and 0.5 <= p0 < 1.0):
+            raise UserError(
+                f"radius {radius:g} ({noise.norm}): expected one from 0 that {noise.name} noise of sigma = "
+                f"{noise.scale:g} can certify; pass a smaller radius or a larger --sigma"
+            )
+    found = RULES.get(rule)
+    assert isinstance(found, Rule)
+    return p0s, found.level(alpha, p0s)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """PREDICT's answer: with probability at least 1 - alpha it is the smoothed classifier's, or an abstention.
+
+    Attributes:
+        prediction: class in [0, K), or ``ABSTAIN``.
+        p_value: of the two-sided binomial test between the two leading classes.
+        votes: of the n noisy copies.
+    """
+
+    prediction: int
+    p_value: float
+    votes: Votes
+
+
+def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
+    """PREDICT of Cohen, Rosenfeld and Kolter (2019): the leading class, unless the runner-up may be ahead.
+
+    The test is the two-sided binomial test of 1/2 between the two leading classes (Hung and Fithian 2019); a class is
+    returned when its p-value is at most alpha, and then it is the smoothed classifier's prediction with probability at
+    least 1 - alpha.
+    """
+    check_alpha(alpha)
+    from scipy.stats import binomtest
+
+    if not any(votes.counts):
+        return Prediction(ABSTAIN, 1.0, votes)
+    first, *rest = votes.leading(2)
+    a, b = votes.counts[first], votes.counts[rest[0]] if rest else 0
+    p_value = float(binomtest(a, a + b, 0.5).pvalue)
+    return Prediction(first if p_value <= alpha else ABSTAIN, p_value, votes)
+
+
+def largest_radius(
+    noise: Radii, n: int, alpha: float, bound: str = "clopper-pearson", *, selected: bool = True
+) -> float:
+    """The radius when all n votes agree: nothing larger can come out of a run. 0 means that n is too small."""
+    luckiest = Evidence(n, 0, n, uniform=math.ulp(0.5))
+    found: Interval = BOUNDS.get(bound)(luckiest, alpha if selected else alpha / 2)
+    return noise.radius(found.lower, found.upper)
+
+
+def check_counts(n: int, n0: int, alpha: float) -> None:
+    """Refuse sample counts below 1 and alpha outside (0, 1), as the user's mistakes."""
+    try:
+        operator.index(n), operator.index(n0)
+    except TypeError:
+        raise UserError(f"n = {n!r}, n0 = {n0!r}: expected whole numbers, such as 1_000") from None
+    if n < 1 or n0 < 1:
+        raise UserError(f"n = {n}, n0 = {n0}: expected at least 1 sample in each stage")
+    check_alpha(alpha)

@@ -1,0 +1,328 @@
+"""Anytime-valid stopping rules: when the votes so far settle whether a probability is above or below p0.
+
+A rule is a function ``(p0, level, sample sizes) -> Boundary``. With probability at least 1 - level, at no sample size
+does the boundary settle the wrong side, so one may look after every sample and stop at once. It depends on the counts
+(H of T) alone, hence it is a table and a check is a look-up.
+
+All classes at once. A radius needs p0 >= 1/2, so no class has to be selected beforehand: running the rule on every
+class at level ``Rule.level(alpha, p0s)`` is wrong with probability at most alpha in all, for any number of classes.
+Proof for the betting rule. Let E_c be class c's wealth against its own true p_c; each is a martingale from 1, so
+sum_c p_c E_c is one from at most 1, and by Ville's inequality it reaches 1 / alpha with probability at most alpha.
+(Above) If class c with p_c <= p0 is settled above p0 at (H, T), its wealth against p0 exceeds 1 / level. The boundary
+demands (H - 1)/(T - 1) >= p0, and p^(H-1) (1-p)^(T-H) increases up to there, hence p_c E_c >= p0 / level. (Below)
+"Every class is below p0" is wrong only if some p_c >= p0 > H/T; then E_c is at least the wealth against p0, and again
+p_c E_c >= p0 / level. So level = alpha p0, with the smallest p0 when there are several. By the one-sided rule E_c is
+the wealth that mixes over q > p0 where p_c <= p0, and over q < p0 otherwise; a wealth above 1 already puts H/T on the
+right side. The other levels: :func:`betting_level`, :func:`one_sided_level`, :func:`union_level`.
+
+Sources: Voracek (NeurIPS 2024), algorithms 1 and 2; Krichevsky and Trofimov (1981); Ville (1939). The argument for all
+classes at once and the one-sided rule are ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from certify.registry import Registry
+from certify.smoothing.bounds import Bound, Evidence, Interval, check_share
+
+_LOG_MARGIN = 1e-6  # exceeds the error of log-wealth up to T = 10^7 (5e-8 against ball arithmetic)
+_OUTWARD, _TINY = 1e-12, 1e-15
+_CHUNK = 4096
+
+RULES = Registry("rule", "certify.rules")
+MEASURING_BOUND = "betting"
+"""The bound of images that stop once their radius is known."""
+
+DEFAULT_RULE, DEFAULT_CAP = "one-sided", 20_000
+"""Where nothing else is asked for. More samples than these settle a few more images in a hundred."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A stopping rule, and the level at which it may run on every class and every radius at once.
+
+    Attributes:
+        boundary: from p0, level and the sample sizes to the boundary there.
+        level: from alpha and all p0 to the level.
+    """
+
+    boundary: Callable[[float, float, np.ndarray], Boundary]
+    level: Callable[[float, Sequence[float]], float]
+
+    def __call__(self, p0: float, level: float, trials: np.ndarray) -> Boundary:
+        """The boundary; wrong at any of the sample sizes with probability at most ``level`` for one class."""
+        return self.boundary(p0, level, trials)
+
+
+@dataclass(frozen=True, eq=False)
+class Boundary:
+    """What settles p against p0 after T samples, for T = 0 .. n, int64 ``(n + 1,)``.
+
+    Attributes:
+        up: the least count that settles p >= p0; T + 1 where none does.
+        low: the greatest count that settles p <= p0; -1 where none does.
+    """
+
+    up: np.ndarray
+    low: np.ndarray
+
+
+def log_wealth(successes: np.ndarray, trials: np.ndarray, p0: float, side: str = "both") -> np.ndarray:
+    """Log of the Krichevsky-Trofimov wealth against p0: the Beta(1/2, 1/2) mixture over the Bernoulli(p0) likelihood.
+
+    Under p0 the wealth is a martingale from 1. Lowered by a margin for floating-point error, that of p0 included.
+
+    Args:
+        successes: H, whole numbers from 0 to T.
+        trials: T.
+        p0: in (0, 1).
+        side: the mixture is over all p (``"both"``), or over those above or below p0 alone (``"above"``, ``"below"``).
+    """
+    from scipy.special import betainc, betaincc, betaln
+
+    failures = trials - successes
+    exact = betaln(successes + 0.5, failures + 0.5) - math.log(math.pi)
+    exact = exact - successes * math.log(p0) - failures * math.log1p(-p0)
+    if side != "both":
+        mass = betaincc if side == "above" else betainc
+        with np.errstate(divide="ignore"):
+            exact = exact + np.log(mass(successes + 0.5, failures + 0.5, p0)) - math.log(mass(0.5, 0.5, p0))
+    margin: np.ndarray = _LOG_MARGIN + 1e-15 * (successes / p0 + (failures + 1) / (1.0 - p0))
+    return np.asarray(exact - margin)
+
+
+def _never(trials: np.ndarray) -> Boundary:
+    return Boundary(trials + 1, np.full_like(trials, -1))
+
+
+def _bisect(settled: Callable[[np.ndarray], np.ndarray], inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
+    """For each entry the count nearest to ``inner`` at which ``settled`` holds; it holds at ``outer`` by convention."""
+    inner, outer = inner.copy(), outer.copy()
+    while (np.abs(outer - inner) > 1).any():
+        middle = (inner + outer) // 2
+        holds = settled(middle)
+        moved = np.abs(outer - inner) > 1
+        outer = np.where(moved & holds, middle, outer)
+        inner = np.where(moved & ~holds, middle, inner)
+    return outer
+
+
+def _boundary(
+    settled: Callable[[np.ndarray, np.ndarray, bool], np.ndarray], trials: np.ndarray, p0: float, reach: np.ndarray
+) -> Boundary:
+    """Both sides by bisection: ``settled(counts, trials, above)`` is monotone on either side of p0 * trials.
+
+    ``reach``: counts so far from p0 * trials should be settled, if there are any; what is found is checked.
+    """
+    centre, reach = np.floor(p0 * trials).astype(np.int64), np.ceil(reach).astype(np.int64) + 1
+    up = _bisect(lambda h: settled(h, trials, True), centre, np.minimum(centre + reach, trials + 1))
+    up = np.where(settled(up, trials, True), up, trials + 1)
+    up = np.maximum(up, np.ceil(p0 * (trials - 1) * (1 + 1e-15)).astype(np.int64) + 1)  # (H - 1)/(T - 1) >= p0
+    low = _bisect(lambda h: settled(h, trials, False), np.minimum(centre + 1, trials), np.maximum(centre - reach, -1))
+    return Boundary(np.minimum(up, trials + 1), np.where(settled(low, trials, False), low, -1))
+
+
+def _check(p0: float, alpha: float) -> None:
+    check_share(alpha)
+    if not 0.5 <= p0 < 1.0:
+        raise ValueError(f"p0 = {p0}: expected a probability from 1/2 to 1")
+
+
+def betting_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
+    """Betting (Voracek 2024, algorithm 2): settled once the wealth against p0 exceeds 1 / alpha, checked at every T.
+
+    One wealth serves both sides: P(it ever exceeds 1 / alpha) <= alpha when p = p0, and where p0 is excluded every
+    value beyond it is, because log-wealth is convex in p with its minimum at H/T.
+    """
+    return _bet(p0, alpha, trials, ("both", "both"))
+
+
+def one_sided_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
+    """Betting with a wealth for each side, which mixes over the p on that side alone.
+
+    p lies on one side of p0, so only the other side can be settled wrongly: each has the whole alpha. Bets on the
+    wrong side are not paid for, which spares up to a quarter of the samples where p is large (``docs/few-samples.md``).
+    """
+    return _bet(p0, alpha, trials, ("above", "below"))
+
+
+def _bet(p0: float, alpha: float, trials: np.ndarray, sides: tuple[str, str]) -> Boundary:
+    _check(p0, alpha)
+    limit = -math.log(alpha)
+
+    def settled(count: np.ndarray, trials: np.ndarray, above: bool) -> np.ndarray:
+        inside = (count >= 0) & (count <= trials)
+        wealth = log_wealth(np.clip(count, 0, trials), trials, p0, sides[0] if above else sides[1])
+        return np.asarray(inside & (wealth > limit))
+
+    # log-wealth is at least T KL(H/T, p0) - log(T)/2 - 3 on its side, and KL(p, p0) >= 2 (p - p0)^2 (Pinsker)
+    reach = np.sqrt(trials * (limit + np.log(trials + 1.0) / 2 + 3) / 2)
+    return _boundary(settled, trials, p0, reach)
+
+
+def check_times(n: int) -> list[int]:
+    """Sample sizes at which the union-bound rule looks: the first above 1.1^k for k = 11, 12, ..., up to n."""
+    times: list[int] = []
+    k = 11
+    while (time := int(1.1**k) + 1) <= n:
+        if not times or time > times[-1]:
+            times.append(time)
+        k += 1
+    return times
+
+
+def union_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
+    """Union bound (Voracek 2024, algorithm 1): Clopper-Pearson at the t-th of geometric times at 5 alpha/((t+4)(t+5)).
+
+    These levels sum to alpha. Between the times nothing is settled.
+    """
+    from scipy.special import betainc, betaincc
+
+    _check(p0, alpha)
+    found = _never(trials)
+    times = np.array(check_times(int(trials.max(initial=0))), dtype=np.int64)
+    number = np.searchsorted(times, trials)
+    looked = np.zeros(len(trials), dtype=bool)
+    looked[number < len(times)] = times[number[number < len(times)]] == trials[number < len(times)]
+    if not looked.any():
+        return found
+    t = number[looked] + 1.0
+    level = 5 * alpha / ((t + 4) * (t + 5)) * (1 - 1e-9)  # more than the error of betainc
+
+    def settled(count: np.ndarray, trials: np.ndarray, above: bool) -> np.ndarray:
+        if above:  # P(Bin(T, p0) >= count)
+            return np.asarray(
+                (count <= trials)
+                & (betainc(np.maximum(count, 1), trials - np.minimum(count, trials) + 1, p0) <= level)
+                & (count >= 1)
+            )
+        return np.asarray(
+            (count >= 0)
+            & (count < trials)
+            & (betaincc(np.maximum(count, 0) + 1, np.maximum(trials - count, 1), p0) <= level)
+        )
+
+    reach = np.sqrt(trials[looked] * -np.log(level) / 2)  # Hoeffding's inequality
+    there = _boundary(settled, trials[looked], p0, reach)
+    found.up[looked], found.low[looked] = there.up, there.low
+    return found
+
+
+def betting_level(alpha: float, p0s: Sequence[float]) -> float:
+    """Alpha times the smallest p0: one wealth a class serves all p0 (module docstring)."""
+    return alpha * min(p0s)
+
+
+def one_sided_level(alpha: float, p0s: Sequence[float]) -> float:
+    """The same for one p0; several share alpha, because each has wealths of its own."""
+    return alpha * min(p0s) / len(p0s)
+
+
+def union_level(alpha: float, p0s: Sequence[float]) -> float:
+    """For one p0 alpha p0; for several alpha p0 / (1 + p0) with the smallest.
+
+    At one look with level a: P(Bin(T, p) >= h) is convex in p up to (h - 1)/(T - 1) >= p0 and 0 at p = 0, so class c is
+    wrongly settled above p0 with probability at most a p_c / p0. If every class is below p0 these sum to at most
+    a / p0; if class c* is above, the others sum to a (1 - p0) / p0 and c* is wrongly settled below with probability a:
+    again a / p0. With several p0, c* may lie between two of them and be wrong on either side: a (1 + 1/p0).
+    """
+    least = min(p0s)
+    return alpha * least if len(p0s) == 1 else alpha * least / (1.0 + least)
+
+
+RULES.add(
+    "one-sided",
+    Rule(one_sided_boundary, one_sided_level),
+    "betting with a wealth for each side, checked at every sample (default)",
+)
+RULES.add(
+    "betting", Rule(betting_boundary, betting_level), "betting with one wealth for both sides, checked at every sample"
+)
+RULES.add("union-bound", Rule(union_boundary, union_level), "Clopper-Pearson at geometric times with alpha shared out")
+
+
+class Thresholds:
+    """A rule's boundary for one p0, computed as far as it is asked for."""
+
+    def __init__(self, rule: str, p0: float, level: float, n: int) -> None:
+        self._rule, self._p0, self._level, self._n = RULES.get(rule), p0, level, n
+        self._known = _never(np.zeros(1, dtype=np.int64))
+
+    def earliest(self) -> int | None:
+        """The fewest samples that can settle p >= p0, or None within n."""
+        size = 64
+        while True:
+            up = self.until(min(size, self._n)).up[: self._n + 1]
+            found = np.flatnonzero(up <= np.arange(len(up)))
+            if len(found):
+                return int(found[0])
+            if len(up) > self._n:
+                return None
+            size = 2 * len(up)
+
+    def until(self, trials: int) -> Boundary:
+        """The boundary for T = 0 .. at least ``trials``."""
+        size = len(self._known.up)
+        if trials >= size:
+            end = min(max(2 * size, trials + 1, _CHUNK), max(self._n, trials) + 1)
+            more = self._rule(self._p0, self._level, np.arange(size, end, dtype=np.int64))
+            self._known = Boundary(
+                np.concatenate([self._known.up, more.up]), np.concatenate([self._known.low, more.low])
+            )
+        return self._known
+
+
+@functools.lru_cache(maxsize=64)
+def thresholds(rule: str, p0: float, level: float, n: int) -> Thresholds:
+    """Thresholds that all images of a run share."""
+    _check(p0, level)
+    return Thresholds(rule, p0, level, n)
+
+
+def betting_lower(successes: int, trials: int, alpha: float) -> float:
+    """The lower end of an anytime-valid interval: of all p against which the wealth is at most 1 / alpha.
+
+    With probability at least 1 - alpha the interval holds the true p at every T at once. Rounded outward.
+    """
+    if not successes:
+        check_share(alpha)
+        return 0.0
+    return max(0.0, _end(successes, trials, alpha, _TINY) - _OUTWARD)
+
+
+def betting_upper(successes: int, trials: int, alpha: float) -> float:
+    """The upper end of the interval of :func:`betting_lower`."""
+    if successes == trials:
+        check_share(alpha)
+        return 1.0
+    return min(1.0, _end(successes, trials, alpha, 1 - _TINY) + _OUTWARD)
+
+
+def _end(successes: int, trials: int, alpha: float, far: float) -> float:
+    """Where between H/T and ``far`` the wealth reaches 1 / alpha; 0 or 1 if it does not."""
+    from scipy.optimize import brentq
+
+    check_share(alpha)
+    limit, h, t = -math.log(alpha), np.asarray(float(successes)), np.asarray(float(trials))
+
+    def excess(p: float) -> float:
+        return float(log_wealth(h, t, p)) - limit
+
+    if excess(far) <= 0:
+        return 0.0 if far < 0.5 else 1.0
+    mean = min(max(successes / trials, _TINY), 1 - _TINY)
+    return float(brentq(excess, min(far, mean), max(far, mean), xtol=1e-15))
+
+
+def _betting(evidence: Evidence, alpha: float) -> Interval:
+    lower = betting_lower(evidence.successes, evidence.trials, alpha)
+    return Interval(lower, 1.0 - lower)
+
+
+BETTING = Bound(_betting, anytime=True)
