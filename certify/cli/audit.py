@@ -232,7 +232,7 @@ def _work(
 ) -> dict[str, Any]:
     """Ask, conclude and report, whatever ends the asking."""
     from certify.blackbox.audit_loop import Patient, drive
-    from certify.blackbox.client.credentials import public
+    from certify.blackbox.client.credentials import public, redactor_for
     from certify.blackbox.determinism import probes
     from certify.blackbox.ledger import Ledger
     from certify.blackbox.ledger_contents import ledger_header, read_ledger
@@ -240,7 +240,8 @@ def _work(
     from certify.blackbox.remote_classifier import LedgerBudgetSpent, ServiceSilent
     from certify.blackbox.results import LEDGER, SPENT, STOPPED, conclude
 
-    command = public(options.command_line())
+    command, redactor = public(options.command_line()), redactor_for(wanted.credential)
+    command = command if redactor is None else redactor.text(command)
     head = ledger_header(wanted.endpoint, wanted.format, encoding=job.service.encoding)
     path = job.folder / LEDGER
     with Ledger(path, head) as ledger:  # first of all: another process at work here must not be written over
@@ -258,7 +259,7 @@ def _work(
                 bar.close()
                 if o["defences"] is not None:
                     with asking(ledger, job.budget) as ask:
-                        attack(o, job, Patient(ask), ledger.answers(), say is silent)
+                        attack(o, job, Patient(ask), ledger.answers(), say is silent, command)
                 status, reason = ended, ""
         except LedgerBudgetSpent:
             status, reason = SPENT, ""

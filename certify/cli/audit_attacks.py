@@ -58,7 +58,9 @@ def most_queries(o: dict[str, Any], images: int) -> int:
     return int(images * each)
 
 
-def attack(o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, Answer], quiet: bool) -> Path:
+def attack(
+    o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, Answer], quiet: bool, command: str
+) -> Path:
     """Attack whatever was not attacked yet; the comparison file.
 
     Raises:
@@ -66,7 +68,6 @@ def attack(o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, 
         UserError: nothing to attack, or images of several sizes.
     """
     from analysis.comparison.runner import compare, make_header
-    from certify.blackbox.client.credentials import public
     from certify.runs.run_file import RunFile
     from denoisers.defences import undefended
 
@@ -74,9 +75,7 @@ def attack(o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, 
     service: Any = classifier  # a classifier to those who only ask
     defences = {text: build(text, service) for text in listed("--defences", o["defences"])}
     plan = _plan(o)
-    header = make_header(
-        plan, defences, images, model=classifier.name, data=o["data"], command=public(options.command_line())
-    )
+    header = make_header(plan, defences, images, model=classifier.name, data=o["data"], command=command)
     craft = _crafter(o, service, {id(defence): text for text, defence in defences.items()})
     path = job.folder / COMPARISON
     with RunFile(path, header) as file, progress_bar(header["expected"], "outcomes", hidden=quiet) as bar:

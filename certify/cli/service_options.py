@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import click
 
@@ -110,6 +111,12 @@ def wanted_service(o: dict[str, Any]) -> Wanted:
     header = o["auth_header"] or KEY_HEADERS.get(o["protocol"], BEARER)
     credential = None if key is None else read_credential(key, header, o["auth_query"])
     endpoint = check_endpoint(url, key=credential is not None, insecure=o["insecure"])
+    for option, value in (("--endpoint", endpoint), *((f"--protocol-option {name}", given[name]) for name in given)):
+        if credential is not None and credential.key in unquote(str(value)):
+            raise UserError(
+                f"{option} holds the key itself, which would be written to the records; expected it in ${key} alone "
+                "(--auth-header and --auth-query say where it is sent)"
+            )
     wanted = Wanted(endpoint, o["protocol"], given, credential)
     _ = wanted.format  # refuses options that make no sense
     return wanted
@@ -198,7 +205,8 @@ def _values(given: tuple[str, ...], protocol: str, known: Mapping[str, inspect.P
     for item in given:
         key, sign, text = item.partition("=")
         if not sign or key not in known:
-            raise UserError(f"--protocol-option {item!r}: expected KEY=VALUE; {protocol} knows {', '.join(known)}")
+            shown = f"{key}=..." if sign else item  # the value may be a key that was put there by mistake
+            raise UserError(f"--protocol-option {shown!r}: expected KEY=VALUE; {protocol} knows {', '.join(known)}")
         found[key] = text
         if known[key].annotation not in (str, "str"):
             with contextlib.suppress(ValueError):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from certify.blackbox.client.credentials import Credential, cleaned
+from certify.blackbox.client.credentials import Credential, cleaned, redactor_for
 from certify.blackbox.client.http import TIMEOUT, check_endpoint
 from certify.blackbox.types import MOST_BYTES, Reply, Request, Sender
 from certify.errors import UserError
@@ -85,7 +85,7 @@ def sdk_sender(
         raise UserError(f"{package} is not installed; pip install 'certify-toolkit[clouds]'") from None
     _silence()  # after the import, which may turn loggers on
     endpoint = check_endpoint(endpoint, key=credential is not None, insecure=insecure)
-    return cleaned(_sender(*build(endpoint, credential.key if credential else "", timeout)), credential)
+    return cleaned(_sender(*build(endpoint, credential.key if credential else "", timeout)), redactor_for(credential))
 
 
 def boto3_sender(endpoint: str, key: str, timeout: float) -> _Way:

@@ -1,32 +1,30 @@
 """A key for a service: from an environment variable that the user names to where the service wants it, nowhere else.
 
-Nothing here is written, and what a service says is cleaned of the key before anybody else reads it: a service that
-repeats the key it refuses would else carry it into ledger and report.
+Nothing here is written. Replies, errors and log records are redacted (:mod:`certify.blackbox.client.redaction`) before
+anything else reads them, since a service may repeat the key it refuses.
 """
 
 from __future__ import annotations
 
-import html
-import json
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, quote, quote_plus
+from urllib.parse import parse_qsl, quote, unquote
+from urllib.request import getproxies
 
+from certify.blackbox.client.redaction import Redactor
 from certify.blackbox.types import BadReply, Reply, Request, Sender
-from certify.errors import UserError
+from certify.errors import CertifyError, RunFault, UserError, first_line
 
 BEARER = "Authorization: Bearer {key}"
-HIDDEN = "[key]"
-"""Stands where the key stood."""
-
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,40}")  # what else is named may be the key itself, given by mistake
 _SHORTEST = 8  # a shorter one could be part of a label or a score, which cleaning would then change
 _SECRET = re.compile(r"key|token|secret|sig(?!ma)|pass|pwd|auth|cred|jwt|^code$", re.IGNORECASE)  # names in a query
 _USER, _QUERY = re.compile(r"(\b\w+://)[^\s/'\"@]*@"), re.compile(r"(\b\w+://[^\s?#'\"]*)[?#][^\s'\"]*")
+_FORMATTER = logging.Formatter()
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a header's name, RFC 9110
 
 
@@ -62,22 +60,14 @@ class Credential:
     def __repr__(self) -> str:
         return f"Credential(${self.variable})"
 
-    def redact(self, text: str) -> str:
-        """The text without the key, in whatever form URLs, JSON or HTML give it."""
-        return re.sub("|".join(map(re.escape, self._forms())), HIDDEN, text)
 
-    def redact_bytes(self, data: bytes) -> bytes:
-        """The same of bytes."""
-        return re.sub(b"|".join(re.escape(form.encode()) for form in self._forms()), HIDDEN.encode(), data)
-
-    def _forms(self) -> list[str]:
-        parts = {self.key, *(part for part in self.key.split(":") if len(part) >= _SHORTEST)}  # AWS: ID:SECRET
-        encodings = (str, quote, quote_plus, html.escape, lambda text: quote(text, safe=""), _inside_json)
-        return sorted({encode(part) for part in parts for encode in encodings}, key=len, reverse=True)
-
-
-def _inside_json(text: str) -> str:
-    return json.dumps(text)[1:-1]
+def redactor_for(credential: Credential | None) -> Redactor | None:
+    """Return what hides the key, and the passwords of the environment's proxies; None where there are neither."""
+    secrets = [] if credential is None else [credential.key]
+    for proxy in getproxies().values():
+        user, _, password = unquote(proxy.rpartition("@")[0].rpartition("//")[2]).partition(":")
+        secrets += [f"{user}:{password}", password] if password else []
+    return Redactor(secrets) if secrets else None
 
 
 def read_credential(variable: str, header: str = BEARER, query: str | None = None) -> Credential:
@@ -117,38 +107,47 @@ def read_credential(variable: str, header: str = BEARER, query: str | None = Non
     return Credential(variable, key, {name.strip(): value.strip().replace("{key}", key)})
 
 
-def cleaned(send: Sender, credential: Credential | None) -> Sender:
-    """The same sender, whose replies and errors do not hold the key."""
-    if credential is None:
+def cleaned(send: Sender, redactor: Redactor | None) -> Sender:
+    """Return the same sender with redacted replies and errors; errors have no context, which is not redacted."""
+    if redactor is None:
         return send
+    redact = redactor.text
 
     def send_cleaned(request: Request) -> Reply:
         try:
             reply = send(request)
         except BadReply as error:
-            raise BadReply(credential.redact(str(error))) from None
+            failure: Exception = BadReply(redact(str(error)))
         except TimeoutError as error:
-            raise TimeoutError(credential.redact(str(error))) from None
+            failure = TimeoutError(redact(str(error)))
         except OSError as error:
-            raise ConnectionError(credential.redact(str(error))) from None
-        headers = {name: credential.redact(value) for name, value in reply.headers.items()}
-        return Reply(reply.status, credential.redact_bytes(reply.body), headers)
+            failure = ConnectionError(redact(str(error)))
+        except CertifyError as error:
+            failure = type(error)(redact(str(error)))
+        except Exception as error:
+            failure = RunFault(redact(f"the request failed: {type(error).__name__}: {first_line(error)}"))
+        else:
+            headers = {redact(name): redact(value) for name, value in reply.headers.items()}
+            return Reply(reply.status, redactor.body(reply.body), headers)
+        raise failure
 
     return send_cleaned
 
 
 @contextmanager
-def cleaned_logs(credential: Credential | None, loggers: Iterable[str]) -> Iterator[None]:
-    """Meanwhile these loggers, by name, do not write the key; HTTP libraries log URLs and headers."""
+def cleaned_logs(redactor: Redactor | None, loggers: Iterable[str]) -> Iterator[None]:
+    """Keep the key out of what these loggers, by name, write meanwhile: HTTP libraries log URLs and headers."""
 
     def clean(record: logging.LogRecord) -> bool:
-        assert credential is not None
+        assert redactor is not None
         text = record.getMessage()
-        if (without := credential.redact(text)) != text:
-            record.msg, record.args = without, ()
+        if record.exc_info:
+            text += "\n" + _FORMATTER.formatException(record.exc_info)
+        if (without := redactor.text(text)) != text:
+            record.msg, record.args, record.exc_info, record.exc_text = without, (), None, None
         return True
 
-    found = [logging.getLogger(name) for name in loggers] if credential is not None else []
+    found = [logging.getLogger(name) for name in loggers] if redactor is not None else []
     for logger in found:
         logger.addFilter(clean)
     try:

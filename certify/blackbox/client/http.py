@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from certify import __version__
-from certify.blackbox.client.credentials import Credential, cleaned, cleaned_logs, secret_name
+from certify.blackbox.client.credentials import Credential, cleaned, cleaned_logs, redactor_for, secret_name
 from certify.blackbox.types import MOST_BYTES, BadReply, Reply, Request
 from certify.errors import UserError, first_line
 
@@ -114,19 +114,27 @@ class HttpSender:
         self._credential, self._timeout, self._most_bytes = credential, timeout, most_bytes
         self._failures = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
         self._late = httpx2.TimeoutException
-        self._client = httpx2.AsyncClient(
-            headers={"user-agent": f"certify-toolkit/{__version__}", "accept-encoding": "identity"},
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            timeout=httpx2.Timeout(None, connect=_CONNECT),
-            limits=httpx2.Limits(
-                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE
-            ),
-            follow_redirects=False,
-            trust_env=not is_loopback(self._url.hostname or ""),
-        )
-        self._send = cleaned(self._send_once, credential)
+        redactor = redactor_for(credential)
+        try:
+            self._client = httpx2.AsyncClient(
+                headers={"user-agent": f"certify-toolkit/{__version__}", "accept-encoding": "identity"},
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+                timeout=httpx2.Timeout(None, connect=_CONNECT),
+                limits=httpx2.Limits(
+                    max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE
+                ),
+                follow_redirects=False,
+                trust_env=not is_loopback(self._url.hostname or ""),
+            )
+        except (ValueError, ImportError, OSError, httpx2.InvalidURL) as error:
+            why = first_line(error) if redactor is None else redactor.text(first_line(error))
+            raise UserError(
+                f"the proxies or the certificates that the environment names cannot be used: {why}; check HTTP_PROXY, "
+                "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
+            ) from None
+        self._send = cleaned(self._send_once, redactor)
         held = ExitStack()
-        held.enter_context(cleaned_logs(credential, _LOGGERS))
+        held.enter_context(cleaned_logs(redactor, _LOGGERS))
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="certify-http", daemon=True)
         thread.start()
