@@ -14,6 +14,7 @@ from typing import Any
 
 from analysis.comparison.results import Comparison
 from certify.errors import UserError
+from certify.runs.identity import unproven
 from certify.runs.run_file import COMPARISON, Run, peek_header, read_run, refuse_duplicates
 from certify.text import read_text
 
@@ -54,13 +55,16 @@ def is_comparison(path: str | Path) -> bool:
     return header is not None and header["type"] == COMPARISON
 
 
-def read_comparison(path: str | Path) -> Comparison:
-    """A file of ``certify compare``, finished or not.
+def read_comparison(path: str | Path, warn: Callable[[str], None] | None = None) -> Comparison:
+    """A file of ``certify compare``, finished or not; warns of one that cannot prove which models it met.
 
     Raises:
         UserError: another file, or a damaged one.
     """
-    return Comparison(read_run(path, allow_partial=True, kind=COMPARISON))
+    run = read_run(path, allow_partial=True, kind=COMPARISON)
+    if warn is not None and (doubt := unproven(run.header)):
+        warn(f"{run.path}: {doubt}")
+    return Comparison(run)
 
 
 def read_all(paths: Sequence[str | Path], warn: Callable[[str], None]) -> list[Run]:
@@ -80,6 +84,8 @@ def read_all(paths: Sequence[str | Path], warn: Callable[[str], None]) -> list[R
     for run in runs:
         if shard := run.header.get("shard"):
             warn(f"{run.path} is shard {shard['index']}/{shard['of']} of a run: a part of its images (`certify merge`)")
+        if doubt := unproven(run.header):
+            warn(f"{run.path}: {doubt}")
     if not runs:
         raise UserError("none of these runs has radii; expected runs of `certify --model ...`")
     return runs

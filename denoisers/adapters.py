@@ -46,6 +46,7 @@ class Adapted(nn.Module):
         parameters: of its forward, where Python cannot tell them.
         tensor_level: hand over the level as a tensor without dimensions instead of a number.
         restarts: one image at a time, each from a fresh start (``restart = True``).
+        closed: whether ``facts`` and tensors determine the function; if not, records hold a fingerprint of it.
 
     Raises:
         UserError: it wants more than images and a level.
@@ -59,12 +60,14 @@ class Adapted(nn.Module):
         *,
         tensor_level: bool = False,
         restarts: bool = False,
+        closed: bool = True,
     ) -> None:
         super().__init__()
         self.inner = inner
         self.facts = facts
         self.tensor_level = tensor_level
         self.restarts = restarts
+        self.closed = closed
         if parameters is None:
             parameters = _parameters(inner.forward if isinstance(inner, nn.Module) else inner)
         self.level = _level(parameters)
@@ -218,7 +221,7 @@ def load_callable(spec: str) -> nn.Module:
         raise UserError(f"{spec} is a class that needs arguments; write a function without any that returns it built")
     if not callable(found):
         raise UserError(f"{spec} gave {type(found).__name__}; expected a module or a function f(noisy, sigma)")
-    return Adapted(found, {"name": spec, "code_sha256": code})
+    return Adapted(found, {"name": spec, "code_sha256": code}, closed=False)
 
 
 def load_torchscript(path: str | Path) -> nn.Module:

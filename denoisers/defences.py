@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from certify.errors import UserError, first_line
 from certify.models.classifier import Classifier
 from certify.models.defence import Defence, Member
-from certify.models.pipeline import in_its_words
+from certify.models.pipeline import recorded
 from denoisers import DEFENCES, DENOISERS, SHIPPED, load_denoiser
 from denoisers.classical import GaussianBlur, whole
 from denoisers.find import find_denoiser, shipped
@@ -74,9 +74,9 @@ class Noisy(nn.Module):
 
     random = True
 
-    def __init__(self, denoiser: nn.Module | None, sigma: float) -> None:
+    def __init__(self, denoiser: nn.Module | None, sigma: float, shape: tuple[int, int, int] | None = None) -> None:
         super().__init__()
-        self.denoiser, self.sigma = denoiser, sigma
+        self.denoiser, self.sigma, self.shape = denoiser, sigma, shape
 
     def forward(self, images: Tensor, sigma: float | None = None, *, generator: Generators = None) -> Tensor:
         """``(B, C, H, W)`` to the same shape."""
@@ -86,7 +86,7 @@ class Noisy(nn.Module):
 
     def describe(self) -> dict[str, object]:
         """Noise level and denoiser, for the record."""
-        denoiser = None if self.denoiser is None else in_its_words(self.denoiser)
+        denoiser = None if self.denoiser is None else recorded(self.denoiser, self.sigma, self.shape)
         return {"name": "noise, then denoiser", "noise": self.sigma, "denoiser": denoiser}
 
 
@@ -110,7 +110,12 @@ def smoothed(classifier: Classifier, sigma: float = 0.25, n: int = 100, denoiser
         if denoiser == "none"
         else load_denoiser(denoiser, sigma=sigma, image=size, classifier=classifier.identity())
     )
-    return Defence("denoised", [Member(Noisy(found, sigma), classifier)], draws=n, about={"denoiser": denoiser})
+    return Defence(
+        "denoised",
+        [Member(Noisy(found, sigma, classifier.probe_size), classifier)],
+        draws=n,
+        about={"denoiser": denoiser},
+    )
 
 
 def trained(purifier: str, image: tuple[int, int, int] | None, weights: str | None = None) -> Trained:

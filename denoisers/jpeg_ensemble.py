@@ -129,7 +129,9 @@ def _tuned(original: Classifier, file: Path, sha256: str) -> Classifier:
     loaded = load_weights(net, file, original.name)
     if state_digest(net) != sha256:
         raise UserError(f"the card of {file} does not match its tensors (another SHA-256): do not use it; get it again")
-    spec = ClassifierSpec(net, original.input, original.class_names, original.num_classes, loaded)
+    spec = ClassifierSpec(
+        net, original.input, original.class_names, original.num_classes, loaded, closed=original.closed
+    )
     return Classifier(original.name, spec)
 
 

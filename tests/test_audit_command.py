@@ -125,6 +125,35 @@ def same_as_a_local_run(folder: Path, digits: Classifier) -> None:
     assert any(row["radius"] > 0 for row in rows)
 
 
+def test_an_audit_belongs_to_one_denoiser(
+    tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that reads a file: after it has changed, the audit is not resumed, nor replayed beside another's record."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = "from pathlib import Path\ndef shrink():\n    by = float(Path('by').read_text())\n"
+    Path("shrinks.py").write_text(code + "    return lambda noisy: noisy * by\n")
+    command = ["audit", *service.arguments, *NUMBERS, "--skip", "250", "--budget", "400", "--out", "a", "--quiet"]
+    command += ["--denoiser", "shrinks:shrink"]
+    Path("by").write_text("0.9")
+    run(*command)
+    run("replay", "a")
+    asked = service.requests
+    about = json.loads(Path("a/audit.json").read_text())
+    Path("by").write_text("0.7")
+    capsys.readouterr()
+    run(*command, code=2)
+    other = "shrinks:shrink gives other answers to the same probe images"
+    assert f"a/run.jsonl holds a run with other settings ({other})" in capsys.readouterr().err
+    assert service.requests == asked
+    about["pipeline"][0]["fingerprint"]["residuals"][:32] = [0.5] * 32
+    Path("a/audit.json").write_text(json.dumps(about))
+    run("replay", "a", code=2)
+    assert capsys.readouterr().err == (
+        f"certify: a/audit.json and a/run.jsonl are of different audits ({other}); expected the files of one audit\n"
+    )
+
+
 def test_audit_over_http(
     tmp_path: Path,
     service: Service,

@@ -25,7 +25,8 @@ import pytest
 from command import rows_without_seconds, run
 from servers import wait_for
 
-from certify.runs.run_file import identity, peek_header
+from certify.runs.identity import identity
+from certify.runs.run_file import peek_header
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,8 @@ from servers import wait_for
 
 from certify import Votes, certificate_from_votes, read_run
 from certify.errors import UserError
-from certify.runs.run_file import IMAGE_KEYS, RunFile, identity
+from certify.runs.identity import identity
+from certify.runs.run_file import IMAGE_KEYS, RunFile
 from certify.smoothing.noise import NOISES
 
 COMMAND = ["--model", "digits", "--sigma", "0.25", "--n", "2000", "--max", "6", "--quiet"]

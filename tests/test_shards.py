@@ -15,7 +15,7 @@ from PIL import Image
 from certify import read_run
 from certify.engine.execution import Execution
 from certify.errors import UserError
-from certify.runs.run_file import identity
+from certify.runs.identity import identity
 from certify.runs.shards import Shard, agree, merge_files
 
 COMMAND = ["--model", "digits", "--data", "digits", "--sigma", "0.25", "--n", "300", "--skip", "45", "--quiet"]

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from certify.errors import RunFault, UserError, first_line
 from certify.runs.files import replacing
+from certify.runs.identity import FINGERPRINT, refuse_other_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,10 +86,22 @@ class Checkpoints:
         digest: of what must be the same for a training to go on.
         driver: keeps the network, the optimizers and their states.
         average: of the weights, or None; it is kept too.
+        guides: records of the frozen classifiers, which must be the same, too.
+        trust_identity: resume a checkpoint that cannot prove that they are.
     """
 
-    def __init__(self, out: Path, digest: str, driver: Accelerator, average: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        digest: str,
+        driver: Accelerator,
+        average: nn.Module | None = None,
+        *,
+        guides: Sequence[Mapping[str, Any]] = (),
+        trust_identity: bool = False,
+    ) -> None:
         self.out, self.digest, self.driver, self.average = out, digest, driver, average
+        self.guides, self.trust_identity = [dict(guide) for guide in guides], trust_identity
         self.step = self.saved = self.best_step = 0
         self._written = time.monotonic()
         self.best: Scores = {}
@@ -111,6 +124,11 @@ class Checkpoints:
                 f"{self.out} holds another training (other options, data or classifiers); name another --out, or "
                 f"remove {found}"
             )
+        if any(FINGERPRINT in guide for guide in self.guides):
+            bare = [{k: v for k, v in guide.items() if k != FINGERPRINT} for guide in self.guides]
+            there, here = {"guides": state.get("guides", bare)}, {"guides": self.guides}
+            refuse_other_run(found, there, here, trust_identity=self.trust_identity)
+            self.guides = there["guides"]
         try:
             self.driver.load_state(str(found))
             if self.average is not None:
@@ -131,6 +149,7 @@ class Checkpoints:
             self.driver.save_state(str(self.new))
             if self.driver.is_main_process:
                 state = {"step": self.step, "best": self.best, "best_step": self.best_step, "digest": self.digest}
+                state["guides"] = self.guides
                 if self.average is not None:
                     torch.save(self.average.state_dict(), self.new / _AVERAGE)
                 (self.new / "state.json").write_text(json.dumps(state))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -71,6 +72,10 @@ class Guides:
         """Whether every classifier is bit for bit what it was, and no gradient was kept for it."""
         pure = all(p.grad is None for c in (*self.originals, *self.working) for p in c.parameters())
         return pure and [c.identity() for c in self.originals] == self.digests
+
+    def records(self) -> list[dict[str, Any]]:
+        """Each as its record, with a fingerprint where hashes do not determine it: compared when a training resumes."""
+        return [c.record() for c in self.originals]
 
     def describe(self) -> list[dict[str, str]]:
         """Name, weights and hash of each, for the card."""

@@ -49,6 +49,7 @@ class Conduct:
         progress: told images done since the last call, and the loss.
         command: what was typed, for the card.
         licence: of the weights, for the card.
+        trust_identity: resume a checkpoint that cannot prove that its Python classifiers are still the same.
     """
 
     driver: Accelerator
@@ -59,6 +60,7 @@ class Conduct:
     progress: Callable[[int, float], None] = lambda images, loss: None
     command: str = ""
     licence: str = "MIT"
+    trust_identity: bool = False
 
     @property
     def precision(self) -> str:
@@ -150,7 +152,9 @@ def train(
     digest = recipe.digest(
         identity, data.image, data.about, conduct.validations, guides.describe(), driver.num_processes
     )
-    state = Checkpoints(Path(out), digest, driver, average)
+    state = Checkpoints(
+        Path(out), digest, driver, average, guides=guides.records(), trust_identity=conduct.trust_identity
+    )
     state.resume()
     if driver.log_with:
         driver.init_trackers("tensorboard")

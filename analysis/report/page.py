@@ -23,7 +23,7 @@ from certify.blackbox.client.credentials import public
 from certify.blackbox.query_votes import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, stage_of
 from certify.errors import RunFault, UserError
 from certify.runs.files import replacing
-from certify.runs.run_file import identity
+from certify.runs.identity import identity
 from certify.smoothing.norms import IN_WORDS, floor
 
 NAME = "report.html"

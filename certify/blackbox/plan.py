@@ -20,7 +20,8 @@ from certify.errors import ImageError
 from certify.images.dataset import ImageSet
 from certify.models.pipeline import Pipeline
 from certify.runs.config import Settings, circumstances
-from certify.runs.run_file import SCHEMA, now, peek_header, refuse_other_run
+from certify.runs.identity import refuse_other_run
+from certify.runs.run_file import SCHEMA, now, peek_header
 from certify.smoothing.certificates import largest_radius, needed
 from certify.smoothing.rng import STREAM
 from certify.smoothing.stopping_rules import thresholds
@@ -59,6 +60,7 @@ class Service:
     ) -> None:
         self.endpoint, self.protocol, self.options = endpoint, protocol, dict(options)
         self.encoding, self.size = encoding, size
+        self.probe_size = size
 
     def __call__(self, images: Tensor) -> Tensor:
         """Refused: queries go through the ledger."""
@@ -94,6 +96,7 @@ class Audit:
         concurrency: queries at a time.
         about: what else ``audit.json`` says: manners, prices, the command. Nothing secret.
         device: where noise is drawn and denoised.
+        trust_identity: resume although the folder cannot prove that the denoiser is still the same.
     """
 
     folder: Path
@@ -109,6 +112,7 @@ class Audit:
     concurrency: int = 1
     about: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    trust_identity: bool = False
 
     @property
     def pipeline(self) -> Pipeline:
@@ -144,7 +148,7 @@ def make_header(audit: Audit, *, data: str, denoiser: str = "none", command: str
         "images": audit.images.describe(),
         "reference": {"labels": OWN if audit.given is None else GIVEN, "sha256": _digest(audit.given)},
         "class_map": audit.class_map and dict(audit.class_map),
-        "pipeline": audit.pipeline.describe()["steps"],
+        "pipeline": audit.pipeline.record(),
         "stream": STREAM,
         "batch_size": TOGETHER,
         "created": now(),
@@ -213,7 +217,7 @@ def header_there(audit: Audit, header: Mapping[str, Any]) -> dict[str, Any] | No
     """
     known = peek_header(audit.folder / RUN)
     if known is not None:
-        refuse_other_run(audit.folder / RUN, known, header)
+        refuse_other_run(audit.folder / RUN, known, header, trust_identity=audit.trust_identity)
     return known
 
 
@@ -229,7 +233,7 @@ def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) ->
     """
     known = header_there(audit, header)
     if known is not None:
-        header = {**header, "created": known["created"]}
+        header = {**header, "created": known["created"], "pipeline": known.get("pipeline", header["pipeline"])}
     images: list[dict[str, Any]] = []
     for index, item in enumerate(audit.images.items):
         entry: dict[str, Any] = {"id": item.id, "pictures": f"{index:03d}", "values": None, "image": None, "error": ""}
@@ -254,6 +258,7 @@ def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) ->
         "encoding": audit.service.encoding,
         "size": list(sizes.pop()) if len(sizes) == 1 else None,
         "denoiser": header["denoiser"],
+        "pipeline": header["pipeline"],
         "labels": header["reference"]["labels"],
         "class_map": header["class_map"],
         "vocabulary": [],

@@ -60,6 +60,7 @@ class RemoteClassifier:
         self.num_classes = len(classes) + 1
         self.class_names = (*((name,) for name in classes), ("any other label",))
         self.input = InputSpec(size)
+        self.probe_size = size
         self.stream: tuple[str, str] | None = None
         """Image and stage that name the next queries; None: they are named by their pictures."""
         self._number = 0

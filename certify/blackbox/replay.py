@@ -7,7 +7,8 @@ header; every vote comes from the ledger. No data, no model, no service.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from certify.blackbox.ledger_contents import read_answers
 from certify.blackbox.results import ABOUT, LEDGER, RUN
 from certify.blackbox.types import Answer
 from certify.errors import UserError
+from certify.runs.identity import differences, unproven
 from certify.runs.recompute import check_design, recomputed_header
 from certify.runs.run_file import Run, read_run
+
+_LOG = logging.getLogger("certify")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ def replay(
     bound: str | None = None,
     answers: Mapping[str, Answer] | None = None,
     command: str = "",
+    warn: Callable[[str], None] = _LOG.warning,
 ) -> Replayed:
     """The certificates of an audit's folder, from its ledger, ``audit.json`` and the run file's header.
 
@@ -53,18 +58,28 @@ def replay(
         bound: name of a bound; None keeps it.
         answers: by name, where they were read already.
         command: for the record.
+        warn: called with a sentence where the run file cannot prove that all its answers are one denoiser's.
 
     Raises:
-        UserError: no such folder, a damaged file, or a bound that the way the votes came about does not support.
+        UserError: no such folder, a damaged file, a run file and an ``audit.json`` of different denoisers, or a bound
+            that the way the votes came about does not support.
     """
     folder = Path(folder)
     about = read_about(folder)
     there = read_run(folder / RUN, allow_partial=True)
     header, same = there.header, alpha is None and bound is None
+    if other := differences(
+        {"pipeline": about.get("pipeline", header.get("pipeline"))}, {"pipeline": header.get("pipeline")}
+    ):
+        raise UserError(
+            f"{folder / ABOUT} and {folder / RUN} are of different audits ({other}); expected the files of one audit"
+        )
     if same:
         check_design(there, header["bound"])
     else:
         header = recomputed_header(there, {"run": str(folder)}, alpha=alpha, bound=bound, command=command)
+    if doubt := unproven(header):
+        warn(f"{there.path}: {doubt}")
     if answers is None:
         answers = read_answers(folder / LEDGER)
     rows = rows_of(header, about["images"], answers, Vocabulary(about.get("class_map")))

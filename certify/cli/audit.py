@@ -92,6 +92,7 @@ N0, N, N_AT_MOST = 20, 100, 1000
 @click.option(
     "--device", default="auto", help="Device of noise and denoiser: cpu, cuda, cuda:1, mps; auto takes an accelerator."
 )
+@options.trust_identity
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is sent.")
 @click.option("--out", metavar="DIR", required=True, help="Folder of the audit; the same command goes on in it.")
 @options.as_json("the table")
@@ -170,9 +171,11 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
     if o["denoiser"] != "none":
         denoiser = denoiser_for(o["denoiser"], o["sigma"], first_shape(images)).eval()
     form = wanted.format
+    service = Service(wanted.endpoint, form.name, form.about, str(form.about.get("encoding", "png")), o["input_size"])
+    service.probe_size = o["input_size"] or first_shape(images)
     job = Audit(
         Path(o["out"]),
-        Service(wanted.endpoint, form.name, form.about, str(form.about.get("encoding", "png")), o["input_size"]),
+        service,
         images,
         _settings(o),
         make_noise(o["noise"], o["sigma"], rounded=o["rounded"]),
@@ -184,6 +187,7 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
         o["concurrency"],
         {"settings": {k: o[k] for k in ("sigma", "seed", "retries", "timeout", "repeat_clean", "input_size", "sdk")}},
         device,
+        o["trust_identity"],
     )
     return job, plan(job, price=o["price_per_1000"], rate=o["rate"], attacks=most_queries(o, len(images)))
 
@@ -305,7 +309,7 @@ def replay(folder: str, alpha: float | None, bound: str | None, out: str | None,
     from certify.runs.run_file import new_run_file, write_derived
 
     target = None if out is None else new_run_file(out)
-    found = read_again(folder, alpha=alpha, bound=bound, command=options.command_line())
+    found = read_again(folder, alpha=alpha, bound=bound, command=options.command_line(), warn=warn)
     if target is not None:
         found = dataclasses.replace(found, run=write_derived(target, found.run.header, found.run.images))
     if as_json:

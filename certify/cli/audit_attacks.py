@@ -78,7 +78,10 @@ def attack(
     header = make_header(plan, defences, images, model=classifier.name, data=o["data"], command=command)
     craft = _crafter(o, service, {id(defence): text for text, defence in defences.items()})
     path = job.folder / COMPARISON
-    with RunFile(path, header) as file, progress_bar(header["expected"], "outcomes", hidden=quiet) as bar:
+    with (
+        RunFile(path, header, trust_identity=o["trust_identity"]) as file,
+        progress_bar(header["expected"], "outcomes", hidden=quiet) as bar,
+    ):
         compare(defences, undefended(service), images, plan, file, craft, bar.update)
     return path
 

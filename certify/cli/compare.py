@@ -50,6 +50,7 @@ DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
 )
 @options.alpha
 @click.option("--out", metavar="PATH", help="File of the outcomes (.jsonl), or a folder for it (default: runs/).")
+@options.trust_identity
 @click.option(
     "--format",
     "style",
@@ -105,7 +106,7 @@ def _work(o: dict[str, Any]) -> Path:
     )
     path = output_path(o["out"], _words(header), header)
     quiet = o["quiet"] or o["as_json"]
-    with RunFile(path, header) as file:
+    with RunFile(path, header, trust_identity=o["trust_identity"]) as file:
         there = f": {len(file.done):,} of {header['expected']:,} outcomes are there already" if file.resumed else ""
         speaker(quiet=quiet)(f"outcomes   {path}{there}")
         with (
@@ -151,6 +152,8 @@ def _plan(o: dict[str, Any], scene: Scene) -> Plan:
         "eot": o["eot"],
         "surrogates": [s.identity() for s in scene.surrogates],
     }
+    if any(not s.closed for s in scene.surrogates):
+        settings["surrogate_records"] = [s.record() for s in scene.surrogates]
     return Plan(conditions, eps, o["norm"], o["repeats"], o["seed"], o["certify_n"], o["alpha"], settings)
 
 

@@ -86,9 +86,10 @@ def crew_for(o: dict[str, Any], spread: Spread, smoothed: SmoothedClassifier, im
     with connected(
         spread.address, device=o["device"], gpus=torch.cuda.device_count(), threads=torch.get_num_threads(), most=images
     ) as slots:
-        there = {**o, "device": "cuda" if slots[0].gpus else "cpu"}
+        probe_size = smoothed.classifier.probe_size  # type: ignore[attr-defined]
+        there = {**o, "device": "cuda" if slots[0].gpus else "cpu", "probe_size": probe_size}
         order = Order(functools.partial(station, there), os.getcwd())
-        with contextlib.closing(Crew(slots, order, smoothed.base.describe()["steps"], warn)) as crew:
+        with contextlib.closing(Crew(slots, order, smoothed.base.record(), warn)) as crew:
             yield crew
 
 
@@ -110,5 +111,5 @@ def merge(shards: tuple[str, ...], out: str, radii: list[float] | None, as_json:
     Shards that overlap, are missing, unfinished or another run's are refused by name. The shards stay.
     """
     options.check_radii(radii)
-    run = merge_files(shards, out, command=options.command_line())
+    run = merge_files(shards, out, command=options.command_line(), warn=warn)
     summarise(run, radii, as_json=as_json)

@@ -72,6 +72,7 @@ def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
 
     device = device_from(o["device"])
     classifier = classifier_from(o["model"], o)
+    classifier.probe_size = o.get("probe_size") or classifier.probe_size  # on a worker, which sees no image yet
     size = classifier.input.size
     denoiser = None if o["denoiser"] == "none" else denoiser_for(o["denoiser"], o["sigma"], size, classifier)
     return SmoothedClassifier(
@@ -182,7 +183,7 @@ def chosen_images(o: dict[str, Any], classifier: Any) -> ImageSet:
     from certify.images.dataset import load_images
 
     check_data(o)
-    return load_images(
+    images = load_images(
         o["data"],
         classifier,
         skip=o["skip"],
@@ -194,3 +195,8 @@ def chosen_images(o: dict[str, Any], classifier: Any) -> ImageSet:
         root=o["root"],
         download=o["download"],
     )
+    if getattr(classifier, "probe_size", False) is None:  # a classifier that takes any size
+        from certify.cli.plan import first_shape
+
+        classifier.probe_size = first_shape(images)
+    return images

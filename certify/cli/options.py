@@ -264,6 +264,11 @@ quiet = click.option("--quiet", is_flag=True, help="No plan and no progress on s
 
 denoiser = click.option("--denoiser", default="none", help="Denoiser in front (`certify list denoisers`).")
 
+trust_identity = click.option(
+    "--trust-identity",
+    is_flag=True,
+    help="Resume a file that cannot prove that its Python model is still the same (written without a fingerprint).",
+)
 
 compute_options = together(
     denoiser,
@@ -271,6 +276,7 @@ compute_options = together(
     device,
     engine_options,
     click.option("--out", metavar="PATH", help="Run file (.jsonl), or a folder for it (default: runs/)."),
+    trust_identity,
     as_json("the table"),
     quiet,
 )

@@ -34,7 +34,7 @@ def run_path(out: str | None, folder: Path, name: str) -> Path:
 
 def output_path(out: str | None, words: Sequence[str], header: Mapping[str, Any]) -> Path:
     """Where a run goes: :func:`run_path` with a telling name, in ``runs/`` unless named."""
-    from certify.runs.run_file import identity_digest
+    from certify.runs.identity import identity_digest
 
     return run_path(out, Path("runs"), f"{telling_name(words)}-{identity_digest(header)}.jsonl")
 

@@ -135,7 +135,7 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         if execution is not None:
             show_engine(execution, smoothed, say, "" if crew is None else crew.where())
             header = with_execution(header, execution)
-        with RunFile(path, header) as file:
+        with RunFile(path, header, trust_identity=o["trust_identity"]) as file:
             there = f": {len(file.done):,} of {len(places):,} images are there already" if file.resumed else ""
             say(f"run file   {path}{there}")
             if demonstration:

@@ -126,7 +126,7 @@ def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) ->
     from analysis.runs import read_comparison
 
     options.refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "given", "relative_to", "simultaneous"))
-    found = read_comparison(paths[0])
+    found = read_comparison(paths[0], warn)
     _put(tabulate_comparison(found, style), out)
     found.require_sound()
 
@@ -158,9 +158,8 @@ def recompute(
     if len(words) == 1:
         raise UserError("recompute without --alpha and --bound would change nothing; pass one of them")
     name = "-".join(words) + ".jsonl"
-    renewed = recompute_file(
-        source, run_path(out, source.parent, name), alpha=alpha, bound=bound, command=options.command_line()
-    )
+    target = run_path(out, source.parent, name)
+    renewed = recompute_file(source, target, alpha=alpha, bound=bound, command=options.command_line(), warn=warn)
     summarise(renewed, radii, as_json=as_json)
 
 

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 )
 @click.option("--licence", default="MIT", help="Licence of the weights, for the card.")
 @click.option("--out", metavar="DIR", required=True, help="Folder for weights, checkpoint and metrics.")
+@options.trust_identity
 @options.as_json("the text")
 @options.quiet
 def train(**o: Any) -> None:
@@ -149,6 +150,7 @@ def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
             progress=progress,
             command=options.command_line(),
             licence=o["licence"],
+            trust_identity=o["trust_identity"],
         )
         try:
             return _run(o, data, recipe, spec, target, surrogates, conduct)

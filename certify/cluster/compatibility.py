@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from certify.errors import in_words
+from certify.runs.identity import FINGERPRINT, same_answers
 
 
 def other_code(mine: Mapping[str, str], there: Mapping[str, str], name: str) -> str:
@@ -24,6 +25,13 @@ def other_weights(mine: Sequence[Mapping[str, Any]], there: Sequence[Mapping[str
         return f"{name} has a pipeline of {len(there)} steps, this driver one of {len(mine)}"
     for own, other in zip(mine, there, strict=True):
         for key in sorted(own.keys() | other.keys(), key=lambda key: key not in ("sha256", "code_sha256")):
+            if key == FINGERPRINT and same_answers(own.get(key), other.get(key)):
+                continue
+            if key == FINGERPRINT:
+                return (
+                    f"{name} gives other answers of {own['step']} {own['name']} to the same probe images than this "
+                    "driver: give every machine the same code, and the same files that it reads"
+                )
             if own.get(key) != other.get(key):
                 what = {"sha256": "weights", "code_sha256": "code"}.get(key, key)
                 return (

@@ -35,8 +35,7 @@ class SmoothedStation:
 
     def describe(self) -> list[dict[str, Any]]:
         """The pipeline's steps, with hashes of what was loaded here."""
-        steps: list[dict[str, Any]] = self._smoothed.base.describe()["steps"]
-        return steps
+        return self._smoothed.base.record()
 
     def facts(self) -> dict[str, Any]:
         """Device, versions and machine."""

@@ -95,4 +95,4 @@ def build(name: str, weights: str | Path | None) -> ClassifierSpec:
     net = CifarResNet(int(name.removeprefix("cifar_resnet")), projects=projects)
     loaded = UNTRAINED if state is None else fit_weights(net, state, weights, name)
     mean, std = (MEAN_B, STD_B) if projects else (MEAN, STD)
-    return ClassifierSpec(net, square_input((3, 32, 32), mean, std), CIFAR10_CLASSES, 10, loaded)
+    return ClassifierSpec(net, square_input((3, 32, 32), mean, std), CIFAR10_CLASSES, 10, loaded, closed=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from certify.errors import CertifyError, UserError, first_line
 from certify.models import resolve as hub
+from certify.models.fingerprint import classifier_fingerprint
 from certify.models.pipeline import state_digest
 from certify.types import FAILED
 
@@ -54,6 +55,10 @@ class ClassifierSpec:
     """SHA-256 of the file that defines the function, where tensors alone do not (TorchScript, ONNX, Python)."""
     native: bool = True
     """Whether ``net`` is made of torch modules, which can be copied, cast and compiled."""
+    closed: bool = False
+    """Whether tensors and ``code`` determine the function; if not, its record holds a fingerprint of its answers."""
+    external: Mapping[str, str] | None = None
+    """Of an ONNX file: SHA-256 of every other file that it reads, by name."""
 
 
 def square_input(
@@ -106,6 +111,10 @@ class Classifier(nn.Module):
         self.weights = spec.weights
         self.code = spec.code
         self.native = spec.native
+        self.closed, self.external = spec.closed, spec.external
+        self.probe_size = spec.input.size
+        """(C, H, W) of the probe images of its fingerprint: its input, or the images' size where it takes any."""
+        self._fingerprints: dict[tuple[int, int, int] | None, dict[str, Any] | None] = {}
         self.dtype = torch.float32
         self.register_buffer("mean", torch.tensor(spec.input.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.input.std).view(-1, 1, 1), persistent=False)
@@ -223,7 +232,10 @@ class Classifier(nn.Module):
     def identity(self) -> str:
         """What tells it from another: a hash of its tensors, and of the file that defines it where they do not."""
         own = state_digest(self.net) or self.name
-        return own if self.code is None else hashlib.sha256(f"{self.code} {own}".encode()).hexdigest()
+        if self.code is None:
+            return own
+        files = "".join(f" {name} {digest}" for name, digest in (self.external or {}).items())
+        return hashlib.sha256(f"{self.code} {own}{files}".encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """Everything that fixes the function, as JSON."""
@@ -238,7 +250,20 @@ class Classifier(nn.Module):
             "weights": self.weights,
             "sha256": state_digest(self.net),
             "code_sha256": self.code,
+            **({} if self.external is None else {"external_data": dict(self.external)}),
         }
+
+    def record(self) -> dict[str, Any]:
+        """:meth:`describe`, with a fingerprint where hashes do not determine the function; before any :meth:`cast`."""
+        return {**self.describe(), **({} if self.closed else {"fingerprint": self.fingerprint()})}
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """Answers to the probe images; None where their size is not known, or where the classifier fails on them."""
+        size = self.probe_size
+        if size not in self._fingerprints:
+            found = classifier_fingerprint(self._raw, size, self.mean.device) if size else None
+            self._fingerprints[size] = found
+        return self._fingerprints[size]
 
 
 def load_classifier(

@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from certify.errors import RunFault, UserError
 from certify.models.classifier import Classifier, labels_from_logits
-from certify.models.pipeline import state_digest
+from certify.models.pipeline import recorded
 from certify.smoothing.rng import block_generator
 from certify.types import FAILED
 
@@ -158,12 +158,12 @@ class Defence(nn.Module):
         return majority(logits)
 
     def describe(self) -> dict[str, Any]:
-        """Every step with its options and hashes, for the record."""
+        """Every step with its options, hashes and fingerprints, for the record."""
         steps = []
         for (purifier, bare), classifier, sigma in zip(self._pairs(), self.classifiers, self.sigmas, strict=True):
-            own = getattr(purifier, "describe", None)
-            named = own() if callable(own) else {"name": type(purifier).__name__, "sha256": state_digest(purifier)}
-            steps.append({"purifier": None if bare else {**named, "sigma": sigma}, "classifier": classifier.describe()})
+            named = None if bare else {**recorded(purifier, sigma, classifier.probe_size), "sigma": sigma}
+            described = getattr(classifier, "record", classifier.describe)()  # a service stands there, too
+            steps.append({"purifier": named, "classifier": described})
         return {
             "name": self.name,
             "draws": self.draws,

@@ -30,4 +30,4 @@ def build(name: str, weights: str | Path | None) -> ClassifierSpec:
     net = digits_net()
     loaded = load_weights(net, weights or SHIPPED, name)
     names = tuple((str(d),) for d in range(10))
-    return ClassifierSpec(net, square_input((1, 8, 8)), names, 10, loaded)
+    return ClassifierSpec(net, square_input((1, 8, 8)), names, 10, loaded, closed=True)

@@ -1,6 +1,6 @@
-"""Builders for classifiers that somebody else wrote: TorchScript, ONNX, and any Python callable.
+"""Builders for classifiers that somebody else wrote: TorchScript, and any Python callable.
 
-None of them says how to normalise: they get images in [0, 1] unless ``--mean`` and ``--std`` are given.
+Neither of them says how to normalise: they get images in [0, 1] unless ``--mean`` and ``--std`` are given.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from certify.models.labels import imagenet_classes
 from certify.sibling_packages import claim
 
 
-def _names(num_classes: int | None) -> tuple[tuple[str, ...], ...] | None:
+def class_names(num_classes: int | None) -> tuple[tuple[str, ...], ...] | None:
+    """ImageNet's names for 1,000 classes."""
     return imagenet_classes() if num_classes == 1000 else None
 
 
 def build_torchscript(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
     """A TorchScript file; the input size comes from ``--input-size``."""
-    _refuse_weights(name, weights)
+    refuse_weights(name, weights)
     net = open_torchscript(name, "name its architecture and pass it as --weights")
-    names, digest = _names(num_classes), file_digest(name)
-    return ClassifierSpec(net, InputSpec(None), names, num_classes, Path(name).name, digest, native=False)
+    names, digest = class_names(num_classes), file_digest(name)
+    return ClassifierSpec(net, InputSpec(None), names, num_classes, Path(name).name, digest, native=False, closed=True)
 
 
 def open_torchscript(path: str | Path, if_checkpoint: str) -> Any:
@@ -62,51 +63,6 @@ def file_digest(path: str | Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class OnnxNet(nn.Module):
-    """An ONNX graph with one image input, run by onnxruntime on the CPU."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UserError("an ONNX model needs onnxruntime: pip install 'certify-toolkit[onnx]'") from None
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own types, one for each kind of damage
-            raise UserError(f"{path} is not a usable ONNX file ({first_line(error)})") from None
-        inputs = self.session.get_inputs()
-        if len(inputs) != 1 or len(inputs[0].shape) != 4:
-            shapes = ", ".join(str(i.shape) for i in inputs)
-            raise UserError(f"{path} takes {shapes}; expected one input (batch, channels, height, width)")
-        self.input_name = inputs[0].name
-        self.shape = tuple(d if isinstance(d, int) and d > 0 else None for d in inputs[0].shape)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The graph's first output, for any batch size (a fixed one is filled up)."""
-        array = np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)
-        step = self.shape[0] or len(array)
-        parts = []
-        for start in range(0, len(array), step):
-            chunk = array[start : start + step]
-            filled = np.concatenate([chunk, np.repeat(chunk[-1:], step - len(chunk), axis=0)])
-            parts.append(self.session.run(None, {self.input_name: filled})[0][: len(chunk)])
-        return torch.from_numpy(np.concatenate(parts)).to(images.device)
-
-
-def build_onnx(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """An ONNX file; the input size comes from the graph, or from ``--input-size`` where the graph leaves it open."""
-    _refuse_weights(name, weights)
-    net = OnnxNet(name)
-    channels, height, width = net.shape[1:]
-    spec = square_input((channels, height, width)) if channels and height and width else InputSpec(None)
-    outputs = net.session.get_outputs()[0].shape
-    found = outputs[1] if len(outputs) == 2 and isinstance(outputs[1], int) else num_classes
-    return ClassifierSpec(net, spec, _names(found), num_classes, Path(name).name, file_digest(name), native=False)
 
 
 class FunctionNet(nn.Module):
@@ -149,7 +105,7 @@ def spec_of(
     spec = InputSpec(None, mean, std) if size is None else square_input(tuple(size), mean, std)
     stated = num_classes or getattr(found, "num_classes", None)
     given = getattr(found, "class_names", None)
-    names = tuple((str(n),) for n in given) if given is not None else _names(stated)
+    names = tuple((str(n),) for n in given) if given is not None else class_names(stated)
     return ClassifierSpec(net, spec, names, stated, loaded, code, native=isinstance(found, nn.Module))
 
 
@@ -232,6 +188,7 @@ def _takes_nothing(function: Any, name: str) -> bool:
     )
 
 
-def _refuse_weights(name: str, weights: str | Path | None) -> None:
+def refuse_weights(name: str, weights: str | Path | None) -> None:
+    """Refuse ``--weights`` beside a file that holds its own."""
     if weights is not None:
         raise UserError(f"{name} carries its weights; drop --weights")

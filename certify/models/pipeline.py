@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from certify.models.fingerprint import denoiser_fingerprint
 from certify.types import BaseClassifier
 
 
@@ -35,6 +36,39 @@ def in_its_words(module: nn.Module) -> dict[str, Any]:
     """What a denoiser or purifier says of itself; its class where it says nothing."""
     own = getattr(module, "describe", None)
     return dict(own()) if callable(own) else {"name": type(module).__name__}
+
+
+def closed(module: nn.Module) -> bool:
+    """Whether hashes cover everything that a denoiser or purifier reads: no code of anybody else's, no random draws."""
+    own = getattr(module, "closed", None)
+    if own is not None:
+        return bool(own)
+    return getattr(module, "random", False) or type(module).__module__.partition(".")[0] in ("certify", "denoisers")
+
+
+def _hashed(words: Mapping[str, Any]) -> bool:
+    """Whether there is a hash somewhere in what a module says of itself."""
+    return any(
+        _hashed(value) if isinstance(value, Mapping) else bool(value) and key.endswith("sha256")
+        for key, value in words.items()
+    )
+
+
+def recorded(module: nn.Module, sigma: float | None, shape: tuple[int, int, int] | None) -> dict[str, Any]:
+    """What a denoiser or purifier is, for the record: its own words, its tensors' hash, and a fingerprint of others'.
+
+    Args:
+        module: ``forward(images, sigma)``.
+        sigma: the noise level it is handed, or None.
+        shape: (C, H, W) of images that it can take; without one there is no fingerprint.
+    """
+    found = in_its_words(module)
+    if not _hashed(found) and (digest := state_digest(module)) is not None:
+        found["sha256"] = digest
+    if not closed(module):
+        device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+        found["fingerprint"] = shape and denoiser_fingerprint(module, shape, sigma, device)
+    return found
 
 
 class Pipeline(nn.Module):
@@ -95,3 +129,11 @@ class Pipeline(nn.Module):
             digest = state_digest(self.denoiser)
             steps.insert(0, {"step": "denoiser", "sigma": self.sigma, "sha256": digest, **in_its_words(self.denoiser)})
         return {"num_classes": self.num_classes, "steps": steps}
+
+    def record(self) -> list[dict[str, Any]]:
+        """The steps of :meth:`describe`, with fingerprints of those that no hash covers; before any :meth:`cast`."""
+        steps = [getattr(self.classifier, "record", self.classifier.describe)()]
+        if self.denoiser is not None:
+            shape = getattr(self.classifier, "probe_size", None)
+            steps.insert(0, {**self.describe()["steps"][0], **recorded(self.denoiser, self.sigma, shape)})
+        return steps

@@ -44,7 +44,7 @@ def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -
     names: ClassNames | None = tuple((str(n),) for n in own) if own and len(own) == net.num_classes else None
     if names is None and net.num_classes == 1000:
         names = imagenet_classes()
-    return ClassifierSpec(net, spec, names, None, loaded)
+    return ClassifierSpec(net, spec, names, None, loaded, closed=True)
 
 
 def build_torchvision(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
@@ -69,7 +69,8 @@ def build_torchvision(name: str, weights: str | Path | None, num_classes: int | 
     )
     loaded = f"published ({published})" if weights is None else load_weights(net, weights, name)
     spec = square_input((3, crop, crop), mean, std, resize=resize, interpolation=interpolation)
-    return ClassifierSpec(net, spec, imagenet_classes() if (num_classes or 1000) == 1000 else None, None, loaded)
+    names = imagenet_classes() if (num_classes or 1000) == 1000 else None
+    return ClassifierSpec(net, spec, names, None, loaded, closed=True)
 
 
 def _create(name: str, create: Any, *, fetches: bool) -> Any:

@@ -35,7 +35,7 @@ BUILDERS.add("built-in", "certify.models.builtin:build", "an architecture of thi
 BUILDERS.add("timm", "certify.models.pretrained:build_timm", "timm:NAME")
 BUILDERS.add("torchvision", "certify.models.pretrained:build_torchvision", "torchvision:NAME")
 BUILDERS.add("torchscript", "certify.models.external:build_torchscript", "FILE.pt, .ts or .torchscript")
-BUILDERS.add("onnx", "certify.models.external:build_onnx", "FILE.onnx")
+BUILDERS.add("onnx", "certify.models.onnx_graph:build", "FILE.onnx")
 BUILDERS.add("python", "certify.models.external:build_callable", "package.module:callable")
 
 _LIBRARIES = ("timm", "torchvision")

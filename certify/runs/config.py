@@ -145,7 +145,7 @@ def run_header(
         **circumstances(smoothed.device),
         "expected": len(images),
         "images": images.describe(),
-        "pipeline": smoothed.base.describe()["steps"],
+        "pipeline": smoothed.base.record(),
         "stream": STREAM,
         "batch_size": wanted.batch_size or "auto",
         "execution": {"asked": asdict(wanted)},

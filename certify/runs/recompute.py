@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from certify.errors import UserError
+from certify.runs.identity import unproven
 from certify.runs.image_rows import answer
 from certify.runs.run_file import Run, new_run_file, now, read_run, write_derived
 from certify.smoothing.bounds import BOUNDS, check_alpha
+
+_LOG = logging.getLogger("certify")
 
 
 def recompute(
@@ -109,8 +113,11 @@ def recompute_file(
     bound: str | None = None,
     allow_partial: bool = False,
     command: str = "",
+    warn: Callable[[str], None] = _LOG.warning,
 ) -> Run:
     """Write the recomputed run beside the old one, whole or not at all.
+
+    Warns of a run that cannot prove that all its images met the same model.
 
     Raises:
         UserError: as :func:`recompute`; the target is there already, or no run file by its name.
@@ -118,5 +125,7 @@ def recompute_file(
     """
     target = new_run_file(target)
     run = read_run(source, allow_partial=allow_partial)
+    if doubt := unproven(run.header):
+        warn(f"{run.path}: {doubt}")
     header, rows = recompute(run, alpha=alpha, bound=bound, command=command)
     return write_derived(target, header, rows)

@@ -21,13 +21,11 @@ from typing import Any
 
 from certify.errors import RunFault, UserError
 from certify.runs.files import open_to_append, replacing, write_all
+from certify.runs.identity import refuse_other_run
 
 SCHEMA = 1
 
 _HEADER_START = b'{"type": "'
-
-FREE_KEYS = ("data", "created", "command", "versions", "machine", "batch_size", "execution", "merged")
-"""Header keys that may differ between two commands that mean the same run: names and circumstances, not settings."""
 
 COMPARISON = "comparison"
 """The other kind of file that is written this way: a header, then one line for each image, defence and condition."""
@@ -42,30 +40,6 @@ IMAGE_KEYS = ("id", "label", "prediction", "radius", "p_lower", "votes", "select
 def now() -> str:
     """The time in UTC to the second, as headers say when they were made."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def identity(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run this run and no other, flat: ``{"n": 100000, "images.sha256": ...}``."""
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
-            for i, inner in enumerate(value):
-                walk(f"{prefix}[{i}]", inner)
-        else:
-            flat[prefix] = value
-
-    flat: dict[str, Any] = {}
-    walk("", {k: v for k, v in header.items() if k not in FREE_KEYS})
-    return flat
-
-
-def identity_digest(header: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits of the identity: in default file names, so that other settings go to another file."""
-    text = json.dumps(identity(header), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -229,14 +203,16 @@ class RunFile:
     Args:
         path: of the file.
         header: what this command means; a file that is there already must mean the same.
+        trust_identity: resume a file although it cannot prove that its model is still the same.
 
     Raises:
         UserError: the file is another run's, damaged, in use, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, header: dict[str, Any], *, trust_identity: bool = False) -> None:
         self.path = Path(path)
         self.header = header
+        self._trust_identity = trust_identity
         self.done: dict[str, dict[str, Any]] = {}
         self._file = open_to_append(self.path)  # locked from here on: what is read next cannot change any more
         try:
@@ -258,7 +234,7 @@ class RunFile:
         if not content or (b"\n" not in content and content.startswith(_HEADER_START)):
             return 0  # new, or killed while the header was written
         run = read_run(self.path, allow_partial=True, kind=self.header["type"])
-        refuse_other_run(self.path, run.header, self.header)
+        refuse_other_run(self.path, run.header, self.header, trust_identity=self._trust_identity)
         self.header = run.header
         self.done = {row["id"]: row for row in run.images}
         return content.rfind(b"\n") + 1
@@ -333,22 +309,3 @@ def write_derived(target: Path, header: dict[str, Any], rows: list[dict[str, Any
     except OSError as error:
         raise RunFault(f"could not write {target}: {error.strerror}; what it is made from is untouched") from None
     return Run(target, header, rows)
-
-
-def refuse_other_run(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Stop when a run file belongs to a command with other settings; the message names the differences."""
-    if found := differences(old, new):
-        raise UserError(f"{path} holds a run with other settings ({found}); it is left alone: name another --out")
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """In what two headers are not the same run, in words; empty when they are."""
-    before, now = identity(there), identity(here)
-    keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    shown = ", ".join(f"{k} {_short(before.get(k))} there, {_short(now.get(k))} here" for k in keys[:3])
-    return shown + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 24 else text[:20] + '..."'

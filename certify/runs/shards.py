@@ -8,18 +8,23 @@ that a single process would have written.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certify.errors import UserError
-from certify.runs.run_file import Run, differences, identity_digest, new_run_file, now, read_run, write_derived
+from certify.runs.identity import differences, identity_digest, unproven
+from certify.runs.run_file import Run, new_run_file, now, read_run, write_derived
 
 if TYPE_CHECKING:
     from certify.engine.execution import Execution
+
+
+_LOG = logging.getLogger("certify")
 
 
 @dataclass(frozen=True)
@@ -112,16 +117,20 @@ def agree(folder: Path, header: Mapping[str, Any], mine: Execution) -> Execution
     return mine
 
 
-def merge_shards(paths: Sequence[str | Path], *, command: str = "") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def merge_shards(
+    paths: Sequence[str | Path], *, command: str = "", warn: Callable[[str], None] = _LOG.warning
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and image lines of the run whose shards these files hold, the images in the order of their selection.
+
+    A shard that cannot prove which model it met is merged with a warning; the merged file cannot prove it either.
 
     Raises:
         UserError: a file that is no shard, one of another run, one twice, one missing, or one unfinished; by name.
     """
     runs = sorted((_read(path) for path in paths), key=lambda run: int(run.header["shard"]["index"]))
-    first = runs[0]
+    first = next((run for run in runs if not unproven(run.header)), runs[0])
     whole = whole_header(first.header)
-    for run in runs[1:]:
+    for run in runs:
         other = differences(whole, whole_header(run.header))
         of, wanted = run.header["shard"]["of"], first.header["shard"]["of"]
         if of != wanted:
@@ -129,6 +138,10 @@ def merge_shards(paths: Sequence[str | Path], *, command: str = "") -> tuple[dic
         if other:
             raise UserError(f"{run.path} is a shard of another run than {first.path} ({other}); leave it out")
     _complete(runs)
+    for run in runs:
+        if doubt := unproven(run.header):
+            warn(f"{run.path}: {doubt}")
+            whole = whole_header(run.header)
     rows = [_placed(run, row) for run in runs for row in run.images]
     rows.sort(key=lambda placed: placed[0])
     names = [row["id"] for _, row in rows]
@@ -185,7 +198,9 @@ def _origin(run: Run) -> dict[str, Any]:
     return run.origin | {key: run.header.get(key) for key in ("created", "command", "machine")}
 
 
-def merge_files(paths: Sequence[str | Path], target: str | Path, *, command: str = "") -> Run:
+def merge_files(
+    paths: Sequence[str | Path], target: str | Path, *, command: str = "", warn: Callable[[str], None] = _LOG.warning
+) -> Run:
     """Write the merged run, whole or not at all.
 
     Raises:
@@ -193,5 +208,5 @@ def merge_files(paths: Sequence[str | Path], target: str | Path, *, command: str
         RunFault: it cannot be written.
     """
     target = new_run_file(target)
-    header, rows = merge_shards(paths, command=command)
+    header, rows = merge_shards(paths, command=command, warn=warn)
     return write_derived(target, header, rows)

@@ -1,0 +1,161 @@
+"""Builder: ONNX files, run by onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from certify.errors import UserError, first_line
+from certify.models.classifier import ClassifierSpec, InputSpec, square_input
+from certify.models.external import class_names, file_digest, refuse_weights
+
+
+class OnnxNet(nn.Module):
+    """An ONNX graph with one image input, run by onnxruntime on the CPU."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UserError("an ONNX model needs onnxruntime: pip install 'certify-toolkit[onnx]'") from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own types, one for each kind of damage
+            raise UserError(f"{path} is not a usable ONNX file ({first_line(error)})") from None
+        inputs = self.session.get_inputs()
+        if len(inputs) != 1 or len(inputs[0].shape) != 4:
+            shapes = ", ".join(str(i.shape) for i in inputs)
+            raise UserError(f"{path} takes {shapes}; expected one input (batch, channels, height, width)")
+        self.input_name = inputs[0].name
+        self.shape = tuple(d if isinstance(d, int) and d > 0 else None for d in inputs[0].shape)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The graph's first output, for any batch size (a fixed one is filled up)."""
+        array = np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)
+        step = self.shape[0] or len(array)
+        parts = []
+        for start in range(0, len(array), step):
+            chunk = array[start : start + step]
+            filled = np.concatenate([chunk, np.repeat(chunk[-1:], step - len(chunk), axis=0)])
+            parts.append(self.session.run(None, {self.input_name: filled})[0][: len(chunk)])
+        return torch.from_numpy(np.concatenate(parts)).to(images.device)
+
+
+def build(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
+    """An ONNX file; the input size comes from the graph, or from ``--input-size`` where the graph leaves it open."""
+    refuse_weights(name, weights)
+    external = external_digests(Path(name))
+    net = OnnxNet(name)
+    channels, height, width = net.shape[1:]
+    spec = square_input((channels, height, width)) if channels and height and width else InputSpec(None)
+    outputs = net.session.get_outputs()[0].shape
+    found = outputs[1] if len(outputs) == 2 and isinstance(outputs[1], int) else num_classes
+    return ClassifierSpec(
+        net,
+        spec,
+        class_names(found),
+        num_classes,
+        Path(name).name,
+        file_digest(name),
+        native=False,
+        closed=True,
+        external=external,
+    )
+
+
+def external_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of each file beside an ONNX graph that holds values of its tensors, by the name that the graph gives it.
+
+    Raises:
+        UserError: not an ONNX file, a file that is not there, or one outside of the graph's folder.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            names = sorted(set(_locations(content, range(len(content)), "model")))
+    except (ValueError, IndexError, RecursionError):  # an empty file cannot be mapped
+        raise UserError(f"{path} is not a usable ONNX file (it is damaged, or something else)") from None
+    found = {}
+    for name in names:
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or "\\" in name or PureWindowsPath(name).drive or "\0" in name:
+            raise UserError(
+                f"{path} keeps tensors in {name!r}, which is not in its own folder: refused; "
+                "save it again with its data beside it"
+            )
+        if not (path.parent / place).is_file():
+            raise UserError(
+                f"{path} keeps its weights in {name}, which is not beside it; copy that file to {path.parent}"
+            )
+        found[name] = file_digest(path.parent / place)
+    return found
+
+
+_HOLDS = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
+"""Fields of onnx.proto by number that lead to tensors, and to the entries that say where their values lie."""
+
+
+def _locations(content: mmap.mmap, message: range, kind: str) -> Iterator[str]:
+    """The files in which the tensors of a message of this kind lie."""
+    for number, value in _fields(content, message):
+        inner = _HOLDS[kind].get(number)
+        if inner == "entry":
+            entry = {key: content[text.start : text.stop].decode() for key, text in _fields(content, value)}
+            if entry.get(1) == "location":
+                yield entry.get(2, "")
+        elif inner is not None:
+            yield from _locations(content, value, inner)
+
+
+def _fields(content: mmap.mmap, message: range) -> Iterator[tuple[int, range]]:
+    """Number and place of each length-delimited field of a message in protobuf's wire format.
+
+    Raises:
+        ValueError: it is none.
+    """
+    at = message.start
+    while at < message.stop:
+        tag, at = _varint(content, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 2:
+            length, at = _varint(content, at)
+            if length > message.stop - at:
+                raise ValueError("cut off")
+            yield number, range(at, at + length)
+            at += length
+        elif wire == 0:
+            _, at = _varint(content, at)
+        elif wire in (1, 5):
+            at += 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+    if at > message.stop:
+        raise ValueError("cut off")
+
+
+def _varint(content: mmap.mmap, at: int) -> tuple[int, int]:
+    """A number of up to ten bytes, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = content[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("no number")
