@@ -347,6 +347,23 @@ def test_retry_after(text: str, seconds: float | None) -> None:
     assert retry_after(Reply(429, b"", {}), noon) is None
 
 
+@pytest.mark.parametrize(
+    ("retry", "date", "seconds"),
+    [
+        ("Sat, 21 Nov 2026 13:00:02 GMT", "Sat, 21 Nov 2026 13:00:00 GMT", 2.0),  # this machine is an hour slow
+        ("Saturday, 21-Nov-26 13:00:02 GMT", "Sat Nov 21 13:00:00 2026", 2.0),  # the obsolete forms of a date
+        ("Sat, 21 Nov 2026 11:00:02 GMT", "Sat, 21 Nov 2026 12:00:00 +0100", 2.0),  # an hour fast
+        ("Sat, 21 Nov 2026 11:00:00 GMT", "Sat, 21 Nov 2026 11:00:05 GMT", 0.0),
+        ("Sat, 21 Nov 2026 12:00:02 GMT", "Sat, 99 Nov 2026 11:00:00 GMT", 2.0),  # no usable date: this machine's clock
+        ("Sat, 21 Nov 2026 12:00:02 GMT", "Sat, 21 Nov 99999 11:00:00 GMT", 2.0),
+        ("7", "Sat, 21 Nov 2026 13:00:00 GMT", 7.0),
+    ],
+)
+def test_retry_after_counts_from_the_date_of_the_reply(retry: str, date: str, seconds: float) -> None:
+    noon = datetime.datetime(2026, 11, 21, 12, tzinfo=datetime.UTC)
+    assert retry_after(Reply(429, b"", {"retry-after": retry, "date": date}), noon) == seconds
+
+
 def test_retry_after_is_honoured_for_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paused, pause = list[float](), Rate.pause
 

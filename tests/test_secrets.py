@@ -9,16 +9,13 @@ import logging
 import quopri
 import re
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote
 
 import pytest
 from command import run
+from scripted_service import Answer, Reply, service
 
 KEY = 'sk-4f9a/Zq+0123=%x"\\Qw&7<pL-_T'
 NUMBERS = ["--data", "digits", "--skip", "200", "--sigma", "0.25", "--repeat-clean", "1", "--retries", "1"]
@@ -104,51 +101,6 @@ def leaks(text: str, secret: str = KEY, depth: int = 3) -> set[str]:
     return found
 
 
-Answer = Callable[[int], tuple[int, str, dict[str, str]]]
-"""The status, the body and the headers of the reply to the request with this number, from 0."""
-
-
-@contextmanager
-def service(answer: Answer) -> Iterator[str]:
-    """Its URL, while it serves."""
-    lock, count = threading.Lock(), [0]
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            assert KEY in self.headers["Authorization"]
-            with lock:
-                number, count[0] = count[0], count[0] + 1
-            status, text, headers = answer(number)
-            content = text.encode()
-            self.send_response(status)
-            for name, value in {
-                "Content-Type": "application/json",
-                "Content-Length": str(len(content)),
-                **headers,
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/predict"
-        finally:
-            server.shutdown()
-            thread.join(10)
-
-
 @pytest.fixture
 def audit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
@@ -159,7 +111,11 @@ def audit(
         caplog.set_level(logging.DEBUG, name)
 
     def audit_it(answer: Answer, *more: str, code: int = 0, typed: Sequence[str] = ()) -> dict[str, str]:
-        with service(answer) as url:
+        def checked(number: int, headers: Mapping[str, str]) -> Reply:
+            assert KEY in headers["Authorization"]
+            return answer(number, headers)
+
+        with service(checked) as url:
             arguments = ["audit", "--endpoint", url, *more, "--api-key-env", "SERVICE_KEY", *NUMBERS]
             arguments += ["--out", str(tmp_path / "audit")]
             monkeypatch.setattr(sys, "argv", ["certify", *arguments, *typed])
@@ -185,7 +141,7 @@ JSON = ["--protocol", "json", "--protocol-option", "labels=labels"]
 def test_keys_in_labels_and_errors(audit: Callable[..., dict[str, str]]) -> None:
     echoes = list(ECHOES.values())
 
-    def answer(number: int) -> tuple[int, str, dict[str, str]]:
+    def answer(number: int, headers: Mapping[str, str]) -> Reply:
         echo = echoes[number // 4 % len(echoes)]
         label, error = f'{{"labels": ["label {number}: {echo}"]}}', f'{{"error": "error {number}: {echo}"}}'
         if number >= 4 * len(echoes) + 2:
@@ -222,7 +178,7 @@ def test_keys_in_names_of_objects_and_whole_numbers(
         "--protocol-option",
         "scores=[scores[0], `0.5`, scores[1]]",
     ]
-    found = audit(lambda number: (200, body, {}), *option, "--n0", "1", "--n", "5", "--budget", "20")
+    found = audit(lambda number, headers: (200, body, {}), *option, "--n0", "1", "--n", "5", "--budget", "20")
     answers = [json.loads(line) for line in found["ledger.jsonl"].splitlines() if '"answer"' in line]
     assert answers[0]["ranked"] == [["cat [key]", 0.8204716359], ["[key]", 0.5]]  # fractions are scores, and stay
 
@@ -231,7 +187,7 @@ def test_what_is_no_part_of_the_key_stays_as_it_is(audit: Callable[..., dict[str
     labels = ["sk-4f9a", "k-4F9A/", "Qw&7<pL", "zero \U0001f600 \\u0041 %41 &amp; =41\n", "c2stNGY5"]
     body = json.dumps({"labels": labels, "scores": [0.1 + 0.2, 1e-7, 0.1, 0.0, 0.0]})
     option = [*JSON, "--protocol-option", "scores=scores"]
-    found = audit(lambda number: (200, body, {}), *option, "--n0", "1", "--n", "5", "--budget", "20")
+    found = audit(lambda number, headers: (200, body, {}), *option, "--n0", "1", "--n", "5", "--budget", "20")
     answers = [json.loads(line) for line in found["ledger.jsonl"].splitlines() if '"answer"' in line]
     assert [label for label, _ in answers[0]["ranked"]] == [labels[0], labels[2], labels[1], *labels[3:]]
     assert answers[0]["ranked"][0][1] == 0.1 + 0.2
@@ -243,7 +199,7 @@ def test_keys_in_what_a_model_says_about_itself(audit: Callable[..., dict[str, s
     tensor = f'{{"name": "pixels {echo}", "datatype": "FP32", "shape": [1, 1, 8, 8]}}'
     output = f'{{"name": "label {echo}", "datatype": "BYTES", "shape": [1], "data": ["zero {echo}"]}}'
 
-    def answer(number: int) -> tuple[int, str, dict[str, str]]:
+    def answer(number: int, headers: Mapping[str, str]) -> Reply:
         if status == 401:
             return 401, f'{{"error": "no {echo} here"}}', {"X-Key": KEY}
         return 200, f'{{"inputs": [{tensor}], "outputs": [{output}]}}', {}
@@ -260,7 +216,7 @@ def test_keys_in_what_a_model_says_about_itself(audit: Callable[..., dict[str, s
 
 def test_keys_in_redirects_and_headers(audit: Callable[..., dict[str, str]]) -> None:
     where = {"Location": f"https://elsewhere.example/{quote(KEY, safe='')}", "X-Key": KEY, "Retry-After": KEY[:20]}
-    found = audit(lambda number: (307, "", where), *JSON, "--n0", "1", "--n", "5", "--budget", "20", code=1)
+    found = audit(lambda number, headers: (307, "", where), *JSON, "--n0", "1", "--n", "5", "--budget", "20", code=1)
     assert "it points to 'https://elsewhere.example/[key]', and redirects are not followed" in found["stderr"]
     clean(found)
 
@@ -270,7 +226,7 @@ def test_http_basic(audit: Callable[..., dict[str, str]], monkeypatch: pytest.Mo
     monkeypatch.setenv("SERVICE_KEY", KEY)
     body = json.dumps({"labels": [f"{base64.b64decode(KEY).decode()} is alice, who knows pass1"]})
     option = ["--auth-header", "Authorization: Basic {key}", "--n0", "1", "--n", "5", "--budget", "20"]
-    found = audit(lambda number: (200, body, {}), *JSON, *option)
+    found = audit(lambda number, headers: (200, body, {}), *JSON, *option)
     clean(found)
     assert all("pass1" not in text for text in found.values())
     assert '"[key] is alice, who knows [key]"' in found["ledger.jsonl"]
@@ -279,7 +235,7 @@ def test_http_basic(audit: Callable[..., dict[str, str]], monkeypatch: pytest.Mo
 def test_passwords_of_proxies(audit: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     token, said = base64_of("me:pr0xy-p4ss"), base64_of("a request of me:pr0xy-p4ss")
 
-    def answer(number: int) -> tuple[int, str, dict[str, str]]:
+    def answer(number: int, headers: Mapping[str, str]) -> Reply:
         return (200, json.dumps({"labels": [f"zero {said}"]}), {}) if number < 3 else (407, f"pr0xy%2Dp4ss {token}", {})
 
     with service(answer) as url:
@@ -320,6 +276,8 @@ def test_a_key_among_the_options_is_not_repeated(
 
 def test_the_command_that_is_kept_holds_no_key(audit: Callable[..., dict[str, str]]) -> None:
     numbers = ["--n0", "1", "--n", "5", "--budget", "20", "--max", "2"]
-    found = audit(lambda number: (200, '{"labels": ["zero"]}', {}), *JSON, *numbers, typed=["--name", KEY[2:20]])
+    found = audit(
+        lambda number, headers: (200, '{"labels": ["zero"]}', {}), *JSON, *numbers, typed=["--name", KEY[2:20]]
+    )
     assert json.loads(found["audit.json"])["command"].endswith(" --name '[key]'")
     clean(found)

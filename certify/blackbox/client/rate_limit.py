@@ -69,16 +69,29 @@ class Rate:
 
 
 def retry_after(reply: Reply, now: datetime.datetime | None = None) -> float | None:
-    """Seconds that a reply asks to wait, in either form of RFC 9110, from 0; None if it does not ask."""
-    text = next((value.strip() for name, value in reply.headers.items() if name.lower() == "retry-after"), "")
+    """Seconds that a reply asks to wait, in either form of RFC 9110, from 0; None if it does not ask.
+
+    Args:
+        reply: of the service.
+        now: the time there, for a reply without a usable Date header; None: this machine's, whose clock may differ.
+    """
+    headers = {name.lower(): value.strip() for name, value in reply.headers.items()}
+    text = headers.get("retry-after", "")
     try:
         seconds = float(text)
     except ValueError:
-        try:
-            until = email.utils.parsedate_to_datetime(text)
-        except (ValueError, OverflowError):  # the latter: a year or zone that no clock has
+        until = _http_date(text)
+        if until is None:
             return None
-        if until.tzinfo is None:
-            until = until.replace(tzinfo=datetime.UTC)
-        seconds = (until - (now or datetime.datetime.now(datetime.UTC))).total_seconds()
+        start = _http_date(headers.get("date", "")) or now or datetime.datetime.now(datetime.UTC)
+        seconds = (until - start).total_seconds()
     return None if math.isnan(seconds) else max(seconds, 0.0)
+
+
+def _http_date(text: str) -> datetime.datetime | None:
+    """A date of an HTTP header; None where there is none."""
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+    except (ValueError, OverflowError):  # the latter: a year or zone that no clock has
+        return None
+    return date.replace(tzinfo=datetime.UTC) if date.tzinfo is None else date
