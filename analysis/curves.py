@@ -11,6 +11,7 @@ import numpy as np
 
 from certify.errors import UserError
 from certify.runs.run_file import Run
+from certify.smoothing.rounding import exact
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Curve:
         """What a reader must know: a partial run, images left out, radii that were never asked for."""
         parts = []
         if self.decided:
-            parts.append("decided at r = " + ", ".join(f"{r:g}" for r in self.decided))
+            parts.append("decided at r = " + ", ".join(map(exact, self.decided)))
         if self.run.partial:
             parts.append(f"partial: {len(self.run.images)} of {self.run.header['expected']}")
         left_out = len(self.run.images) - self.total
@@ -207,7 +208,7 @@ def _denoiser(header: Mapping[str, Any]) -> Any:
 
 def number(value: float | int) -> str:
     """A setting in a legend or caption."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else exact(value)
 
 
 def default_radii(largest: float) -> list[float]:

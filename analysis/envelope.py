@@ -18,6 +18,7 @@ import numpy as np
 from analysis.curves import Curve, names
 from certify.errors import UserError
 from certify.runs.run_file import Run
+from certify.smoothing.rounding import exact
 
 METHOD = ("model", "data", "denoiser", "noise", "rounded", "norm", "procedure", "n0", "n", "alpha", "bound")
 """Header keys in which the runs of one method agree: not sigma, nor the seed, nor how and where it ran."""
@@ -47,7 +48,7 @@ class Envelope:
         _check_sigmas(self.runs)
         _check_images(self.runs)
         if any(c.decided for c in self.runs) and not self.decided:
-            asked = "; ".join(", ".join(f"{r:g}" for r in c.decided) for c in self.runs)
+            asked = "; ".join(", ".join(map(exact, c.decided)) for c in self.runs)
             raise UserError(
                 f"the runs of {self.name or self.runs[0].run.path} were decided at no common radius ({asked}); an "
                 "envelope needs one: pass the same --radius at every sigma"

@@ -30,6 +30,7 @@ from certify.errors import UserError
 from certify.runs.image_rows import noise_of, votes_of
 from certify.runs.run_file import Run
 from certify.smoothing.bounds import check_alpha
+from certify.smoothing.rounding import exact
 
 CORRECTIONS = {"holm": "Holm", "bonferroni": "Bonferroni"}
 
@@ -103,7 +104,7 @@ class Family:
             radius: in the run's norm, from 0.
         """
         if not 0.0 <= radius < math.inf:
-            raise UserError(f"radius {radius:g}; expected a finite number from 0, in [0, 1] pixels")
+            raise UserError(f"radius {exact(radius)}; expected a finite number from 0, in [0, 1] pixels")
         found = np.ones(self.successes.shape)
         for values in np.unique(self.values).tolist():
             same = self.values == values

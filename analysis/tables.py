@@ -14,7 +14,8 @@ from analysis.curves import Curve, number, proportion_interval
 from analysis.envelope import Envelope, Line
 from analysis.families import CORRECTIONS, Family, accuracy_interval, family
 from certify.errors import UserError
-from certify.smoothing.norms import IN_WORDS
+from certify.smoothing.norms import DECIMALS, IN_WORDS
+from certify.smoothing.rounding import ceil_to, exact, floor_to
 
 FORMATS = {"text": "simple", "markdown": "pipe", "latex": "latex_booktabs", "csv": ""}
 
@@ -27,8 +28,7 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str) -> 
         raise UserError(f"table format {style!r}; expected one of {', '.join(FORMATS)}")
     if style == "csv":
         out = io.StringIO()
-        rounded = [[round(cell, 15) if isinstance(cell, float) else cell for cell in row] for row in rows]
-        csv.writer(out, lineterminator="\n").writerows([header, *rounded])
+        csv.writer(out, lineterminator="\n").writerows([header, *rows])  # every digit of each number
         return out.getvalue().rstrip("\n")
     from tabulate import tabulate
 
@@ -76,19 +76,25 @@ def compare(
         else:
             about = [line.name, _images(line), str(abstained(line))]
             if line.labelled:
-                about.append(_figure(line.average_radius, least=line.stopped))
+                about.append(_figure(line.average_radius, DECIMALS[line.norm] - 1, least=line.stopped))
         rows.append([*about, *_cells(line, radii, relative_to or 1.0, intervals=intervals)])
     caption = "\n".join(_caption(lines, relative_to, intervals=intervals))
     caption = textwrap.indent(caption, "% ") + "\n" if style == "latex" else f"{caption}\n\n"
-    text = render([*header, *(f"r = {r:g}" for r in radii)], rows, style)
+    text = render([*header, *(f"r = {exact(r)}" for r in radii)], rows, style)
     if style == "latex":  # tabulate would escape the dollars
         for r in radii:
-            text = text.replace(f" r = {r:g} ", f" $r = {r:g}$ ", 1)
+            text = text.replace(f" r = {exact(r)} ", f" $r = {exact(r)}$ ", 1)
     return caption + text
 
 
-def _figure(value: float, *, least: bool) -> str:
-    return "≥ " * least + f"{value:.3f}"
+def _figure(lower: float, digits: int = 3, *, least: bool) -> str:
+    """A certified accuracy or average radius, rounded down."""
+    return "≥ " * least + floor_to(lower, digits)
+
+
+def _between(low: float, high: float) -> str:
+    """An interval, rounded outward."""
+    return f"{floor_to(low, 3)} - {ceil_to(high, 3)}"
 
 
 def _cells(line: Line, radii: Sequence[float], divisor: float, *, intervals: bool) -> list[str]:
@@ -97,7 +103,7 @@ def _cells(line: Line, radii: Sequence[float], divisor: float, *, intervals: boo
     for r, value, lo, hi in zip(radii, line.accuracy(radii), low, high, strict=True):
         cell = _figure(value / divisor, least=line.at_least(r))
         if intervals:
-            cell += f" [{lo / divisor:.3f}, {hi / divisor:.3f}]"
+            cell += f" [{floor_to(lo / divisor, 3)}, {ceil_to(hi / divisor, 3)}]"
         if isinstance(line, Envelope):
             best = line.winner(r)
             clean = _figure(best.accuracy([0.0])[0] / divisor, least=best.at_least(0.0))
@@ -109,7 +115,7 @@ def _cells(line: Line, radii: Sequence[float], divisor: float, *, intervals: boo
 def _caption(lines: Sequence[Line], relative_to: float | None, *, intervals: bool) -> list[str]:
     """What the numbers are."""
     where = f"{lines[0].quantity} at {IN_WORDS[lines[0].norm]} radius r (images in [0, 1] pixels)"
-    found = [where if relative_to is None else f"{where}, divided by {relative_to:g}"]
+    found = [where if relative_to is None else f"{where}, divided by {exact(relative_to)}"]
     found += _procedure([c.run.header for line in lines for c in (line.runs if isinstance(line, Envelope) else [line])])
     if not isinstance(lines[0], Envelope) and lines[0].labelled:
         found.append("ACR: average certified radius, over all images")
@@ -185,10 +191,10 @@ def compare_families(
         name = [c.name, _images(c)]
         for i, (r, a) in enumerate(zip(radii, c.accuracy(radii), strict=True)):
             cells = [
-                f"{r:g}",
+                exact(r),
                 _figure(a, least=c.at_least(r)),
-                f"{low[i]:.3f} - {high[i]:.3f}",
-                f"{_at_once(c, f, r, correction):.3f}",
+                _between(low[i], high[i]),
+                floor_to(_at_once(c, f, r, correction), 3),
             ]
             rows.append([*(name if i == 0 else ["", ""]), *cells, CORRECTIONS[f.correction(correction)]])
     title, notes = _guarantees(curves, {f.correction(correction) for f in found})
@@ -213,7 +219,7 @@ def _at_once(c: Curve, f: Family, radius: float, correction: str | None) -> floa
 def _guarantees(curves: Sequence[Curve], methods: set[str]) -> tuple[str, list[str]]:
     """A title, and what each number guarantees."""
     alphas = sorted({c.run.header["alpha"] for c in curves})
-    alpha = f"alpha = {alphas[0]:g}" if len(alphas) == 1 else "alpha (that of its run)"
+    alpha = f"alpha = {exact(alphas[0])}" if len(alphas) == 1 else "alpha (that of its run)"
     quantity, norm = curves[0].quantity, IN_WORDS[curves[0].norm]
     true = "truly right and robust" if curves[0].labelled else "truly robust"
     where = {
@@ -264,13 +270,13 @@ def one_run(c: Curve, radii: Sequence[float]) -> str:
     """The table at the end of a run: certified accuracy at a few radii, with its interval."""
     low, high = c.interval(radii)
     rows = [
-        [f"{r:g}", _figure(a, least=c.at_least(r)), f"{lo:.3f} - {hi:.3f}"]
+        [exact(r), _figure(a, least=c.at_least(r)), _between(lo, hi)]
         for r, a, lo, hi in zip(radii, c.accuracy(radii), low, high, strict=True)
     ]
     return render([f"{IN_WORDS[c.norm]} radius >=", c.quantity, "95 % interval"], rows, "text")
 
 
 def share(successes: int, total: int) -> str:
-    """A proportion of images with its 95 % interval, in words."""
+    """Describe a proportion of images with its counts and its 95 % interval."""
     low, high = proportion_interval(successes, total)
-    return f"{successes / total:.3f} ({successes} of {total}; 95 %: {low:.3f} - {high:.3f})"
+    return f"{floor_to(successes / total, 3)} ({successes} of {total}; 95 %: {_between(float(low), float(high))})"

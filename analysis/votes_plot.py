@@ -9,7 +9,8 @@ from analysis.figures import COLOURS, canvas, check_format, save_figure
 from certify.errors import UserError
 from certify.runs.image_rows import votes_of
 from certify.runs.run_file import Run
-from certify.smoothing.norms import ceil, floor
+from certify.smoothing.norms import DECIMALS
+from certify.smoothing.rounding import ceil_to, exact, floor_to
 from certify.types import ABSTAIN
 
 _MOST = 8  # classes that get a bar of their own
@@ -45,10 +46,10 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
             axes.text(share + 0.01, place, f"{count:,}", va="center", fontsize=8)
         lower, other = row.get("p_lower"), row.get("p_other")
         if lower:
-            label = f"lower bound of the prediction: {floor(lower)}"
+            label = f"lower bound of the prediction: {floor_to(lower)}"
             axes.axvline(lower, color=COLOURS[1], lw=1.4, label=label)
         if other and other < 1 - (lower or 0):
-            label = f"upper bound of every other class: {ceil(other)}"
+            label = f"upper bound of every other class: {ceil_to(other)}"
             axes.axvline(other, color=COLOURS[2], ls="--", lw=1.4, label=label)
         axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
         axes.set(xlim=(0, 1.12), ylim=(len(bars) - 0.4, -0.6), xlabel=f"share of {votes.trials:,} votes under noise")
@@ -82,7 +83,8 @@ def _in_words(run: Run, row: dict[str, Any]) -> str:
     if row["prediction"] == ABSTAIN:
         answer = "abstains"
     else:
+        digits = DECIMALS[header.get("norm", "l2")]
         right = {True: "right", False: "wrong"}[row["prediction"] == row["label"]] if row["label"] is not None else ""
-        radius = f", radius {floor(row['radius'])}" if row.get("radius") is not None else ""
+        radius = f", radius {floor_to(row['radius'], digits)}" if row.get("radius") is not None else ""
         answer = f"{_name(row, row['prediction'])}{f' ({right})' if right else ''}{radius}"
-    return f"image {row['id']}, sigma {header['sigma']:g}: {answer}"
+    return f"image {row['id']}, sigma {exact(header['sigma'])}: {answer}"

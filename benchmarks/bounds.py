@@ -15,6 +15,7 @@ from scipy import stats
 from analysis.tables import render
 from certify import Gaussian
 from certify.smoothing.bounds import BOUNDS, Evidence
+from certify.smoothing.rounding import ceil_to, floor_to
 
 NAMES = ("clopper-pearson", "randomized", "runner-up", "best", "betting")
 DRAWS = (np.arange(50) + 0.5) / 50
@@ -44,7 +45,7 @@ def radii(alpha: float = 0.001) -> str:
         ]:
             found = [radius(name, round(n * p), round(n * rival), n, alpha) for name in NAMES]
             best = max(found)
-            cells = ["abstains" if not r else f"**{r:.3f}**" if r == best else f"{r:.3f}" for r in found]
+            cells = ["abstains" if not r else f"**{floor_to(r, 3)}**" if r == best else floor_to(r, 3) for r in found]
             rows.append([f"{n:,}", f"{p:g}", f"{rival:g}", *cells])
     return render(["n", "p_A", "p_B", *NAMES], rows, "markdown")
 
@@ -77,7 +78,7 @@ def worst_error(name: str, n: int, alpha: float) -> float:
 def errors() -> str:
     """The second table."""
     rows = [
-        [f"{alpha:g}", f"{n}", *(f"{worst_error(name, n, alpha):.5f}" for name in NAMES)]
+        [f"{alpha:g}", f"{n}", *(ceil_to(worst_error(name, n, alpha), 5) for name in NAMES)]
         for alpha in (0.05, 0.001)
         for n in (20, 60)
     ]

@@ -304,7 +304,7 @@ def test_what_leaves_the_ball_or_the_range_has_failed() -> None:
     proposals = [Proposal(image, 1, 7) for image in proposed]
     found = _measured("x", "linf", 0.15, clean, torch.zeros(4, dtype=torch.long), proposals)
     assert found.success == (True, False, False, False)
-    assert "linf 0.2, outside of the ball of 0.15" in found.notes[1]
+    assert "linf 0.200000, outside of the ball of 0.15" in found.notes[1]
     assert found.notes[2] == found.notes[3] == "proposed values outside of [0, 1]"
     assert torch.equal(found.images[1:], clean[1:])
     assert found.linf == pytest.approx((0.1, 0, 0, 0))

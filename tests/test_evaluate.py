@@ -19,6 +19,7 @@ from analysis.curves import proportion_interval
 from analysis.grid import Panel, Row, draw_grid
 from certify import load_classifier, load_images
 from certify.errors import RunFault, UserError
+from certify.smoothing.rounding import ceil_to, floor_to
 from denoisers.classical import GaussianBlur, Median
 from training import evaluate
 from training.evaluate import DenoiserReport, Example, Share, evaluate_denoiser, measure, ssim_window
@@ -202,6 +203,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def displayed(share: dict[str, float]) -> str:
+    """A share and its interval, rounded outward."""
+    return f"{floor_to(share['share'], 3)} [{floor_to(share['low95'], 3)}, {ceil_to(share['high95'], 3)}]"
+
+
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Words and JSON say the same, which is what the function finds; the picture is there."""
     options = "evaluate-denoiser --model digits --denoiser median --sigma 0.25,0.5 --max 20".split()
@@ -221,9 +227,9 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{line['psnr_noisy']:.2f} -> {line['psnr_denoised']:.2f}" in row
         for kind in ("noisy", "denoised"):
             share = line[f"accuracy_{kind}"]
-            assert f"{share['share']:.3f} [{share['low95']:.3f}, {share['high95']:.3f}]" in row
+            assert displayed(share) in row
     clean = result["results"][0]["accuracy_clean"]
-    assert f"{clean['share']:.3f} [{clean['low95']:.3f}, {clean['high95']:.3f}] ({clean['count']} of 20)" in out
+    assert f"{displayed(clean)} ({clean['count']} of 20)" in out
     picture = Path("runs/denoiser-median-digits-sigma0.25_0.5.png")
     assert f"picture    {picture}" in out
     with Image.open(picture) as image:

@@ -25,6 +25,7 @@ from certify.runs.image_rows import answer, certified_row, decided_row
 from certify.runs.run_file import Run
 from certify.smoothing.certificates import certificate_from_votes, decision_from_counts
 from certify.smoothing.noise import Gaussian
+from certify.smoothing.rounding import ceil_to, floor_to
 from certify.smoothing.stopping_rules import thresholds
 from certify.types import Votes
 
@@ -357,7 +358,7 @@ def test_the_table_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str
     cells = [line.split()[-6:] for line in out.splitlines() if line.endswith("Holm")]
     low, high = accuracy_interval(np.array([8, 6]), 10, 1e-4)
     for i, (alone, together) in enumerate([("0.800", "0.800"), ("0.600", "0.600")]):
-        assert cells[i] == [alone, f"{low[i]:.3f}", "-", f"{high[i]:.3f}", together, "Holm"]
+        assert cells[i] == [alone, floor_to(low[i], 3), "-", ceil_to(high[i], 3), together, "Holm"]
     words = " ".join(out.split())
     assert "except with probability at most alpha = 0.0001 over the noise, every image that is counted here" in words
     assert "l2 radius r" in words

@@ -15,7 +15,6 @@ from analysis.figures import canvas
 from analysis.samples_plot import most_with, radii_with, sample_sizes
 from analysis.speed_plot import Speed, read_speeds
 from certify.runs.run_file import Run, read_run
-from certify.smoothing.norms import ceil, floor
 
 RUN = "--model digits --sigma 0.25 --n 1000 --max 12 --quiet --out run.jsonl"
 
@@ -117,12 +116,6 @@ def test_bounds_are_shown_on_their_safe_side(folder: Path, drawn: list[Any]) -> 
     shown = [line.get_label().rpartition(" ")[2] for line in axes.lines]
     assert shown == ["0.9999", "0.0001"]
     assert axes.get_title(loc="left").endswith("radius 0.9527")
-
-
-@pytest.mark.parametrize("value", [0.3, 0.29999, 1 - 2**-53, 0.00019999, 123.45678, 6.0])
-def test_rounding_never_flatters(value: float) -> None:
-    assert float(floor(value)) <= value <= float(ceil(value))
-    assert float(ceil(value)) - float(floor(value)) < 1.01e-4
 
 
 def test_speeds_show_the_last_of_each_name(tmp_path: Path, drawn: list[Any]) -> None:

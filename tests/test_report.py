@@ -238,7 +238,24 @@ def test_the_verdict_counts_right(page: Page, records: Records) -> None:
         assert int(found[1] if found else 0) == groups[outcome]
     count, about = page.tiles()["keep their label"]
     assert count == f"{len(kept)} of {len(records.rows)}"
-    assert f"{beta.ppf(0.025, len(kept), len(records.rows) - len(kept) + 1):.0%} to" in about
+    low = beta.ppf(0.025, len(kept), len(records.rows) - len(kept) + 1)
+    assert f": {math.floor(1000 * low) / 1000:.3f} to " in about
+
+
+def test_radii_are_displayed_from_below_and_their_limit_from_above(audited: Path, tmp_path: Path) -> None:
+    """An image at the limit: its radius is not displayed as larger, nor the limit as smaller, than it is."""
+    folder = shutil.copytree(audited, tmp_path / "run")
+    header, *rows = (json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines())
+    if header["procedure"] == "decide":
+        pytest.skip("a decided radius has no limit")
+    limit = 0.37511875602822375
+    best = max(range(len(rows)), key=lambda i: (rows[i]["prediction"] == rows[i]["label"], rows[i]["radius"]))
+    rows[best]["radius"] = limit
+    (folder / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [header, *rows]))
+    rewrite(folder, plan={"radius_cap": limit})
+    page = page_of(folder)
+    assert page.tiles()["median radius"][1] == "largest 0.3751; at this n at most 0.3752"
+    assert "largest 0.3751)" in page.text("headline")
 
 
 def test_the_curve_is_that_of_the_run_file(page: Page, records: Records) -> None:
@@ -247,9 +264,9 @@ def test_the_curve_is_that_of_the_run_file(page: Page, records: Records) -> None
     for radius, reached, share, interval in page.rows("curve"):
         count = sum(row["prediction"] == row["label"] and row["radius"] >= float(radius) for row in rows)
         assert int(reached) == count
-        assert float(share) == round(count / len(rows), 3)
+        assert share == f"{math.floor(1000 * count / len(rows)) / 1000:.3f}"
         high = beta.ppf(0.975, count + 1, len(rows) - count) if count < len(rows) else 1.0
-        assert interval.endswith(f"to {high:.3f}")
+        assert interval.endswith(f"to {math.ceil(1000 * high) / 1000:.3f}")
     assert page.tags["svg"] == 2, "the curve and the answer times"
     decided = page.rows("decided") if "decided" in page.tables else []
     outcomes = ("robust", "not certifiable", "undecided")

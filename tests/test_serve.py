@@ -20,6 +20,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,21 @@ def test_a_dropped_image_is_classified_as_its_tensor_is(
     assert (said["label"], said["radius"], said["samples"]) == (wanted.prediction, wanted.radius, N0 + 300)
     assert {v["label"]: v["votes"] for v in said["votes"]} == {c: k for c, k in enumerate(wanted.counts) if k}
     assert said["votes_cast"] == 300
+
+
+def test_the_page_displays_a_radius_from_below(client: TestClient, images: np.ndarray) -> None:
+    """The text comes from the server, rounded down to four decimals; the page's script formats no radius."""
+    out = io.BytesIO()
+    Image.fromarray((images[1, 0] * 255).round().astype(np.uint8)).save(out, "PNG")
+    found = [client.post(f"/classify?samples={n}", content=out.getvalue(), headers=IMAGE) for n in range(100, 400, 20)]
+    certified = [reply.json() for reply in found if reply.json()["radius"]]
+    assert len(certified) > 10
+    for said in certified:
+        radius, text = Decimal(repr(said["radius"])), Decimal(said["radius_text"])
+        assert text <= radius < text + Decimal("0.0001")
+    page = client.get("/").text
+    assert "norm below ${answer.radius_text}, in pixels" in page
+    assert "answer.radius." not in page
 
 
 def test_metrics_count_what_happened(digits: Classifier, images: np.ndarray) -> None:
@@ -1074,7 +1090,7 @@ def test_the_page_shows_label_radius_and_votes() -> None:
         page.open(address)
         verdict, claim, cost, state = page.evaluate(DROP)
         assert verdict == "0"  # a ring
-        assert re.search(r"l2 norm below 0\.[1-9]\d*, .*\(1x8x8\)", claim)
+        assert re.search(r"l2 norm below 0\.[1-9]\d{3}, .*\(1x8x8\)", claim)
         assert cost == "2,100 noisy copies were classified; 2,000 of them vote here."
         assert state == ""
         lines = "[...document.querySelectorAll('#votes li')]"

@@ -28,6 +28,7 @@ from certify.models.classifier import Classifier
 from certify.models.defence import Defence
 from certify.models.query_access import QueryAccess
 from certify.smoothing.rng import stream_key
+from certify.smoothing.rounding import ceil_to, exact
 
 _MEANS = {CLASSIFIER: "classifier", DEFENCE: "defence", SURROGATES: "surrogates"}
 """What an attack needs, if it does not ask, and the argument of :func:`attack` and field of ``Task`` that it is."""
@@ -123,7 +124,7 @@ def refusal(image: Tensor, clean: Tensor, norm: str, eps: float | None) -> str:
         return "proposed values outside of [0, 1]"
     far = float(distances(image[None], clean[None], norm))
     if eps is not None and far > eps + SLACK:
-        return f"nearest found: {norm} {far:.6g}, outside of the ball of {eps:.6g}"
+        return f"nearest found: {norm} {ceil_to(far, 6)}, outside of the ball of {exact(eps)}"
     return ""
 
 

@@ -37,6 +37,11 @@ class Condition:
         return self.name.removeprefix(f"{self.group}-")
 
     @property
+    def attacked(self) -> bool:
+        """True for attacks, whose accuracies are upper bounds on the accuracy under the worst attack."""
+        return self.group in ("blind", "adaptive")
+
+    @property
     def key(self) -> str:
         """As it stands in the file: the same attack may be blind in one column and adaptive in another."""
         return self.name if self.group == "plain" else f"{self.group}: {self.name}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from certify.errors import RunFault, UserError
 from certify.runs.run_file import Run
+from certify.smoothing.rounding import exact
 from certify.types import ABSTAIN
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ class Contradiction:
 
     def __str__(self) -> str:
         return (
-            f"image {self.id}: class {self.certified} is certified within {self.norm} {self.radius:.6g}, and at "
-            f"{self.distance:.6g} the smoothed classifier predicts class {self.found} (by chance with probability "
-            f"{self.chance:.2g} at most)"
+            f"image {self.id}: class {self.certified} is certified within {self.norm} {exact(self.radius)}, and at "
+            f"{exact(self.distance)} the smoothed classifier predicts class {self.found} (by chance with probability "
+            f"{exact(self.chance)} at most)"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from analysis.comparison.results import GROUPS, Cell, Comparison, Condition
 from analysis.tables import render
+from certify.smoothing.rounding import ceil_to, exact, floor_to
 
 
 def tabulate_comparison(found: Comparison, style: str = "text") -> str:
@@ -41,7 +42,8 @@ def caption_of(found: Comparison) -> list[str]:
             "adaptive: crafted on the whole defended classifier: what these attacks left; others may leave less"
         )
     if "certified" in groups:
-        where = f"l2 radius {h['l2_radius']:g} (alpha {h['alpha']:g}, at most {h['certify_n']:,} samples)"
+        radius, alpha = floor_to(h["l2_radius"]), exact(h["alpha"])
+        where = f"l2 radius {radius} (alpha {alpha}, at most {h['certify_n']:,} samples)"
         lines.append(f"certified: share that is right and provably robust at {where}; undecided counts as not")
     if any(not d["frozen"] for d in h["defences"]):
         lines.append("*: fine-tunes its classifiers; the others leave the classifier frozen")
@@ -65,18 +67,19 @@ def _name(found: Comparison, defence: str) -> str:
 
 def _accuracies(found: Comparison, style: str) -> tuple[list[str], list[list[str]]]:
     header = ["defence", *(title(c, style) for c in found.columns)]
-    rows = [[_name(found, d), *(_cell(found.cell(d, c), style) for c in found.columns)] for d in found.defences]
+    rows = [[_name(found, d), *(_cell(found.cell(d, c), c, style) for c in found.columns)] for d in found.defences]
     return header, rows
 
 
-def _cell(cell: Cell | None, style: str) -> str:
+def _cell(cell: Cell | None, condition: Condition, style: str) -> str:
     if cell is None:
         return "-"
     if cell.failed:
         return "failed"
     low, high = cell.interval
     between = "\n" if style == "text" else " "  # a terminal is narrower than a page
-    return f"{cell.accuracy:.3f}{between}[{low:.2f}, {high:.2f}]"
+    shown = ceil_to if condition.attacked else floor_to  # another attack may leave less
+    return f"{shown(cell.accuracy, 3)}{between}[{floor_to(low, 2)}, {ceil_to(high, 2)}]"
 
 
 def _costs(found: Comparison, style: str) -> tuple[list[str], list[list[str]]]:
@@ -118,7 +121,7 @@ def _pairs(found: Comparison, style: str) -> tuple[list[str], list[list[str]]] |
 
 
 def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "< 0.001" if value < 0.001 else ceil_to(value, 3)
 
 
 def _failures(found: Comparison) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from analysis.report.audit_folder import AuditFolder
 from analysis.report.verdict import denoiser_of
 from certify.smoothing.norms import IN_WORDS
+from certify.smoothing.rounding import complement, exact, times
 
 _RADIUS = {
     ("gaussian", "l2"): "sigma times the standard normal quantile of p",
@@ -23,7 +24,7 @@ def method(audit: AuditFolder) -> list[str]:
     if audit.run is None:
         return []
     header = audit.run.header
-    norm, sure = IN_WORDS[header.get("norm", "l2")], f"{1 - header['alpha']:.10g}"
+    norm, sure = IN_WORDS[header.get("norm", "l2")], complement(header["alpha"])
     found = [_protocol(audit), _counting(audit)]
     formula = _RADIUS.get((str(header.get("noise")), str(header.get("norm", "l2"))))
     if header["bound"] in ("runner-up", "best") and (header.get("noise"), header.get("norm", "l2")) == (
@@ -70,7 +71,7 @@ def _protocol(audit: AuditFolder) -> str:
 def _counting(audit: AuditFolder) -> str:
     assert audit.run is not None
     header = audit.run.header
-    stopping, alpha, n = header.get("stopping"), f"{header['alpha']:g}", f"{header['n']:,}"
+    stopping, alpha, n = header.get("stopping"), exact(header["alpha"]), f"{header['n']:,}"
     if not stopping:
         return (
             f"{header['n0']:,} noisy copies choose a label; {n} fresh ones count its votes. From k votes out of n the "
@@ -84,7 +85,7 @@ def _counting(audit: AuditFolder) -> str:
             "query that failed counts as an outcome against every label)"
         )
     else:
-        until = f"the radius is known to within {stopping['tolerance']:.0%} of what it can still be"
+        until = f"the radius is known to within {exact(times(stopping['tolerance'], 100))}% of what it can still be"
     return (
         f"Noisy copies are asked about until {until}; at most {n} for each image. The rule {stopping['rule']} looks "
         "after every answer. The probability that it ever settles a wrong side, however often it looks and whichever "

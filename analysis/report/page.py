@@ -24,7 +24,8 @@ from certify.blackbox.query_votes import CLEAN, DRIFT, ESTIMATION, PROBE, SELECT
 from certify.errors import RunFault, UserError
 from certify.runs.files import replacing
 from certify.runs.identity import identity
-from certify.smoothing.norms import IN_WORDS, floor
+from certify.smoothing.norms import DECIMALS, IN_WORDS
+from certify.smoothing.rounding import ceil_to, exact, floor_to
 
 NAME = "report.html"
 ROOM, MOST_ROWS, MOST_KINDS = 14 * 2**20, 4000, 20
@@ -76,7 +77,7 @@ def render(audit: AuditFolder) -> str:
         lstrip_blocks=True,
     )
     environment.filters["count"] = lambda number: f"{number:,}"
-    environment.filters["share"] = lambda part: f"{100 * part:.1f} %"
+    environment.filters |= {"floor_to": floor_to, "ceil_to": ceil_to, "exact": exact}
     return environment.get_template("report.html").render(page(audit))
 
 
@@ -150,7 +151,7 @@ def _curve_rows(found: Curve) -> list[tuple[str, str, int, float, float, float]]
     low, high = found.interval(radii)
     reached, share = found.successes(radii), found.accuracy(radii)
     return [
-        (f"{r:g}", "≥ " if found.at_least(r) else "", int(k), float(s), float(a), float(b))
+        (exact(r), "≥ " if found.at_least(r) else "", int(k), float(s), float(a), float(b))
         for r, k, s, a, b in zip(radii, reached, share, low, high, strict=True)
     ]
 
@@ -161,7 +162,7 @@ def _decided(audit: AuditFolder) -> list[dict[str, Any]]:
     for row in audit.rows:
         for decision in row.get("decisions", ()):
             found.setdefault(decision["radius"], Counter())[decision["outcome"]] += 1
-    return [{"radius": f"{radius:g}", "counts": counts} for radius, counts in sorted(found.items())]
+    return [{"radius": exact(radius), "counts": counts} for radius, counts in sorted(found.items())]
 
 
 def _figures(audit: AuditFolder, found: Curve | None) -> list[dict[str, str]]:
@@ -170,15 +171,17 @@ def _figures(audit: AuditFolder, found: Curve | None) -> list[dict[str, str]]:
     if audit.rows:
         kept = sum(words.outcome(row) == words.KEEPS for row in audit.rows)
         low, high = proportion_interval(kept, len(audit.rows))
-        about = f"95 % interval over images: {low:.0%} to {high:.0%}"
+        about = f"95 % interval over images: {floor_to(float(low), 3)} to {ceil_to(float(high), 3)}"
         nothing = sum("error" in row for row in audit.rows)
         about += f"; {nothing:,} without anything to certify among them, which the curve leaves out" if nothing else ""
         tiles.append(_tile("keep their label", f"{kept:,} of {len(audit.rows):,}", about))
     radii = sorted(row["radius"] for row in audit.rows if words.outcome(row) == words.KEEPS)
     if radii and not (audit.header.get("stopping") or {}).get("radii"):
-        middle, cap = floor(radii[(len(radii) - 1) // 2]), (audit.about.get("plan") or {}).get("radius_cap")
-        possible = f"; at this n at most {floor(cap)}" if cap else ""
-        tiles.append(_tile("median radius", middle, f"largest {floor(radii[-1])}{possible}"))
+        digits = DECIMALS[audit.header.get("norm", "l2")]
+        middle, largest = (floor_to(r, digits) for r in (radii[(len(radii) - 1) // 2], radii[-1]))
+        cap = (audit.about.get("plan") or {}).get("radius_cap")
+        possible = f"; at this n at most {ceil_to(cap, digits)}" if cap else ""
+        tiles.append(_tile("median radius", middle, f"largest {largest}{possible}"))
     plan = audit.about.get("plan") or {}
     if audit.asked:
         budget = f"of a budget of {plan['budget']:,}" if plan.get("budget") is not None else "no budget was set"
@@ -277,7 +280,7 @@ def _image(audit: AuditFolder, row: Mapping[str, Any], pictures: Mapping[str, st
     votes = sorted(
         ((int(k), _named(audit, row, c)) for c, k in row["votes"].items()), key=lambda vote: (-vote[0], vote[1])
     )
-    trials = row["trials"]
+    trials, digits = row["trials"], DECIMALS[audit.header.get("norm", "l2")]
     shown = [{"label": label, "votes": k, "share": k / trials} for k, label in votes[:_TOP]]
     rest = sum(k for k, _ in votes[_TOP:])
     nobody = {"outside": row.get("outside", 0), "failures": row["failures"] - row.get("outside", 0)}
@@ -288,9 +291,9 @@ def _image(audit: AuditFolder, row: Mapping[str, Any], pictures: Mapping[str, st
         "score": None if answer is None or answer.score is None else f"{answer.score:.3g}",
         "reference": None if row["label"] is None else _named(audit, row, row["label"]),
         "label": None if row["prediction"] < 0 else row.get("class") or _named(audit, row, row["prediction"]),
-        "radius": None if row["prediction"] < 0 or not row["radius"] else floor(row["radius"]),
+        "radius": None if row["prediction"] < 0 or not row["radius"] else floor_to(row["radius"], digits),
         "decisions": row.get("decisions", ()),
-        "p_lower": None if row["p_lower"] is None or row["prediction"] < 0 else floor(row["p_lower"]),
+        "p_lower": None if row["p_lower"] is None or row["prediction"] < 0 else floor_to(row["p_lower"]),
         "votes": shown,
         "others": {"labels": len(votes) - len(shown), "votes": rest, "share": rest / trials if trials else 0.0},
         **nobody,
@@ -320,4 +323,4 @@ def _settings(audit: AuditFolder) -> list[tuple[str, str]]:
 def _text(value: Any) -> str:
     if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
         return ", ".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return exact(value) if isinstance(value, float) else str(value)

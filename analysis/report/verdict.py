@@ -11,7 +11,8 @@ from typing import Any
 from analysis.report.audit_folder import AuditFolder
 from certify.blackbox.client.credentials import public
 from certify.blackbox.results import FINISHED, RUNNING, SPENT, STOPPED
-from certify.smoothing.norms import IN_WORDS, floor
+from certify.smoothing.norms import DECIMALS, IN_WORDS
+from certify.smoothing.rounding import complement, exact, floor_to, times
 from certify.types import NOT_CERTIFIABLE, UNDECIDED
 
 KEEPS, OTHER, NOT, OPEN, NOTHING = "keeps its label", "another label", "not certifiable", "undecided", "no answer"
@@ -85,17 +86,20 @@ def verdict(audit: AuditFolder) -> Verdict | None:
         return None
     header, rows = audit.run.header, audit.rows
     counts = Counter(outcome(row) for row in rows)
-    norm, confidence = IN_WORDS[header.get("norm", "l2")], f"{100 * (1 - header['alpha']):.10g} %"
+    norm, confidence = IN_WORDS[header.get("norm", "l2")], f"{complement(header['alpha'], 100)} %"
     own = "keeps the service's own label" if _is_own(audit) else "gives the given label"
     if any(row["label"] is None for row in rows if "error" not in row):
         own = "keeps one label"
     radii = (header.get("stopping") or {}).get("radii") or ()
     if radii:
-        under = f"under every change of {norm} size below {radii[-1]:g}"
+        under = f"under every change of {norm} size below {exact(radii[-1])}"
     else:
         kept = sorted(row["radius"] for row in rows if outcome(row) == KEEPS)
+        digits = DECIMALS[header.get("norm", "l2")]
         under = f"under every change of {norm} size below a radius of their own"
-        under += f" (median {floor(statistics.median_low(kept))}, largest {floor(kept[-1])})" if kept else ""
+        if kept:
+            median, largest = (floor_to(r, digits) for r in (statistics.median_low(kept), kept[-1]))
+            under += f" (median {median}, largest {largest})"
     others = {
         OTHER: "are certified with another label",
         OPEN: "are undecided",
@@ -136,8 +140,8 @@ def _means(audit: AuditFolder) -> str:
     alpha, total = audit.header["alpha"], len(audit.rows)
     return (
         "No change of the image below that size, whoever chooses it, alters what the smoothed service answers "
-        f"({system(audit)}); each such statement is wrong with probability at most {alpha:g}, one or more of "
-        f"the {total:,} with at most {min(1.0, alpha * total):.4g}."
+        f"({system(audit)}); each such statement is wrong with probability at most {exact(alpha)}, one or more of "
+        f"the {total:,} with at most {exact(min(1.0, times(alpha, total)))}."
     )
 
 
@@ -155,8 +159,9 @@ def _scale(audit: AuditFolder) -> str:
     if not values or not radius or audit.header.get("norm", "l2") != "l2":
         return ""
     return (
-        f"For scale: a change of l2 size {floor(radius)} may move one value of the image by {radius:.0%} of its range, "
-        f"or all {values:,} values by {255 * radius / math.sqrt(values):.2g} of 255 steps each."
+        f"For scale: a change of l2 size {floor_to(radius)} may move one value of the image by "
+        f"{floor_to(100 * radius, 0)}% of its range, or all {values:,} values by "
+        f"{floor_to(255 * radius / math.sqrt(values), 2)} of 255 steps each."
     )
 
 

@@ -11,7 +11,8 @@ import click
 
 from certify.cli.console import clock, warn
 from certify.cli.summary import table_radii, title
-from certify.smoothing.norms import IN_WORDS
+from certify.smoothing.norms import DECIMALS, IN_WORDS
+from certify.smoothing.rounding import ceil_to, exact, times
 
 if TYPE_CHECKING:
     from certify.blackbox.determinism import Probed
@@ -34,18 +35,21 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
     )
     norm, cap = IN_WORDS[noise.norm], plan["radius_cap"]
     if s.procedure == "decide":
-        at = ", ".join(f"{r:g}" for r in s.radii)
-        say(f"procedure  decide at {norm} radius {at} by {s.rule}: {s.n:,} samples at most, alpha = {s.alpha:g}")
+        at = ", ".join(map(exact, s.radii))
+        say(f"procedure  decide at {norm} radius {at} by {s.rule}: {s.n:,} samples at most, alpha = {exact(s.alpha)}")
         if plan["earliest"] is None:
-            warn(f"no image can be settled as robust at {s.radii[-1]:g} within n = {s.n:,}: pass a larger --n")
+            warn(f"no image can be settled as robust at {exact(s.radii[-1])} within n = {s.n:,}: pass a larger --n")
         else:
             say(f"           robust after {plan['earliest']:,} samples at the earliest")
     else:
-        how = f"n0 = {s.n0}, n = {s.n}" if not s.adaptive else f"until known to {s.tolerance:.0%}, n = {s.n:,} at most"
-        say(f"procedure  {how}, alpha = {s.alpha:g}, {s.bound}")
-        say(f"radius     {norm}, at most {cap:.4g} ({cap / noise.scale:.2f} sigma) at this n and alpha")
+        how = f"n0 = {s.n0}, n = {s.n}"
+        if s.tolerance is not None:
+            how = f"until known to {exact(times(s.tolerance, 100))}%, n = {s.n:,} at most"
+        say(f"procedure  {how}, alpha = {exact(s.alpha)}, {s.bound}")
+        cap_text = f"{ceil_to(cap, DECIMALS[noise.norm])} ({ceil_to(cap / noise.scale, 2)} sigma)"
+        say(f"radius     {norm}, at most {cap_text} at this n and alpha")
         if not cap:
-            warn(f"n = {s.n} can certify nothing at alpha = {s.alpha:g}: pass a larger --n")
+            warn(f"n = {s.n} can certify nothing at alpha = {exact(s.alpha)}: pass a larger --n")
     most = "at most " if s.adaptive else ""
     parts = ", ".join(f"{count:,} {stage}" for stage, count in plan["queries"].items())
     say(f"plan       {most}{plan['most']:,} queries ({parts}); each may take retries, which count")
@@ -160,7 +164,7 @@ def tell_replay(found: Replayed, *, anew: bool) -> None:
     click.echo(_table(found.run))
     if anew:
         header = found.run.header
-        click.echo(f"from the ledger's answers, at alpha = {header['alpha']:g}, {header['bound']}")
+        click.echo(f"from the ledger's answers, at alpha = {exact(header['alpha'])}, {header['bound']}")
     elif not found.differing:
         click.echo(f"equal: all {len(found.run.images)} certificates are those of {found.run.path}")
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from certify.smoothing.rounding import ceil_to, floor_to
+
 if TYPE_CHECKING:
     from analysis.grid import Panel, Row
     from certify.images.dataset import ImageSet
@@ -81,13 +83,13 @@ def _row(report: DenoiserReport) -> list[str]:
     if noisy.accuracy and denoised.accuracy:
         cells += [_share(noisy.accuracy), _share(denoised.accuracy)]
     if noisy.agreement and denoised.agreement:
-        cells.append(f"{noisy.agreement.value:.3f} -> {denoised.agreement.value:.3f}")
+        cells.append(f"{floor_to(noisy.agreement.value, 3)} -> {floor_to(denoised.agreement.value, 3)}")
     return cells
 
 
 def _share(share: Share) -> str:
     low, high = share.interval
-    return f"{share.value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{floor_to(share.value, 3)} [{floor_to(low, 3)}, {ceil_to(high, 3)}]"
 
 
 def _on_ssim(window: int | None) -> str:

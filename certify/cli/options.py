@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.errors import UserError
+from certify.smoothing.rounding import exact
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
@@ -103,7 +104,7 @@ class Positive(ParamType):
 def check_radii(radii: list[float] | None, option: str = "--radii") -> None:
     """Refuse negative and infinite radii."""
     if radii is not None and not all(0 <= r < float("inf") for r in radii):
-        raise UserError(f"{option} {','.join(f'{r:g}' for r in radii)}: expected numbers from 0")
+        raise UserError(f"{option} {','.join(map(exact, radii))}: expected numbers from 0")
 
 
 def command_line() -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from certify.cli.console import warn, warn_of_units
 from certify.errors import CertifyError
-from certify.smoothing.norms import IN_WORDS
+from certify.smoothing.norms import DECIMALS, IN_WORDS
+from certify.smoothing.rounding import ceil_to, exact, times
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +52,10 @@ def show_plan(
     warn_of_units(sigma)
     noise = f"{smoothed.noise.name} noise, sigma = {sigma:g} in [0, 1] pixels"
     if settings.procedure == "predict":
-        say(f"procedure  predict: n = {settings.n:,}, alpha = {settings.alpha:g}, {noise}")
+        say(f"procedure  predict: n = {settings.n:,}, alpha = {exact(settings.alpha)}, {noise}")
         need = 1 + math.ceil(-math.log2(settings.alpha))  # n agreeing votes have a p-value of 2^(1 - n)
         if settings.n < need:
-            warn(f"n = {settings.n} can decide nothing at alpha = {settings.alpha:g}: pass --n {need} or more")
+            warn(f"n = {settings.n} can decide nothing at alpha = {exact(settings.alpha)}: pass --n {need} or more")
         return
     first = first_image(images)
     stated = smoothed.stated(first.numel() if first is not None else 1)
@@ -63,22 +64,23 @@ def show_plan(
     if settings.procedure == "decide":
         _show_deciding(settings, stated, noise, say)
         return
-    if settings.adaptive:
-        how = f"until the radius is known to {settings.tolerance:.0%}, n = {settings.n:,} at most"
+    if settings.tolerance is not None:
+        how = f"until the radius is known to {exact(times(settings.tolerance, 100))}%, n = {settings.n:,} at most"
     else:
         how = f"n0 = {settings.n0:,}, n = {settings.n:,}"
-    say(f"procedure  {how}, alpha = {settings.alpha:g}, {settings.bound}, {noise}")
+    say(f"procedure  {how}, alpha = {exact(settings.alpha)}, {settings.bound}, {noise}")
     largest = functools.partial(
         largest_radius, stated, alpha=settings.alpha, bound=settings.bound, selected=not settings.adaptive
     )
     cap = largest(n=settings.n)
     own = "" if stated.norm == smoothed.noise.norm else f", implied by the {IN_WORDS[smoothed.noise.norm]} radius"
-    in_sigma = f" ({cap / sigma:.2f} sigma)" if stated.norm == "l2" else ""
-    say(f"radius     {IN_WORDS[stated.norm]}, at most {cap:.4g}{in_sigma} at this n and alpha{own}")
+    in_sigma = f" ({ceil_to(cap / sigma, 2)} sigma)" if stated.norm == "l2" else ""
+    most = f"{ceil_to(cap, DECIMALS[stated.norm])}{in_sigma}"
+    say(f"radius     {IN_WORDS[stated.norm]}, at most {most} at this n and alpha{own}")
     if cap == 0.0:
         need = next(n for n in range(1, 10_000) if largest(n=n) > 0)
         warn(
-            f"n = {settings.n} can certify nothing at alpha = {settings.alpha:g}: every image will abstain; "
+            f"n = {settings.n} can certify nothing at alpha = {exact(settings.alpha)}: every image will abstain; "
             f"pass --n {need} or more"
         )
 
@@ -90,15 +92,15 @@ def _show_deciding(settings: Settings, stated: Radii, noise: str, say: Callable[
 
     p0s, level = needed(settings.radii, stated, settings.alpha, settings.rule)
     say(
-        f"procedure  decide by {settings.rule}: n = {settings.n:,} at most, alpha = {settings.alpha:g} for each image "
-        f"and all radii, {noise}"
+        f"procedure  decide by {settings.rule}: n = {settings.n:,} at most, alpha = {exact(settings.alpha)} for each "
+        f"image and all radii, {noise}"
     )
     for radius, p0 in zip(settings.radii, p0s, strict=True):
         enough = thresholds(settings.rule, p0, level, settings.n).earliest()
         few = f"robust after {enough:,} samples at the earliest" if enough is not None else "out of reach"
-        say(f"radius     {radius:g} ({IN_WORDS[stated.norm]}) needs a probability of {p0:.5f}: {few}")
+        say(f"radius     {exact(radius)} ({IN_WORDS[stated.norm]}) needs a probability of {ceil_to(p0, 5)}: {few}")
         if enough is None:
-            warn(f"no image can be settled as robust at {radius:g} within n = {settings.n:,}: pass a larger --n")
+            warn(f"no image can be settled as robust at {exact(radius)} within n = {settings.n:,}: pass a larger --n")
 
 
 class Engine(Protocol):

@@ -246,6 +246,8 @@ def _show(o: dict[str, Any], name: str, service: Service) -> None:
     """What is served, and what it can claim at most."""
     from certify.serve.protocol import Wishes
     from certify.smoothing.certificates import largest_radius
+    from certify.smoothing.norms import DECIMALS
+    from certify.smoothing.rounding import ceil_to, exact
 
     procedure = service.procedure
     where = "" if o["model"] is not None else " at most, behind a service"
@@ -257,14 +259,14 @@ def _show(o: dict[str, Any], name: str, service: Service) -> None:
         if o["budget"] is None:
             warn("no --budget: whoever asks this server makes requests to the service without end")
     if procedure.radius is not None:
-        how = f"decide at {procedure.radius:g}, n = {procedure.n:,} at most"
-        say(f"procedure  {how}, alpha = {procedure.alpha:g}, {noise}")
+        how = f"decide at {exact(procedure.radius)}, n = {procedure.n:,} at most"
+        say(f"procedure  {how}, alpha = {exact(procedure.alpha)}, {noise}")
         return
-    say(f"procedure  n0 = {procedure.n0:,}, n = {procedure.n:,}, alpha = {procedure.alpha:g}, {noise}")
+    say(f"procedure  n0 = {procedure.n0:,}, n = {procedure.n:,}, alpha = {exact(procedure.alpha)}, {noise}")
     cap = largest_radius(service.stated, procedure.n, procedure.alpha)
-    say(f"radius     at most {cap:.4g} ({service.stated.norm}) at this n and alpha")
+    say(f"radius     at most {ceil_to(cap, DECIMALS[service.stated.norm])} ({service.stated.norm}) at this n and alpha")
     if cap == 0.0:
-        warn(f"n = {procedure.n} can certify nothing at alpha = {procedure.alpha:g}: every image will abstain")
+        warn(f"n = {procedure.n} can certify nothing at alpha = {exact(procedure.alpha)}: every image will abstain")
 
 
 def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:

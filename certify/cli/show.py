@@ -13,6 +13,7 @@ from certify.cli import options
 from certify.cli.console import warn, warn_of_precisions
 from certify.cli.output_files import run_path
 from certify.errors import RunFault, UserError
+from certify.smoothing.rounding import exact
 
 if TYPE_CHECKING:
     from analysis.curves import Curve
@@ -154,7 +155,7 @@ def recompute(
         BOUNDS.get(bound)
     options.check_radii(radii)
     source = Path(run)
-    words = [source.stem, *([f"alpha{alpha:g}"] if alpha is not None else []), *([bound] if bound else [])]
+    words = [source.stem, *([f"alpha{exact(alpha)}"] if alpha is not None else []), *([bound] if bound else [])]
     if len(words) == 1:
         raise UserError("recompute without --alpha and --bound would change nothing; pass one of them")
     name = "-".join(words) + ".jsonl"

@@ -11,6 +11,7 @@ import click
 from certify.cli.console import clock, printable, warn
 from certify.errors import UserError
 from certify.runs.run_file import SET_ASIDE
+from certify.smoothing.rounding import exact, floor_to
 
 if TYPE_CHECKING:
     from analysis.curves import Curve
@@ -122,7 +123,7 @@ def _outcomes(run: Run) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for row in run.usable:
         for decision in row.get("decisions", ()):
-            at = found.setdefault(f"{decision['radius']:g}", {"robust": 0, "not certifiable": 0, "undecided": 0})
+            at = found.setdefault(exact(decision["radius"]), {"robust": 0, "not certifiable": 0, "undecided": 0})
             at[decision["outcome"]] += 1
     return found
 
@@ -136,7 +137,7 @@ def _as_json(
     shares = None
     if curve is not None:
         known = [r for r in radii if not curve.at_least(r)]
-        shares = {f"{r:g}": float(a) for r, a in zip(known, curve.accuracy(known), strict=True)}
+        shares = {exact(r): float(a) for r, a in zip(known, curve.accuracy(known), strict=True)}
     labelled = rows[0]["label"] is not None
     base, smoothed, abstained = _count(rows)
     deciding = run.header["procedure"] == "decide"  # which says nothing about the prediction alone
@@ -167,7 +168,7 @@ def _as_json(
 def title(run: Run) -> str:
     """What was certified, in the first line of its table."""
     h = run.header
-    return f"{h['model']}, sigma = {h['sigma']:g} ([0, 1] pixels), {len(run.usable):,} images of {h['data']}"
+    return f"{h['model']}, sigma = {exact(h['sigma'])} ([0, 1] pixels), {len(run.usable):,} images of {h['data']}"
 
 
 def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | None) -> str:
@@ -203,8 +204,8 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | N
     lines.append(f"ran as                     {how_it_ran(header)}")
     same, compared = _agreement(run)
     if compared:
-        lines.append(f"labels as in plain float32 {same / compared:.2%} of {compared:,} compared")
-    error = f"wrong with probability at most {header['alpha']:g}"
+        lines.append(f"labels as in plain float32 {floor_to(100 * same / compared, 2)}% of {compared:,} compared")
+    error = f"wrong with probability at most {exact(header['alpha'])}"
     norm = IN_WORDS[header["norm"]]
     if deciding:
         lines.append(
@@ -237,12 +238,12 @@ def _saved(run: Run, rate: float | None) -> str:
 def _each(rows: list[dict[str, Any]], norm: str) -> list[str]:
     """Without labels there is no accuracy: the predictions themselves."""
     from analysis.tables import render
-    from certify.smoothing.norms import IN_WORDS, floor
+    from certify.smoothing.norms import DECIMALS, IN_WORDS
 
-    shown = [
-        [r["id"], _class_or_outcome(r), "-" if r["radius"] is None else floor(r["radius"]), r["base_class"]]
-        for r in rows[:_LISTED]
-    ]
+    def radius(row: dict[str, Any]) -> str:
+        return "-" if row["radius"] is None else floor_to(row["radius"], DECIMALS[norm])
+
+    shown = [[r["id"], _class_or_outcome(r), radius(r), r["base_class"]] for r in rows[:_LISTED]]
     more = [f"... and {len(rows) - _LISTED} more, in the run file"] if len(rows) > _LISTED else []
     return [
         render(["image", "smoothed class", f"{IN_WORDS[norm]} radius", "class without noise"], shown, "text"),

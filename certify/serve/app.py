@@ -23,6 +23,8 @@ from certify.serve.protocol import (
     write_response,
 )
 from certify.serve.request_handler import Counted, Front
+from certify.smoothing.norms import DECIMALS
+from certify.smoothing.rounding import floor_to
 
 _SHOWN = 10  # classes on the page
 _JSON = ("application/json", "application/octet-stream")
@@ -148,7 +150,11 @@ def _add_page(app: FastAPI, front: Front) -> None:
             except UserError as error:
                 raise Refused(400, f"the image {error}") from None
             (answer,) = await front.answers(request, image[None], wishes)
-            shown = {"votes": _most(answer.votes, front.service.name_of), "votes_cast": max(1, sum(answer.votes))}
+            shown = {
+                "radius_text": floor_to(answer.radius, DECIMALS[front.service.stated.norm]),  # as the page displays it
+                "votes": _most(answer.votes, front.service.name_of),
+                "votes_cast": max(1, sum(answer.votes)),
+            }
             return JSONResponse({**front.about, **asdict(answer), **shown})
 
         return await front.within(work)

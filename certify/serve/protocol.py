@@ -19,7 +19,7 @@ import numpy as np
 
 from certify import __version__
 from certify.serve.limits import Limits, Refused, read_json
-from certify.smoothing.rounding import times
+from certify.smoothing.rounding import exact, times
 
 INPUT = "image"
 VERSION = "1"
@@ -195,7 +195,7 @@ def _tensor(tensor: Mapping[str, Any], rest: bytes, size: tuple[int, int, int], 
     if datatype == "FP32":
         low, high = float(values.min()), float(values.max())
         if not (low >= 0.0 and high <= 1.0):  # NaN is refused too
-            raise Refused(400, f"values from {low:.4g} to {high:.4g}: expected [0, 1], before any normalisation")
+            raise Refused(400, f"values from {exact(low)} to {exact(high)}: expected [0, 1], before any normalisation")
     return values.reshape(shape)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from certify.errors import UserError
 from certify.smoothing.bounds import BOUNDS, Bound, Evidence, Interval, check_alpha
+from certify.smoothing.rounding import exact
 from certify.smoothing.stopping_rules import RULES, Boundary, Rule
 from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Certificate, Decision, Radii, Votes
 
@@ -119,7 +120,7 @@ def needed(radii: Sequence[float], noise: Radii, alpha: float, rule: str) -> tup
     for radius, p0 in zip(radii, p0s, strict=True):
         if not (radius >= 0 and 0.5 <= p0 < 1.0):
             raise UserError(
-                f"radius {radius:g} ({noise.norm}): expected one from 0 that {noise.name} noise of sigma = "
+                f"radius {exact(radius)} ({noise.norm}): expected one from 0 that {noise.name} noise of sigma = "
                 f"{noise.scale:g} can certify; pass a smaller radius or a larger --sigma"
             )
     found = RULES.get(rule)

@@ -1,10 +1,9 @@
-"""Norms: their names, what a certificate in one implies in another, and how its numbers are shown."""
+"""Norms: their names, and what a certificate in one implies in another."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import TYPE_CHECKING
 
 from certify.errors import UserError
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
 ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 IN_WORDS = {"l1": "l1", "l2": "l2", "linf": "l-infinity"}
 IN_TEX = {"l1": r"$\ell_1$", "l2": r"$\ell_2$", "linf": r"$\ell_\infty$"}
+DECIMALS = {"l1": 4, "l2": 4, "linf": 6}
+"""Decimals of a displayed radius: in l-infinity they are smaller by the square root of the number of values."""
 
 
 def implied_factor(native: str, wanted: str, values: int) -> float:
@@ -36,16 +37,6 @@ def implied_factor(native: str, wanted: str, values: int) -> float:
             raise UserError(f"norm {name!r}; expected one of {', '.join(ORDERS)}")
     loss = 1.0 / ORDERS[native] - 1.0 / ORDERS[wanted]
     return 1.0 if loss <= 0 else float(values) ** -loss * (1.0 - 1e-14)
-
-
-def floor(value: float, digits: int = 4) -> str:
-    """So many decimals, rounded down: a radius or a lower bound is never shown larger than it is."""
-    return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
-
-
-def ceil(value: float, digits: int = 4) -> str:
-    """So many decimals, rounded up: an upper bound is never shown smaller than it is."""
-    return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), ROUND_CEILING))
 
 
 @dataclass(frozen=True)
