@@ -13,8 +13,10 @@ from torch.nn.functional import pad
 
 from certify.errors import ImageError, UserError
 from certify.images.dataset import ImageSet, View, Viewer, load_images
-from certify.images.sources import DATASETS, open_source
+from certify.images.named_datasets import DATASETS
+from certify.images.sources import open_source
 from certify.models.classifier import InputSpec, square_input
+from certify.models.labels import UnclearLabels
 
 SPLIT_SEED = 0
 """Of the split into images to train on and images held out."""
@@ -35,6 +37,7 @@ class TrainingData:
         held_out: indices to validate on, in random order: the same for the same data in every training, whatever its
             seed, so that fine-tuning never looks at images that the start was trained on.
         about: name, sizes and hash, for the card.
+        omissions: what the data holds besides, as :attr:`certify.images.dataset.ImageSet.omissions`.
     """
 
     take: Callable[[Tensor], Tensor]
@@ -43,6 +46,7 @@ class TrainingData:
     train: Tensor
     held_out: Tensor
     about: dict[str, Any]
+    omissions: str = ""
 
 
 def load_training_data(
@@ -89,7 +93,7 @@ def load_training_data(
     take = _reader(images, image)
     labels = torch.tensor([int(v) for v in images.labels if v is not None]) if images.labelled else None
     about = {"name": images.name, "images": n, "held_out": keep, "sha256": images.digest()}
-    return TrainingData(take, labels, image, order[keep:], order[:keep], about)
+    return TrainingData(take, labels, image, order[keep:], order[:keep], about, images.omissions)
 
 
 def _open(
@@ -101,15 +105,23 @@ def _open(
         raise UserError(f"--data {data} are the images that are certified, not to be trained on; expected {other}")
     try:
         return load_images(data, view, ids=ids, root=root, download=download)
-    except UserError:
+    except UnclearLabels as error:
         if labelled:
-            raise
+            expected = "class folders alone, called as the classifier's classes or 0 to K - 1"
+            raise UserError(f"{error.cause}; expected {expected}") from None
         return load_images(data, view, ids=ids, root=root, download=download, labels="none")
 
 
 def count_classes(data: str, root: str | None = None, download: bool = False) -> int:
-    """How many classes the images' folders or labels name; 0 without any."""
-    return len({item.name for item in open_source(data, root=root, download=download).items if item.name is not None})
+    """The number of classes that the images' folders or labels name; 0 without any.
+
+    Raises:
+        UserError: no such data, or images beside the class folders.
+    """
+    source = open_source(data, root=root, download=download)
+    if source.strays:
+        raise UserError(f"{source.strays}; take them out")
+    return len(source.names or ())
 
 
 def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, download: bool) -> View:
@@ -120,7 +132,7 @@ def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, do
     else:
         shape = tuple(ImageSet(source.name, source.items[:1], [None], 1, "", {}, InputSpec(None)).load(0).shape)
         spec = InputSpec((shape[0], shape[1], shape[2]))
-    return View(spec, count_classes(data, root, download))
+    return View(spec, len(source.names or ()))
 
 
 def _reader(images: ImageSet, image: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:

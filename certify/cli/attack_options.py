@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.console import warn
+from certify.cli.console import few_warnings, speaker, warn
 from certify.cli.load import chosen_images, classifier_from, surrogate_from
 from certify.errors import ImageError, UserError, first_line
 
@@ -113,7 +113,7 @@ def set_scene(o: dict[str, Any], *, digits: int, eot: int = 1) -> Scene:
 
     check_attacks(attacks, norm=o["norm"], surrogates=len(o["surrogate"]))
     classifier = classifier_from(o["model"], o)
-    images = readable(chosen_images(o, classifier), o["strict"])
+    images = readable(chosen_images(o, classifier), o)
     if classifier.input.size is None:  # attacks take batches
         one_size(f"the images of {images.name}", {tuple(images.load(i).shape) for i in range(len(images))})
     if not images.labelled:
@@ -181,18 +181,22 @@ def one_size(images: str, sizes: Collection[tuple[int, ...]]) -> tuple[int, int,
     return channels, height, width
 
 
-def readable(images: ImageSet, strict: bool) -> ImageSet:
+def readable(images: ImageSet, o: dict[str, Any]) -> ImageSet:
     """The images that can be read: all defences and noise levels are judged on the same ones."""
+    if images.omissions:
+        say = speaker(quiet=o.get("quiet") or o["as_json"])
+        say(f"data       {images.name}: {len(images):,} of {images.available:,} images{images.omissions}")
     kept = []
-    for index, item in enumerate(images.items):
-        try:
-            images.load(index)
-        except ImageError as error:
-            if strict:
-                raise ImageError(f"{item.id}: {error}") from None
-            warn(f"{item.id}: {error}; it is left out")
-        else:
-            kept.append(index)
+    with few_warnings() as left_out:
+        for index, item in enumerate(images.items):
+            try:
+                images.load(index)
+            except ImageError as error:
+                if o["strict"]:
+                    raise ImageError(f"{item.id}: {error}") from None
+                left_out(f"{item.id}: {error}; it is left out")
+            else:
+                kept.append(index)
     if not kept:
         raise UserError(f"none of the {len(images)} images of {images.name} can be read; expected one or more")
     items, labels = [images.items[i] for i in kept], [images.labels[i] for i in kept]

@@ -27,7 +27,8 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
     options = ", ".join(f"{k}={v}" for k, v in audit.service.options.items() if v not in ("", None, False))
     say(f"service    {audit.service.endpoint}: {audit.service.protocol} ({options})")
     size = "x".join(map(str, audit.service.size)) if audit.service.size else "as it is"
-    say(f"images     {audit.images.name}: {len(audit.images):,} of {audit.images.available:,}, size {size}")
+    count = f"{len(audit.images):,} of {audit.images.available:,}"
+    say(f"images     {audit.images.name}: {count}, size {size}{audit.images.omissions}")
     behind = "" if audit.denoiser is None else "then the denoiser, "
     say(
         f"queries    {noise.name} noise, sigma = {noise.scale:g} in [0, 1] pixels, {behind}then clipped, rounded to 8 "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,6 +30,29 @@ def speaker(*, quiet: bool) -> Callable[[str], None]:
 def warn(text: str) -> None:
     """One line on stderr that does not stop the run; whatever a stranger's text would do to a terminal is shown."""
     say(f"warning: {printable(text)}")
+
+
+@contextlib.contextmanager
+def few_warnings(where: str = "", most: int = 10) -> Iterator[Callable[[str], None]]:
+    """:func:`warn` for images that are left out: the first are named, the others counted at the end of the block.
+
+    Args:
+        where: the end of the sentence about the others: what names them.
+        most: images that are named.
+    """
+    given = 0
+
+    def count(text: str) -> None:
+        nonlocal given
+        given += 1
+        if given <= most:
+            warn(text)
+
+    try:
+        yield count
+    finally:
+        if given > most:
+            warn(f"{given - most:,} more images are left out{where}")
 
 
 _LARGE = 4.0  # sigma in [0, 1] pixels above which it was hardly meant; Cohen et al. use at most 1

@@ -58,7 +58,7 @@ def evaluate_denoiser(**o: Any) -> None:
     sigmas = _check_first(o)
     classifier = classifier_from(o["model"], o) if o["model"] else None
     chosen = _images(o, classifier)
-    images, device = readable(chosen, o["strict"]), device_from(o["device"])
+    images, device = readable(chosen, o), device_from(o["device"])
 
     import torch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +171,7 @@ def without_data(o: dict[str, Any]) -> str:
 
 def check_data(o: dict[str, Any]) -> None:
     """Refuse a dataset's name that is a folder here too, unless ``--root`` says that the dataset is meant."""
-    from certify.images.sources import DATASETS
+    from certify.images.named_datasets import DATASETS
 
     if options.given_by_user("data") and o["root"] is None and o["data"] in DATASETS and Path(o["data"]).is_dir():
         named = o["data"]
@@ -189,7 +191,7 @@ def chosen_images(o: dict[str, Any], classifier: Any) -> ImageSet:
         skip=o["skip"],
         start=o["start"],
         max_images=o["max_images"],
-        ids=o["ids"].split(",") if o["ids"] else None,
+        ids=[i for row in csv.reader(io.StringIO(o["ids"], newline="")) for i in row] if o["ids"] else None,
         labels=o["labels"],
         class_map=o["class_map"],
         root=o["root"],

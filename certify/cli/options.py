@@ -182,7 +182,11 @@ input_options = together(
 classifier_options = together(click.option("--model", required=True, help=_MODEL), input_options)
 
 image_options = together(
-    click.option("--data", help="Images: a dataset's name (`certify list datasets`), an image, folder, .zip or .npz."),
+    click.option(
+        "--data",
+        help="Images: a dataset's name (`certify list datasets`), an image, folder, .zip (or a folder in it: "
+        "x.zip/test) or .npz.",
+    ),
     click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data)."),
     click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root."),
     click.option(
@@ -192,7 +196,9 @@ image_options = together(
         "--start", type=Count("the first image's place", least=0), default=0, help="Place of the first image, from 0."
     ),
     click.option("--max", "max_images", type=Count("the most images to take"), help="Take at most so many images."),
-    click.option("--ids", help="Take only these images: ids separated by commas."),
+    click.option(
+        "--ids", help="Take only these images: ids separated by commas; double quotes around one that holds a comma."
+    ),
 )
 
 data_options = together(

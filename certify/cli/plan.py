@@ -45,7 +45,8 @@ def show_plan(
         norm = f"mean {_list(step['mean'])} std {_list(step['std'])}" if step["mean"] else "none"
         say(f"model      {step['name']}: {step['num_classes']} classes, input {size}, weights: {step['weights']}")
         say(f"input      {step['transform']}; the noise is added there; then normalisation: {norm}")
-    say(f"data       {header['data']}: {len(images):,} of {images.available:,} images; labels: {images.rule}")
+    count = f"{len(images):,} of {images.available:,} images"
+    say(f"data       {header['data']}: {count}; labels: {images.rule}{images.omissions}")
     classes = {label for label in images.labels if label is not None}
     if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
         warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")

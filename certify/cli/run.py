@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.console import clock, progress_bar, silent, speaker, warn
+from certify.cli.console import clock, few_warnings, progress_bar, silent, speaker, warn
 from certify.cli.distribute import crew_for, spread_from, spread_options
 from certify.cli.load import check_first, chosen_images, load_smoothed, without_data
 from certify.cli.output_files import output_path, stoppable
@@ -204,8 +204,11 @@ def _work(
         say(f"cost       {work}: {most}about {clock(total / speed)}")
     by_image = settings.adaptive or crew is not None
     total, unit = (left, "images") if by_image else (left * settings.samples, "samples")
-    with progress_bar(total, unit, hidden=say is silent, scaled=not by_image) as bar:
-        how = {"places": places, "strict": o["strict"], "progress": bar.update, "warn": warn}
+    with (
+        progress_bar(total, unit, hidden=say is silent, scaled=not by_image) as bar,
+        few_warnings("; the run file says why") as left_out,
+    ):
+        how = {"places": places, "strict": o["strict"], "progress": bar.update, "warn": left_out}
         if crew is None:
             from certify.runs.runner import process
 

@@ -135,7 +135,7 @@ def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
     )
     steps = recipe.steps(len(data.train))
     about = f"{len(data.train):,} images of {'x'.join(map(str, data.image))}, {len(data.held_out):,} held out"
-    say(f"data       {data.about['name']}: {about}")
+    say(f"data       {data.about['name']}: {about}{data.omissions}")
     say(f"training   {recipe.objective}, {steps:,} steps of {recipe.batch_size}, on {driver.device}, {_precision(o)}")
     with progress_bar(steps * recipe.batch_size, "images", hidden=hidden) as bar:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from certify.errors import ImageError, UserError
 from certify.images.decode import LIMITS, DecodeLimits, decode
-from certify.images.sources import Item, Source, open_source
-from certify.models.labels import ClassNames, class_index, map_names, match_labels, name_index
+from certify.images.items import Item, Source, Unread
+from certify.images.sources import open_source
+from certify.models.labels import OR_NONE, ClassNames, UnclearLabels, class_index, map_names, match_labels, name_index
 
 if TYPE_CHECKING:
     from certify.models.classifier import InputSpec
@@ -71,6 +73,7 @@ class ImageSet:
         rule: how labels were found, in words.
         selection: the options that chose the items.
         input: the classifier's input, whose transform makes an item an image.
+        unread: what the data holds besides, as phrases: ``"3 .heic files (a.heic, ...)"``, rows that name no image.
     """
 
     name: str
@@ -80,9 +83,15 @@ class ImageSet:
     rule: str
     selection: dict[str, Any]
     input: InputSpec
+    unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def omissions(self) -> str:
+        """What was not read, as the end of a sentence about the data; empty where nothing was left out."""
+        return f"; not read: {', '.join(self.unread)}" if self.unread else ""
 
     @property
     def labelled(self) -> bool:
@@ -147,10 +156,15 @@ def load_images(
     """
     source = open_source(data, root=root, download=download)
     chosen = _select(source, skip, start, max_images, ids)
-    found, rule = _labels(source, chosen, classifier.class_names, classifier.num_classes, labels, class_map)
+    names, number, unread = classifier.class_names, classifier.num_classes, source.unread
+    if labels is None or str(labels) == "none":
+        found, rule = _labels(source, chosen, names, number, class_map, ignored=labels is not None)
+    else:
+        found, rule, rows = _labels_from_file(source, chosen, names, number, Path(labels))
+        unread += rows
     selection = {"skip": skip, "max": max_images, "ids": list(ids) if ids else None}
     selection |= {"start": start} if start else {}  # run files without it go on as before
-    return ImageSet(source.name, chosen, found, len(source.items), rule, selection, classifier.input)
+    return ImageSet(source.name, chosen, found, len(source.items), rule, selection, classifier.input, unread)
 
 
 def _select(source: Source, skip: int, start: int, max_images: int | None, ids: Sequence[str] | None) -> Sequence[Item]:
@@ -158,10 +172,11 @@ def _select(source: Source, skip: int, start: int, max_images: int | None, ids: 
         raise UserError(f"--skip {skip} --max {max_images}: expected whole numbers from 1")
     items: Sequence[Item] = source.items
     if ids:
-        by_id = {item.id: item for item in items}
+        by_id = source.by_id(ids)
         absent = [i for i in ids if i not in by_id]
         if absent:
-            raise UserError(f"no image {absent[0]!r} in {source.name}; ids look like {', '.join(list(by_id)[:3])}")
+            alike = ", ".join(item.id for item in items[:3])
+            raise UserError(f"no image {absent[0]!r} in {source.name}; ids look like {alike}{_quoted(source, absent)}")
         items = [by_id[i] for i in dict.fromkeys(ids)]
     if not 0 <= start < max(1, len(items)):
         raise UserError(
@@ -170,27 +185,36 @@ def _select(source: Source, skip: int, start: int, max_images: int | None, ids: 
     return items[start::skip][:max_images]
 
 
+def _quoted(source: Source, absent: Sequence[str]) -> str:
+    """How to write an id that holds a comma, where one was taken apart."""
+    whole = next((i for i in source.ids_with_comma() if absent[0] in i.split(",")), None)
+    if whole is None:
+        return ""
+    quoted = '"' + whole.replace('"', '""') + '"'
+    return f"; an id that holds a comma takes quotes: --ids {shlex.quote(quoted)}"
+
+
 def _labels(
     source: Source,
     chosen: Sequence[Item],
     class_names: ClassNames | None,
     num_classes: int,
-    labels: str | Path | None,
     class_map: str | Path | None,
+    *,
+    ignored: bool,
 ) -> tuple[list[int | None], str]:
     """The class index of every chosen image, and the rule in words."""
-    if labels is not None and str(labels) == "none":
+    if ignored:
         return [None] * len(chosen), "none"
-    if labels is not None:
-        return _labels_from_file(source, chosen, class_names, num_classes, Path(labels))
-    if any(item.name is None for item in source.items):
+    if source.strays:
+        raise UnclearLabels(source.strays, f"take them out, pass --labels FILE.csv, {OR_NONE}")
+    if source.names is None:
         if class_map is not None:
             raise UserError(f"--class-map needs folders of classes, and {source.name} has none; pass --labels FILE.csv")
         return [None] * len(chosen), "none"
-    names = [item.name for item in source.items if item.name is not None]
     try:
-        mapping, rule = map_names(names, class_names, num_classes, class_map, source.classes)
-    except UserError:
+        mapping, rule = map_names(source.names, class_names, num_classes, class_map, source.classes)
+    except UnclearLabels:
         if source.wrapped and class_map is None:  # photos.zip that holds photos/: a folder, but no class
             return [None] * len(chosen), "none"
         raise
@@ -199,10 +223,13 @@ def _labels(
 
 def _labels_from_file(
     source: Source, chosen: Sequence[Item], class_names: ClassNames | None, num_classes: int, path: Path
-) -> tuple[list[int | None], str]:
-    given, _ = match_labels(path, [item.id for item in chosen], (item.id for item in source.items))
+) -> tuple[list[int | None], str, tuple[str, ...]]:
+    """The class index of every chosen image, the rule in words, and how many rows name no image."""
+    given, others = match_labels(path, [item.id for item in chosen], (item.id for item in source.items))
     index = name_index(class_names)
-    return [class_index(given[i.id], index, num_classes, f"--labels {path}") for i in chosen], f"from {path.name}"
+    found: list[int | None] = [class_index(given[i.id], index, num_classes, f"--labels {path}") for i in chosen]
+    unread = Unread({f"row{{s}} of {path.name} without an image": others} if others else {})
+    return found, f"from {path.name}", unread.summary()
 
 
 def as_seen(raw: bytes | np.ndarray, spec: InputSpec) -> Tensor:
@@ -251,8 +278,11 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
         ImageError: another shape, type or range; the message shows what came.
     """
     try:
-        tensor = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image, order="C"))
-    except (TypeError, ValueError):  # a copy: arrays of PIL images cannot be written to
+        if isinstance(image, Tensor):
+            tensor = image.detach()
+        else:  # a copy, as arrays of PIL images cannot be written to; in this machine's byte order
+            tensor = torch.from_numpy(np.array(image, np.asarray(image).dtype.newbyteorder("="), order="C"))
+    except (TypeError, ValueError):
         raise ImageError(f"image of type {type(image).__name__}; expected an array or tensor (C, H, W)") from None
     if tensor.ndim != 3 or (size is not None and tuple(tensor.shape) != size):
         wanted = "(C, H, W)" if size is None else str(size)

@@ -25,6 +25,19 @@ ClassNames = tuple[tuple[str, ...], ...]
 """For each class index, every name it goes by."""
 
 
+class UnclearLabels(UserError):
+    """Labels of the data that cannot be matched with classes.
+
+    Args:
+        cause: what is wrong with them.
+        advice: options of the commands that certify, which settle it.
+    """
+
+    def __init__(self, cause: str, advice: str) -> None:
+        super().__init__(f"{cause}; {advice}")
+        self.cause = cause
+
+
 @functools.cache
 def imagenet_classes() -> ClassNames:
     """The 1,000 ImageNet classes in the order of the classifiers: WordNet id, then its words."""
@@ -51,7 +64,8 @@ def map_names(
     0 .. K-1 themselves; sorted order when there are exactly K names.
 
     Raises:
-        UserError: no rule applies; the message asks for a class map and says how to write one.
+        UnclearLabels: no rule applies; the message asks for a class map and says how to write one.
+        UserError: a class map that does not fit.
     """
     names = sorted(set(names))
     if class_map is not None:
@@ -66,14 +80,16 @@ def map_names(
             return mapping, f"by name ({len(set(mapping.values()))} of {num_classes} classes)"
         if not all(name.isdecimal() for name in names):  # numbers may still be indices
             bad = f"{len(missing)} of {len(names)} class names are not the classifier's ({_few(missing)})"
+            if len(missing) == len(names):
+                bad += f", which are called {_few([each[0] for each in class_names])}"
             if not missing:
                 bad = f"class names that mean several classes: {_few(twofold)}"
-            raise UserError(f"{bad}; {_HOW}, {_OR_NONE}")
+            raise UnclearLabels(bad, f"{_HOW}, {OR_NONE}")
     count = Counter(map(_plain, names))
     if alike := sorted((name for name in names if count[_plain(name)] > 1), key=_plain):
-        raise UserError(
-            f"class names {', '.join(map(repr, alike[:2]))} differ only in case, spaces or hyphens; if they are one "
-            f"class, {_HOW} with the same class for both, {_OR_NONE}"
+        raise UnclearLabels(
+            f"class names {', '.join(map(repr, alike[:2]))} differ only in case, spaces or hyphens",
+            f"if they are one class, {_HOW} with the same class for both, {OR_NONE}",
         )
     if order is not None and len(order) == num_classes:
         return {name: i for i, name in enumerate(order)}, f"the data set's own order of {num_classes} classes"
@@ -82,9 +98,9 @@ def map_names(
         return {name: int(name) for name in names}, f"class names are indices ({len(names)} of {num_classes})"
     if class_names is None and len(names) == num_classes and _are_ordered(names):
         return {name: i for i, name in enumerate(names)}, f"sorted order of {num_classes} class names"
-    raise UserError(
-        f"cannot tell which of the classifier's {num_classes} classes the data's {len(names)} are ({_few(names)}); "
-        f"{_HOW}, {_OR_NONE}"
+    raise UnclearLabels(
+        f"cannot tell which of the classifier's {num_classes} classes the data's {len(names)} are ({_few(names)})",
+        f"{_HOW}, {OR_NONE}",
     )
 
 
@@ -99,7 +115,7 @@ def _are_ordered(names: Sequence[str]) -> bool:
 
 
 _NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d[\d.,]*\s*")
-_OR_NONE = "or --labels none to certify without labels"
+OR_NONE = "or --labels none to certify without labels"
 _HOW = 'pass --class-map FILE: JSON {"name": class} or lines "name,class"'
 
 
@@ -220,7 +236,7 @@ def class_index(value: Any, index: Mapping[str, list[int]], num_classes: int, wh
     elif len(index.get(_plain(text), [])) == 1:
         return index[_plain(text)][0]
     raise UserError(
-        f"{where}: class {text!r}; expected 0 to {num_classes - 1} or one name of the classifier's, {_OR_NONE}"
+        f"{where}: class {text!r}; expected 0 to {num_classes - 1} or one name of the classifier's, {OR_NONE}"
     )
 
 

@@ -145,6 +145,7 @@ def run_header(
         **circumstances(smoothed.device),
         "expected": len(images),
         "images": images.describe(),
+        "unread": list(images.unread),
         "pipeline": smoothed.base.record(),
         "stream": STREAM,
         "batch_size": wanted.batch_size or "auto",

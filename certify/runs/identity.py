@@ -12,7 +12,7 @@ from typing import Any
 
 from certify.errors import UserError
 
-FREE_KEYS = ("data", "created", "command", "versions", "machine", "batch_size", "execution", "merged")
+FREE_KEYS = ("data", "created", "command", "versions", "machine", "batch_size", "execution", "merged", "unread")
 """Header keys that may differ between two commands that mean the same run: provenance, not configuration."""
 
 FINGERPRINT, EXTERNAL = "fingerprint", "external_data"

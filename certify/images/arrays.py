@@ -1,0 +1,205 @@
+"""Images in arrays: each read when it is asked for, so that a few out of many cost little time and memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import weakref
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from certify.errors import ImageError, UserError
+from certify.images.items import Item, Source, Unread
+from certify.models.placeholders import mistaken_for
+
+MAX_UNPACKED = 16 * 2**30
+"""Bytes of a compressed array."""
+
+_CHECKED = 256 * 2**20  # bytes up to which a stored array is read at once and compared with its checksum
+_PIECE = 2**24  # bytes that are unpacked at a time
+_FAULTS = (OSError, ValueError, zipfile.BadZipFile, EOFError, MemoryError, RuntimeError, zlib.error)
+
+
+class Items(Sequence[Item]):
+    """Items over an array, made when they are looked at.
+
+    Args:
+        images: anything that gives image i for an index i.
+        ids: of the images.
+        name: gives the class of image i, or None where there are no classes.
+        places: indices of the images that these items are, all of them unless given.
+    """
+
+    def __init__(
+        self, images: Any, ids: Sequence[int], name: Callable[[int], str] | None, places: range | None = None
+    ) -> None:
+        self._images, self._ids, self._name = images, ids, name
+        self._places = range(len(ids)) if places is None else places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Items: ...
+
+    def __getitem__(self, index: int | slice) -> Item | Items:
+        """One item, or a view of several."""
+        if isinstance(index, slice):
+            return Items(self._images, self._ids, self._name, self._places[index])
+        place = self._places[index]
+        name = None if self._name is None else self._name(place)
+        return Item(str(self._ids[place]), functools.partial(self._images.__getitem__, place), name)
+
+
+@dataclass(frozen=True)
+class ArraySource(Source):
+    """A source whose ids are whole numbers, so that one is found without a search."""
+
+    ids: Sequence[int] = ()
+
+    def by_id(self, ids: Sequence[str]) -> dict[str, Item]:
+        """The items of these ids, those that exist."""
+        numbers = {i: int(i) for i in ids if i.isascii() and i.isdecimal() and str(int(i)) == i}
+        return {i: self.items[self.ids.index(number)] for i, number in numbers.items() if number in self.ids}
+
+    def ids_with_comma(self) -> list[str]:
+        """None: they are numbers."""
+        return []
+
+
+def indexed(
+    name: str,
+    images: Any,
+    names: Sequence[str] | None,
+    ids: Sequence[int] | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> Source:
+    """A source over images in memory, with the class name of each, or None."""
+    ids = range(len(images)) if ids is None else ids
+    items = Items(images, ids, None if names is None else names.__getitem__)
+    return ArraySource(name, items, classes, None if names is None else tuple(sorted(set(names))), ids=ids)
+
+
+def open_npz(path: Path) -> Source:
+    """The images ``x`` and class indices ``y`` of an ``.npz``.
+
+    Compressed images are unpacked up to the last one that is wanted; stored ones of more than 256 MiB are read from the
+    file as they are wanted, without a look at the archive's checksum.
+
+    Raises:
+        UserError: another file, damaged, or arrays of other types or shapes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            keys = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "x" not in keys:
+                raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; expected x (images) and y (labels)")
+            x = _array(archive, path, "x")
+            y = _array(archive, path, "y", at_once=True) if "y" in keys else None
+            _check(path, x, y)
+    except _FAULTS as error:
+        if isinstance(error, UserError) and not isinstance(error, ImageError):
+            raise
+        why = f"is not a readable .npz of plain arrays ({error})"
+        raise UserError(f"{path} {mistaken_for(head_of(path), 'an .npz file') or why}") from None
+    others = [key for key in keys if key not in ("x", "y")]
+    unread = Unread({"other array{s}": others} if others else {}).summary()
+    ids = range(x.shape[0])
+    if y is None:
+        return ArraySource(path.name, Items(x, ids, None), unread=unread, ids=ids)
+    names = tuple(sorted(str(int(v)) for v in np.unique(y)))
+    return ArraySource(path.name, Items(x, ids, lambda i: str(int(y[i]))), names=names, unread=unread, ids=ids)
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file, as far as it can be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError:
+        return b""
+
+
+def _check(path: Path, x: Any, y: np.ndarray | None) -> None:
+    """Refuse what cannot be images and labels; images that are not read at once are looked at when they are loaded."""
+    if len(x.shape) not in (3, 4) or 0 in x.shape:
+        raise UserError(f"{path}: x has shape {x.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)")
+    if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
+        raise UserError(f"{path}: y has shape {y.shape} and type {y.dtype}; expected {x.shape[0]} integers")
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise UserError(f"{path}: x has type {x.dtype}; expected uint8, or floating point in [0, 1]")
+    looked = x if type(x) is np.ndarray else np.asarray(x[0])
+    if looked.dtype.kind == "f" and not (looked.min() >= -1e-6 and looked.max() <= 1 + 1e-6):
+        values = f"x has values from {looked.min():g} to {looked.max():g}"
+        raise UserError(f"{path}: {values}; expected [0, 1], or uint8")
+
+
+def _array(archive: zipfile.ZipFile, path: Path, key: str, *, at_once: bool = False) -> Any:
+    """An array of an archive: in memory, mapped from the file, or unpacked as it is read."""
+    info = archive.getinfo(f"{key}.npy")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{key} has a header of version {version}")
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = reader(member)
+        start = member.tell()
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise ValueError(f"{key} holds Python objects")
+    if info.file_size - start != size:
+        raise ValueError(f"{key} of shape {shape} takes {size:,} bytes and has {info.file_size - start:,}")
+    stored = info.compress_type == zipfile.ZIP_STORED
+    if stored and size > _CHECKED and not at_once:
+        with path.open("rb") as file:
+            file.seek(info.header_offset + 26)
+            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+        offset = info.header_offset + 30 + name + extra + start
+        return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+    if not stored and size > MAX_UNPACKED:
+        raise ValueError(f"{key} unpacks to {size:,} bytes; the limit is {MAX_UNPACKED:,}")
+    if stored or fortran or not shape or at_once:
+        with archive.open(info) as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+    return _Unpacked(path, info, start, shape, dtype)
+
+
+class _Unpacked:
+    """A compressed array, unpacked as far as it was asked for."""
+
+    def __init__(
+        self, path: Path, info: zipfile.ZipInfo, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._array: np.ndarray[Any, Any] = np.empty(shape, dtype)  # takes memory as it is filled
+        self._bytes = self._array.reshape(-1).view(np.uint8)
+        self._filled = 0
+        archive = zipfile.ZipFile(path)  # stays open; its checksum is looked at when all is read
+        self._member = archive.open(info)
+        self._member.read(start)
+        weakref.finalize(self, self._member.close)
+        self._lock = threading.Lock()
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        end = (index + 1) * (self._array.nbytes // self.shape[0])
+        try:
+            with self._lock:
+                while self._filled < end:
+                    got = self._member.read(min(end - self._filled, _PIECE))
+                    if not got:
+                        raise EOFError("the archive ends too early")
+                    self._bytes[self._filled : self._filled + len(got)] = np.frombuffer(got, np.uint8)
+                    self._filled += len(got)
+        except _FAULTS as error:
+            raise ImageError(f"cannot be unpacked ({error})") from None
+        return np.asarray(self._array[index])

@@ -1,0 +1,373 @@
+"""What lies in folders, archives and arrays: read as people mean it, and nothing left out without a word."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import run
+from PIL import Image
+
+from certify import load_images, read_run
+from certify.cli.app import main
+from certify.errors import ImageError, UserError
+from certify.models.classifier import Classifier
+
+D = "--model digits --sigma 0.25 --n 100 --n0 10 --out x.jsonl "
+Capture = pytest.CaptureFixture[str]
+
+
+def encoded(value: int = 40, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((8, 8), value, np.uint8)).save(out, kind)
+    return out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def lay_out(*files: str) -> None:
+    for i, name in enumerate(files):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(encoded(i))
+
+
+def archive(path: str, *members: str) -> None:
+    with zipfile.ZipFile(path, "w") as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one member twice
+        for i, name in enumerate(members):
+            info = zipfile.ZipInfo(name)
+            info.filename = name  # as it is: backslashes too
+            out.writestr(info, encoded(i))
+
+
+def listed(data: str, classifier: Classifier, **options: str) -> tuple[dict[str, int | None], tuple[str, ...]]:
+    """Labels by id, and what was not read."""
+    images = load_images(data, classifier, **options)
+    return {item.id: label for item, label in zip(images.items, images.labels, strict=True)}, images.unread
+
+
+def refused(capfd: Capture, argv: str) -> str:
+    """The one line of a refusal."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(shlex.split(argv))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert left.value.code == 2
+    return line
+
+
+# Folders
+
+
+def test_folder_links_are_followed_and_loops_are_not(digits: Classifier) -> None:
+    lay_out("d/1/a.png", "elsewhere/2/b.png", "elsewhere/3/c.png", "elsewhere/3/d.png")
+    Path("d/2").symlink_to("../elsewhere/2")
+    Path("d/3").symlink_to(Path("elsewhere/3").absolute())
+    Path("d/3/up").symlink_to("..", target_is_directory=True)  # elsewhere: there 3 is a way back to itself
+    Path("d/1/self").symlink_to(".", target_is_directory=True)
+    Path("d/1/e.png").symlink_to("../3/c.png")
+    with pytest.raises(UserError, match="lie outside its 3 class folders"):  # 3/up/2/b.png
+        listed("d", digits)
+    Path("elsewhere/3/up").unlink()
+    labels, unread = listed("d", digits)
+    assert labels == {"1/a.png": 1, "1/e.png": 1, "2/b.png": 2, "3/c.png": 3, "3/d.png": 3}
+    assert unread == ("1 link back to a folder around it (1/self)",)
+
+
+def test_what_is_not_read_is_counted_and_named(digits: Classifier) -> None:
+    lay_out("d/1/a.png", "d/1/b.jfif", "d/2/c.jpe", "d/1/d.heic", "d/2/e.HEIC", "d/2/f.avif", "d/README", "d/.g.png")
+    lay_out("d/.cache/h.png", "d/.cache/i.png")
+    Path("d/2/gone.png").symlink_to("nowhere.png")
+    Path("d/2/round.png").symlink_to("round.png")
+    os.mkfifo("d/2/pipe.png")
+    labels, unread = listed("d", digits)
+    assert labels == {"1/a.png": 1, "1/b.jfif": 1, "2/c.jpe": 2}
+    assert unread == (
+        "2 hidden files (.cache, ...)",
+        "2 .heic files (1/d.heic, ...)",
+        "2 dangling links (2/gone.png, ...)",
+        "1 file without a suffix (README)",
+        "1 .avif file (2/f.avif)",
+        "1 more",
+    )
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[Path]:
+    """A folder of a user whom permissions bind, also where the tests are run by root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+def test_an_unreadable_folder_is_an_error(digits: Classifier) -> None:
+    listed("digits", digits)  # whatever is imported for it
+    with unprivileged() as folder:
+        for name in ("1", "2"):
+            (folder / "it's" / name).mkdir(parents=True)
+            (folder / "it's" / name / "a.png").write_bytes(encoded())
+        (folder / "it's" / "2").chmod(0)
+        with pytest.raises(UserError) as error:
+            listed(str(folder / "it's"), digits)
+        text = str(error.value)
+        assert text.startswith(f"cannot list {folder}/it's/2: Permission denied; make it readable: ")
+        subprocess.run(text.partition("make it readable: ")[2], shell=True, check=True)
+        assert listed(str(folder / "it's"), digits) == ({"1/a.png": 1, "2/a.png": 2}, ())
+        (folder / "it's").chmod(0)
+        with pytest.raises(UserError, match="it's/1: Permission denied"):
+            listed(str(folder / "it's/1"), digits)
+
+
+# Archives
+
+
+def test_backslashes_are_folders(digits: Classifier) -> None:
+    archive("x.zip", "data\\1\\a.png", "data\\1\\b.png", "data\\2\\", "data\\2\\a.png")
+    assert listed("x.zip", digits) == ({"1/a.png": 1, "1/b.png": 1, "2/a.png": 2}, ())
+    archive("y.zip", "test\\1\\a.png", "train\\1\\a.png")
+    assert listed("y.zip/test", digits) == ({"1/a.png": 1}, ())
+    archive("z.zip", ".\\1\\a.png", "/2/b.png", "./3//c.png")
+    assert listed("z.zip", digits) == ({"1/a.png": 1, "2/b.png": 2, "3/c.png": 3}, ())
+
+
+def test_what_an_archive_holds_besides_is_counted_and_named(digits: Classifier) -> None:
+    archive("x.zip", "1/a.png", "2/b.png", "1/a.png", "__MACOSX/1/._a.png", "2/c.jp2", "notes.txt")
+    with zipfile.ZipFile("x.zip", "a") as out:
+        link = zipfile.ZipInfo("2/link.png")
+        link.external_attr = 0o120777 << 16
+        out.writestr(link, "../1/a.png")
+        out.writestr("2/d.png/", "")  # a folder
+    labels, unread = listed("x.zip", digits)
+    assert labels == {"1/a.png": 1, "2/b.png": 2}
+    assert sorted(unread) == [
+        "1 .jp2 file (2/c.jp2)",
+        "1 .txt file (notes.txt)",
+        "1 hidden file (__MACOSX/1/._a.png)",
+        "1 link inside the archive (2/link.png)",
+        "1 overwritten member (1/a.png)",
+    ]
+    assert load_images("x.zip", digits).load(0)[0, 0, 0] * 255 == 2  # the later member, as unzip has it
+
+
+@pytest.mark.parametrize("around", ["", "ds/", "some/where/"])
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_splits_beside_each_other(kind: str, around: str, capfd: Capture, digits: Classifier) -> None:
+    files = [f"{around}{split}/{c}/{c}.png" for split in ("train", "test") for c in (3, 4)]
+    if kind == "zip":
+        archive("x y.zip", *files, "__MACOSX/._x")
+    else:
+        lay_out(*(f"x y/{name}" for name in files))
+    data = "x y.zip" if kind == "zip" else "x y"
+    line = refused(capfd, D + f"--data {shlex.quote(data)}")
+    assert (
+        f"images in {data} lie in several folders of folders (under test, train); expected one flat folder or" in line
+    )
+    advice = re.fullmatch(r".*: name one of them, such as --data (.*)", line)
+    assert advice is not None
+    assert shlex.split(advice[1]) == [f"{data}/{around}test"]
+    assert listed(shlex.split(advice[1])[0], digits) == ({"3/3.png": 3, "4/4.png": 4}, ())
+    if kind == "zip":
+        assert listed("x y.zip/train", digits)[0] == {"3/3.png": 3, "4/4.png": 4}  # without the folders around
+        assert load_images("x y.zip/test", digits).name == "x y.zip/test"
+        assert "no folder 'tset' in x y.zip; expected one such as test, train" in refused(
+            capfd, D + "--data 'x y.zip/tset'"
+        )
+
+
+def test_the_advised_folder_of_an_archive_runs() -> None:
+    archive("x.zip", *(f"{split}/{c}/{c}.png" for split in ("train", "val") for c in (3, 4)))
+    run(*(D + "--quiet --data x.zip/val").split())
+    assert [(row["id"], row["label"]) for row in read_run("x.jsonl").images] == [("3/3.png", 3), ("4/4.png", 4)]
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_strays_are_named(kind: str, capfd: Capture, digits: Classifier) -> None:
+    files = ["3/a.png", "3/b.png", "4/a.png", "cover.png", "4/old/a.png", "4/old/b.png", "5/c.png"]
+    archive("d.zip", *files) if kind == "zip" else lay_out(*(f"d/{name}" for name in files))
+    data = "d.zip" if kind == "zip" else "d"
+    assert refused(capfd, D + f"--data {data}") == (
+        f"certify: 3 of 7 images in {data} lie outside its 3 class folders (4/old/a.png, 4/old/b.png, cover.png); "
+        "take them out, pass --labels FILE.csv, or --labels none to certify without labels"
+    )
+    assert listed(data, digits, labels="none")[0] == dict.fromkeys(files)
+    Path("l.csv").write_text("".join(f"{name},{i}\n" for i, name in enumerate(files)))
+    assert listed(data, digits, labels="l.csv")[0] == {name: i for i, name in enumerate(files)}
+
+
+def test_strays_stop_a_training_that_needs_labels(capfd: Capture) -> None:
+    lay_out("d/0/a.png", "d/0/b.png", "d/1/a.png", "d/1/b.png", "d/cover.png")
+    train = (
+        "train --train-classifier cifar_resnet20 --input-size 3x32x32 --data d --sigma 0.25 --out o --epochs 1 --quiet"
+    )
+    assert "1 of 5 images in d lie outside its 2 class folders (cover.png)" in refused(capfd, train)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\xef\xbb\xbf<!DOCTYPE html><html>Quota exceeded</html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\n", "a Git LFS pointer"),
+    ],
+)
+def test_pages_and_pointers_named_as_data(content: bytes, what: str, capfd: Capture) -> None:
+    for name, expected in {"x.zip": "a zip file", "x.npz": "an .npz file"}.items():
+        Path(name).write_bytes(content)
+        assert refused(capfd, D + f"--data {name}").startswith(f"certify: {name} is {what}, not {expected}")
+
+
+# Where it is said
+
+
+def test_the_line_about_the_data_says_what_was_not_read(capfd: Capture) -> None:
+    lay_out("d/1/a.png", "d/2/b.png", "d/2/c.heic")
+    run(*(D + "--data d").split())
+    says = "not read: 1 .heic file (2/c.heic)"
+    assert f"data       d: 2 of 2 images; labels: by name (2 of 10 classes); {says}\n" in capfd.readouterr().err
+    assert read_run("x.jsonl").header["unread"] == ["1 .heic file (2/c.heic)"]
+    run(*(D + "--data d").split())  # it is no setting: the same run
+    run(*"evaluate-denoiser --denoiser median --sigma 0.25 --model digits --data d".split())
+    assert f"data       d: 2 of 2 images; {says}\n" in capfd.readouterr().err
+    run(*"compare --model digits --defences none --attacks none --data d --out c.jsonl".split())
+    assert f"data       d: 2 of 2 images; {says}\n" in capfd.readouterr().err
+
+
+def test_rows_without_an_image_are_counted(capfd: Capture, digits: Classifier) -> None:
+    lay_out("d/a.png", "d/b.png", "d/c.png")
+    Path("l.csv").write_text("file,label\na.png,1\nb.png,2\nc.png,3\nd.png,4\ne.png,5\n")
+    expected = ("2 rows of l.csv without an image (d.png, ...)",)
+    assert load_images("d", digits, labels="l.csv", max_images=2).unread == expected
+    run(*(D + "--data d --labels l.csv").split())
+    assert f"labels: from l.csv; not read: {expected[0]}\n" in capfd.readouterr().err
+
+
+def test_an_audit_and_a_training_say_it_too(capfd: Capture) -> None:
+    lay_out("d/1/a.png", "d/1/b.png", "d/2/c.png", "d/2/d.avif")
+    audit = "audit --endpoint http://127.0.0.1:9 --protocol json --protocol-option labels=l --sigma 0.25 --n 10 --n0 5"
+    run(*f"{audit} --input-size 1x8x8 --budget 100 --out a --data d --dry-run".split())
+    assert "images     d: 3 of 3, size 1x8x8; not read: 1 .avif file (2/d.avif)\n" in capfd.readouterr().err
+    train = "train --denoiser unet --option channels=[8,8] --option blocks=1 --sigma 0.25 --input-size 1x8x8 --data d"
+    run(*f"{train} --epochs 1 --batch-size 2 --validations 1 --held-out 1 --out o".split())
+    assert "1 held out; not read: 1 .avif file (2/d.avif)\n" in capfd.readouterr().err
+
+
+# Arrays
+
+
+def test_other_arrays_are_named(digits: Classifier) -> None:
+    x = np.zeros((2, 8, 8), np.uint8)
+    np.savez("x.npz", x=x, labels=[1, 2], mean=0.5)
+    assert load_images("x.npz", digits).unread == ("2 other arrays (labels, ...)",)
+    np.savez_compressed("y.npz", x=x, y=[1, 2])
+    assert load_images("y.npz", digits).unread == ()
+
+
+def test_a_few_images_of_a_large_array_are_all_that_is_read(digits: Classifier) -> None:
+    """Sixty million stored images, which no test could list or load; the file is a hole but for its ends."""
+    count, size = 60_000_000, 64
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": (count, 8, 8)})
+    length = len(head.getvalue()) + count * size
+    common = struct.pack("<HHHHHIIIHH", 20, 0, 0, 0, 33, 0, length, length, 5, 0)
+    central = b"PK\1\2" + struct.pack("<H", 20) + common + bytes(14) + b"x.npy"
+    with open("x.npz", "wb") as file:
+        file.write(b"PK\3\4" + common + b"x.npy" + head.getvalue())
+        file.seek(count * size - size, io.SEEK_CUR)
+        file.write(bytes([255]) * size)
+        end = file.tell()
+        file.write(central + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 1, 1, len(central), end, 0))
+    few = load_images("x.npz", digits, skip=1000, max_images=2)
+    assert ([item.id for item in few.items], few.available) == (["0", "1000"], count)
+    assert few.load(1).max() == 0
+    last = load_images("x.npz", digits, ids=["59999999"])
+    assert last.load(0).min() == 1
+    with pytest.raises(UserError, match=r"no image .60000000. in x\.npz; ids look like 0, 1, 2"):
+        load_images("x.npz", digits, ids=["60000000"])
+    Path("x.npz").unlink()
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<f4", ">f2"])
+def test_compressed_arrays_are_unpacked_as_far_as_needed(dtype: str, digits: Classifier) -> None:
+    """The end of the file is damaged: nobody notices who does not read so far, and what lies there is no image."""
+    noise = np.random.default_rng(0).integers(0, 256, (3000, 8, 8))
+    x = (noise if dtype == "u1" else noise / 255).astype(dtype)
+    np.savez_compressed("x.npz", x=x, y=np.arange(3000) % 10)
+    content = bytearray(Path("x.npz").read_bytes())
+    with zipfile.ZipFile("x.npz") as whole:
+        at = whole.getinfo("x.npy").compress_size - 100
+    content[at : at + 50] = bytes(50)
+    Path("x.npz").write_bytes(content)
+    images = load_images("x.npz", digits)
+    for i in (1000, 0, 1, 1500):  # in any order
+        assert np.allclose(images.load(i)[0], x[i].astype(float) / (255 if dtype == "u1" else 1), atol=1e-6)
+        assert images.labels[i] == i % 10
+    with pytest.raises(ImageError, match="cannot be unpacked"):
+        images.load(2999)
+    run(*(D + "--quiet --data x.npz --max 1").split())
+
+
+def test_floats_beyond_one_are_refused_in_any_array(capfd: Capture) -> None:
+    for name, save in {"x.npz": np.savez, "y.npz": np.savez_compressed}.items():
+        save(name, x=np.full((3, 8, 8), 255.0))
+        assert "x has values from 255 to 255; expected [0, 1], or uint8" in refused(capfd, D + f"--data {name}")
+
+
+# Choosing
+
+
+def test_ids_with_commas(capfd: Capture) -> None:
+    lay_out("d/a,b.png", "d/a.png", "d/c.png")
+    line = refused(capfd, D + "--data d --ids a,b.png")
+    expected = (
+        "certify: no image 'a' in d; ids look like a,b.png, a.png, c.png; an id that holds a comma takes quotes: --ids "
+    )
+    assert line.startswith(expected)
+    advice = re.search(r"--ids (.*)", line)
+    assert advice is not None
+    run(*shlex.split(D + f"--quiet --data d {advice[0]}"))
+    assert [row["id"] for row in read_run("x.jsonl").images] == ["a,b.png"]
+    run(*shlex.split(D + """--quiet --data d --out y.jsonl --ids 'c.png,"a,b.png",a.png'"""))
+    assert [row["id"] for row in read_run("y.jsonl").images] == ["c.png", "a,b.png", "a.png"]
+
+
+# Many
+
+
+@pytest.mark.parametrize(
+    "verb", ["", "predict ", "compare --defences none --attacks none ", "evaluate-denoiser --denoiser median "]
+)
+def test_many_bad_images_take_few_lines(verb: str, capfd: Capture) -> None:
+    lay_out("d/1/z.png", "d/2/z.png")
+    for i in range(60):
+        Path(f"d/1/{i:02}.png").write_bytes(b"")
+    options = D if not verb else D.replace("--n0 10 ", "") if verb == "predict " else "--model digits "
+    options = options if "evaluate" not in verb else options + "--sigma 0.25 --max 100 "
+    quiet = "--json " if "evaluate" in verb else "--quiet "
+    run(*f"{verb}{options}{quiet}--data d".split())
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert "1/00.png" in lines[0]
+    where = "; the run file says why" if verb in ("", "predict ") else ""
+    assert lines[-1] == f"warning: 50 more images are left out{where}"
