@@ -28,3 +28,44 @@ def test_a_wait_counts_from_the_clock_of_the_service(tmp_path: Path, hours: int)
         run("audit", "--endpoint", url, *LABELS, *NUMBERS, "--budget", "30", "--out", str(tmp_path / "a"))
     asked = json.loads((tmp_path / "a" / "audit.json").read_text())["asked"]
     assert (asked["retries"], asked["failures"]) == (1, {})
+
+
+FAILED = "labels 'labels' finds nothing in the reply"
+WITHOUT_LABELS = {
+    '{"error": "Invalid API key provided"}': f"{FAILED}, which says 'Invalid API key provided'",
+    '{"Error": {"Code": 7, "Message": "no credit"}}': f"{FAILED}, which says 'no credit'",
+    '{"success": false, "errors": [{"code": 7, "reason": "no picture"}]}': f"{FAILED}, which says 'no picture'",
+    '"Please sign in."': f"{FAILED}, which says 'Please sign in.'",
+    '[{"detail": "quota"}]': f"{FAILED}, which says 'quota'",
+    '{"predictions": [{"name": "cat"}], "version": 3}': f"{FAILED}, which holds predictions, version",
+    '["cat"]': FAILED,
+    "[]": FAILED,
+}
+
+
+@pytest.mark.parametrize("body", WITHOUT_LABELS)
+def test_a_reply_without_labels_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str], body: str) -> None:
+    with service(lambda number, headers: (200, body, {})) as url:
+        where = ["--endpoint", url, "--budget", "30", "--out", str(tmp_path / "a")]
+        run("audit", *where, *LABELS, *NUMBERS, code=1)
+    why = WITHOUT_LABELS[body]
+    assert f"certify: the service gave no label for the first image: {why}; nothing else" in capsys.readouterr().err
+    assert json.loads((tmp_path / "a" / "audit.json").read_text())["asked"]["failures"] == {why: 1}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "why"),
+    [
+        (["tf-serving", "--protocol-option", "model=m"], "no predictions in the reply"),
+        (["hugging-face", "--protocol-option", "model=a/b"], "an object where a list of labels was expected"),
+        (["v2", "--protocol-option", "model=m"], "no outputs in the reply"),
+        (["google-vision"], "no responses in the reply"),
+    ],
+)
+def test_every_protocol_quotes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], protocol: list[str], why: str
+) -> None:
+    with service(lambda number, headers: (200, '{"message": "Over the limit."}', {})) as url:
+        where = ["--endpoint", url, "--budget", "30", "--out", str(tmp_path / "a")]
+        run("audit", *where, "--protocol", *protocol, *NUMBERS, code=1)
+    assert f"first image: {why}, which says 'Over the limit.'; nothing else was asked" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from functools import partial
 
 from certify.blackbox.client.rate_limit import Manners, Rate, retry_after
 from certify.blackbox.client.worker_pool import Crew
-from certify.blackbox.protocols.parsing import safe_text
+from certify.blackbox.protocols.parsing import quoting, safe_text
 from certify.blackbox.types import Answer, BadReply, Books, Busy, Format, Query, Ranked, Reply, Request, Sender
 from certify.errors import CertifyError, RunFault, UserError, first_line
 
@@ -267,6 +267,8 @@ class Asker:
             ranked = self._format.reply(reply)
         except Busy as error:
             raise _Again(str(error)) from None
+        except BadReply as error:
+            raise BadReply(quoting(str(error), reply.body)) from None
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise BadReply(f"a reply that cannot be read ({type(error).__name__})") from None
         if not ranked or any(one.score is not None and not math.isfinite(one.score) for one in ranked):

@@ -18,7 +18,8 @@ from certify.errors import UserError
 _LONGEST_LABEL = 1000
 _LONGEST_MESSAGE = 140
 _WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[A-Z][a-z]{2,})*[.:]?")  # such as InvalidParameterException
-_MESSAGES = ("message", "Message", "error", "detail", "msg", "description", "details", "errors", "status", "__type")
+_ERRORS = "message error detail msg errors errormessage error_message reason fault exception".split()
+_MESSAGES = (*_ERRORS, "description", "details", "title", "text", "status", "__type")  # in capitals, too
 
 
 def read_json(reply: Reply) -> Any:
@@ -82,15 +83,30 @@ def _short(text: str) -> str:
     return " ".join(text.split())[:_LONGEST_MESSAGE]
 
 
-def _message(value: Any, depth: int) -> str:
-    """The first text under a key that errors use, a few levels down."""
+def _message(value: Any, depth: int, names: Sequence[str] = _MESSAGES) -> str:
+    """The first text under a name that errors use, a few levels down."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
         return _message(value[0], depth - 1) if value and depth else ""
     if isinstance(value, dict) and depth:
-        return next((found for key in _MESSAGES if (found := _message(value.get(key), depth - 1))), "")
+        lower = {name.lower(): inner for name, inner in reversed(value.items())}
+        return next((text for name in names if (text := _message(lower.get(name), depth - 1))), "")
     return ""
+
+
+def quoting(why: str, body: bytes) -> str:
+    """Add to why a reply holds no label what it says instead: its error, or the names in its object."""
+    try:
+        found = json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return why
+    if isinstance(found, list):
+        found = next((one for one in found if isinstance(one, dict)), None)
+    if said := _short(_message(found, 4, _ERRORS)):
+        return why if said in why else f"{why}, which says {said!r}"
+    names = ", ".join(_short(name)[:40] for name in [*found][:8]) if isinstance(found, dict) else ""
+    return f"{why}, which holds {names}" if names else why
 
 
 def at(value: Any, *path: str | int) -> Any:
