@@ -125,7 +125,7 @@ def _log_image(row: list[str], number: int, path: Path) -> dict[str, Any]:
 def _log_header(path: Path) -> dict[str, Any]:
     """What the folders say: such logs hold neither sigma nor n nor alpha."""
     named = re.search(r"sigma_([\d.]+)", path.name) or re.search(r"sigma_([\d.]+)", str(path))
-    folders = [p for p in path.resolve().parts[-5:-1] if p not in ("test", "certify", "data")]
+    folders = [p for p in path.resolve().parts[1:-1][-4:] if p not in ("test", "certify", "data")]
     return {
         "type": "run",
         "model": "/".join(folders),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def test_the_average_radius_of_published_logs(shared_data: Path) -> None:
     table = np.genfromtxt(log, names=True, dtype=None, encoding="utf-8", delimiter="\t", usecols=(3, 4))
     expected = float((table["radius"] * table["correct"]).mean())
     assert curve(read_any(log)).average_radius == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_folders_of_a_log_are_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        for log in (Path(folder) / "sigma_0.25", Path(folder) / "a" / "b" / "c" / "d" / "test" / "sigma_0.25"):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0:00:01\n")
+            run("table", str(log))
+            named = "b/c/d" if "d" in log.parts else f"tmp/{log.parent.name}"
+            assert capsys.readouterr().out.splitlines()[-1].startswith(f"{named}, σ = 0.25 ")
 
 
 def test_what_a_log_does_not_say_does_not_tell_runs_apart(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from command import run
 from PIL import Image
 from scipy.stats import norm
 
-from certify import read_run
+from certify import __version__, read_run
 from certify.cli.app import group
 from certify.cli.info import _installed
 from certify.cli.options import Count
@@ -41,6 +42,44 @@ def test_the_default_verb(capsys: pytest.CaptureFixture[str]) -> None:
     (picture,) = Path("runs").glob("*.png")
     with Image.open(picture) as image:
         assert image.size[0] > 600
+
+
+def test_version_and_help_are_words_too(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for arguments in (["version"], ["--version"], ["help", "merge"], ["merge", "--help"], ["help"], ["--help"]):
+        run(*arguments)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == f"certify, version {__version__}\n"
+    assert said[2] == said[3] != said[4] == said[5]
+
+
+@pytest.mark.parametrize(
+    ("typed", "first", "then"),
+    [
+        ("--model digits --sigma 0.12,0.25 --n 100 --max 1", "0.12 --n 100 --max 1", "0.25"),
+        ("predict --sigma=0.12,0.25 --model digits --n 100 --max 1 --out p.jsonl", "0.12", "0.25 and another --out"),
+        ("--model digits --sigma 64/255,128/255 --n 100 --max 1", "64/255 --n 100 --max 1", "128/255"),
+        ("--model digits --sigma 0.12 --n 100,1e3 --max 1 --out=r.jsonl", "100 --max 1", "1e3 and another --out"),
+        ("--model digits --sigma 0.12 --n 100 --max 1 --alpha 0.001,0.01", "0.001", "0.01"),
+        ("--model digits --sigma 0.12 --n 100 --max 1 --seed 0,1,2", "0", "1"),
+        ("table r.jsonl --relative-to 0.9,0.8", "0.9", "0.8"),
+    ],
+)
+def test_several_values_where_a_run_has_one(
+    capsys: pytest.CaptureFixture[str], typed: str, first: str, then: str
+) -> None:
+    """The error gives the command for the first value, and that works."""
+    run("--model", "digits", "--sigma", "0.5", "--n", "100", "--max", "2", "--out", "r.jsonl")
+    capsys.readouterr()
+    run(*shlex.split(typed), code=2)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "values; expected one in each run: first run `certify " in said
+    command = said.split("`")[1]
+    assert f"`, then the same with {then}; see `certify" in said
+    assert first in command
+    if "--out=r.jsonl" in typed:
+        Path("r.jsonl").unlink()
+    run(*shlex.split(command)[1:])
 
 
 def test_numbers_are_fractions_of_255_where_one_likes() -> None:

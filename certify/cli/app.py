@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from certify import __version__
-from certify.cli import audit, bench, compare, evaluate, info, inspect, plot, run, serve, show, train
+from certify.cli import audit, bench, compare, evaluate, info, inspect, options, plot, run, serve, show, train
 from certify.cli import distribute as spread
 from certify.errors import CertifyError
 
@@ -28,7 +28,10 @@ class CertifyGroup(click.Group):
         return {o for p in self.get_params(ctx) for o in (*p.opts, *p.secondary_opts)}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the default verb in front of options that are not the group's own."""
+        """Put the default verb in front of options that are not the group's own; version and help are words, too."""
+        ctx.meta[options.TYPED] = args
+        if args and (args[0] == "help" or args == ["version"]):
+            args = [*args[1:], f"--{args[0]}"]
         if args and args[0].startswith("-") and args[0].split("=")[0] not in self._own_flags(ctx):
             args = [self.default, *args]
         return super().parse_args(ctx, args)

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -62,7 +62,50 @@ class Size(ParamType):
         return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-class Count(ParamType):
+TYPED = "certify.typed"
+"""Where a context keeps the arguments as they were typed."""
+
+
+class OneNumber(ParamType):
+    """A number of which a run has one; several separated by commas are an error that names a command for the first."""
+
+    def read(self, text: str) -> Any:
+        """Text to the number.
+
+        Raises:
+            ValueError: no such number.
+        """
+        raise NotImplementedError
+
+    def refuse(self, value: Any, expected: str, param: click.Parameter | None, ctx: click.Context | None) -> NoReturn:
+        """Raise the error of a value that is no such number."""
+        parts = str(value).split(",")
+        with contextlib.suppress(ValueError, OverflowError):
+            if len(parts) > 1 and param is not None and ctx is not None and [self.read(part) for part in parts]:
+                named = any(word.partition("=")[0] == "--out" for word in ctx.meta.get(TYPED, ()))
+                also = " and another --out" if named else ""
+                self.fail(
+                    f"{value!r} are {len(parts)} values; expected one in each run: first run "
+                    f"`{_with_value(param, str(value), parts[0], ctx)}`, then the same with {parts[1]}{also}",
+                    param,
+                    ctx,
+                )
+        self.fail(f"{value!r}; expected {expected}", param, ctx)
+
+
+def _with_value(param: click.Parameter, old: str, new: str, ctx: click.Context) -> str:
+    """The command as it was typed, but for the value of one option."""
+    words = ["certify", *ctx.meta.get(TYPED, ())]
+    for i, word in enumerate(words):
+        name, sign, text = word.partition("=")
+        if name in param.opts and sign and text == old:
+            words[i] = f"{name}={new}"
+        elif word == old and words[i - 1] in param.opts:
+            words[i] = new
+    return shlex.join(words)
+
+
+class Count(OneNumber):
     """A whole number from 1; 1e5 and 100_000 are understood."""
 
     name = "integer"
@@ -73,16 +116,21 @@ class Count(ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Text to a whole number in range."""
         with contextlib.suppress(ValueError, OverflowError):
-            try:
-                number = int(value)
-            except ValueError:  # 1e5, which is exact only as far as floating point is
-                number = int(float(value)) if float(value).is_integer() else self.least - 1
-            if number >= self.least:
-                return number
-        self.fail(f"{value!r}; expected {self.what}, a whole number from {self.least}", param, ctx)
+            return self.read(value)
+        self.refuse(value, f"{self.what}, a whole number from {self.least}", param, ctx)
+
+    def read(self, text: str) -> int:
+        """Text to a whole number in range."""
+        try:
+            number = int(text)
+        except ValueError:  # 1e5, which is exact only as far as floating point is
+            number = int(float(text)) if float(text).is_integer() else self.least - 1
+        if number < self.least:
+            raise ValueError
+        return number
 
 
-class Positive(ParamType):
+class Positive(OneNumber):
     """A finite number above 0, and below ``below`` if given."""
 
     name = "number"
@@ -92,12 +140,15 @@ class Positive(ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Text to a number in range."""
-        try:
-            found = number(str(value))
-            if not 0.0 < found < self.below:
-                raise ValueError
-        except ValueError:
-            self.fail(f"{value!r}; expected {self.advice}", param, ctx)
+        with contextlib.suppress(ValueError):
+            return self.read(str(value))
+        self.refuse(value, self.advice, param, ctx)
+
+    def read(self, text: str) -> float:
+        """Text to a number in range."""
+        found = number(text)
+        if not 0.0 < found < self.below:
+            raise ValueError
         return found
 
 
