@@ -371,7 +371,7 @@ CASES = [
     case("audit protocol", A + "--protocol jsn", "unknown protocol 'jsn'", "json"),
     case("audit endpoint", A + "--endpoint ftp://x", "'ftp://x'", "http://HOST"),
     case("audit budget", A + "--budget=-1", "--budget", "'-1'", "from 0"),
-    case("audit option", A + "--protocol-option label=x", "'label=x'", "json knows labels, scores"),
+    case("audit option", A + "--protocol-option label=x", "'label=...'", "json knows labels, scores"),
     case("audit key", A + "--api-key-env NOT_THERE", "$NOT_THERE is not set", "export"),
     case("audit key of nothing", A + "--auth-header X-Key:{key}", "without --api-key-env"),
     case("audit key of an SDK", A + "--sdk --api-key-env PATH --auth-query k={key}", "it places the key itself"),
