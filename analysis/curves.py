@@ -11,6 +11,7 @@ import numpy as np
 
 from certify.errors import UserError
 from certify.runs.run_file import Run
+from certify.smoothing.numeric import as_float
 from certify.smoothing.rounding import exact
 
 
@@ -104,6 +105,9 @@ def proportion_interval(
     """Exact two-sided interval of proportions (Clopper and Pearson 1934)."""
     from scipy.special import betaincinv  # statsmodels has the same, and takes a second to import
 
+    confidence = as_float(confidence, "confidence", "a number strictly between 0 and 1, such as 0.95")
+    if not 0.0 < confidence < 1.0:
+        raise UserError(f"confidence = {confidence}: expected a number strictly between 0 and 1, such as 0.95")
     tail, k = (1.0 - confidence) / 2, np.asarray(successes, dtype=float)
     low = np.where(k > 0, betaincinv(np.maximum(k, 1), total - k + 1, tail), 0.0)
     high = np.where(k < total, betaincinv(k + 1, np.maximum(total - k, 1), 1 - tail), 1.0)

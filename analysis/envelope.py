@@ -18,6 +18,7 @@ import numpy as np
 from analysis.curves import Curve, names
 from certify.errors import UserError
 from certify.runs.run_file import Run
+from certify.smoothing.numeric import as_float
 from certify.smoothing.rounding import exact
 
 METHOD = ("model", "data", "denoiser", "noise", "rounded", "norm", "procedure", "n0", "n", "alpha", "bound")
@@ -86,7 +87,7 @@ class Envelope:
         for every s, and then max low_s <= max a_s <= max high_s. Whichever run is chosen by looking, its own accuracy
         is in its own interval then; where all runs have equally many images, that of the winner is this one.
         """
-        each = 1.0 - (1.0 - confidence) / len(self.runs)
+        each = 1.0 - (1.0 - as_float(confidence, "confidence")) / len(self.runs)
         low, high = np.max([c.interval(radii, each) for c in self.runs], axis=0)
         return low, high
 

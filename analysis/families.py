@@ -29,12 +29,13 @@ from analysis.curves import proportion_interval
 from certify.errors import UserError
 from certify.runs.image_rows import noise_of, votes_of
 from certify.runs.run_file import Run
-from certify.smoothing.bounds import check_alpha
+from certify.smoothing.bounds import check_alpha, check_trials
+from certify.smoothing.numeric import as_float
 from certify.smoothing.rounding import exact
 
 CORRECTIONS = {"holm": "Holm", "bonferroni": "Bonferroni"}
 
-_OUTWARD = 1e-9  # relative; exceeds the error of betainc and of exp up to n = 10^7
+_OUTWARD = 1e-9  # relative; exceeds the error of betainc (certify.bounds.tail_error) and of exp
 _P0_OUTWARD = 1e-15  # relative; exceeds the error of Noise.probability
 
 
@@ -45,7 +46,8 @@ def binomial_p(successes: np.ndarray, trials: np.ndarray, p0: float) -> np.ndarr
     """
     from scipy.special import betainc
 
-    k, n = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
+    check_trials(trials)
+    k, n, p0 = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float), as_float(p0, "p0")
     if not p0 < 1.0:
         return np.ones_like(k)
     tail = betainc(np.maximum(k, 1.0), n - k + 1.0, p0) * (1.0 + _OUTWARD) + np.finfo(float).tiny  # it may underflow
@@ -61,7 +63,8 @@ def betting_p(successes: np.ndarray, trials: np.ndarray, p0: float) -> np.ndarra
     """
     from certify.smoothing.stopping_rules import log_wealth
 
-    h, t = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
+    check_trials(trials)
+    h, t, p0 = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float), as_float(p0, "p0")
     if not p0 < 1.0:
         return np.ones_like(h)
     above = h - 1 >= p0 * (t - 1)  # implies h / t > p0
@@ -103,6 +106,7 @@ class Family:
         Args:
             radius: in the run's norm, from 0.
         """
+        radius = as_float(radius, "radius")
         if not 0.0 <= radius < math.inf:
             raise UserError(f"radius {exact(radius)}; expected a finite number from 0, in [0, 1] pixels")
         found = np.ones(self.successes.shape)
@@ -131,15 +135,20 @@ class Family:
         return method
 
     def certified(self, radius: float, alpha: float | None = None, method: str | None = None) -> np.ndarray:
-        """Which images are robust at ``radius`` with their class, all of it at once: see :func:`simultaneous`."""
-        alpha = self.run.header["alpha"] if alpha is None else alpha
-        check_alpha(alpha)
+        """Which images are robust at ``radius`` with their class, all of it at once: see :func:`simultaneous`.
+
+        An unfinished run is corrected for all images that it was to hold: which of them it holds may depend on their
+        votes (those that are settled soon come first, and a spent budget ends it), and so must not ease the level.
+        """
+        alpha = check_alpha(self.run.header["alpha"] if alpha is None else alpha)
         method = self.correction(method)
         if not len(self.classes):
             return np.zeros(0, dtype=bool)
         from statsmodels.stats.multitest import multipletests
 
-        return np.asarray(multipletests(self.p_values(radius), alpha=alpha, method=method)[0], dtype=bool)
+        pending = max(0, int(self.run.header["expected"]) - len(self.run.images))
+        p = np.concatenate([self.p_values(radius), np.ones(pending)])
+        return np.asarray(multipletests(p, alpha=alpha, method=method)[0], dtype=bool)[: len(self.classes)]
 
 
 def family(run: Run) -> Family:
@@ -234,6 +243,6 @@ def accuracy_interval(
         alpha: probability of error of each certificate.
         confidence: of both ends together.
     """
-    check_alpha(alpha)
+    alpha = check_alpha(alpha)
     low, high = proportion_interval(np.asarray(successes), total, confidence)
     return np.maximum(0.0, (low - alpha) / (1.0 - alpha)), high

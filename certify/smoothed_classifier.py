@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from certify.engine.noisy_classifier import NoisyClassifier, image_digest
+from certify.engine.noisy_classifier import NoisyClassifier, noise_name
 from certify.errors import UserError
 from certify.smoothing.bounds import BOUNDS
 from certify.smoothing.certificates import Prediction, certificate_from_votes, check_counts, prediction_from_votes
+from certify.smoothing.numeric import as_float
 from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE, MEASURING_BOUND, RULES
 from certify.types import Certificate, Decision
 
@@ -44,7 +45,8 @@ class SmoothedClassifier(NoisyClassifier):
             n0: selection samples.
             n: estimation samples, fresh ones; at most, with a tolerance.
             alpha: probability of error for this image.
-            seed: of the run; with ``image_id`` it fixes all noise.
+            seed: of the run; with ``image_id`` it fixes all noise. The default is public: whoever knows the seed can
+                craft an image against its noise, so where images may come from an adversary it must be secret.
             bound: name of a bound (``certify list bounds``).
             tolerance: stop once the radius is at least 1 - tolerance of what it can still become. The bound is then
                 ``betting``, which holds whenever one stops, and no selection samples are drawn.
@@ -54,7 +56,7 @@ class SmoothedClassifier(NoisyClassifier):
         Raises:
             UserError: an image of the wrong shape, type or range; counts below 1; alpha outside (0, 1).
         """
-        check_counts(n, n0, alpha)
+        n, n0, alpha = check_counts(n, n0, alpha)
         BOUNDS.get(bound)
         if tolerance is not None:
             if bound not in ("clopper-pearson", MEASURING_BOUND):
@@ -77,7 +79,7 @@ class SmoothedClassifier(NoisyClassifier):
             noise=self.stated(tensor.numel()),
             alpha=alpha,
             bound=bound,
-            uniform=bound_draw(seed, image_digest(tensor) if image_id is None else image_id),
+            uniform=bound_draw(seed, noise_name(tensor) if image_id is None else image_id),
         )
 
     def decide(
@@ -111,13 +113,12 @@ class SmoothedClassifier(NoisyClassifier):
         """
         from certify.engine.adaptive import Deciding
 
-        check_counts(n, 1, alpha)
+        n, _, alpha = check_counts(n, 1, alpha)
         RULES.get(rule)
-        several = radius if isinstance(radius, Iterable) else [radius]
-        try:
-            radii = sorted({float(r) for r in several})
-        except (TypeError, ValueError):
-            raise UserError(f"radius = {radius!r}: expected one number or several, such as 0.25") from None
+        several: Any = radius  # 0-d arrays and tensors can be iterated over by name only
+        one = not isinstance(several, Iterable) or isinstance(several, str) or getattr(several, "ndim", 1) == 0
+        given: Iterable[float] = [several] if one else several
+        radii = sorted({as_float(r, "radius", "one number or several, such as 0.25") for r in given})
         if not radii:
             raise UserError("no radius: expected one or several, such as 0.25")
         deciding = functools.partial(Deciding, self.num_classes, n=n, radii=radii, alpha=alpha, rule=rule)
@@ -153,7 +154,7 @@ class SmoothedClassifier(NoisyClassifier):
 
         Arguments as in :meth:`certify`.
         """
-        check_counts(n, 1, alpha)
+        n, _, alpha = check_counts(n, 1, alpha)
         votes = self.votes(image, n, stage="prediction", seed=seed, image_id=image_id, progress=progress)
         return prediction_from_votes(votes, alpha=alpha)
 

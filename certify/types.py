@@ -6,9 +6,12 @@ Shape letters used in all docstrings: B batch, C channels, H height, W width, K 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from certify.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +110,14 @@ class Votes:
     failures: int = 0
 
     def __post_init__(self) -> None:
+        try:
+            counts, failures = tuple(map(operator.index, self.counts)), operator.index(self.failures)
+        except TypeError:
+            raise UserError(f"votes {self.counts}, {self.failures} failures: expected whole numbers") from None
+        object.__setattr__(self, "counts", counts)
+        object.__setattr__(self, "failures", failures)
         if self.failures < 0 or any(c < 0 for c in self.counts):
-            raise ValueError(f"votes cannot be negative: {self}")
+            raise UserError(f"votes cannot be negative: {self}")
 
     @property
     def trials(self) -> int:

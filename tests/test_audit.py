@@ -372,6 +372,20 @@ def test_replay_tells_which_certificates_differ(tmp_path: Path, digits: Classifi
     assert replay(tmp_path, answers=fake.answers).differing == (name,)
 
 
+def test_replay_accepts_the_rounding_and_the_shorter_hashes_of_older_versions(
+    tmp_path: Path, digits: Classifier
+) -> None:
+    fake = Fake(digits)
+    run_audit(set_up(tmp_path), fake)
+    header, *rows = map(json.loads, (tmp_path / "run.jsonl").read_text().splitlines())
+    for change, same in ((1 + 2.2e-8, True), (1.001, False)):
+        old = [{**row, "radius": row["radius"] * change, "image": row["image"][:16]} for row in rows]
+        (tmp_path / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (header, *old)))
+        certified = tuple(row["id"] for row in rows if row["radius"])
+        assert replay(tmp_path, answers=fake.answers).differing == (() if same else certified)
+    assert certified
+
+
 def test_a_random_service_is_detected(tmp_path: Path, digits: Classifier) -> None:
     """It adds noise of its own; the probe asks where that shows first, and stays silent about the plain one."""
     generator = torch.Generator().manual_seed(5)

@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from flint import arb, ctx
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
+from certify.errors import UserError
 from certify.smoothing.bounds import BOUNDS, Evidence, Interval, clopper_pearson_lower, randomized_lower
-from certify.smoothing.noise import Gaussian
+from certify.smoothing.noise import Gaussian, Laplace, Uniform, make_noise
 
 
 def decide(compare: Callable[[], tuple[arb, arb]]) -> bool:
@@ -39,7 +41,7 @@ def far_below_exact(lower: float, k: int, n: int, alpha: float) -> bool:
     return decide(lambda: (arb(alpha), higher.beta_lower(k, n - k + 1, regularized=True)))
 
 
-@pytest.mark.parametrize("alpha", [0.05, 0.001, 1e-6, 1e-12])
+@pytest.mark.parametrize("alpha", [0.9999, 0.05, 0.001, 1e-6, 1e-12, 1e-39])
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 37])
 def test_lower_bound_of_every_count_for_small_n(n: int, alpha: float) -> None:
     assert clopper_pearson_lower(0, n, alpha) == 0.0
@@ -59,6 +61,24 @@ def test_lower_bound_for_large_n(n: int) -> None:
             lower = clopper_pearson_lower(k, n, alpha)
             assert not exceeds_exact(lower, k, n, alpha), (k, n, alpha)
             assert lower < 0.5 or not far_below_exact(lower, k, n, alpha), (k, n, alpha)
+
+
+@pytest.mark.parametrize("n", [10**8, 10**9])
+def test_bounds_beyond_ten_million(n: int) -> None:
+    """Ball arithmetic up to the largest n that is accepted, also where scipy's quantile is off by a factor of two."""
+    for alpha in (0.3, 0.001, 1e-39):
+        for k in (n, n - 17, round(n * 0.999), n // 2 + n // 50, 1000):
+            lower = clopper_pearson_lower(k, n, alpha)
+            assert not exceeds_exact(lower, k, n, alpha), (k, n, alpha)
+            assert lower < 0.5 or not far_below_exact(lower, k, n, alpha), (k, n, alpha)
+        for k in (n - 1, n // 2 + n // 50):
+            assert not exceeds_randomized(randomized_lower(k, n, alpha, 0.3), k, n, alpha, 0.3), (k, n, alpha)
+
+
+@pytest.mark.parametrize("bound", [name for name in BOUNDS if name != "betting"])
+def test_more_trials_than_were_checked_are_refused(bound: str) -> None:
+    with pytest.raises(UserError, match=r"^1,000,000,001 trials: expected at most 1,000,000,000, up to which .*$"):
+        interval(bound, 10**9, 1, 10**9 + 1, 0.001)
 
 
 @pytest.mark.slow
@@ -133,8 +153,8 @@ def test_the_strongest_rival_is_bounded_whichever_it_is(name: str, alpha: float)
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.05, 0.01])
-def test_randomized_coverage_is_exactly_alpha(alpha: float) -> None:
-    """The chance that the bound exceeds p, over votes and the uniform draw, is alpha itself, and never more.
+def test_randomized_error_is_nearly_alpha_and_never_more(alpha: float) -> None:
+    """The chance that the bound exceeds p, over votes and the uniform draw, comes up to alpha, and is never more.
 
     For each count the draws W that put the bound above p are those below some W*, found by bisection. Where p is so
     near 1 that "all agree" with a tiny W decides, the cap makes it smaller.
@@ -155,7 +175,7 @@ def test_randomized_coverage_is_exactly_alpha(alpha: float) -> None:
 
 
 def test_randomized_is_never_above_the_exact_one() -> None:
-    """Ball arithmetic: at the bound, (1 - W) P(B > k) + W P(B = k) + ... is at most alpha."""
+    """Ball arithmetic: at the bound, (1 - W) P(B > k) + W P(B >= k) is at most alpha."""
     draw = random.Random(5)
     for _ in range(150):
         n = round(10 ** draw.uniform(0.5, 7))
@@ -163,15 +183,34 @@ def test_randomized_is_never_above_the_exact_one() -> None:
         alpha, w = 10 ** draw.uniform(-12, -0.5), draw.choice([draw.random() + 1e-9, 1.0, 1e-6])
         lower = randomized_lower(k, n, alpha, min(w, 1.0))
         assert lower >= clopper_pearson_lower(k, n, alpha)
-        if lower == 0.0:
-            continue
+        assert lower == 0.0 or not exceeds_randomized(lower, k, n, alpha, min(w, 1.0)), (k, n, alpha, w)
 
-        def chance(lower: float = lower, k: int = k, n: int = n, w: float = min(w, 1.0)) -> arb:
-            more = arb(lower).beta_lower(k + 1, n - k, regularized=True) if k < n else arb(0)
-            at_least = arb(lower).beta_lower(k, n - k + 1, regularized=True) if k else arb(1)
-            return (1 - arb(w)) * more + arb(w) * at_least
 
-        assert not decide(lambda: (chance(), arb(alpha))), (k, n, alpha, w)  # noqa: B023
+def exceeds_randomized(lower: float, k: int, n: int, alpha: float, w: float) -> bool:
+    """Whether ``lower`` is above the exact randomized bound."""
+
+    def chance() -> arb:
+        more = arb(lower).beta_lower(k + 1, n - k, regularized=True) if k < n else arb(0)
+        at_least = arb(lower).beta_lower(k, n - k + 1, regularized=True) if k else arb(1)
+        return (1 - arb(w)) * more + arb(w) * at_least
+
+    return decide(lambda: (chance(), arb(alpha)))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.9, 0.999999, 1 - 1e-12, 1 - 2.0**-53])
+@pytest.mark.parametrize("n", [1, 2, 10, 1000])
+def test_randomized_at_large_alpha(n: int, alpha: float) -> None:
+    """Where Clopper-Pearson's bound for one vote more comes within the margin of 1; and never above the exact one."""
+    for k in range(max(0, n - 3), n + 1):
+        for w in (1.0, 0.5, 1e-9):
+            lower = randomized_lower(k, n, alpha, w)
+            assert clopper_pearson_lower(k, n, alpha) <= lower < 1.0
+            assert not exceeds_exact_weight(lower, k, n, alpha, w)
+
+
+def exceeds_exact_weight(lower: float, k: int, n: int, alpha: float, w: float) -> bool:
+    """The same where all votes may agree: the draw is not taken below 2 alpha there."""
+    return lower > 0 and exceeds_randomized(lower, k, n, alpha, min(1.0, max(w, 2 * alpha)) if k == n else w)
 
 
 def test_randomized_bound_keeps_the_radius_finite() -> None:
@@ -226,9 +265,81 @@ def test_radius_is_never_above_the_exact_one() -> None:
     ps = [0.5 + 1e-12, 0.5 + 1e-6, 0.51, 0.9, 0.999, 1 - 1e-9, 1 - 1e-13, 1 - 2.0**-53]
     for p in ps + [draw.uniform(0.5, 1) for _ in range(200)]:
         for sigma in (0.12, 0.25, 1.0, 3.7):
-            radius = Gaussian(sigma).radius(p)
-            assert not exceeds_exact_radius(radius, p, sigma), (p, sigma)
-            assert exceeds_exact_radius(radius * (1 + 1e-9), p, sigma), (p, sigma)
+            radius, drawn = Gaussian(sigma).radius(p), min(sigma, float(np.float32(sigma)))
+            assert not exceeds_exact_radius(radius, p, drawn), (p, sigma)
+            assert exceeds_exact_radius(radius * (1 + 1e-9), p, drawn), (p, sigma)
+
+
+def grid(draw: random.Random) -> list[float]:
+    """Probabilities near 1/2 and near 1, on either side of where formulas change, and between."""
+    near_half = [0.5 + 2.0**-53 * j for j in range(1, 40)] + [0.5 + 2.0 ** -draw.uniform(2, 53) for _ in range(400)]
+    near_one = [1 - 2.0**-53 * j for j in range(1, 40)] + [1 - 2.0 ** -draw.uniform(2, 53) for _ in range(400)]
+    return [*near_half, *near_one, 0.75, *(draw.uniform(0.5, 1) for _ in range(200))]
+
+
+def rivals(p: float, draw: random.Random) -> list[float | None]:
+    """Bounds on the other classes: none, all that is left, a hair below p, and little."""
+    return [None, 1.0 - p, min(1.0 - p, math.nextafter(p, 0)), (1.0 - p) * draw.random(), min(1.0 - p, 1e-300)]
+
+
+@pytest.mark.parametrize("name", ["gaussian", "exact", "uniform", "laplace"])
+@pytest.mark.parametrize("sigma", [0.12, 0.25, 0.1])
+def test_no_radius_exceeds_the_exact_one_of_the_noise_that_is_drawn(name: str, sigma: float) -> None:
+    """For all p near 1/2 and 1: the radius of the scale in the sampler, which is float32, and of the scale as typed."""
+    ctx.prec = 400
+    noise, draw = make_noise(name, sigma), random.Random(0)
+    scales = {sigma} if name == "exact" else {sigma, float(np.float32(sigma))}
+    if isinstance(noise, Uniform):
+        scales = {math.sqrt(3) * sigma, float(np.float32(math.sqrt(3) * sigma))}
+    if isinstance(noise, Laplace):
+        scales = {sigma / math.sqrt(2), float(np.float32(sigma / math.sqrt(2)))}
+    scale = min(scales)
+    for p in grid(draw):
+        for other in rivals(p, draw):
+            radius, rest = arb(noise.radius(p, other)), arb(1) - arb(p) if other is None else arb(other)
+            gap = arb(p) - rest
+            if not gap > 0 or not rest > 0:
+                continue
+            if isinstance(noise, Uniform):
+                assert radius <= scale * gap <= radius * (1 + arb("1e-13")), p
+            elif isinstance(noise, Laplace):
+                exact = scale * max((arb(p) / rest).log() / 2, -(1 - gap).log())
+                assert radius <= exact <= radius * (1 + arb("1e-13")), (p, other)
+            elif other is None:
+                assert not exceeds_exact_radius(float(radius), p, scale), p
+            else:
+                plain = noise.radius(p)  # the smaller the rival, the larger the radius
+                assert float(radius) >= plain * (1 - 1e-12)
+
+
+def test_sampler_uses_the_scale_in_single_precision() -> None:
+    """0.12 is drawn as 0.1199999973, and the radius is stated from that; 0.1 is drawn larger, which is not used."""
+
+    def drawn(name: str, sigma: float) -> torch.Tensor:
+        return make_noise(name, sigma).sample((5000,), torch.Generator().manual_seed(1))
+
+    for sigma in (0.12, 0.1, 0.3, 1e-3):
+        half_width, b = math.sqrt(3) * sigma, sigma / math.sqrt(2)
+        assert torch.equal(drawn("gaussian", sigma), drawn("gaussian", 1.0) * np.float32(sigma))
+        assert torch.equal(drawn("laplace", sigma), drawn("laplace", math.sqrt(2)) * np.float32(b))
+        assert float(drawn("uniform", sigma).abs().max()) <= np.float32(half_width)
+        assert Gaussian(sigma).radius(0.9) <= min(sigma, float(np.float32(sigma))) * stats.norm.ppf(0.9)
+        assert Gaussian(sigma).probability(0.05) >= stats.norm.cdf(0.05 / float(np.float32(sigma))) - 1e-16
+        assert make_noise("laplace", sigma).scale == sigma  # as typed: run files and denoisers are told this one
+
+
+@pytest.mark.parametrize("name", ["gaussian", "uniform", "laplace"])
+def test_noise_is_drawn_in_single_precision_whatever_surrounds_it(name: str) -> None:
+    noise, plain = make_noise(name, 0.25), torch.get_default_dtype()
+    expected = noise.sample((100,), torch.Generator().manual_seed(1))
+    try:
+        torch.set_default_dtype(torch.float16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = noise.sample((100,), torch.Generator().manual_seed(1))
+    finally:
+        torch.set_default_dtype(plain)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("n", "cap"), [(100, 1.5005), (1_000, 2.463), (10_000, 3.199), (100_000, 3.811)])

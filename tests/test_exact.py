@@ -6,12 +6,15 @@ import functools
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flint import arb, ctx
 from scipy.stats import chi2
 
+from certify import SmoothedClassifier
 from certify.errors import UserError
+from certify.models.classifier import Classifier
 from certify.smoothing.exact_gaussian import FAILED_DRAW, ExactGaussian, _words, atom_counts, draw_table
 from certify.smoothing.noise import Gaussian, make_noise
 from certify.smoothing.rng import block_generator, stream_key
@@ -177,6 +180,37 @@ def test_images_on_the_grid_stay_as_they_are_loaded() -> None:
     assert torch.equal(noise.input(image), image)
     assert torch.equal(noise.input(image * (1 + 2e-7)), image)  # a few roundings away: the same image
     assert torch.equal(noise.add(image, torch.zeros(2, 1, 16, 16, dtype=torch.int16))[1], image)
+
+
+V = np.arange(256)
+STORED = {
+    "v / 255 in float32": V.astype(np.float32) / np.float32(255),
+    "v / 255 in float64": V / 255,
+    "v / 255 in float64, then float32": (V / 255).astype(np.float32),
+    "v * (1 / 255) in float32": V.astype(np.float32) * np.float32(1 / 255),
+    "1 - (1 - v / 255) in float64": 1 - (1 - V / 255),
+    "uint8": V.astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
+def test_eight_bit_images_are_on_the_grid_however_they_are_stored(stored: np.ndarray, digits: Classifier) -> None:
+    g = SmoothedClassifier(digits, 0.25, noise="exact")
+    for part in stored.reshape(4, 1, 8, 8):
+        checked = g.check(part)
+        assert torch.equal(checked, g.check((part * (1 if part.dtype == np.uint8 else 255)).round().astype(np.uint8)))
+
+
+@pytest.mark.parametrize("step", [1e-4, -1e-4, 0.01, 0.4])
+@pytest.mark.parametrize("value", [1, 3, 100, 200, 254])
+def test_a_ten_thousandth_of_a_grey_level_is_off_the_grid(value: int, step: float, digits: Classifier) -> None:
+    """Its certificate would be about another image, at a distance that the radius does not take off."""
+    image = np.zeros((1, 8, 8))
+    image[0, 3, 3] = (value + step) / 255
+    with pytest.raises(UserError, match=r"^1 of the image's 64 values are off the 8-bit grid"):
+        SmoothedClassifier(digits, 0.25, noise="exact").certify(image, n0=10, n=10)
+    rounded = SmoothedClassifier(digits, 0.25, noise="exact", rounded=True)
+    assert float(rounded.check(image)[0, 3, 3]) == np.float32(value) / np.float32(255)
 
 
 def test_images_off_the_grid_are_refused_or_rounded() -> None:

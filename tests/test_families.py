@@ -290,6 +290,17 @@ def test_holm_is_refused_where_the_votes_choose_the_class() -> None:
         simultaneous(f.run, 0.0, method="holm")
 
 
+@pytest.mark.parametrize(("votes", "how"), [(575, ALONE), (545, {})], ids=["stopped by itself", "fixed n"])
+def test_an_unfinished_run_is_corrected_for_all_its_images(votes: int, how: dict[str, Any]) -> None:
+    """The first of fifty images to be settled is the likeliest to be wrong: alone it must not have all of alpha."""
+    for expected, marked in ((1, [True]), (50, [False])):
+        run = run_of([votes], **{**how, "alpha": 0.01})
+        run = Run(run.path, {**run.header, "expected": expected}, run.images)
+        assert 0.01 / 50 < p_values(run, 0.0)[0] <= 0.01
+        assert simultaneous(run, 0.0).tolist() == marked
+        assert simultaneous(run, 0.0, method="bonferroni").tolist() == marked
+
+
 def test_runs_without_p_values_are_refused(tmp_path: Path) -> None:
     log = tmp_path / "sigma_0.25"
     log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0:01\n")

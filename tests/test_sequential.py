@@ -10,6 +10,7 @@ import pytest
 from flint import arb, ctx
 from scipy import stats
 
+from certify.errors import UserError
 from certify.smoothing.bounds import Interval
 from certify.smoothing.stopping_rules import (
     RULES,
@@ -70,6 +71,30 @@ def test_peeking_with_a_fixed_n_bound_is_wrong_more_often(p0: float) -> None:
     n = 1500 if p0 < 0.99 else 10_000  # fewer cannot reject 0.999 at all
     for alpha in (0.1, 0.01):
         assert ever_crosses(naive(p0, alpha, n), p0, n)[0] > 1.5 * alpha
+
+
+@pytest.mark.parametrize("t", [10**7, 539_382_999, 10**9])
+@pytest.mark.parametrize("p0", [0.5, 0.8, 0.99])
+def test_wealth_is_never_above_the_exact_one(t: int, p0: float) -> None:
+    """Ball arithmetic, up to the most trials that are accepted; and less than 1e-3 is given away."""
+    ctx.prec = 300
+    for z in (0.0, 3.0, 6.0, 12.0):
+        h = round(p0 * t + z * math.sqrt(t * p0 * (1 - p0)))
+        exact = (arb(h) + 0.5).lgamma() + (arb(t - h) + 0.5).lgamma() - arb(t + 1).lgamma() - arb.pi().log()
+        exact -= h * arb(p0).log() + (t - h) * (1 - arb(p0)).log()
+        found = float(log_wealth(np.array(h), np.array(t), p0))
+        assert arb(found) < exact < arb(found) + arb("1e-3")
+
+
+def test_rules_refuse_more_trials_than_were_checked() -> None:
+    for rule in RULES:
+        with pytest.raises(UserError, match=r"^1,000,000,001 trials: expected at most 1,000,000,000, up to which .*$"):
+            RULES.get(rule)(0.7, 0.01, np.array([10**9 + 1]))  # type: ignore[operator]
+    for bound in (betting_lower, betting_upper):
+        with pytest.raises(UserError, match=r"^1,000,000,001 trials: expected"):
+            bound(5 * 10**8, 10**9 + 1, 0.01)
+        with pytest.raises(UserError, match="12 successes in 10 trials"):
+            bound(12, 10, 0.01)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ from certify.blackbox.protocols.v2 import metadata_request, options_from, v2
 from certify.blackbox.query_votes import AsSent
 from certify.blackbox.types import Answer, Picture, Query, Reply, Request, Scored
 from certify.cli.serve import _picture
-from certify.engine.noisy_classifier import image_digest
+from certify.engine.noisy_classifier import noise_name
 from certify.errors import UserError
 from certify.models.classifier import Classifier
 from certify.models.query_access import BudgetSpent
@@ -186,7 +186,7 @@ def test_a_radius_is_decided_with_few_samples(client: TestClient, digits: Classi
 def test_samples_and_seed_of_a_request(client: TestClient, digits: Classifier, images: np.ndarray) -> None:
     smoothed, image = SmoothedClassifier(digits, 0.25), torch.from_numpy(images[1])
     body = request(images[1:2], parameters={"samples": 900, "seed": "5"}, outputs=[{"name": "votes"}])
-    name = stream_name(image_digest(image), 5)
+    name = stream_name(noise_name(image), 5)
     wanted = smoothed.certify(image, n0=N0, n=900, alpha=ALPHA, seed=SEED, image_id=name)
     assert outputs(client.post(INFER, json=body)) == {"votes": list(wanted.counts)}
     again = outputs(client.post(INFER, json={**body, "parameters": {"samples": 900}}))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from flint import arb, ctx
 from scipy.stats import binom, norm
 
 from certify import (
@@ -85,6 +86,18 @@ def test_predict_is_the_binomial_test_between_the_leading_two() -> None:
     assert prediction_from_votes(Votes((33, 67)), alpha=0.001).p_value == pytest.approx(p67)
     assert prediction_from_votes(Votes((0, 0), 50), alpha=0.001).prediction == ABSTAIN
     assert prediction_from_votes(Votes((50,)), alpha=0.001).prediction == 0
+
+
+def test_the_p_value_of_a_prediction_is_the_exact_one_rounded_up() -> None:
+    ctx.prec = 400
+    for n in (1, 2, 7, 100, 1000, 30_000, 1_000_000):
+        for lead in {n % 2, *(round(z * math.sqrt(n)) // 2 * 2 + n % 2 for z in (1, 2, 3.3, 5, 8))}:
+            if lead > n:
+                continue
+            a, b = (n + lead) // 2, (n - lead) // 2
+            exact = 2 * arb(0.5).beta_lower(a, b + 1, regularized=True)
+            found = prediction_from_votes(Votes((a, b)), alpha=0.001).p_value
+            assert found == 1.0 if lead <= 1 else exact <= found <= exact * (1 + arb("1e-9")), (a, b)
 
 
 def test_largest_radius() -> None:
@@ -251,7 +264,7 @@ def test_sigma_or_noise_not_both(linear_classifier: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda g, x: g.certify(x, n=1e3), r"n = 1000.0, n0 = 100: expected whole numbers"),
+        (lambda g, x: g.certify(x, n=1e3), r"^n = 1000.0: expected a whole number, such as 1_000$"),
         (lambda g, x: g.certify(x, n=100, seed=None), r"seed = None: expected a whole number"),
         (lambda g, x: g.certify(x, n=100, seed=1.5), r"seed = 1.5: expected a whole number"),
         (lambda g, x: g.certify(None, n=100), r"image of type NoneType; expected an array or tensor"),

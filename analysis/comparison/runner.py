@@ -24,6 +24,8 @@ from certify.models.defence import Defence
 from certify.runs.config import versions
 from certify.runs.run_file import COMPARISON, SCHEMA, RunFile
 from certify.smoothed_classifier import SmoothedClassifier
+from certify.smoothing.certificates import check_counts
+from certify.smoothing.numeric import as_float, as_int
 from certify.smoothing.rng import block_generator, stream_key
 from certify.types import ABSTAIN, FAILED, NOT_CERTIFIABLE
 from denoisers.defences import Noisy
@@ -81,6 +83,13 @@ class Plan:
     certify_n: int = 1000
     alpha: float = 0.001
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n, repeats, alpha = check_counts(self.certify_n, self.repeats, self.alpha)
+        eps, seed = as_float(self.eps, "eps"), as_int(self.seed, "seed")
+        numbers = {"certify_n": n, "repeats": repeats, "alpha": alpha, "eps": eps, "seed": seed}
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
 
     def l2_radius(self, values: int) -> float:
         """The l2 radius of a ball that holds every permitted image of so many values."""

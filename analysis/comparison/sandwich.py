@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from certify.errors import RunFault, UserError
 from certify.runs.run_file import Run
+from certify.smoothing.bounds import check_alpha
 from certify.smoothing.rounding import exact
 from certify.types import ABSTAIN
 
@@ -97,6 +98,7 @@ def crossing(
     """
     from analysis.comparison.attacked import distances  # torch, which reading a comparison does without
 
+    alpha = check_alpha(alpha)
     near, far = smoothed.noise.input(clean), smoothed.noise.input(attacked)  # rounded, where the noise is on a grid
     predicted = smoothed.predict(attacked, n=n, alpha=alpha, seed=seed, image_id=f"{image_id} attacked")
     return Crossing(image_id, "l2", float(distances(far[None], near[None], "l2")), predicted.prediction, alpha)

@@ -88,7 +88,7 @@ N0, N, N_AT_MOST = 20, 100, 1000
     "--price-per-1000", type=options.Positive("a price above 0"), help="Of 1,000 requests, to say what it costs."
 )
 @attack_options
-@options.seed("all noise")
+@options.seed("all noise; secret if an adversary may choose images")
 @click.option(
     "--device", default="auto", help="Device of noise and denoiser: cpu, cuda, cuda:1, mps; auto takes an accelerator."
 )

@@ -330,7 +330,7 @@ trust_identity = click.option(
 
 compute_options = together(
     denoiser,
-    seed("all noise"),
+    seed("all noise; secret if an adversary may choose images"),
     device,
     engine_options,
     click.option("--out", metavar="PATH", help="Run file (.jsonl), or a folder for it (default: runs/)."),

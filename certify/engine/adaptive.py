@@ -12,7 +12,14 @@ from torch import Tensor
 
 from certify.engine.monte_carlo import Job, Tally
 from certify.errors import UserError
-from certify.smoothing.certificates import certificate_from_votes, decision_from_counts, largest_radius, needed
+from certify.smoothing.certificates import (
+    certificate_from_votes,
+    check_counts,
+    decision_from_counts,
+    largest_radius,
+    needed,
+)
+from certify.smoothing.numeric import as_float, as_int
 from certify.smoothing.rng import block_size
 from certify.smoothing.stopping_rules import MEASURING_BOUND, betting_upper, thresholds
 from certify.types import ABSTAIN, Certificate, Decision, Radii, Votes
@@ -93,6 +100,7 @@ class Deciding:
     def __init__(
         self, num_classes: int, *, n: int, radii: Sequence[float], noise: Radii, alpha: float, rule: str
     ) -> None:
+        n, _, alpha = check_counts(n, 1, alpha)
         self._p0s, level = needed(radii, noise, alpha, rule)
         self._tables = [thresholds(rule, p0, level, n) for p0 in self._p0s]
         self._n, self._radii, self._noise, self._alpha, self._rule = n, tuple(radii), noise, alpha, rule
@@ -168,6 +176,8 @@ class Measuring:
     """
 
     def __init__(self, num_classes: int, *, n: int, tolerance: float, noise: Radii, alpha: float) -> None:
+        n, _, alpha = check_counts(n, 1, alpha)
+        tolerance = as_float(tolerance, "tolerance", "a share between 0 and 1, such as 0.1")
         if not 0 < tolerance < 1:  # NaN is refused too
             raise UserError(f"tolerance {tolerance:g}: expected a share between 0 and 1, such as 0.1")
         self._n, self._tolerance, self._noise, self._alpha = n, tolerance, noise, alpha
@@ -206,9 +216,9 @@ class Counting:
     """
 
     def __init__(self, num_classes: int, *, n: int, piece: int) -> None:
-        self._counts, self._n, self._piece = _Counts(num_classes), n, piece
+        self._counts, self._n, self._piece = _Counts(num_classes), as_int(n, "n"), as_int(piece, "piece")
         self.drawn = 0
-        self.want = min(n, piece)
+        self.want = min(self._n, self._piece)
 
     def add(self, labels: np.ndarray) -> None:
         """All labels count."""

@@ -217,7 +217,7 @@ def _blocks(jobs: Iterable[Job], num_classes: int) -> Iterator[_Block]:
     """The blocks of all jobs, in order."""
     for job in jobs:
         if job.trials < 1:
-            raise ValueError(f"n = {job.trials}: expected at least 1")
+            raise UserError(f"n = {job.trials}: expected at least 1")
         count = _Count(job, num_classes)
         step, end = block_size(job.image.numel()) if job.key else job.trials, job.start + job.trials
         for number in range(job.start // step, -(-end // step)):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from certify.errors import UserError
 from certify.smoothing.noise import make_noise
 from certify.smoothing.norms import implied_factor, in_norm
+from certify.smoothing.numeric import as_int
 from certify.types import BaseClassifier, Noise, Radii, Votes
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class NoisyClassifier:
         if isinstance(denoiser, str):
             raise UserError(f"denoiser={denoiser!r}: expected a module; denoisers.load_denoiser({denoiser!r}) gives it")
         self.noise: Noise = (
-            make_noise(str(noise or "gaussian"), float(sigma or 0.0), rounded=rounded) if named else noise  # type: ignore[assignment]
+            make_noise(str(noise or "gaussian"), sigma, rounded=rounded) if named else noise  # type: ignore[arg-type,assignment]
         )
         self.norm = norm or self.noise.norm
         implied_factor(self.noise.norm, self.norm, 1)  # refuses an unknown norm
@@ -153,13 +154,15 @@ class NoisyClassifier:
             images: pairs of an image ``(C, H, W)`` and the name of its noise (None: a hash of the image), pulled a few
                 blocks of noise ahead.
             stages: noisy copies of each stage; each stage draws its own.
-            seed: with the name and the stage it fixes all noise.
+            seed: with the name and the stage it fixes all noise; public by default
+                (:meth:`certify.SmoothedClassifier.certify`).
             clean: whether to label the image without noise too, as stage ``"clean"``.
             progress: called with the number of noisy samples done since the last call.
         """
         from certify.engine.monte_carlo import Job
         from certify.smoothing.rng import stream_key
 
+        stages = {stage: as_int(trials, "n") for stage, trials in stages.items()}
         queue = iter(images)
         first = next(queue, None)
         if first is None:
@@ -173,7 +176,7 @@ class NoisyClassifier:
                 if clean:
                     yield Job(there, None, 1, keep=1)
                 for stage, trials in stages.items():
-                    key = stream_key(seed, image_digest(tensor) if name is None else name, stage)
+                    key = stream_key(seed, noise_name(tensor) if name is None else name, stage)
                     yield Job(there, key, trials, keep=KEPT)
 
         done = label(jobs())
@@ -216,7 +219,7 @@ class NoisyClassifier:
                     continue
                 image, name = found
                 tensor = self.check(image)
-                key = stream_key(seed, image_digest(tensor) if name is None else name, "estimation")
+                key = stream_key(seed, noise_name(tensor) if name is None else name, "estimation")
                 yield tensor.to(self.device), key
 
         yield from settle(label, there(), watch, batch_size=batch_size, keep=KEPT)
@@ -297,5 +300,14 @@ class NoisyClassifier:
 
 
 def image_digest(image: torch.Tensor) -> str:
-    """SHA-256 of the pixels of one image as it is certified: 16 hexadecimal digits."""
-    return hashlib.sha256(str(tuple(image.shape)).encode() + image.cpu().numpy().tobytes()).hexdigest()[:16]
+    """Return 128 bits of the SHA-256 of one image's pixels as it is certified: 32 hexadecimal digits."""
+    return hashlib.sha256(str(tuple(image.shape)).encode() + image.cpu().numpy().tobytes()).hexdigest()[:32]
+
+
+def noise_name(image: torch.Tensor) -> str:
+    """Return the noise name of an image without an id: the first 64 bits of its digest.
+
+    Two images whose names agree share their noise. Each certificate holds all the same; only that they err
+    independently is lost. A longer name would change the noise of every such image.
+    """
+    return image_digest(image)[:16]

@@ -24,6 +24,7 @@ from certify.engine.execution import PRECISIONS, Execution, cache_folder, conver
 from certify.engine.hardware import machine_name, product_speed, room_for_inputs
 from certify.engine.monte_carlo import label_batch
 from certify.errors import CertifyError, UserError
+from certify.smoothing.numeric import as_int
 from certify.smoothing.rng import block_generator, block_size
 from certify.types import BaseClassifier, Noise
 
@@ -64,8 +65,10 @@ class Wanted:
             raise UserError(f"precision {self.precision!r}; expected auto, {', '.join(PRECISIONS)}")
         if self.compile not in ("auto", "on", "off"):
             raise UserError(f"compile {self.compile!r}; expected auto, on or off")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"batch size {self.batch_size}; expected a whole number from 1, or None for auto")
+        if self.batch_size is not None:
+            object.__setattr__(self, "batch_size", as_int(self.batch_size, "batch_size"))
+            if self.batch_size < 1:
+                raise UserError(f"batch size {self.batch_size}; expected a whole number from 1, or None for auto")
 
 
 def choose(

@@ -299,7 +299,7 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
         raise ImageError(
             f"image with values from {low:.4g} to {high:.4g}; expected [0, 1], before normalisation, or uint8"
         )
-    return tensor.clamp(0.0, 1.0)
+    return tensor.clamp(0.0, 1.0) + 0.0  # -0.0 is 0.0: equal images have equal bits, and so the same noise
 
 
 def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:

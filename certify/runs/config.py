@@ -19,6 +19,7 @@ from certify.images.dataset import ImageSet
 from certify.registry import PLUGINS
 from certify.runs.run_file import SCHEMA, now
 from certify.smoothing.certificates import check_counts
+from certify.smoothing.numeric import as_float, as_int
 from certify.smoothing.rng import STREAM
 from certify.smoothing.stopping_rules import DEFAULT_RULE, MEASURING_BOUND
 from certify.types import Noise
@@ -37,7 +38,7 @@ class Settings:
         n: estimation samples; the most of them where images stop by themselves.
         n0: selection samples (not for ``predict`` and where images stop by themselves: one stage).
         alpha: probability of error for each image.
-        seed: of all noise.
+        seed: of all noise; secret where images may come from an adversary, who could craft them against known noise.
         bound: name of the bound.
         procedure: ``"certify"``, ``"predict"`` or ``"decide"``.
         radii: to decide, ascending.
@@ -56,7 +57,13 @@ class Settings:
     rule: str = DEFAULT_RULE
 
     def __post_init__(self) -> None:
-        check_counts(self.n, self.n0 if self.procedure == "certify" else 1, self.alpha)
+        n, n0, alpha = check_counts(self.n, self.n0 if self.procedure == "certify" else 1, self.alpha)
+        n0 = n0 if self.procedure == "certify" else as_int(self.n0, "n0")
+        tolerance = None if self.tolerance is None else as_float(self.tolerance, "tolerance")
+        radii = tuple(as_float(radius, "radius") for radius in self.radii)
+        numbers = {"n": n, "n0": n0, "alpha": alpha, "seed": as_int(self.seed, "seed"), "tolerance": tolerance}
+        for name, value in (numbers | {"radii": radii}).items():
+            object.__setattr__(self, name, value)
         if self.procedure not in PROCEDURES:
             raise UserError(f"procedure {self.procedure!r}; expected one of {', '.join(PROCEDURES)}")
         if (self.procedure == "decide") != bool(self.radii):

@@ -51,7 +51,7 @@ def recomputed_header(
     header = run.header
     alpha = header["alpha"] if alpha is None else alpha
     bound = header["bound"] if bound is None else bound
-    check_alpha(alpha)
+    alpha = check_alpha(alpha)
     check_design(run, bound)
     kept = {key: header[key] for key in ("alpha", "bound", "created", "command")}
     said = {"recomputed": {**origin, "from": kept}, "created": now(), "command": command}

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from certify.engine.adaptive import Counting, Deciding, Label, Watch, settle
-from certify.engine.noisy_classifier import image_digest
+from certify.engine.noisy_classifier import noise_name
 from certify.errors import UserError, in_words
 from certify.models.query_access import BudgetSpent
 from certify.serve.limits import Limits, Refused
 from certify.serve.protocol import ABSTAINED, Answer, Wishes
 from certify.smoothed_classifier import SmoothedClassifier
 from certify.smoothing.certificates import certificate_from_votes, check_counts, needed
+from certify.smoothing.numeric import as_float, as_int
 from certify.smoothing.rng import stream_key
 from certify.smoothing.stopping_rules import DEFAULT_RULE
 from certify.types import ABSTAIN, Certificate, Decision, Votes
@@ -61,7 +62,11 @@ class Procedure:
     seed: int = field(default_factory=lambda: secrets.randbits(128), repr=False)
 
     def __post_init__(self) -> None:
-        check_counts(self.n, self.n0, self.alpha)
+        n, n0, alpha = check_counts(self.n, self.n0, self.alpha)
+        radius = None if self.radius is None else as_float(self.radius, "radius")
+        numbers = {"n": n, "n0": n0, "alpha": alpha, "radius": radius, "seed": as_int(self.seed, "seed")}
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
 
     def cost(self, wishes: Wishes) -> int:
         """Samples of one image, at most."""
@@ -69,9 +74,9 @@ class Procedure:
         return (wishes.samples or self.n) + (self.n0 if radius is None else 0)
 
 
-def stream_name(digest: str, seed: int | None) -> str:
-    """The name of an image's noise: its digest, and the request's seed if it has one."""
-    return digest if seed is None else f"{digest} | {seed}"
+def stream_name(name: str, seed: int | None) -> str:
+    """The name of an image's noise, with the request's seed if it has one."""
+    return name if seed is None else f"{name} | {seed}"
 
 
 @dataclass(eq=False)
@@ -286,7 +291,7 @@ class Service:
             counts = {SELECTION: procedure.n0, ESTIMATION: n}
             watches = {stage: Counting(classes, n=count, piece=batch_size) for stage, count in counts.items()}
         image.open = len(watches)
-        name = stream_name(image_digest(tensor), image.wishes.seed)
+        name = stream_name(noise_name(tensor), image.wishes.seed)
         for stage, watch in watches.items():
             self._parts.append((there, stream_key(procedure.seed, name, stage), _Part(image, stage, watch)))
 

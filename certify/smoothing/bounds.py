@@ -2,9 +2,9 @@
 
 A bound looks at the :class:`Evidence` for a class that was chosen without it, and answers with an :class:`Interval`:
 with probability at least 1 - alpha the class has at least ``lower`` and every other class at most ``upper``. Floating
-point must not spoil that: the quantile functions of scipy land above the exact value about half the time, so
-``_OUTWARD`` is subtracted. It exceeds every error found against ball arithmetic up to n = 10^7 and alpha = 10^-12
-(``tests/test_bounds.py``) and costs less than 2e-7 of a radius at sigma = 1.
+point must not spoil that: scipy's quantile functions land above the exact value about half the time, and miss it by a
+factor of two for 1,000 votes of 10^9. So ``_OUTWARD`` is subtracted, and the result is checked by the tail probability,
+which scipy computes to a known relative error (:func:`tail_error`) for up to ``MAX_TRIALS`` trials.
 """
 
 from __future__ import annotations
@@ -13,10 +13,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from certify.errors import UserError
 from certify.registry import Registry
+from certify.smoothing.numeric import as_float, as_int
 
-_OUTWARD = 1e-12
+MAX_TRIALS = 10**9
+"""Trials up to which bounds and rules were compared with ball arithmetic; more are refused."""
+
+_OUTWARD = 1e-12  # costs less than 2e-7 of a radius at sigma = 1
 _SMALLEST_ALPHA, _SMALLEST_SHARE = 1e-40, 1e-50  # what may be asked for, and what may be left of it to share
 _OTHERS_SHARE = 0.1  # of alpha in `best`: see best()
 
@@ -40,10 +46,11 @@ class Evidence:
     uniform: float = 1.0
 
     def __post_init__(self) -> None:
-        check_counts(self.successes, self.trials)
-        check_counts(self.others, self.trials)
-        if not 0.0 < self.uniform <= 1.0:
-            raise ValueError(f"uniform = {self.uniform}: expected a number in (0, 1]")
+        successes, trials = check_counts(self.successes, self.trials)
+        others, _ = check_counts(self.others, self.trials)
+        for name, value in (("successes", successes), ("others", others), ("trials", trials)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "uniform", _check_uniform(self.uniform))
 
 
 @dataclass(frozen=True)
@@ -70,25 +77,82 @@ class Bound:
 
     def __call__(self, evidence: Evidence, alpha: float) -> Interval:
         """The interval; wrong with probability at most alpha."""
-        return self.compute(evidence, alpha)
+        return self.compute(evidence, check_share(alpha))
 
 
-def check_alpha(alpha: float) -> None:
-    """Refuse an alpha outside (0, 1), NaN included, and below 1e-40, where the margin is not known to suffice."""
-    if not _SMALLEST_ALPHA <= alpha < 1.0:
-        raise UserError(f"alpha = {alpha}: expected a number strictly between 0 and 1, such as 0.001 (1e-40 at least)")
+def check_alpha(alpha: float) -> float:
+    """Return alpha as a Python float.
+
+    Raises:
+        UserError: outside (0, 1), NaN included, or below 1e-40, where the margin is not known to suffice.
+    """
+    return _check_level(alpha, _SMALLEST_ALPHA)
 
 
-def check_share(alpha: float) -> None:
-    """The same for a share of an alpha that was accepted."""
-    if not _SMALLEST_SHARE <= alpha < 1.0:
-        check_alpha(alpha)
+def check_share(alpha: float) -> float:
+    """Return a share of an alpha that was accepted, which may be smaller still, as a Python float."""
+    return _check_level(alpha, _SMALLEST_SHARE)
 
 
-def check_counts(successes: int, trials: int) -> None:
-    """Refuse counts that cannot be."""
+def _check_level(alpha: float, smallest: float) -> float:
+    expected = "a number strictly between 0 and 1, such as 0.001 (1e-40 at least)"
+    level = as_float(alpha, "alpha", expected)
+    if not smallest <= level < 1.0:
+        raise UserError(f"alpha = {level}: expected {expected}")
+    return level
+
+
+def check_counts(successes: int, trials: int) -> tuple[int, int]:
+    """Return successes and trials as Python ints.
+
+    Raises:
+        UserError: not 0 <= successes <= trials, no trials, or more than ``MAX_TRIALS``.
+    """
+    successes, trials = as_int(successes, "successes"), as_int(trials, "trials")
     if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(f"{successes} successes in {trials} trials: expected 0 <= successes <= trials and trials >= 1")
+        raise UserError(f"{successes} successes in {trials} trials: expected 0 <= successes <= trials and trials >= 1")
+    check_trials(trials)
+    return successes, trials
+
+
+def check_trials(trials: int | np.ndarray) -> None:
+    """Refuse more than ``MAX_TRIALS`` trials, in any of several counts."""
+    if (most := int(np.max(trials, initial=0))) > MAX_TRIALS:
+        raise UserError(f"{most:,} trials: expected at most {MAX_TRIALS:,}, up to which the bounds were checked")
+
+
+def _check_uniform(uniform: float) -> float:
+    value = as_float(uniform, "uniform", "a number in (0, 1]")
+    if not 0.0 < value <= 1.0:
+        raise UserError(f"uniform = {value}: expected a number in (0, 1]")
+    return value
+
+
+def tail_error(trials: int) -> float:
+    """Relative error of scipy's binomial tail probabilities: ten times the largest that was found for any count."""
+    return 2e-14 * math.sqrt(trials)
+
+
+def _proved(tail: Callable[[float], float], p: float, floor: float, alpha: float, error: float) -> float:
+    """Return ``p`` if the tail there is at most alpha for certain, else the largest value above ``floor`` where it is.
+
+    Args:
+        tail: computes an increasing probability to the relative ``error``; at most alpha at ``floor``.
+        p: the candidate.
+        floor: returned if nothing above it can be proved.
+        alpha: the level.
+        error: of ``tail``.
+    """
+
+    def holds(q: float) -> bool:
+        return tail(q) * (1.0 + error) <= alpha
+
+    if not p > floor or holds(p):
+        return max(p, floor)
+    for _ in range(60):
+        middle = (floor + p) / 2
+        floor, p = (middle, p) if holds(middle) else (floor, middle)
+    return floor
 
 
 def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
@@ -106,36 +170,45 @@ def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
         The bound, in [0, 1).
 
     Raises:
-        ValueError: counts or alpha out of range.
+        UserError: counts or alpha out of range.
     """
-    check_share(alpha)
-    check_counts(successes, trials)
+    alpha, (successes, trials) = check_share(alpha), check_counts(successes, trials)
     if successes == 0:
         return 0.0
-    from scipy.special import betaincinv  # 0.4 s to import: `certify --help` must not pay for it
+    from scipy.special import betainc, betaincinv  # 0.4 s to import: `certify --help` must not pay for it
+
+    def tail(p: float) -> float:
+        return float(betainc(successes, trials - successes + 1, p))
 
     quantile = float(betaincinv(successes, trials - successes + 1, alpha))
-    return max(0.0, quantile - _OUTWARD) if math.isfinite(quantile) else 0.0
+    return _proved(tail, quantile - _OUTWARD, 0.0, alpha, tail_error(trials)) if math.isfinite(quantile) else 0.0
 
 
 def clopper_pearson_upper(successes: int, trials: int, alpha: float) -> float:
     """The upper bound: P(result < p) <= alpha, whatever p; 1 minus the lower bound of the failures."""
+    successes, trials = check_counts(successes, trials)
     return min(1.0, 1.0 - clopper_pearson_lower(trials - successes, trials, alpha) + math.ulp(1.0))
 
 
 def randomized_lower(successes: int, trials: int, alpha: float, uniform: float) -> float:
-    """Randomized Clopper-Pearson lower bound (Voracek 2024): coverage exactly 1 - alpha, never below Clopper-Pearson.
+    """Randomized Clopper-Pearson lower bound (Voracek 2024): never below Clopper-Pearson's.
 
     p such that P(B > k) + W P(B = k) = alpha for B ~ Bin(n, p) and a uniform W, drawn once and independently of the
-    votes; W = 1 gives Clopper-Pearson. When all votes agree, a W near alpha would give p = 1 and an infinite radius:
-    W is never taken below 2 alpha, which only lowers the bound.
+    votes; W = 1 gives Clopper-Pearson. Coverage would be exactly 1 - alpha; it is at least that, because the bound is
+    rounded down, and because W is never taken below 2 alpha: when all votes agree, a W near alpha would give p = 1 and
+    an infinite radius.
 
     Args:
         successes: k, 0 <= k <= n.
         trials: n >= 1.
         alpha: probability of error, in (0, 1).
         uniform: W, in (0, 1].
+
+    Raises:
+        UserError: as :func:`clopper_pearson_lower`; a ``uniform`` out of range.
     """
+    alpha, (successes, trials) = check_share(alpha), check_counts(successes, trials)
+    uniform = _check_uniform(uniform)
     least = clopper_pearson_lower(successes, trials, alpha)
     if successes == trials:
         weight = min(1.0, max(uniform, 2 * alpha))
@@ -143,16 +216,16 @@ def randomized_lower(successes: int, trials: int, alpha: float, uniform: float) 
     from scipy.optimize import brentq
     from scipy.special import betainc
 
-    def excess(p: float) -> float:
+    def chance(p: float) -> float:
         more = float(betainc(successes + 1, trials - successes, p))
         at_least = float(betainc(successes, trials - successes + 1, p)) if successes else 1.0
-        return (1.0 - uniform) * more + uniform * at_least - alpha
+        return (1.0 - uniform) * more + uniform * at_least
 
-    most = clopper_pearson_lower(successes + 1, trials, alpha) + 2 * _OUTWARD
-    if excess(least) >= 0 or excess(most) <= 0:  # nothing above the plain bound: k = 0, or margins that meet
+    most = min(1.0, clopper_pearson_lower(successes + 1, trials, alpha) + 2 * _OUTWARD)
+    if not chance(least) < alpha < chance(most):  # nothing above the plain bound: k = 0, or margins that meet
         return least
-    found = float(brentq(excess, least, most, xtol=1e-15, rtol=1e-15))
-    return max(least, found - _OUTWARD) if math.isfinite(found) else least
+    root = float(brentq(lambda p: chance(p) - alpha, least, most, xtol=1e-15, rtol=1e-15))
+    return _proved(chance, root - _OUTWARD, least, alpha, tail_error(trials))
 
 
 def _clopper_pearson(evidence: Evidence, alpha: float) -> Interval:
@@ -173,6 +246,7 @@ def two_classes(evidence: Evidence, alpha: float, others_share: float) -> Interv
     with the count, so it exceeds p_c whenever c's own bound does: with probability at least 1 - alpha's share. A failed
     trial may have been any class's, so failures count for the rival.
     """
+    alpha, others_share = check_share(alpha), as_float(others_share, "others_share")
     lower = clopper_pearson_lower(evidence.successes, evidence.trials, alpha * (1.0 - others_share))
     upper = clopper_pearson_upper(evidence.others, evidence.trials, alpha * others_share)
     return Interval(lower, min(upper, 1.0 - lower))
@@ -193,7 +267,11 @@ def _best(evidence: Evidence, alpha: float) -> Interval:
 
 
 BOUNDS.add("clopper-pearson", Bound(_clopper_pearson), "exact, one-sided (default)")
-BOUNDS.add("randomized", Bound(_randomized, randomized=True), "randomized Clopper-Pearson: coverage exactly 1 - alpha")
+BOUNDS.add(
+    "randomized",
+    Bound(_randomized, randomized=True),
+    "randomized Clopper-Pearson: coverage at least 1 - alpha, never below clopper-pearson",
+)
 BOUNDS.add("runner-up", Bound(_runner_up), "the class against its strongest rival, alpha shared evenly")
 BOUNDS.add("best", Bound(_best), "the larger of both, alpha shared 9 : 1")
 BOUNDS.add("betting", "certify.smoothing.stopping_rules:BETTING", "holds at every sample size at once (anytime-valid)")

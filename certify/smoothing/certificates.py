@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from certify.errors import UserError
-from certify.smoothing.bounds import BOUNDS, Bound, Evidence, Interval, check_alpha
+from certify.smoothing.bounds import BOUNDS, Bound, Evidence, Interval, check_alpha, check_trials, tail_error
+from certify.smoothing.numeric import as_float, as_int
 from certify.smoothing.rounding import exact
 from certify.smoothing.stopping_rules import RULES, Boundary, Rule
 from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Certificate, Decision, Radii, Votes
@@ -46,7 +46,7 @@ def certificate_from_votes(
     Raises:
         UserError: no selection votes, and a bound that needs them.
     """
-    check_alpha(alpha)
+    alpha = check_alpha(alpha)
     compute = BOUNDS.get(bound)
     assert isinstance(compute, Bound)
     selected = selection.trials > 0
@@ -96,6 +96,7 @@ def decision_from_counts(
         rule: name of the stopping rule.
         drawn: samples that were labelled in all.
     """
+    alpha, radii = check_alpha(alpha), [as_float(radius, "radius") for radius in radii]
     outcomes: list[str] = []
     prediction, largest = ABSTAIN, 0.0
     p0s, level = needed(radii, noise, alpha, rule)
@@ -116,6 +117,7 @@ def needed(radii: Sequence[float], noise: Radii, alpha: float, rule: str) -> tup
     Raises:
         UserError: a radius that is not positive, or that this noise cannot certify with any number of samples.
     """
+    alpha, radii = check_alpha(alpha), [as_float(radius, "radius") for radius in radii]
     p0s = [noise.probability(radius) for radius in radii]
     for radius, p0 in zip(radii, p0s, strict=True):
         if not (radius >= 0 and 0.5 <= p0 < 1.0):
@@ -134,7 +136,7 @@ class Prediction:
 
     Attributes:
         prediction: class in [0, K), or ``ABSTAIN``.
-        p_value: of the two-sided binomial test between the two leading classes.
+        p_value: of the two-sided binomial test between the two leading classes, rounded up.
         votes: of the n noisy copies.
     """
 
@@ -150,14 +152,16 @@ def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
     returned when its p-value is at most alpha, and then it is the smoothed classifier's prediction with probability at
     least 1 - alpha.
     """
-    check_alpha(alpha)
-    from scipy.stats import binomtest
-
+    alpha = check_alpha(alpha)
     if not any(votes.counts):
         return Prediction(ABSTAIN, 1.0, votes)
     first, *rest = votes.leading(2)
     a, b = votes.counts[first], votes.counts[rest[0]] if rest else 0
-    p_value = float(binomtest(a, a + b, 0.5).pvalue)
+    from scipy.special import betainc
+
+    check_trials(a + b)
+    tail = float(betainc(a, b + 1, 0.5)) * (1.0 + tail_error(a + b))  # P(Bin(a + b, 1/2) >= a), rounded up
+    p_value = min(1.0, 2.0 * tail)
     return Prediction(first if p_value <= alpha else ABSTAIN, p_value, votes)
 
 
@@ -165,17 +169,20 @@ def largest_radius(
     noise: Radii, n: int, alpha: float, bound: str = "clopper-pearson", *, selected: bool = True
 ) -> float:
     """The radius when all n votes agree: nothing larger can come out of a run. 0 means that n is too small."""
+    n, _, alpha = check_counts(n, 1, alpha)
     luckiest = Evidence(n, 0, n, uniform=math.ulp(0.5))
     found: Interval = BOUNDS.get(bound)(luckiest, alpha if selected else alpha / 2)
     return noise.radius(found.lower, found.upper)
 
 
-def check_counts(n: int, n0: int, alpha: float) -> None:
-    """Refuse sample counts below 1 and alpha outside (0, 1), as the user's mistakes."""
-    try:
-        operator.index(n), operator.index(n0)
-    except TypeError:
-        raise UserError(f"n = {n!r}, n0 = {n0!r}: expected whole numbers, such as 1_000") from None
+def check_counts(n: int, n0: int, alpha: float) -> tuple[int, int, float]:
+    """Return both sample counts and alpha as Python numbers.
+
+    Raises:
+        UserError: counts below 1, or that no bound was checked for; alpha outside (0, 1).
+    """
+    n, n0 = as_int(n, "n"), as_int(n0, "n0")
     if n < 1 or n0 < 1:
         raise UserError(f"n = {n}, n0 = {n0}: expected at least 1 sample in each stage")
-    check_alpha(alpha)
+    check_trials(max(n, n0))
+    return n, n0, check_alpha(alpha)

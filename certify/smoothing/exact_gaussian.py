@@ -31,8 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from certify.errors import ImageError
+from certify.errors import ImageError, UserError
 from certify.smoothing.noise import Gaussian
+from certify.smoothing.numeric import as_float
 
 FAILED_DRAW = -(2**15)
 """What stands in a block for a draw that failed: no K."""
@@ -41,7 +42,7 @@ _BITS, _FINE_BITS = 60, 44  # a draw: 16 bits decide almost all, 44 further ones
 _OPEN = 2**15 - 1  # first 16 bits that leave K open: no K either
 _LARGEST_K = 126  # clip range whose K, and pixels plus K, are told from the two marks in int16
 _SMALL = 2**20  # values. Torch starts all threads for each step: on a busy processor that takes 100 times the step
-_OFF_GRID = 1e-4  # of a step; an 8-bit value stored in float32 is off by 2e-5 at most
+_OFF_GRID = 4  # units in the last place of float32: v / 255 or v * (1 / 255) in float32 or float64 is nearer
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,19 @@ class ExactGaussian(Gaussian):
 
     name = "exact"
     one_shape = True
+    sigmas = (math.ulp(0.0), 1e30)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.k > _LARGEST_K:
-            raise ValueError(
+            raise UserError(
                 f"sigma = {self.sigma}: exact noise goes up to 21.16, in [0, 1] pixels (0.25, not 64 of 255)"
             )
+
+    @property
+    def drawn_sigma(self) -> float:
+        """Sigma itself."""
+        return self.sigma
 
     @property
     def k(self) -> int:
@@ -78,15 +85,15 @@ class ExactGaussian(Gaussian):
         Raises:
             ImageError: the image is off the grid and ``rounded`` is not set.
         """
-        steps = image.to(torch.float32) * 255.0
-        whole = steps.round()
-        off = int(((steps - whole).abs() > _OFF_GRID).sum())
+        image = image.to(torch.float32) + 0.0  # +0 for -0, whose bits are those of no small number
+        nearest = _pixels((image * 255.0).round() + 0.0)
+        off = int(((image.view(torch.int32) - nearest.view(torch.int32)).abs() > _OFF_GRID).sum())
         if off and not self.rounded:
             raise ImageError(
                 f"{off:,} of the image's {image.numel():,} values are off the 8-bit grid (resized?); exact noise needs "
                 "v / 255, v = 0 to 255: --round (rounded=True in Python) certifies the nearest 8-bit image"
             )
-        return _pixels(whole)
+        return nearest
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Independent K of this shape, int16, on the generator's device; ``FAILED_DRAW`` where the draw failed."""
@@ -144,6 +151,7 @@ def atom_counts(sigma: float) -> list[int]:
 
     exact = mpmath.MPContext()  # one's own: the precision of mpmath's common context belongs to all threads
     exact.prec = 256
+    sigma = as_float(sigma, "sigma")
     step, last = 510 * exact.mpf(sigma), 255 * (ExactGaussian(sigma).k + 1)
     deviations = [(2 * i + 1) / step for i in range(last)]
     beyond = [exact.erfc(z / exact.sqrt(2)) / 2 if z < 40 else exact.zero for z in deviations]
@@ -196,7 +204,7 @@ _BUILDING = threading.Lock()
 def draw_table(sigma: float, device: torch.device | str = "cpu") -> DrawTable:
     """The table of this sigma, built on first use (0.1 to 0.5 s) and kept."""
     with _BUILDING:  # blocks are drawn on several threads
-        return _draw_table(float(sigma), str(device))
+        return _draw_table(as_float(sigma, "sigma"), str(device))
 
 
 @functools.cache

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from certify.errors import UserError
 from certify.registry import Registry
+from certify.smoothing.numeric import as_float
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +20,30 @@ if TYPE_CHECKING:
 # Relative margin that covers the error of ndtri (2.5 ulp measured), of log1p, and of the products around them.
 _OUTWARD = 1e-14
 
+_SIGMA = "a positive number, in [0, 1] pixels (0.25, not 64 of 255)"
+
 NOISES = Registry("noise", "certify.noises")
+
+
+def drawn_scale(scale: float) -> float:
+    """The scale that the radius is stated from: the smaller of ``scale`` and its float32, which the sampler uses."""
+    (single,) = struct.unpack("<f", struct.pack("<f", scale))
+    return min(scale, float(single))
+
+
+def _probabilities(p_lower: float, p_other: float | None) -> tuple[float, float | None]:
+    """Both arguments of :meth:`certify.types.Radii.radius` as Python floats."""
+    lower, other = as_float(p_lower, "p_lower"), None if p_other is None else as_float(p_other, "p_other")
+    if lower > 1.0 or (other is not None and other < 0.0):
+        raise UserError(f"p_lower = {lower}, p_other = {other}: expected probabilities")
+    return lower, other
 
 
 @dataclass(frozen=True)
 class Additive:
-    """What the distributions that are added in float32 have in common.
+    """Base of the distributions that are drawn and added in float32.
+
+    The radius is stated from the scale that was really drawn (:func:`drawn_scale`): 0.12 is smaller in float32.
 
     Attributes:
         sigma: standard deviation of one pixel's noise, in [0, 1] pixels, whatever the distribution.
@@ -32,12 +52,12 @@ class Additive:
     sigma: float
 
     one_shape = False
+    sigmas = (1e-30, 1e30)  # the scales that follow from these are normal numbers in float32
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.sigma) and self.sigma > 0):
-            raise ValueError(
-                f"sigma = {self.sigma}: expected a positive number, in [0, 1] pixels (0.25, not 64 of 255)"
-            )
+        object.__setattr__(self, "sigma", as_float(self.sigma, "sigma", _SIGMA))
+        if not self.sigmas[0] <= self.sigma <= self.sigmas[1]:  # NaN is refused too
+            raise UserError(f"sigma = {self.sigma}: expected {_SIGMA}")
 
     @property
     def scale(self) -> float:
@@ -78,17 +98,23 @@ class Gaussian(Additive):
         """
         from scipy.special import ndtri
 
+        p_lower, p_other = _probabilities(p_lower, p_other)
         if not p_lower > (0.5 if p_other is None else p_other):  # nor with NaN
             return 0.0
         above = float(ndtri(p_lower))
         below = -above if p_other is None else float(ndtri(p_other))
-        return max(0.0, self.sigma / 2 * (above - below - _OUTWARD * (abs(above) + abs(below))))
+        return max(0.0, self.drawn_sigma / 2 * (above - below - _OUTWARD * (abs(above) + abs(below))))
 
     def probability(self, radius: float) -> float:
         """Phi(radius / sigma): the probability that is needed for this radius."""
         from scipy.special import ndtr
 
-        return float(ndtr(radius / self.sigma))
+        return float(ndtr(as_float(radius, "radius") / self.drawn_sigma))
+
+    @property
+    def drawn_sigma(self) -> float:
+        """Sigma as it is drawn."""
+        return drawn_scale(self.sigma)
 
 
 @dataclass(frozen=True)
@@ -103,8 +129,8 @@ class Uniform(Additive):
 
     @property
     def half_width(self) -> float:
-        """Lambda."""
-        return math.sqrt(3.0) * self.sigma
+        """Lambda as it is drawn."""
+        return drawn_scale(math.sqrt(3.0) * self.sigma)
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """Noise of this shape, float32, drawn on the generator's device."""
@@ -115,12 +141,13 @@ class Uniform(Additive):
 
     def radius(self, p_lower: float, p_other: float | None = None) -> float:
         """R = lambda (p_lower - p_other), rounded down: 2 lambda (p_lower - 1/2) for p_other = 1 - p_lower."""
+        p_lower, p_other = _probabilities(p_lower, p_other)
         gap = 2 * (p_lower - 0.5) if p_other is None else p_lower - p_other
         return self.half_width * gap * (1.0 - _OUTWARD) if gap > 0 else 0.0
 
     def probability(self, radius: float) -> float:
         """1/2 + radius / (2 lambda): above 1 for a radius that this noise cannot certify."""
-        return 0.5 + radius / (2 * self.half_width)
+        return 0.5 + as_float(radius, "radius") / (2 * self.half_width)
 
 
 @dataclass(frozen=True)
@@ -135,37 +162,45 @@ class Laplace(Additive):
 
     @property
     def b(self) -> float:
-        """The scale parameter."""
-        return self.sigma / math.sqrt(2.0)
+        """The scale parameter as it is drawn."""
+        return drawn_scale(self.sigma / math.sqrt(2.0))
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """Noise of this shape, float32, drawn on the generator's device: the difference of two exponentials."""
+        """Noise of this shape, float32, drawn on the generator's device: the difference of two exponentials.
+
+        -log(1 - u) of uniform numbers: torch's own exponentials divide by a rounded rate, and where they come from
+        Intel's library they follow from 32 bits of the generator, so that blocks would coincide.
+        """
         import torch
 
         first, second = (
-            torch.empty(shape, device=generator.device, dtype=torch.float32).exponential_(
-                1.0 / self.b, generator=generator
-            )
+            torch.empty(shape, device=generator.device, dtype=torch.float32)
+            .uniform_(generator=generator)
+            .neg_()
+            .log1p_()
             for _ in range(2)
         )
-        return first.sub_(second)
+        return second.sub_(first).mul_(self.b)
 
     def radius(self, p_lower: float, p_other: float | None = None) -> float:
         """R = max(b/2 log(p_lower / p_other), -b log(1 - p_lower + p_other)), rounded down.
 
         It is -b log(2 (1 - p_lower)) for p_other = 1 - p_lower.
         """
+        p_lower, p_other = _probabilities(p_lower, p_other)
         other = 1.0 - p_lower if p_other is None else p_other
-        if not p_lower > other:
+        gap = p_lower - other
+        if not gap > 0:  # nor with NaN
             return 0.0
         other = max(other, math.ulp(0.0))  # a probability of 0 would certify everything
-        ratio = (math.log(p_lower) - math.log(other)) / 2
-        total = -math.log((1.0 - p_lower) + other)
-        return self.b * (max(ratio, total) * (1.0 - _OUTWARD))
+        # Both logarithms from the gap where it is small: near 1/2 the plain formulas lose all digits.
+        ratio = math.log1p(gap / other) if gap < other else math.log(p_lower) - math.log(other)
+        total = -math.log1p(-gap) if gap < 0.5 else -math.log((1.0 - p_lower) + other)
+        return self.b * (max(ratio / 2, total) * (1.0 - _OUTWARD))
 
     def probability(self, radius: float) -> float:
         """1 - exp(-radius / b) / 2."""
-        return 0.5 - math.expm1(-radius / self.b) / 2
+        return 0.5 - math.expm1(-as_float(radius, "radius") / self.b) / 2
 
 
 NOISES.add("gaussian", Gaussian, "isotropic Gaussian, l2 (default)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from certify.errors import UserError
+from certify.smoothing.numeric import as_float, as_int
 
 if TYPE_CHECKING:
     from certify.types import Noise, Radii
@@ -35,6 +36,7 @@ def implied_factor(native: str, wanted: str, values: int) -> float:
     for name in (native, wanted):
         if name not in ORDERS:
             raise UserError(f"norm {name!r}; expected one of {', '.join(ORDERS)}")
+    values = as_int(values, "values")
     loss = 1.0 / ORDERS[native] - 1.0 / ORDERS[wanted]
     return 1.0 if loss <= 0 else float(values) ** -loss * (1.0 - 1e-14)
 
@@ -65,11 +67,11 @@ class Implied:
 
     def radius(self, p_lower: float, p_other: float | None = None) -> float:
         """The noise's own radius, carried over to the norm."""
-        return self.noise.radius(p_lower, p_other) * self._factor
+        return as_float(self.noise.radius(p_lower, p_other), "radius") * self._factor
 
     def probability(self, radius: float) -> float:
         """The probability at which this radius, in this norm, is reached."""
-        return self.noise.probability(radius / self._factor)
+        return self.noise.probability(as_float(radius, "radius") / self._factor)
 
     @property
     def _factor(self) -> float:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import operator
 import threading
 
 import numpy as np
 import torch
 
-from certify.errors import UserError
+from certify.smoothing.numeric import as_int
 
 STREAM = (
     "blocks of 100 (1000 below 1024 values); cpu: mt19937 by philox4x64(sha256(seed, id, stage), block); cuda: philox"
@@ -41,11 +40,7 @@ def block_size(values: int) -> int:
 
 def stream_key(seed: int, image_id: str, stage: str) -> bytes:
     """32 bytes that name one stream: all noise of one image in one stage of one run."""
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        raise UserError(f"seed = {seed!r}: expected a whole number") from None
-    text = "\0".join((str(number), image_id, stage))
+    text = "\0".join((str(as_int(seed, "seed", "a whole number")), image_id, stage))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 

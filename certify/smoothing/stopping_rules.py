@@ -28,10 +28,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from certify.errors import UserError
 from certify.registry import Registry
-from certify.smoothing.bounds import Bound, Evidence, Interval, check_share
+from certify.smoothing.bounds import Bound, Evidence, Interval, check_alpha, check_counts, check_share, check_trials
+from certify.smoothing.numeric import as_float, as_int
 
-_LOG_MARGIN = 1e-6  # exceeds the error of log-wealth up to T = 10^7 (5e-8 against ball arithmetic)
+_LOG_MARGIN, _MARGIN_TRIALS = 1e-6, 1e7  # exceeds the error of log-wealth up to so many trials; beyond, in proportion
 _OUTWARD, _TINY = 1e-12, 1e-15
 _CHUNK = 4096
 
@@ -57,7 +59,8 @@ class Rule:
 
     def __call__(self, p0: float, level: float, trials: np.ndarray) -> Boundary:
         """The boundary; wrong at any of the sample sizes with probability at most ``level`` for one class."""
-        return self.boundary(p0, level, trials)
+        p0, level = _check(p0, level, trials)
+        return self.boundary(p0, level, np.asarray(trials, dtype=np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +89,16 @@ def log_wealth(successes: np.ndarray, trials: np.ndarray, p0: float, side: str =
     """
     from scipy.special import betainc, betaincc, betaln
 
-    failures = trials - successes
+    successes, trials = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
+    p0, failures = as_float(p0, "p0"), trials - successes
     exact = betaln(successes + 0.5, failures + 0.5) - math.log(math.pi)
     exact = exact - successes * math.log(p0) - failures * math.log1p(-p0)
     if side != "both":
         mass = betaincc if side == "above" else betainc
         with np.errstate(divide="ignore"):
             exact = exact + np.log(mass(successes + 0.5, failures + 0.5, p0)) - math.log(mass(0.5, 0.5, p0))
-    margin: np.ndarray = _LOG_MARGIN + 1e-15 * (successes / p0 + (failures + 1) / (1.0 - p0))
+    margin: np.ndarray = _LOG_MARGIN * np.maximum(1.0, trials / _MARGIN_TRIALS)
+    margin = margin + 1e-15 * (successes / p0 + (failures + 1) / (1.0 - p0))
     return np.asarray(exact - margin)
 
 
@@ -128,10 +133,14 @@ def _boundary(
     return Boundary(np.minimum(up, trials + 1), np.where(settled(low, trials, False), low, -1))
 
 
-def _check(p0: float, alpha: float) -> None:
-    check_share(alpha)
-    if not 0.5 <= p0 < 1.0:
-        raise ValueError(f"p0 = {p0}: expected a probability from 1/2 to 1")
+def _check(p0: float, alpha: float, trials: np.ndarray | int) -> tuple[float, float]:
+    """Return p0 and alpha as Python floats; refuse values and sample sizes that no rule is valid for."""
+    expected = "a probability from 1/2 to 1"
+    level, probability = check_share(alpha), as_float(p0, "p0", expected)
+    if not 0.5 <= probability < 1.0:
+        raise UserError(f"p0 = {probability}: expected {expected}")
+    check_trials(trials)
+    return probability, level
 
 
 def betting_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
@@ -153,7 +162,7 @@ def one_sided_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
 
 
 def _bet(p0: float, alpha: float, trials: np.ndarray, sides: tuple[str, str]) -> Boundary:
-    _check(p0, alpha)
+    p0, alpha = _check(p0, alpha, trials)
     limit = -math.log(alpha)
 
     def settled(count: np.ndarray, trials: np.ndarray, above: bool) -> np.ndarray:
@@ -184,7 +193,7 @@ def union_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
     """
     from scipy.special import betainc, betaincc
 
-    _check(p0, alpha)
+    p0, alpha = _check(p0, alpha, trials)
     found = _never(trials)
     times = np.array(check_times(int(trials.max(initial=0))), dtype=np.int64)
     number = np.searchsorted(times, trials)
@@ -193,7 +202,7 @@ def union_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
     if not looked.any():
         return found
     t = number[looked] + 1.0
-    level = 5 * alpha / ((t + 4) * (t + 5)) * (1 - 1e-9)  # more than the error of betainc
+    level = 5 * alpha / ((t + 4) * (t + 5)) * (1 - 1e-9)  # more than the errors of betainc and p0
 
     def settled(count: np.ndarray, trials: np.ndarray, above: bool) -> np.ndarray:
         if above:  # P(Bin(T, p0) >= count)
@@ -216,12 +225,12 @@ def union_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
 
 def betting_level(alpha: float, p0s: Sequence[float]) -> float:
     """Alpha times the smallest p0: one wealth a class serves all p0 (module docstring)."""
-    return alpha * min(p0s)
+    return check_alpha(alpha) * _least(p0s)
 
 
 def one_sided_level(alpha: float, p0s: Sequence[float]) -> float:
     """The same for one p0; several share alpha, because each has wealths of its own."""
-    return alpha * min(p0s) / len(p0s)
+    return check_alpha(alpha) * _least(p0s) / len(p0s)
 
 
 def union_level(alpha: float, p0s: Sequence[float]) -> float:
@@ -232,8 +241,12 @@ def union_level(alpha: float, p0s: Sequence[float]) -> float:
     a / p0; if class c* is above, the others sum to a (1 - p0) / p0 and c* is wrongly settled below with probability a:
     again a / p0. With several p0, c* may lie between two of them and be wrong on either side: a (1 + 1/p0).
     """
-    least = min(p0s)
+    alpha, least = check_alpha(alpha), _least(p0s)
     return alpha * least if len(p0s) == 1 else alpha * least / (1.0 + least)
+
+
+def _least(p0s: Sequence[float]) -> float:
+    return min(as_float(p0, "p0") for p0 in p0s)
 
 
 RULES.add(
@@ -278,11 +291,13 @@ class Thresholds:
         return self._known
 
 
-@functools.lru_cache(maxsize=64)
 def thresholds(rule: str, p0: float, level: float, n: int) -> Thresholds:
     """Thresholds that all images of a run share."""
-    _check(p0, level)
-    return Thresholds(rule, p0, level, n)
+    n = as_int(n, "n")
+    return _thresholds(rule, *_check(p0, level, n), n)
+
+
+_thresholds = functools.lru_cache(maxsize=64)(Thresholds)
 
 
 def betting_lower(successes: int, trials: int, alpha: float) -> float:
@@ -290,16 +305,16 @@ def betting_lower(successes: int, trials: int, alpha: float) -> float:
 
     With probability at least 1 - alpha the interval holds the true p at every T at once. Rounded outward.
     """
+    alpha, (successes, trials) = check_share(alpha), check_counts(successes, trials)
     if not successes:
-        check_share(alpha)
         return 0.0
     return max(0.0, _end(successes, trials, alpha, _TINY) - _OUTWARD)
 
 
 def betting_upper(successes: int, trials: int, alpha: float) -> float:
     """The upper end of the interval of :func:`betting_lower`."""
+    alpha, (successes, trials) = check_share(alpha), check_counts(successes, trials)
     if successes == trials:
-        check_share(alpha)
         return 1.0
     return min(1.0, _end(successes, trials, alpha, 1 - _TINY) + _OUTWARD)
 
@@ -308,7 +323,6 @@ def _end(successes: int, trials: int, alpha: float, far: float) -> float:
     """Where between H/T and ``far`` the wealth reaches 1 / alpha; 0 or 1 if it does not."""
     from scipy.optimize import brentq
 
-    check_share(alpha)
     limit, h, t = -math.log(alpha), np.asarray(float(successes)), np.asarray(float(trials))
 
     def excess(p: float) -> float:
