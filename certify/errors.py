@@ -4,8 +4,15 @@ from __future__ import annotations
 
 
 def first_line(error: BaseException, longest: int = 140) -> str:
-    """The first line of an error's text, or its kind where it has none."""
+    """The first line of an error's text (of a traceback of TorchScript's the last one), or its kind without one."""
+    if "Traceback of TorchScript" in str(error):
+        return last_line(error, longest)
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest]
+
+
+def last_line(error: BaseException, longest: int = 140) -> str:
+    """The last line of an error's text, where runtimes that print a traceback of their own name the cause."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:longest]
 
 
 def in_words(error: BaseException) -> str:

@@ -50,7 +50,12 @@ SHIPPED = Path(__file__).parent / "data"
 
 
 def load_denoiser(
-    name: str, *, sigma: float | None = None, image: tuple[int, int, int] | None = None, classifier: str | None = None
+    name: str,
+    *,
+    sigma: float | None = None,
+    image: tuple[int, int, int] | None = None,
+    classifier: str | None = None,
+    trust_code: bool = False,
 ) -> nn.Module:
     """The denoiser that ``name`` means, frozen, in evaluation mode.
 
@@ -60,6 +65,7 @@ def load_denoiser(
         sigma: noise level it is going to be used at; ``auto`` needs it, others warn when they were trained for another.
         image: (C, H, W) of the images, likewise; others take the channels from it (default: 3).
         classifier: ``Classifier.identity()`` of what is behind it: ``auto`` prefers weights trained for exactly that.
+        trust_code: run the program in a TorchScript file; it can do anything that you can.
 
     Raises:
         UserError: no such denoiser; the nearest names are listed. Weights that cannot be told a noise level.
@@ -69,7 +75,7 @@ def load_denoiser(
     from denoisers.find import find_denoiser
     from denoisers.weights import Trained
 
-    found = find_denoiser(name, sigma=sigma, image=image, classifier=classifier)
+    found = find_denoiser(name, sigma=sigma, image=image, classifier=classifier, trust_code=trust_code)
     if isinstance(found, Trained) and sigma is not None:
         found.check_use(sigma)
         if not found.card.covers(sigma):

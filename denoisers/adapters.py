@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from certify.errors import CertifyError, RunFault, UserError, first_line
 from certify.models.checkpoints import load_weights
-from certify.models.external import build_object, file_digest, open_torchscript
+from certify.models.external import build_object, file_digest
 from certify.models.pipeline import in_its_words
 from certify.models.resolve import UNTRAINED, is_file
+from certify.models.torchscript import open_torchscript
 from certify.registry import unknown_name
 
 _LEVELS = ("sigma", "ths", "noise_level")
@@ -224,17 +225,21 @@ def load_callable(spec: str) -> nn.Module:
     return Adapted(found, {"name": spec, "code_sha256": code}, closed=False)
 
 
-def load_torchscript(path: str | Path) -> nn.Module:
+def load_torchscript(path: str | Path, *, trust_code: bool) -> nn.Module:
     """A TorchScript file whose forward takes ``(noisy)`` or ``(noisy, sigma)``, sigma as a number or a tensor.
 
+    Args:
+        path: of the file.
+        trust_code: whether the user vouches for the program in it.
+
     Raises:
-        UserError: no such file, not TorchScript, or a forward with other arguments.
+        UserError: no such file, no consent, not TorchScript, or a forward with other arguments.
     """
     if not is_file(path):
         raise UserError(f"no TorchScript file {str(path)!r}; expected one saved by torch.jit.save")
-    net = open_torchscript(path, "write ARCHITECTURE=FILE, such as dncnn=FILE")
+    net = open_torchscript(path, trust_code=trust_code)
     try:
-        _, *arguments = net.forward.schema.arguments
+        _, *arguments = net.net.forward.schema.arguments
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"{path} has no forward that can be called ({first_line(error)})") from None
     parameters = [(argument.name, not argument.has_default_value()) for argument in arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -14,17 +15,18 @@ from certify.models.pipeline import recorded
 from denoisers import DEFENCES, DENOISERS, SHIPPED, load_denoiser
 from denoisers.classical import GaussianBlur, whole
 from denoisers.find import find_denoiser, shipped
-from denoisers.names import build_with, parse_options
+from denoisers.names import build_with, find_source, parse_options
 from denoisers.randomness import Generators, normal
 from denoisers.weights import Trained, read_denoiser
 
 
-def build_defence(text: str, classifier: Classifier) -> Defence:
+def build_defence(text: str, classifier: Classifier, *, trust_code: bool = False) -> Defence:
     """The defence that ``text`` means: a name of ``DEFENCES`` or ``DENOISERS`` with options, or any denoiser.
 
     Args:
         text: ``NAME:KEY=VALUE:...``, or whatever ``--denoiser`` takes.
         classifier: the frozen classifier behind it.
+        trust_code: run the program in a TorchScript file of its denoiser.
 
     Raises:
         UserError: no such defence, options it does not have, weights for other images, or a denoiser that is none
@@ -33,11 +35,13 @@ def build_defence(text: str, classifier: Classifier) -> Defence:
     head = text.partition(":")[0]
     if head in DEFENCES:
         name, options = parse_options(text)
-        built: Defence = build_with("defence", text, DEFENCES.get(name), classifier, options=options)
+        builder = DEFENCES.get(name)
+        consent = {"trust_code": trust_code} if "trust_code" in inspect.signature(builder).parameters else {}
+        built: Defence = build_with("defence", text, builder, classifier, options=options, **consent)
         return built
     if head.isidentifier() and head not in (*DENOISERS, "deepinv") and ":" in text and "=" in text.partition(":")[2]:
         DEFENCES.get(head)  # says what there is
-    denoiser = find_denoiser(text, image=classifier.input.size)
+    denoiser = find_denoiser(text, image=classifier.input.size, trust_code=trust_code)
     _check_alone(denoiser, text, classifier.input.size)
     return Defence(text, [Member(denoiser, classifier)])
 
@@ -90,7 +94,9 @@ class Noisy(nn.Module):
         return {"name": "noise, then denoiser", "noise": self.sigma, "denoiser": denoiser}
 
 
-def smoothed(classifier: Classifier, sigma: float = 0.25, n: int = 100, denoiser: str = "auto") -> Defence:
+def smoothed(
+    classifier: Classifier, sigma: float = 0.25, n: int = 100, denoiser: str = "auto", *, trust_code: bool = False
+) -> Defence:
     """Denoised smoothing as a plain classifier: the class most of ``n`` noisy, denoised copies get (no certificate).
 
     Args:
@@ -98,6 +104,7 @@ def smoothed(classifier: Classifier, sigma: float = 0.25, n: int = 100, denoiser
         sigma: of the noise, in [0, 1] pixels.
         n: votes.
         denoiser: any of ``--denoiser``, or ``none``.
+        trust_code: run the program in a TorchScript file of the denoiser.
     """
     if isinstance(sigma, bool | str) or not 0 < sigma < float("inf"):
         raise UserError(f"defence denoised: sigma={sigma}; expected a number above 0, such as 0.25")
@@ -108,7 +115,7 @@ def smoothed(classifier: Classifier, sigma: float = 0.25, n: int = 100, denoiser
     found = (
         None
         if denoiser == "none"
-        else load_denoiser(denoiser, sigma=sigma, image=size, classifier=classifier.identity())
+        else load_denoiser(denoiser, sigma=sigma, image=size, classifier=classifier.identity(), trust_code=trust_code)
     )
     return Defence(
         "denoised",
@@ -133,7 +140,7 @@ def trained(purifier: str, image: tuple[int, int, int] | None, weights: str | No
     if weights is not None:
         if not isinstance(weights, str):
             raise UserError(f"defence {purifier}: weights={weights}; expected a file of `certify train`, or a name")
-        found = find_denoiser(weights, image=image)
+        found = None if find_source(weights).kind == "torchscript" else find_denoiser(weights, image=image)
         if not isinstance(found, Trained) or found.card.purifier != purifier:
             raise UserError(f"{weights} holds no weights for {purifier}; expected a file of `certify train` for it")
         return found

@@ -20,7 +20,12 @@ def shipped() -> dict[str, Card]:
 
 
 def find_denoiser(
-    name: str, *, sigma: float | None = None, image: tuple[int, int, int] | None = None, classifier: str | None = None
+    name: str,
+    *,
+    sigma: float | None = None,
+    image: tuple[int, int, int] | None = None,
+    classifier: str | None = None,
+    trust_code: bool = False,
 ) -> nn.Module:
     """See :func:`denoisers.load_denoiser`."""
     from denoisers import adapters
@@ -47,7 +52,7 @@ def find_denoiser(
 
         module = load_diffusers(source.name)
     elif source.kind == "torchscript":
-        module = adapters.load_torchscript(source.file or "")
+        module = adapters.load_torchscript(source.file or "", trust_code=trust_code)
     elif source.kind == "python":
         module = adapters.load_callable(source.name)
     else:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from certify.errors import UserError, first_line
+from certify.models.file_kind import CHECKPOINT, SAFETENSORS, TORCHSCRIPT, file_kind, require_consent, weights_kind
+from certify.models.resolve import is_file
 from certify.registry import unknown_name
 from denoisers import ARCHITECTURES, DENOISERS, SHIPPED
 
@@ -135,10 +137,10 @@ def find_source(name: str) -> DenoiserSource:  # noqa: PLR0911 - one answer a fo
     architecture, _, checkpoint = name.partition("=")
     if checkpoint and not Path(name).is_file():
         ARCHITECTURES.get(architecture)
-        return DenoiserSource("checkpoint", architecture, _existing(checkpoint))
-    suffix = Path(name).suffix.lower()
-    if suffix == ".safetensors" or suffix in _TORCHSCRIPT:
-        return DenoiserSource("torchscript" if suffix in _TORCHSCRIPT else "card", "", _existing(name))
+        weights_kind(_existing(checkpoint), "--denoiser")
+        return DenoiserSource("checkpoint", architecture, checkpoint)
+    if Path(name).suffix.lower() in (".safetensors", *_TORCHSCRIPT) or is_file(name):
+        return _file_source(_existing(name))
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
         return DenoiserSource("python", name)
     if name in ARCHITECTURES:
@@ -147,6 +149,33 @@ def find_source(name: str) -> DenoiserSource:  # noqa: PLR0911 - one answer a fo
             f"write {name}=CHECKPOINT, or name trained ones: {', '.join(shipped_names()) or 'none in this package'}"
         )
     raise unknown_name("denoiser", name, [AUTO, *DENOISERS, *shipped_names(), *ARCHITECTURES], f"or {_FORMS}")
+
+
+def _file_source(file: str) -> DenoiserSource:
+    """What a denoiser's file is, by its content.
+
+    Raises:
+        UserError: weights whose architecture is not known, or no denoiser.
+    """
+    kind = file_kind(file)
+    if kind == CHECKPOINT:
+        raise UserError(f"{file} holds weights alone; write ARCHITECTURE={file}, such as dncnn={file}")
+    if kind not in (SAFETENSORS, TORCHSCRIPT):
+        raise UserError(
+            f"{file} is not a denoiser's file ({kind}); expected .safetensors of `certify train`, or TorchScript"
+        )
+    return DenoiserSource("card" if kind == SAFETENSORS else "torchscript", "", file)
+
+
+def require_trusted(name: str, *, trust_code: bool) -> None:
+    """Look a denoiser's name up before anything is loaded, and refuse TorchScript without consent.
+
+    Raises:
+        UserError: as :func:`find_source`; no consent.
+    """
+    source = find_source(name)
+    if source.kind == "torchscript":
+        require_consent(source.file or "", trust_code=trust_code)
 
 
 def _existing(file: str) -> str:

@@ -87,7 +87,7 @@ def torchscript(net: nn.Module, path: Path, how: str) -> Path:
 )
 def test_torchscript(net: Blind, factor: float, how: str, tmp_path: Path) -> None:
     path = torchscript(net, tmp_path / "denoiser.pt", how)
-    denoiser = load_torchscript(str(path))
+    denoiser = load_torchscript(str(path), trust_code=True)
     with torch.no_grad():
         assert torch.allclose(denoiser(IMAGES, 0.25), factor * net.convolution(IMAGES), atol=1e-6)
     code = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -102,17 +102,17 @@ def test_torchscript(net: Blind, factor: float, how: str, tmp_path: Path) -> Non
 
 def test_torchscript_that_does_not_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no TorchScript file"):
-        load_torchscript(str(tmp_path / "nothing.pt"))
+        load_torchscript(str(tmp_path / "nothing.pt"), trust_code=True)
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(UserError, match=r"text\.pt is not a TorchScript file"):
-        load_torchscript(str(tmp_path / "text.pt"))
+        load_torchscript(str(tmp_path / "text.pt"), trust_code=True)
     torch.save(Blind().state_dict(), tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"weights\.pt is not a TorchScript file"):
-        load_torchscript(str(tmp_path / "weights.pt"))
+        load_torchscript(str(tmp_path / "weights.pt"), trust_code=True)
     with pytest.raises(UserError, match=r"also wants steps; expected forward\(noisy\) or forward\(noisy, sigma\)"):
-        load_torchscript(str(torchscript(TakesMore(), tmp_path / "more.pt", "script")))
+        load_torchscript(str(torchscript(TakesMore(), tmp_path / "more.pt", "script")), trust_code=True)
     with pytest.raises(UserError, match="takes the noise level as str; expected a float or a Tensor"):
-        load_torchscript(str(torchscript(TakesText(), tmp_path / "text.pt", "script")))
+        load_torchscript(str(torchscript(TakesText(), tmp_path / "text.pt", "script")), trust_code=True)
 
 
 # Python

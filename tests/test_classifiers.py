@@ -384,12 +384,12 @@ def small() -> nn.Module:
 
 def test_torchscript(tmp_path: Path) -> None:
     path = script(small(), tmp_path / "net.pt")
-    classifier = load_classifier(str(path), input_size=(3, 8, 8), mean=[0.5], std=[0.25])
+    classifier = load_classifier(str(path), trust_code=True, input_size=(3, 8, 8), mean=[0.5], std=[0.25])
     x = torch.rand(7, 3, 8, 8)
     assert torch.allclose(classifier.logits(x), small()((x - 0.5) / 0.25), atol=1e-5)
     assert (classifier.num_classes, classifier.input.mean) == (5, (0.5, 0.5, 0.5))
     with pytest.raises(UserError, match="--input-size"):
-        load_classifier(str(path))
+        load_classifier(str(path), trust_code=True)
 
 
 @pytest.mark.parametrize("batch", [None, 4])
@@ -468,13 +468,13 @@ def test_batch_statistics_are_refused(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(net, torch.rand(8, 3, 8, 8), check_trace=False), path)
     with pytest.raises(UserError, match="differently alone and in a batch"):
-        load_classifier(str(path), input_size=(3, 8, 8))
+        load_classifier(str(path), trust_code=True, input_size=(3, 8, 8))
 
 
 def test_one_score_an_image_is_refused(tmp_path: Path) -> None:
     path = script(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), tmp_path / "sigmoid.pt")
     with pytest.raises(UserError, match="one score an image"):
-        load_classifier(str(path), input_size=(3, 8, 8))
+        load_classifier(str(path), trust_code=True, input_size=(3, 8, 8))
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:

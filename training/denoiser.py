@@ -42,6 +42,7 @@ def train_denoiser(
     options: dict[str, Any] | None = None,
     init: str | None = None,
     stored: str = "float32",
+    trust_code: bool = False,
 ) -> Outcome:
     """Train a denoiser; the best weights on held-out images go to ``out/denoiser.safetensors``.
 
@@ -56,6 +57,7 @@ def train_denoiser(
         options: of the architecture.
         init: a denoiser to start from, of the same architecture.
         stored: type of the stored numbers: ``float32``, or ``float16`` for half the size.
+        trust_code: run the program in a TorchScript file that ``init`` names.
 
     Raises:
         UserError: an objective without the classifier or labels it needs; an ``init`` that does not fit.
@@ -63,7 +65,7 @@ def train_denoiser(
     """
     guides = guides or Guides([])
     check_needs(recipe, data, guides)
-    net, before = build(architecture, data.image, recipe.seed, options, init)
+    net, before = build(architecture, data.image, recipe.seed, options, init, trust_code=trust_code)
     freeze_but(net, recipe.only)
     card = _card(architecture, options, data, recipe, conduct, guides, before)
     for judge in watched_by:
@@ -174,6 +176,8 @@ def build(
     seed: int,
     options: dict[str, Any] | None = None,
     init: str | None = None,
+    *,
+    trust_code: bool = False,
 ) -> tuple[nn.Module, dict[str, Any] | None]:
     """An untrained network, or one with the weights of ``init``; and what the card says about those.
 
@@ -184,7 +188,7 @@ def build(
     net: nn.Module = build_with("architecture", architecture, builder, options=options or {}, image_channels=image[0])
     if init is None:
         return net, None
-    start = find_denoiser(init, image=image)
+    start = find_denoiser(init, image=image, trust_code=trust_code)
     inner = start.net if isinstance(start, Trained) else start.inner if isinstance(start, Adapted) else start
     try:
         missing, unexpected = net.load_state_dict(inner.state_dict(), strict=False)

@@ -96,7 +96,7 @@ def set_scene(o: dict[str, Any], *, digits: int, eot: int = 1) -> Scene:
     """
     from certify.models import resolve as hub
 
-    hub.require_weights(hub.find_source(o["model"], o["weights"]), o["weights"])
+    hub.require_weights(hub.find_source(o["model"], o["weights"]), o["weights"], trust_code=o["trust_code"])
     named = listed("--defences", o["defences"])
     attacks = attacks_wanted(o)
     check_names(named)
@@ -118,8 +118,8 @@ def set_scene(o: dict[str, Any], *, digits: int, eot: int = 1) -> Scene:
         one_size(f"the images of {images.name}", {tuple(images.load(i).shape) for i in range(len(images))})
     if not images.labelled:
         raise UserError(f"{images.name} has no labels, and accuracies need them: --labels FILE, or a folder a class")
-    defences = {text: build(text, classifier) for text in named}
-    surrogates = [surrogate_from(s) for s in o["surrogate"]]
+    defences = {text: build(text, classifier, trust_code=o["trust_code"]) for text in named}
+    surrogates = [surrogate_from(s, trust_code=o["trust_code"]) for s in o["surrogate"]]
     craft = crafter(
         classifier,
         eps=o["eps"][0],
@@ -160,12 +160,12 @@ def check_names(named: list[str]) -> None:
             find_source(text)
 
 
-def build(text: str, classifier: Classifier) -> Defence | str:
+def build(text: str, classifier: Classifier, *, trust_code: bool = False) -> Defence | str:
     """The defence, or why there is none: a user's mistake stops the command, a fault of its own fails its row alone."""
     from denoisers.defences import build_defence
 
     try:
-        return build_defence(text, classifier)
+        return build_defence(text, classifier, trust_code=trust_code)
     except UserError:
         raise
     except Exception as error:

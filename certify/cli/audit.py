@@ -46,6 +46,7 @@ N0, N, N_AT_MOST = 20, 100, 1000
 @click.option("--input-size", type=options.Size(), metavar="CxHxW", help="Bring images to this size (default: as is).")
 @options.noise_options
 @options.denoiser
+@options.trust_code
 @click.option("--n0", type=options.Count("a number of samples"), default=N0, help="Selection samples an image.")
 @click.option(
     "--n",
@@ -169,7 +170,7 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
     device = torch.device(device_from(o["device"]))
     denoiser = None
     if o["denoiser"] != "none":
-        denoiser = denoiser_for(o["denoiser"], o["sigma"], first_shape(images)).eval()
+        denoiser = denoiser_for(o["denoiser"], o["sigma"], first_shape(images), trust_code=o["trust_code"]).eval()
     form = wanted.format
     service = Service(wanted.endpoint, form.name, form.about, str(form.about.get("encoding", "png")), o["input_size"])
     service.probe_size = o["input_size"] or first_shape(images)

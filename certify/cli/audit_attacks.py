@@ -73,7 +73,7 @@ def attack(
 
     classifier, images = _target(job, asking, answers)
     service: Any = classifier  # a classifier to those who only ask
-    defences = {text: build(text, service) for text in listed("--defences", o["defences"])}
+    defences = {text: build(text, service, trust_code=o["trust_code"]) for text in listed("--defences", o["defences"])}
     plan = _plan(o)
     header = make_header(plan, defences, images, model=classifier.name, data=o["data"], command=command)
     craft = _crafter(o, service, {id(defence): text for text, defence in defences.items()})

@@ -69,7 +69,9 @@ def evaluate_denoiser(**o: Any) -> None:
     if device.startswith("cuda"):  # float32 means float32, as when certifying
         torch.backends.cudnn.allow_tf32 = False
     denoisers = {
-        sigma: denoiser_for(o["denoiser"], sigma, images.input.size or first_shape(images), classifier).to(device)
+        sigma: denoiser_for(
+            o["denoiser"], sigma, images.input.size or first_shape(images), classifier, trust_code=o["trust_code"]
+        ).to(device)
         for sigma in sigmas
     }
     classifier = classifier.to(device) if classifier is not None else None
@@ -108,9 +110,9 @@ def _check_first(o: dict[str, Any]) -> list[float]:
     from analysis.figures import check_format
     from certify.models import resolve as hub
     from certify.smoothing.noise import make_noise
-    from denoisers.names import find_source
+    from denoisers.names import require_trusted
 
-    find_source(o["denoiser"])
+    require_trusted(o["denoiser"], trust_code=o["trust_code"])
     sigmas = list(dict.fromkeys(o["sigma"]))
     for sigma in sigmas:
         make_noise("gaussian", sigma)
@@ -118,7 +120,7 @@ def _check_first(o: dict[str, Any]) -> list[float]:
     if o["pictures"] is not None:
         check_format(o["pictures"])
     if o["model"]:
-        hub.require_weights(hub.find_source(o["model"], o["weights"]), o["weights"])
+        hub.require_weights(hub.find_source(o["model"], o["weights"]), o["weights"], trust_code=o["trust_code"])
         return sigmas
     without = "without --model: there is no classifier it could belong to; add --model NAME"
     options.refuse_given(("weights", "mean", "std", "num_classes"), without)

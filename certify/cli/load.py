@@ -28,11 +28,11 @@ def check_first(o: dict[str, Any]) -> None:
     make_noise(o.get("noise", "gaussian"), o["sigma"], rounded=o.get("rounded", False))
     check_procedure(o)
     source = hub.find_source(o["model"], o["weights"])
-    hub.require_weights(source, o["weights"])
+    hub.require_weights(source, o["weights"], trust_code=o["trust_code"])
     if o["denoiser"] != "none":
-        from denoisers.names import find_source
+        from denoisers.names import require_trusted
 
-        find_source(o["denoiser"])
+        require_trusted(o["denoiser"], trust_code=o["trust_code"])
     check_radii(o.get("radii"))
 
 
@@ -76,7 +76,9 @@ def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
     classifier = classifier_from(o["model"], o)
     classifier.probe_size = o.get("probe_size") or classifier.probe_size  # on a worker, which sees no image yet
     size = classifier.input.size
-    denoiser = None if o["denoiser"] == "none" else denoiser_for(o["denoiser"], o["sigma"], size, classifier)
+    denoiser = None
+    if o["denoiser"] != "none":
+        denoiser = denoiser_for(o["denoiser"], o["sigma"], size, classifier, trust_code=o["trust_code"])
     return SmoothedClassifier(
         classifier,
         o["sigma"],
@@ -95,20 +97,25 @@ def classifier_from(model: str, o: dict[str, Any]) -> Classifier:
     """The classifier of this name, with the user's settings in place of its own."""
     from certify.models.classifier import load_classifier
 
-    settings = {name: o[name] for name in ("weights", "input_size", "mean", "std", "num_classes")}
+    settings = {name: o[name] for name in ("weights", "input_size", "mean", "std", "num_classes", "trust_code")}
     return load_classifier(model, **settings)
 
 
-def surrogate_from(named: str) -> Classifier:
+def surrogate_from(named: str, *, trust_code: bool = False) -> Classifier:
     """The classifier of ``MODEL`` or ``MODEL=FILE``."""
     from certify.models.classifier import load_classifier
 
     model, _, weights = named.partition("=")
-    return load_classifier(model, weights=weights or None)
+    return load_classifier(model, weights=weights or None, trust_code=trust_code)
 
 
 def denoiser_for(
-    name: str, sigma: float, image: tuple[int, int, int] | None, classifier: Classifier | None = None
+    name: str,
+    sigma: float,
+    image: tuple[int, int, int] | None,
+    classifier: Classifier | None = None,
+    *,
+    trust_code: bool = False,
 ) -> nn.Module:
     """The denoiser of this name for images (C, H, W), tried on what the classifier behind it takes, if there is one.
 
@@ -122,7 +129,7 @@ def denoiser_for(
     from denoisers.weights import Trained
 
     own = classifier.identity() if classifier is not None else None
-    denoiser = find_denoiser(name, sigma=sigma, image=image, classifier=own)
+    denoiser = find_denoiser(name, sigma=sigma, image=image, classifier=own, trust_code=trust_code)
     if isinstance(denoiser, Trained):
         denoiser.check_use(sigma)
         if not denoiser.card.covers(sigma):

@@ -216,6 +216,12 @@ _MODEL = (
 
 model_if_any = click.option("--model", help=f"{_MODEL} Without one: no accuracies.")
 
+trust_code = click.option(
+    "--trust-code",
+    is_flag=True,
+    help="Run the program in a TorchScript file (model or denoiser); it can do anything that you can.",
+)
+
 input_options = together(
     click.option(
         "--weights", metavar="FILE", help="Its checkpoint (.pth .pt .th .tar .safetensors), if not the published one."
@@ -228,6 +234,7 @@ input_options = together(
     click.option(
         "--num-classes", type=Count("the number of classes"), help="Number of classes, where the model does not say."
     ),
+    trust_code,
 )
 
 classifier_options = together(click.option("--model", required=True, help=_MODEL), input_options)

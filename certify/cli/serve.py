@@ -148,11 +148,11 @@ def _check_first(o: dict[str, Any]) -> Wanted | None:
             raise UserError(f"--endpoint without --{option.replace('_', '-')}: expected how it is asked, about what")
     options.refuse_given(_OF_MODELS, "without --model: it is about a model of this machine; leave it out")
     from certify.smoothing.noise import make_noise
-    from denoisers.names import find_source
+    from denoisers.names import require_trusted
 
     make_noise(o["noise"], o["sigma"], rounded=o["rounded"])
     if o["denoiser"] != "none":
-        find_source(o["denoiser"])
+        require_trusted(o["denoiser"], trust_code=o["trust_code"])
     return wanted_service(o)
 
 
@@ -175,7 +175,9 @@ def _classifier(o: dict[str, Any], wanted: Wanted | None) -> Iterator[tuple[Smoo
         asker = Asker(send, found.format, Forgetful(), budget=o["budget"], manners=manners(theirs))
         about = {"endpoint": found.endpoint, "format": found.format.name, **found.format.about}
         endpoint = Endpoint(asker, o["input_size"], o["num_classes"] or _CLASSES, about)
-        denoiser = None if o["denoiser"] == "none" else denoiser_for(o["denoiser"], o["sigma"], o["input_size"])
+        denoiser = None
+        if o["denoiser"] != "none":
+            denoiser = denoiser_for(o["denoiser"], o["sigma"], o["input_size"], trust_code=o["trust_code"])
         smoothed = SmoothedClassifier(
             endpoint,
             o["sigma"],

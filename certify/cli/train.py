@@ -107,7 +107,7 @@ def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
     say = speaker(quiet=hidden)
     driver = make_accelerator(device_from(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
-    surrogates = [surrogate_from(s) for s in o["surrogate"]]
+    surrogates = [surrogate_from(s, trust_code=o["trust_code"]) for s in o["surrogate"]]
     if o["denoiser"]:
         from training.denoiser import check_guided
 
@@ -189,6 +189,7 @@ def _run(
         watched_by=watched,
         options=key_values("--option", o["extra"]),
         init=o["init"],
+        trust_code=o["trust_code"],
         stored=o["store"],
     )
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import UserError, first_line
-from certify.models.placeholders import mistaken_for
+from certify.models.file_kind import SAFETENSORS, weights_kind
 from certify.models.resolve import UNTRAINED
 
 _CONTAINERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "params_ema", "params")
@@ -42,7 +41,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         UserError: not a checkpoint (and what it is instead), damaged, or a pickle that would run code.
     """
     path = Path(path)
-    found = _load(path, _sniff(path))
+    found = _load(path, weights_kind(path))
     if isinstance(found, nn.Module):
         raise UserError(f"{path} holds a whole model; expected a state dict")
     for key in _CONTAINERS:
@@ -128,24 +127,8 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def _sniff(path: Path) -> str:
-    """``safetensors`` or ``torch``, by content; anything recognisably else is refused by name."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if not head:
-        raise UserError(f"{path} is empty; expected a checkpoint (download it again)")
-    if (mistake := mistaken_for(head, "weights")) is not None:
-        raise UserError(f"{path} {mistake}")
-    if len(head) > 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 100_000_000:
-        return "safetensors"
-    return "torch"
-
-
 def _load(path: Path, kind: str) -> Any:
-    if kind == "safetensors":
+    if kind == SAFETENSORS:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -274,6 +274,7 @@ def load_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     num_classes: int | None = None,
+    trust_code: bool = False,
 ) -> Classifier:
     """A frozen classifier, on the CPU, in evaluation mode.
 
@@ -287,6 +288,7 @@ def load_classifier(
         mean: per-channel mean in place of the model's own; needs ``std``.
         std: per-channel standard deviation in place of the model's own; needs ``mean``.
         num_classes: K, for checkpoints with another head than the published one, and for label-only callables.
+        trust_code: run the program in a TorchScript file; it can do anything that you can.
 
     Returns:
         The classifier; images go in as float32 in [0, 1], normalisation is inside.
@@ -298,8 +300,9 @@ def load_classifier(
     spec: ClassifierSpec
     if isinstance(model, str):
         source = hub.find_source(model, weights)
-        hub.require_weights(source, weights)
-        name, spec = model, hub.BUILDERS.get(source.kind)(source.name, weights, num_classes)
+        hub.require_weights(source, weights, trust_code=trust_code)
+        consent = {"trust_code": trust_code} if source.kind == "torchscript" else {}
+        name, spec = model, hub.BUILDERS.get(source.kind)(source.name, weights, num_classes, **consent)
     else:
         from certify.models.external import spec_of_object
 

@@ -1,6 +1,6 @@
-"""Builders for classifiers that somebody else wrote: TorchScript, and any Python callable.
+"""Builder: any Python callable, and what the builders of other people's models share.
 
-Neither of them says how to normalise: they get images in [0, 1] unless ``--mean`` and ``--std`` are given.
+None of them says how to normalise: they get images in [0, 1] unless ``--mean`` and ``--std`` are given.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib
 import inspect
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +27,6 @@ from certify.sibling_packages import claim
 def class_names(num_classes: int | None) -> tuple[tuple[str, ...], ...] | None:
     """ImageNet's names for 1,000 classes."""
     return imagenet_classes() if num_classes == 1000 else None
-
-
-def build_torchscript(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """A TorchScript file; the input size comes from ``--input-size``."""
-    refuse_weights(name, weights)
-    net = open_torchscript(name, "name its architecture and pass it as --weights")
-    names, digest = class_names(num_classes), file_digest(name)
-    return ClassifierSpec(net, InputSpec(None), names, num_classes, Path(name).name, digest, native=False, closed=True)
-
-
-def open_torchscript(path: str | Path, if_checkpoint: str) -> Any:
-    """A TorchScript module on the CPU.
-
-    Args:
-        path: an existing file.
-        if_checkpoint: advice, for a file that holds weights alone.
-
-    Raises:
-        UserError: the file holds something else.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated, but the files are what people have
-            return torch.jit.load(str(path), map_location="cpu")
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is not a TorchScript file ({first_line(error)}); save it with torch.jit.save, "
-            f"or, if it is a checkpoint, {if_checkpoint}"
-        ) from None
 
 
 def file_digest(path: str | Path) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from certify.errors import RunFault, UserError
+from certify.models.file_kind import CHECKPOINT, ONNX, SAFETENSORS, UNKNOWN, file_kind, require_consent, weights_kind
 from certify.registry import Registry, unknown_name
 
 BUILT_IN = Registry("model")
@@ -34,7 +35,7 @@ BUILDERS = Registry("classifier source", "certify.classifiers")
 BUILDERS.add("built-in", "certify.models.builtin:build", "an architecture of this package, by its name")
 BUILDERS.add("timm", "certify.models.pretrained:build_timm", "timm:NAME")
 BUILDERS.add("torchvision", "certify.models.pretrained:build_torchvision", "torchvision:NAME")
-BUILDERS.add("torchscript", "certify.models.external:build_torchscript", "FILE.pt, .ts or .torchscript")
+BUILDERS.add("torchscript", "certify.models.torchscript:build", "a TorchScript file; with --trust-code")
 BUILDERS.add("onnx", "certify.models.onnx_graph:build", "FILE.onnx")
 BUILDERS.add("python", "certify.models.external:build_callable", "package.module:callable")
 
@@ -108,13 +109,10 @@ def find_source(model: str, weights: str | Path | None = None) -> ModelSource:  
         return ModelSource(library, rest)
     if rest and library not in _BY_FORM and library in BUILDERS:
         return ModelSource(library, rest)
-    suffix = Path(model).suffix.lower()
-    if is_file(model) or suffix in (".onnx", ".pt", ".ts", ".torchscript"):
-        if not is_file(model):
-            raise UserError(f"no model file {model!r}; expected an existing TorchScript or ONNX file")
-        if suffix in (".pth", ".th", ".tar", ".safetensors"):
-            raise UserError(f"{model!r} looks like a checkpoint; name the architecture and pass --weights {model}")
-        return ModelSource("onnx" if suffix == ".onnx" else "torchscript", model)
+    if is_file(model):
+        return _file_source(model)
+    if Path(model).suffix.lower() in (".onnx", ".pt", ".ts", ".torchscript"):
+        raise UserError(f"no model file {model!r}; expected an existing TorchScript or ONNX file")
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
         return ModelSource("python", model)
     architecture = model.split(".", maxsplit=1)[0]
@@ -125,13 +123,27 @@ def find_source(model: str, weights: str | Path | None = None) -> ModelSource:  
     raise unknown_name("model", model, model_names(), "or a TorchScript or ONNX file, or package.module:callable")
 
 
-def require_weights(source: ModelSource, weights: str | Path | None) -> None:
-    """Stop at once when the weights are neither on this machine nor within reach.
+def _file_source(model: str) -> ModelSource:
+    """The builder of a model's file, by what it holds."""
+    kind = file_kind(model)
+    if kind in (CHECKPOINT, SAFETENSORS):
+        raise UserError(f"{model} holds weights alone; name the architecture and pass --weights {model}")
+    if kind == UNKNOWN:
+        raise UserError(
+            f"{model} is neither TorchScript nor ONNX (.onnx); expected a model's file, or NAME --weights FILE"
+        )
+    return ModelSource("onnx" if kind == ONNX else "torchscript", model)
+
+
+def require_weights(source: ModelSource, weights: str | Path | None, *, trust_code: bool = False) -> None:
+    """Stop at once when the weights are neither on this machine nor within reach, or the model is not to be trusted.
 
     Raises:
         RunFault: with what could not be fetched and ``--weights FILE`` as the way out.
-        UserError: no such file, or a built-in architecture that has no published weights.
+        UserError: no such file, a built-in architecture that has no published weights, or TorchScript without consent.
     """
+    if source.kind == "torchscript":
+        require_consent(source.name, trust_code=trust_code)
     if weights == UNTRAINED and source.kind in ("built-in", *_LIBRARIES):
         return
     if weights is not None:
@@ -139,6 +151,7 @@ def require_weights(source: ModelSource, weights: str | Path | None) -> None:
             raise UserError(
                 f"no weights file {str(weights)!r}; expected an existing .pth, .pt, .th, .tar or .safetensors file"
             )
+        weights_kind(weights)
         return
     if source.kind == "built-in" and source.name != "digits":
         raise UserError(f"model {source.name!r} has no weights of its own; pass a checkpoint: --weights FILE")

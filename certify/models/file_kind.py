@@ -1,0 +1,146 @@
+"""What a model's file holds, by its content: names mislead, and downloads fail."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from pathlib import Path
+
+from certify.errors import UserError
+from certify.models.placeholders import mistaken_for
+
+CHECKPOINT, SAFETENSORS, TORCHSCRIPT, ONNX, UNKNOWN = "checkpoint", "safetensors", "TorchScript", "ONNX", "unknown"
+"""What can be used; :func:`file_kind` refuses everything else that it recognises."""
+
+_WEIGHTS = (".pth", ".pt", ".th", ".safetensors", ".onnx", ".ckpt", ".bin", ".torchscript")
+_LISTED = 3  # members of an archive that a message names
+_MEMBERS = 1000  # of an archive that are looked at
+_HEADER = 100_000_000  # bytes of a safetensors header at most, as its library has it
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_OTHERS = {b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive", b"Rar!": "a RAR archive", b"\x93NUMPY": "a NumPy array"}
+_UNPACK = {"gzip": "gunzip -k", "bzip2": "bunzip2 -k", "xz": "unxz -k", "zstd": "unzstd"}
+_OWN_CODE = "load it in a function of your own and name that: --model package.module:function"
+
+
+def file_kind(path: str | Path) -> str:
+    """Recognise a model or its weights.
+
+    Returns:
+        ``CHECKPOINT``, ``SAFETENSORS``, ``TORCHSCRIPT``, ``ONNX`` (by its name, as it has no mark), or ``UNKNOWN``.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or holds something else that can be named, with the remedy.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not head:
+        raise UserError(f"{path} is empty; expected a model or its weights (download it again)")
+    if stand_in := mistaken_for(head, "a model"):
+        raise UserError(f"{path} {stand_in}")
+    if head.startswith(b"PK\x03\x04"):
+        return _zip_kind(path)
+    if what := _foreign(path, head):
+        raise UserError(f"{path} is {what}")
+    if head[8:9] == b"{" and path.suffix.lower() != ".onnx":
+        length = int.from_bytes(head[:8], "little")
+        if length > min(_HEADER, path.stat().st_size):
+            raise UserError(
+                f"{path} is not a whole safetensors file: its header would have {length:,} bytes, the file has "
+                f"{path.stat().st_size:,} (a header at most {_HEADER:,}); download it again"
+            )
+        return SAFETENSORS
+    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":  # a pickle, as torch wrote before 1.6
+        return CHECKPOINT
+    if path.suffix.lower() == ".safetensors":
+        raise UserError(f"{path} is not a safetensors file: it begins with {head[:16]!r}; download it again")
+    return ONNX if path.suffix.lower() == ".onnx" else UNKNOWN
+
+
+def _zip_kind(path: Path) -> str:
+    """A checkpoint and a TorchScript program are zip archives; what else there is in one is no model."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return CHECKPOINT  # cut off: its reader says how
+    inside = {name.partition("/")[2] or name for name in names}
+    if "constants.pkl" in inside and any(name.startswith("code/") for name in inside):
+        return TORCHSCRIPT
+    if "archive_format" in inside or "serialized_exported_program.json" in names:
+        how = "(torch.export.load(FILE).module())"
+        raise UserError(f"{path} is a program that torch.export saved, which runs code; {_OWN_CODE} {how}")
+    if "data.pkl" in inside:
+        return CHECKPOINT
+    if "model.weights.h5" in names:
+        raise UserError(f"{path} is a Keras model; {_OWN_CODE}, or export it to ONNX")
+    if names and all(name.endswith(".npy") for name in names):
+        raise UserError(f"{path} holds NumPy arrays; expected weights as torch.save or safetensors writes them")
+    raise UserError(f"{path} is a zip archive: unpack it (unzip {path}) and name {_member(names)}")
+
+
+def _foreign(path: Path, head: bytes) -> str:
+    """Other formats that are often taken for weights, with the remedy."""
+    if head.startswith(b"\x89HDF") or head[4:8] == b"TFL3":
+        what = "a TensorFlow Lite model" if head[4:8] == b"TFL3" else "an HDF5 file, as Keras writes them"
+        return f"{what}; {_OWN_CODE}, or export it to ONNX"
+    if what := next((what for mark, what in _OTHERS.items() if head.startswith(mark)), ""):
+        return f"{what}; expected weights as torch.save or safetensors writes them"
+    if packed := next((name for mark, name in _COMPRESSED.items() if head.startswith(mark)), ""):
+        if _is_tar(path):
+            return f"a tar archive: unpack it (tar -xf {path}) and name the file in it"
+        return f"compressed by {packed}: unpack it ({_UNPACK[packed]} {path}) and name the file that comes out"
+    if head[257:262] == b"ustar":
+        with tarfile.open(path) as archive:
+            names = [member.name for member, _ in zip(archive, range(_MEMBERS), strict=False)]
+        return f"a tar archive: unpack it (tar -xf {path}) and name {_member(names)}"
+    return ""
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path):
+            return True
+    except (tarfile.TarError, OSError, EOFError, ValueError):
+        return False
+
+
+def _member(names: list[str]) -> str:
+    """The files of an archive that may hold the model, in words."""
+    weights = [name for name in names if name.lower().endswith(_WEIGHTS)]
+    more = ", ..." if len(weights) > _LISTED else ""
+    return f"the file in it: {', '.join(weights[:_LISTED])}{more}" if weights else "the model in it (it holds none)"
+
+
+def weights_kind(path: str | Path, option: str = "--model") -> str:
+    """:func:`file_kind` of a file that should hold weights alone.
+
+    Args:
+        path: of the file.
+        option: that takes a whole model in such a file's place, for the message.
+
+    Raises:
+        UserError: as :func:`file_kind`, and for a whole model.
+    """
+    kind = file_kind(path)
+    if kind in (TORCHSCRIPT, ONNX):
+        consent = " --trust-code" if kind == TORCHSCRIPT else ""
+        raise UserError(f"{path} is {kind}, a whole model, not weights alone: write {option} {path}{consent}")
+    return kind
+
+
+def require_consent(path: str | Path, *, trust_code: bool) -> None:
+    """Refuse to load a program before the user has vouched for it.
+
+    Raises:
+        UserError: no consent; says why it is needed and how to give it.
+    """
+    if not trust_code:
+        raise UserError(
+            f"{path} is TorchScript, a program: loading and running it can do anything that you can, such as overwrite "
+            "files; if you trust where it comes from, add --trust-code (from Python: trust_code=True)"
+        )
