@@ -138,7 +138,7 @@ def test_a_value_may_hold_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
     for denoiser in ("my.mod:fn", "deepinv:DRUNet=F.pth"):
         assert parse_options(f"denoised:denoiser={denoiser}:n=5") == ("denoised", {"denoiser": denoiser, "n": 5})
     asked: list[str] = []
-    monkeypatch.setattr(defences, "find_denoiser", lambda text, image: asked.append(text) or Median())
+    monkeypatch.setattr(defences, "find_denoiser", lambda text, **given: asked.append(text) or Median())
     assert build_defence("deepinv:DRUNet=F.pth", load_classifier("digits")).name == asked[0] == "deepinv:DRUNet=F.pth"
 
 
