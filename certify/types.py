@@ -73,7 +73,7 @@ class Noise(Radii, Protocol):
 
     @property
     def one_shape(self) -> bool:
-        """Whether all batches must have one shape, so that rounding gives an input the same label in each of them."""
+        """True if all batches must have one shape, so that rounding gives an input the same label in each of them."""
         ...
 
     def input(self, image: torch.Tensor) -> torch.Tensor:

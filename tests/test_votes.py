@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from certify import Gaussian, SmoothedClassifier
 from certify.engine.monte_carlo import Job, count_votes
+from certify.errors import RunFault
 from certify.models.pipeline import Pipeline
 from certify.smoothing.rng import block_generator, block_size, stream_key
 
@@ -143,6 +145,83 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         for n in ("20000", "400000")
     ]
     assert peaks[1] < 1.1 * peaks[0]
+
+
+ANSWERS: dict[str, Callable[[SmoothedClassifier, Tensor], Any]] = {
+    "certify": lambda g, x: g.certify(x, n0=50, n=500),
+    "certify to a tolerance": lambda g, x: g.certify(x, n0=1, n=500, tolerance=0.1),
+    "decide": lambda g, x: g.decide(x, radius=0.001, n=500),
+    "predict": lambda g, x: g.predict(x, n=500),
+}
+
+
+class Memory:
+    """A half-space whose memory holds so many images at once, at each call anew; it notes the batches that fitted."""
+
+    num_classes = 2
+
+    def __init__(self, room: Callable[[int], int]) -> None:
+        self.room, self.calls, self.sizes = room, 0, list[int]()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        if len(images) > self.room(self.calls):
+            raise MemoryError
+        self.sizes.append(len(images))
+        return (images.mean((1, 2, 3)) > 0.5).long()
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+GREY = torch.full((3, 2, 2), 130, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_exact_noise_keeps_one_batch_shape_where_memory_is_small(
+    answer: Callable[[SmoothedClassifier, Tensor], Any],
+) -> None:
+    """Batches of 101 do not fit, nor do halves of 51: every label that counts comes from a batch of 26."""
+    small, large = Memory(lambda call: 30), Memory(lambda call: 1000)
+    found, expected = (answer(SmoothedClassifier(f, 0.25, noise="exact", batch_size=101), GREY) for f in (small, large))
+    assert found == expected
+    assert (set(small.sizes), set(large.sizes)) == ({26}, {101})
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_exact_noise_keeps_its_batch_shape_when_memory_runs_out_later(
+    answer: Callable[[SmoothedClassifier, Tensor], Any],
+) -> None:
+    """Once is waited for; twice is a fault that says what to do, never a label from a batch of another shape."""
+    once = Memory(lambda call: 5 if call == 3 else 100)
+    g = SmoothedClassifier(once, 0.25, noise="exact", batch_size=16)
+    answer(g, GREY)
+    answer(g, GREY)
+    assert set(once.sizes) == {16}
+    twice = Memory(lambda call: 5 if call >= 3 else 100)
+    with pytest.raises(RunFault) as error:
+        answer(SmoothedClassifier(twice, 0.25, noise="exact", batch_size=16), GREY)
+    assert str(error.value) == (
+        "out of memory in a batch of 16 images, which fitted before; this noise needs one batch shape for all samples "
+        "of an image: free memory, or pass --batch-size 8 (batch_size in Python)"
+    )
+    assert set(twice.sizes) == {16}
+
+
+def test_exact_noise_settles_a_batch_shape_for_each_image_shape() -> None:
+    """Larger images fit in smaller batches; a size that was settled for small ones does not bind them."""
+
+    class Pixels(Memory):
+        def __call__(self, images: Tensor) -> Tensor:
+            self.room = lambda call: 960 // images[0].numel()
+            return super().__call__(images)
+
+    f = Pixels(lambda call: 0)
+    g = SmoothedClassifier(f, 0.25, noise="exact", batch_size=64)
+    for side, size in ((2, 64), (8, 4), (2, 64), (4, 16)):
+        f.sizes.clear()
+        g.votes(torch.full((3, side, side), 130, dtype=torch.uint8), 150, stage="a")
+        assert set(f.sizes) == {size}
 
 
 def test_exact_noise_keeps_one_batch_shape(linear_classifier: Any) -> None:

@@ -58,6 +58,7 @@ def count_votes(
     *,
     batch_size: int,
     fixed_shape: bool = False,
+    settled: dict[torch.Size, int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tally]:
     """Label the noisy copies of all jobs; their tallies, in the order of the jobs.
@@ -72,11 +73,13 @@ def count_votes(
         jobs: pulled some blocks ahead of the work.
         batch_size: samples a forward pass.
         fixed_shape: fill every batch up to ``batch_size`` with samples that are not counted (compiled classifiers).
+        settled: batch sizes by image shape, for a noise that needs batches of one shape: a size shrinks to what fits in
+            memory until the first label of such an image is counted, is noted here, and never changes again.
         progress: called with the number of noisy samples done since the last call.
 
     Raises:
         UserError: a label outside [0, K).
-        RunFault: the base classifier raised; the error is chained.
+        RunFault: the base classifier raised, the error is chained; memory runs out at a size that is settled.
     """
     keep_freed_memory()
     size, classes = batch_size, classifier.num_classes
@@ -87,9 +90,10 @@ def count_votes(
     def flush() -> None:
         nonlocal size, waiting
         noisy = batch[0].noisy if len(batch) == 1 else torch.cat([piece.noisy for piece in batch])
-        if fixed_shape and len(noisy) < size:
-            noisy = torch.cat([noisy, noisy[-1:].expand(size - len(noisy), -1, -1, -1)])
-        labels, largest = label_batch(classifier, noisy)
+        if settled is None:
+            labels, largest = label_batch(classifier, _filled(noisy, size) if fixed_shape else noisy)
+        else:
+            labels, largest = _label_in_one_shape(classifier, noisy, size, settled)
         labels = labels[:waiting]
         if any(piece.failed is not None for piece in batch):
             labels = labels.masked_fill(torch.cat([piece.mask() for piece in batch]), FAILED)
@@ -108,6 +112,8 @@ def count_votes(
             unfinished.append(whole.count)
         if batch and batch[0].noisy.shape[1:] != whole.noisy.shape[1:]:
             flush()
+        if settled is not None:
+            size = settled.get(whole.noisy.shape[1:], batch_size)
         rest = whole
         while len(rest.noisy):
             piece, rest = rest.split(size - waiting)
@@ -249,6 +255,47 @@ def _at_once(block: _Block) -> int:
 
 def label_batch(classifier: BaseClassifier, batch: Tensor) -> tuple[Tensor, int]:
     """Labels of one batch, and how many samples fit in memory at once: out of memory halves it and tries again."""
+    if (labels := _labels(classifier, batch)) is not None:
+        return labels, len(batch)
+    half = (len(batch) + 1) // 2
+    first, fits = label_batch(classifier, batch[:half])
+    first = first.clone()  # a compiled function may use the memory again
+    second, _ = label_batch(classifier, batch[half:])
+    return torch.cat([first, second]), fits
+
+
+def _label_in_one_shape(
+    classifier: BaseClassifier, noisy: Tensor, size: int, settled: dict[torch.Size, int]
+) -> tuple[Tensor, int]:
+    """Labels of noisy copies ``(B, C, H, W)`` in batches of exactly ``size``, or of what fits if it is not settled."""
+    shape, found, done = noisy.shape[1:], list[Tensor](), 0
+    while done < len(noisy):
+        piece = noisy[done : done + size]
+        labels = _labels(classifier, _filled(piece, size))
+        if labels is None and shape in settled:
+            labels = _labels(classifier, _filled(piece, size))  # memory that others held may be free again
+            if labels is None:
+                raise RunFault(
+                    f"out of memory in a batch of {size} images, which fitted before; this noise needs one batch shape "
+                    f"for all samples of an image: free memory, or pass --batch-size {size // 2} (batch_size in Python)"
+                )
+        if labels is None:
+            size = (size + 1) // 2
+            continue
+        settled[shape] = size
+        found.append(labels[: len(piece)].clone())  # a compiled function may use the memory again
+        done += len(piece)
+    return torch.cat(found), size
+
+
+def _filled(noisy: Tensor, size: int) -> Tensor:
+    """A batch filled up to ``size`` with copies of its last sample."""
+    missing = size - len(noisy)
+    return torch.cat([noisy, noisy[-1:].expand(missing, -1, -1, -1)]) if missing > 0 else noisy
+
+
+def _labels(classifier: BaseClassifier, batch: Tensor) -> Tensor | None:
+    """Labels of one batch, int64 ``(B,)``; None if several images do not fit in memory together."""
     try:
         with torch.no_grad():
             labels = classifier(batch)
@@ -263,14 +310,10 @@ def label_batch(classifier: BaseClassifier, batch: Tensor) -> tuple[Tensor, int]
                 f"the base classifier returned {labels.dtype} of shape {tuple(labels.shape)} for {len(batch)} images; "
                 f"expected integer labels ({len(batch)},)"
             )
-        return labels.long(), len(batch)
+        return labels.long()
     if batch.device.type == "cuda":
         torch.cuda.empty_cache()
-    half = (len(batch) + 1) // 2
-    first, fits = label_batch(classifier, batch[:half])
-    first = first.clone()  # a compiled function may use the memory again
-    second, _ = label_batch(classifier, batch[half:])
-    return torch.cat([first, second]), fits
+    return None
 
 
 def _out_of_memory(error: BaseException) -> bool:

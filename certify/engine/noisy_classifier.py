@@ -100,6 +100,7 @@ class NoisyClassifier:
         self.wanted = Wanted(precision, compile, batch_size)
         self.execution: Execution | None = None
         self._run: BaseClassifier = self.base
+        self._batch_sizes: dict[torch.Size, int] = {}  # by image shape, where the noise needs one shape of batches
 
     @property
     def num_classes(self) -> int:
@@ -121,6 +122,7 @@ class NoisyClassifier:
         from certify.engine import tuning
 
         example = self.check(image).to(self.device)
+        self._batch_sizes = {}
         if execution is None:
             self._run, self.execution = tuning.choose(self.base, example, self.noise, samples, self.wanted, again=again)
         else:
@@ -247,7 +249,8 @@ class NoisyClassifier:
             self._run,
             self.noise,
             batch_size=execution.batch_size,
-            fixed_shape=execution.compiled or (self.noise.one_shape and not paid),
+            fixed_shape=execution.compiled,
+            settled=self._batch_sizes if self.noise.one_shape and not paid else None,
             progress=progress,
         )
         return label, execution.batch_size
