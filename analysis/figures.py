@@ -10,6 +10,7 @@ from typing import Any
 
 from certify.errors import RunFault, UserError
 from certify.runs.files import replacing
+from certify.text import printable
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -50,6 +51,16 @@ def canvas(width: float, height: float, columns: int = 1, style: dict[str, Any] 
     with rc_context({**STYLE, **(style or {})}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(1, columns)
+
+
+def literal(text: str, most: int | None = None) -> str:
+    """Return text from outside as a figure displays it: printable, cut to ``most``, dollar signs begin no formula."""
+    text = printable(text)
+    return (text if most is None or len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+
+
+LABEL = 40
+"""Characters that a label beside an axis has room for."""
 
 
 def log_ticks(axis: Any, text: str, subs: Sequence[float] = (1.0, 2.0, 5.0)) -> None:

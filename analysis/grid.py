@@ -12,6 +12,7 @@ import numpy as np
 
 from analysis.figures import check_format, save_figure
 from certify.errors import UserError
+from certify.text import printable_lines
 
 RIGHT, WRONG = "✓", "✗"
 """Marks beside a label, so that colour is not needed to read it."""
@@ -86,7 +87,7 @@ def draw_grid(
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
         """Text at inches from the left and from the top."""
-        figure.text(x / total, 1 - y / height, text, parse_math=False, **style)
+        figure.text(x / total, 1 - y / height, printable_lines(text), parse_math=False, **style)
 
     write(total / 2, 0.12, "\n".join(above), ha="center", va="top", fontsize=10, linespacing=1.25)
     write(0.08, top - 0.06, names, va="bottom", fontsize=8, color="#555555")

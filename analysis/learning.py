@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.figures import COLOURS, canvas, check_format, save_figure
+from analysis.figures import COLOURS, canvas, check_format, literal, save_figure
 from certify.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -97,7 +97,7 @@ def plot_learning(trainings: Sequence[Learning], path: str | Path, *, title: str
                 for part in np.array_split(np.stack([training.images, training.loss]), _WINDOWS, 1)
                 if part.size
             ]
-            first.plot(*np.array(smooth).T / [[1e3], [1]], color=colour, label=training.name, linewidth=1.4)
+            first.plot(*np.array(smooth).T / [[1e3], [1]], color=colour, label=literal(training.name), linewidth=1.4)
             for axes, measure in zip(others, measures, strict=True):
                 for level, sigma in enumerate(levels):
                     values = training.held_out.get(f"{measure}@{sigma}" if sigma else measure)

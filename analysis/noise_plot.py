@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.adversarial_noise import NoiseStatistics
-from analysis.figures import COLOURS, canvas, check_format, save_figure
+from analysis.figures import COLOURS, canvas, check_format, literal, save_figure
 
 _LINES = ("-", "--", ":", "-.")
 
@@ -34,7 +34,7 @@ def draw_noise(noises: Mapping[str, NoiseStatistics], images: NoiseStatistics, p
                 values = np.sort(measured[np.isfinite(measured)])
                 if len(values):
                     axes.step(values, np.arange(1, len(values) + 1) / len(values), where="post", **style)
-            spectra.plot(*_spectrum(found), label=name, **style)
+            spectra.plot(*_spectrum(found), label=literal(name), **style)
         spectra.plot(*_spectrum(images), label="the images", color="#999999", linewidth=2.5)
         for axes, what in ((means, "mean of the noise (grey levels of 255)"), (skews, "skewness of the noise")):
             axes.axvline(0, color="#555555", linewidth=0.8)
@@ -43,7 +43,7 @@ def draw_noise(noises: Mapping[str, NoiseStatistics], images: NoiseStatistics, p
             axes.set_xlim(-reach, reach)
         spectra.set(xlabel="frequency (cycles a pixel)", ylabel="share of the power a wave", yscale="log")
         figure.legend(loc="outside lower center", ncols=4)
-        figure.suptitle(title, fontsize=8, x=0.01, ha="left", wrap=True)
+        figure.suptitle(literal(title), fontsize=8, x=0.01, ha="left", wrap=True)
         save_figure(figure, Path(path))
 
 

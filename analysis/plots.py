@@ -11,7 +11,7 @@ import numpy as np
 
 from analysis.curves import Curve, proportion_interval
 from analysis.envelope import Envelope, Line
-from analysis.figures import COLOURS, canvas, check_format, save_figure, wrapped
+from analysis.figures import COLOURS, canvas, check_format, literal, save_figure, wrapped
 from certify.smoothing.norms import IN_TEX
 
 
@@ -115,7 +115,7 @@ def _legend_texts(lines: Sequence[Line]) -> tuple[list[str], str | None]:
         over = f"σ = {levels[0]}"
     elif levels:
         names = [f"{name}, σ = {found}" for name, found in zip(names, levels, strict=True)]
-    labels = [name + (f" ({line.note})" if line.note else "") for name, line in zip(names, lines, strict=True)]
+    labels = [literal(name + (f" ({line.note})" if line.note else "")) for name, line in zip(names, lines, strict=True)]
     title = f"upper envelope over {over} (faint: single runs):\nat each radius the best, chosen on these images"
     return labels, title if levels else None
 

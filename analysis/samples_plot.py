@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.curves import common_norm, names
-from analysis.figures import COLOURS, canvas, check_format, log_ticks, save_figure, wrapped
+from analysis.figures import COLOURS, canvas, check_format, literal, log_ticks, save_figure, wrapped
 from certify.errors import UserError
 from certify.runs.image_rows import noise_of, votes_of
 from certify.runs.run_file import Run
@@ -71,7 +71,7 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
                 "--tolerance"
             )
     norm = common_norm(runs)
-    labels, more = wrapped([*names(runs), "the most that n samples can certify"])
+    labels, more = wrapped([*map(literal, names(runs)), "the most that n samples can certify"])
     with canvas(4.8, 3.3 + more) as (figure, axes):
         for i, (run, name) in enumerate(zip(runs, labels, strict=False)):
             sizes = sample_sizes(run.header["n"])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.figures import COLOURS, canvas, check_format, save_figure
+from analysis.figures import COLOURS, LABEL, canvas, check_format, literal, save_figure
 from certify.errors import UserError
 
 _KEYS = ("case", "engine", "reference", "ratio", "ratio_min", "ratio_max")
@@ -65,7 +65,7 @@ def plot_speeds(speeds: Sequence[Speed], path: str | Path, *, title: str | None 
             rates = f"{speed.engine:,.0f} : {speed.reference:,.0f}"
             axes.text(speed.ratio_max + 0.05, place, rates, va="center", fontsize=8)
         axes.axvline(1, color=COLOURS[1], lw=1.2)
-        axes.set_yticks(range(len(last)), list(last))
+        axes.set_yticks(range(len(last)), [literal(name, LABEL) for name in last])
         widest = max(speed.ratio_max for speed in last.values())
         axes.set(xlim=(0, 1.35 * widest), ylim=(len(last) - 0.4, -0.6))
         axes.set_xlabel("samples a second, this engine : plain loop; bars: their ratio\n(line: equally fast)")

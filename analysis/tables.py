@@ -16,16 +16,20 @@ from analysis.families import CORRECTIONS, Family, accuracy_interval, family
 from certify.errors import UserError
 from certify.smoothing.norms import DECIMALS, IN_WORDS
 from certify.smoothing.rounding import ceil_to, exact, floor_to
+from certify.text import printable, printable_lines
 
 FORMATS = {"text": "simple", "markdown": "pipe", "latex": "latex_booktabs", "csv": ""}
 
 _IN_LATEX = {"σ": r"$\sigma$", "≥": r"$\geq$"}
 
 
-def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str) -> str:
-    """A table of ready-made cells."""
+def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str, *, multiline: bool = False) -> str:
+    """Render a table of ready-made cells; text in them is made printable, line by line if ``multiline``."""
     if style not in FORMATS:
         raise UserError(f"table format {style!r}; expected one of {', '.join(FORMATS)}")
+    clean = printable_lines if multiline else printable
+    header = [clean(cell) for cell in header]
+    rows = [[clean(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     if style == "csv":
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([header, *rows])  # every digit of each number
@@ -78,7 +82,7 @@ def compare(
             if line.labelled:
                 about.append(_figure(line.average_radius, DECIMALS[line.norm] - 1, least=line.stopped))
         rows.append([*about, *_cells(line, radii, relative_to or 1.0, intervals=intervals)])
-    caption = "\n".join(_caption(lines, relative_to, intervals=intervals))
+    caption = "\n".join(map(printable, _caption(lines, relative_to, intervals=intervals)))
     caption = textwrap.indent(caption, "% ") + "\n" if style == "latex" else f"{caption}\n\n"
     text = render([*header, *(f"r = {exact(r)}" for r in radii)], rows, style)
     if style == "latex":  # tabulate would escape the dollars

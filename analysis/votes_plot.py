@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from analysis.figures import COLOURS, canvas, check_format, save_figure
+from analysis.figures import COLOURS, LABEL, canvas, check_format, literal, save_figure
 from certify.errors import UserError
 from certify.runs.image_rows import votes_of
 from certify.runs.run_file import Run
@@ -51,9 +51,9 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
         if other and other < 1 - (lower or 0):
             label = f"upper bound of every other class: {ceil_to(other)}"
             axes.axvline(other, color=COLOURS[2], ls="--", lw=1.4, label=label)
-        axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+        axes.set_yticks(range(len(bars)), [literal(name, LABEL) for name, _, _ in bars])
         axes.set(xlim=(0, 1.12), ylim=(len(bars) - 0.4, -0.6), xlabel=f"share of {votes.trials:,} votes under noise")
-        axes.set_title(title or _in_words(run, row), fontsize=9, loc="left", wrap=True)
+        axes.set_title(title or literal(_in_words(run, row)), fontsize=9, loc="left", wrap=True)
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=2)
         save_figure(figure, Path(path))

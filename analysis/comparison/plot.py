@@ -6,7 +6,7 @@ from pathlib import Path
 
 from analysis.comparison.results import GROUPS, Cell, Comparison, Condition
 from analysis.comparison.tables import caption_of
-from analysis.figures import COLOURS, canvas, check_format, save_figure
+from analysis.figures import COLOURS, LABEL, canvas, check_format, literal, save_figure
 
 _COLOUR = dict(zip(GROUPS, ("#555555", COLOURS[0], COLOURS[1], COLOURS[2]), strict=True))
 _SHAPES = "os^Dv<>pP*X"
@@ -29,19 +29,19 @@ def draw_comparison(found: Comparison, path: str | Path) -> None:
             for place, condition in enumerate(conditions):
                 y = row - 0.4 + 0.8 * (place + 0.5) / len(conditions)
                 _mark(axes, found.cell(defence, condition), condition, place, y)
-        axes.set_yticks(range(len(found.defences)), found.defences)
+        axes.set_yticks(range(len(found.defences)), [literal(name, LABEL) for name in found.defences])
         axes.grid(axis="y", visible=False)
         axes.set(
             xlim=(0, 1), ylim=(len(found.defences) - 0.5, -0.5), xlabel="accuracy (bars: 95 % interval over images)"
         )
         handles = [_handle(condition, place) for place, condition in enumerate(conditions)]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
-        axes.set_title(caption_of(found)[0], fontsize=8, loc="left", wrap=True)
+        axes.set_title(literal(caption_of(found)[0]), fontsize=8, loc="left", wrap=True)
         save_figure(figure, Path(path))
 
 
 def _label(condition: Condition) -> str:
-    return condition.name if condition.group == "plain" else f"{GROUPS[condition.group]}: {condition.short}"
+    return literal(condition.name if condition.group == "plain" else f"{GROUPS[condition.group]}: {condition.short}")
 
 
 def _style(condition: Condition, place: int) -> dict[str, object]:

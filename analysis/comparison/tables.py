@@ -8,18 +8,19 @@ from typing import Any
 from analysis.comparison.results import GROUPS, Cell, Comparison, Condition
 from analysis.tables import render
 from certify.smoothing.rounding import ceil_to, exact, floor_to
+from certify.text import printable
 
 
 def tabulate_comparison(found: Comparison, style: str = "text") -> str:
     """Defences by conditions, with intervals, costs, what the columns mean, and pairs against the bare classifier."""
     if style == "csv":
         return render(*_csv(found), style)
-    caption = "\n".join(caption_of(found))
+    caption = "\n".join(map(printable, caption_of(found)))
     caption = textwrap.indent(caption, "% ") + "\n" if style == "latex" else f"{caption}\n\n"
-    parts = [render(*_accuracies(found, style), style), render(*_costs(found, style), style)]
+    parts = [render(*made, style, multiline=True) for made in (_accuracies(found, style), _costs(found, style))]
     paired = _pairs(found, style)
     if paired is not None:
-        parts.append(render(*paired, style))
+        parts.append(render(*paired, style, multiline=True))
     parts += _failures(found)
     return caption + "\n\n".join(parts)
 
@@ -55,14 +56,14 @@ def caption_of(found: Comparison) -> list[str]:
 def title(condition: Condition, style: str = "text") -> str:
     """A column's heading; the group stands in every one, so that no column can be taken for another's."""
     if condition.group == "plain":
-        return condition.name
+        return printable(condition.name)
     between = "\n" if style == "text" else ": "
-    return f"{condition.group}{between}{condition.short}"
+    return f"{condition.group}{between}{printable(condition.short)}"
 
 
 def _name(found: Comparison, defence: str) -> str:
     frozen = next(d["frozen"] for d in found.run.header["defences"] if d["named"] == defence)
-    return defence if frozen else f"{defence} *"
+    return printable(defence) + " *" * (not frozen)
 
 
 def _accuracies(found: Comparison, style: str) -> tuple[list[str], list[list[str]]]:
@@ -133,7 +134,7 @@ def _failures(found: Comparison) -> list[str]:
                 lines.append(f"failed: {d}, {c.key}: {cell.failed}")
             if cell is not None:
                 lines += [f"note: {d}, {c.key}: {n} images: {text}" for text, n in found.notes(d, c).items()]
-    return ["\n".join(lines)] if lines else []
+    return ["\n".join(map(printable, lines))] if lines else []
 
 
 def records(found: Comparison) -> list[dict[str, Any]]:

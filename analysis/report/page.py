@@ -1,6 +1,7 @@
 """The report of an audit: one HTML file that needs nothing but itself, from the folder as it was left.
 
-Everything that a service or a user wrote is escaped by the template; the page runs no script and loads nothing.
+Whatever a service or a user wrote is made printable and escaped where the template inserts it; the page runs no script
+and loads nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from certify.runs.files import replacing
 from certify.runs.identity import identity
 from certify.smoothing.norms import DECIMALS, IN_WORDS
 from certify.smoothing.rounding import ceil_to, exact, floor_to
+from certify.text import printable
 
 NAME = "report.html"
 ROOM, MOST_ROWS, MOST_KINDS = 14 * 2**20, 4000, 20
@@ -53,7 +55,7 @@ def write_report(folder: str | Path) -> Path:
     path = audit.folder / NAME
     try:
         with replacing(path) as beside:
-            beside.write_text(render(audit), encoding="utf-8", errors="replace")
+            beside.write_text(render(audit), encoding="utf-8")
     except OSError as error:
         raise RunFault(f"could not write {path}: {error.strerror}; the audit's records are untouched") from None
     return path
@@ -73,6 +75,7 @@ def render(audit: AuditFolder) -> str:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -16,6 +16,7 @@ import click
 from certify import __version__
 from certify.cli import audit, bench, compare, evaluate, info, inspect, options, plot, run, serve, show, train
 from certify.cli import distribute as spread
+from certify.cli.console import say
 from certify.errors import CertifyError
 
 
@@ -167,7 +168,7 @@ def _give_up_stdout() -> None:
 
 
 def _complain(text: str) -> None:
-    click.echo(f"certify: {' '.join(text.split())}", err=True)
+    say(f"certify: {' '.join(text.split())}")
 
 
 def _click_line(error: click.ClickException) -> str:

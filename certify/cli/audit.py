@@ -15,7 +15,7 @@ import click
 from certify.cli import options
 from certify.cli.audit_attacks import attack, attack_options, check_attacks, most_queries
 from certify.cli.audit_messages import show_plan, tell_attacks, tell_outcome, tell_replay, warn_of_drift, warn_of_probe
-from certify.cli.console import progress_bar, say, silent, speaker, warn
+from certify.cli.console import progress_bar, say, silent, speaker, tell, warn
 from certify.cli.load import check_procedure, chosen_images, denoiser_for, device_from
 from certify.cli.plan import first_shape
 from certify.cli.service_options import (
@@ -127,7 +127,7 @@ def audit(**o: Any) -> None:
         _compare_with_folder(job, o, speak)
         if asks_for_metadata(wanted):
             speak("metadata   one request asks the model what it takes, before the first query and beside the budget")
-        click.echo(json.dumps({"plan": plan}) if o["as_json"] else "dry run: nothing was sent")
+        tell(json.dumps({"plan": plan}) if o["as_json"] else "dry run: nothing was sent")
         return
     with open_service(wanted, o) as (send, known):
         job, plan = _planned(o, known)
@@ -314,7 +314,7 @@ def replay(folder: str, alpha: float | None, bound: str | None, out: str | None,
     if target is not None:
         found = dataclasses.replace(found, run=write_derived(target, found.run.header, found.run.images))
     if as_json:
-        click.echo(json.dumps({"header": found.run.header, "images": found.run.images, "differing": found.differing}))
+        tell(json.dumps({"header": found.run.header, "images": found.run.images, "differing": found.differing}))
     else:
         tell_replay(found, anew=alpha is not None or bound is not None)
     if found.differing:

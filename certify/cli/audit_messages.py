@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from certify.cli.console import clock, warn
+from certify.cli.console import clock, tell, warn
 from certify.cli.summary import table_radii, title
 from certify.smoothing.norms import DECIMALS, IN_WORDS
 from certify.smoothing.rounding import ceil_to, exact, times
@@ -109,29 +107,27 @@ def tell_outcome(folder: Path, about: Mapping[str, Any], *, as_json: bool) -> No
 
     run = read_run(folder / "run.jsonl", allow_partial=True)
     if as_json:
-        click.echo(json.dumps({"folder": str(folder), "audit": about, "images": run.images}))
+        tell(json.dumps({"folder": str(folder), "audit": about, "images": run.images}))
         return
-    click.echo(_table(run))
+    tell(_table(run))
     asked, plan = about["asked"], about["plan"]
     failed = sum(asked["failures"].values())
-    click.echo(
+    tell(
         f"requests           {asked['requests']:,} of a budget of {plan['budget']:,}: {asked['retries']:,} of them "
         f"retries; {failed:,} queries failed"
     )
     if asked["cost"] is not None:
-        click.echo(f"cost               {asked['cost']:.2f}, at {plan['price_per_1000']:g} per 1,000 requests")
+        tell(f"cost               {asked['cost']:.2f}, at {plan['price_per_1000']:g} per 1,000 requests")
     if asked["seconds"]:
         times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in asked["seconds"].items())
-        click.echo(f"answers after      {times}")
+        tell(f"answers after      {times}")
     outside = sum(row.get("outside", 0) for row in run.usable)
     if outside:
-        click.echo(f"not in the answer  {outside:,} noisy copies: none of their labels is in the class map")
-    click.echo(f"fixed function     {_fixed(about)}")
+        tell(f"not in the answer  {outside:,} noisy copies: none of their labels is in the class map")
+    tell(f"fixed function     {_fixed(about)}")
     if about["status"] != "finished":
-        click.echo(f"unfinished         {about['status']}: a larger --budget goes on in the same folder")
-    click.echo(
-        f"\nrun file   {folder / 'run.jsonl'}\nreport     {folder / 'report.html'}\nagain      {about['replay']}"
-    )
+        tell(f"unfinished         {about['status']}: a larger --budget goes on in the same folder")
+    tell(f"\nrun file   {folder / 'run.jsonl'}\nreport     {folder / 'report.html'}\nagain      {about['replay']}")
 
 
 def tell_attacks(folder: Path) -> None:
@@ -142,7 +138,7 @@ def tell_attacks(folder: Path) -> None:
 
     if (folder / COMPARISON).is_file():
         found = read_comparison(folder / COMPARISON)
-        click.echo(f"\n{tabulate_comparison(found, 'text')}\n\nattacks    {folder / COMPARISON}")
+        tell(f"\n{tabulate_comparison(found, 'text')}\n\nattacks    {folder / COMPARISON}")
 
 
 def _fixed(about: Mapping[str, Any]) -> str:
@@ -162,12 +158,12 @@ def _fixed(about: Mapping[str, Any]) -> str:
 
 def tell_replay(found: Replayed, *, anew: bool) -> None:
     """The table, and whether it is the run file's."""
-    click.echo(_table(found.run))
+    tell(_table(found.run))
     if anew:
         header = found.run.header
-        click.echo(f"from the ledger's answers, at alpha = {exact(header['alpha'])}, {header['bound']}")
+        tell(f"from the ledger's answers, at alpha = {exact(header['alpha'])}, {header['bound']}")
     elif not found.differing:
-        click.echo(f"equal: all {len(found.run.images)} certificates are those of {found.run.path}")
+        tell(f"equal: all {len(found.run.images)} certificates are those of {found.run.path}")
 
 
 def _table(run: Run) -> str:

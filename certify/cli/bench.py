@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from certify.cli import options
+from certify.cli.console import say, tell
 
 
 @click.command(short_help="Measure the speed on your model, against the plain loop.")
@@ -63,7 +64,7 @@ def bench(**o: Any) -> None:
         seconds=o["seconds"],
         turn=o["turn"],
         reference_batch=o["reference_batch"],
-        progress=(lambda text: None) if o["as_json"] else (lambda text: click.echo(f"{text} ...", err=True)),
+        progress=(lambda text: None) if o["as_json"] else (lambda text: say(f"{text} ...")),
     )
     case = o["model"] if o["denoiser"] == "none" else f"{o['denoiser']}+{o['model']}"
-    click.echo(json.dumps({"case": case, **asdict(found)}) if o["as_json"] else in_words(found))
+    tell(json.dumps({"case": case, **asdict(found)}) if o["as_json"] else in_words(found))

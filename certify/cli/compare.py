@@ -10,7 +10,7 @@ import click
 
 from certify.cli import options
 from certify.cli.attack_options import Scene, attack_options, attacks_wanted, set_scene
-from certify.cli.console import progress_bar, speaker
+from certify.cli.console import progress_bar, say, speaker, tell
 from certify.cli.output_files import output_path, stoppable
 from certify.errors import UserError
 
@@ -79,16 +79,16 @@ def compare(**o: Any) -> None:
 
     found = read_comparison(path)
     if o["as_json"]:
-        click.echo(json.dumps({"run_file": str(path), "results": records(found)}))
+        tell(json.dumps({"run_file": str(path), "results": records(found)}))
     else:
-        click.echo(tabulate_comparison(found, o["style"]))
+        tell(tabulate_comparison(found, o["style"]))
     found.require_sound()
     if o["figure"]:
         from analysis.comparison.plot import draw_comparison
 
         draw_comparison(found, o["figure"])
         if not o["as_json"]:
-            click.echo(f"wrote {o['figure']}", err=True)
+            say(f"wrote {o['figure']}")
 
 
 def _work(o: dict[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""Words for the terminal: lines on stderr, a bar of progress, durations, and a stranger's text made harmless."""
+"""Output on the terminal: lines on stderr and stdout without control characters, a progress bar, durations."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from certify.text import printable, printable_lines
+
 if TYPE_CHECKING:
     from certify.runs.run_file import Run
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
-    click.echo(text, err=True)
+    """Print on stderr; characters that would act on the terminal are shown as escapes."""
+    click.echo(printable_lines(text), err=True)
+
+
+def tell(text: str) -> None:
+    """Print a result on stdout; characters that would act on the terminal are shown as escapes."""
+    click.echo(printable_lines(text))
 
 
 def silent(text: str) -> None:
@@ -28,7 +35,7 @@ def speaker(*, quiet: bool) -> Callable[[str], None]:
 
 
 def warn(text: str) -> None:
-    """One line on stderr that does not stop the run; whatever a stranger's text would do to a terminal is shown."""
+    """Print a warning of one line on stderr."""
     say(f"warning: {printable(text)}")
 
 
@@ -69,11 +76,6 @@ def warn_of_precisions(runs: Sequence[Run]) -> None:
     found = sorted({str(run.header["precision"]) for run in runs if run.header.get("precision")})
     if len(found) > 1:
         warn(f"these runs are of classifiers run in {' and '.join(found)}; --precision makes them alike")
-
-
-def printable(text: str) -> str:
-    """A stranger's text without what it could do to a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ import click
 
 from certify.cli import options
 from certify.cli.attack_options import readable
-from certify.cli.console import progress_bar, warn_of_units
+from certify.cli.console import progress_bar, say, tell, warn_of_units
 from certify.cli.load import chosen_images, classifier_from, denoiser_for, device_from
 from certify.cli.output_files import telling_name
 from certify.cli.plan import first_shape, warn_near_chance
@@ -98,11 +98,11 @@ def evaluate_denoiser(**o: Any) -> None:
     done = Evaluated(o["denoiser"], o["model"], chosen, shapes, reports, described, len(chosen) - len(images))
     kept = [outcomes for outcomes in shown.values() if outcomes]
     picture = _picture(o, done) if kept else None
-    click.echo(json.dumps(as_json(done, picture)) if o["as_json"] else in_words(done))
+    tell(json.dumps(as_json(done, picture)) if o["as_json"] else in_words(done))
     if picture is not None:
         draw(done, kept, picture, classifier.class_names if classifier else None)  # last: the numbers are out already
         if not o["as_json"]:
-            click.echo(f"\npicture    {picture}")
+            tell(f"\npicture    {picture}")
 
 
 def _check_first(o: dict[str, Any]) -> list[float]:
@@ -135,7 +135,7 @@ def _images(o: dict[str, Any], classifier: Classifier | None) -> ImageSet:
         o["data"] = "digits" if o["model"] == "digits" else "photos"
         if not o["as_json"]:
             which = "the digits held out from training" if o["model"] == "digits" else "scikit-learn's two photographs"
-            click.echo(f"demo       no --data: {which}; pass your own images with --data", err=True)
+            say(f"demo       no --data: {which}; pass your own images with --data")
     most = o["max_images"] or _MOST
     if classifier is None:
         o["labels"] = "none"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
+from certify.cli.console import tell
 from certify.errors import RunFault
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ def list_(kind: str | None, pattern: str | None) -> None:
 
     if kind is None:
         for name, load in _registries().items():
-            click.echo(f"{name:<13} {', '.join(load())}")
-        click.echo("models        see `certify list models [PATTERN]`")
+            tell(f"{name:<13} {', '.join(load())}")
+        tell("models        see `certify list models [PATTERN]`")
         return
     if kind in ("models", "model"):
         _list_models(pattern or "")
@@ -127,7 +128,7 @@ def list_(kind: str | None, pattern: str | None) -> None:
         raise unknown_name(found.kind, pattern, found)
     width = max([20, *map(len, shown)])
     for name in shown:
-        click.echo(f"{name:<{width}} {found.note(name)}")
+        tell(f"{name:<{width}} {found.note(name)}")
 
 
 def _list_models(pattern: str) -> None:
@@ -145,7 +146,7 @@ def _list_models(pattern: str) -> None:
 
         raise unknown_name("model", pattern, [name for name, _ in rows])
     for name, note in shown:
-        click.echo(f"{name:<40} {note}")
+        tell(f"{name:<40} {note}")
 
 
 @click.command(short_help="Show versions, devices, extras; test the mathematics.")
@@ -170,7 +171,7 @@ def doctor(as_json: bool) -> None:
     report["checks"] = self_test()
     report["seconds"] = round(time.perf_counter() - start, 1)
     if as_json:
-        click.echo(json.dumps(report))
+        tell(json.dumps(report))
     else:
         _print(report)
     failed = [name for name, passed in report["checks"].items() if not passed]
@@ -194,13 +195,13 @@ def _hub(hub: Any) -> str:
 
 
 def _print(report: dict[str, Any]) -> None:
-    click.echo("versions   " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
-    click.echo("devices    " + ", ".join(report["devices"]))
-    click.echo("extras     " + ", ".join(f"{k}: {'yes' if v else 'no'}" for k, v in report["extras"].items()))
-    click.echo("model hub  " + report["hub"])
+    tell("versions   " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
+    tell("devices    " + ", ".join(report["devices"]))
+    tell("extras     " + ", ".join(f"{k}: {'yes' if v else 'no'}" for k, v in report["extras"].items()))
+    tell("model hub  " + report["hub"])
     for name, passed in report["checks"].items():
-        click.echo(f"{'ok  ' if passed else 'FAIL'}       {name}")
-    click.echo(f"({report['seconds']} s)")
+        tell(f"{'ok  ' if passed else 'FAIL'}       {name}")
+    tell(f"({report['seconds']} s)")
 
 
 def self_test() -> dict[str, bool]:

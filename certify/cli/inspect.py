@@ -10,6 +10,7 @@ import click
 
 from certify.cli import options
 from certify.cli.attack_options import Scene, attack_options, check_names, listed, set_scene
+from certify.cli.console import say, tell
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ def inspect(**o: Any) -> None:
     images_left = _median(_left(clean - clean.mean((2, 3), keepdim=True)))
     if o["as_json"]:
         about = {"images": len(clean), "norm": o["norm"], "eps": o["eps"][0], "images_left_by_smoothing": images_left}
-        click.echo(json.dumps({**about, "noises": rows}, allow_nan=False))
+        tell(json.dumps({**about, "noises": rows}, allow_nan=False))
     else:
-        click.echo(_table(rows, len(clean), images_left))
+        tell(_table(rows, len(clean), images_left))
     title = f"{o['model']} on {scene.images.name}, {len(clean)} images, {o['norm']} {o['eps'][1]}"
     if o["figure"]:
         from analysis.noise_plot import draw_noise
@@ -77,7 +78,7 @@ def inspect(**o: Any) -> None:
     if not o["as_json"]:
         for name in ("figure", "pictures"):
             if o[name]:
-                click.echo(f"wrote {o[name]}", err=True)
+                say(f"wrote {o[name]}")
 
 
 def _attacked(o: dict[str, Any], scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:

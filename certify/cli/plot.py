@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from certify.cli import options
-from certify.cli.console import warn
+from certify.cli.console import tell, warn
 from certify.cli.show import curves_of
 from certify.errors import UserError
 
@@ -57,7 +57,7 @@ def plot(
         _votes(runs, image, out, title)
     else:
         _certificates(runs, out, title, given, band=not no_band, envelope=envelope, samples=samples)
-    click.echo(f"wrote {out}")
+    tell(f"wrote {out}")
 
 
 def _certificates(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from certify.cli import options
-from certify.cli.console import warn, warn_of_precisions
+from certify.cli.console import tell, warn, warn_of_precisions
 from certify.cli.output_files import run_path
 from certify.errors import RunFault, UserError
 from certify.smoothing.rounding import exact
@@ -112,13 +112,13 @@ def curves_of(runs: Sequence[Run], given: Sequence[str], *, envelope: bool) -> l
 
 def _put(text: str, out: str | None) -> None:
     if out is None:
-        click.echo(text)
+        tell(text)
         return
     try:
         Path(out).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RunFault(f"could not write {out}: {error.strerror}") from None
-    click.echo(f"wrote {out}")
+    tell(f"wrote {out}")
 
 
 def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) -> None:
@@ -173,4 +173,4 @@ def report(folder: str) -> None:
     """
     from analysis.report.page import write_report
 
-    click.echo(f"wrote {write_report(folder)}")
+    tell(f"wrote {write_report(folder)}")

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from certify.cli.console import clock, printable, warn
+from certify.cli.console import clock, tell, warn
 from certify.errors import UserError
 from certify.runs.run_file import SET_ASIDE
 from certify.smoothing.rounding import exact, floor_to
+from certify.text import printable
 
 if TYPE_CHECKING:
     from analysis.curves import Curve
@@ -47,10 +46,10 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
         radii = radii or table_radii(run)
         picture = run.path.with_suffix(".png")
     if as_json:
-        click.echo(json.dumps(_as_json(run, curve, radii or [], picture, rate)))
+        tell(json.dumps(_as_json(run, curve, radii or [], picture, rate)))
     else:
-        click.echo(_in_words(run, curve, radii or [], rate))
-        click.echo(f"\nrun file   {run.path}" + (f"\ncurve      {picture}" if picture else ""))
+        tell(_in_words(run, curve, radii or [], rate))
+        tell(f"\nrun file   {run.path}" + (f"\ncurve      {picture}" if picture else ""))
     if curve is not None and picture is not None:
         from analysis.plots import plot_curves
 
@@ -168,7 +167,8 @@ def _as_json(
 def title(run: Run) -> str:
     """What was certified, in the first line of its table."""
     h = run.header
-    return f"{h['model']}, sigma = {exact(h['sigma'])} ([0, 1] pixels), {len(run.usable):,} images of {h['data']}"
+    model, data = printable(str(h["model"])), printable(str(h["data"]))
+    return f"{model}, sigma = {exact(h['sigma'])} ([0, 1] pixels), {len(run.usable):,} images of {data}"
 
 
 def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli import options
-from certify.cli.console import progress_bar, speaker, warn_of_units
+from certify.cli.console import progress_bar, speaker, tell, warn_of_units
 from certify.cli.load import check_data, classifier_from, device_from, surrogate_from
 from certify.cli.training_options import recipe_from, recipe_options, refuse_unused
 from certify.errors import Stopped, UserError
@@ -230,10 +230,10 @@ def _report(outcome: Outcome, o: dict[str, Any]) -> None:
         "held_out": outcome.best,
     }
     if o["as_json"]:
-        click.echo(json.dumps(found))
+        tell(json.dumps(found))
         return
     figures = ", ".join(f"{k} {v:.4g}{' (lower is better)' if k == 'score' else ''}" for k, v in outcome.best.items())
-    click.echo(f"{path}: chosen at step {outcome.best_step:,} of {outcome.steps:,}; held-out images: {figures}")
+    tell(f"{path}: chosen at step {outcome.best_step:,} of {outcome.steps:,}; held-out images: {figures}")
     purifier = read_card(path).purifier if o["denoiser"] and path.is_file() else ""
     if purifier:
-        click.echo(f"a purifier, not for --denoiser: certify compare ... --defences {purifier}:weights={path}")
+        tell(f"a purifier, not for --denoiser: certify compare ... --defences {purifier}:weights={path}")

@@ -25,6 +25,7 @@ from certify.serve.protocol import (
 from certify.serve.request_handler import Counted, Front
 from certify.smoothing.norms import DECIMALS
 from certify.smoothing.rounding import floor_to
+from certify.text import printable
 
 _SHOWN = 10  # classes on the page
 _JSON = ("application/json", "application/octet-stream")
@@ -50,8 +51,7 @@ def build_app(front: Front, check: Callable[[Request], None]) -> FastAPI:
         assert isinstance(error, Refused)
         front.metrics.rejected.labels(error.kind).inc()
         headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else None
-        why = error.why.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair
-        return JSONResponse({"error": why}, error.status, headers)
+        return JSONResponse({"error": printable(error.why)}, error.status, headers)  # it may quote the request
 
     def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -151,6 +151,7 @@ def _add_page(app: FastAPI, front: Front) -> None:
                 raise Refused(400, f"the image {error}") from None
             (answer,) = await front.answers(request, image[None], wishes)
             shown = {
+                "name": printable(answer.name),
                 "radius_text": floor_to(answer.radius, DECIMALS[front.service.stated.norm]),  # as the page displays it
                 "votes": _most(answer.votes, front.service.name_of),
                 "votes_cast": max(1, sum(answer.votes)),
@@ -169,6 +170,6 @@ def _check_content(request: Request, fits: Callable[[str], bool], expected: str)
 
 
 def _most(votes: Sequence[int], name_of: Callable[[int], str]) -> list[dict[str, Any]]:
-    """The classes with most votes, most first."""
+    """Return the classes with most votes, most first, by names that can be displayed."""
     order = sorted((c for c in range(len(votes)) if votes[c]), key=lambda c: (-votes[c], c))[:_SHOWN]
-    return [{"label": c, "name": name_of(c), "votes": votes[c]} for c in order]
+    return [{"label": c, "name": printable(name_of(c)), "votes": votes[c]} for c in order]

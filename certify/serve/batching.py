@@ -35,6 +35,7 @@ from certify.smoothing.certificates import certificate_from_votes, check_counts,
 from certify.smoothing.numeric import as_float, as_int
 from certify.smoothing.rng import stream_key
 from certify.smoothing.stopping_rules import DEFAULT_RULE
+from certify.text import printable
 from certify.types import ABSTAIN, Certificate, Decision, Votes
 
 _LOG = logging.getLogger(__name__)
@@ -343,7 +344,7 @@ class Service:
 
     def _failed(self, error: Exception) -> None:
         self._well_again = math.inf if isinstance(error, BudgetSpent) else time.monotonic() + _RECOVERY
-        _LOG.error("the classifier failed: %s", in_words(error))
+        _LOG.error("the classifier failed: %s", printable(in_words(error)))
 
     def _fail(self, error: Exception) -> None:
         """Everything in work fails with what the classifier failed with; what waits is tried."""
