@@ -225,6 +225,14 @@ def test_strays_stop_a_training_that_needs_labels(capfd: Capture) -> None:
     assert "1 of 5 images in d lie outside its 2 class folders (cover.png)" in refused(capfd, train)
 
 
+@pytest.mark.parametrize("name", ["a.png", "z.png"])
+def test_a_training_names_the_image_that_it_cannot_read(name: str, capfd: Capture) -> None:
+    lay_out("d/a.png", "d/m.png", "d/z.png")
+    Path("d", name).write_bytes(b"")
+    line = refused(capfd, "train --denoiser unet --data d --sigma 0.25 --out o --quiet")
+    assert line == f"certify: image {name} is empty (0 bytes); mend it or take it out"
+
+
 @pytest.mark.parametrize(
     ("content", "what"),
     [

@@ -80,8 +80,7 @@ def load_training_data(
     if max_images is not None and max_images < len(images):  # spread out: the first of class folders are of one class
         spread = [images.items[i * len(images) // max_images].id for i in range(max_images)]
         images = _open(data, view, root, download, labelled=labelled, ids=spread)
-    first = images.load(0)
-    image = tuple(first.shape)
+    image = tuple(_load(images, 0).shape)
     assert len(image) == 3
     n = len(images)
     if n < 2:
@@ -130,19 +129,23 @@ def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, do
     if size is not None:
         spec = square_input(size, resize=size[1])
     else:
-        shape = tuple(ImageSet(source.name, source.items[:1], [None], 1, "", {}, InputSpec(None)).load(0).shape)
+        shape = tuple(_load(ImageSet(source.name, source.items[:1], [None], 1, "", {}, InputSpec(None)), 0).shape)
         spec = InputSpec((shape[0], shape[1], shape[2]))
     return View(spec, len(source.names or ()))
+
+
+def _load(images: ImageSet, index: int) -> Tensor:
+    try:
+        return images.load(index)
+    except ImageError as error:
+        raise UserError(f"image {images.items[index].id} {error}; mend it or take it out") from None
 
 
 def _reader(images: ImageSet, image: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:
     """All images in memory, or a function that decodes the wanted ones."""
 
     def read(index: int) -> Tensor:
-        try:
-            found = images.load(index)
-        except ImageError as error:
-            raise UserError(f"image {images.items[index].id} {error}; mend it or take it out") from None
+        found = _load(images, index)
         if tuple(found.shape) != image:
             raise UserError(
                 f"{images.items[index].id} is {_size(found.shape)} and the first image {_size(image)}; "
