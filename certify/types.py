@@ -200,8 +200,9 @@ class Decision:
     With probability at least 1 - alpha over the noise draws, all of this is true: where it says robust, the smoothed
     classifier predicts ``prediction`` at every point nearer than that radius in ``norm``; where it says not
     certifiable, no class's probability exceeds what that radius needs of one class, so that more samples would not
-    certify it either (a bound that uses the runner-up may). Not certifiable does not mean that the smoothed classifier
-    can be changed within the radius. The statement is about this one image.
+    certify it either (a bound that uses the runner-up may; a failed trial is an outcome of its own, no class's). Not
+    certifiable does not mean that the smoothed classifier can be changed within the radius. The statement is about
+    this one image.
 
     Attributes:
         radii: in [0, 1] pixels, ascending.

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -326,6 +327,18 @@ def test_sampler_uses_the_scale_in_single_precision() -> None:
         assert Gaussian(sigma).radius(0.9) <= min(sigma, float(np.float32(sigma))) * stats.norm.ppf(0.9)
         assert Gaussian(sigma).probability(0.05) >= stats.norm.cdf(0.05 / float(np.float32(sigma))) - 1e-16
         assert make_noise("laplace", sigma).scale == sigma  # as typed: run files and denoisers are told this one
+
+
+def test_laplace_noise_has_tails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest uniform number gives 36.7 b, not 16.6 b: beyond that lies 1e-16, not one pixel in 16 million."""
+    edges = iter([0.0, 1.0])
+
+    def extreme(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return tensor.fill_(next(edges) and 1 - torch.finfo(tensor.dtype).eps / 2)
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", extreme)
+    noise = Laplace(math.sqrt(2))
+    assert float(noise.sample((1,), torch.Generator()).abs()) == pytest.approx(53 * math.log(2))
 
 
 @pytest.mark.parametrize("name", ["gaussian", "uniform", "laplace"])

@@ -86,6 +86,28 @@ def test_wealth_is_never_above_the_exact_one(t: int, p0: float) -> None:
         assert arb(found) < exact < arb(found) + arb("1e-3")
 
 
+def test_thresholds_that_two_threads_extend_at_once() -> None:
+    """While one extends the table another does, too: what comes of it is the boundary, in order."""
+    table = thresholds("betting", 0.77, 0.01, 20_000)
+    whole = boundary("betting", 0.77, 0.01, 20_000)
+    depth = 0
+
+    def meanwhile(p0: float, level: float, trials: np.ndarray) -> Boundary:
+        nonlocal depth
+        depth += 1
+        if depth == 1:
+            table.until(5000)
+        return RULES.get("betting")(p0, level, trials)  # type: ignore[no-any-return,operator]
+
+    table._rule = meanwhile  # type: ignore[assignment]
+    found = table.until(9000)
+    assert depth == 2
+    assert (found.up[:9001] == whole.up[:9001]).all()
+    assert (found.low[:9001] == whole.low[:9001]).all()
+    again = table.until(20_000)
+    assert (again.up == whole.up).all()
+
+
 def test_rules_refuse_more_trials_than_were_checked() -> None:
     for rule in RULES:
         with pytest.raises(UserError, match=r"^1,000,000,001 trials: expected at most 1,000,000,000, up to which .*$"):

@@ -272,7 +272,7 @@ def _label_in_one_shape(
     while done < len(noisy):
         piece = noisy[done : done + size]
         labels = _labels(classifier, _filled(piece, size))
-        if labels is None and shape in settled:
+        if labels is None and settled.get(shape) == size:
             labels = _labels(classifier, _filled(piece, size))  # memory that others held may be free again
             if labels is None:
                 raise RunFault(
@@ -280,9 +280,11 @@ def _label_in_one_shape(
                     f"for all samples of an image: free memory, or pass --batch-size {size // 2} (batch_size in Python)"
                 )
         if labels is None:
-            size = (size + 1) // 2
+            size = settled.get(shape, (size + 1) // 2)
             continue
-        settled[shape] = size
+        if settled.setdefault(shape, size) != size:  # another thread settled it meanwhile
+            size = settled[shape]
+            continue
         found.append(labels[: len(piece)].clone())  # a compiled function may use the memory again
         done += len(piece)
     return torch.cat(found), size

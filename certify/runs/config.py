@@ -60,7 +60,7 @@ class Settings:
         n, n0, alpha = check_counts(self.n, self.n0 if self.procedure == "certify" else 1, self.alpha)
         n0 = n0 if self.procedure == "certify" else as_int(self.n0, "n0")
         tolerance = None if self.tolerance is None else as_float(self.tolerance, "tolerance")
-        radii = tuple(as_float(radius, "radius") for radius in self.radii)
+        radii = tuple(sorted({as_float(radius, "radius") for radius in self.radii}))
         numbers = {"n": n, "n0": n0, "alpha": alpha, "seed": as_int(self.seed, "seed"), "tolerance": tolerance}
         for name, value in (numbers | {"radii": radii}).items():
             object.__setattr__(self, name, value)

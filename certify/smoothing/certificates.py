@@ -115,9 +115,12 @@ def needed(radii: Sequence[float], noise: Radii, alpha: float, rule: str) -> tup
     """The probability that each radius needs, and the level at which the rule runs on every class.
 
     Raises:
-        UserError: a radius that is not positive, or that this noise cannot certify with any number of samples.
+        UserError: radii that do not ascend, a radius that is not positive, or that this noise cannot certify with any
+            number of samples.
     """
     alpha, radii = check_alpha(alpha), [as_float(radius, "radius") for radius in radii]
+    if radii != sorted(radii):
+        raise UserError(f"radii {', '.join(map(exact, radii))}: expected them in ascending order")
     p0s = [noise.probability(radius) for radius in radii]
     for radius, p0 in zip(radii, p0s, strict=True):
         if not (radius >= 0 and 0.5 <= p0 < 1.0):

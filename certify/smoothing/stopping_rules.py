@@ -281,14 +281,14 @@ class Thresholds:
 
     def until(self, trials: int) -> Boundary:
         """The boundary for T = 0 .. at least ``trials``."""
-        size = len(self._known.up)
+        known = self._known  # another thread may replace it meanwhile
+        size = len(known.up)
         if trials >= size:
             end = min(max(2 * size, trials + 1, _CHUNK), max(self._n, trials) + 1)
             more = self._rule(self._p0, self._level, np.arange(size, end, dtype=np.int64))
-            self._known = Boundary(
-                np.concatenate([self._known.up, more.up]), np.concatenate([self._known.low, more.low])
-            )
-        return self._known
+            known = Boundary(np.concatenate([known.up, more.up]), np.concatenate([known.low, more.low]))
+            self._known = known
+        return known
 
 
 def thresholds(rule: str, p0: float, level: float, n: int) -> Thresholds:
