@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import http.client
 import io
 import json
-import os
 import re
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
-import time
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -30,11 +24,11 @@ import pytest
 import torch
 from browser import browser
 from command import run
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 from raw_png import raw_png
 from servers import wait_for
+from serving import ALPHA, INFER, LIMITS, N0, SEED, SIZE, Held, N, outputs, process, request, send, serving
 from starlette.requests import Request as HttpRequest
 
 from certify import SmoothedClassifier, load_images
@@ -44,50 +38,16 @@ from certify.blackbox.encoding import to_pictures, to_tensor
 from certify.blackbox.protocols.v2 import metadata_request, options_from, v2
 from certify.blackbox.query_votes import AsSent
 from certify.blackbox.types import Answer, Picture, Query, Reply, Request, Scored
-from certify.cli.serve import _picture
 from certify.engine.noisy_classifier import noise_name
 from certify.errors import UserError
 from certify.models.classifier import Classifier
 from certify.models.query_access import BudgetSpent
-from certify.serve.app import build_app
+from certify.serve.admission import Admission
 from certify.serve.batching import Procedure, Service, class_names, stream_name
 from certify.serve.endpoint import Endpoint, Forgetful
-from certify.serve.limits import JSON_DEPTH, Limits, Refused, read_json
-from certify.serve.metrics import Metrics
+from certify.serve.limits import Limits, Refused
 from certify.serve.origin_check import site_check
 from certify.serve.protocol import HEADER, Wishes, read_request
-from certify.serve.request_handler import Front, Gate
-from certify.serve.server import listen, serve, url_of
-
-SIZE = (1, 8, 8)
-SEED, N0, N, ALPHA = 7, 50, 400, 0.01
-INFER = "/v2/models/digits/infer"
-LIMITS = Limits(100_000, max_pixels=1500, budget=10_000, concurrency=8, timeout=120.0, max_images=23)
-
-
-@contextlib.contextmanager
-def serving(
-    classifier: Any,
-    limits: Limits = LIMITS,
-    *,
-    size: tuple[int, int, int] = SIZE,
-    batch_size: int | None = 256,
-    names: Callable[[int], str] | None = None,
-    **own: Any,
-) -> Iterator[tuple[TestClient, Service, Gate, Metrics]]:
-    """A server in this process."""
-    smoothed = SmoothedClassifier(classifier, 0.25, batch_size=batch_size)
-    metrics, gate = Metrics(), Gate(limits)
-    procedure = Procedure(**{"n0": N0, "n": N, "alpha": ALPHA, "seed": SEED, **own})
-    names = names or class_names(getattr(classifier, "class_names", None))
-    spec = getattr(classifier, "input", None)
-    with Service(smoothed, size, procedure, limits, names, metrics.samples.inc) as service:
-        picture = functools.partial(_picture, spec=spec, max_pixels=limits.max_pixels)
-        about = {"sigma": 0.25, "norm": "l2", "alpha": ALPHA}
-        front = Front(service, "digits", picture, metrics, gate, about)
-        app = build_app(front, site_check(loopback=False))
-        with TestClient(app, raise_server_exceptions=False) as client:
-            yield client, service, gate, metrics
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +63,6 @@ def images(digits: Classifier) -> np.ndarray:
     return torch.stack([*(found.load(i) for i in range(4)), grey]).numpy()
 
 
-def request(images: np.ndarray, **more: Any) -> dict[str, Any]:
-    """An inference with JSON tensors."""
-    datatype = "UINT8" if images.dtype == np.uint8 else "FP32"
-    tensor = {"name": "image", "datatype": datatype, "shape": list(images.shape), "data": images.ravel().tolist()}
-    return {"inputs": [tensor], **more}
-
-
 def binary(images: np.ndarray, **more: Any) -> tuple[bytes, dict[str, str]]:
     """The same with a binary tensor: body and headers."""
     datatype = "UINT8" if images.dtype == np.uint8 else "FP32"
@@ -117,11 +70,6 @@ def binary(images: np.ndarray, **more: Any) -> tuple[bytes, dict[str, str]]:
     tensor = {"name": "image", "datatype": datatype, "shape": list(images.shape)}
     text = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": len(raw)}}], **more}).encode()
     return text + raw, {HEADER: str(len(text)), "content-type": "application/octet-stream"}
-
-
-def outputs(reply: Any) -> dict[str, Any]:
-    assert reply.status_code == 200, reply.text
-    return {output["name"]: output["data"] for output in reply.json()["outputs"]}
 
 
 # What it answers
@@ -412,15 +360,21 @@ HOSTILE: dict[str, tuple[int, str, dict[str, Any]]] = {
     "a number": (400, "JSON number", text("1")),
     "null": (400, "JSON null", text("null")),
     "nothing in it": (400, "'inputs'", text("{}")),
-    "deep lists": (400, "deeper", text("[" * 40_000)),
-    "deep objects": (400, "deeper", text('{"a":' * 9000 + "1" + "}" * 9000)),
-    "depth behind strings": (400, "not JSON", text('["' + "]" * 49_000 + '",' + "[" * 49_000)),
-    "deep data": (400, "deeper", tensor(data=json.loads("[" * 15 + "0.5" + "]" * 15))),
+    "deep lists": (413, "more than 1,230 lists", text("[" * 40_000)),
+    "deep objects": (413, "more than 1,230 lists", text('{"a":' * 9000 + "1" + "}" * 9000)),
+    "deeper than a parser follows": (400, "recursion limit", text('{"a":' * 900 + "1" + "}" * 900)),
+    "depth behind strings": (413, "more than 1,230 lists", text('["' + "]" * 49_000 + '",' + "[" * 49_000)),
+    "deep data": (400, "not one tensor", tensor(data=json.loads("[" * 15 + "0.5" + "]" * 15))),
+    "empty lists": (413, "more than 1,230 lists", text("[" + "[]," * 30_000 + "[]]")),
+    "empty objects": (413, "more than 1,230 lists", text("[" + "{}," * 30_000 + "{}]")),
+    "many numbers": (413, "more than 2,702 values", numbers(json.dumps([0] * 30_000))),
+    "many members": (413, "more than 1,000 members", text(json.dumps({f"{i}": 0 for i in range(1001)}))),
+    "a long id": (400, "1,001 characters", {"json": request(ONE, id="x" * 1001)}),
     "number of many digits": (400, "not JSON", numbers("9" * 50_000)),
     "huge": (413, "limit", text(" " * 100_001)),
     "huge, unannounced": (413, "limit", {"content": (b" " * 1000 for _ in range(200)), "headers": {}}),
-    "NaN": (400, "NaN", numbers(NUMBERS.replace("0.5", "NaN", 1))),
-    "infinity": (400, "Infinity", numbers(NUMBERS.replace("0.5", "-Infinity", 1))),
+    "NaN": (400, "nan", numbers(NUMBERS.replace("0.5", "NaN", 1))),
+    "infinity": (400, "inf", numbers(NUMBERS.replace("0.5", "-Infinity", 1))),
     "infinite in decimal": (400, "inf", numbers(NUMBERS.replace("0.5", "1e999", 1))),
     "infinite in float32": (400, "inf", numbers(NUMBERS.replace("0.5", "1e39", 1))),
     "above 1": (400, "expected [0, 1]", numbers(NUMBERS.replace("0.5", "1.5", 1))),
@@ -466,13 +420,13 @@ HOSTILE: dict[str, tuple[int, str, dict[str, Any]]] = {
     "JSON longer than the body": (400, HEADER, raw(256, ONE.tobytes(), length="99999999")),
     "JSON of negative length": (400, HEADER, raw(256, ONE.tobytes(), length="-5")),
     "JSON of a length of 5,000 digits": (400, HEADER, raw(256, ONE.tobytes(), length="0" * 4999 + "1")),
-    "shape of half a pair": (400, "shape", text(json.dumps(tensor(shape="\ud800")["json"]))),
-    "size of half a pair": (400, "256 bytes", raw("\ud800", ONE.tobytes())),
-    "output of half a pair": (400, "output", text(json.dumps(request(ONE, outputs=[{"name": "\ud800"}])))),
+    "shape of half a pair": (400, "not JSON", text(json.dumps(tensor(shape="\ud800")["json"]))),
+    "size of half a pair": (400, "not JSON", raw("\ud800", ONE.tobytes())),
+    "output of half a pair": (400, "not JSON", text(json.dumps(request(ONE, outputs=[{"name": "\ud800"}])))),
     "JSON cut short": (400, "not JSON", raw(256, ONE.tobytes(), length="20")),
     "no such output": (400, "output", {"json": request(ONE, outputs=[{"name": "logits"}])}),
     "outputs of text": (400, "output", {"json": request(ONE, outputs="label")}),
-    "thousands of outputs": (400, "output", {"json": request(ONE, outputs=[{"name": "label"}] * 4000)}),
+    "thousands of outputs": (413, "more than 1,230 lists", {"json": request(ONE, outputs=[{"name": "label"}] * 4000)}),
     "parameters of text": (400, "parameters", {"json": request(ONE, parameters="all")}),
     "a numeric id": (400, "id", {"json": request(ONE, id=5)}),
     "samples beyond the budget": (400, "10,000", asked(samples=10_001)),
@@ -602,44 +556,12 @@ def test_a_long_text_among_numbers_takes_no_memory() -> None:
         tracemalloc.stop()
 
 
-def test_json_is_read_as_deep_as_allowed() -> None:
-    assert read_json(b"[" * JSON_DEPTH + b"]" * JSON_DEPTH) is not None
-    with pytest.raises(Refused, match="deeper"):
-        read_json(b"[" * (JSON_DEPTH + 1) + b"]" * (JSON_DEPTH + 1))
-    with pytest.raises(Refused, match="deeper"):  # beyond the bytes that are counted at a time
-        read_json(b"[" * JSON_DEPTH + b" " * 200_000 + b"[")
-
-
-class Held:
-    """A base classifier that says class 1, after a while, when it is let, or not at all."""
-
-    num_classes = 2
-
-    def __init__(self, seconds: float = 0.0, held: bool = False, broken: bool = False) -> None:
-        self.seconds, self.broken, self.samples = seconds, broken, 0
-        self.called, self.let = threading.Event(), threading.Event()
-        if not held:
-            self.let.set()
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        self.called.set()
-        self.samples += len(images)
-        time.sleep(self.seconds)
-        self.let.wait(60)
-        if self.broken:
-            raise ConnectionError("the endpoint is gone")
-        return torch.ones(len(images), dtype=torch.int64)
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": "held"}
-
-
 def test_more_than_it_takes_are_turned_away_and_may_come_again(images: np.ndarray) -> None:
     held = Held(held=True)
-    with serving(held, Limits(concurrency=2)) as (client, _, gate, metrics), ThreadPoolExecutor(2) as pool:
+    with serving(held, Limits(concurrency=2)) as (client, _, admission, metrics), ThreadPoolExecutor(2) as pool:
         body = request(images[:1])
         inside = [pool.submit(client.post, INFER, json=body) for _ in range(2)]
-        wait_for(lambda: gate.inside == 2)
+        wait_for(lambda: admission.inside == 2)
         refused = client.post(INFER, json=body)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
@@ -653,11 +575,10 @@ def test_more_than_it_takes_are_turned_away_and_may_come_again(images: np.ndarra
 
 def test_a_request_ends_in_time_and_so_does_its_work(images: np.ndarray) -> None:
     held = Held(seconds=0.05)
-    with serving(held, Limits(timeout=0.4), batch_size=20) as (client, service, gate, _):
+    with serving(held, Limits(timeout=0.4), batch_size=20) as (client, service, *_):
         reply = client.post(INFER, json=request(images[:1], parameters={"samples": 50_000}))
         assert reply.status_code == 504
         assert "0.4 s" in reply.json()["error"]
-        assert gate.inside == 0
         wait_for(lambda: not service._work)
         assert held.samples < 10_000
         assert client.post(INFER, json=request(images[:1], parameters={"samples": 20})).status_code in (200, 504)
@@ -717,12 +638,12 @@ def test_failed_trials_are_counted_and_nobodys_votes(images: np.ndarray) -> None
         assert metrics.failures._value.get() == found["failures"][0]
 
 
-def test_a_closed_gate_answers_those_inside_and_refuses_others(images: np.ndarray) -> None:
+def test_a_closed_admission_answers_those_inside_and_refuses_others(images: np.ndarray) -> None:
     held = Held(held=True)
-    with serving(held) as (client, _, gate, _), ThreadPoolExecutor(1) as pool:
+    with serving(held) as (client, _, admission, _), ThreadPoolExecutor(1) as pool:
         inside = pool.submit(client.post, INFER, json=request(images[:1]))
         assert held.called.wait(60)
-        gate.closed = True
+        admission.closed = True
         refused = client.post(INFER, json=request(images[:1]))
         assert refused.status_code == 503
         assert "stopping" in refused.json()["error"]
@@ -759,7 +680,7 @@ def test_images_that_nobody_waits_for_are_not_kept(images: np.ndarray) -> None:
         others = [service.ask(images, Wishes()) for _ in range(3)]
         for future in [*others[0], *others[1][1:], *others[2]]:
             future.cancel()
-        assert [len(asked) for asked in service._waiting] == [1]  # what was not cancelled
+        assert [len(asked) for asked in service._waiting[""]] == [1]  # what was not cancelled
         held.let.set()
         assert inside[0].result(60).label == others[1][0].result(60).label == 1
 
@@ -858,109 +779,6 @@ def test_requests_are_counted_and_forgotten(digits: Classifier, images: np.ndarr
 # The command, as a process
 
 
-@contextlib.contextmanager
-def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """``certify serve`` on a free port: the process, and its address."""
-    command = [
-        sys.executable,
-        "-m",
-        "certify",
-        "serve",
-        "--model",
-        "digits",
-        "--sigma",
-        "0.25",
-        "--port",
-        "0",
-        *options,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
-    ) as started:
-        guard = threading.Timer(300, started.kill)
-        guard.start()
-        try:
-            assert started.stderr is not None
-            address = next((m[0] for line in started.stderr if (m := re.search(r"http://\S+", line))), None)
-            assert address is not None
-            yield started, address
-        finally:
-            guard.cancel()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(started.pid, signal.SIGKILL)
-
-
-def send(address: str, content: bytes) -> bytes:
-    """What a connection with these bytes, and no more, brings."""
-    host, _, port = address.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(content)
-        connection.shutdown(socket.SHUT_WR)
-        found = b""
-        while part := connection.recv(65_536):
-            found += part
-    return found
-
-
-@contextlib.contextmanager
-def listening(limits: Limits) -> Iterator[str]:
-    """A server in a thread, without a service."""
-    app, gate = FastAPI(), Gate(limits)
-
-    @app.get("/")
-    async def home() -> str:
-        return "here"
-
-    with listen("127.0.0.1", 0) as place:
-        started = threading.Event()
-        thread = threading.Thread(target=serve, args=(app, gate, place, started.set))
-        thread.start()
-        try:
-            assert started.wait(60)
-            yield url_of(place)
-        finally:
-            gate.closed = True
-            thread.join(60)
-
-
-def test_connections_that_say_nothing_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("certify.serve.server._HEAD", 1.2)
-    with listening(Limits()) as address:
-        host, _, port = address.removeprefix("http://").partition(":")
-        whole = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
-        for first in (b"", whole[:-2], whole + whole[:-2]):  # nothing; half a head; half a second one
-            with socket.create_connection((host, int(port)), timeout=20) as connection:
-                connection.sendall(first)
-                cut, end = False, time.monotonic() + 20
-                while not cut and time.monotonic() < end:
-                    try:
-                        connection.sendall(b"x: y\r\n" if first else b"")  # a drip does not help
-                        connection.settimeout(0.1)
-                        cut = connection.recv(65_536) == b""
-                    except TimeoutError:
-                        continue
-                    except ConnectionError:
-                        cut = True
-                assert cut
-        with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=60)) as connection:
-            connection.connect()
-            connection.auto_open = 0  # this very connection: who asks may stay longer
-            for pause in (0.5, 0.5, 0.5, 0):
-                connection.request("GET", "/")
-                assert connection.getresponse().read() == b'"here"'
-                time.sleep(pause)
-
-
-def test_connections_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("certify.serve.server._CONNECTIONS", -61)
-    with listening(Limits(concurrency=1)) as address, httpx2.Client(base_url=address) as client:
-        assert client.get("/").status_code == 200
-        host, _, port = address.removeprefix("http://").partition(":")
-        with socket.create_connection((host, int(port))), socket.create_connection((host, int(port))):
-            wait_for(lambda: client.get("/").status_code == 503)
-
-
 def test_a_process_outlives_broken_http_and_loses_nothing_when_it_is_stopped(images: np.ndarray) -> None:
     work = "--n0 10 --n 200000 --samples-per-request 300000 --batch-size 500 --precision float32 --compile off"
     with process(*work.split(), "--concurrency", "6") as (started, address):
@@ -1038,7 +856,7 @@ def test_options_of_models_are_refused_in_front_of_a_service(option: str, capfd:
 def test_a_service_in_one_place_needs_no_endpoint(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def instead(app: Any, gate: Gate, place: socket.socket, on_start: Any) -> int:
+    def instead(app: Any, admission: Admission, place: socket.socket, on_start: Any) -> int:
         return 2
 
     wanted: list[Any] = []

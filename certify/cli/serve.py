@@ -101,13 +101,13 @@ _OF_SERVICES = (  # each is ignored on the other side, which nobody would notice
     "--concurrency",
     type=options.Count("a number of requests"),
     default=32,
-    help="Requests that wait or are in work at a time; more get 429 with Retry-After.",
+    help="Requests of one client address in work at a time, and twice as many of all; more get 429 with Retry-After.",
 )
 @click.option(
     "--timeout",
     type=options.Positive("seconds above 0"),
     default=60.0,
-    help="Seconds for a request, from its first byte to its answer; also the longest wait at the end.",
+    help="Seconds for a request, from its head to its answer; also the longest wait at the end.",
 )
 @click.option("--seed", type=options.Count("a seed", least=0), help="Seed of all noise (default: a secret one).")
 @options.device
@@ -129,8 +129,7 @@ def serve(**o: Any) -> None:
 
     limits = Limits(o["max_bytes"], o["max_pixels"], o["samples_per_request"], o["concurrency"], o["timeout"])
     with listen(o["host"], o["port"]) as listening, _classifier(o, wanted) as (smoothed, names):
-        left = _serve(o, name, limits, listening, smoothed, names)
-    say(f"stopped    {f'{left} requests were not answered' if left else 'everything that was accepted is answered'}")
+        _serve(o, name, limits, listening, smoothed, names)
 
 
 def _check_first(o: dict[str, Any]) -> Wanted | None:
@@ -197,14 +196,15 @@ def _serve(
     listening: socket.socket,
     smoothed: SmoothedClassifier,
     names: Callable[[int], str],
-) -> int:
+) -> None:
     from certify.cli.plan import show_engine
+    from certify.serve.admission import Admission
     from certify.serve.app import build_app
     from certify.serve.batching import Service
     from certify.serve.endpoint import Endpoint
     from certify.serve.metrics import Metrics
     from certify.serve.origin_check import site_check
-    from certify.serve.request_handler import Front, Gate
+    from certify.serve.request_handler import Front
     from certify.serve.server import is_loopback, serve, url_of
 
     if not is_loopback(listening):
@@ -214,7 +214,7 @@ def _serve(
         raise UserError(
             f"model {o['model']!r} takes any size; a server needs one: pass --input-size, such as 3x224x224"
         )
-    metrics, gate = Metrics(), Gate(limits)
+    metrics, admission = Metrics(), Admission(limits)
     service = Service(smoothed, spec.size, _procedure(o), limits, names, on_samples=metrics.samples.inc)
     if isinstance(endpoint := smoothed.classifier, Endpoint):
         metrics.beyond.set_function(lambda: endpoint.beyond)
@@ -226,13 +226,15 @@ def _serve(
         "denoiser": smoothed.base.denoiser_name,
         "input": "x".join(map(str, spec.size)),
     }
-    front = Front(service, name, lambda content: _picture(content, spec, limits.max_pixels), metrics, gate, about)
+    front = Front(service, name, lambda content: _picture(content, spec, limits.max_pixels), metrics, admission, about)
     _show(o, name, service)
     with service:
         if smoothed.execution is not None:
             show_engine(smoothed.execution, smoothed, say)
         app = build_app(front, site_check(loopback=is_loopback(listening), names=o["allow_host"]))
-        return serve(app, gate, listening, lambda: say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"))
+        left = serve(app, admission, listening, lambda: say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"))
+        lost = f"{left} requests were not answered" if left else "everything that was accepted is answered"
+        say(f"stopped    {lost}")
 
 
 def _procedure(o: dict[str, Any]) -> Procedure:

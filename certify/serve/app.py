@@ -16,6 +16,7 @@ from certify.serve.page import HEADERS, page
 from certify.serve.protocol import (
     HEADER,
     VERSION,
+    Asked,
     model_metadata,
     read_request,
     server_metadata,
@@ -115,14 +116,11 @@ def _add_protocol(app: FastAPI, front: Front) -> None:
         check_name(name, version)
         _check_content(request, lambda kind: kind in ("", *_JSON), " or ".join(_JSON))
 
-        async def work() -> Response:
-            body, length = await front.body(request), request.headers.get(HEADER)
-            asked = await front.read(read_request, body, length, service.size, service.limits)
-            found = await front.answers(request, asked.images, asked.wishes)
-            content, headers = write_response(model, asked, found, front.about)
-            return Response(content, headers=headers)
+        def read(body: bytes) -> Asked:
+            return read_request(body, request.headers.get(HEADER), service.size, service.limits)
 
-        return await front.within(work)
+        content, headers = write_response(model, *await front.answers(request, read), front.about)
+        return Response(content, headers=headers)
 
 
 def _add_page(app: FastAPI, front: Front) -> None:
@@ -143,22 +141,20 @@ def _add_page(app: FastAPI, front: Front) -> None:
         )
         wishes = wishes_from(request.query_params)
 
-        async def work() -> Response:
-            body = await front.body(request)
+        def read(body: bytes) -> Asked:
             try:
-                image = await front.read(front.picture, body)
+                return Asked(front.picture(body)[None], wishes, None, {})
             except UserError as error:
                 raise Refused(400, f"the image {error}") from None
-            (answer,) = await front.answers(request, image[None], wishes)
-            shown = {
-                "name": printable(answer.name),
-                "radius_text": floor_to(answer.radius, DECIMALS[front.service.stated.norm]),  # as the page displays it
-                "votes": _most(answer.votes, front.service.name_of),
-                "votes_cast": max(1, sum(answer.votes)),
-            }
-            return JSONResponse({**front.about, **asdict(answer), **shown})
 
-        return await front.within(work)
+        _, (answer,) = await front.answers(request, read)
+        shown = {
+            "name": printable(answer.name),
+            "radius_text": floor_to(answer.radius, DECIMALS[front.service.stated.norm]),  # as the page displays it
+            "votes": _most(answer.votes, front.service.name_of),
+            "votes_cast": max(1, sum(answer.votes)),
+        }
+        return JSONResponse({**front.about, **asdict(answer), **shown})
 
 
 def _check_content(request: Request, fits: Callable[[str], bool], expected: str) -> None:

@@ -132,7 +132,7 @@ class Service:
     ) -> None:
         self.smoothed, self.size, self.procedure, self.limits = smoothed, size, procedure, limits
         self.name_of, self._on_samples = names, on_samples
-        self._waiting: deque[deque[_Image]] = deque()
+        self._waiting: dict[str, deque[deque[_Image]]] = {}  # requests of each client, the next client first
         self._parts: deque[tuple[Tensor, bytes, _Part]] = deque()
         self._work: set[_Part] = set()
         self._changed = threading.Condition()
@@ -174,8 +174,13 @@ class Service:
         """Whether the classifier's last work succeeded, or it is time to try again; not after a spent budget."""
         return time.monotonic() >= self._well_again
 
-    def ask(self, images: np.ndarray, wishes: Wishes) -> list[Future[Answer]]:
-        """The answers to come about images ``(B, C, H, W)``, float32 in [0, 1] or uint8. Cancel them to save the work.
+    def ask(self, images: np.ndarray, wishes: Wishes, client: str = "") -> list[Future[Answer]]:
+        """Return the pending answers about images ``(B, C, H, W)``; cancel them to save the work.
+
+        Args:
+            images: float32 in [0, 1], or uint8.
+            wishes: for each of them.
+            client: who asks. Clients take turns, and so do the requests of each.
 
         Raises:
             Refused: more samples than a request may take, a radius that cannot be certified, or it is ending.
@@ -196,21 +201,35 @@ class Service:
         asked = deque(_Image(pixels, wishes, Future()) for pixels in images)
         answers = [image.answer for image in asked]
         for image in asked:
-            image.answer.add_done_callback(functools.partial(self._forget, asked, image))
+            image.answer.add_done_callback(functools.partial(self._forget, client, asked, image))
         with self._changed:
             if not self.alive:
                 raise Refused(503, "the server is stopping", "stopping", retry_after=5)
-            self._waiting.append(asked)
+            self._waiting.setdefault(client, deque()).append(asked)
             self._changed.notify()
         return answers
 
-    def _forget(self, asked: deque[_Image], image: _Image, answer: Future[Answer]) -> None:
+    def _forget(self, client: str, asked: deque[_Image], image: _Image, answer: Future[Answer]) -> None:
         """Keep nothing of an image that waits and that nobody waits for any more."""
         if answer.cancelled():
             with self._changed, contextlib.suppress(ValueError):
                 asked.remove(image)
                 if not asked:
-                    self._waiting.remove(asked)
+                    self._waiting[client].remove(asked)
+                    if not self._waiting[client]:
+                        del self._waiting[client]
+
+    def _first(self) -> _Image:
+        """Take the next image of the next request of the next client; all of them go behind the others."""
+        client = next(iter(self._waiting))
+        requests = self._waiting.pop(client)
+        request = requests.popleft()
+        image = request.popleft()
+        if request:
+            requests.append(request)
+        if requests:
+            self._waiting[client] = requests
+        return image
 
     def _run(self) -> None:
         """The worker: settle images until there is nothing to do any more and nothing will come."""
@@ -251,17 +270,14 @@ class Service:
         return self._ending and not self._work and not self._waiting
 
     def _next(self, batch_size: int) -> tuple[Tensor, bytes, _Part] | None:
-        """The next part to open, of each request in turn; waits only while nothing is in work."""
+        """The next part to open, of each client in turn; waits only while nothing is in work."""
         while not self._parts:
             with self._changed:
                 while not self._waiting:
                     if self._work or self._ending:
                         return None
                     self._changed.wait()
-                request = self._waiting.popleft()
-                image = request.popleft()
-                if request:
-                    self._waiting.append(request)
+                image = self._first()
             if image.answer.cancelled():
                 continue
             try:

@@ -1,21 +1,22 @@
-"""What a request may cost, and how it is refused: with a status and one line that says why."""
+"""Limits of a request, and its refusal: a status and one line that says why."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from pydantic_core import from_json
 
 from certify.errors import UserError
 
-JSON_DEPTH = 16
-"""Nested lists and objects, at most: a batch of images is 7 deep."""
+SLOWEST = 16 * 2**10
+"""Bytes per second that a client must send or take, on average, after the first seconds."""
 
-_SCANNED = 2**16  # bytes whose brackets are counted at a time
+_GRACE = 5.0  # seconds
+_OTHERS = 1000  # lists, objects and members of a request beside its tensor, at most
 
 
 class Refused(Exception):
@@ -41,8 +42,8 @@ class Limits:
         max_bytes: of a request's body.
         max_pixels: of all images of a request, and of a picture before it is decoded.
         budget: noise samples of a request.
-        concurrency: requests that are read, wait or are in work at a time; more are turned away.
-        timeout: seconds from a request's first byte to its answer.
+        concurrency: requests of one client address in work at a time; more are refused. Twice as many of all addresses.
+        timeout: seconds from a request's head to its answer.
         max_images: of a request: even a small one costs a block of noise, which belongs to no other.
     """
 
@@ -60,53 +61,73 @@ class Limits:
         if not 0 < self.timeout < math.inf:
             raise UserError(f"timeout {self.timeout:g}: expected seconds above 0")
 
+    def most_images(self, size: Sequence[int]) -> int:
+        """Images ``(C, H, W)`` of one request, at most."""
+        return max(1, min(self.max_images, self.max_pixels // (size[1] * size[2])))
 
-async def read_body(stream: AsyncIterator[bytes], stated: str | None, max_bytes: int) -> bytes:
-    """The whole body, refused as soon as it is known to be too long.
+
+async def read_body(
+    stream: AsyncIterator[bytes], stated: str | None, limits: Limits, grow: Callable[[], None], step: int
+) -> bytes:
+    """Receive a whole body; refuse it as soon as it is known to be too long or too slow.
 
     Args:
         stream: its pieces.
         stated: the header Content-Length.
-        max_bytes: the longest body.
+        limits: ``max_bytes`` and ``timeout``.
+        grow: called before the first byte, and for every ``step`` bytes that follow.
+        step: bytes, at least 1.
 
     Raises:
-        Refused: too long.
+        Refused: too long, or slower than ``SLOWEST``.
     """
-    too_long = Refused(413, f"the body is longer than {max_bytes:,} bytes, the limit of this server", "too large")
-    if stated is not None and stated.isdecimal() and int(stated[:20]) > max_bytes:
+    too_long = Refused(
+        413, f"the body is longer than {limits.max_bytes:,} bytes, the limit of this server", "too large"
+    )
+    if stated is not None and stated.isdecimal() and int(stated[:20]) > limits.max_bytes:
         raise too_long
-    body = bytearray()
-    async for piece in stream:
-        if len(body) + len(piece) > max_bytes:
-            raise too_long
-        body += piece
+    body, start = bytearray(), asyncio.get_running_loop().time()
+    grow()
+    try:
+        async with asyncio.timeout(min(_GRACE, limits.timeout)) as deadline:
+            async for piece in stream:
+                if len(body) + len(piece) > limits.max_bytes:
+                    raise too_long
+                for _ in range(len(body) // step, (len(body) + len(piece)) // step):
+                    grow()
+                body += piece
+                deadline.reschedule(start + min(_GRACE + len(body) / SLOWEST, limits.timeout))
+    except TimeoutError:
+        why = f"the body came too slowly: expected {SLOWEST:,} bytes per second, and all within {limits.timeout:g} s"
+        raise Refused(408, why, "slow") from None
     return bytes(body)
 
 
-def read_json(text: bytes) -> Any:
-    """JSON as the standard has it (no NaN, no infinity), not nested deeper than ``JSON_DEPTH``.
+def read_json(text: bytes, size: Sequence[int], limits: Limits) -> Any:
+    """Parse JSON that holds no more than the largest request to this server.
+
+    The parser makes an object of each value and lets no other thread run meanwhile, so delimiters are counted first,
+    those in strings too.
+
+    Args:
+        text: UTF-8.
+        size: (C, H, W) of the images.
+        limits: on the number of images.
 
     Raises:
-        Refused: anything else.
+        Refused: not JSON, nested deeper than the parser follows (about 200), or more values than a request needs.
     """
-    _check_depth(text)
+    channels, height, width = size
+    images = limits.most_images(size)
+    lists = images * (1 + channels * (1 + height)) + _OTHERS
+    for what, count, most in (
+        ("lists and objects", text.count(b"[") + text.count(b"{"), lists),
+        ("values", text.count(b","), images * channels * height * width + lists),
+        ("members of objects", text.count(b":"), _OTHERS),
+    ):
+        if count > most:
+            raise Refused(413, f"the JSON has more than {most:,} {what}, which no request needs here", "too large")
     try:
-        return json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:  # a bracket in a string may hide depth from the count
-        raise Refused(400, f"the body is not JSON: {str(error)[:120]}") from None
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is not a number")
-
-
-def _check_depth(text: bytes) -> None:
-    """Count brackets, those in strings too, before a parser follows them."""
-    depth = 0
-    for start in range(0, len(text), _SCANNED):
-        part = np.frombuffer(text, dtype=np.uint8, count=min(_SCANNED, len(text) - start), offset=start)
-        upper = part & 0xDF  # [ and {, ] and } differ in one bit
-        running = depth + np.cumsum((upper == 0x5B).astype(np.int32) - (upper == 0x5D).astype(np.int32))
-        if running.max() > JSON_DEPTH:
-            raise Refused(400, f"the JSON is nested deeper than {JSON_DEPTH}")
-        depth = int(running[-1])
+        return from_json(text)
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON that can be read: {str(error)[:120]}") from None

@@ -44,6 +44,8 @@ _OUTPUTS: dict[str, tuple[str, str]] = {
 _TYPES = {"INT64": np.dtype("<i8"), "FP64": np.dtype("<f8")}
 _INPUTS: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
 _WISHES = ("radius", "samples", "seed")
+_LONGEST_ID = 1000  # characters: it is sent back
+_CONVERTED = 2**16  # numbers that are converted at a time: no other thread runs meanwhile
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def read_request(body: bytes, header_length: str | None, size: tuple[int, int, i
         Refused: anything that cannot be answered, with what was expected.
     """
     text, rest = _split(body, header_length)
-    given = read_json(text)
+    given = read_json(text, size, limits)
     if not isinstance(given, dict):
         raise Refused(400, f"the request is a JSON {_kind(given)}; expected an object with 'inputs'")
     inputs = given.get("inputs")
@@ -141,6 +143,8 @@ def read_request(body: bytes, header_length: str | None, size: tuple[int, int, i
     identity = given.get("id")
     if identity is not None and not isinstance(identity, str):
         raise Refused(400, f"'id' is a {_kind(identity)}; expected a string")
+    if identity is not None and len(identity) > _LONGEST_ID:
+        raise Refused(400, f"'id' has {len(identity):,} characters; expected at most {_LONGEST_ID:,}")
     parameters = _parameters(given, "the request")
     images = _tensor(inputs[0], rest, size, limits)
     return Asked(images, wishes_from(parameters), identity, _outputs(given.get("outputs"), parameters))
@@ -232,9 +236,12 @@ def _listed(data: Any, datatype: str, expected: int, shape: Sequence[int]) -> np
         if any(type(value) is not int or not 0 <= value <= 255 for value in level):
             raise Refused(400, "UINT8 values: expected whole numbers from 0 to 255")
         return np.array(level, dtype=np.uint8)
+    values = np.empty(expected)
     try:
+        for start in range(0, expected, _CONVERTED):
+            values[start : start + _CONVERTED] = level[start : start + _CONVERTED]
         with np.errstate(over="ignore"):  # becomes infinite, which is refused
-            return np.array(level, dtype=np.float64).astype(np.float32)
+            return values.astype(np.float32)
     except OverflowError:  # a whole number of hundreds of digits
         raise Refused(400, "values beyond 1e308: expected [0, 1], before any normalisation") from None
 

@@ -1,58 +1,26 @@
-"""Between routes and service: who may come in, how long it may take, whether anybody still waits, what is counted."""
+"""What the routes share: a request is read, answered by the service in time, or refused."""
 
 from __future__ import annotations
 
 import asyncio
-import math
+import functools
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from weakref import WeakValueDictionary
 
-import anyio
-import anyio.to_thread
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from certify.serve.admission import Admission, client_key
 from certify.serve.batching import Service
-from certify.serve.limits import Limits, Refused, read_body
+from certify.serve.limits import Refused
 from certify.serve.metrics import Metrics
-from certify.serve.protocol import Answer, Wishes
+from certify.serve.protocol import Answer, Asked
 
 _READERS = 2  # bodies that are parsed or decoded at a time: they take several times their size in memory
-_T = TypeVar("_T")
-
-
-@dataclass(eq=False)
-class Gate:
-    """Who may come in, and whether anybody is still inside. Belongs to the event loop's thread."""
-
-    limits: Limits
-    inside: int = 0
-    closed: bool = False
-    usual: float = 0.0
-    """Seconds a request takes, of late."""
-
-    def enter(self) -> float:
-        """Come in; the time.
-
-        Raises:
-            Refused: it is closed, or too many are inside.
-        """
-        soon = max(1, min(60, math.ceil(self.usual)))
-        if self.closed:
-            raise Refused(503, "the server is stopping", "stopping", soon)
-        if self.inside >= self.limits.concurrency:
-            raise Refused(429, f"{self.inside} requests are in work, the most that this server takes", "full", soon)
-        self.inside += 1
-        return time.monotonic()
-
-    def leave(self, entered: float) -> None:
-        """Go out."""
-        self.inside -= 1
-        self.usual += 0.2 * (time.monotonic() - entered - self.usual)
 
 
 class Front:
@@ -63,7 +31,7 @@ class Front:
         model: the name under which it is asked.
         picture: bytes of an image file to ``(C, H, W)`` in [0, 1]; raises ``ImageError``.
         metrics: to write to.
-        gate: of the requests that cost something.
+        admission: of the requests that cost something.
         about: settings that every response states: numbers and strings.
     """
 
@@ -73,64 +41,74 @@ class Front:
         model: str,
         picture: Callable[[bytes], np.ndarray],
         metrics: Metrics,
-        gate: Gate,
+        admission: Admission,
         about: Mapping[str, Any],
     ) -> None:
         self.service, self.model, self.picture = service, model, picture
-        self.metrics, self.gate, self.about = metrics, gate, dict(about)
-        self._readers = anyio.CapacityLimiter(_READERS)
+        self.metrics, self.admission, self.about = metrics, admission, dict(about)
+        metrics.queue.set_function(lambda: admission.inside)
+        self._pool, self._readers = ThreadPoolExecutor(_READERS, "certify-read"), asyncio.Semaphore(_READERS)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def within(self, work: Callable[[], Awaitable[Response]]) -> Response:
-        """The response, within the gate, the time, and as long as somebody waits for it."""
-        entered = self.gate.enter()
-        self.metrics.queue.set(self.gate.inside)
-        timeout = self.gate.limits.timeout
-        try:
-            async with asyncio.timeout(timeout):
-                return await work()
-        except TimeoutError:
-            raise Refused(504, f"not done within {timeout:g} s; ask for fewer samples", "timeout") from None
-        except ClientDisconnect:
-            raise Refused(499, "the client went away", "gone") from None
-        finally:
-            self.gate.leave(entered)
-            self.metrics.queue.set(self.gate.inside)
+    async def answers(self, request: Request, read: Callable[[bytes], Asked]) -> tuple[Asked, list[Answer]]:
+        """Receive a request, read it with ``read`` in a thread, and return what it asked with the service's answers.
 
-    async def body(self, request: Request) -> bytes:
-        """The request's body, within the limit."""
-        return await read_body(request.stream(), request.headers.get("content-length"), self.gate.limits.max_bytes)
+        Raises:
+            Refused: no slot is free, the request cannot be read, its time is up, or the client has gone.
+        """
+        client, admission = client_key(request.client.host if request.client else ""), self.admission
+        end = time.monotonic() + admission.limits.timeout
+        with admission.admit(client):
+            try:
+                body = await admission.receive(client, request.stream(), request.headers.get("content-length"))
+            except ClientDisconnect:
+                raise Refused(499, "the client went away", "gone") from None
+            work = asyncio.create_task(self._work(client, functools.partial(read, body)))
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may look at it
+            gone = asyncio.create_task(_gone(request))
+            try:
+                await asyncio.wait({work, gone}, timeout=end - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+                if work.done():
+                    return work.result()
+                if gone.done():
+                    raise Refused(499, "the client went away", "gone")
+            finally:  # what cannot be stopped goes on without anybody who waits for it, and keeps its slot
+                gone.cancel()
+                work.cancel()
+        raise Refused(504, f"not done within {admission.limits.timeout:g} s; ask for fewer samples", "timeout")
 
-    async def read(self, reader: Callable[..., _T], *given: Any) -> _T:
-        """What a reader makes of a body, in a thread: the event loop goes on."""
-        return await anyio.to_thread.run_sync(reader, *given, limiter=self._readers)
+    async def _work(self, client: str, read: Callable[[], Asked]) -> tuple[Asked, list[Answer]]:
+        with self.admission.working.hold(client, self.admission.retry_after):
+            asked = await self._read(client, read)
+            futures = [asyncio.wrap_future(future) for future in self.service.ask(asked.images, asked.wishes, client)]
+            try:
+                answers = await asyncio.gather(*futures)
+            finally:
+                for future in futures:
+                    future.cancel()
+            for answer in answers:
+                self.metrics.images.labels(answer.outcome).inc()
+                self.metrics.failures.inc(answer.failures)
+                self.metrics.abstentions.inc(answer.label < 0)
+            return asked, answers
 
-    async def answers(self, request: Request, images: np.ndarray, wishes: Wishes) -> list[Answer]:
-        """The service's answers; cancelled when the time is up or the client has gone."""
-        futures = [asyncio.wrap_future(future) for future in self.service.ask(images, wishes)]
-        everything = asyncio.gather(*futures)
-        everything.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may look at it
-        gone = asyncio.ensure_future(_gone(request))
-        waited: set[asyncio.Future[Any]] = {everything, gone}
-        try:
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            if not everything.done():
-                raise ClientDisconnect
-            found = everything.result()
-        finally:
-            gone.cancel()
-            everything.cancel()
-            for future in futures:
-                future.cancel()
-        for answer in found:
-            self.metrics.images.labels(answer.outcome).inc()
-            self.metrics.failures.inc(answer.failures)
-            self.metrics.abstentions.inc(answer.label < 0)
-        return found
+    async def _read(self, client: str, read: Callable[[], Asked]) -> Asked:
+        """Read in a thread: one of an address at a time, so that addresses take turns.
+
+        A thread cannot be stopped. When this is cancelled, it returns only after the thread has ended, and holds its
+        turn until then: threads do not pile up behind a body that takes long.
+        """
+        async with self._turns.setdefault(client, asyncio.Lock()), self._readers:
+            job = asyncio.get_running_loop().run_in_executor(self._pool, read)
+            try:
+                return await asyncio.shield(job)
+            finally:
+                await asyncio.wait({job})
 
     @property
     def ready(self) -> bool:
         """Whether a request that comes now would be taken."""
-        return self.service.alive and self.service.well and not self.gate.closed
+        return self.service.alive and self.service.well and not self.admission.closed
 
 
 async def _gone(request: Request) -> None:
