@@ -85,7 +85,7 @@ class Gaussian(Additive):
     norm = "l2"
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """Noise of this shape, float32, drawn on the generator's device."""
+        """Noise of this shape, float32, drawn on the generator's device; on a processor none exceeds 5.77 sigma."""
         import torch
 
         noise = torch.empty(shape, device=generator.device, dtype=torch.float32)
