@@ -17,6 +17,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from certify.errors import UserError
 from certify.smoothing.bounds import BOUNDS, Evidence, Interval, clopper_pearson_lower, randomized_lower
+from certify.smoothing.certificates import largest_radius
 from certify.smoothing.noise import Gaussian, Laplace, Uniform, make_noise
 
 
@@ -206,6 +207,7 @@ def test_randomized_at_large_alpha(n: int, alpha: float) -> None:
         for w in (1.0, 0.5, 1e-9):
             lower = randomized_lower(k, n, alpha, w)
             assert clopper_pearson_lower(k, n, alpha) <= lower < 1.0
+            assert Gaussian(1.0).radius(lower) <= largest_radius(Gaussian(1.0), n, alpha, "randomized")
             assert not exceeds_exact_weight(lower, k, n, alpha, w)
 
 

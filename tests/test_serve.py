@@ -155,7 +155,11 @@ def test_forms_of_the_same_tensor_agree(client: TestClient, images: np.ndarray) 
     wanted = outputs(client.post(INFER, json=request(exact)))
     nested = request(exact)
     nested["inputs"][0]["data"] = exact.tolist()
+    negative = np.where(exact == 0, np.float32(-0.0), exact)
+    assert negative.tobytes() != exact.tobytes()
     for reply in (
+        client.post(INFER, json=request(negative)),
+        client.post(INFER, content=binary(negative)[0], headers=binary(negative)[1]),
         client.post(INFER, json=nested),
         client.post(INFER, json=request(eight)),
         client.post("/v2/models/digits/versions/1/infer", content=binary(exact)[0], headers=binary(exact)[1]),

@@ -221,11 +221,12 @@ def randomized_lower(successes: int, trials: int, alpha: float, uniform: float) 
         at_least = float(betainc(successes, trials - successes + 1, p)) if successes else 1.0
         return (1.0 - uniform) * more + uniform * at_least
 
-    most = min(1.0, clopper_pearson_lower(successes + 1, trials, alpha) + 2 * _OUTWARD)
+    one_more = clopper_pearson_lower(successes + 1, trials, alpha)  # where W = 0 would lead
+    most = min(1.0, one_more + 2 * _OUTWARD)
     if not chance(least) < alpha < chance(most):  # nothing above the plain bound: k = 0, or margins that meet
         return least
     root = float(brentq(lambda p: chance(p) - alpha, least, most, xtol=1e-15, rtol=1e-15))
-    return _proved(chance, root - _OUTWARD, least, alpha, tail_error(trials))
+    return _proved(chance, max(least, min(root - _OUTWARD, one_more)), least, alpha, tail_error(trials))
 
 
 def _clopper_pearson(evidence: Evidence, alpha: float) -> Interval:
