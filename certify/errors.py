@@ -44,3 +44,7 @@ class UserError(CertifyError, ValueError):
 
 class ImageError(UserError):
     """One image cannot be used (unreadable, too large, out of range); the rest of the data may be fine."""
+
+
+class ContractError(UserError):
+    """A base classifier or denoiser is not one fixed function of each image: nothing can be certified with it."""

@@ -17,13 +17,37 @@ from certify.types import Certificate, Decision
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import nn
 
 
 class SmoothedClassifier(NoisyClassifier):
     """The smoothed classifier g(x) = argmax_c P[f(D(x + e)) = c].
 
-    It is built as :class:`certify.engine.noisy_classifier.NoisyClassifier`.
+    Its arguments are those of :class:`certify.engine.noisy_classifier.NoisyClassifier`; ``denoiser`` may also be a
+    name, as of ``--denoiser`` (``"auto"`` chooses among the shipped ones), or a module or function of noisy images with
+    or without the noise level: ``f(noisy)``, ``f(noisy, sigma)``.
     """
+
+    def _find_denoiser(self, denoiser: Any) -> nn.Module | None:
+        """A module for the name, function or module that ``denoiser=`` was given."""
+        if denoiser is None or denoiser == "none":
+            return None
+        from denoisers import load_denoiser
+        from denoisers.adapters import adapt
+        from denoisers.names import find_source
+
+        if not isinstance(denoiser, str):
+            return adapt(denoiser)
+        if find_source(denoiser).kind == "torchscript":
+            how = f"denoisers.load_denoiser({denoiser!r}, trust_code=True)"
+            raise UserError(f"denoiser={denoiser!r} is TorchScript, a program; if you trust it, pass denoiser={how}")
+        size, identity = getattr(self.classifier, "input", None), getattr(self.classifier, "identity", None)
+        return load_denoiser(
+            denoiser,
+            sigma=self.noise.scale,
+            image=None if size is None else size.size,
+            classifier=identity() if callable(identity) else None,
+        )
 
     def certify(
         self,

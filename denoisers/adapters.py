@@ -1,6 +1,6 @@
 """Denoisers that somebody else wrote, behind this package's call: deepinv, any Python callable, TorchScript.
 
-``check_contract`` finds out by trial whether a denoiser keeps to what a certificate needs of it.
+Whether a denoiser keeps its contract is found out on the first real image (:mod:`certify.engine.contract`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.errors import RunFault, UserError, first_line
 from certify.models.checkpoints import load_weights
-from certify.models.external import build_object, file_digest
+from certify.models.external import build_object, code_digest, file_digest
 from certify.models.pipeline import in_its_words
 from certify.models.resolve import UNTRAINED, is_file
 from certify.models.torchscript import open_torchscript
@@ -126,6 +126,40 @@ def _parameters(function: Callable[..., Any]) -> _Parameters:
         return [("", True)]
     single = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] or found[:1]
     return [("" if p.kind == p.POSITIONAL_ONLY else p.name, p.default is p.empty) for p in single]
+
+
+def _takes_level(module: nn.Module) -> bool:
+    """True if ``module(noisy, sigma)`` is a full call with the level in its place, as far as the signature tells."""
+    try:
+        found = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return True
+    if any(p.kind is p.VAR_POSITIONAL for p in found):
+        return True
+    others = [p for p in found if p.kind is not p.VAR_KEYWORD][1:]
+    if not others or others[0].kind is inspect.Parameter.KEYWORD_ONLY or any(p.default is p.empty for p in others[1:]):
+        return False
+    return _level(_parameters(module.forward)) in ("", others[0].name)
+
+
+def adapt(denoiser: Any) -> nn.Module:
+    """Make a module or a function, with or without a noise level among its arguments, a denoiser of this package.
+
+    A module that can be called as ``forward(noisy, sigma)`` is returned as it is.
+
+    Raises:
+        UserError: neither a module nor a function, or it needs more than images and a level.
+    """
+    if not callable(denoiser) or isinstance(denoiser, type):
+        kind = f"the class {denoiser.__name__}" if isinstance(denoiser, type) else type(denoiser).__name__
+        raise UserError(
+            f"denoiser = {kind}: expected a module or a function f(noisy, sigma), or the name of a denoiser"
+        )
+    if isinstance(denoiser, nn.Module):
+        return denoiser if _takes_level(denoiser) else Adapted(denoiser, in_its_words(denoiser), closed=False)
+    own = denoiser if hasattr(denoiser, "__qualname__") else type(denoiser)
+    facts = {"name": str(own.__qualname__), "code_sha256": code_digest(own.__module__)}
+    return Adapted(denoiser, facts, closed=False)
 
 
 def load_deepinv(name: str, weights: str | Path | None = None, channels: int = 3) -> nn.Module:
@@ -250,48 +284,3 @@ def load_torchscript(path: str | Path, *, trust_code: bool) -> nn.Module:
         raise UserError(f"{path} takes the noise level as {kind}; expected a float or a Tensor")
     facts = {"name": Path(path).name, "code_sha256": file_digest(path)}
     return Adapted(net, facts, parameters, tensor_level="Tensor" in kind)
-
-
-def check_contract(module: nn.Module, shape: tuple[int, int, int], sigma: float | None) -> None:
-    """Try a denoiser on three noisy images, together and one by one.
-
-    Args:
-        module: ``forward(noisy, sigma)``.
-        shape: of an image, (C, H, W).
-        sigma: the noise level it will be told.
-
-    Raises:
-        UserError: it fails on such images, changes their shape, gives numbers that are not finite, writes into its
-            input, or treats an image differently alone and in a batch.
-    """
-    name = f"denoiser {in_its_words(module)['name']}"
-    wanted = "x".join(map(str, shape))
-    device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
-    draws = torch.Generator().manual_seed(0)
-    images = torch.rand((3, *shape), generator=draws)
-    images = (images + (sigma or 0.0) * torch.randn(images.shape, generator=draws)).to(device)
-    given = images.clone()
-    try:
-        with torch.no_grad():
-            together = module(given, sigma)
-            alone = [module(given[i : i + 1], sigma) for i in (2, 1, 0)]  # in another order: some remember the last one
-    except CertifyError:
-        raise
-    except Exception as error:  # anybody's code
-        raise UserError(
-            f"{name} fails on images of {wanted}: {first_line(error)}; does it take that many channels, and that size?"
-        ) from error
-    if not torch.equal(given, images):
-        raise UserError(f"{name} writes into the images it is given; work on a copy: noisy = noisy.clone()")
-    for output, count in ((together, 3), *((one, 1) for one in alone)):
-        if not isinstance(output, Tensor) or output.shape != (count, *shape):
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise UserError(f"{name} returned {got} for {count} images of {wanted}; expected {(count, *shape)}")
-    if not together.isfinite().all():
-        raise UserError(f"{name} returned NaN or infinity at sigma = {sigma}; expected finite pixels")
-    difference = float((together - torch.cat(alone[::-1])).abs().max())
-    if not difference <= 1e-4 * float(together.abs().max()):
-        raise UserError(
-            f"{name} answers differently alone and in a batch, by {difference:.2g} (left in training mode? random?); "
-            "a certificate needs a fixed function of one image"
-        )

@@ -79,7 +79,8 @@ def choose(
         UserError: none fits; says what there is for images of this size.
     """
     if sigma is None or image is None:
-        raise UserError("denoiser 'auto' needs the noise level and the images' size; name a denoiser instead")
+        missing = "the noise level (from Python sigma=0.25)" if sigma is None else "the images' size (--input-size)"
+        raise UserError(f"denoiser 'auto' needs {missing}; give it, or name a denoiser (`certify list denoisers`)")
     same_size = {n: card for n, card in cards.items() if tuple(card.image) == tuple(image) and not card.purifier}
     fitting = [name for name, card in same_size.items() if card.covers(sigma)]
     if not fitting:

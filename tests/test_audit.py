@@ -386,23 +386,42 @@ def test_replay_accepts_the_rounding_and_the_shorter_hashes_of_older_versions(
     assert certified
 
 
-def test_a_random_service_is_detected(tmp_path: Path, digits: Classifier) -> None:
+def test_a_random_service_is_refused_before_noise_is_paid_for(tmp_path: Path, digits: Classifier) -> None:
     """It adds noise of its own; the probe asks where that shows first, and stays silent about the plain one."""
     generator = torch.Generator().manual_seed(5)
 
     def respond(name: str, image: torch.Tensor) -> Answer | None:
         return ranked(name, digits, image + 0.3 * torch.randn(image.shape, generator=generator))
 
-    images = some_images(16)
-    found = [
-        run_audit(set_up(tmp_path / name, images=images, repeat_clean=5), fake)
-        for name, fake in (("a", Fake(digits, respond)), ("b", Fake(digits)))
-    ]
-    assert [about["fixed_function"] for about in found] == [False, True]
-    (wavering,), (plain,) = (about["determinism"] for about in found)
-    assert len(wavering["labels"]) > 1
-    assert wavering["spread"] is None  # between scores of different labels there is none
-    assert (len(plain["labels"]), plain["spread"], sum(plain["labels"].values())) == (1, 0.0, 6)
+    images, wavering = some_images(16), Fake(digits, respond)
+    with pytest.raises(
+        UserError, match=r"^the service answers differently when queried again about image \d+ \("
+    ) as found:
+        run_audit(set_up(tmp_path / "a", images=images, repeat_clean=5), wavering)
+    assert "\n" not in str(found.value)
+    assert {stage_of(name) for name in wavering.sent} == {"clean", "probe"}
+    refused = json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert (lines(tmp_path / "a"), refused["fixed_function"], refused["status"]) == ([], False, "stopped")
+    plain = run_audit(set_up(tmp_path / "b", images=images, repeat_clean=5), Fake(digits))
+    assert plain["fixed_function"] is True
+    (probe,) = plain["determinism"]
+    assert (len(probe["labels"]), probe["spread"], sum(probe["labels"].values())) == (1, 0.0, 6)
+
+
+def test_labels_that_change_at_a_tie_are_a_warning(tmp_path: Path, digits: Classifier) -> None:
+    """Two scores within a hundredth of each other are equal up to the rounding of 16 bits."""
+
+    def respond(better: float) -> Respond:
+        def answer(name: str, image: torch.Tensor) -> Answer | None:
+            pair = [Scored("cat", 0.49), Scored("dog", better)]
+            return Answer(name, tuple(sorted(pair, key=lambda one: -one.score)) if "probe" in name else tuple(pair))  # type: ignore[operator]
+
+        return answer
+
+    (probe,) = run_audit(set_up(tmp_path / "tie"), Fake(digits, respond(0.494)))["determinism"]
+    assert (probe["labels"], probe["tie"]) == ({"dog": 3, "cat": 1}, True)
+    with pytest.raises(UserError, match=r"\(dog 3 times, cat 1 times\)"):
+        run_audit(set_up(tmp_path / "no tie"), Fake(digits, respond(0.5)))
 
 
 def test_drift_is_detected(tmp_path: Path, digits: Classifier) -> None:

@@ -114,6 +114,7 @@ HTML = "<!DOCTYPE html><html><body>404: not found</body></html>"
 MODULE = """
 def network(images): return images
 def late(images): raise RuntimeError("it broke\\nhere")
+def first(images): return images.flatten(1).sum(1).long() * 0
 def beyond(images): return images.flatten(1).sum(1).long() * 0 + 12
 def factory(): raise RuntimeError("no such file")
 """
@@ -249,7 +250,7 @@ CASES = [
     case("bench weights", "bench --model cifar_resnet20", "--weights FILE"),
     case(
         "precision of a function",
-        MODEL + "badmodule9:beyond --num-classes 10 --precision bfloat16",
+        MODEL + "badmodule9:first --num-classes 10 --precision bfloat16",
         "--precision bfloat16",
         "not made of torch modules",
         badmodule9_py=MODULE,

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import trained
+from small_networks import check_denoiser, trained
 from torch import Tensor, nn
 
 from certify.errors import RunFault, UserError
-from denoisers.adapters import check_contract
 from denoisers.diffusion import OneShot, load_diffusers, timestep
 from denoisers.memnet import MemNet
 
@@ -92,7 +91,7 @@ def test_timesteps_are_rounded_up_never_down() -> None:
         assert t == 1 or levels[t - 1] < sigma
     assert timestep(schedule, 0.0) == 1
     for beyond in (float(levels[-1]) * 1.001, float("nan")):
-        with pytest.raises(UserError, match=r"this diffusion model covers noise up to 1\.2"):
+        with pytest.raises(UserError, match=r"beyond this diffusion model: its noise ends at 1\.2"):
             timestep(schedule, beyond)
     with pytest.raises(UserError, match="beyond"):
         timestep([0.9, 0.8, 0.0], 5.0)  # a schedule that ends without any image
@@ -196,7 +195,7 @@ def test_diffusers_agrees(prediction: str, beside: bool, tmp_path: Path) -> None
         theirs = scheduler.step(net(x_t, t).sample, t, x_t).pred_original_sample
     assert torch.allclose(ours, (theirs + 1) / 2, atol=1e-5)
     assert ours.std() > 0.01  # not all clipped away
-    check_contract(denoiser, (3, 18, 17), 0.25)  # sides that the network does not take by itself
+    check_denoiser(denoiser, (3, 18, 17), 0.25)  # sides that the network does not take by itself
     assert not any(p.requires_grad for p in denoiser.parameters())
 
 

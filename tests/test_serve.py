@@ -38,6 +38,7 @@ from certify.blackbox.encoding import to_pictures, to_tensor
 from certify.blackbox.protocols.v2 import metadata_request, options_from, v2
 from certify.blackbox.query_votes import AsSent
 from certify.blackbox.types import Answer, Picture, Query, Reply, Request, Scored
+from certify.engine.contract import QUERIES
 from certify.engine.noisy_classifier import noise_name
 from certify.errors import UserError
 from certify.models.classifier import Classifier
@@ -604,6 +605,8 @@ def test_a_classifier_that_fails_does_not_end_the_server(images: np.ndarray, cap
 
 def test_a_server_whose_budget_is_spent_says_so(images: np.ndarray) -> None:
     class Spent(Held):
+        one_by_one = True
+
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             raise BudgetSpent(3, 3, 1)
 
@@ -632,9 +635,11 @@ def test_exact_noise_is_served_without_rounding(digits: Classifier) -> None:
 
 
 def test_failed_trials_are_counted_and_nobodys_votes(images: np.ndarray) -> None:
+    mean = float(images[0].mean())
+
     class Deaf(Held):
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.where(images.flatten(1).mean(1) > images.mean(), 1, -1)
+            return torch.where(images.flatten(1).mean(1) > mean, 1, -1)
 
     with serving(Deaf()) as (client, _, _, metrics):
         found = outputs(client.post(INFER, json=request(images[:1], outputs=[{"name": "failures"}, {"name": "votes"}])))
@@ -725,7 +730,8 @@ def test_a_service_behind_it_is_asked_with_pictures(digits: Classifier, images: 
     with serving(endpoint, names=endpoint.name_of, batch_size=64) as (client, service, *_):
         assert asking.spent == 0  # nothing is paid for before somebody asks
         found = outputs(client.post(INFER, json=request(images[1:2])))
-        assert asking.spent == N0 + N == found["samples"][0]
+        assert asking.spent == QUERIES + N0 + N
+        assert found["samples"] == [N0 + N]
         assert found["failures"] == [(N0 + N) // 50]
         wanted = SmoothedClassifier(AsSent(digits), 0.25).certify(images[1], n0=N0, n=N, alpha=ALPHA, seed=SEED)
         assert found["name"] == [f"digit {wanted.prediction}"]
@@ -751,7 +757,8 @@ def test_exact_noise_pays_for_no_filling(digits: Classifier) -> None:
     smoothed = SmoothedClassifier(Endpoint(asking, SIZE, 10, {}), 0.25, noise="exact", batch_size=64)
     with Service(smoothed, SIZE, Procedure(n0=10, n=45, alpha=0.01), Limits(), class_names(None)) as service:
         (answer,) = service.ask(np.zeros((1, *SIZE), np.float32), Wishes())
-        assert answer.result(60).samples == 55 == asking.spent
+        assert answer.result(60).samples == 55
+        assert asking.spent == QUERIES + 55
 
 
 def test_queries_without_an_answer_are_forgotten_some_time() -> None:
@@ -875,7 +882,8 @@ def test_a_service_in_one_place_needs_no_endpoint(
     run("serve", *SERVICE, "--port", "0", "--query-timeout", "7", "--timeout", "90", "--n0", "20", "--n", "100")
     assert wanted == [("https://vision.googleapis.com", 7.0)]
     said = capfd.readouterr().err
-    assert "queries    120 requests to the service an image at most" in said
+    assert "queries    at most 120 requests to the service per image" in said
+    assert "17 more about the first image" in said
     assert "no --budget" in said
     assert "stopped    2 requests were not answered" in said
 

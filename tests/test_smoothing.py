@@ -179,7 +179,7 @@ def test_more_labels_than_images_are_refused(linear_classifier: Any) -> None:
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             return super().__call__(images).repeat(2)
 
-    with pytest.raises(UserError, match=r"shape \(200,\) for 100 images"):
+    with pytest.raises(UserError, match=r"linear returned torch.int64 \(32,\) for 16 images"):
         SmoothedClassifier(Twice(torch.ones(4), 0.0), 0.25, batch_size=100).certify(torch.zeros(1, 2, 2), n=100)
 
 
@@ -194,6 +194,8 @@ def test_fewer_samples_are_a_prefix_of_more(linear_classifier: Any) -> None:
 
     g = SmoothedClassifier(Spy(torch.ones(12), 6.0), 0.25, batch_size=64)
     image = torch.full((3, 2, 2), 0.5)
+    g.check_contract(image)
+    seen.clear()
     g.votes(image, 150, stage="estimation", image_id="x")
     short = torch.cat(seen)
     seen.clear()
@@ -218,7 +220,7 @@ def test_a_label_out_of_range_is_an_error(linear_classifier: Any) -> None:
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             return torch.full((len(images),), 7)
 
-    with pytest.raises(ValueError, match=r"100 of 100 labels outside 0 to 1 \(from 7 to 7"):
+    with pytest.raises(ValueError, match=r"16 of 16 labels outside 0 to 1 \(from 7 to 7"):
         SmoothedClassifier(Wrong(torch.ones(4), 0.0), 0.25).certify(torch.zeros(1, 2, 2), n=100)
 
 

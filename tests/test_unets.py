@@ -9,7 +9,8 @@ from torch import nn
 
 from certify.engine.execution import folded_copy
 from certify.errors import UserError
-from denoisers.unet import MEAN, SPREAD, PooledUNet, UNet
+from denoisers.pooled import PooledUNet
+from denoisers.unet import MEAN, SPREAD, UNet
 
 NETS = {
     "unet": lambda channels: UNet((8, 16), 1, channels),

@@ -177,13 +177,22 @@ class Memory:
 GREY = torch.full((3, 2, 2), 130, dtype=torch.uint8)
 
 
+def checked(f: Memory, batch_size: int) -> SmoothedClassifier:
+    """A smoothed classifier with exact noise, its contract checked: the calls from here on are for votes."""
+    g = SmoothedClassifier(f, 0.25, noise="exact", batch_size=batch_size)
+    g.check_contract(GREY)
+    f.calls = 0
+    f.sizes.clear()
+    return g
+
+
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 def test_exact_noise_keeps_one_batch_shape_where_memory_is_small(
     answer: Callable[[SmoothedClassifier, Tensor], Any],
 ) -> None:
     """Batches of 101 do not fit, nor do halves of 51: every label that counts comes from a batch of 26."""
     small, large = Memory(lambda call: 30), Memory(lambda call: 1000)
-    found, expected = (answer(SmoothedClassifier(f, 0.25, noise="exact", batch_size=101), GREY) for f in (small, large))
+    found, expected = (answer(checked(f, 101), GREY) for f in (small, large))
     assert found == expected
     assert (set(small.sizes), set(large.sizes)) == ({26}, {101})
 
@@ -193,14 +202,17 @@ def test_exact_noise_keeps_its_batch_shape_when_memory_runs_out_later(
     answer: Callable[[SmoothedClassifier, Tensor], Any],
 ) -> None:
     """Once is waited for; twice is a fault that says what to do, never a label from a batch of another shape."""
-    once = Memory(lambda call: 5 if call == 3 else 100)
-    g = SmoothedClassifier(once, 0.25, noise="exact", batch_size=16)
+    once = Memory(lambda call: 100)
+    g = checked(once, 16)
+    once.room = lambda call: 5 if call == 3 else 100
     answer(g, GREY)
     answer(g, GREY)
     assert set(once.sizes) == {16}
-    twice = Memory(lambda call: 5 if call >= 3 else 100)
+    twice = Memory(lambda call: 100)
+    g = checked(twice, 16)
+    twice.room = lambda call: 5 if call >= 3 else 100
     with pytest.raises(RunFault) as error:
-        answer(SmoothedClassifier(twice, 0.25, noise="exact", batch_size=16), GREY)
+        answer(g, GREY)
     assert str(error.value) == (
         "out of memory in a batch of 16 images, which fitted before; this noise needs one batch shape for all samples "
         "of an image: free memory, or pass --batch-size 8 (batch_size in Python)"
@@ -217,7 +229,7 @@ def test_exact_noise_settles_a_batch_shape_for_each_image_shape() -> None:
             return super().__call__(images)
 
     f = Pixels(lambda call: 0)
-    g = SmoothedClassifier(f, 0.25, noise="exact", batch_size=64)
+    g = checked(f, 64)
     for side, size in ((2, 64), (8, 4), (2, 64), (4, 16)):
         f.sizes.clear()
         g.votes(torch.full((3, side, side), 130, dtype=torch.uint8), 150, stage="a")
@@ -235,6 +247,8 @@ def test_exact_noise_keeps_one_batch_shape(linear_classifier: Any) -> None:
 
     g = SmoothedClassifier(Spy(torch.ones(12), 6.0), 0.25, noise="exact", batch_size=64)
     image = torch.full((3, 2, 2), 128, dtype=torch.uint8)
+    g.check_contract(image)
+    sizes.clear()
     assert g.votes(image, 150, stage="estimation").trials == 150
     assert g.decide(image, radius=0.1).drawn > 0
     assert sizes == {64}

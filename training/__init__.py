@@ -1,1 +1,1 @@
-"""Training of denoisers and classifiers. A classifier under attack or certification stays frozen."""
+"""Makes weights: classifiers and denoisers. A classifier under attack or certification stays frozen."""

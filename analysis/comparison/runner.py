@@ -18,6 +18,7 @@ from torch import Tensor
 
 from analysis.comparison.results import Condition
 from analysis.comparison.sandwich import crossing
+from certify.engine.contract import breakage_left, check_defence
 from certify.errors import RunFault, UserError, in_words
 from certify.images.dataset import ImageSet
 from certify.models.defence import Defence
@@ -85,7 +86,8 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n, repeats, alpha = check_counts(self.certify_n, self.repeats, self.alpha)
+        _, repeats, alpha = check_counts(1, self.repeats, self.alpha)
+        n = as_int(self.certify_n, "certify_n")  # 0: no certified column
         eps, seed = as_float(self.eps, "eps"), as_int(self.seed, "seed")
         numbers = {"certify_n": n, "repeats": repeats, "alpha": alpha, "eps": eps, "seed": seed}
         for name, value in numbers.items():
@@ -141,6 +143,18 @@ def _smoothing(defence: Defence) -> Noisy | None:
     return first if isinstance(first, Noisy) and not others and defence.combine == "vote" else None
 
 
+def check_defences(defences: Mapping[str, Defence | str], images: ImageSet, plan: Plan) -> None:
+    """Check each defence's parts on the first image, once; one that breaks on it fails its own column later.
+
+    Raises:
+        ContractError: a denoiser or classifier is not a fixed function of one image.
+    """
+    for defence in defences.values():
+        if isinstance(defence, Defence):
+            with breakage_left():
+                check_defence(defence, images.load(0), stream_key(plan.seed, images.items[0].id, "contract"))
+
+
 def compare(
     defences: Mapping[str, Defence | str],
     bare: Defence,
@@ -160,7 +174,11 @@ def compare(
         file: outcomes are appended to it.
         craft: the attacks.
         progress: told how many outcomes were added.
+
+    Raises:
+        ContractError: as of :func:`check_defences`.
     """
+    check_defences({"": bare, **defences}, images, plan)
     progress(len(file.done))
     # what failed once is not tried on the next images, nor when the run goes on
     broken = {(r["defence"], r["condition"]): str(r["error"]) for r in file.done.values() if "error" in r}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from certify.blackbox.answer_rows import clean_answer, watch_for
+from certify.blackbox.determinism import probes, require_deterministic
 from certify.blackbox.encoding import encode, to_pictures
 from certify.blackbox.label_index import Vocabulary
 from certify.blackbox.plan import CHUNK, DRIFT_IMAGES, Audit
@@ -103,6 +104,7 @@ def drive(
         ``FINISHED``, or ``SPENT`` where the budget did not cover everything.
 
     Raises:
+        ContractError: the determinism probe got different labels; no noisy copy was queried.
         RunFault: the service does not answer.
     """
     asked, usable = Patient(), [i for i, image in enumerate(about["images"]) if not image["error"]]
@@ -114,6 +116,7 @@ def drive(
                 _ask_clean(audit, asked, chunk, alone=not start)
                 if not start:
                     _ask_again(audit, asked, chunk)
+                    require_deterministic(probes(asked.answers, audit.class_map))
                     probed(asked.answers)
                 _sample(audit, asked, header, chunk)
                 progress(len(chunk))

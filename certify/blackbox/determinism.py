@@ -6,13 +6,16 @@ Said once, for the warnings of the command, ``audit.json`` and the report alike:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from certify.blackbox.answer_rows import clean_answer
 from certify.blackbox.label_index import class_of
 from certify.blackbox.query_votes import DRIFT, PROBE, parts_of
 from certify.blackbox.types import Answer
+from certify.errors import ContractError
+
+_ROUNDING = 0.01  # of the larger score: what arithmetic in 16 bits leaves of a tie
 
 NO_LABEL = "no label of the class map"
 """Stands for the class of an answer whose labels are all outside of the class map."""
@@ -27,12 +30,14 @@ class Probed:
         labels: how often each class was answered, the most frequent first; answers without a label are not among them.
         failures: repetitions without a label.
         spread: largest minus smallest score of the first label; None unless it has one label and always a score.
+        tie: whether the classes that were answered have equal scores, up to rounding, in every answer.
     """
 
     id: str
     labels: dict[str, int]
     failures: int
     spread: float | None
+    tie: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,32 @@ def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
         scores = [a.ranked[0].score for a in answered]
         known = [score for score in scores if score is not None]
         spread = max(known) - min(known) if known and len(known) == len(scores) and len(labels) == 1 else None
-        found.append(Probed(image, dict(labels.most_common()), sum(not a.ranked for a in again.values()), spread))
+        tie = len(labels) > 1 and all(_tied(answer, labels, class_map) for answer in answered)
+        failures = sum(not a.ranked for a in again.values())
+        found.append(Probed(image, dict(labels.most_common()), failures, spread, tie))
     return found
+
+
+def _tied(answer: Answer, classes: Collection[str], class_map: Mapping[str, str] | None) -> bool:
+    """Whether an answer gives these classes scores that are equal up to rounding."""
+    scores = [one.score for one in answer.ranked if class_of((one,), class_map) in classes]
+    known = [score for score in scores if score is not None]
+    return len(known) == len(scores) >= len(classes) and max(known) - min(known) <= _ROUNDING * max(map(abs, known))
+
+
+def require_deterministic(probed: Sequence[Probed]) -> None:
+    """Refuse a service that gave other labels when it was queried again; differences at a tie do not count.
+
+    Raises:
+        ContractError: names the image and the labels.
+    """
+    for probe in probed:
+        if len(probe.labels) > 1 and not probe.tie:
+            labels = ", ".join(f"{label} {count} times" for label, count in probe.labels.items())
+            raise ContractError(
+                f"the service answers differently when queried again about image {probe.id} ({labels}): a certificate "
+                "needs a fixed function of one image; nothing is certified, every answer is kept in the ledger"
+            )
 
 
 def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Drifted]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shlex
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from certify.blackbox.query_votes import CLEAN, DRIFT, PROBE, TOGETHER
 from certify.blackbox.results import RUN, RUNNING, write_about, write_rows
+from certify.engine.contract import check_contract
 from certify.engine.noisy_classifier import image_digest
 from certify.errors import ImageError
 from certify.images.dataset import ImageSet
@@ -118,6 +120,19 @@ class Audit:
     def pipeline(self) -> Pipeline:
         """Denoiser and service."""
         return Pipeline(self.service, self.denoiser, self.noise.scale).to(self.device)
+
+    def check_denoiser(self) -> None:
+        """Check the denoiser on noisy copies of the first usable image, here and without a query.
+
+        Raises:
+            ContractError: it is not a fixed function of one image.
+        """
+        if self.denoiser is None:
+            return
+        for index in range(len(self.images)):
+            with contextlib.suppress(ImageError):
+                check_contract(None, self.pipeline.denoiser, self.noise, self.load(index))
+                return
 
     def load(self, index: int) -> Tensor:
         """The image as it is certified, on the device.
@@ -229,9 +244,11 @@ def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) ->
 
     Raises:
         UserError: the folder holds an audit with other settings.
+        ContractError: the denoiser is not a fixed function of one image; nothing is written.
         RunFault: it cannot be written.
     """
     known = header_there(audit, header)
+    audit.check_denoiser()
     if known is not None:
         header = {**header, "created": known["created"], "pipeline": known.get("pipeline", header["pipeline"])}
     images: list[dict[str, Any]] = []

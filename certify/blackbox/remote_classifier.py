@@ -43,6 +43,9 @@ class RemoteClassifier:
         scored: whether answers have scores.
     """
 
+    one_by_one = True
+    """Each image is a query of its own; whether the answers agree was found out by the audit's probe."""
+
     def __init__(
         self,
         ask: Ask,

@@ -152,6 +152,7 @@ def _compare_with_folder(job: Audit, o: dict[str, Any], say: Callable[[str], Non
     from certify.blackbox.results import LEDGER
 
     header_there(job, make_header(job, data=o["data"], denoiser=o["denoiser"], command=""))
+    job.check_denoiser()
     if (job.folder / LEDGER).exists():
         say(f"ledger     {job.folder / LEDGER}: {read_ledger(job.folder / LEDGER).spent:,} requests are spent already")
 

@@ -67,7 +67,7 @@ def attack(
         LedgerBudgetSpent: the budget does not cover it; outcomes that are finished are in the file.
         UserError: nothing to attack, or images of several sizes.
     """
-    from analysis.comparison.runner import compare, make_header
+    from analysis.comparison.runner import check_defences, compare, make_header
     from certify.runs.run_file import RunFile
     from denoisers.defences import undefended
 
@@ -75,6 +75,7 @@ def attack(
     service: Any = classifier  # a classifier to those who only ask
     defences = {text: build(text, service, trust_code=o["trust_code"]) for text in listed("--defences", o["defences"])}
     plan = _plan(o)
+    check_defences(defences, images, plan)
     header = make_header(plan, defences, images, model=classifier.name, data=o["data"], command=command)
     craft = _crafter(o, service, {id(defence): text for text, defence in defences.items()})
     path = job.folder / COMPARISON

@@ -93,14 +93,16 @@ def compare(**o: Any) -> None:
 
 def _work(o: dict[str, Any]) -> Path:
     """Build, compare, and say where the outcomes are."""
+    from analysis.comparison.runner import check_defences, make_header
     from analysis.comparison.runner import compare as run_all
-    from analysis.comparison.runner import make_header
     from certify.runs.run_file import RunFile
     from denoisers.defences import undefended
 
     _check_groups(o)
     scene = set_scene(o, digits=50, eot=o["eot"])
     plan = _plan(o, scene)
+    bare = undefended(scene.classifier)
+    check_defences({"": bare, **scene.defences}, scene.images, plan)
     header = make_header(
         plan, scene.defences, scene.images, model=o["model"], data=o["data"], command=options.command_line()
     )
@@ -113,7 +115,6 @@ def _work(o: dict[str, Any]) -> Path:
             progress_bar(header["expected"], "outcomes", hidden=quiet) as bar,
             stoppable(file, header["expected"], "outcomes"),
         ):
-            bare = undefended(scene.classifier)
             run_all(scene.defences, bare, scene.images, plan, file, scene.craft, bar.update)
     return path
 

@@ -117,14 +117,11 @@ def denoiser_for(
     *,
     trust_code: bool = False,
 ) -> nn.Module:
-    """The denoiser of this name for images (C, H, W), tried on what the classifier behind it takes, if there is one.
-
-    A warning where it was trained for other noise.
+    """The denoiser of this name for images (C, H, W); a warning where it was trained for other noise.
 
     Raises:
         UserError: no such denoiser, one for other images, or weights that cannot be told a noise level.
     """
-    from denoisers.adapters import check_contract
     from denoisers.find import find_denoiser
     from denoisers.weights import Trained
 
@@ -134,8 +131,6 @@ def denoiser_for(
         denoiser.check_use(sigma)
         if not denoiser.card.covers(sigma):
             warn(denoiser.card.mismatch(sigma))
-    if classifier is not None and classifier.input.size is not None:
-        check_contract(denoiser, classifier.input.size, sigma)
     return denoiser
 
 

@@ -248,6 +248,7 @@ def _procedure(o: dict[str, Any]) -> Procedure:
 
 def _show(o: dict[str, Any], name: str, service: Service) -> None:
     """What is served, and what it can claim at most."""
+    from certify.engine.contract import QUERIES
     from certify.serve.protocol import Wishes
     from certify.smoothing.certificates import largest_radius
     from certify.smoothing.norms import DECIMALS
@@ -259,7 +260,8 @@ def _show(o: dict[str, Any], name: str, service: Service) -> None:
     say(f"model      {name}: {service.smoothed.num_classes:,} classes{where}, input {size}")
     noise = f"{service.smoothed.noise.name} noise, sigma = {o['sigma']:g} in [0, 1] pixels, denoiser: {o['denoiser']}"
     if o["model"] is None:
-        say(f"queries    {procedure.cost(Wishes()):,} requests to the service an image at most, before retries")
+        say(f"queries    at most {procedure.cost(Wishes()):,} requests to the service per image, before retries")
+        say(f"           {QUERIES} more about the first image: whether repeated queries return the same label")
         if o["budget"] is None:
             warn("no --budget: whoever asks this server makes requests to the service without end")
     if procedure.radius is not None:

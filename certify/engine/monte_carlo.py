@@ -6,6 +6,7 @@ Left of this module everything is random, batched and on the device; right of it
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from certify.engine.allocator import keep_freed_memory
 from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.models.pipeline import Pipeline
 from certify.smoothing.rng import block_generator, block_size
 from certify.types import FAILED, BaseClassifier, Noise, Votes
 
@@ -304,8 +306,8 @@ def _labels(classifier: BaseClassifier, batch: Tensor) -> Tensor | None:
     except CertifyError:
         raise
     except Exception as error:  # any classifier may stand there, also the user's own code
-        if len(batch) == 1 or not _out_of_memory(error):
-            raise RunFault(f"the base classifier failed: {type(error).__name__}: {first_line(error)}") from error
+        if len(batch) == 1 or not out_of_memory(error):
+            raise RunFault(f"{_failed_part(error)} failed: {type(error).__name__}: {first_line(error)}") from error
     else:
         if labels.shape != (len(batch),) or labels.is_floating_point():
             raise UserError(
@@ -318,6 +320,15 @@ def _labels(classifier: BaseClassifier, batch: Tensor) -> Tensor | None:
     return None
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def _failed_part(error: BaseException) -> str:
+    """The denoiser by name where the error passed through it, else the base classifier."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is Pipeline.denoise.__code__:
+            return f"the denoiser {frame.f_locals['self'].denoiser_name}"
+    return "the base classifier"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True if the error says that memory ran out."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or ("memory" in text and "alloc" in text)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from certify.errors import UserError
 from certify.smoothing.noise import make_noise
@@ -55,7 +55,7 @@ class NoisyClassifier:
         classifier: BaseClassifier,
         sigma: float | None = None,
         *,
-        denoiser: nn.Module | None = None,
+        denoiser: nn.Module | Callable[..., Any] | str | None = None,
         noise: Noise | str | None = None,
         norm: str | None = None,
         rounded: bool = False,
@@ -81,8 +81,6 @@ class NoisyClassifier:
                 f"{type(classifier).__name__} does not say how many classes it has; expected a base classifier: "
                 "load_classifier(NAME), or load_classifier(module or function, input_size=(C, H, W))"
             )
-        if isinstance(denoiser, str):
-            raise UserError(f"denoiser={denoiser!r}: expected a module; denoisers.load_denoiser({denoiser!r}) gives it")
         self.noise: Noise = (
             make_noise(str(noise or "gaussian"), sigma, rounded=rounded) if named else noise  # type: ignore[arg-type,assignment]
         )
@@ -95,17 +93,46 @@ class NoisyClassifier:
         if self.device.type == "cuda":  # float32 means float32: convolutions would run in TF32 by default
             torch.backends.cudnn.allow_tf32 = False
         self.classifier = classifier
-        self.base = Pipeline(classifier, denoiser, self.noise.scale).to(self.device)
+        self.base = Pipeline(classifier, self._find_denoiser(denoiser), self.noise.scale).to(self.device)
         self.base.eval()
+        self._unmet = {"local", "queries"}  # parts of the contract that were not checked on an image yet
         self.wanted = Wanted(precision, compile, batch_size)
         self.execution: Execution | None = None
         self._run: BaseClassifier = self.base
         self._batch_sizes: dict[torch.Size, int] = {}  # by image shape, where the noise needs one shape of batches
 
+    def _find_denoiser(self, denoiser: Any) -> nn.Module | None:
+        """The module that ``denoiser=`` means: here a module already."""
+        found: nn.Module | None = denoiser
+        return found
+
     @property
     def num_classes(self) -> int:
         """K."""
         return self.base.num_classes
+
+    def check_contract(self, image: torch.Tensor | np.ndarray, *, again: bool = False, queries: bool = True) -> None:
+        """Check denoiser and classifier on noisy copies of one image, once; their training mode, every time.
+
+        Called before anything is counted (:mod:`certify.engine.contract`).
+
+        Args:
+            image: a real image, ``(C, H, W)``.
+            again: check although another image was checked before.
+            queries: whether a classifier may be queried that takes one image per query.
+
+        Raises:
+            ContractError: one of them is not a fixed function of one image.
+        """
+        from certify.engine import contract
+
+        contract.refuse_training_mode(self.base.denoiser, self.classifier)
+        paid = queries and getattr(self.classifier, "one_by_one", False)
+        todo = {"local", "queries"} if again else self._unmet
+        if "local" in todo or (paid and "queries" in todo):
+            there = self.check(image).to(self.device)
+            contract.check_contract(self.classifier, self.base.denoiser, self.noise, there, queries=paid)
+            self._unmet -= {"local", "queries"} if paid else {"local"}
 
     def prepare(
         self, image: torch.Tensor | np.ndarray, samples: int, execution: Execution | None = None, *, again: bool = False
@@ -121,6 +148,7 @@ class NoisyClassifier:
         from certify.engine import execution as executions
         from certify.engine import tuning
 
+        self.check_contract(image, queries=False)
         example = self.check(image).to(self.device)
         self._batch_sizes = {}
         if execution is None:
@@ -169,6 +197,7 @@ class NoisyClassifier:
         first = next(queue, None)
         if first is None:
             return
+        self.check_contract(first[0])
         label, _ = self.labeller(first[0], sum(stages.values()), progress)
 
         def jobs() -> Iterator[Job]:
@@ -212,6 +241,7 @@ class NoisyClassifier:
         first = next(queue, None)
         if first is None:
             return
+        self.check_contract(first[0])
         label, batch_size = self.labeller(first[0], 1000, progress)  # a guess: watches say themselves when they end
 
         def there() -> Iterator[tuple[torch.Tensor, bytes] | None]:

@@ -55,6 +55,9 @@ class Defence(nn.Module):
         frozen: whether the classifiers are as their makers left them; False where they were fine-tuned.
         about: options worth recording.
 
+    Attributes:
+        checked: whether its parts were checked on an image (:mod:`certify.engine.contract`).
+
     Raises:
         UserError: draws, combination or classes that make no sense.
     """
@@ -85,6 +88,7 @@ class Defence(nn.Module):
         self.num_classes = known.pop()
         self.about = about or {}
         self.purifiers.requires_grad_(False).eval()
+        self.checked = False
 
     @property
     def random(self) -> bool:
@@ -113,7 +117,9 @@ class Defence(nn.Module):
         """
         if self._bare[member]:
             return images
-        found: Tensor = self.purifiers[member](images, self.sigmas[member], generator=generator)
+        purifier = self.purifiers[member]
+        options = {"generator": generator} if getattr(purifier, "random", False) else {}
+        found: Tensor = purifier(images, self.sigmas[member], **options)
         if found.shape != images.shape:
             raise RunFault(
                 f"defence {self.name} made {tuple(found.shape)} of {tuple(images.shape)}; expected the same shape"

@@ -95,7 +95,7 @@ def build_object(name: str) -> tuple[Any, str | None]:
         UserError: it cannot be imported, or fails.
     """
     found = _made(import_object(name), name)
-    return found, _code(name.partition(":")[0])
+    return found, code_digest(name.partition(":")[0])
 
 
 def _made(found: Any, name: str) -> Any:
@@ -107,7 +107,7 @@ def _made(found: Any, name: str) -> Any:
         raise UserError(f"{name} failed: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _code(module: str) -> str | None:
+def code_digest(module: str) -> str | None:
     """SHA-256 of the file that defines a module; None in a notebook or at a prompt."""
     defined = getattr(sys.modules.get(module), "__file__", None)
     return file_digest(defined) if defined and os.path.isfile(defined) else None
@@ -123,7 +123,7 @@ def spec_of_object(model: Any, weights: str | Path | None, num_classes: int | No
     found = _made(model, name)
     if found is model and isinstance(found, nn.Module):
         found = copy.deepcopy(found)
-    return name, spec_of(found, _code(own.__module__), name, weights, num_classes)
+    return name, spec_of(found, code_digest(own.__module__), name, weights, num_classes)
 
 
 def import_object(name: str) -> Any:

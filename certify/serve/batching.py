@@ -26,7 +26,7 @@ from torch import Tensor
 
 from certify.engine.adaptive import Counting, Deciding, Label, Watch, settle
 from certify.engine.noisy_classifier import noise_name
-from certify.errors import UserError, in_words
+from certify.errors import ContractError, UserError, in_words
 from certify.models.query_access import BudgetSpent
 from certify.serve.limits import Limits, Refused
 from certify.serve.protocol import ABSTAINED, Answer, Wishes
@@ -137,6 +137,8 @@ class Service:
         self._work: set[_Part] = set()
         self._changed = threading.Condition()
         self._ending, self._well_again = False, 0.0
+        self._real = False  # whether the contract was checked on an image that somebody sent
+        self._broken: ContractError | None = None  # for good
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="certify-serve", daemon=True)
         self.stated = smoothed.stated(int(np.prod(size)))
@@ -199,6 +201,8 @@ class Service:
             except UserError as error:
                 raise Refused(400, str(error).split(";")[0]) from None
         asked = deque(_Image(pixels, wishes, Future()) for pixels in images)
+        if self._broken is not None:
+            raise _fault(self._broken)
         answers = [image.answer for image in asked]
         for image in asked:
             image.answer.add_done_callback(functools.partial(self._forget, client, asked, image))
@@ -297,6 +301,11 @@ class Service:
         except UserError as error:  # the noise is not defined around this image
             _deliver(image.answer, Refused(400, str(error)))
             return
+        if self._broken is not None:
+            _deliver(image.answer, _fault(self._broken))
+            return
+        self.smoothed.check_contract(tensor, again=not self._real)
+        self._real = True
         there = tensor.to(self.smoothed.device)
         radius = procedure.radius if image.wishes.radius is None else image.wishes.radius
         n = image.wishes.samples or procedure.n
@@ -359,7 +368,9 @@ class Service:
         return ABSTAINED if label == ABSTAIN else self.name_of(label)
 
     def _failed(self, error: Exception) -> None:
-        self._well_again = math.inf if isinstance(error, BudgetSpent) else time.monotonic() + _RECOVERY
+        self._broken = error if isinstance(error, ContractError) else None
+        for_good = isinstance(error, BudgetSpent | ContractError)
+        self._well_again = math.inf if for_good else time.monotonic() + _RECOVERY
         _LOG.error("the classifier failed: %s", printable(in_words(error)))
 
     def _fail(self, error: Exception) -> None:
@@ -375,6 +386,8 @@ def _fault(error: Exception) -> Refused:
     """What clients may know: the rest, such as a service's address or its reply, stands in the log."""
     if isinstance(error, BudgetSpent):
         return Refused(503, "the query budget of this server is spent", "spent")
+    if isinstance(error, ContractError):
+        return Refused(503, "the classifier is not a fixed function of the image: nothing can be certified", "fault")
     return Refused(500, "the classifier failed", "fault")
 
 

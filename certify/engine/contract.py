@@ -1,0 +1,362 @@
+"""Check base classifiers and denoisers on noisy copies of a real image, before any answer counts.
+
+A certificate needs one fixed function: the answer about an image depends on that image alone. Whatever draws random
+numbers once per forward pass, uses batch statistics, keeps state or was left in training mode is refused by name.
+Every path calls this module the first time a classifier or denoiser meets a real image.
+
+Pixels and scores are compared up to rounding, labels alone up to ties. A whole batch is answered twice, and every copy
+once more on its own: a part that answers by one fair coin per call passes with probability 2^-17. The noisy copies come
+from a generator of their own: the global random state is neither set nor restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from certify.engine.execution import default_batch_size
+from certify.engine.monte_carlo import out_of_memory
+from certify.errors import CertifyError, ContractError, RunFault, UserError, first_line
+from certify.models.classifier import Classifier
+from certify.models.defence import Defence
+from certify.models.pipeline import in_its_words
+from certify.smoothing.rng import block_generator, stream_key
+from certify.types import FAILED, BaseClassifier, Noise
+
+COPIES = 16
+"""Noisy copies; each is answered alone and in its batch."""
+LABELLED = 64
+"""Noisy copies for a classifier that returns labels only: a label shows less than scores do."""
+QUERIES = 17
+"""Queries about one noisy copy, for a classifier that takes one image per query."""
+
+_FEW = 1e-3  # share of pixels that may jump with the rounding before them, as JPEG's coefficients do
+_IN_16_BITS = 2.0**-4  # tolerance relative to the largest value, where arithmetic is in 16 bits
+_NEAR = 0.05  # of a copy's standard deviation: how far a tie is searched for
+_TWICE, _ALONE = "when called twice on the same batch", "alone and in a batch"
+_ADVICE = {
+    _TWICE: "remove the random draw inside, or the state that changes from call to call",
+    _ALONE: "remove batch statistics (is a network inside in training mode?) and random draws shared by a batch",
+}
+
+Ask = Callable[[Tensor, Sequence[int]], Tensor]
+"""Answers about a batch ``(B, C, H, W)``, first dimension B; the numbers of its images among all copies."""
+Judge = Callable[[Tensor, Tensor, Tensor, Sequence[int], str], None]
+"""Compares two answers about a batch with these numbers, and says how they were got."""
+
+
+def check_contract(
+    classifier: BaseClassifier | None, denoiser: nn.Module | None, noise: Noise, image: Tensor, *, queries: bool = True
+) -> None:
+    """Check a denoiser and the classifier behind it on noisy copies of one image.
+
+    Args:
+        classifier: in float32, on the image's device; None: the denoiser alone.
+        denoiser: ``forward(noisy, sigma)``, on the image's device, or None.
+        noise: the smoothing distribution.
+        image: ``(C, H, W)``, float32 in [0, 1].
+        queries: whether a classifier that takes one image per query may be queried; it gets the repeat test only.
+
+    Raises:
+        ContractError: a part is not a fixed function of one image.
+        UserError: a part returns something else than images or labels.
+        RunFault: the classifier failed.
+    """
+    paid = getattr(classifier, "one_by_one", False)
+
+    def denoise(noisy: Tensor, rows: Sequence[int] = ()) -> Tensor:
+        assert denoiser is not None
+        cleaned: Tensor = denoiser(noisy, noise.scale)
+        return cleaned
+
+    def check(size: int) -> None:
+        generator = block_generator(stream_key(0, "", "contract"), 0, image.device)
+        shape = (size, *image.shape)
+        batches: Iterator[Tensor] = (
+            noise.add(image, noise.sample(shape, generator).to(image.device)) for _ in itertools.count()
+        )
+        if denoiser is not None:
+            some = list(itertools.islice(batches, -(-COPIES // size)))
+            batches = itertools.chain(
+                _check_denoiser(f"the denoiser {_name(denoiser)}", denoise, some), map(denoise, batches)
+            )
+        if classifier is not None and not paid:
+            _check_classifier(classifier, batches)
+        elif classifier is not None and queries:
+            _query_again(classifier, next(batches)[:1])
+
+    _in_memory(check, image)
+
+
+def check_defence(defence: Defence, image: Tensor, key: bytes) -> None:
+    """Check a defence on copies of one image with a little noise, once; the training mode of its parts, every time.
+
+    A purifier that draws random numbers has to draw them from the generators it is given: equal keys, equal images.
+
+    Args:
+        defence: purifiers before frozen classifiers.
+        image: ``(C, H, W)``, float32 in [0, 1].
+        key: of :func:`certify.smoothing.rng.stream_key`, from which the copies' keys follow.
+
+    Raises:
+        ContractError: a part is not a fixed function of an image and its key.
+        UserError: a part returns something else than images or labels.
+        RunFault: a part failed.
+    """
+
+    def purify(member: int) -> Ask:
+        def ask(images: Tensor, rows: Sequence[int]) -> Tensor:
+            return defence.purify(
+                images, member, [block_generator(key, row) for row in rows] if defence.random else None
+            )
+
+        return ask
+
+    def check(size: int) -> None:
+        draws = block_generator(key, COPIES)
+        batches = [
+            (image + 0.1 * torch.randn((size, *image.shape), generator=draws, device=draws.device).to(image)).clamp(
+                0, 1
+            )
+            for _ in range(0, COPIES, size)
+        ]
+        for member, (purifier, classifier) in enumerate(parts):
+            part = f"the denoiser {_name(purifier)} of defence {defence.name}"
+            seen = _check_denoiser(part, purify(member), batches)
+            if not getattr(classifier, "one_by_one", False):
+                _check_classifier(classifier, iter(seen))
+
+    parts = list(zip(defence.purifiers, defence.classifiers, strict=True))
+    for purifier, classifier in parts:
+        refuse_training_mode(purifier, classifier)
+    if not defence.checked:
+        _in_memory(check, image)
+        defence.checked = True
+
+
+def refuse_training_mode(denoiser: nn.Module | None, classifier: Any) -> None:
+    """Refuse a denoiser or classifier of which any submodule is in training mode.
+
+    Raises:
+        ContractError: names the submodule.
+    """
+    for kind, part in (("denoiser", denoiser), ("base classifier", classifier)):
+        for name, inner in part.named_modules() if isinstance(part, nn.Module) else ():
+            if getattr(inner, "training", False):
+                where = f" ({name}: {type(inner).__name__})" if name else ""
+                raise ContractError(
+                    f"the {kind} {_name(part)} is in training mode{where}, where answers may depend on the batch or on "
+                    "chance; call .eval() on it"
+                )
+
+
+@contextlib.contextmanager
+def breakage_left() -> Iterator[None]:
+    """Ignore every error in the block but a broken contract: the work that follows reports others in its own way."""
+    try:
+        yield
+    except ContractError:
+        raise
+    except Exception:
+        return
+
+
+def _check_denoiser(part: str, denoise: Ask, batches: Iterable[Tensor]) -> list[Tensor]:
+    """What a denoiser makes of noisy batches, once each image alone gives an image of the same shape."""
+
+    def answer(images: Tensor, rows: Sequence[int]) -> Tensor:
+        size = "x".join(map(str, images.shape[1:]))
+        try:
+            output = _untouched(part, denoise, images, rows)
+        except CertifyError:
+            raise
+        except Exception as error:  # anybody's code
+            if out_of_memory(error):
+                raise
+            why = f"{first_line(error)}; does it take that many channels, and that size?"
+            raise UserError(f"{part} fails on images of {size}: {why}") from error
+        if not isinstance(output, Tensor) or output.shape != images.shape or not output.is_floating_point():
+            wanted = f"floating-point {tuple(images.shape)}"
+            raise UserError(f"{part} returned {_kind(output)} for {len(images)} images of {size}; expected {wanted}")
+        if not output.isfinite().all():
+            raise UserError(f"{part} returned NaN or infinity; expected finite pixels")
+        return output
+
+    return _answers(answer, batches, _judge_values(part, answer, 1e-4, _FEW))
+
+
+def _check_classifier(classifier: BaseClassifier, batches: Iterator[Tensor]) -> None:
+    """Each image alone gives a label in range; scores are compared where a :class:`Classifier` has them."""
+    part, classes = f"the base classifier {_name(classifier)}", classifier.num_classes
+    call: Callable[[Tensor], Any] = classifier.output if isinstance(classifier, Classifier) else classifier
+
+    def answer(images: Tensor, rows: Sequence[int]) -> Tensor:
+        try:
+            output = _untouched(part, lambda given, _: call(given), images, rows)
+        except CertifyError:
+            raise
+        except Exception as error:  # anybody's code
+            if out_of_memory(error):
+                raise
+            raise RunFault(f"the base classifier failed: {type(error).__name__}: {first_line(error)}") from error
+        if isinstance(classifier, Classifier) and isinstance(output, Tensor):
+            if output.shape == (len(images), classes):
+                return output
+            if output.ndim == 2:
+                found = output.shape[1]
+                raise UserError(f"{part} returned {found} scores per image; expected {classes}, as --num-classes says")
+            output = classifier.labels(output)
+        if not isinstance(output, Tensor) or output.shape != (len(images),) or output.is_floating_point():
+            wanted = f"integer labels ({len(images)},)"
+            raise UserError(f"{part} returned {_kind(output)} for {len(images)} images; expected {wanted}")
+        wrong = output[(output < FAILED) | (output >= classes)]
+        if len(wrong):
+            raise UserError(
+                f"{part} returned {len(wrong)} of {len(images)} labels outside 0 to {classes - 1} (from "
+                f"{int(wrong.min())} to {int(wrong.max())}; {FAILED} is a failed trial)"
+            )
+        return output.long()
+
+    batch = next(batches)
+    first = answer(batch, range(len(batch)))
+    scored = first.ndim == 2
+    judge = _judge_values(part, answer, 1e-3, 0.0) if scored else _judge_labels(part, answer)
+    more = -(-(COPIES if scored else LABELLED) // len(batch)) - 1
+    _answers(answer, [batch, *itertools.islice(batches, more)], judge, first)
+
+
+def _query_again(classifier: BaseClassifier, image: Tensor) -> None:
+    """Query about one image ``(1, C, H, W)`` again and again; queries without an answer say nothing."""
+    labels = classifier(image.expand(QUERIES, -1, -1, -1))
+    counts = torch.bincount(labels[labels != FAILED]).tolist()
+    shown = [str(count) for count in sorted(counts, reverse=True) if count]
+    if len(shown) > 1:
+        raise ContractError(
+            f"the base classifier {_name(classifier)} answers differently when queried {QUERIES} times about one image "
+            f"({len(shown)} labels, {' and '.join(shown)} times): a certificate needs a fixed function of one image"
+        )
+
+
+def _name(part: Any) -> str:
+    """The name of a denoiser or classifier; of noise with a denoiser behind it, the denoiser's."""
+    inner = getattr(part, "denoiser", None)
+    found = inner if isinstance(inner, nn.Module) else part
+    own = getattr(found, "name", None)
+    return own if isinstance(own, str) else str(in_its_words(found).get("name", type(found).__name__))
+
+
+def _kind(output: Any) -> str:
+    return f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+
+
+def _in_memory(check: Callable[[int], None], image: Tensor) -> None:
+    """Run a check on batches of ``COPIES`` copies of an image, or of fewer where memory is short."""
+    size = min(COPIES, default_batch_size(image))
+    while True:
+        try:
+            with torch.no_grad():
+                check(size)
+        except Exception as error:
+            if size == 1 or not out_of_memory(error):
+                raise
+            size //= 2
+        else:
+            return
+
+
+def _untouched(part: str, ask: Ask, images: Tensor, rows: Sequence[int]) -> Any:
+    given = images.clone()
+    output = ask(given, rows)
+    if not torch.equal(given, images):
+        raise ContractError(f"{part} writes into the images it is given; work on a copy: images = images.clone()")
+    return output
+
+
+def _answers(ask: Ask, batches: Iterable[Tensor], judge: Judge, first: Tensor | None = None) -> list[Tensor]:
+    """Answers about whole batches, compared with those to the first one again, and to every image alone.
+
+    ``first`` is the answer about the first batch, where it is known already.
+    """
+    answers: list[Tensor] = []
+    for k, batch in enumerate(batches):
+        rows = range(k * len(batch), (k + 1) * len(batch))
+        answers.append(first if first is not None and k == 0 else ask(batch, rows))
+        if k == 0:
+            judge(answers[k], ask(batch, rows), batch, rows, _TWICE)
+        alone = [ask(batch[i : i + 1], rows[i : i + 1]) for i in reversed(range(len(batch)))]  # state may keep the last
+        judge(answers[k], torch.cat(alone[::-1]), batch, rows, _ALONE)
+    return answers
+
+
+def _refuse(part: str, how: str, amount: str) -> ContractError:
+    why = f"a certificate needs a fixed function of one image; {_ADVICE[how]}"
+    return ContractError(f"{part} answers differently {how} ({amount}): {why}")
+
+
+def _judge_values(part: str, ask: Ask, share_of_range: float, few: float) -> Judge:
+    """Pixels or scores may differ by rounding: so much of their range, or what arithmetic in 16 bits leaves."""
+
+    def judge(one: Tensor, two: Tensor, batch: Tensor, rows: Sequence[int], how: str) -> None:
+        one, two = one.cpu().double(), two.cpu().double()
+        finite = one.isfinite() & two.isfinite()
+        alike = (one == two) | (one.isnan() & two.isnan())
+        difference = torch.where(finite, (one - two).abs(), torch.where(alike, 0.0, torch.inf))
+        known = one[finite] if finite.any() else one.new_zeros(1)
+        largest = float(known.abs().max())
+        rounding = share_of_range * float(known.max() - known.min()) + 1e-5 * largest
+        allowed = few if how == _ALONE else 0.0
+
+        def beyond(tolerance: float) -> bool:
+            return float((difference > tolerance).double().mean()) > allowed
+
+        if beyond(rounding) and (beyond(_IN_16_BITS * largest) or not _in_16_bits(ask, batch, rows)):
+            raise _refuse(part, how, f"by up to {float(difference.max()):.2g}")
+
+    return judge
+
+
+def _in_16_bits(ask: Ask, batch: Tensor, rows: Sequence[int]) -> bool:
+    """True if any tensor on the way to an answer has 16 bits, or products of float32 may be rounded to fewer."""
+    found = [torch.get_float32_matmul_precision() != "highest"]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = function(*args, **(kwargs or {}))
+            found.append(getattr(output, "dtype", None) in (torch.bfloat16, torch.float16))
+            return output
+
+    with contextlib.suppress(Exception), Watch():  # type: ignore[no-untyped-call]  # not all code can be watched
+        found.append(ask(batch, rows).dtype in (torch.bfloat16, torch.float16))
+    return any(found)
+
+
+def _judge_labels(part: str, ask: Ask) -> Judge:
+    """Labels may differ at a tie: where a change of the image far below the noise changes them as well.
+
+    It has to change them within one call, or a coin for each call would look like a tie, and among images that are
+    alone, or what compares an image with its batch would.
+    """
+
+    def tie(image: Tensor, row: int, size: int) -> bool:
+        generator = block_generator(stream_key(row, "", "tie"), 0, image.device)
+        together, alone = False, set[int]()
+        for _ in range(0, COPIES, size):
+            drawn = torch.randn((size, *image.shape), generator=generator, device=generator.device)
+            near = image + _NEAR * image.std(correction=0) * drawn.to(image)
+            together = together or len(ask(near, [row] * size).unique()) > 1
+            alone |= {int(ask(near[i : i + 1], [row])) for i in range(size)}
+        return together and len(alone) > 1
+
+    def judge(one: Tensor, two: Tensor, batch: Tensor, rows: Sequence[int], how: str) -> None:
+        wrong = (one != two).nonzero().flatten().tolist()
+        many = how == _TWICE and len(wrong) > len(batch) // 8  # the input was the same to the last bit
+        if many or any(not tie(batch[i], rows[i], len(batch)) for i in wrong):
+            raise _refuse(part, how, f"{len(wrong)} of {len(batch)} labels")
+
+    return judge
