@@ -23,8 +23,9 @@ from analysis.tables import render
 from certify.models.classifier import Classifier, load_classifier
 from denoisers import ARCHITECTURES
 from training.data import TrainingData
-from training.frozen_classifiers import Guides
-from training.loop import _optimizers, _step, make_accelerator
+from training.frozen_classifiers import FrozenClassifiers
+from training.loop import make_accelerator, train_step
+from training.optimizers import make_optimizers
 from training.recipe import Recipe
 
 
@@ -66,15 +67,15 @@ def ours(
     net: nn.Module, data: TrainingData, recipe: Recipe, classifier: Classifier | None, options: argparse.Namespace
 ) -> Callable[[], None]:
     """One step of this package's loop."""
-    driver = make_accelerator(options.device, options.precision)
-    guides = Guides([classifier] if classifier is not None else [])
-    guides.to(driver.device)
-    net.to(driver.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model, *optimizers = driver.prepare(net, *_optimizers(net, recipe))
+    accelerator = make_accelerator(options.device, options.precision)
+    frozen = FrozenClassifiers([classifier] if classifier is not None else [])
+    frozen.to(accelerator.device)
+    net.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model, *optimizers = accelerator.prepare(net, *make_optimizers(net, recipe))
     if options.compile:
         net.compile()
     at = iter(range(10**9))
-    return lambda: (_step(model, optimizers, data, recipe, guides, next(at), 10**9, driver), None)[1]
+    return lambda: (train_step(model, optimizers, data, recipe, frozen, next(at), 10**9, accelerator), None)[1]
 
 
 def rate(step: Callable[[], None], batch: int, seconds: float) -> float:

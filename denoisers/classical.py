@@ -1,7 +1,7 @@
-"""Denoisers and purifiers without weights: Gaussian smoothing, the median, bit-depth reduction, total variation.
+"""Denoisers and purifiers without weights: Gaussian smoothing, median, bit-depth reduction, total variation.
 
-Edges are reflected; a window that reaches beyond what an image has to reflect is refused, never shrunk in silence, but
-for the blur whose width follows the noise.
+Images are padded by reflection. A window too large for that is refused, except for the blur whose width follows the
+noise, which is truncated.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from certify.errors import UserError
 
 
 class GaussianBlur(nn.Module):
-    """Convolution with an isotropic Gaussian kernel, edges reflected.
+    """Convolution with an isotropic Gaussian kernel.
 
     Args:
-        width: standard deviation of the kernel in pixels; None takes 2 sigma (half a pixel at sigma = 0.25), a rule of
-            thumb that blurs more where there is more noise.
+        width: standard deviation of the kernel in pixels; None: 2 sigma (half a pixel at sigma = 0.25), a rule of thumb
+            that blurs more where there is more noise.
     """
 
     def __init__(self, width: float | None = None) -> None:
@@ -28,22 +28,22 @@ class GaussianBlur(nn.Module):
         self.width = width
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape; deterministic."""
+        """Blur ``(B, C, H, W)``; deterministic."""
         width = self.width if self.width is not None else 2.0 * (sigma or 0.0)
         if width <= 0:
             return noisy
-        return _convolved(noisy, min(max(1, round(3 * width)), min(noisy.shape[-2:]) - 1), width)
+        return _convolve(noisy, min(max(1, round(3 * width)), min(noisy.shape[-2:]) - 1), width)
 
     def describe(self) -> dict[str, Any]:
-        """Name and options, for the record."""
+        """Return name and options, for the record."""
         return {"name": "gaussian", "width": self.width if self.width is not None else "2 sigma"}
 
 
 class GaussianSmoothing(nn.Module):
-    """GS: a small Gaussian window applied several times (Cha, Ko, Yoo, Moon: NCIS, WACV 2024).
+    """GS: repeated convolution with a small Gaussian window (Cha, Ko, Yoo, Moon: NCIS, WACV 2024).
 
-    ``iterations`` passes of ``std`` are one of std * sqrt(iterations), up to what the window cuts off: a wide smoothing
-    out of a small window. The defaults are ours.
+    ``iterations`` passes of ``std`` equal one of std * sqrt(iterations), up to the truncation of the window. The
+    defaults are ours.
 
     Args:
         kernel: side of the window in pixels, odd.
@@ -51,73 +51,73 @@ class GaussianSmoothing(nn.Module):
         iterations: passes.
 
     Raises:
-        UserError: values that make no sense.
+        UserError: a value out of range.
     """
 
     def __init__(self, kernel: int = 5, std: float = 0.5, iterations: int = 2) -> None:
         super().__init__()
-        whole("gs", "kernel", kernel, odd=True)
-        whole("gs", "iterations", iterations)
-        _positive("gs", "std", std)
+        check_positive_int("gs", "kernel", kernel, odd=True)
+        check_positive_int("gs", "iterations", iterations)
+        check_positive("gs", "std", std)
         self.kernel, self.std, self.iterations = kernel, std, iterations
 
     def smooth(self, images: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same shape; linear, not clipped.
+        """Smooth ``(B, C, H, W)`` without clipping; linear.
 
         Raises:
-            UserError: images that are too small for the window.
+            UserError: images too small for the window.
         """
-        _fits("gs", "kernel", self.kernel, images)
+        _check_fits("gs", "kernel", self.kernel, images)
         for _ in range(self.iterations):
-            images = _convolved(images, self.kernel // 2, self.std)
+            images = _convolve(images, self.kernel // 2, self.std)
         return images
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape, clipped to [0, 1] once, at the end; deterministic."""
+        """Smooth ``(B, C, H, W)``, and clip to [0, 1] once at the end; deterministic."""
         return self.smooth(noisy).clamp(0, 1)
 
     def describe(self) -> dict[str, Any]:
-        """Name and options, for the record."""
+        """Return name and options, for the record."""
         return {"name": "gs", "kernel": self.kernel, "std": self.std, "iterations": self.iterations}
 
 
 class Median(nn.Module):
-    """The median of each pixel's neighbourhood, channel by channel, edges reflected.
+    """Median filter, per channel.
 
     Args:
-        size: side of the neighbourhood in pixels, odd.
+        size: side of the window in pixels, odd.
 
     Raises:
-        UserError: a size that makes no sense.
+        UserError: an even size, or one below 3.
     """
 
     def __init__(self, size: int = 3) -> None:
         super().__init__()
-        whole("median", "size", size, odd=True)
+        check_positive_int("median", "size", size, odd=True)
         self.size = size
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape; deterministic.
+        """Filter ``(B, C, H, W)``; deterministic.
 
         Raises:
-            UserError: images that are too small for the neighbourhood.
+            UserError: images too small for the window.
         """
-        _fits("median", "size", self.size, noisy)
+        _check_fits("median", "size", self.size, noisy)
         batch, channels, height, width = noisy.shape
         padded = pad(noisy, (self.size // 2,) * 4, mode="reflect")
         patches = unfold(padded.reshape(batch * channels, 1, *padded.shape[-2:]), self.size)
         return patches.median(dim=1).values.view(batch, channels, height, width)
 
     def describe(self) -> dict[str, Any]:
-        """Name and options, for the record."""
+        """Return name and options, for the record."""
         return {"name": "median", "size": self.size}
 
 
 class BitDepth(nn.Module):
-    """Bit-depth reduction: each value rounded to the nearest of 2^bits levels from 0 to 1 (Xu, Evans, Qi, NDSS 2018).
+    """Bit-depth reduction: round values to 2^bits levels from 0 to 1 (Xu, Evans, Qi, NDSS 2018).
 
     Args:
-        bits: a value keeps, 1 to 8.
+        bits: 1 to 8.
 
     Raises:
         UserError: another number of bits.
@@ -127,58 +127,58 @@ class BitDepth(nn.Module):
 
     def __init__(self, bits: int = 4) -> None:
         super().__init__()
-        whole("bits", "bits", bits)
+        check_positive_int("bits", "bits", bits)
         if bits > 8:
             raise UserError(f"bits:bits={bits}; expected a whole number from 1 to 8, the bits of an image's values")
         self.bits = bits
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape, in [0, 1]; deterministic."""
-        most = (1 << self.bits) - 1
-        return (noisy.clamp(0, 1) * most).round() / most
+        """Round ``(B, C, H, W)`` after clipping to [0, 1]; deterministic."""
+        largest = (1 << self.bits) - 1
+        return (noisy.clamp(0, 1) * largest).round() / largest
 
     def describe(self) -> dict[str, Any]:
-        """Name and options, for the record."""
+        """Return name and options, for the record."""
         return {"name": "bits", "bits": self.bits}
 
 
 class TotalVariation(nn.Module):
-    r"""Total-variation denoising, channel by channel: the u that minimises TV(u) + ||u - x||^2 / (2 weight).
+    """Total-variation denoising, per channel: the u that minimises TV(u) + ||u - x||^2 / (2 weight).
 
-    Rudin, Osher, Fatemi (Physica D 1992), by Chambolle's projection (J. Math. Imaging Vis. 2004): with the gradient g
-    of x - div p, p <- (p - g / 4) / (1 + |g| / (4 weight)), from p = 0. A fixed number of steps, so that an image's
-    result does not depend on its batch.
+    Rudin, Osher, Fatemi (Physica D 1992), by Chambolle's projection (J. Math. Imaging Vis. 2004): with g the gradient
+    of x - div p, p <- (p - g / 4) / (1 + |g| / (4 weight)), from p = 0. The number of steps is fixed, so that an
+    image's result does not depend on its batch.
 
     Args:
-        weight: the larger, the flatter the result.
+        weight: larger values give flatter images.
         iterations: steps.
 
     Raises:
-        UserError: values that make no sense.
+        UserError: a value out of range.
     """
 
     def __init__(self, weight: float = 0.1, iterations: int = 50) -> None:
         super().__init__()
-        _positive("tv", "weight", weight)
-        whole("tv", "iterations", iterations)
+        check_positive("tv", "weight", weight)
+        check_positive_int("tv", "iterations", iterations)
         self.weight, self.iterations = weight, iterations
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape, clipped to [0, 1]; deterministic."""
+        """Denoise ``(B, C, H, W)``, and clip to [0, 1]; deterministic."""
         dual = noisy.new_zeros((2, *noisy.shape))
         for _ in range(self.iterations):
-            slope = _gradient(noisy - _divergence(dual))
-            length = torch.linalg.vector_norm(slope, dim=0)  # its gradient is 0, not NaN, where the image is flat
-            dual = (dual - slope / 4) / (1 + length / (4 * self.weight))
+            gradient = _gradient(noisy - _divergence(dual))
+            length = torch.linalg.vector_norm(gradient, dim=0)  # has gradient 0, not NaN, where the image is flat
+            dual = (dual - gradient / 4) / (1 + length / (4 * self.weight))
         return (noisy - _divergence(dual)).clamp(0, 1)
 
     def describe(self) -> dict[str, Any]:
-        """Name and options, for the record."""
+        """Return name and options, for the record."""
         return {"name": "tv", "weight": self.weight, "iterations": self.iterations}
 
 
-def _convolved(images: Tensor, radius: int, width: float) -> Tensor:
-    """One pass of the normalised Gaussian of standard deviation ``width`` on a window of side 2 radius + 1."""
+def _convolve(images: Tensor, radius: int, width: float) -> Tensor:
+    """Convolve with a normalised Gaussian of standard deviation ``width`` on a window of side 2 radius + 1."""
     offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-0.5 * (offsets / width) ** 2)
     kernel = kernel / kernel.sum()
@@ -189,31 +189,32 @@ def _convolved(images: Tensor, radius: int, width: float) -> Tensor:
 
 
 def _gradient(images: Tensor) -> Tensor:
-    """Forward differences along rows and columns, ``(2, B, C, H, W)``, 0 at the far edge."""
+    """Compute forward differences along both axes, ``(2, B, C, H, W)``, 0 at the far edge."""
     return torch.stack(
         [pad(images[..., 1:, :] - images[..., :-1, :], (0, 0, 0, 1)), pad(images[..., 1:] - images[..., :-1], (0, 1))]
     )
 
 
 def _divergence(dual: Tensor) -> Tensor:
-    """Of a field ``(2, B, C, H, W)`` whose part beyond the edges counts as 0."""
+    """Compute the divergence of a field ``(2, B, C, H, W)`` that is 0 beyond the edges."""
     down, right = dual[0], dual[1]
     return down - pad(down[..., :-1, :], (0, 0, 1, 0)) + right - pad(right[..., :-1], (1, 0))
 
 
-def whole(name: str, option: str, value: Any, *, odd: bool = False) -> None:
-    """Refuse an option that is no whole number from 1, or, where it is to be odd, from 3."""
+def check_positive_int(name: str, option: str, value: Any, *, odd: bool = False) -> None:
+    """Refuse an option that is not a whole number from 1, or an odd one from 3."""
     if type(value) is not int or value < (3 if odd else 1) or (odd and value % 2 == 0):
         expected = "an odd number of pixels from 3, such as 5" if odd else "a whole number from 1"
         raise UserError(f"{name}:{option}={value}; expected {expected}")
 
 
-def _positive(name: str, option: str, value: Any) -> None:
+def check_positive(name: str, option: str, value: Any) -> None:
+    """Refuse an option that is not a finite number above 0."""
     if isinstance(value, bool | str) or not 0 < value < float("inf"):
         raise UserError(f"{name}:{option}={value}; expected a number above 0")
 
 
-def _fits(name: str, option: str, side: int, images: Tensor) -> None:
+def _check_fits(name: str, option: str, side: int, images: Tensor) -> None:
     height, width = images.shape[-2:]
     if side // 2 >= min(height, width):
         raise UserError(

@@ -1,4 +1,4 @@
-"""From a name such as ``gs:std=1:iterations=4`` to a defence around a frozen classifier."""
+"""Build defences around a frozen classifier from texts such as ``gs:std=1:iterations=4``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from certify.models.classifier import Classifier
 from certify.models.defence import Defence, Member
 from certify.models.pipeline import recorded
 from denoisers import DEFENCES, DENOISERS, SHIPPED, load_denoiser
-from denoisers.classical import GaussianBlur, whole
+from denoisers.classical import GaussianBlur, check_positive_int
 from denoisers.find import find_denoiser, shipped
 from denoisers.names import build_with, find_source, parse_options
 from denoisers.randomness import Generators, normal
@@ -21,16 +21,15 @@ from denoisers.weights import Trained, read_denoiser
 
 
 def build_defence(text: str, classifier: Classifier, *, trust_code: bool = False) -> Defence:
-    """The defence that ``text`` means: a name of ``DEFENCES`` or ``DENOISERS`` with options, or any denoiser.
+    """Build a defence from its name in ``DEFENCES`` or ``DENOISERS`` with options, or from any denoiser.
 
     Args:
-        text: ``NAME:KEY=VALUE:...``, or whatever ``--denoiser`` takes.
-        classifier: the frozen classifier behind it.
-        trust_code: run the program in a TorchScript file of its denoiser.
+        text: ``NAME:KEY=VALUE:...``, or anything ``--denoiser`` accepts.
+        classifier: the frozen classifier.
+        trust_code: run the program in a TorchScript file of the denoiser.
 
     Raises:
-        UserError: no such defence, options it does not have, weights for other images, or a denoiser that is none
-            without a noise level.
+        UserError: no such defence or option, weights for other images, or a denoiser that needs a noise level.
     """
     head = text.partition(":")[0]
     if head in DEFENCES:
@@ -40,23 +39,23 @@ def build_defence(text: str, classifier: Classifier, *, trust_code: bool = False
         built: Defence = build_with("defence", text, builder, classifier, options=options, **consent)
         return built
     if head.isidentifier() and head not in (*DENOISERS, "deepinv") and ":" in text and "=" in text.partition(":")[2]:
-        DEFENCES.get(head)  # says what there is
+        DEFENCES.get(head)  # raises an error that lists the defences
     denoiser = find_denoiser(text, image=classifier.input.size, trust_code=trust_code)
-    _check_alone(denoiser, text, classifier.input.size)
+    _check_without_noise(denoiser, text, classifier.input.size)
     return Defence(text, [Member(denoiser, classifier)])
 
 
-def _check_alone(denoiser: nn.Module, text: str, size: tuple[int, ...] | None) -> None:
-    """Refuse what does something else, or nothing, where no noise was added and so no level is known."""
+def _check_without_noise(denoiser: nn.Module, text: str, size: tuple[int, ...] | None) -> None:
+    """Refuse denoisers that need the noise level, since a plain defence adds no noise."""
     if isinstance(denoiser, GaussianBlur) and denoiser.width is None:
         raise UserError(
-            f"defence {text}: its width follows the noise, and none is added here; write gaussian:width=0.5, say"
+            f"defence {text}: its width follows the noise, and none is added here; write gaussian:width=0.5"
         )
     level = 0.25
     if isinstance(denoiser, Trained):
         if denoiser.card.purifier:
-            own = denoiser.card.purifier
-            raise UserError(f"defence {text}: it holds weights for {own}; write {own}:weights={text}")
+            purifier = denoiser.card.purifier
+            raise UserError(f"defence {text}: it holds weights for {purifier}; write {purifier}:weights={text}")
         size, level = denoiser.card.image, (denoiser.card.sigmas or (level,))[0]
     if size is None:
         return
@@ -64,17 +63,17 @@ def _check_alone(denoiser: nn.Module, text: str, size: tuple[int, ...] | None) -
         with torch.no_grad():
             denoiser(torch.zeros(1, *size))
     except UserError as error:
-        how = f"denoised:denoiser={text}:sigma={level:g}"
-        raise UserError(f"defence {text}: {first_line(error)}; no noise is added here: write {how}") from None
+        advice = f"no noise is added here: write denoised:denoiser={text}:sigma={level:g}"
+        raise UserError(f"defence {text}: {first_line(error)}; {advice}") from None
 
 
 def undefended(classifier: Classifier) -> Defence:
-    """The classifier alone."""
+    """Build a defence of the classifier alone."""
     return Defence("none", [Member(None, classifier)])
 
 
 class Noisy(nn.Module):
-    """Gaussian noise and then a denoiser: one of the draws that denoised smoothing votes over."""
+    """Gaussian noise, then a denoiser: one draw of denoised smoothing."""
 
     random = True
 
@@ -83,13 +82,13 @@ class Noisy(nn.Module):
         self.denoiser, self.sigma, self.shape = denoiser, sigma, shape
 
     def forward(self, images: Tensor, sigma: float | None = None, *, generator: Generators = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape."""
+        """Add noise to ``(B, C, H, W)``, and denoise."""
         noisy = images + self.sigma * normal(images, generator)
-        found: Tensor = noisy if self.denoiser is None else self.denoiser(noisy, self.sigma)
-        return found
+        denoised: Tensor = noisy if self.denoiser is None else self.denoiser(noisy, self.sigma)
+        return denoised
 
     def describe(self) -> dict[str, object]:
-        """Noise level and denoiser, for the record."""
+        """Return noise level and denoiser, for the record."""
         denoiser = None if self.denoiser is None else recorded(self.denoiser, self.sigma, self.shape)
         return {"name": "noise, then denoiser", "noise": self.sigma, "denoiser": denoiser}
 
@@ -97,53 +96,50 @@ class Noisy(nn.Module):
 def smoothed(
     classifier: Classifier, sigma: float = 0.25, n: int = 100, denoiser: str = "auto", *, trust_code: bool = False
 ) -> Defence:
-    """Denoised smoothing as a plain classifier: the class most of ``n`` noisy, denoised copies get (no certificate).
+    """Build denoised smoothing as a plain classifier, without a certificate: the majority over ``n`` noisy copies.
 
     Args:
         classifier: frozen.
-        sigma: of the noise, in [0, 1] pixels.
-        n: votes.
-        denoiser: any of ``--denoiser``, or ``none``.
+        sigma: standard deviation of the noise, in [0, 1] pixels.
+        n: number of votes.
+        denoiser: anything ``--denoiser`` accepts, or ``none``.
         trust_code: run the program in a TorchScript file of the denoiser.
+
+    Raises:
+        UserError: a value out of range, or no such denoiser.
     """
     if isinstance(sigma, bool | str) or not 0 < sigma < float("inf"):
         raise UserError(f"defence denoised: sigma={sigma}; expected a number above 0, such as 0.25")
-    whole("denoised", "n", n)
+    check_positive_int("denoised", "n", n)
     if not isinstance(denoiser, str):
         raise UserError(f"defence denoised: denoiser={denoiser}; expected a name or a file")
     size = classifier.input.size
-    found = (
-        None
-        if denoiser == "none"
-        else load_denoiser(denoiser, sigma=sigma, image=size, classifier=classifier.identity(), trust_code=trust_code)
-    )
-    return Defence(
-        "denoised",
-        [Member(Noisy(found, sigma, classifier.probe_size), classifier)],
-        draws=n,
-        about={"denoiser": denoiser},
-    )
+    module = None
+    if denoiser != "none":
+        identity = classifier.identity()
+        module = load_denoiser(denoiser, sigma=sigma, image=size, classifier=identity, trust_code=trust_code)
+    noisy = Noisy(module, sigma, classifier.probe_size)
+    return Defence("denoised", [Member(noisy, classifier)], draws=n, about={"denoiser": denoiser})
 
 
 def trained(purifier: str, image: tuple[int, int, int] | None, weights: str | None = None) -> Trained:
-    """A purifier's weights: the file that is named, or the shipped ones for images of this size.
+    """Load the weights of a purifier: a file, or the shipped ones for the nearest image size.
 
     Args:
         purifier: name of the defence, as on the card.
-        image: (C, H, W) of what the classifier takes; of the weights for the same channels, those trained on images of
-            the nearest size.
-        weights: a file of ``certify train``, or a shipped name.
+        image: (C, H, W) of the classifier's input; shipped weights must be for as many channels.
+        weights: a file written by ``certify train``, or a shipped name.
 
     Raises:
-        UserError: none fits, or the file holds weights of something else.
+        UserError: none fits, or the file holds other weights.
     """
     if weights is not None:
         if not isinstance(weights, str):
             raise UserError(f"defence {purifier}: weights={weights}; expected a file of `certify train`, or a name")
-        found = None if find_source(weights).kind == "torchscript" else find_denoiser(weights, image=image)
-        if not isinstance(found, Trained) or found.card.purifier != purifier:
+        denoiser = None if find_source(weights).kind == "torchscript" else find_denoiser(weights, image=image)
+        if not isinstance(denoiser, Trained) or denoiser.card.purifier != purifier:
             raise UserError(f"{weights} holds no weights for {purifier}; expected a file of `certify train` for it")
-        return found
+        return denoiser
     cards = {n: c for n, c in shipped().items() if c.purifier == purifier and image and c.image[0] == image[0]}
     if not cards:
         size = "x".join(map(str, image or ()))

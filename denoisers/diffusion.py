@@ -1,13 +1,13 @@
-"""One step of a diffusion model as a denoiser (Carlini et al. 2023): one call of the network, and no training.
+"""One step of a diffusion model as a denoiser (Carlini et al. 2023): one forward pass, no training.
 
-A diffusion model knows images in [-1, 1] at noise levels of its own: at step t the image is scaled by sqrt(abar_t) and
-carries noise of standard deviation sqrt(1 - abar_t). Noise of sigma in [0, 1] is noise of 2 sigma in [-1, 1], so the
-step to ask for is the first one whose noise, relative to its image, is at least 2 sigma.
+A diffusion model works on images in [-1, 1] at its own noise levels: at step t the image is scaled by sqrt(abar_t) and
+has noise of standard deviation sqrt(1 - abar_t). Noise of sigma on [0, 1] is noise of 2 sigma on [-1, 1], so the
+matching step is the first whose noise, relative to its image, is at least 2 sigma.
 
 The smoothing noise is added before this module and is exactly sigma; nothing is drawn here. Between two steps the
-network is therefore told slightly more noise than there is. That may cost a little accuracy, never soundness: the
-certificate is for the sigma that was added and holds for any function of the noisy image. (Where the denoiser draws the
-noise itself, at the level of its step, rounding down would be unsound.)
+network is therefore given a slightly higher level than the actual one. That may cost some accuracy but never soundness:
+the certificate is for the sigma that was added, and holds for any function of the noisy image. (If the denoiser drew
+the noise itself, at the level of its step, rounding down would be unsound.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from certify.errors import RunFault, UserError, first_line
 from certify.models import resolve as hub
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-"""What a network may have been trained to say: the noise, the image, or the mixture of both called velocity."""
+"""Possible outputs of a network: the noise, the image, or the combination of both called velocity."""
 
 _SCHEDULE = "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr".split()
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -37,36 +37,36 @@ _FILES += [f"{f}scheduler_config.json" for f in ("", "scheduler/")]
 
 
 def timestep(alphas_cumprod: Sequence[float] | Tensor, sigma: float) -> int:
-    """The first step, from 1, whose noise is at least sigma: sqrt(1 - abar_t) / sqrt(abar_t) >= 2 sigma.
+    """Return the first step t >= 1 whose noise is at least sigma: sqrt(1 - abar_t) / sqrt(abar_t) >= 2 sigma.
 
     Args:
-        alphas_cumprod: abar_t for t = 0, 1, ..., falling.
+        alphas_cumprod: abar_t for t = 0, 1, ..., decreasing.
         sigma: noise level in [0, 1] pixels.
 
     Returns:
-        t, an index into ``alphas_cumprod``; rounded up, never down.
+        An index into ``alphas_cumprod``.
 
     Raises:
         UserError: no step has that much noise.
     """
     level = 0.0
     for t, kept in enumerate(map(float, alphas_cumprod)):
-        if t and kept > 0:  # some schedules end without any image; nothing can be told from that
+        if t and kept > 0:  # some schedules end in pure noise
             level = math.sqrt(1 - kept) / math.sqrt(kept)
             if level >= 2 * sigma:
                 return t
-    raise UserError(f"sigma {sigma:g} is beyond this diffusion model: its noise ends at {level / 2:.4g}; lower --sigma")
+    raise UserError(f"sigma {sigma:g}: this diffusion model covers noise up to {level / 2:.4g}; use a lower --sigma")
 
 
 class OneShot(nn.Module):
-    """The clean image that a diffusion model expects behind a noisy one, after one call of the network.
+    """A diffusion model's estimate of the clean image from one forward pass.
 
     Args:
-        network: ``network(x_t, t)`` with t of shape ``(B,)``, giving a tensor or an object with one as ``sample``. Of
-            more channels than the images have, the first are used (the others are a learned variance).
-        alphas_cumprod: the schedule it was trained with, abar_t for t = 0, 1, ...
-        prediction: what the network says, one of ``PREDICTIONS``.
-        multiple: the network takes sides that are multiples of this; others are padded by repeating the edge.
+        network: ``network(x_t, t)`` with t of shape ``(B,)``, returning a tensor or an object with a tensor ``sample``.
+            Extra output channels (a learned variance) are dropped.
+        alphas_cumprod: schedule of its training, abar_t for t = 0, 1, ...
+        prediction: output of the network, one of ``PREDICTIONS``.
+        multiple: sides are padded to multiples of this by repeating the edge.
         name: for the record.
 
     Raises:
@@ -86,22 +86,22 @@ class OneShot(nn.Module):
         if prediction not in PREDICTIONS:
             raise UserError(f"{name} has prediction_type {prediction!r}; expected one of {', '.join(PREDICTIONS)}")
         self.network = network
-        self.alphas_cumprod = tuple(map(float, alphas_cumprod))  # not a buffer, which a change of precision would round
+        self.alphas_cumprod = tuple(map(float, alphas_cumprod))  # not a buffer, which a cast would round
         self.prediction = prediction
         self.multiple = multiple
         self.name = name
         self.requires_grad_(False).eval()
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape, in [0, 1]; deterministic.
+        """Denoise ``(B, C, H, W)``; the result is in [0, 1], deterministic.
 
         Args:
             noisy: images in [0, 1] plus noise.
-            sigma: the noise's standard deviation in [0, 1] pixels.
+            sigma: standard deviation of the noise in [0, 1] pixels.
             generator: not used.
 
         Raises:
-            UserError: no level, or one beyond the model's.
+            UserError: no level, or one above the model's.
         """
         if sigma is None:
             raise UserError(f"denoiser {self.name} needs the noise level: forward(noisy, sigma)")
@@ -110,19 +110,19 @@ class OneShot(nn.Module):
         height, width = noisy.shape[-2:]
         margins = (0, -width % self.multiple, 0, -height % self.multiple)
         x_t = image * pad(2 * noisy - 1, margins, mode="replicate")
-        said = self.network(x_t, torch.full((len(noisy),), t, device=noisy.device))
-        said = (said if isinstance(said, Tensor) else said.sample)[:, : noisy.shape[1]]
+        output = self.network(x_t, torch.full((len(noisy),), t, device=noisy.device))
+        output = (output if isinstance(output, Tensor) else output.sample)[:, : noisy.shape[1]]
         if self.prediction == "epsilon":
-            clean = (x_t - noise * said) / image
+            clean = (x_t - noise * output) / image
         elif self.prediction == "sample":
-            clean = said
+            clean = output
         else:
-            clean = image * x_t - noise * said
+            clean = image * x_t - noise * output
         cleaned: Tensor = (clean.clamp(-1, 1)[..., :height, :width] + 1) / 2
         return cleaned
 
     def describe(self) -> dict[str, Any]:
-        """Name, kind of prediction and schedule, for the record."""
+        """Return name, kind of prediction and schedule, for the record."""
         return {
             "name": self.name,
             "prediction": self.prediction,
@@ -132,31 +132,31 @@ class OneShot(nn.Module):
 
 
 def load_diffusers(where: str) -> OneShot:
-    """An unconditional diffusion model of pixels, as diffusers saves it.
+    """Load an unconditional pixel-space diffusion model in the format of diffusers.
 
     Args:
-        where: a folder with ``unet`` and ``scheduler`` in it, or with ``config.json`` and ``scheduler_config.json``
-            side by side; or the name of one on the model hub, OWNER/NAME. The weights must be safetensors.
+        where: a folder with ``unet`` and ``scheduler``, or with ``config.json`` and ``scheduler_config.json``; or
+            OWNER/NAME on the model hub. The weights must be safetensors.
 
     Raises:
-        UserError: diffusers is missing, no such folder, or a model of another kind.
-        RunFault: the hub's files cannot be had.
+        UserError: diffusers is not installed, no such folder, or a model of another kind.
+        RunFault: the files cannot be fetched from the hub.
     """
     try:
         from diffusers import DDPMScheduler, UNet2DModel
     except ImportError:
         raise UserError("a diffusion model needs diffusers: pip install 'certify-toolkit[denoisers]'") from None
-    folder = Path(where) if Path(where).is_dir() else _fetched(where)
+    folder = Path(where) if Path(where).is_dir() else _fetch(where)
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    config, schedule = _config(unet / "config.json"), _config(scheduler / "scheduler_config.json")
+    config, schedule = _read_json(unet / "config.json"), _read_json(scheduler / "scheduler_config.json")
     kind = config.get("_class_name")
     if kind != "UNet2DModel" or config.get("class_embed_type") or config.get("num_class_embeds"):
-        what = "a class-conditional model" if kind == "UNet2DModel" else kind
-        raise UserError(f"{where} holds {what}; expected a UNet2DModel that takes pixels and nothing else")
+        got = "a class-conditional model" if kind == "UNet2DModel" else kind
+        raise UserError(f"{where} holds {got}; expected an unconditional UNet2DModel on pixels")
     if "beta_schedule" not in schedule:
-        found = schedule.get("_class_name")
-        raise UserError(f"{where} has a {found} without beta_schedule; expected one like DDPMScheduler's")
+        got = schedule.get("_class_name")
+        raise UserError(f"{where} has a {got} without beta_schedule; expected one like DDPMScheduler")
     try:
         network, report = UNet2DModel.from_pretrained(
             unet, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
@@ -165,11 +165,13 @@ def load_diffusers(where: str) -> OneShot:
     except Exception as error:  # diffusers raises many types
         raise UserError(
             f"cannot load diffusion model {where}: {first_line(error)}; "
-            f"expected {_WEIGHTS} beside its config.json, as save_pretrained writes it"
+            f"expected {_WEIGHTS} next to its config.json, as save_pretrained writes it"
         ) from error
-    misfits = [f"{kind.replace('_', ' ')} {', '.join(map(str, keys[:3]))}" for kind, keys in report.items() if keys]
-    if misfits:
-        raise UserError(f"the weights of {where} do not fit its config.json: {'; '.join(misfits)}; save them together")
+    mismatches = [f"{kind.replace('_', ' ')} {', '.join(map(str, k[:3]))}" for kind, k in report.items() if k]
+    if mismatches:
+        raise UserError(
+            f"the weights of {where} do not fit its config.json: {'; '.join(mismatches)}; save them together"
+        )
     return OneShot(
         network.float(),
         abar,
@@ -179,32 +181,32 @@ def load_diffusers(where: str) -> OneShot:
     )
 
 
-def _fetched(where: str) -> Path:
-    """The hub's files in the client's cache; from there alone when the hub is out of reach."""
+def _fetch(where: str) -> Path:
+    """Fetch files from the hub into its cache; use the cache alone if the hub is unreachable."""
     if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", where):
         raise UserError(f"no folder {where!r}; expected one saved by diffusers, or a name on the model hub: OWNER/NAME")
     from huggingface_hub import snapshot_download
 
-    away = hub.offline() or not hub.reachable(hub.hub_address())
+    offline = hub.offline() or not hub.reachable(hub.hub_address())
     try:
-        return Path(snapshot_download(where, allow_patterns=_FILES, local_files_only=away))
-    except Exception as error:  # the hub client and its HTTP library have their own trees of errors
-        why = f"{hub.hub_address()} is out of reach" if away else first_line(error)
+        return Path(snapshot_download(where, allow_patterns=_FILES, local_files_only=offline))
+    except Exception as error:  # of the hub client or its HTTP library
+        reason = f"{hub.hub_address()} is unreachable" if offline else first_line(error)
         raise RunFault(
-            f"no folder {where!r}, and no such model could be fetched: {why}; pass a folder saved by diffusers"
+            f"no folder {where!r}, and the model could not be fetched: {reason}; pass a folder saved by diffusers"
         ) from error
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError:
         raise UserError(
-            f"no {path}; expected a folder saved by diffusers: unet and scheduler in it, or config.json and "
-            "scheduler_config.json side by side"
+            f"no {path}; expected a folder saved by diffusers, with unet and scheduler, or with config.json "
+            "and scheduler_config.json"
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({first_line(error)}); save the model again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}; expected an object, as diffusers writes it")
+        raise UserError(f"{path} holds a JSON {type(content).__name__}; expected an object, as diffusers writes")
     return content

@@ -1,4 +1,4 @@
-"""DnCNN as denoised smoothing uses it (Zhang et al. 2017; Salman et al. 2020): the network predicts the noise."""
+"""DnCNN as in denoised smoothing (Zhang et al. 2017; Salman et al. 2020): the network predicts the noise."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 
 class DnCNN(nn.Module):
-    """17 convolutions of 3x3 with batch norm between them; out comes the input minus their output.
-
-    The last convolution starts at zero, so an untrained DnCNN is the identity.
+    """The input minus the output of 17 3x3 convolutions with batch norm; initialised to the identity.
 
     Args:
         channels: width; 64 (558,400 parameters for RGB) or 128 ("wide", 2,222,720).
-        depth: convolutions.
+        depth: number of convolutions.
         image_channels: of the images.
-        momentum: of the batch norms' running statistics; 0.95, the published value, follows almost only the last batch.
+        momentum: of the batch norms; with 0.95, as published, running statistics follow almost only the last batch.
     """
 
     def __init__(self, channels: int = 64, depth: int = 17, image_channels: int = 3, momentum: float = 0.95) -> None:
@@ -40,7 +38,7 @@ class DnCNN(nn.Module):
         nn.init.zeros_(last.weight)
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape; deterministic, sigma is not used."""
+        """Denoise ``(B, C, H, W)``; deterministic, ``sigma`` is not used."""
         cleaned: Tensor = noisy - self.dncnn(noisy)
         return cleaned
 

@@ -1,7 +1,7 @@
-"""JPEG's lossy part as a purifier: colour space, blocks, cosine transform, quantisation, and back.
+"""The lossy part of JPEG as a purifier: colour space, blocks, cosine transform, quantisation, and their inverses.
 
-Entropy coding loses nothing and is left out. Two modes: exact, which rounds where a stock encoder and decoder round and
-so has no gradient, and soft (:meth:`Codec.twin`), which an adaptive attacker differentiates through.
+Entropy coding is lossless and left out. The exact mode rounds where a standard encoder and decoder round, and so has no
+useful gradient; the soft mode (:meth:`Codec.twin`) is what an adaptive attacker differentiates through.
 """
 
 from __future__ import annotations
@@ -16,49 +16,52 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from certify.errors import UserError
-from denoisers.quantisation import Steps, flat, read_tables, standard
+from denoisers.quantisation import Steps, TableSet, flat, read_tables, standard
 from denoisers.randomness import Generators
 
 BLOCK = 8
 _TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
-_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))  # BT.601, full range, as JFIF has it
+_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))  # BT.601, full range, as in JFIF
 
 
 def dct_matrix(length: int = BLOCK) -> Tensor:
-    """The orthonormal DCT-II: ``(length, length)`` float64, row k the k-th basis vector."""
+    """Return the orthonormal DCT-II ``(length, length)`` in float64; row k is the k-th basis vector."""
     n = torch.arange(length, dtype=torch.float64)
-    found: Tensor = (2 / length) ** 0.5 * torch.cos(math.pi / length * n[:, None] * (n + 0.5))
-    found[0] = length**-0.5
-    return found
+    matrix: Tensor = (2 / length) ** 0.5 * torch.cos(math.pi / length * n[:, None] * (n + 0.5))
+    matrix[0] = length**-0.5
+    return matrix
 
 
 @functools.cache
 def _dct2(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The two-dimensional transform of a block whose rows follow each other, ``(64, 64)``."""
-    with torch.inference_mode(False):  # it is kept, and what comes later may need gradients
+    """Return the two-dimensional transform ``(64, 64)`` of a flattened block."""
+    with torch.inference_mode(False):  # the result is cached, and later callers may need gradients
         return torch.kron(dct_matrix(), dct_matrix()).to(device, dtype)
 
 
 def coefficients(planes: Tensor) -> Tensor:
-    """DCT coefficients ``(B, N, rows, columns, 64)`` of the 8x8 blocks of planes ``(B, N, H, W)``, edges repeated."""
+    """Compute DCT coefficients ``(B, N, rows, columns, 64)`` of the 8x8 blocks of planes ``(B, N, H, W)``.
+
+    Planes are padded to whole blocks by repeating their edges.
+    """
     height, width = planes.shape[-2:]
     padded = pad(planes, (0, -width % BLOCK, 0, -height % BLOCK), mode="replicate")
     blocks = padded.unfold(2, BLOCK, BLOCK).unfold(3, BLOCK, BLOCK).flatten(-2)
     return blocks @ _dct2(planes.device, planes.dtype).T
 
 
-def planes_of(found: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of :func:`coefficients`: planes ``(B, N, height, width)``."""
+def inverse_coefficients(found: Tensor, height: int, width: int) -> Tensor:
+    """Invert :func:`coefficients`: planes ``(B, N, height, width)``."""
     batch, planes, rows, columns, _ = found.shape
     blocks = (found @ _dct2(found.device, found.dtype)).view(batch, planes, rows, columns, BLOCK, BLOCK)
-    whole = blocks.transpose(3, 4).reshape(batch, planes, rows * BLOCK, columns * BLOCK)
-    return whole[..., :height, :width]
+    padded = blocks.transpose(3, 4).reshape(batch, planes, rows * BLOCK, columns * BLOCK)
+    return padded[..., :height, :width]
 
 
 def to_planes(images: Tensor) -> list[Tensor]:
-    """Luma ``(B, 1, H, W)`` and, of colour images, both colour differences ``(B, 2, H, W)``, about 0, in the same unit.
+    """Split images into luma ``(B, 1, H, W)`` and, for RGB, colour differences ``(B, 2, H, W)`` around 0.
 
-    Linear: of a difference of images it gives the difference of their planes.
+    The map is linear and keeps the unit, so it applies to differences of images too.
 
     Raises:
         UserError: images of neither 1 nor 3 channels.
@@ -72,34 +75,34 @@ def to_planes(images: Tensor) -> list[Tensor]:
 
 
 def to_images(planes: Sequence[Tensor]) -> Tensor:
-    """The inverse of :func:`to_planes`: images ``(B, 1 or 3, H, W)``."""
+    """Invert :func:`to_planes`: images ``(B, 1 or 3, H, W)``."""
     if len(planes) == 1:
         return planes[0]
     return torch.einsum("ij,bjhw->bihw", planes[0].new_tensor(_TO_RGB), torch.cat(list(planes), 1))
 
 
 class Codec(nn.Module):
-    """Images coded and decoded again: ``(B, C, H, W)`` in [0, 1] to the same shape, for 1 or 3 channels of any size.
+    """Encode and decode images ``(B, C, H, W)`` in [0, 1], of 1 or 3 channels and any size.
 
-    Exact: samples are whole grey levels before and after each transform, coefficients multiples of 1/8 before they are
-    quantised, as in libjpeg, and ties go away from zero; computed in float64, so that no image depends on its batch.
-    The result is Pillow's to 2 grey levels (3 in blue, which adds two planes), except in blocks with a coefficient
-    within libjpeg's own rounding error of a tie. The grid of blocks starts at the upper left corner.
+    Exact mode: as in libjpeg, samples are rounded to grey levels before and after each transform and coefficients to
+    multiples of 1/8 before quantisation, with ties away from zero; computed in float64, so that no image depends on its
+    batch. The result equals Pillow's up to 2 grey levels (3 in blue, the sum of two planes), except in blocks with a
+    coefficient within libjpeg's own rounding error of a tie. The grid of blocks starts at the upper left corner.
 
-    Soft: round(z) + (z - round(z))^3 in place of rounding z = coefficient / step (Shin and Song 2017), at most 1/8 away
-    from it, and rounding to grey levels has the gradient of the identity.
+    Soft mode: z = coefficient / step is rounded to round(z) + (z - round(z))^3, which is within 1/8 of it (Shin and
+    Song 2017), and rounding to grey levels has the gradient of the identity.
 
     Args:
         luma: 64 steps.
         chroma: 64 steps of both colour differences.
         subsampling: 444, or 420 for colour differences at half the resolution.
-        soft: differentiable.
-        table: what the steps are called, for the record.
-        quality: their nominal quality, likewise.
-        tables: SHA-256 of the file they come from, likewise.
+        soft: differentiable mode.
+        table: kind of the tables, for the record.
+        quality: their nominal quality, for the record.
+        tables: SHA-256 of the file they are from, for the record.
 
     Raises:
-        UserError: steps or subsampling that are none.
+        UserError: invalid steps or subsampling.
     """
 
     luma: Tensor
@@ -127,47 +130,45 @@ class Codec(nn.Module):
 
     @property
     def differentiable(self) -> bool:
-        """Whether autograd gives gradients of the output: of the soft mode only."""
+        """True in soft mode: autograd gives the gradient of the output."""
         return self.soft
 
     def twin(self) -> Codec:
-        """The soft codec with the same steps."""
-        return Codec(**{**self._options(), "soft": True}).to(self.luma.device)
+        """Return the soft codec with the same steps."""
+        return from_record({**self.describe(), "soft": True}).to(self.luma.device)
 
     def quantised(self, images: Tensor) -> list[Tensor]:
-        """Quantised coefficients ``(B, N, rows, columns, 64)`` of luma (N = 1) and, if any, colour (N = 2)."""
+        """Quantise coefficients ``(B, N, rows, columns, 64)`` of luma (N = 1) and, for RGB, chroma (N = 2)."""
         exact = torch.float32 if images.device.type == "mps" else torch.float64
-        planes = to_planes(self._whole(images.to(exact).clamp(0, 1) * 255))
+        planes = to_planes(self._grey_levels(images.to(exact).clamp(0, 1) * 255))
         planes[0] = planes[0] - 128
-        planes = [self._whole(p).clamp(-128, 127) for p in planes]
+        planes = [self._grey_levels(p).clamp(-128, 127) for p in planes]
         if self.subsampling == 420:
             planes[1:] = [self._halved(p) for p in planes[1:]]
         return [self._rounded(coefficients(p), s) for p, s in zip(planes, (self.luma, self.chroma), strict=False)]
 
     def forward(self, images: Tensor, sigma: float | None = None, *, generator: Generators = None) -> Tensor:
-        """Decoded images; deterministic, whatever the noise level."""
+        """Encode and decode; deterministic, ``sigma`` is not used."""
         height, width = images.shape[-2:]
-        small = ((height + 1) // 2, (width + 1) // 2) if self.subsampling == 420 else (height, width)
+        half = 2 if self.subsampling == 420 else 1
+        shapes = ((height, width), (-(-height // half), -(-width // half)))
         planes = []
-        for found, steps, size in zip(
-            self.quantised(images), (self.luma, self.chroma), ((height, width), small), strict=False
-        ):
-            plane = planes_of(found * steps, *size)
-            planes.append(self._whole(plane).clamp(-128, 127))
-        if len(planes) > 1 and self.subsampling == 420:  # linear interpolation, which decoders call fancy upsampling
+        for found, steps, shape in zip(self.quantised(images), (self.luma, self.chroma), shapes, strict=False):
+            planes.append(self._grey_levels(inverse_coefficients(found * steps, *shape)).clamp(-128, 127))
+        if len(planes) > 1 and self.subsampling == 420:  # linear interpolation, libjpeg's "fancy upsampling"
             large = interpolate(planes[1], scale_factor=2, mode="bilinear", align_corners=False)
-            planes[1] = self._whole(large[..., :height, :width])
-        return (self._whole(to_images(planes) + 128).clamp(0, 255) / 255).to(images.dtype)
+            planes[1] = self._grey_levels(large[..., :height, :width])
+        return (self._grey_levels(to_images(planes) + 128).clamp(0, 255) / 255).to(images.dtype)
 
     def nonzeros(self, images: Tensor) -> Tensor:
-        """Coefficients a pixel ``(B,)`` that are not zero: what the size of the file is roughly proportional to."""
+        """Count nonzero coefficients per pixel ``(B,)``, to which the file size is roughly proportional."""
         counts = [(q.round() != 0).flatten(1).sum(1) for q in self.quantised(images)]
         return torch.stack(counts).sum(0) / (images.shape[-2] * images.shape[-1])
 
-    def _whole(self, values: Tensor) -> Tensor:
-        """Whole grey levels; in soft mode with the gradient of the identity."""
-        found = (values + 0.5).floor()
-        return values + (found - values).detach() if self.soft else found
+    def _grey_levels(self, values: Tensor) -> Tensor:
+        """Round to whole grey levels; in soft mode with the gradient of the identity."""
+        rounded = (values + 0.5).floor()
+        return values + (rounded - values).detach() if self.soft else rounded
 
     def _rounded(self, found: Tensor, steps: Tensor) -> Tensor:
         if self.soft:
@@ -177,7 +178,7 @@ class Codec(nn.Module):
         return z.sign() * (z.abs() + 0.5).floor()
 
     def _halved(self, planes: Tensor) -> Tensor:
-        """Means of 2x2 pixels; halves go down and up in turn, as in libjpeg."""
+        """Average 2x2 pixels; halves are rounded down and up in turn, as in libjpeg."""
         height, width = planes.shape[-2:]
         padded = pad(planes, (0, -width % (2 * BLOCK), 0, height % 2), mode="replicate")
         mean = avg_pool2d(padded, 2)
@@ -186,39 +187,43 @@ class Codec(nn.Module):
         bias = torch.tensor([0.25, 0.5], dtype=mean.dtype, device=mean.device).repeat(mean.shape[-1] // 2)
         return (mean + bias).floor()
 
-    def _options(self) -> dict[str, Any]:
-        steps = {"luma": self.luma.tolist(), "chroma": self.chroma.tolist(), "subsampling": self.subsampling}
-        return {**steps, "table": self.table, "quality": self.quality, "tables": self.tables}
-
     def describe(self) -> dict[str, Any]:
-        """Every number that fixes the function, for the record; :func:`from_record` reads it."""
-        return {"name": "jpeg", **self._options(), **({"soft": True} if self.soft else {})}
+        """Return all numbers that define the function, for the record; :func:`from_record` reads it."""
+        steps = {"luma": self.luma.tolist(), "chroma": self.chroma.tolist(), "subsampling": self.subsampling}
+        origin = {"table": self.table, "quality": self.quality, "tables": self.tables}
+        return {"name": "jpeg", **steps, **origin, **({"soft": True} if self.soft else {})}
 
 
-def from_record(found: dict[str, Any]) -> Codec:
-    """The codec that :meth:`Codec.describe` describes."""
-    return Codec(**{key: value for key, value in found.items() if key != "name"})
+def from_record(record: dict[str, Any]) -> Codec:
+    """Build the codec that :meth:`Codec.describe` describes."""
+    return Codec(**{key: value for key, value in record.items() if key != "name"})
+
+
+def from_tables(tables: TableSet, kind: str, quality: int, subsampling: int = 444) -> Codec:
+    """Build a codec from measured tables.
+
+    Raises:
+        UserError: no such kind or nominal quality.
+    """
+    steps = tables.steps(kind, quality)
+    return Codec(steps.luma, steps.chroma, subsampling, table=kind, quality=quality, tables=tables.sha256)
 
 
 def jpeg(quality: int = 75, subsampling: int = 444, table: str | None = None, tables: str | None = None) -> Codec:
-    """The codec at a quality.
+    """Build the codec of a quality.
 
     Args:
-        quality: from 1 to 100; of tables in a file, one of their nominal qualities.
-        subsampling: 444, or 420.
-        table: ``standard`` (default) or ``flat``, one step for all; of a file ``nn`` (default), ``std`` or ``flat``.
-        tables: a file of ``python -m training.coefficients``.
+        quality: from 1 to 100; with a file of tables, one of their nominal qualities.
+        subsampling: 444 or 420.
+        table: ``standard`` (default) or ``flat``; with a file ``nn`` (default), ``std`` or ``flat``.
+        tables: a file written by ``python -m training.coefficients``.
 
     Raises:
         UserError: no such quality, table or file.
     """
-    if tables is not None and table != "standard":
-        found = read_tables(tables)
-        kind = table or "nn"
-        steps, source = found.steps(kind, quality), found.sha256
-    elif table in (None, "standard", "flat"):
-        kind, source = table or "standard", None
-        steps = flat(quality) if table == "flat" else standard(quality)
-    else:
+    if tables is not None:
+        return from_tables(read_tables(tables), table or "nn", quality, subsampling)
+    if table not in (None, "standard", "flat"):
         raise UserError(f"jpeg: table={table!r}; expected standard or flat, or tables=FILE with nn, std or flat")
-    return Codec(steps.luma, steps.chroma, subsampling, table=kind, quality=quality, tables=source)
+    steps = flat(quality) if table == "flat" else standard(quality)
+    return Codec(steps.luma, steps.chroma, subsampling, table=table or "standard", quality=quality)

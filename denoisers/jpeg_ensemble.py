@@ -1,9 +1,9 @@
-"""JPEG at several levels, a classifier behind each, and a majority vote: after Zhang and Gao (2021), our design.
+"""JPEG at several qualities, a classifier behind each, and a majority vote: our design, after Zhang and Gao (2021).
 
 "Countering Adversarial Examples: Combining Input Transformation and Noisy Training" (ICCV Workshops 2021, arXiv
-2106.13394) changes the quantisation table to one that suits networks, fine-tunes the classifier on images of each
-compression level, and lets the classifiers vote. Tables (``denoisers/quantisation.py``), levels and training
-(``training/jpeg_noise.py``) are ours.
+2106.13394) adapts the quantisation table to networks, fine-tunes the classifier on images of each compression level,
+and lets the classifiers vote. Tables (:mod:`denoisers.quantisation`), levels and training
+(:mod:`training.classifier`) are ours.
 """
 
 from __future__ import annotations
@@ -20,32 +20,27 @@ from certify.models.checkpoints import load_weights
 from certify.models.classifier import Classifier, ClassifierSpec
 from certify.models.defence import Defence, Member
 from certify.models.pipeline import state_digest
-from denoisers.jpeg import Codec, from_record
-from denoisers.quantisation import TableSet, find_tables
+from denoisers.jpeg import from_record, from_tables
+from denoisers.quantisation import find_tables
 from denoisers.weights import stored_card
 
-_WANTED = "expected a file of `certify train --train-classifier M --objective jpeg-noise`"
-
-
-def _codec(found: TableSet, table: str, level: int, subsampling: int) -> Codec:
-    steps = found.steps(table, level)
-    return Codec(steps.luma, steps.chroma, subsampling, table=table, quality=level, tables=found.sha256)
+_EXPECTED = "expected a file of `certify train --train-classifier M --objective jpeg-noise`"
 
 
 def frozen_codec(
     classifier: Classifier, level: int = 75, table: str = "nn", tables: str | None = None, subsampling: int = 444
 ) -> Defence:
-    """Coding at one level before the classifier as it is: a purifier only.
+    """Build a purifier that codes images at one quality before the frozen classifier.
 
     Args:
         classifier: frozen.
         level: nominal quality.
         table: ``nn``, ``std`` or ``flat``.
-        tables: a file of them; None takes the shipped ones for images of this size.
+        tables: a file of tables; None: those shipped for images of this size.
         subsampling: 444 or 420.
     """
     found = find_tables(tables, classifier.input.size, "jpeg-nn")
-    return Defence("jpeg-nn", [Member(_codec(found, table, level, subsampling), classifier)])
+    return Defence("jpeg-nn", [Member(from_tables(found, table, level, subsampling), classifier)])
 
 
 def ensemble(
@@ -56,20 +51,20 @@ def ensemble(
     table: str = "nn",
     combine: str = "vote",
 ) -> Defence:
-    """One member a level: coded at it, and classified by the network that was fine-tuned on such images.
+    """Build an ensemble with one member per quality: a codec, and the network that was fine-tuned on its images.
 
     Args:
-        classifier: the frozen original: members have its architecture; without a folder it is behind every level.
-        folder: of the fine-tuned members: ``*.safetensors`` in it, ``classifier.safetensors`` one folder below. Each
-            says on its card how the images were coded that it was trained on; so are those it gets.
-        tables: without a folder, the file of tables; None takes the shipped ones for images of this size.
-        levels: nominal qualities, such as ``90+75+60``, or with commas, at which the command would split a list of
-            defences; all there are by default.
+        classifier: the frozen original: members have its architecture; without a folder it is behind every codec.
+        folder: of fine-tuned members: ``*.safetensors`` in it, or ``classifier.safetensors`` one folder below. The card
+            of each names the codec it was trained with.
+        tables: without a folder, a file of tables; None: those shipped for images of this size.
+        levels: nominal qualities, such as ``90+75+60``; commas work too, except within the command's list of defences;
+            None: all there are.
         table: without a folder, ``nn``, ``std`` or ``flat``.
-        combine: how the members' answers become one; one of ``certify.models.defence.COMBINE``.
+        combine: how the members' outputs are combined, one of ``certify.models.defence.COMBINE``.
 
     Raises:
-        UserError: no members, two of one level, or files of something else.
+        UserError: no members, two of the same quality, or files of another kind.
     """
     if folder is not None:
         if tables is not None or table != "nn":
@@ -77,54 +72,50 @@ def ensemble(
         members = trained_members(folder, classifier)
     else:
         found = find_tables(tables, classifier.input.size, "jpeg-ensemble")
-        codecs = [_codec(found, table, level, 444) for level in found.tables.get(table, ())]
-        members = {codec.quality or 0: Member(codec, classifier) for codec in codecs}
-    chosen = sorted(members, reverse=True) if levels is None else _numbers(levels)
-    missing = [level for level in chosen if level not in members]
-    if missing or not chosen:
-        has = ", ".join(map(str, sorted(members, reverse=True))) or f"none for table={table}"
-        raise UserError(f"jpeg-ensemble: levels={levels}: there are {has}")
+        members = {level: Member(from_tables(found, table, level), classifier) for level in found.levels(table)}
+    available = sorted(members, reverse=True)
+    chosen = available if levels is None else _parse_levels(levels)
+    if not chosen or not set(chosen) <= members.keys():
+        raise UserError(f"jpeg-ensemble: levels={levels}; there are {', '.join(map(str, available))}")
     about = {"levels": chosen, "folder": folder}
     return Defence("jpeg-ensemble", [members[k] for k in chosen], combine=combine, frozen=folder is None, about=about)
 
 
 def trained_members(folder: str | Path, original: Classifier) -> dict[int, Member]:
-    """Nominal quality -> codec and fine-tuned classifier, of the files in a folder.
+    """Load the fine-tuned members in a folder, by nominal quality.
 
     Raises:
-        UserError: no such file, weights of another architecture, two members of one level.
+        UserError: no such files, weights of another architecture, or two members of the same quality.
     """
     files = [p for pattern in ("*.safetensors", "*/classifier.safetensors") for p in sorted(Path(folder).glob(pattern))]
     if not files:
-        raise UserError(f"{folder} holds no members (*.safetensors, */classifier.safetensors); {_WANTED}")
-    found: dict[int, Member] = {}
+        raise UserError(f"{folder} holds no members (*.safetensors, */classifier.safetensors); {_EXPECTED}")
+    members: dict[int, Member] = {}
     for file in files:
-        card = _card(file)
-        tuned = _tuned(original, file, card["sha256"])
+        card = _read_card(file)
+        classifier = _with_weights(original, file, card["sha256"])
         for record in card["codecs"]:
             codec = from_record(record)
-            if codec.quality in found or codec.quality is None:
-                raise UserError(f"{file}: another member of {folder} is of level {codec.quality}; expected one a level")
-            found[codec.quality] = Member(codec, tuned)
-    return found
+            if codec.quality in members or codec.quality is None:
+                raise UserError(f"{file}: {folder} has another member of level {codec.quality}; expected one per level")
+            members[codec.quality] = Member(codec, classifier)
+    return members
 
 
-def _card(file: Path) -> dict[str, Any]:
-    """What noisy training wrote about a member."""
+def _read_card(file: Path) -> dict[str, Any]:
     try:
-        card = json.loads(stored_card(file) or "{}")
+        card: dict[str, Any] = json.loads(stored_card(file) or "{}")
         if not card["codecs"] or not card["sha256"]:
             raise KeyError("codecs")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no member of a JPEG ensemble ({first_line(error)}); {_WANTED}") from None
-    found: dict[str, Any] = card
-    return found
+        raise UserError(f"{file} is no member of a JPEG ensemble ({first_line(error)}); {_EXPECTED}") from None
+    return card
 
 
-def _tuned(original: Classifier, file: Path, sha256: str) -> Classifier:
-    """The original with the weights of a file."""
+def _with_weights(original: Classifier, file: Path, sha256: str) -> Classifier:
+    """Copy a classifier with the weights of a file."""
     if not original.native:
-        raise UserError(f"jpeg-ensemble: {original.name} is no torch network; members need its architecture")
+        raise UserError(f"jpeg-ensemble: {original.name} is no PyTorch network; members need its architecture")
     net: nn.Module = copy.deepcopy(original.net)
     loaded = load_weights(net, file, original.name)
     if state_digest(net) != sha256:
@@ -135,7 +126,7 @@ def _tuned(original: Classifier, file: Path, sha256: str) -> Classifier:
     return Classifier(original.name, spec)
 
 
-def _numbers(levels: Any) -> list[int]:
+def _parse_levels(levels: Any) -> list[int]:
     try:
         if isinstance(levels, str):
             levels = levels.replace("+", ",").split(",")

@@ -1,6 +1,6 @@
-"""MemNet as denoised smoothing uses it (Tai et al. 2017; Salman et al. 2020): the network predicts what to add.
+"""MemNet as in denoised smoothing (Tai et al. 2017; Salman et al. 2020): the network predicts the correction.
 
-Its parts are named as in the published checkpoints.
+Submodules are named as in the published checkpoints.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 
 def _layer(inputs: int, outputs: int, size: int = 3) -> nn.Sequential:
-    """Batch norm, ReLU, convolution without bias, in this order."""
+    """Build batch norm, ReLU and a convolution without bias, in this order."""
     convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
     return nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(inputs), relu=nn.ReLU(), conv=convolution))
 
 
 class MemoryBlock(nn.Module):
-    """Residual blocks in a row, and a gate that mixes their outputs with those of all earlier memory blocks.
+    """A sequence of residual blocks, and a gate that mixes their outputs with those of all earlier memory blocks.
 
     Args:
         channels: width.
-        residuals: residual blocks of two layers each.
-        earlier: how many earlier outputs the gate gets, the first features included.
+        residuals: number of residual blocks, of two layers each.
+        earlier: number of earlier outputs the gate gets, the first features included.
     """
 
     def __init__(self, channels: int, residuals: int, earlier: int) -> None:
@@ -35,7 +35,7 @@ class MemoryBlock(nn.Module):
         self.gate_unit = _layer((residuals + earlier) * channels, channels, size=1)
 
     def forward(self, features: Tensor, memory: list[Tensor]) -> Tensor:
-        """The block's output ``(B, C, H, W)`` from the last one's, and from all so far (the last one's included)."""
+        """Map the last block's output ``(B, C, H, W)``, given all outputs so far, to this block's output."""
         own = []
         for block in self.recursive_unit:
             features = features + block(features)
@@ -45,14 +45,14 @@ class MemoryBlock(nn.Module):
 
 
 class MemNet(nn.Module):
-    """Features, memory blocks that each see all before them, and back to an image that is added to the input.
+    """Features, memory blocks that each see all earlier ones, and a correction that is added to the input.
 
-    Untrained it is *not* the identity: its last convolution starts like the others, from torch's default.
+    Untrained it is not the identity: the last convolution has torch's default initialisation.
 
     Args:
         channels: width; the published network has 64 (1,436,678 parameters for RGB).
-        blocks: memory blocks.
-        residuals: residual blocks in each of them.
+        blocks: number of memory blocks.
+        residuals: residual blocks per memory block.
         image_channels: of the images.
     """
 
@@ -63,7 +63,7 @@ class MemNet(nn.Module):
         self.reconstructor = _layer(channels, image_channels)
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape; deterministic, sigma is not used."""
+        """Denoise ``(B, C, H, W)``; deterministic, ``sigma`` is not used."""
         features = self.feature_extractor(noisy)
         memory = [features]
         for block in self.dense_memory:

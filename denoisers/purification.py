@@ -1,9 +1,9 @@
-"""Adversarial purification by score ascent: noise first, then a few adaptive steps uphill in the log-density.
+"""Adversarial purification by score ascent: add noise, then take a few adaptive steps uphill in the log-density.
 
-After Yoon, Hwang and Lee 2021 (Adversarial Denoising Purification). The noise drowns the perturbation and brings the
-image to where the score network was trained; the step length comes from the curvature along the score, so nobody needs
-to know how much noise is left. Empirical: there is no certificate in it. The published code converts the image's scale
-once but back after every step, which loses contrast; here nothing is converted.
+After Yoon, Hwang and Lee 2021 (Adversarial Denoising Purification). The noise drowns the perturbation and moves the
+image to where the score network was trained; step lengths follow from the curvature along the score, so the remaining
+noise need not be known. Empirical: there is no certificate. The published code converts the image's scale once but back
+after every step, which loses contrast; here nothing is converted.
 """
 
 from __future__ import annotations
@@ -18,42 +18,41 @@ from torch.utils.checkpoint import checkpoint
 from certify.errors import UserError
 from certify.models.classifier import Classifier
 from certify.models.defence import Defence, Member
-from denoisers.classical import whole
+from denoisers.classical import check_positive_int
 from denoisers.defences import trained
 from denoisers.randomness import Generators, normal
 
 KINDS = ("gaussian", "sign")
-"""Normal noise, or its signs times sigma * sqrt(2 / pi), which has the same mean absolute value."""
+"""Gaussian noise, or its signs times sigma * sqrt(2 / pi), which has the same mean absolute value."""
 
 _BATCH = 100
 
 
 class ScorePurifier(nn.Module):
-    """Noise, then up to T steps x <- clip(x + alpha h(x), 0, 1) with a step length alpha for each image.
+    """Noise, then up to T steps x <- clip(x + alpha h(x), 0, 1) with a step length alpha per image.
 
-    With g = h(x) and the curvature c = <g, g - h(x + delta g)> / (delta <g, g>), alpha is ``step`` / c, held between
-    ``smallest`` and ``largest``: that share of the way to where the density, taken as Gaussian along g, is highest. An
-    image whose alpha falls to ``stop`` stays as it is from there on.
+    With g = h(x) and the curvature c = <g, g - h(x + delta g)> / (delta <g, g>), alpha is ``step`` / c, clipped to
+    [``smallest``, ``largest``]: that share of the way to the maximum of the density, taken as Gaussian along g. An
+    image whose alpha falls to ``stop`` no longer changes.
 
-    Gradients, where they are on, are those of the whole loop, step lengths included; each step is computed again on the
-    way back instead of being kept.
+    Gradients, if enabled, are those of the whole loop, step lengths included; the backward pass recomputes each step.
 
     Args:
-        net: has ``score(images)`` of the images' shape, as those of ``denoisers.energy``.
+        net: network with ``score(images)`` of the images' shape, see :mod:`denoisers.energy`.
         steps: T.
         step: lambda of the paper.
-        delta: how far ahead the curvature is probed, in units of g.
+        delta: distance at which the curvature is probed, in units of g.
         stop: tau of the paper.
-        smallest: least step length.
-        largest: greatest step length.
+        smallest: minimum of alpha.
+        largest: maximum of alpha.
         noise: standard deviation of the noise before the first step, in [0, 1] pixels; 0: deterministic.
         kind: of the noise, one of ``KINDS``.
-        threshold: images whose score has at most this norm before the noise are taken as clean; None: all get noise.
-        quiet: the share of the noise that those still get.
-        about: what the network is, for the record.
+        threshold: images whose score has at most this norm count as clean; None: none do.
+        quiet: share of the noise that clean images get.
+        about: description of the network, for the record.
 
     Raises:
-        UserError: numbers that make no sense.
+        UserError: a value out of range.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class ScorePurifier(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise UserError(f"score purification: kind={kind!r}; expected one of {', '.join(KINDS)}")
-        whole("score purification", "steps", steps)
+        check_positive_int("score purification", "steps", steps)
         numbers = {"step": step, "noise": noise, "quiet": quiet, "threshold": 0 if threshold is None else threshold}
         for key, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -82,7 +81,7 @@ class ScorePurifier(nn.Module):
         if not (0 < smallest <= largest < math.inf and 0 < step < math.inf and 0 < delta < math.inf and stop >= 0):
             raise UserError(
                 f"score purification: step={step} delta={delta} stop={stop} smallest={smallest} largest={largest}; "
-                "expected numbers above 0, and smallest not above largest"
+                "expected numbers above 0, and smallest at most largest"
             )
         if not (0 <= noise < math.inf and 0 <= quiet <= 1):
             raise UserError(f"score purification: noise={noise} quiet={quiet}; expected noise from 0, quiet in [0, 1]")
@@ -92,39 +91,39 @@ class ScorePurifier(nn.Module):
 
     @property
     def random(self) -> bool:
-        """Whether it draws noise."""
+        """True if it adds noise."""
         return self.noise > 0
 
     @property
     def passes(self) -> int:
-        """Network calls an image, at most: two a step, and one for the detector."""
+        """Maximum number of network calls per image: two per step, and one for the detector."""
         return 2 * self.steps + (self.threshold is not None)
 
     def forward(self, images: Tensor, sigma: float | None = None, *, generator: Generators = None) -> Tensor:
-        """Purified images: the last iterate.
+        """Purify images: return the last iterate.
 
         Args:
             images: ``(B, C, H, W)`` in [0, 1].
-            sigma: not used; the purifier has its own noise.
-            generator: one, or one an image; needed where ``noise`` is above 0.
+            sigma: not used; the purifier adds its own noise.
+            generator: one for all images or one per image; required if ``noise`` is above 0.
         """
         return self.trace(images, generator=generator)[-1]
 
     def trace(self, images: Tensor, *, generator: Generators = None) -> list[Tensor]:
-        """All iterates, the noisy image first; fewer than T + 1 where every image stopped before."""
-        found = [self.start(images, generator)]
-        going = torch.ones(len(images), dtype=torch.bool, device=images.device)
-        keep = not (torch.is_grad_enabled() and found[0].requires_grad)
+        """Return all iterates, the noisy image first; fewer than T + 1 if all images stop earlier."""
+        iterates = [self.start(images, generator)]
+        active = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        recompute = torch.is_grad_enabled() and iterates[0].requires_grad
         for _ in range(self.steps):
-            advance = (found[-1], going)
-            moved, going = self._advance(*advance) if keep else checkpoint(self._advance, *advance, use_reentrant=False)
-            if not going.any():
+            state = (iterates[-1], active)
+            moved, active = checkpoint(self._step, *state, use_reentrant=False) if recompute else self._step(*state)
+            if not active.any():
                 break
-            found.append(moved)
-        return found
+            iterates.append(moved)
+        return iterates
 
     def start(self, images: Tensor, generator: Generators = None) -> Tensor:
-        """The images with noise, clipped to [0, 1]."""
+        """Add the noise, and clip to [0, 1]."""
         if not self.random:
             return images.clamp(0, 1)
         noise = normal(images, generator)
@@ -135,50 +134,50 @@ class ScorePurifier(nn.Module):
             level = level * torch.where(score_norm(self.net, images) > self.threshold, 1.0, self.quiet)
         return (images + level[:, None, None, None] * noise).clamp(0, 1)
 
-    def _advance(self, images: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the images that are still going, and which of them went."""
-        slope = _score(self.net, images)
-        length = self.length(images, slope)
-        going = going & (length > self.stop)
-        moved = (images + length[:, None, None, None] * slope).clamp(0, 1)
-        return torch.where(going[:, None, None, None], moved, images), going
+    def _step(self, images: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the active images by one step; return all images, and which are still active."""
+        score = _score(self.net, images)
+        length = self.length(images, score)
+        active = active & (length > self.stop)
+        moved = (images + length[:, None, None, None] * score).clamp(0, 1)
+        return torch.where(active[:, None, None, None], moved, images), active
 
-    def length(self, images: Tensor, slope: Tensor) -> Tensor:
-        """Step lengths alpha ``(B,)`` at these images with these scores.
+    def length(self, images: Tensor, score: Tensor) -> Tensor:
+        """Compute step lengths alpha ``(B,)`` for images and their scores.
 
-        The paper's lambda delta / (1 - z), z = <g, g'> / <g, g>, with 1 - z as <g, g - g'> / <g, g>: the same number
-        without subtracting two that are nearly equal. Upward curvature, z > 1, gives ``smallest``, none ``largest``.
+        The paper's lambda delta / (1 - z), z = <g, g'> / <g, g>, with 1 - z computed as <g, g - g'> / <g, g>, which
+        avoids cancellation. Upward curvature, z > 1, gives ``smallest``; zero curvature gives ``largest``.
         """
-        ahead = _score(self.net, images + self.delta * slope)
-        flat = slope.flatten(1)
-        turned = (flat * (slope - ahead).flatten(1)).sum(1)
-        straight = turned == 0
-        newton = self.delta * flat.pow(2).sum(1) / turned.masked_fill(straight, 1)  # no 0 / 0, nor in its gradient
+        ahead = _score(self.net, images + self.delta * score)
+        flat = score.flatten(1)
+        change = (flat * (score - ahead).flatten(1)).sum(1)
+        straight = change == 0
+        newton = self.delta * flat.pow(2).sum(1) / change.masked_fill(straight, 1)  # avoids 0 / 0, also in its gradient
         return (self.step * newton).clamp(self.smallest, self.largest).masked_fill(straight, self.largest)
 
     def describe(self) -> dict[str, Any]:
-        """Name and options, for the record."""
+        """Return name and options, for the record."""
         names = "steps step delta stop smallest largest noise kind threshold quiet".split()
         return {"name": "score purification", **{n: getattr(self, n) for n in names}, "net": self.about}
 
 
 def score_norm(net: nn.Module, images: Tensor) -> Tensor:
-    """l2 norms ``(B,)`` of the network's score: small for clean images, larger for attacked or noisy ones."""
+    """Compute l2 norms ``(B,)`` of the score: small for clean images, larger for attacked or noisy ones."""
     norms: Tensor = torch.linalg.vector_norm(_score(net, images), dim=(1, 2, 3))
     return norms
 
 
 @torch.no_grad()
 def calibrate(net: nn.Module, images: Tensor, quantile: float = 0.95) -> float:
-    """The threshold for the detector, from clean training images: norms depend on the network.
+    """Compute the detector's threshold for a network from clean training images.
 
     Args:
-        net: as for :class:`ScorePurifier`.
+        net: see :class:`ScorePurifier`.
         images: ``(B, C, H, W)``, clean.
-        quantile: the share of clean images that shall pass as clean.
+        quantile: share of clean images that are to count as clean.
 
     Returns:
-        The least norm that at least this share of the images does not exceed.
+        The smallest norm that at least this share of the images does not exceed.
 
     Raises:
         UserError: a quantile outside [0, 1], or no images.
@@ -190,8 +189,8 @@ def calibrate(net: nn.Module, images: Tensor, quantile: float = 0.95) -> float:
 
 
 def _score(net: nn.Module, images: Tensor) -> Tensor:
-    found: Tensor = net.score(images)  # type: ignore[operator]
-    return found
+    score: Tensor = net.score(images)  # type: ignore[operator]
+    return score
 
 
 def ebm(
@@ -206,26 +205,28 @@ def ebm(
     quiet: float = 0.0,
     weights: str | None = None,
 ) -> Defence:
-    """Score purification in front of a frozen classifier: several noise draws, each purified and classified.
+    """Build score purification before a frozen classifier: several noise draws, each purified and classified.
 
-    Which way of combining the draws the published tables use is not known; mean logits of the last iterates is our
-    default.
+    How the published tables combine the draws is not known; mean logits of the last iterates is our default.
 
     Args:
         classifier: frozen.
-        draws: S; 1 where there is no noise.
-        noise: as for :class:`ScorePurifier`; the paper has 0.25, and 0.1 against weak attacks.
+        draws: S; 1 is used without noise.
+        noise: see :class:`ScorePurifier`; the paper uses 0.25, and 0.1 against weak attacks.
         steps: T.
         combine: ``logits``, ``vote`` or ``probabilities``.
         kind: ``gaussian`` or ``sign``.
         step: lambda.
         threshold: of the detector, from :func:`calibrate`; None: no detector.
-        quiet: the share of the noise for images that the detector takes as clean.
-        weights: a file of ``certify train --objective dsm``, or a shipped name; None takes the shipped ones that fit.
+        quiet: share of the noise for images the detector takes as clean.
+        weights: a file of ``certify train --objective dsm``, or a shipped name; None: those shipped for these images.
+
+    Raises:
+        UserError: a value out of range, or no such weights.
     """
-    whole("ebm", "draws", draws)  # where there is no noise too, which needs one only
-    found = trained("ebm", classifier.input.size, weights)
+    check_positive_int("ebm", "draws", draws)  # without noise too, where one draw is used
+    loaded = trained("ebm", classifier.input.size, weights)
     purifier = ScorePurifier(
-        found.net, steps, step, noise=noise, kind=kind, threshold=threshold, quiet=quiet, about=found.describe()
+        loaded.net, steps, step, noise=noise, kind=kind, threshold=threshold, quiet=quiet, about=loaded.describe()
     )
     return Defence("ebm", [Member(purifier, classifier)], draws=draws if purifier.random else 1, combine=combine)

@@ -1,11 +1,12 @@
-"""Quantisation tables of JPEG: the standard's scaled by quality, ones made for a network, and the file of those.
+"""Quantisation tables of JPEG: the standard's, scaled by quality, and files of tables made for a network.
 
-A table holds the steps Q(u, v) of the 64 coefficients of an 8x8 block in grey levels, row by row, u the vertical
-frequency. The codec is in ``denoisers/jpeg.py``, what tables are made from is measured in ``training/coefficients.py``.
+A table holds the steps Q(u, v) of the 64 coefficients of an 8x8 block in grey levels, row by row, where u is the
+vertical frequency. :mod:`denoisers.jpeg` applies tables, :mod:`training.coefficients` measures those of a file.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -21,11 +22,12 @@ from denoisers import SHIPPED
 
 FORMAT = 1
 KINDS = ("nn", "std", "flat")
-"""Tables of a file: for a network, from the images' standard deviations alone, and one step for all coefficients."""
+"""Kinds of tables in a file: for a network, from the standard deviations of images, one step for all coefficients."""
 
 QUALITIES = (90, 75, 60, 45, 30)
-"""Nominal levels: a table of level q leaves as many coefficients as the standard table at quality q."""
+"""Nominal qualities: a table of quality q leaves as many coefficients as the standard table at q."""
 
+_EXPECTED = "expected a file of `python -m training.coefficients`"
 _LUMA = """
     16 11 10 16  24  40  51  61    12 12 14 19  26  58  60  55    14 13 16 24  40  57  69  56
     14 17 22 29  51  87  80  62    18 22 37 56  68 109 103  77    24 35 55 64  81 104 113  92
@@ -39,18 +41,21 @@ Table = tuple[int, ...]
 
 LUMA: Table = tuple(map(int, _LUMA.split()))
 CHROMA: Table = (*map(int, _CHROMA.split()), *[99] * 32)
-"""The examples of the standard's Annex K (ITU-T T.81), which encoders scale."""
+"""The example tables of the standard (ITU-T T.81, Annex K), which encoders scale."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The tables of one level.
+    """The tables of one quality.
 
     Attributes:
         luma: 64 steps from 1 to 255.
-        chroma: the same for both colour differences.
-        kappa: what the table's shape was multiplied by, for luma and chroma, or None.
-        rate: coefficients a pixel that were not zero on the images that the tables were measured on, or None.
+        chroma: 64 steps of both colour differences.
+        kappa: factor on the shape of the tables, or None.
+        rate: nonzero coefficients per pixel on the images the tables were measured on, or None.
+
+    Raises:
+        UserError: not 64 whole numbers from 1 to 255.
     """
 
     luma: Table
@@ -65,9 +70,9 @@ class Steps:
 
 
 def scaled(base: Sequence[int], quality: int) -> Table:
-    """The table at a quality from 1 to 100 by the rule of libjpeg.
+    """Scale a table to a quality from 1 to 100 by the rule of libjpeg.
 
-    s = 5000 / q below 50, else 200 - 2 q; floor((s Q + 50) / 100), at least 1 and at most 255.
+    With s = 5000 / q below 50 and s = 200 - 2 q from 50 on: floor((s Q + 50) / 100), clipped to 1..255.
 
     Raises:
         UserError: no such quality.
@@ -79,98 +84,109 @@ def scaled(base: Sequence[int], quality: int) -> Table:
 
 
 def standard(quality: int) -> Steps:
-    """The tables of a stock encoder."""
+    """Return the tables of a standard encoder."""
     return Steps(scaled(LUMA, quality), scaled(CHROMA, quality))
 
 
 def flat(quality: int) -> Steps:
-    """One step for all coefficients: the standard's 16 of the mean, scaled by the same rule."""
+    """Return tables with one step for all coefficients: the standard's DC step of 16, scaled by the same rule."""
     step = scaled([16] * 64, quality)
     return Steps(step, step)
 
 
-def multiplied(shape: Sequence[float], kappa: float, mean_step: int) -> Table:
-    """Q = clip(kappa * shape, 1, 255) in whole numbers; the step of the block's mean is at most kappa * ``mean_step``.
+def multiplied(shape: Sequence[float], kappa: float, dc_step: int) -> Table:
+    """Return Q = clip(kappa * shape, 1, 255), rounded; the DC step is at most kappa * ``dc_step``.
 
     Args:
         shape: 64 numbers above 0.
-        kappa: the compression level; more is coarser.
-        mean_step: of the standard table: 16 for luma, 17 for chroma.
+        kappa: compression factor; larger is coarser.
+        dc_step: of the standard table: 16 for luma, 17 for chroma.
     """
-    found = [kappa * value for value in shape]
-    found[0] = min(found[0], kappa * mean_step)
-    return tuple(min(255, max(1, round(step))) for step in found)
+    steps = [kappa * value for value in shape]
+    steps[0] = min(steps[0], kappa * dc_step)
+    return tuple(min(255, max(1, round(step))) for step in steps)
 
 
 def shape_of(kind: str, spread: Sequence[float], reach: Sequence[float], gamma: float = 0.5) -> list[float]:
-    """What kappa multiplies: the tables' shape by kind. Our design, after the idea of Zhang and Gao (2021).
+    """Return the shape of a kind of table, which kappa scales. Our design, after the idea of Zhang and Gao (2021).
 
-    ``nn``: 2 p95 (Sref / S)^gamma. Rounding erases a perturbation within half a step of a clean coefficient on the
-    grid, so a step of twice its 95th percentile p95 removes most; a coefficient whose clean standard deviation S is
-    large carries what the network looks at and gets a finer step. Sref is the geometric mean of S. gamma = 0 removes
-    perturbations only, gamma = 1 orders by information.
+    ``nn``: 2 p95 (Sref / S)^gamma. Rounding removes a perturbation within half a step of a quantised coefficient, so a
+    step of twice the 95th percentile p95 removes most of it; a coefficient with a large standard deviation S carries
+    what the network uses and gets a finer step. Sref is the geometric mean of S. gamma = 0 considers perturbations
+    only, gamma = 1 orders by information.
 
-    ``std``: 16 Sref / S, from clean images alone: the idea of DeepN-JPEG (Liu et al. 2018), that a large deviation
-    wants a small step, without its piecewise linear constants.
+    ``std``: 16 Sref / S, from clean images alone, after DeepN-JPEG (Liu et al. 2018) without its piecewise constants.
 
     ``flat``: 16.
 
     Args:
-        kind: of ``KINDS``.
+        kind: one of ``KINDS``.
         spread: S, 64 standard deviations of clean coefficients in grey levels, above 0.
-        reach: p95, 64 percentiles of the size of a perturbation's coefficients in grey levels.
+        reach: p95, 64 percentiles of the absolute coefficients of a perturbation, in grey levels.
         gamma: exponent of ``nn``.
     """
-    middle = math.exp(sum(map(math.log, spread)) / len(spread))
+    reference = math.exp(sum(map(math.log, spread)) / len(spread))
     if kind == "nn":
-        return [2 * p * (middle / s) ** gamma for p, s in zip(reach, spread, strict=True)]
-    return [16 * middle / s for s in spread] if kind == "std" else [16.0] * len(spread)
+        return [2 * p * (reference / s) ** gamma for p, s in zip(reach, spread, strict=True)]
+    return [16 * reference / s for s in spread] if kind == "std" else [16.0] * len(spread)
 
 
 @dataclass(frozen=True)
 class TableSet:
-    """Tables that were measured together, and on what.
+    """Tables that were measured together.
 
     Attributes:
         image: (C, H, W) of the images.
         tables: kind -> nominal quality -> steps.
-        about: statistics, attack, seed, data and classifier with their hashes, versions, command.
-        sha256: over all of it, once it is written.
+        about: statistics, attack, seed, data and classifier with hashes, versions, command.
     """
 
     image: tuple[int, int, int]
     tables: Mapping[str, Mapping[int, Steps]]
     about: Mapping[str, Any] = field(default_factory=dict)
-    sha256: str = ""
 
-    def steps(self, kind: str, quality: int) -> Steps:
-        """The tables of one kind and level.
+    def levels(self, kind: str) -> list[int]:
+        """Return the nominal qualities of a kind.
 
         Raises:
-            UserError: not in this file.
+            UserError: no such kind.
         """
-        levels = self.tables.get(kind)
-        if levels is None:
+        if kind not in self.tables:
             raise UserError(f"table={kind}: this file of JPEG tables has {', '.join(self.tables)}")
+        return list(self.tables[kind])
+
+    def steps(self, kind: str, quality: int) -> Steps:
+        """Return the tables of one kind and nominal quality.
+
+        Raises:
+            UserError: not in this set.
+        """
+        levels = self.levels(kind)
         if quality not in levels:
             raise UserError(f"level {quality!r}: this file of JPEG tables has {', '.join(map(str, levels))}")
-        return levels[quality]
+        return self.tables[kind][quality]
+
+    def content(self) -> dict[str, Any]:
+        """Return the content of a file of these tables, without its hash."""
+        tables = {kind: {str(q): asdict(s) for q, s in levels.items()} for kind, levels in self.tables.items()}
+        return {"format": FORMAT, "image": list(self.image), "tables": tables, **self.about}
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the content."""
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
 
 
-def write_tables(path: str | Path, found: TableSet) -> TableSet:
-    """Write a file of tables, beside and then over ``path``; the set with its hash."""
-    kept = {k: {str(q): asdict(s) for q, s in levels.items()} for k, levels in found.tables.items()}
-    content = {"format": FORMAT, "image": list(found.image), "tables": kept, **found.about}
-    digest = _digest(content)
-    text = json.dumps({**content, "sha256": digest}, indent=1)
-    text = re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text)  # a table a line
-    with replacing(path) as beside:
-        beside.write_text(text + "\n", encoding="utf-8")
-    return TableSet(found.image, found.tables, found.about, digest)
+def write_tables(path: str | Path, tables: TableSet) -> None:
+    """Write a file of tables, atomically."""
+    text = json.dumps({**tables.content(), "sha256": tables.sha256}, indent=1)
+    text = re.sub(r"\[[^][{}\"]*\]", lambda match: " ".join(match[0].split()), text)  # one table per line
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_tables(path: str | Path) -> TableSet:
-    """The tables of a file.
+    """Read a file of tables.
 
     Raises:
         UserError: no such file, another kind of file, or one that was changed.
@@ -178,12 +194,10 @@ def read_tables(path: str | Path) -> TableSet:
     try:
         raw = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read JPEG tables {path}: {first_line(error)}; {_WANTED}") from None
+        raise UserError(f"cannot read JPEG tables {path}: {first_line(error)}; {_EXPECTED}") from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT or not isinstance(raw.get("tables"), dict):
-        raise UserError(f"{path} holds no JPEG tables of format {FORMAT}; {_WANTED}")
-    stated = raw.pop("sha256", None)
-    if stated != _digest({"format": FORMAT, **raw}):
-        raise UserError(f"{path} was changed after it was written (another SHA-256): do not use it; make it again")
+        raise UserError(f"{path} holds no JPEG tables of format {FORMAT}; {_EXPECTED}")
+    stored = raw.pop("sha256", None)
     try:
         channels, height, width = raw.pop("image")
         tables = {
@@ -194,36 +208,32 @@ def read_tables(path: str | Path) -> TableSet:
             for kind, levels in raw.pop("tables").items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} holds tables that cannot be used ({first_line(error)}); {_WANTED}") from None
-    return TableSet((channels, height, width), tables, raw, stated)
+        raise UserError(f"{path} holds tables that cannot be used ({first_line(error)}); {_EXPECTED}") from None
+    found = TableSet((channels, height, width), tables, raw)
+    if stored != found.sha256:
+        raise UserError(f"{path} was changed after it was written (another SHA-256): do not use it; make it again")
+    return found
 
 
-def find_tables(named: str | None, image: tuple[int, int, int] | None, who: str) -> TableSet:
-    """The tables of the file that is named, or the shipped ones for images of exactly this size.
+def find_tables(path: str | None, image: tuple[int, int, int] | None, defence: str) -> TableSet:
+    """Read a file of tables, or the shipped tables for images of exactly this size.
 
     Args:
-        named: a file, or None.
-        image: (C, H, W) of what the classifier takes.
-        who: the defence, for the error.
+        path: a file, or None for the shipped tables.
+        image: (C, H, W) of the classifier's input.
+        defence: its name, for the message.
 
     Raises:
-        UserError: none fits; blocks of another number of channels.
+        UserError: none fits, or the file is for another number of channels.
     """
-    if named is not None:
-        found = read_tables(named)
-        if image is not None and found.image[0] != image[0]:
-            raise UserError(f"{named} holds tables for images of {found.image[0]} channels, these have {image[0]}")
-        return found
-    for path in sorted(SHIPPED.glob("*-jpeg.json")):
-        shipped = read_tables(path)
-        if shipped.image == image:
-            return shipped
+    if path is not None:
+        tables = read_tables(path)
+        if image is not None and tables.image[0] != image[0]:
+            raise UserError(f"{path} holds tables for images of {tables.image[0]} channels, these have {image[0]}")
+        return tables
+    for file in sorted(SHIPPED.glob("*-jpeg.json")):
+        tables = read_tables(file)
+        if tables.image == image:
+            return tables
     size = "x".join(map(str, image or ())) or "these"
-    raise UserError(f"defence {who}: no shipped tables for {size} images; write {who}:tables=FILE; {_WANTED}")
-
-
-_WANTED = "expected a file of `python -m training.coefficients`"
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    raise UserError(f"defence {defence}: no shipped tables for {size} images; write {defence}:tables=FILE; {_EXPECTED}")

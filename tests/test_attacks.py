@@ -32,7 +32,7 @@ from certify.models.defence import Defence, Member
 from certify.models.query_access import QueryAccess
 from certify.smoothing.rng import stream_key
 from denoisers.jpeg import jpeg
-from denoisers.randomness import Generators, each, normal
+from denoisers.randomness import Generators, normal, per_image
 
 SHAPE = (1, 8, 8)
 WEIGHT = torch.randn(64, generator=torch.Generator().manual_seed(3))
@@ -98,7 +98,7 @@ class Lucky(nn.Module):
     random = True
 
     def forward(self, images: Tensor, sigma: float | None = None, *, generator: Generators = None) -> Tensor:
-        wrong = [float(torch.rand(1, generator=g)) < 0.05 for g in each(generator, len(images))]
+        wrong = [float(torch.rand(1, generator=g)) < 0.05 for g in per_image(generator, len(images))]
         push = WEIGHT.sign().view(SHAPE)
         return torch.stack([x + push if w else x for x, w in zip(images, wrong, strict=True)])
 

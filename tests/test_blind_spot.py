@@ -22,7 +22,7 @@ from denoisers.defences import build_defence, trained
 from denoisers.weights import Card, Trained, read_card, read_denoiser, save_denoiser
 from training.data import TrainingData, load_training_data
 from training.denoiser import WEIGHTS, train_denoiser
-from training.loop import Conduct, make_accelerator
+from training.loop import TrainerConfig, make_accelerator
 from training.losses import Draw, make_objective
 from training.recipe import Recipe
 
@@ -142,7 +142,7 @@ def data() -> TrainingData:
 
 def train(data: TrainingData, out: Path, objective: str, **settings: Any) -> Any:
     recipe = Recipe(objective, sigmas=(), epochs=4, batch_size=32, rate=5e-3, settings=settings)
-    how = Conduct(make_accelerator("cpu"), validations=1)
+    how = TrainerConfig(make_accelerator("cpu"), validations=1)
     return train_denoiser("blind-spot", data, recipe, out, how, options=SMALL)
 
 
@@ -221,5 +221,5 @@ def test_mistakes(text: str, words: str, tmp_path: Path) -> None:
 
 
 def test_a_network_that_sees_the_pixel_is_refused(data: TrainingData, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="need a blind spot: --denoiser blind-spot; DnCNN has none"):
-        train_denoiser("dncnn", data, Recipe("context"), tmp_path, Conduct(make_accelerator("cpu")))
+    with pytest.raises(UserError, match=r"needs a blind-spot network \(--denoiser blind-spot\), not DnCNN"):
+        train_denoiser("dncnn", data, Recipe("context"), tmp_path, TrainerConfig(make_accelerator("cpu")))

@@ -13,12 +13,11 @@ from certify.errors import UserError
 from certify.models.classifier import Classifier
 from certify.types import FAILED
 from denoisers.unet import UNet
-from training.consistency import agreeing_loss
 from training.data import load_training_data
-from training.frozen_classifiers import Guides
-from training.held_out import loss_scores, scores_to_choose_by
+from training.frozen_classifiers import FrozenClassifiers
+from training.held_out import loss_scores, selection_scores
 from training.loop import draw_batch
-from training.losses import Batch, make_objective
+from training.losses import Batch, consistency_loss, make_objective
 from training.recipe import Recipe
 
 
@@ -36,13 +35,13 @@ def test_it_is_the_published_loss() -> None:
             divergence = sum(m * math.log(m / q) for m, q in zip(mean, p, strict=True))
             expected += weight * divergence / draws / images
         expected -= 0.5 * sum(m * math.log(m) for m in mean) / images
-    assert agreeing_loss(logits, target, draws, weight).item() == pytest.approx(expected, rel=1e-9)
+    assert consistency_loss(logits, target, draws, weight).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_without_a_weight_it_is_the_cross_entropy_and_failures_do_not_count() -> None:
     logits, target = torch.randn(6, 3), torch.tensor([0, 1, FAILED, 0, 1, FAILED])
     kept = [0, 1, 3, 4]
-    assert torch.allclose(agreeing_loss(logits, target, 2), cross_entropy(logits[kept], target[kept]))
+    assert torch.allclose(consistency_loss(logits, target, 2), cross_entropy(logits[kept], target[kept]))
 
 
 def test_draws_of_one_image_differ_in_noise_alone(digits: Classifier) -> None:
@@ -50,7 +49,7 @@ def test_draws_of_one_image_differ_in_noise_alone(digits: Classifier) -> None:
     recipe = Recipe("stability", (0.2, 0.7), settings={"draws": 3})
     objective = make_objective("stability", recipe.settings)
     drawn = torch.Generator().manual_seed(1)
-    draw = draw_batch(data, data.train[:5], recipe, drawn, digits, 0, torch.device("cpu")).times(objective.draws)
+    draw = draw_batch(data, data.train[:5], recipe, drawn, digits, 0, torch.device("cpu")).repeat(objective.draws)
     shown = objective.prepare(draw)
     assert torch.equal(draw.clean[:5], draw.clean[10:])
     assert torch.equal(draw.sigma[:5], draw.sigma[5:10])
@@ -69,18 +68,18 @@ def test_objectives_use_it(digits: Classifier, name: str) -> None:
     batch = Batch(clean, level, labels, digits, torch.Generator(), output=output, temperature=2.0)
     found = make_objective(name, {"draws": 2, "consistency": 5.0}).loss(batch)
     target = labels if name == "classification" else digits(clean)
-    assert torch.allclose(found, agreeing_loss(digits.logits(output) / 2, target, 2, 5.0))
+    assert torch.allclose(found, consistency_loss(digits.logits(output) / 2, target, 2, 5.0))
 
 
 def test_weights_are_chosen_by_agreement_where_draws_should_agree(digits: Classifier) -> None:
     """One draw an image cannot show it; the objective's own loss does."""
     torch.manual_seed(0)
     data, net = load_training_data("digits-train", digits, held_out=60), UNet((8, 16), 1, image_channels=1).eval()
-    guides = Guides([digits])
+    frozen = FrozenClassifiers([digits])
     for settings in ({}, {"draws": 2, "consistency": 5.0}):
         recipe = Recipe("stability", (0.5,), settings=settings)
-        found = scores_to_choose_by(net, net, data, recipe, guides, [digits])
-        own = loss_scores(net, data, recipe, make_objective("stability", settings), guides)["score"]
+        found = selection_scores(net, net, data, recipe, frozen, [digits])
+        own = loss_scores(net, data, recipe, make_objective("stability", settings), frozen)["score"]
         assert found["score"] == pytest.approx(own if settings else 1 - found["agreement@0.5"], abs=1e-4)
 
 
@@ -89,7 +88,7 @@ def test_weights_are_chosen_by_agreement_where_draws_should_agree(digits: Classi
     [
         ({"draws": 0}, "--set draws=0: expected a whole number from 1 to 64"),
         ({"draws": 1.5}, "--set draws=1.5: expected a whole number"),
-        ({"consistency": 3}, "one draw has nothing to agree with; add --set draws=2"),
+        ({"consistency": 3}, "needs several draws; add --set draws=2"),
         ({"draws": 2, "consistency": -1}, "--set consistency=-1: expected a number from 0"),
         (
             {"draws": 2, "weight": 3},

@@ -91,7 +91,7 @@ def test_timesteps_are_rounded_up_never_down() -> None:
         assert t == 1 or levels[t - 1] < sigma
     assert timestep(schedule, 0.0) == 1
     for beyond in (float(levels[-1]) * 1.001, float("nan")):
-        with pytest.raises(UserError, match=r"beyond this diffusion model: its noise ends at 1\.2"):
+        with pytest.raises(UserError, match=r"this diffusion model covers noise up to 1\.2"):
             timestep(schedule, beyond)
     with pytest.raises(UserError, match="beyond"):
         timestep([0.9, 0.8, 0.0], 5.0)  # a schedule that ends without any image

@@ -23,13 +23,13 @@ from denoisers.defences import build_defence
 from denoisers.energy import EnergyNet, ScoreNet
 from denoisers.purification import ScorePurifier, calibrate, score_norm
 from denoisers.weights import read_denoiser
-from training.average import averaged, make_average
 from training.data import TrainingData, load_training_data
 from training.denoiser import WEIGHTS, train_denoiser
-from training.loop import Conduct, Outcome, make_accelerator
+from training.loop import TrainerConfig, TrainingResult, make_accelerator
 from training.losses import Batch
+from training.optimizers import averaged, make_average
+from training.purifiers import dsm
 from training.recipe import Recipe
-from training.score_matching import dsm
 
 TINY: dict[str, Any] = {"channels": [8, 16], "blocks": 1}
 NETS = ["score", "energy"]
@@ -61,8 +61,8 @@ def tiny(name: str, channels: int = 1, seed: int = 0) -> Any:
     return small_networks.trained(ARCHITECTURES.get(name)(image_channels=channels, **TINY), seed).eval()
 
 
-def run(name: str, data: TrainingData, out: Path, recipe: Recipe, **conduct: Any) -> Outcome:
-    return train_denoiser(name, data, recipe, out, Conduct(make_accelerator("cpu"), **conduct), options=TINY)
+def run(name: str, data: TrainingData, out: Path, recipe: Recipe, **conduct: Any) -> TrainingResult:
+    return train_denoiser(name, data, recipe, out, TrainerConfig(make_accelerator("cpu"), **conduct), options=TINY)
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +364,7 @@ def test_without_noise_one_draw_is_enough(weights: dict[str, Path]) -> None:
 
 
 def test_score_matching_needs_a_score(data: TrainingData, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs a network with a score: score or energy; UNet has none"):
+    with pytest.raises(UserError, match=r"needs a network with a score \(--denoiser score or energy\), not UNet"):
         run("unet", data, tmp_path, Recipe("dsm"))
 
 

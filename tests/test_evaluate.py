@@ -173,7 +173,7 @@ def test_denoisers_that_fail(function: Callable[[Tensor, float], Tensor], kind: 
 
 
 def test_nothing_to_evaluate() -> None:
-    with pytest.raises(UserError, match="there are none"):
+    with pytest.raises(UserError, match="no images to evaluate the denoiser on"):
         evaluate_denoiser(IDLE, [], 0.25)
     with pytest.raises(UserError, match="expected a positive number"):
         evaluate_denoiser(IDLE, NATURAL, -1.0)

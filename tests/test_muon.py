@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from denoisers.dncnn import DnCNN
-from training.muon import ADAM_SHARE, MOMENTUM, Muon, orthogonal
+from training.optimizers import ADAM_SHARE, MOMENTUM, Muon, orthogonalise
 
 
 def small() -> nn.Sequential:
@@ -36,7 +36,7 @@ def test_an_update_has_nearly_equal_singular_values_and_the_same_directions(shap
     """Against the singular value decomposition: U S V to U S' V with all of S' near 1."""
     torch.manual_seed(0)
     update = torch.randn(shape)
-    found = orthogonal(update).flatten(1)
+    found = orthogonalise(update).flatten(1)
     u, s, v = torch.linalg.svd(update.flatten(1), full_matrices=False)
     turned = u.T @ found @ v.T
     assert turned.diagonal()[s > 0.05 * s.max()].sub(1).abs().max() < 0.4
@@ -52,7 +52,7 @@ def test_a_first_step_turns_convolutions_and_leaves_the_rest_to_adam() -> None:
     step(gradients, torch.optim.SGD(gradients.parameters(), lr=0.0), 1)
     step(net, optimizer, 1)
     scaled = before[1] * 8**0.5 / before[1].norm()
-    expected = scaled - rate * orthogonal((1 + MOMENTUM) * gradients[1].weight.grad)
+    expected = scaled - rate * orthogonalise((1 + MOMENTUM) * gradients[1].weight.grad)
     assert torch.allclose(hidden, expected, atol=1e-5)
     assert torch.allclose((bias - before[2]).abs(), torch.full((2,), rate * ADAM_SHARE), rtol=1e-3)  # Adam's first step
     assert (first - before[0]).abs().max() <= rate * ADAM_SHARE * 1.001  # has a bias: no normalisation follows

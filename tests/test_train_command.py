@@ -160,7 +160,7 @@ D = "train --denoiser unet --data digits-train --out d --sigma "
         (D + "1 --precision float16 --device cpu", "--precision float16 needs an accelerator"),
         (D + "1 --device tpu", "--device 'tpu' does not exist"),
         (D + "1 --objective zeroth-order --surrogate digits", "asks the target itself"),
-        (D.replace("unet", "dncnn") + "1 --objective mse+classes", "needs a network with a bottleneck"),
+        (D.replace("unet", "dncnn") + "1 --objective mse+classes", "needs a U-Net with a bottleneck"),
         ("train --train-classifier digits --sigma 1 --data digits-train --out d --surrogate digits", "belongs to"),
         ("train --train-classifier digits --objective mse --sigma 1 --data digits-train --out d", "classification"),
         ("train --denoiser unet --sigma 1 --data photos.zip --out d", "class1/1.png is 3x16x20 and the first"),

@@ -19,17 +19,15 @@ from certify.errors import RunFault, UserError
 from certify.models.checkpoints import read_state_dict
 from certify.models.classifier import Classifier, ClassifierSpec, InputSpec
 from certify.models.pipeline import state_digest
-from denoisers.dncnn import DnCNN
-from denoisers.pooled import PooledUNet
-from denoisers.unet import UNet
+from denoisers.unet import PooledUNet, UNet
 from denoisers.weights import read_denoiser
 from training import loop
+from training.class_head import with_class_head
 from training.data import Levels, augment, load_training_data
 from training.denoiser import WEIGHTS, train_denoiser
-from training.frozen_classifiers import Guides
-from training.head import with_head
+from training.frozen_classifiers import FrozenClassifiers
 from training.held_out import denoiser_scores
-from training.loop import Conduct, Outcome, draw_order, make_accelerator
+from training.loop import TrainerConfig, TrainingResult, draw_order, make_accelerator
 from training.losses import OBJECTIVES, Draw, make_objective
 from training.recipe import Recipe
 
@@ -41,10 +39,12 @@ def data(digits: Classifier) -> Any:
     return load_training_data("digits-train", digits, held_out=400)
 
 
-def run(data: Any, out: Path, recipe: Recipe, *, guides: Guides | None = None, **conduct: Any) -> Outcome:
-    init = conduct.pop("init", None)
-    how = Conduct(make_accelerator("cpu"), **conduct)
-    return train_denoiser("unet", data, recipe, out, how, guides=guides, options=SMALL, init=init)
+def run(
+    data: Any, out: Path, recipe: Recipe, *, frozen: FrozenClassifiers | None = None, **settings: Any
+) -> TrainingResult:
+    init = settings.pop("init", None)
+    config = TrainerConfig(make_accelerator("cpu"), **settings)
+    return train_denoiser("unet", data, recipe, out, config, classifiers=frozen, options=SMALL, init=init)
 
 
 def test_mse_training_beats_the_identity_and_the_best_guess_from_one_pixel(data: Any, tmp_path: Path) -> None:
@@ -64,14 +64,14 @@ def test_stability_training_raises_accuracy_and_leaves_the_classifier_alone(
 ) -> None:
     before = state_digest(digits.net)
     recipe = Recipe("mse+stability", (0.5,), epochs=24, rate=5e-3)
-    guides = Guides([digits])
-    outcome = run(data, tmp_path, recipe, guides=guides, validations=4)
+    frozen = FrozenClassifiers([digits])
+    outcome = run(data, tmp_path, recipe, frozen=frozen, validations=4)
     none = denoiser_scores(Identity(), data, (0.5,), make_objective("stability"), [digits])
     # 400 images: three standard errors of a difference of accuracies are at most 3 * sqrt(2 * 0.25 / 400) = 0.106
     assert outcome.best["accuracy@0.5"] > none["accuracy@0.5"] + 0.106
     assert state_digest(digits.net) == before
     assert all(p.grad is None for p in digits.parameters())
-    assert guides.unchanged()
+    assert frozen.unchanged()
     card = read_denoiser(tmp_path / WEIGHTS).card
     assert (card.objective, card.access, card.classifiers[0]["sha256"]) == ("mse+stability", "white-box", before)
     assert card.training["precision"] == "float32"
@@ -89,7 +89,7 @@ def test_queries_alone_improve_on_squared_error(data: Any, digits: Classifier, t
     run(data, tmp_path / "mse", Recipe(sigmas=(0.5,), epochs=12, rate=5e-3), validations=1)
     recipe = Recipe("zeroth-order", (0.5,), epochs=10, rate=2e-3, queries=40)
     start = str(tmp_path / "mse" / WEIGHTS)
-    after = run(data, tmp_path / "zo", recipe, guides=Guides([target]), init=start, validations=1)
+    after = run(data, tmp_path / "zo", recipe, frozen=FrozenClassifiers([target]), init=start, validations=1)
     before = denoiser_scores(read_denoiser(start), data, (0.5,), make_objective("stability"), [digits])
     # 400 images, of which some 60 change sides: one standard error of the difference is sqrt(60) / 400 = 0.02
     assert after.best["agreement@0.5"] > before["agreement@0.5"] + 0.04
@@ -101,7 +101,7 @@ def test_a_head_reads_classes_off_the_bottleneck_and_is_thrown_away(data: Any, t
     torch.manual_seed(0)
     net = UNet((8, 16), 1, 1)
     seen: list[Tensor] = []
-    headed = with_head(net, data, 0)
+    headed = with_class_head(net, data, 0)
     net.down[-1][0].register_forward_hook(lambda module, given, output: seen.append(output))
     noisy = torch.rand(6, 1, 8, 8)
     _, scores = headed(noisy, torch.full((6,), 0.5))
@@ -116,13 +116,13 @@ def test_a_head_reads_classes_off_the_bottleneck_and_is_thrown_away(data: Any, t
     heavy = Recipe("mse+classes", epochs=0.02, settings={"weight": 1000.0})
     chosen_by = run(data, tmp_path / "heavy", heavy, validations=1).best["score"]
     assert 1000 * 2 < chosen_by < 1000 * 4  # untrained, of ten classes: log 10 = 2.3
-    with pytest.raises(UserError, match="needs a network with a bottleneck, such as unet; DnCNN has none"):
-        with_head(DnCNN(8, 3), data, 0)
+    with pytest.raises(UserError, match=r"needs a U-Net with a bottleneck .*, not DnCNN"):
+        train_denoiser("dncnn", data, Recipe("mse+classes"), tmp_path, TrainerConfig(make_accelerator("cpu")))
 
 
 def test_only_the_named_parts_are_trained(data: Any, tmp_path: Path) -> None:
     """All else stays bit for bit, batch statistics included; parts that a start lacks are new, and named."""
-    how = Conduct(make_accelerator("cpu"), validations=1)
+    how = TrainerConfig(make_accelerator("cpu"), validations=1)
     small = {"channels": [8, 16], "light": [4, 8]}
     first = Recipe("mse+classes", epochs=0.2)
     train_denoiser("pooled-unet", data, first, tmp_path / "a", how, options=small)
@@ -130,7 +130,7 @@ def test_only_the_named_parts_are_trained(data: Any, tmp_path: Path) -> None:
     parts = ("read", "tell", "tail")
     then = Recipe("mse+classes", epochs=0.2, only=parts)
     start = str(tmp_path / "a" / WEIGHTS)
-    with pytest.warns(UserWarning, match="lacks read, tell: new there"):
+    with pytest.warns(UserWarning, match="lacks read, tell; initialised from seed 0"):
         train_denoiser("pooled-unet", data, then, tmp_path / "b", how, options=told, init=start)
     before, found = read_denoiser(start).state_dict(), read_denoiser(tmp_path / "b" / WEIGHTS)
     after = found.state_dict()
@@ -154,15 +154,15 @@ def test_what_a_network_reads_is_what_it_is_told(data: Any) -> None:
     torch.manual_seed(0)
     net = small_networks.trained(PooledUNet((8, 16), (4, 8), 10, 1)).eval()
     noisy, sigma = torch.rand(5, 1, 8, 8), torch.full((5,), 0.5)
-    headed = with_head(net, data, 0).eval()
+    headed = with_class_head(net, data, 0).eval()
     cleaned, _ = headed(noisy, sigma)
     assert torch.equal(cleaned, net(noisy, sigma))
     assert not any("head" in name and "net.head" not in name for name, _ in headed.named_parameters())
     net.read.bias.data[3] += 100  # whatever it sees is a 3 now
     assert (headed(noisy, sigma)[1].argmax(1) == 3).all()
     assert not torch.allclose(net(noisy, sigma), cleaned)
-    with pytest.raises(UserError, match="the network reads 3 classes, the images have 10; expected as many"):
-        with_head(PooledUNet((8, 16), (4, 8), 3, 1), data, 0)
+    with pytest.raises(UserError, match="has a head for 3 classes, the data 10; expected as many"):
+        with_class_head(PooledUNet((8, 16), (4, 8), 3, 1), data, 0)
 
 
 class Identity(nn.Module):
@@ -197,15 +197,15 @@ def test_query_access_takes_surrogates_in_turn_and_never_the_target(
 ) -> None:
     target = Forbidden("digits", ClassifierSpec(digits.net, digits.input, digits.class_names, 10), 10)
     surrogates = [other_digits(1), other_digits(2), other_digits(3)]
-    guides = Guides(surrogates, target, surrogates=True)
-    assert [guides.at(i).name for i in range(5)] == ["other1", "other2", "other3", "other1", "other2"]  # type: ignore[union-attr]
-    run(data, tmp_path, Recipe("stability", epochs=0.2), guides=guides, validations=1)
+    frozen = FrozenClassifiers(surrogates, target, surrogates=True)
+    assert [frozen.at(i).name for i in range(5)] == ["other1", "other2", "other3", "other1", "other2"]  # type: ignore[union-attr]
+    run(data, tmp_path, Recipe("stability", epochs=0.2), frozen=frozen, validations=1)
     assert all(p.grad is None for p in target.parameters())
     card = read_denoiser(tmp_path / WEIGHTS).card
     assert card.access == "surrogates"
     assert digits.identity() not in [c["sha256"] for c in card.classifiers]
     with pytest.raises(UserError, match="surrogate 'digits' is the target itself"):
-        Guides([*surrogates, digits], target, surrogates=True)
+        FrozenClassifiers([*surrogates, digits], target, surrogates=True)
 
 
 def test_gradients_reach_the_denoiser_only(data: Any, digits: Classifier) -> None:
@@ -228,11 +228,11 @@ def test_gradients_reach_the_denoiser_only(data: Any, digits: Classifier) -> Non
 
 def test_a_killed_training_ends_with_the_same_weights(data: Any, digits: Classifier, tmp_path: Path) -> None:
     recipe = Recipe("mse+stability", (0.12, 0.5), epochs=0.7, optimizer="adam-then-sgd")
-    guides = Guides([digits])
-    whole = run(data, tmp_path / "whole", recipe, validations=4, guides=guides)
-    part = run(data, tmp_path / "parts", recipe, validations=4, checkpoint_seconds=0.0, stop_after=5, guides=guides)
+    frozen = FrozenClassifiers([digits])
+    whole = run(data, tmp_path / "whole", recipe, validations=4, frozen=frozen)
+    part = run(data, tmp_path / "parts", recipe, validations=4, checkpoint_seconds=0.0, stop_after=5, frozen=frozen)
     assert not part.finished
-    resumed = run(data, tmp_path / "parts", recipe, validations=4, checkpoint_seconds=0.0, guides=guides)
+    resumed = run(data, tmp_path / "parts", recipe, validations=4, checkpoint_seconds=0.0, frozen=frozen)
     assert resumed.finished
     assert resumed.steps == whole.steps
     a, b = (read_denoiser(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
@@ -241,7 +241,7 @@ def test_a_killed_training_ends_with_the_same_weights(data: Any, digits: Classif
     lines = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert lines == sorted(lines)
     with pytest.raises(UserError, match="holds another training"):
-        run(data, tmp_path / "parts", Recipe("mse", epochs=0.7), guides=guides)
+        run(data, tmp_path / "parts", Recipe("mse", epochs=0.7), frozen=frozen)
 
 
 def test_a_checkpoint_that_was_being_replaced_is_found(data: Any, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_full_disk_keeps_the_checkpoint(data: Any, tmp_path: Path, largest: in
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
     try:
-        with pytest.raises(RunFault, match=r"could not write to .*; the checkpoint of step 5 is kept, and the same"):
+        with pytest.raises(RunFault, match=r"could not write to .*; the checkpoint of step 5 is kept; run the same"):
             run(data, tmp_path, recipe, validations=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -284,7 +284,7 @@ def test_a_full_disk_keeps_the_checkpoint(data: Any, tmp_path: Path, largest: in
 
 def test_weights_that_are_no_numbers_never_become_a_checkpoint(data: Any, tmp_path: Path) -> None:
     recipe = Recipe(epochs=4, rate=1e38, optimizer="sgd", schedule="constant")
-    with pytest.raises(RunFault, match=r"weights are no numbers|the loss is (nan|inf)|held-out images give (nan|inf)"):
+    with pytest.raises(RunFault, match=r"weights are not finite|the loss is (nan|inf)|the held-out score is (nan|inf)"):
         run(data, tmp_path, recipe, validations=56, checkpoint_seconds=0.0)
     if (tmp_path / "checkpoint").exists():
         assert all(v.isfinite().all() for v in read_state_dict(tmp_path / "checkpoint" / "model.safetensors").values())
@@ -318,9 +318,9 @@ def test_another_image_size_does_not_go_on(data: Any, digits: Classifier, tmp_pa
 
 
 def test_one_driver_for_two_trainings(data: Any, tmp_path: Path) -> None:
-    conduct = Conduct(make_accelerator("cpu"), validations=1)
+    config = TrainerConfig(make_accelerator("cpu"), validations=1)
     for name, seed in (("a", 0), ("b", 1)):
-        train_denoiser("unet", data, Recipe(epochs=0.2, seed=seed), tmp_path / name, conduct, options=SMALL)
+        train_denoiser("unet", data, Recipe(epochs=0.2, seed=seed), tmp_path / name, config, options=SMALL)
         kept = read_state_dict(tmp_path / name / "checkpoint" / "model.safetensors")
         assert all(torch.equal(kept[k], v) for k, v in read_state_dict(tmp_path / name / WEIGHTS).items())
 
@@ -344,7 +344,7 @@ def test_folding_that_changes_a_classifier_is_left_out() -> None:
             return self.linear(self.bn2(self.conv(self.bn1(self.conv(x)))).mean((2, 3)))
 
     classifier = small_networks.classifier(small_networks.trained(Twice()))
-    (working,) = Guides([classifier]).working
+    (working,) = FrozenClassifiers([classifier]).working
     images = torch.rand(8, 3, 16, 16)
     assert torch.allclose(working.logits(images), classifier.logits(images), atol=1e-4)
 

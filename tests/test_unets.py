@@ -9,8 +9,7 @@ from torch import nn
 
 from certify.engine.execution import folded_copy
 from certify.errors import UserError
-from denoisers.pooled import PooledUNet
-from denoisers.unet import MEAN, SPREAD, UNet
+from denoisers.unet import MEAN, SPREAD, PooledUNet, UNet
 
 NETS = {
     "unet": lambda channels: UNet((8, 16), 1, channels),

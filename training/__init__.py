@@ -1,1 +1,1 @@
-"""Makes weights: classifiers and denoisers. A classifier under attack or certification stays frozen."""
+"""Training of denoisers and classifiers. A classifier under attack or certification stays frozen."""

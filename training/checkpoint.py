@@ -1,4 +1,4 @@
-"""What training leaves in its folder: checkpoints, metrics, the best figures so far; and its speed."""
+"""The output folder of a training: checkpoints, metrics and the best scores; and its throughput."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 _AVERAGE = "average.pt"
 Scores = dict[str, float]
-"""Figures on held-out images; ``score`` among them, less is better."""
+"""Figures on held-out images by name; ``score`` is among them, and lower is better."""
 
 
 class Meter:
-    """Loss and speed since the last report, and speed overall; pauses do not count."""
+    """Loss and throughput since the last report, and overall throughput; pauses do not count."""
 
     def __init__(self) -> None:
         self.begun = self.start = time.monotonic()
-        self.images = self.all = 0
+        self.images = self.total = 0
         self.losses: list[float] = []
 
     @property
@@ -42,35 +42,35 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Images a second overall."""
-        return self.all / max(1e-9, time.monotonic() - self.begun)
+        """Images per second overall."""
+        return self.total / max(1e-9, time.monotonic() - self.begun)
 
     def add(self, images: int, loss: float) -> None:
-        """One step."""
+        """Count one step."""
         self.images += images
-        self.all += images
+        self.total += images
         self.losses.append(loss)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that does not count."""
+        """Exclude the time of a block."""
         begun = time.monotonic()
         yield
         self.start += time.monotonic() - begun
         self.begun += time.monotonic() - begun
 
     def take(self) -> dict[str, float]:
-        """Mean loss and images a second since the last call."""
-        found = {"loss": sum(self.losses) / len(self.losses), "images_per_second": self.images / max(1e-9, self.since)}
+        """Return mean loss and images per second since the last call, and start anew."""
+        report = {"loss": sum(self.losses) / len(self.losses), "images_per_second": self.images / max(1e-9, self.since)}
         self.start, self.images, self.losses = time.monotonic(), 0, []
-        return found
+        return report
 
 
 def make_folder(out: str | Path) -> None:
-    """Make the folder of a training, unless it is there.
+    """Create the output folder if it is missing.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -79,29 +79,29 @@ def make_folder(out: str | Path) -> None:
 
 
 class Checkpoints:
-    """Step and best score, in ``out``: a checkpoint is written beside the old one and then takes its place.
+    """Step, best scores and checkpoint files of a training; a new checkpoint replaces the old one atomically.
 
     Args:
-        out: folder.
-        digest: of what must be the same for a training to go on.
-        driver: keeps the network, the optimizers and their states.
-        average: of the weights, or None; it is kept too.
-        guides: records of the frozen classifiers, which must be the same, too.
-        trust_identity: resume a checkpoint that cannot prove that they are.
+        out: output folder.
+        digest: hash of everything that must be equal for a training to be resumed.
+        accelerator: saves and loads the network, the optimizers and their states.
+        average: EMA of the weights to save with them, or None.
+        classifiers: records of the frozen classifiers, which must be equal too.
+        trust_identity: resume from a checkpoint that cannot prove that they are.
     """
 
     def __init__(
         self,
         out: Path,
         digest: str,
-        driver: Accelerator,
+        accelerator: Accelerator,
         average: nn.Module | None = None,
         *,
-        guides: Sequence[Mapping[str, Any]] = (),
+        classifiers: Sequence[Mapping[str, Any]] = (),
         trust_identity: bool = False,
     ) -> None:
-        self.out, self.digest, self.driver, self.average = out, digest, driver, average
-        self.guides, self.trust_identity = [dict(guide) for guide in guides], trust_identity
+        self.out, self.digest, self.accelerator, self.average = out, digest, accelerator, average
+        self.classifiers, self.trust_identity = [dict(record) for record in classifiers], trust_identity
         self.step = self.saved = self.best_step = 0
         self._written = time.monotonic()
         self.best: Scores = {}
@@ -109,47 +109,51 @@ class Checkpoints:
         self.metrics = out / "metrics.jsonl"
 
     def resume(self) -> None:
-        """Go on from the checkpoint, if there is one; lines of metrics after it are dropped."""
+        """Load the checkpoint, if there is one, and drop later lines of the metrics.
+
+        Raises:
+            UserError: the checkpoint is damaged, or that of another training.
+        """
         make_folder(self.out)
-        found = next((f for f in (self.folder, self.old) if (f / "state.json").is_file()), None)
-        if found is None:
+        folder = next((f for f in (self.folder, self.old) if (f / "state.json").is_file()), None)
+        if folder is None:
             self.metrics.unlink(missing_ok=True)
             return
         try:
-            state = json.loads((found / "state.json").read_text())
+            state = json.loads((folder / "state.json").read_text())
         except ValueError:
-            raise UserError(f"{found} is damaged; remove it to start again") from None
+            raise UserError(f"{folder} is damaged; remove it to start again") from None
         if state["digest"] != self.digest:
             raise UserError(
-                f"{self.out} holds another training (other options, data or classifiers); name another --out, or "
-                f"remove {found}"
+                f"{self.out} holds another training (other options, data or classifiers); use another --out, or "
+                f"remove {folder}"
             )
-        if any(FINGERPRINT in guide for guide in self.guides):
-            bare = [{k: v for k, v in guide.items() if k != FINGERPRINT} for guide in self.guides]
-            there, here = {"guides": state.get("guides", bare)}, {"guides": self.guides}
-            refuse_other_run(found, there, here, trust_identity=self.trust_identity)
-            self.guides = there["guides"]
+        if any(FINGERPRINT in record for record in self.classifiers):
+            bare = [{k: v for k, v in record.items() if k != FINGERPRINT} for record in self.classifiers]
+            there, here = {"guides": state.get("guides", bare)}, {"guides": self.classifiers}
+            refuse_other_run(folder, there, here, trust_identity=self.trust_identity)
+            self.classifiers = there["guides"]
         try:
-            self.driver.load_state(str(found))
+            self.accelerator.load_state(str(folder))
             if self.average is not None:
-                self.average.load_state_dict(torch.load(found / _AVERAGE, map_location="cpu", weights_only=True))
-        except Exception as error:  # of safetensors, pickle or zip
-            raise UserError(f"{found} is damaged ({first_line(error)}); remove it to start again") from error
+                self.average.load_state_dict(torch.load(folder / _AVERAGE, map_location="cpu", weights_only=True))
+        except Exception as error:  # of safetensors, pickle or zipfile
+            raise UserError(f"{folder} is damaged ({first_line(error)}); remove it to start again") from error
         self.step = self.saved = state["step"]
         self.best, self.best_step = state["best"], state["best_step"]
-        if self.driver.is_main_process and self.metrics.is_file():
+        if self.accelerator.is_main_process and self.metrics.is_file():
             lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= self.step]
-            with self._writing(), replacing(self.metrics) as beside:
-                beside.write_text("".join(line + "\n" for line in lines))
+            with self._writing(), replacing(self.metrics) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines))
 
     def save(self) -> None:
-        """Everything that is needed to go on."""
-        self.driver.wait_for_everyone()
+        """Write a checkpoint."""
+        self.accelerator.wait_for_everyone()
         with self._writing():
-            self.driver.save_state(str(self.new))
-            if self.driver.is_main_process:
+            self.accelerator.save_state(str(self.new))
+            if self.accelerator.is_main_process:
                 state = {"step": self.step, "best": self.best, "best_step": self.best_step, "digest": self.digest}
-                state["guides"] = self.guides
+                state["guides"] = self.classifiers
                 if self.average is not None:
                     torch.save(self.average.state_dict(), self.new / _AVERAGE)
                 (self.new / "state.json").write_text(json.dumps(state))
@@ -159,55 +163,58 @@ class Checkpoints:
                 os.replace(self.new, self.folder)
                 shutil.rmtree(self.old, ignore_errors=True)
         self.saved, self._written = self.step, time.monotonic()
-        self.driver.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
     def due(self, seconds: float) -> bool:
-        """Whether the last checkpoint is older; of several processes the first one's clock decides, for all of them."""
+        """True if the last checkpoint is older than this; the first process decides for all."""
         old = time.monotonic() - self._written > seconds
-        if self.driver.num_processes == 1:
+        if self.accelerator.num_processes == 1:
             return old
         from accelerate.utils import broadcast_object_list
 
         return bool(broadcast_object_list([old])[0])
 
-    def judge(self, scores: Scores, keep: Callable[[Scores, int], None]) -> None:
-        """Log figures on held-out images, and keep the weights if they are the best so far."""
+    def judge(self, scores: Scores, save_weights: Callable[[Scores, int], None]) -> None:
+        """Log scores on held-out images, and save the weights if they are the best so far.
+
+        Raises:
+            RunFault: the score is not finite.
+        """
         self.log({"held_out": scores})
         if not math.isfinite(scores["score"]):
-            raise RunFault(
-                f"held-out images give {scores['score']} at step {self.step}: stopped (try a smaller --rate)"
-            )
+            raise RunFault(f"the held-out score is {scores['score']} at step {self.step}: stopped (try a lower --rate)")
         if scores["score"] < self.best.get("score", float("inf")):
             self.best, self.best_step = scores, self.step
-            if self.driver.is_main_process:
+            if self.accelerator.is_main_process:
                 with self._writing():
-                    keep(scores, self.step)
+                    save_weights(scores, self.step)
 
     def log(self, values: dict[str, Any]) -> None:
-        """One line of metrics, flushed, and the same for TensorBoard."""
+        """Append a line to the metrics, and log the same to TensorBoard."""
         flat = {f"held_out/{k}": v for k, v in values["held_out"].items()} if "held_out" in values else values
         with self._writing():
-            if self.driver.is_main_process:
+            if self.accelerator.is_main_process:
                 with self.metrics.open("a") as file:
                     file.write(json.dumps({"step": self.step, **values}) + "\n")
-            self.driver.log(flat, step=self.step)
+            self.accelerator.log(flat, step=self.step)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """A full disk, in whosever words, stops the training and says what was kept."""
+        """Turn write errors, such as a full disk, into a RunFault that names the last checkpoint."""
         from safetensors import SafetensorError
 
         try:
             yield
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
             kept = "there is no checkpoint yet"
             if self.saved:
-                kept = f"the checkpoint of step {self.saved} is kept, and the same command goes on from it"
+                kept = f"the checkpoint of step {self.saved} is kept; run the same command to resume"
             raise RunFault(f"could not write to {self.out}: {first_line(error)}; {kept}") from error
 
 
 def _step_of(line: str) -> int:
+    """Return the step of a line of metrics; of a torn line, a number above all steps."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 1 << 62  # torn
+        return 1 << 62

@@ -1,7 +1,13 @@
-"""Classifier training in the same loop: under noise (Cohen et al. 2019), the baseline that may retrain, or on JPEG."""
+"""Train classifiers in the same loop: under noise (Cohen et al. 2019, the baseline that may retrain), or on JPEG.
+
+Training on JPEG-coded images makes members of the JPEG ensemble. The idea, compression as augmentation with one
+classifier per level, is that of Zhang and Gao (2021, arXiv 2106.13394); shares, rates and levels are ours.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +19,23 @@ from certify.models import resolve as hub
 from certify.models.classifier import ClassifierSpec
 from certify.models.pipeline import state_digest
 from certify.runs.config import versions
+from denoisers.jpeg import Codec, jpeg
+from denoisers.quantisation import QUALITIES, read_tables
 from denoisers.weights import write_weights
 from training.checkpoint import Scores
 from training.data import TrainingData
-from training.frozen_classifiers import Guides
-from training.held_out import classifier_scores
-from training.jpeg_noise import coded_scores
-from training.loop import Conduct, Outcome, train
+from training.frozen_classifiers import FrozenClassifiers
+from training.held_out import classifier_scores, noisy_scores
+from training.loop import TrainerConfig, TrainingResult, train
+from training.losses import Draw, Objective, Prepared, check_labels, classification
 from training.recipe import Recipe
 
 WEIGHTS = "classifier.safetensors"
+MIXED = "mixed"
 
 
 class Normalised(nn.Module):
-    """A network with its normalisation in front: noisy images in [0, 1] plus noise to logits."""
+    """A network with its normalisation in front: images in [0, 1] to logits."""
 
     mean: Tensor
     std: Tensor
@@ -37,17 +46,17 @@ class Normalised(nn.Module):
         self.register_buffer("mean", torch.tensor(spec.input.mean or (0.0,)).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.input.std or (1.0,)).view(-1, 1, 1), persistent=False)
 
-    def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """Logits ``(B, K)``; the level is not used."""
-        scores: Tensor = self.net((noisy - self.mean) / self.std)
+    def forward(self, images: Tensor, sigma: Tensor) -> Tensor:
+        """Return logits ``(B, K)``; ``sigma`` is not used."""
+        scores: Tensor = self.net((images - self.mean) / self.std)
         return scores
 
 
 def architecture(model: str, num_classes: int | None = None, weights: str = hub.UNTRAINED) -> ClassifierSpec:
-    """An architecture with fresh weights, or those of a checkpoint to start from.
+    """Build an architecture with new weights, or those of a checkpoint.
 
     Raises:
-        UserError: no architecture that can be trained, or a checkpoint that does not fit.
+        UserError: not an architecture that can be trained, or a checkpoint that does not fit.
     """
     source = hub.find_source(model, weights)
     if source.kind not in ("built-in", "timm", "torchvision"):
@@ -58,27 +67,23 @@ def architecture(model: str, num_classes: int | None = None, weights: str = hub.
 
 
 def train_classifier(
-    model: str, spec: ClassifierSpec, data: TrainingData, recipe: Recipe, out: str | Path, conduct: Conduct
-) -> Outcome:
-    """Train a classifier under noise (or without: sigma 0), or on coded images; to ``out/classifier.safetensors``.
+    model: str, spec: ClassifierSpec, data: TrainingData, recipe: Recipe, out: str | Path, config: TrainerConfig
+) -> TrainingResult:
+    """Train a classifier under noise (sigma 0: without) or on coded images, and save ``out/classifier.safetensors``.
 
-    It is read by ``--model MODEL --weights FILE``. See :func:`training.denoiser.train_denoiser` for the arguments. The
-    card of one that starts from a checkpoint says which, and what its figures were before.
+    Load it by ``--model MODEL --weights FILE``. If it starts from a checkpoint, the card names it with its scores. See
+    :func:`training.denoiser.train_denoiser` for the arguments.
 
     Raises:
-        UserError: another objective, no labels, or a single class.
+        UserError: an objective for denoisers, or no labels of at least two classes.
     """
     objective = recipe.objectives[0]
     if not objective.for_classifiers:
         raise UserError(
             f"--train-classifier with --objective {recipe.objective}: expected classification or jpeg-noise"
         )
-    if data.labels is None or len(data.labels.unique()) < 2:
-        raise UserError(
-            f"{data.about['name']} has no labels of at least two classes; a classifier needs them: --data DIR with a "
-            "folder a class, or an .npz with x and y"
-        )
-    net = Normalised(spec).requires_grad_(True).to(conduct.driver.device)
+    check_labels(data, recipe.objective)
+    net = Normalised(spec).requires_grad_(True).to(config.accelerator.device)
     start: dict[str, Any] | None = (
         None if spec.weights == hub.UNTRAINED else {"weights": spec.weights, "sha256": state_digest(net.net)}
     )
@@ -86,7 +91,7 @@ def train_classifier(
     levels = recipe.levels.checked()
 
     def validate() -> Scores:
-        return coded_scores(net, data, codecs) if codecs else classifier_scores(net, data, levels)
+        return coded_scores(net, data, codecs) if codecs else noisy_scores(net, data, levels)
 
     records = [codec.describe() for codec in codecs]
     identity = model if start is None and not records else [model, dict(start or {}), records]
@@ -98,13 +103,80 @@ def train_classifier(
         "started_from": start,
         "codecs": records,
         "data": data.about,
-        "training": {**recipe.describe(), "precision": conduct.precision},
-        "command": conduct.command,
+        "training": {**recipe.describe(), "precision": config.precision},
+        "command": config.command,
         "versions": versions(),
-        "licence": conduct.licence,
+        "licence": config.licence,
     }
 
-    def keep(scores: Scores, step: int) -> None:
+    def save_weights(scores: Scores, step: int) -> None:
         write_weights(Path(out) / WEIGHTS, net.net, {**card, "validation": scores, "chosen_at_step": step})
 
-    return train(net, data, recipe, Guides([]), out, conduct, identity=identity, validate=validate, keep=keep)
+    none = FrozenClassifiers([])
+    return train(net, data, recipe, none, out, config, identity=identity, validate=validate, save_weights=save_weights)
+
+
+def jpeg_noise(
+    level: int | str = 75,
+    tables: str | None = None,
+    table: str | None = None,
+    subsampling: int = 444,
+    share: float = 0.8,
+) -> Objective:
+    """Cross-entropy of the network itself on JPEG-coded images.
+
+    Args:
+        level: nominal quality, or ``mixed``: a random one for each image.
+        tables: a file written by ``python -m training.coefficients``; None: the standard tables.
+        table: kind of the tables, see :func:`denoisers.jpeg.jpeg`.
+        subsampling: 444 or 420.
+        share: of the images that are coded; the others stay clean.
+
+    Raises:
+        UserError: no such level, table or file, or a share out of range.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"--set share={share}: expected a share of the images above 0, at most 1")
+    codecs = make_codecs(level, tables, table, subsampling)
+    return Objective(
+        classification,
+        classifier=False,
+        labels=True,
+        noise=False,
+        prepare=functools.partial(code, codecs=codecs, share=share),
+        for_classifiers=True,
+        for_denoisers=False,
+        codecs=codecs,
+    )
+
+
+def make_codecs(
+    level: int | str = 75, tables: str | None = None, table: str | None = None, subsampling: int = 444
+) -> tuple[Codec, ...]:
+    """Build the codec of a level, or one for each level for ``mixed``; see :func:`jpeg_noise`."""
+    if type(level) is not int and level != MIXED:
+        raise UserError(f"--set level={level}: expected a nominal quality such as 75, or {MIXED}")
+    if not isinstance(tables, str | None):
+        raise UserError(f"--set tables={tables}: expected a file of `python -m training.coefficients`")
+    levels: Sequence[int] = QUALITIES if tables is None else read_tables(tables).levels(table or "nn")
+    return tuple(jpeg(q, subsampling, table, tables) for q in (levels if level == MIXED else [int(level)]))
+
+
+def code(draw: Draw, codecs: tuple[Codec, ...], share: float) -> Prepared:
+    """Code each image with probability ``share``, by one of the codecs at random."""
+    count = len(draw.clean)
+    which = torch.randint(len(codecs), (count,), generator=draw.generator)
+    which[torch.rand(count, generator=draw.generator) >= share] = -1
+    images = draw.clean.clone()
+    for i, codec in enumerate(codecs):
+        mine = (which == i).nonzero().flatten().to(images.device)
+        if len(mine):
+            images[mine] = codec.to(images.device)(draw.clean[mine])
+    return Prepared((images, draw.sigma), draw.clean)
+
+
+def coded_scores(net: nn.Module, data: TrainingData, codecs: Sequence[Codec]) -> Scores:
+    """Compute ``score`` and ``accuracy@qLEVEL`` on coded held-out images, and ``accuracy@clean``."""
+    transforms = {f"q{c.quality}": lambda clean, _, c=c: c.to(clean.device)(clean) for c in codecs}
+    clean = classifier_scores(net, data, {"clean": lambda clean, _: clean})
+    return {**clean, **classifier_scores(net, data, transforms)}

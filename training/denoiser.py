@@ -1,4 +1,4 @@
-"""From a recipe to a denoiser's file with its card."""
+"""Train a denoiser by a recipe, and save its weights with their card."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from denoisers.names import build_with
 from denoisers.weights import ACCESS, UNNAMED, Card, Trained, save_denoiser
 from training.checkpoint import Scores
 from training.data import TrainingData
-from training.frozen_classifiers import Guides
-from training.held_out import scores_to_choose_by
-from training.loop import Conduct, Outcome, train
+from training.frozen_classifiers import FrozenClassifiers
+from training.held_out import selection_scores
+from training.loop import TrainerConfig, TrainingResult, train
+from training.losses import check_labels
 from training.recipe import Recipe
 
 WEIGHTS = f"{UNNAMED}.safetensors"
@@ -35,80 +36,46 @@ def train_denoiser(
     data: TrainingData,
     recipe: Recipe,
     out: str | Path,
-    conduct: Conduct,
+    config: TrainerConfig,
     *,
-    guides: Guides | None = None,
-    watched_by: Sequence[Classifier] = (),
+    classifiers: FrozenClassifiers | None = None,
+    evaluators: Sequence[Classifier] = (),
     options: dict[str, Any] | None = None,
     init: str | None = None,
     stored: str = "float32",
     trust_code: bool = False,
-) -> Outcome:
-    """Train a denoiser; the best weights on held-out images go to ``out/denoiser.safetensors``.
+) -> TrainingResult:
+    """Train a denoiser, and save the weights with the best held-out score to ``out/denoiser.safetensors``.
 
     Args:
-        architecture: a name of ``ARCHITECTURES``.
+        architecture: a name in ``ARCHITECTURES``.
         data: training images.
-        recipe: objective, levels, optimizer, seed.
+        recipe: objective, noise levels, optimizer, seed.
         out: folder for weights, checkpoint and metrics.
-        conduct: device, checkpoints, progress, what the card says of command and licence.
-        guides: the frozen classifiers that the objective needs.
-        watched_by: classifiers that held-out accuracy is measured with, where the objective needs none.
+        config: device, checkpoints, progress, command and licence for the card.
+        classifiers: frozen classifiers for the objective.
+        evaluators: classifiers for held-out accuracy, if the objective needs none.
         options: of the architecture.
-        init: a denoiser to start from, of the same architecture.
-        stored: type of the stored numbers: ``float32``, or ``float16`` for half the size.
-        trust_code: run the program in a TorchScript file that ``init`` names.
+        init: a denoiser of the same architecture to start from.
+        stored: type of the saved numbers: ``float32``, or ``float16`` for half the size.
+        trust_code: run the program in a TorchScript file named by ``init``.
 
     Raises:
-        UserError: an objective without the classifier or labels it needs; an ``init`` that does not fit.
-        RunFault: the loss is no number any more.
+        UserError: the objective lacks a classifier or labels, or ``init`` does not fit.
+        RunFault: the loss is not finite, or the disk is full.
     """
-    guides = guides or Guides([])
-    check_needs(recipe, data, guides)
-    net, before = build(architecture, data.image, recipe.seed, options, init, trust_code=trust_code)
+    classifiers = classifiers or FrozenClassifiers([])
+    check_objective(recipe, len(classifiers))
+    objective = recipe.objectives[-1]
+    if any(one.labels for one in recipe.objectives):
+        check_labels(data, recipe.objective)
+    net, start = build(architecture, data.image, recipe.seed, options, init, trust_code=trust_code)
+    if not objective.accepts(net):
+        raise UserError(f"--objective {recipe.objective} needs {objective.network}, not {type(net).__name__}")
     freeze_but(net, recipe.only)
-    card = _card(architecture, options, data, recipe, conduct, guides, before)
-    for judge in watched_by:
-        judge.to(conduct.driver.device)
-    judges = guides.working or list(watched_by)
-    wrap = recipe.objectives[-1].wrap
-    whole = net if wrap is None else wrap(net, data, recipe.seed)
-
-    def keep(scores: Scores, step: int) -> None:
-        shaped = {**card.training, "chosen_at_step": step, "of_steps": recipe.steps(len(data.train))}
-        save_denoiser(Path(out) / WEIGHTS, net, replace(card, training=shaped, validation=scores, stored=stored))
-
-    outcome = train(
-        whole,
-        data,
-        recipe,
-        guides,
-        out,
-        conduct,
-        identity=[architecture, options, before],
-        validate=lambda: scores_to_choose_by(net, whole, data, recipe, guides, judges),
-        keep=keep,
-    )
-    if outcome.finished and not (Path(out) / WEIGHTS).is_file():
-        raise RunFault(f"{out} holds a finished training without its weights; remove its checkpoint to train again")
-    if not guides.unchanged():
-        raise AssertionError("a frozen classifier changed while the denoiser was trained")
-    return outcome
-
-
-def _card(
-    architecture: str,
-    options: dict[str, Any] | None,
-    data: TrainingData,
-    recipe: Recipe,
-    conduct: Conduct,
-    guides: Guides,
-    before: dict[str, Any] | None,
-) -> Card:
-    """What a card can say before training."""
-    last = recipe.objectives[-1]
-    access, classifiers = lineage(guides.access if last.gradients or not len(guides) else "queries", guides, before)
-    return Card(
+    by_queries = len(classifiers) and not objective.gradients
+    access, lineage = merge_lineage("queries" if by_queries else classifiers.access, classifiers, start)
+    card = Card(
         architecture=architecture,
         options=options or {},
         image=data.image,
@@ -116,56 +83,72 @@ def _card(
         continuous=recipe.continuous,
         objective=recipe.objective,
         access=access,
-        classifiers=classifiers,
+        classifiers=lineage,
         data=data.about,
-        training={**recipe.describe(), "precision": conduct.precision},
-        started_from=before,
-        command=conduct.command,
+        training={**recipe.describe(), "precision": config.precision},
+        started_from=start,
+        command=config.command,
         versions=versions(),
-        licence=conduct.licence,
-        purifier=last.purifier,
+        licence=config.licence,
+        stored=stored,
+        purifier=objective.purifier,
     )
+    for classifier in evaluators:
+        classifier.to(config.accelerator.device)
+    evaluators = classifiers.working or list(evaluators)
+    trained = net if objective.wrap is None else objective.wrap(net, data, recipe.seed)
+
+    def save_weights(scores: Scores, step: int) -> None:
+        training = {**card.training, "chosen_at_step": step, "of_steps": recipe.steps(len(data.train))}
+        save_denoiser(Path(out) / WEIGHTS, net, replace(card, training=training, validation=scores))
+
+    result = train(
+        trained,
+        data,
+        recipe,
+        classifiers,
+        out,
+        config,
+        identity=[architecture, options, start],
+        validate=lambda: selection_scores(net, trained, data, recipe, classifiers, evaluators),
+        save_weights=save_weights,
+    )
+    if result.finished and not (Path(out) / WEIGHTS).is_file():
+        raise RunFault(f"{out} holds a finished training without its weights; remove its checkpoint to train again")
+    if not classifiers.unchanged():
+        raise AssertionError("a frozen classifier changed during training")
+    return result
 
 
-def check_guided(recipe: Recipe, guides: int) -> None:
-    """Refuse an objective that is not for denoisers, or that needs a classifier, if there are none."""
+def check_objective(recipe: Recipe, classifiers: int) -> None:
+    """Refuse an objective that is not for denoisers, or that needs a classifier if there are none.
+
+    Raises:
+        UserError: with the option that is missing.
+    """
     for objective in recipe.objectives:
         if not objective.for_denoisers:
-            raise UserError(
-                f"--objective {recipe.objective} trains a classifier, no denoiser; write --train-classifier MODEL"
-            )
-        if objective.classifier and not guides:
+            raise UserError(f"--objective {recipe.objective} trains a classifier; write --train-classifier MODEL")
+        if objective.classifier and not classifiers:
             raise UserError(
                 f"--objective {recipe.objective} needs a frozen classifier: --classifier M, or --surrogate M for query "
                 "access (mse needs none)"
             )
 
 
-def check_needs(recipe: Recipe, data: TrainingData, guides: Guides) -> None:
-    """Refuse an objective that is not for denoisers, or whose classifier, labels or classes are missing."""
-    check_guided(recipe, len(guides))
-    for objective in recipe.objectives:
-        if objective.labels and (data.labels is None or len(data.labels.unique()) < 2):
-            has = "has none" if data.labels is None else "holds one class only"
-            raise UserError(
-                f"--objective {recipe.objective} needs labels of at least two classes, and {data.about['name']} {has}; "
-                "write --data DIR with a folder a class, or --objective stability or mse, which need no labels"
-            )
-
-
 def freeze_but(net: nn.Module, only: Sequence[str]) -> None:
-    """Leave only parameters trainable whose names begin with one of these; all, where there are none.
+    """Freeze all parameters but those below the named parts; without names, freeze none.
 
     Raises:
-        UserError: a beginning that fits no parameter.
+        UserError: a name that fits no parameter.
     """
     names = [name for name, _ in net.named_parameters()]
-    chosen = {part: {name for name in names if f"{name}.".startswith(f"{part}.")} for part in only}
-    for part, found in chosen.items():
-        if not found:
-            parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
-            raise UserError(f"--train-only {part}: the network has no such part; expected some of {parts}")
-    trained = set().union(*chosen.values()) if only else set(names)
+    parts = {part: {name for name in names if f"{name}.".startswith(f"{part}.")} for part in only}
+    for part, matches in parts.items():
+        if not matches:
+            known = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+            raise UserError(f"--train-only {part}: the network has no such part; expected some of {known}")
+    trained = set().union(*parts.values()) if only else set(names)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in trained)
 
@@ -179,9 +162,12 @@ def build(
     *,
     trust_code: bool = False,
 ) -> tuple[nn.Module, dict[str, Any] | None]:
-    """An untrained network, or one with the weights of ``init``; and what the card says about those.
+    """Build a network, with the weights of ``init`` if given, and describe these weights for the card.
 
-    Weights of the same architecture may lack parts that ``options`` add; a warning names them.
+    ``init`` may lack parts that ``options`` add, if it has a card for the same architecture; a warning names them.
+
+    Raises:
+        UserError: options or weights that do not fit.
     """
     torch.manual_seed(seed)
     builder = ARCHITECTURES.get(architecture)
@@ -194,12 +180,12 @@ def build(
         missing, unexpected = net.load_state_dict(inner.state_dict(), strict=False)
     except (RuntimeError, AttributeError):
         missing, unexpected = [], [init]
-    own = isinstance(start, Trained) and start.card.architecture == architecture  # parts that it lacks may be new
-    if unexpected or (missing and not own):
+    may_lack = isinstance(start, Trained) and start.card.architecture == architecture
+    if unexpected or (missing and not may_lack):
         raise UserError(f"--init {init} is not a {architecture} with these options; expected the same one") from None
     if missing:
         parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in missing))
-        warnings.warn(f"--init {init} lacks {parts}: new there, from seed {seed}", stacklevel=2)
+        warnings.warn(f"--init {init} lacks {parts}; initialised from seed {seed}", stacklevel=2)
     if not isinstance(start, Trained):
         return net, {"name": init, "sha256": state_digest(net), "access": "none", "classifiers": []}
     card = start.card
@@ -207,17 +193,19 @@ def build(
     return net, {**about, "classifiers": list(card.classifiers), **({"new": sorted(missing)} if missing else {})}
 
 
-def lineage(access: str, guides: Guides, before: dict[str, Any] | None) -> tuple[str, tuple[dict[str, Any], ...]]:
-    """The access and the classifiers of a card: those of this training, and of the weights it starts from.
+def merge_lineage(
+    access: str, classifiers: FrozenClassifiers, start: dict[str, Any] | None
+) -> tuple[str, tuple[dict[str, Any], ...]]:
+    """Combine access and classifiers of this training with those of the weights it starts from.
 
     Raises:
-        UserError: weights that were made with the target itself, as a start for query access to it.
+        UserError: query access to a target that the initial weights were trained with.
     """
-    own = guides.describe()
-    earlier = list(before["classifiers"]) if before else []
-    if guides.target is not None and any(c.get("sha256") == guides.target for c in earlier):
+    own = classifiers.describe()
+    earlier = list(start["classifiers"]) if start else []
+    if classifiers.target is not None and any(c.get("sha256") == classifiers.target for c in earlier):
         raise UserError(
             "--init was trained with the target itself, which query access excludes; start from other weights"
         )
-    strongest = max(access, before["access"] if before else "none", key=ACCESS.index)
+    strongest = max(access, start["access"] if start else "none", key=ACCESS.index)
     return strongest, (*own, *(c for c in earlier if c not in own))

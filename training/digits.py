@@ -2,8 +2,8 @@
 
     python -m training.digits --seed 0 --out certify/models/data/digits.safetensors
 
-Plain training without noise on scikit-learn's first 1,297 digits: the default demonstrates what smoothing does for a
-classifier that nobody made robust. The last 500 digits are used once, for the accuracy on the card.
+Plain training without noise on scikit-learn's first 1,297 digits: the default model shows the effect of smoothing on a
+classifier that was not made robust. The last 500 digits are used once, for the accuracy on the card.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ EPOCHS, BATCH, PEAK_RATE = 60, 64, 5e-3
 
 
 def train(seed: int) -> tuple[nn.Module, float]:
-    """The trained net and its accuracy on the 500 digits that were held out."""
+    """Return the trained network and its accuracy on the 500 held-out digits."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = torch.tensor(found.images / 16.0, dtype=torch.float32)[:, None]
-    labels = torch.tensor(found.target)
+    digits = load_digits()
+    images = torch.tensor(digits.images / 16.0, dtype=torch.float32)[:, None]
+    labels = torch.tensor(digits.target)
     x, y = images[:TRAIN_IMAGES], labels[:TRAIN_IMAGES]
 
     torch.manual_seed(seed)
@@ -46,7 +46,7 @@ def train(seed: int) -> tuple[nn.Module, float]:
 
 
 def main() -> None:
-    """Train, and write the weights with their card."""
+    """Run the command: train, and save the weights with their card."""
     from safetensors.torch import save_file
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,7 +1,7 @@
-"""The one training loop: a network from clean + noise to images or logits, checkpointed, resumed to the same result.
+"""The training loop: one network from noisy images to images or logits, with checkpoints and exact resumption.
 
-accelerate drives devices, mixed precision and several processes; everything random comes from (seed, step), so that a
-training that was killed and goes on ends with the weights it would have had.
+accelerate handles devices, mixed precision and several processes. All random numbers are keyed by (seed, step), so that
+a training that was killed and resumed ends with the same weights as one that was not.
 """
 
 from __future__ import annotations
@@ -21,38 +21,37 @@ from torch.optim.swa_utils import AveragedModel
 from certify.errors import RunFault, UserError, first_line
 from certify.models.classifier import Classifier
 from certify.smoothing.rng import block_generator, stream_key
-from training.average import averaged, make_average
 from training.checkpoint import Checkpoints, Meter, Scores, make_folder
 from training.data import TrainingData, augment
-from training.frozen_classifiers import Guides
+from training.frozen_classifiers import FrozenClassifiers
 from training.losses import Batch, Draw, Prepared
-from training.muon import Muon
+from training.optimizers import averaged, make_average, make_optimizers
 from training.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _LOG_SECONDS = 5.0
-_MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our names, accelerate's
+_MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our names -> accelerate's
 
 
 @dataclass(frozen=True)
-class Conduct:
-    """How a training is conducted.
+class TrainerConfig:
+    """Settings of a training that do not define its result.
 
     Attributes:
-        driver: of :func:`make_accelerator`.
-        compile: whether the network is compiled.
-        validations: how often the held-out images are looked at; the best of so many is kept.
-        checkpoint_seconds: between checkpoints.
-        stop_after: stop after so many steps of this call, as if killed there; None: to the end.
-        progress: told images done since the last call, and the loss.
-        command: what was typed, for the card.
+        accelerator: from :func:`make_accelerator`.
+        compile: compile the network.
+        validations: number of validations on held-out images; the best weights among them are kept.
+        checkpoint_seconds: time between checkpoints.
+        stop_after: stop after this many steps of this call, as if killed; None: train to the end.
+        progress: called with the number of images since the last call, and the loss.
+        command: command line, for the card.
         licence: of the weights, for the card.
-        trust_identity: resume a checkpoint that cannot prove that its Python classifiers are still the same.
+        trust_identity: resume from a checkpoint that cannot prove that its Python classifiers are still the same.
     """
 
-    driver: Accelerator
+    accelerator: Accelerator
     compile: bool = False
     validations: int = 20
     checkpoint_seconds: float = 120.0
@@ -64,20 +63,20 @@ class Conduct:
 
     @property
     def precision(self) -> str:
-        """The driver's arithmetic, as :func:`make_accelerator` calls it."""
-        return next(name for name, mixed in _MIXED.items() if mixed == self.driver.mixed_precision)
+        """The accelerator's precision, as :func:`make_accelerator` names it."""
+        return next(name for name, mixed in _MIXED.items() if mixed == self.accelerator.mixed_precision)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What training came to.
+class TrainingResult:
+    """Result of a training.
 
     Attributes:
-        steps: done in all.
-        finished: whether that is all of them.
-        best: the figures of the chosen weights.
-        best_step: when they were reached.
-        images_per_second: of this call, validation left out.
+        steps: steps done, including those before a resumption.
+        finished: True if all steps are done.
+        best: held-out scores of the weights that were kept.
+        best_step: the step of these weights.
+        images_per_second: throughput of this call without validation.
     """
 
     steps: int
@@ -88,19 +87,19 @@ class Outcome:
 
 
 def make_accelerator(device: str = "auto", precision: str = "float32", out: str | Path | None = None) -> Accelerator:
-    """The driver from accelerate, with TensorBoard where it is installed.
+    """Build accelerate's driver, with TensorBoard if it is installed.
 
     Args:
-        device: ``auto`` or ``cuda``: an accelerator where there is one; ``cpu``.
-        precision: ``float32``, ``bfloat16``, ``float16``.
-        out: folder of the TensorBoard files, or None for none.
+        device: ``auto`` or ``cuda``: an accelerator if there is one; ``cpu``.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
+        out: folder for TensorBoard, or None.
 
     Raises:
-        UserError: accelerate is not installed; half precision on a processor, which has no scaling of gradients; a
-            folder that cannot be made.
+        UserError: accelerate is not installed; float16 on a CPU, which has no gradient scaling; ``out`` cannot be
+            created.
     """
     if precision == "float16" and (device == "cpu" or not torch.cuda.is_available()):
-        raise UserError("--precision float16 needs an accelerator; expected float32 or bfloat16 on a processor")
+        raise UserError("--precision float16 needs an accelerator; expected float32 or bfloat16 on a CPU")
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
@@ -110,192 +109,182 @@ def make_accelerator(device: str = "auto", precision: str = "float32", out: str 
     mixed = _MIXED[precision]
     log = "tensorboard" if out is not None and is_tensorboard_available() else None
     if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
-        AcceleratorState._reset_state()  # one state for the process: the training before this one had its own precision
-    driver = Accelerator(cpu=device == "cpu", mixed_precision=mixed, log_with=log, project_dir=str(out or "."))
+        AcceleratorState._reset_state()  # it is global, and an earlier training had another precision
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed, log_with=log, project_dir=str(out or "."))
     if log:
         make_folder(str(out))
-    return driver
+    return accelerator
 
 
 def train(
     net: nn.Module,
     data: TrainingData,
     recipe: Recipe,
-    guides: Guides,
+    classifiers: FrozenClassifiers,
     out: str | Path,
-    conduct: Conduct,
+    config: TrainerConfig,
     *,
     identity: Any,
     validate: Callable[[], Scores],
-    keep: Callable[[Scores, int], None],
-) -> Outcome:
-    """Train ``net`` in place, from the checkpoint in ``out`` if there is one.
+    save_weights: Callable[[Scores, int], None],
+) -> TrainingResult:
+    """Train a network in place, from the checkpoint in ``out`` if there is one.
 
     Args:
-        net: ``forward(noisy, sigma)`` to images, or to logits.
-        data: the images.
-        recipe: how.
-        guides: the frozen classifiers; empty where the objective needs none.
+        net: ``forward(noisy, sigma)`` to images or logits.
+        data: training images.
+        recipe: objective, noise levels, optimizer, seed.
+        classifiers: frozen classifiers for the objective; may be empty.
         out: folder for ``checkpoint/`` and ``metrics.jsonl``.
-        conduct: device, checkpoints, progress.
-        identity: what the network is and starts from, as JSON; another one does not go on from this checkpoint.
-        validate: the figures on held-out images of ``net``, then in evaluation mode; ``score`` among them, less is
-            better.
-        keep: called with the figures and the step whenever the score is the best; it writes the weights of ``net``.
+        config: device, checkpoints, progress.
+        identity: architecture and initial weights of the network, as JSON; a checkpoint of another one is refused.
+        validate: computes the scores of ``net``, in evaluation mode, on held-out images.
+        save_weights: called with scores and step whenever the score is the best so far.
 
     Raises:
-        UserError: a checkpoint of another training in ``out``.
-        RunFault: the loss is no number any more, or the disk is full; says what was kept.
+        UserError: ``out`` holds a checkpoint of another training.
+        RunFault: loss or weights are not finite, or the disk is full; the message names the last checkpoint.
     """
-    driver = conduct.driver
-    model, optimizers, average = _ready(net, data, recipe, guides, conduct)
-    digest = recipe.digest(
-        identity, data.image, data.about, conduct.validations, guides.describe(), driver.num_processes
-    )
-    state = Checkpoints(
-        Path(out), digest, driver, average, guides=guides.records(), trust_identity=conduct.trust_identity
-    )
+    accelerator = config.accelerator
+    model, optimizers, average = _prepare(net, data, recipe, classifiers, config)
+    processes = accelerator.num_processes
+    digest = recipe.digest(identity, data.image, data.about, config.validations, classifiers.describe(), processes)
+    records, trust = classifiers.records(), config.trust_identity
+    state = Checkpoints(Path(out), digest, accelerator, average, classifiers=records, trust_identity=trust)
     state.resume()
-    if driver.log_with:
-        driver.init_trackers("tensorboard")
+    if accelerator.log_with:
+        accelerator.init_trackers("tensorboard")
     steps, start, meter = recipe.steps(len(data.train)), state.step, Meter()
-    every = max(1, steps // conduct.validations)
-    conduct.progress(start * recipe.batch_size, float("nan"))
-    while state.step < steps and (conduct.stop_after is None or state.step - start < conduct.stop_after):
+    interval = max(1, steps // config.validations)
+    config.progress(start * recipe.batch_size, float("nan"))
+    while state.step < steps and (config.stop_after is None or state.step - start < config.stop_after):
         model.train()
-        _rest_frozen(net)
-        loss = _step(model, optimizers, data, recipe, guides, state.step, steps, driver)
+        _freeze_batch_norms(net)
+        loss = train_step(model, optimizers, data, recipe, classifiers, state.step, steps, accelerator)
         if not math.isfinite(loss):
-            raise _no_number(f"the loss is {loss}", state, steps)
+            raise _diverged(f"the loss is {loss}", state, steps)
         if average is not None:
             average.update_parameters(net)
         state.step += 1
         meter.add(recipe.batch_size, loss)
-        conduct.progress(recipe.batch_size, loss)
-        look = state.step == steps or state.step % every == 0
-        if look or meter.since >= _LOG_SECONDS:
+        config.progress(recipe.batch_size, loss)
+        validating = state.step == steps or state.step % interval == 0
+        if validating or meter.since >= _LOG_SECONDS:
             rate = recipe.rate_at(state.step - 1, steps)
             state.log({"images": state.step * recipe.batch_size, **meter.take(), "rate": rate})
-        if look or state.due(conduct.checkpoint_seconds):
+        if validating or state.due(config.checkpoint_seconds):
             if not all(v.isfinite().all() for v in net.state_dict().values()):
-                raise _no_number("the weights are no numbers any more", state, steps)
-            if look:
+                raise _diverged("weights are not finite", state, steps)
+            if validating:
                 with meter.paused(), averaged(net, average):
                     model.eval()
-                    state.judge(validate(), keep)
+                    state.judge(validate(), save_weights)
             state.save()
-    driver.end_training()
-    return Outcome(state.step, state.step >= steps, state.best, state.best_step, meter.rate)
+    accelerator.end_training()
+    return TrainingResult(state.step, state.step >= steps, state.best, state.best_step, meter.rate)
 
 
-def _ready(
-    net: nn.Module, data: TrainingData, recipe: Recipe, guides: Guides, conduct: Conduct
+def _prepare(
+    net: nn.Module, data: TrainingData, recipe: Recipe, classifiers: FrozenClassifiers, config: TrainerConfig
 ) -> tuple[nn.Module, list[torch.optim.Optimizer], AveragedModel | None]:
-    """The network as it is trained, on its device and perhaps compiled, its optimizers, and its average."""
-    driver = conduct.driver
-    driver.free_memory()  # of a training before this one with the same driver, whose network it would save
-    torch.manual_seed(recipe.seed)  # for layers that draw
-    guides.to(driver.device)
-    net.to(driver.device)
+    """Move the network to its device, compile it if asked to, and build its optimizers and its EMA."""
+    accelerator = config.accelerator
+    accelerator.free_memory()  # forget the network of an earlier training, which it would save too
+    torch.manual_seed(recipe.seed)  # for random layers
+    classifiers.to(accelerator.device)
+    net.to(accelerator.device)
     if any(p.ndim == 4 for p in net.parameters()):
-        net.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
+        net.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
     average = make_average(net, recipe.ema)
-    model, *optimizers = driver.prepare(net, *_optimizers(net, recipe))
-    if conduct.compile:
-        _compile(net, data, recipe, guides, driver.device)
+    model, *optimizers = accelerator.prepare(net, *make_optimizers(net, recipe))
+    if config.compile:
+        _compile(net, data, recipe, classifiers, accelerator.device)
     return model, optimizers, average
 
 
-def _rest_frozen(net: nn.Module) -> None:
-    """Batch norms that are not trained keep the statistics they have."""
+def _freeze_batch_norms(net: nn.Module) -> None:
+    """Put frozen batch norms into evaluation mode, so that they keep their statistics."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine and not module.weight.requires_grad:
             module.eval()
 
 
-def _compile(net: nn.Module, data: TrainingData, recipe: Recipe, guides: Guides, device: torch.device) -> None:
-    """Compile the network if this machine can; if not, a warning, and it runs eagerly.
+def _compile(
+    net: nn.Module, data: TrainingData, recipe: Recipe, classifiers: FrozenClassifiers, device: torch.device
+) -> None:
+    """Compile the network, or warn and leave it eager if that fails.
 
-    The trial is two images as the objective shows them, there and back: some networks fail on the way back only.
+    It is tried on two prepared images, forward and backward: some networks fail in the backward pass only.
     """
     objective = recipe.objectives[0]
-    draw = draw_batch(data, data.train[:2], recipe, torch.Generator().manual_seed(0), guides.at(0), 0, device)
+    draw = draw_batch(data, data.train[:2], recipe, torch.Generator().manual_seed(0), classifiers.at(0), 0, device)
     with torch.no_grad():
         prepared = objective.prepare(draw)
     net.compile()
-    net.eval()  # the trial must not count as batch statistics
+    net.eval()  # keep the trial out of the batch statistics
     try:
-        found = net(*prepared.inputs)
-        (found[0] if isinstance(found, tuple) else found).square().mean().backward()
-    except Exception as error:  # no compiler, an operator it does not know
+        output = net(*prepared.inputs)
+        (output[0] if isinstance(output, tuple) else output).square().mean().backward()
+    except Exception as error:  # no compiler, or an unsupported operator
         net._compiled_call_impl = None
         warnings.warn(f"the network cannot be compiled ({first_line(error)}); it runs eagerly", stacklevel=2)
     net.zero_grad(set_to_none=True)
 
 
-def _no_number(what: str, state: Checkpoints, steps: int) -> RunFault:
+def _diverged(reason: str, state: Checkpoints, steps: int) -> RunFault:
     kept = f"the checkpoint of step {state.saved} is in {state.out}" if state.saved else "there is no checkpoint yet"
-    best = f", and the best weights so far, of step {state.best_step}" if state.best else ""
-    return RunFault(f"{what} after step {state.step} of {steps}: stopped; {kept}{best} (try a smaller --rate)")
+    best = f", with the best weights so far, of step {state.best_step}" if state.best else ""
+    return RunFault(f"{reason} after step {state.step} of {steps}: stopped; {kept}{best} (try a lower --rate)")
 
 
-def _optimizers(net: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Adam, SGD, both where one takes over from the other, or Muon."""
-    if recipe.optimizer == "muon":
-        return [Muon(net, recipe.rate, recipe.weight_decay)]
-    trained = [p for p in net.parameters() if p.requires_grad]
-    found: list[torch.optim.Optimizer] = []
-    if recipe.optimizer != "sgd":
-        found.append(torch.optim.Adam(trained, lr=recipe.rate, weight_decay=recipe.weight_decay))
-    if recipe.optimizer != "adam":
-        found.append(torch.optim.SGD(trained, lr=recipe.rate, momentum=0.9, weight_decay=recipe.weight_decay))
-    return found
-
-
-def _step(
+def train_step(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     data: TrainingData,
     recipe: Recipe,
-    guides: Guides,
+    classifiers: FrozenClassifiers,
     step: int,
     steps: int,
-    driver: Accelerator,
+    accelerator: Accelerator,
 ) -> float:
-    """One step on this process's share of the batch; the loss."""
+    """Take one step on this process's share of the batch, and return the loss.
+
+    Raises:
+        UserError: no gradient reaches the network through the classifier.
+    """
     objective, _, _ = recipe.phase(step, steps)
-    indices, generator = draw_order(data.train, recipe, step, driver.process_index, driver.num_processes)
-    draw = draw_batch(data, indices, recipe, generator, guides.at(step), step, driver.device)
-    draw = draw.times(objective.draws)
+    indices, generator = draw_order(data.train, recipe, step, accelerator.process_index, accelerator.num_processes)
+    draw = draw_batch(data, indices, recipe, generator, classifiers.at(step), step, accelerator.device)
+    draw = draw.repeat(objective.draws)
     with torch.no_grad():
         prepared = objective.prepare(draw)
     optimizer = optimizers[-1 if recipe.uses_sgd(step, steps) else 0]
     for group in optimizer.param_groups:
         group["lr"] = recipe.rate_at(step, steps)
     optimizer.zero_grad()
-    with driver.autocast():
+    with accelerator.autocast():
         loss = objective.loss(make_batch(draw, prepared, model(*prepared.inputs), recipe))
     if not loss.requires_grad:
-        by = draw.classifier.name if draw.classifier else "the network"
+        name = draw.classifier.name if draw.classifier else "the network"
         raise UserError(
-            f"no gradient comes back through {by}; expected a torch model: train "
-            "through a --surrogate, or by queries alone: --objective zeroth-order"
+            f"{name} passes no gradients; expected a PyTorch model: train through a --surrogate, or with queries only: "
+            "--objective zeroth-order"
         )
-    driver.backward(loss)
+    accelerator.backward(loss)
     optimizer.step()
     return float(loss.item())
 
 
 def draw_order(train: Tensor, recipe: Recipe, step: int, rank: int, ranks: int) -> tuple[Tensor, torch.Generator]:
-    """The images of this step and process, and the generator of everything else that is drawn for it."""
+    """Return a process's image indices of a step, and the generator of all its other random numbers."""
     first = step * recipe.batch_size
     position = torch.arange(first, first + recipe.batch_size)[rank::ranks]
-    epochs = (position // len(train)).unique().tolist()
+    epochs = position // len(train)
     chosen = torch.empty_like(position)
-    for epoch in epochs:
+    for epoch in epochs.unique().tolist():
         order = _epoch_order(len(train), recipe.seed, epoch)
-        mine = position // len(train) == epoch
-        chosen[mine] = train[order[position[mine] % len(train)]]
+        here = epochs == epoch
+        chosen[here] = train[order[position[here] % len(train)]]
     return chosen, block_generator(stream_key(recipe.seed, f"rank {rank}", "train"), step)
 
 
@@ -309,21 +298,21 @@ def draw_batch(
     indices: Tensor,
     recipe: Recipe,
     generator: torch.Generator,
-    guide: Classifier | None,
+    classifier: Classifier | None,
     step: int,
     device: torch.device,
 ) -> Draw:
-    """Clean images, augmented, and each image's noise level and label."""
+    """Load and augment images, and draw a noise level for each."""
     images = data.take(indices).to(device)
     clean = (augment(images, generator) if recipe.augment else images.float()) / 255
     sigma = recipe.levels.draw(len(indices), generator).to(device)
     labels = data.labels[indices].to(device) if data.labels is not None else None
-    return Draw(clean, sigma, labels, guide, generator, step * recipe.batch_size / len(data.train))
+    return Draw(clean, sigma, labels, classifier, generator, step * recipe.batch_size / len(data.train))
 
 
-def make_batch(draw: Draw, prepared: Prepared, found: Any, recipe: Recipe) -> Batch:
-    """What the objective gets to see: the draw, and what the network made of it."""
-    output, *extra = found if isinstance(found, tuple) else (found,)
+def make_batch(draw: Draw, prepared: Prepared, outputs: Any, recipe: Recipe) -> Batch:
+    """Combine a draw with the network's outputs, for the loss."""
+    output, *extra = outputs if isinstance(outputs, tuple) else (outputs,)
     return Batch(
         **vars(draw),
         output=output,

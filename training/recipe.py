@@ -1,4 +1,4 @@
-"""How a network is trained: every number that shapes the weights, and the learning rate of every step."""
+"""Recipe of a training: all hyperparameters, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -15,36 +15,35 @@ from training.losses import Objective, default_settings, make_objective, phases
 
 OPTIMIZERS = ("adam", "sgd", "adam-then-sgd", "muon")
 SCHEDULES = ("one-cycle", "step", "constant")
-_WARM_UP, _LAST = 0.1, 0.01  # one-cycle: share of steps until the peak, final rate as a share of it
+_WARM_UP, _LAST = 0.1, 0.01  # one-cycle: share of the steps before the peak, final rate as a share of the peak
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything besides data and networks that shapes the weights.
+    """Hyperparameters that, with data and networks, determine the weights.
 
-    The published setting (Salman et al. 2020, repository) is epochs 90, batches of 256, rate 1e-3, schedule ``step``.
+    Salman et al. 2020 (repository): 90 epochs, batches of 256, rate 1e-3, schedule ``step``.
 
     Attributes:
-        objective: a name of ``OBJECTIVES`` or ``PHASES``.
+        objective: a name in ``OBJECTIVES`` or ``PHASES``.
         sigmas: noise levels in [0, 1] pixels.
-        continuous: every level between the smallest and the largest.
-        epochs: passes over the training images; fractions are understood.
-        batch_size: images a step.
-        optimizer: ``adam``, ``sgd`` (momentum 0.9), ``adam-then-sgd``, or ``muon`` (:class:`training.muon.Muon`).
-        rate: learning rate at its peak.
+        continuous: train at all levels between the smallest and the largest.
+        epochs: passes over the training images; may be fractional.
+        batch_size: images per step.
+        optimizer: ``adam``, ``sgd`` (momentum 0.9), ``adam-then-sgd``, or ``muon`` (:class:`training.optimizers.Muon`).
+        rate: peak learning rate.
         weight_decay: L2 penalty, as torch's Adam and SGD apply it.
-        schedule: ``one-cycle`` (a tenth up, cosine down), ``step`` (a tenth after each third), ``constant``.
-        switch_at: share of the steps after which ``adam-then-sgd`` is SGD.
-        sgd_rate: learning rate SGD starts with there.
-        first_share: share of the steps for the first of two phases.
-        augment: whether images are moved and mirrored.
-        temperature: the frozen classifier's logits are divided by it before the cross-entropy; 1 is the published loss.
-            A classifier that never saw noise is far too sure of what it makes of denoised images. Above 1 training
-            spends itself on its votes, which are all that a certificate counts, not on its confidence.
-        queries: queries an image a step, for ``zeroth-order``.
-        ema: decay of the running average of the weights, which then is what is validated and kept; 0: none.
-        only: parts of the network that are trained, by the beginning of their parameters' names; empty: all of it.
-            Batch norms outside keep their statistics.
+        schedule: ``one-cycle`` (warm-up over a tenth, then cosine), ``step`` (a tenth after each third), ``constant``.
+        switch_at: share of the steps before ``adam-then-sgd`` switches.
+        sgd_rate: learning rate of SGD after the switch.
+        first_share: share of the steps of the first of two phases.
+        augment: shift and mirror the images.
+        temperature: divisor of the frozen classifier's logits before the cross-entropy; 1 is the published loss. A
+            classifier that never saw noise is overconfident on denoised images; above 1, training improves its votes,
+            which certificates count, and not its confidence.
+        queries: random directions per image and step, for ``zeroth-order``.
+        ema: decay of an exponential moving average of the weights, which is validated and saved; 0: none.
+        only: prefixes of the parameters that are trained; empty: all. Other batch norms keep their statistics.
         seed: of initial weights, order, augmentation and noise.
         settings: of the objective, by name.
     """
@@ -71,7 +70,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if any(objective.noise for objective in self.objectives) and not self.sigmas:
-            raise UserError(f"--objective {self.objective} trains under noise: --sigma S, such as --sigma 0.25")
+            raise UserError(f"--objective {self.objective} trains under noise: give --sigma, such as --sigma 0.25")
         for name, value, known in (("optimizer", self.optimizer, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
             if value not in known:
                 raise UserError(f"--{name} {value!r}: expected one of {', '.join(known)}")
@@ -95,20 +94,20 @@ class Recipe:
 
     @functools.cached_property
     def objectives(self) -> tuple[Objective, ...]:
-        """The objective, or one a phase."""
+        """The objective of each phase."""
         return tuple(make_objective(name, self.settings) for name in phases(self.objective))
 
     @property
     def levels(self) -> Levels:
-        """The noise levels, to draw from."""
+        """The distribution of noise levels."""
         return Levels(self.sigmas, self.continuous)
 
     def steps(self, images: int) -> int:
-        """Steps of the whole training on so many images."""
+        """Return the number of steps on this many training images."""
         return max(1, round(self.epochs * images / self.batch_size))
 
     def phase(self, step: int, steps: int) -> tuple[Objective, int, int]:
-        """The objective at this step, the step within its phase, and the phase's length."""
+        """Return the objective at a step, the step within its phase, and the length of the phase."""
         if len(self.objectives) == 1:
             return self.objectives[0], step, steps
         first = max(1, min(steps - 1, round(self.first_share * steps)))
@@ -117,11 +116,11 @@ class Recipe:
         return self.objectives[1], step - first, steps - first
 
     def uses_sgd(self, step: int, steps: int) -> bool:
-        """Whether this step is SGD's."""
+        """True if SGD takes this step."""
         return self.optimizer == "sgd" or (self.optimizer == "adam-then-sgd" and step >= self.switch_at * steps)
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of this step: a pure function of it, so that a resumed training has the same one."""
+        """Return the learning rate of a step; a pure function of it, so that a resumed training has the same one."""
         _, inner, length = self.phase(step, steps)
         peak = self.rate
         if self.optimizer == "adam-then-sgd" and self.uses_sgd(step, steps):
@@ -138,15 +137,15 @@ class Recipe:
         return peak * (_LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * down)))
 
     def describe(self) -> dict[str, Any]:
-        """For the card, with those settings of the objective that were left at their defaults."""
+        """Return all fields for the card, with the default settings of the objective filled in."""
         defaults = {key: value for name in phases(self.objective) for key, value in default_settings(name).items()}
         return {**asdict(self), "settings": {**defaults, **self.settings}}
 
     def digest(self, *parts: Any) -> str:
-        """What must be the same for a training to go on from a checkpoint.
+        """Hash everything that must be equal for a training to be resumed from a checkpoint.
 
-        Fields at their defaults are left out, so that a field that comes later orphans no checkpoint; therefore a
-        default must never change.
+        Fields at their defaults are left out, so that a new field invalidates no checkpoint; defaults must never
+        change.
         """
         defaults = asdict(type(self)())
         chosen = {key: value for key, value in asdict(self).items() if value != defaults[key]}

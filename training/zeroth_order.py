@@ -1,13 +1,12 @@
-"""Training a denoiser through queries alone: gradients by finite differences of a black box's scores.
+"""Train a denoiser through queries alone: finite-difference gradients of a black box's scores.
 
 The idea is ZO-AE-DS (Zhang, Yao, Jia, Yi, Hong, Chang and Liu, "How to Robustify Black-Box ML Models? A Zeroth-Order
-Optimization Perspective", ICLR 2022, arXiv 2203.14195): estimate the gradient of each image's own loss with respect to
-a representation of few dimensions d through queries, and feed the estimate into the denoiser by the chain rule. Their
-representation is the latent of a trained autoencoder (192 values for CIFAR-10), which then stays between denoiser and
-classifier. Ours is a replacement that needs no training and adds nothing to what is certified: the lowest k x k
-frequencies of each channel (orthonormal DCT-II; k = 8 gives d = 192 for RGB). Only the estimate is confined to them:
-what the gradient has at higher frequencies is not seen. Cost: q + 1 queries an image a step with q random directions,
-d + 1 (193 at k = 8) coordinate by coordinate.
+Optimization Perspective", ICLR 2022, arXiv 2203.14195): estimate through queries the gradient of each image's loss with
+respect to a low-dimensional representation, and propagate it into the denoiser by the chain rule. Their representation
+is the latent of a trained autoencoder (d = 192 for CIFAR-10), which then stays between denoiser and classifier. Ours
+needs no training and adds nothing to the certified pipeline: the lowest k x k frequencies of each channel (orthonormal
+DCT-II; k = 8 gives d = 192 for RGB). Only the estimate is confined to them; gradients at higher frequencies are lost.
+Cost per image and step: q + 1 queries with q random directions, or d + 1 (193 at k = 8) coordinate-wise.
 
     black_box = QueryAccess(classifier.logits, "scores", budget=1_000_000, bounded=False)
     target = black_box(clean).argmax(dim=1)
@@ -33,19 +32,19 @@ from denoisers.jpeg import dct_matrix
 from training.losses import Batch, Objective
 
 SIZE, STEP = 8, 0.05
-"""Of the objective: 8 x 8 frequencies a channel; steps of 0.05, which move a pixel of a CIFAR image by 0.001."""
+"""Settings of the objective: 8x8 frequencies per channel; l2 steps of 0.05, about 0.001 per pixel of a CIFAR image."""
 
 Method = Literal["random", "coordinate"]
 
 
 @dataclass(frozen=True)
 class LowFrequencies:
-    """The subspace of low spatial frequencies of ``(C, H, W)`` images, with an orthonormal basis.
+    """Subspace of the low spatial frequencies of images ``(C, H, W)``, with an orthonormal basis.
 
     Attributes:
         channels: C.
-        vertical: ``(kh, H)``, orthonormal rows: the first DCT-II vectors of length H.
-        horizontal: ``(kw, W)``, the same of length W.
+        vertical: ``(kh, H)``, the first DCT-II vectors of length H.
+        horizontal: ``(kw, W)``, the first DCT-II vectors of length W.
     """
 
     channels: int
@@ -54,33 +53,33 @@ class LowFrequencies:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, kh, kw), of one image's coefficients."""
+        """Shape of one image's coefficients: (C, kh, kw)."""
         return self.channels, len(self.vertical), len(self.horizontal)
 
     @property
     def dimensions(self) -> int:
-        """The number d of coefficients."""
+        """Number d of coefficients."""
         return math.prod(self.shape)
 
     def analyse(self, images: Tensor) -> Tensor:
-        """Coefficients ``(B, C, kh, kw)`` of images ``(B, C, H, W)``."""
+        """Compute the coefficients ``(B, C, kh, kw)`` of images ``(B, C, H, W)``."""
         return self.vertical @ images @ self.horizontal.T
 
     def synthesise(self, coefficients: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` with these coefficients ``(B, C, kh, kw)``; lengths are kept."""
+        """Compute the images ``(B, C, H, W)`` of coefficients ``(B, C, kh, kw)``; l2 norms are preserved."""
         return self.vertical.T @ coefficients @ self.horizontal
 
 
 def lowest_frequencies(
     shape: Sequence[int], size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> LowFrequencies:
-    """The ``size x size`` lowest frequencies of each channel of ``(C, H, W)`` images; capped at H and W.
+    """Build the basis of the ``size x size`` lowest frequencies per channel of ``(C, H, W)`` images, at most H and W.
 
     Raises:
         UserError: a size below 1.
     """
     if size < 1:
-        raise UserError(f"size {size} of the low frequencies: expected 1 or more, such as 8 (of 8x8 frequencies)")
+        raise UserError(f"size {size} of the low frequencies: expected 1 or more, such as 8 (for 8x8 frequencies)")
     channels, height, width = shape
     vertical, horizontal = (dct_matrix(length)[:size].to(device, dtype) for length in (height, width))
     return LowFrequencies(channels, vertical, horizontal)
@@ -96,33 +95,33 @@ def estimate_gradient(
     size: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Gradient of each image's own loss, projected on the low frequencies, by forward differences of length mu.
+    """Estimate the gradient of each image's loss on the low frequencies by forward differences of length mu.
 
-    random (RGE): d / q * sum_i [loss(x + mu u_i) - loss(x)] / mu * u_i with u_i uniform on the subspace's unit sphere,
-    other ones for every image. Its mean is exactly the projected gradient of the smoothed loss (averaged over the ball
-    of radius mu around x in the subspace). Where the loss is linear, its variance summed over coordinates is
-    (d - 1) / q times the squared length of the projected gradient.
+    random (RGE): d / q * sum_i [loss(x + mu u_i) - loss(x)] / mu * u_i with u_i uniform on the unit sphere of the
+    subspace, drawn for each image. Its mean is the projected gradient of the smoothed loss (averaged over the ball of
+    radius mu around x in the subspace). For a linear loss, its variance summed over coordinates is (d - 1) / q times
+    the squared norm of the projected gradient.
 
-    coordinate (CGE): one difference for each of the d basis vectors, nothing random, exact up to mu / 2 times the
+    coordinate (CGE): one difference along each of the d basis vectors; deterministic, with an error of mu / 2 times the
     second derivative (the published code takes central differences, for twice the queries).
 
-    Differences are taken in float32 or better, whatever autocast says. mu moves a pixel by about mu / sqrt(C H W): a
-    black box that rounds its images to 8 bits sees nothing of a step that moves them by less than 1/255.
+    Differences are computed in float32 or better, regardless of autocast. mu moves a pixel by about mu / sqrt(C H W): a
+    black box that rounds its images to 8 bits does not see a step below 1/255 per pixel.
 
     Args:
-        loss: images ``(B, C, H, W)``, in their order, to losses ``(B,)``.
-        images: ``(B, C, H, W)``; where the gradient is wanted, such as the denoiser's output.
+        loss: images ``(B, C, H, W)`` to losses ``(B,)``.
+        images: ``(B, C, H, W)``; the point of the gradient, such as the denoiser's output.
         method: ``random`` or ``coordinate``.
-        queries: q, the directions of ``random``; ``coordinate`` takes all d and ignores it.
-        step: mu, the l2 length of a step in [0, 1] pixels; 0.005 by default in the published code, there of its latent.
-        size: k, of the k x k lowest frequencies of each channel.
+        queries: q, number of directions of ``random``; ``coordinate`` ignores it.
+        step: mu, l2 length of a step in [0, 1] pixels; the published code uses 0.005, in its latent space.
+        size: k.
         generator: of the directions; one on the CPU gives the same directions on every device.
 
     Returns:
         ``(B, C, H, W)``, without autograd history.
 
     Raises:
-        UserError: a setting out of range, or a loss that is not one number an image.
+        UserError: a setting out of range, or a loss that is not one number per image.
     """
     if method not in ("random", "coordinate"):
         raise UserError(f"method {method!r}: expected 'random' or 'coordinate'")
@@ -134,7 +133,7 @@ def estimate_gradient(
         x = images.detach().to(dtype)
         here = loss(x)
         if here.shape != (len(x),):
-            raise UserError(f"loss returned {tuple(here.shape)} for {len(x)} images; expected one number an image")
+            raise UserError(f"loss returned {tuple(here.shape)} for {len(x)} images; expected one number per image")
 
         def slope(direction: Tensor) -> Tensor:
             return (loss(x + step * basis.synthesise(direction)) - here) / step
@@ -153,29 +152,28 @@ def estimate_gradient(
 
 
 def surrogate_loss(images: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to ``images`` is ``gradient / B``, that of the mean loss.
+    """Return a scalar whose gradient with respect to ``images`` is ``gradient / B``, that of the mean loss.
 
-    Backwards from it, autograd goes through what made the images (the denoiser) and stops there: the chain rule.
-    Its value means nothing.
+    Its backward pass propagates the estimate into whatever computed the images. Its value has no meaning.
     """
     return (images * gradient.detach()).sum() / len(images)
 
 
 def stability(scores: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy ``(B,)`` of scores ``(B, K)`` against the black box's own labels ``(B,)`` of the clean images."""
+    """Compute cross-entropies ``(B,)`` of scores ``(B, K)`` against the black box's labels ``(B,)`` of clean images."""
     return cross_entropy(scores, target, reduction="none")
 
 
 def objective() -> Objective:
-    """Stability by queries alone: ``queries`` + 3 of them an image a step, for label, loss and directions."""
-    return Objective(_estimated, gradients=False)
+    """Stability by queries alone: ``queries`` + 3 per image and step, for label, loss and directions."""
+    return Objective(_loss, gradients=False)
 
 
-def _estimated(batch: Batch) -> Tensor:
-    """The stability loss's value, with the estimate as its gradient."""
+def _loss(batch: Batch) -> Tensor:
+    """Return the value of the stability loss, with the estimate as its gradient."""
     assert batch.classifier is not None
     device = batch.clean.device
-    black_box = QueryAccess(batch.classifier.logits, "scores", bounded=False)  # a denoiser may overshoot a little
+    black_box = QueryAccess(batch.classifier.logits, "scores", bounded=False)  # denoised images may leave [0, 1]
     target = black_box(batch.clean).argmax(dim=1).to(device)
 
     def loss(images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from certify.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from certify.models.classifier import Classifier
-    from training.loop import Conduct, Outcome
+    from training.loop import TrainerConfig, TrainingResult
     from training.recipe import Recipe
 
 
@@ -96,22 +96,22 @@ def train(**o: Any) -> None:
         _report(outcome, o)
 
 
-def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
+def _train(o: dict[str, Any], recipe: Recipe) -> TrainingResult:
     import torch
 
     from certify.images.dataset import View
     from training.data import count_classes, load_training_data
-    from training.loop import Conduct, make_accelerator
+    from training.loop import TrainerConfig, make_accelerator
 
     hidden = bool(o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")))
     say = speaker(quiet=hidden)
-    driver = make_accelerator(device_from(o["device"]).partition(":")[0], _precision(o), o["out"])
+    accelerator = make_accelerator(device_from(o["device"]).partition(":")[0], _precision(o), o["out"])
     target = _target(o)
     surrogates = [surrogate_from(s, trust_code=o["trust_code"]) for s in o["surrogate"]]
     if o["denoiser"]:
-        from training.denoiser import check_guided
+        from training.denoiser import check_objective
 
-        check_guided(recipe, len(surrogates) or int(target is not None))  # before minutes of reading
+        check_objective(recipe, len(surrogates) or int(target is not None))  # before minutes of reading
     say(f"data       reading {o['data']} ...")
     spec = None
     viewer: Any = surrogates[0] if surrogates else target
@@ -136,15 +136,16 @@ def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
     steps = recipe.steps(len(data.train))
     about = f"{len(data.train):,} images of {'x'.join(map(str, data.image))}, {len(data.held_out):,} held out"
     say(f"data       {data.about['name']}: {about}{data.omissions}")
-    say(f"training   {recipe.objective}, {steps:,} steps of {recipe.batch_size}, on {driver.device}, {_precision(o)}")
+    where = f"on {accelerator.device}, {_precision(o)}"
+    say(f"training   {recipe.objective}, {steps:,} steps of {recipe.batch_size}, {where}")
     with progress_bar(steps * recipe.batch_size, "images", hidden=hidden) as bar:
 
         def progress(images: int, loss: float) -> None:
             bar.update(images)
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
-        conduct = Conduct(
-            driver,
+        config = TrainerConfig(
+            accelerator,
             compile=o["compile"] == "on",
             validations=o["validations"],
             progress=progress,
@@ -153,7 +154,7 @@ def _train(o: dict[str, Any], recipe: Recipe) -> Outcome:
             trust_identity=o["trust_identity"],
         )
         try:
-            return _run(o, data, recipe, spec, target, surrogates, conduct)
+            return _run(o, data, recipe, spec, target, surrogates, config)
         except KeyboardInterrupt:
             raise Stopped(f"stopped; the same command goes on from the last checkpoint in {o['out']}") from None
 
@@ -165,28 +166,29 @@ def _run(
     spec: Any,
     target: Classifier | None,
     surrogates: list[Classifier],
-    conduct: Conduct,
-) -> Outcome:
+    config: TrainerConfig,
+) -> TrainingResult:
     if spec is not None:
         from training.classifier import train_classifier
 
-        return train_classifier(o["train_classifier"], spec, data, recipe, o["out"], conduct)
+        return train_classifier(o["train_classifier"], spec, data, recipe, o["out"], config)
     from denoisers.names import key_values
     from training.denoiser import train_denoiser
-    from training.frozen_classifiers import Guides
+    from training.frozen_classifiers import FrozenClassifiers
 
     given = surrogates or ([target] if target is not None else [])
     needed = any(objective.classifier for objective in recipe.objectives)
-    guides = Guides(given if needed else [], target if surrogates and needed else None, surrogates=bool(surrogates))
+    for_target = target if surrogates and needed else None
+    frozen = FrozenClassifiers(given if needed else [], for_target, surrogates=bool(surrogates))
     watched = [] if needed else given  # denoisers are shown with their accuracy; nothing of them goes into the weights
     return train_denoiser(
         o["denoiser"],
         data,
         recipe,
         o["out"],
-        conduct,
-        guides=guides,
-        watched_by=watched,
+        config,
+        classifiers=frozen,
+        evaluators=watched,
         options=key_values("--option", o["extra"]),
         init=o["init"],
         trust_code=o["trust_code"],
@@ -217,7 +219,7 @@ def _precision(o: dict[str, Any]) -> str:
     return "bfloat16" if any(fast) else "float32"
 
 
-def _report(outcome: Outcome, o: dict[str, Any]) -> None:
+def _report(outcome: TrainingResult, o: dict[str, Any]) -> None:
     from denoisers.weights import read_card
     from training import classifier, denoiser
 
