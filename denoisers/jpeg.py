@@ -50,10 +50,10 @@ def coefficients(planes: Tensor) -> Tensor:
     return blocks @ _dct2(planes.device, planes.dtype).T
 
 
-def inverse_coefficients(found: Tensor, height: int, width: int) -> Tensor:
+def inverse_coefficients(values: Tensor, height: int, width: int) -> Tensor:
     """Invert :func:`coefficients`: planes ``(B, N, height, width)``."""
-    batch, planes, rows, columns, _ = found.shape
-    blocks = (found @ _dct2(found.device, found.dtype)).view(batch, planes, rows, columns, BLOCK, BLOCK)
+    batch, planes, rows, columns, _ = values.shape
+    blocks = (values @ _dct2(values.device, values.dtype)).view(batch, planes, rows, columns, BLOCK, BLOCK)
     padded = blocks.transpose(3, 4).reshape(batch, planes, rows * BLOCK, columns * BLOCK)
     return padded[..., :height, :width]
 
@@ -145,7 +145,7 @@ class Codec(nn.Module):
         planes = [self._grey_levels(p).clamp(-128, 127) for p in planes]
         if self.subsampling == 420:
             planes[1:] = [self._halved(p) for p in planes[1:]]
-        return [self._rounded(coefficients(p), s) for p, s in zip(planes, (self.luma, self.chroma), strict=False)]
+        return [self._divide(coefficients(p), s) for p, s in zip(planes, (self.luma, self.chroma), strict=False)]
 
     def forward(self, images: Tensor, sigma: float | None = None, *, generator: Generators = None) -> Tensor:
         """Encode and decode; deterministic, ``sigma`` is not used."""
@@ -153,8 +153,8 @@ class Codec(nn.Module):
         half = 2 if self.subsampling == 420 else 1
         shapes = ((height, width), (-(-height // half), -(-width // half)))
         planes = []
-        for found, steps, shape in zip(self.quantised(images), (self.luma, self.chroma), shapes, strict=False):
-            planes.append(self._grey_levels(inverse_coefficients(found * steps, *shape)).clamp(-128, 127))
+        for values, steps, shape in zip(self.quantised(images), (self.luma, self.chroma), shapes, strict=False):
+            planes.append(self._grey_levels(inverse_coefficients(values * steps, *shape)).clamp(-128, 127))
         if len(planes) > 1 and self.subsampling == 420:  # linear interpolation, libjpeg's "fancy upsampling"
             large = interpolate(planes[1], scale_factor=2, mode="bilinear", align_corners=False)
             planes[1] = self._grey_levels(large[..., :height, :width])
@@ -170,11 +170,12 @@ class Codec(nn.Module):
         rounded = (values + 0.5).floor()
         return values + (rounded - values).detach() if self.soft else rounded
 
-    def _rounded(self, found: Tensor, steps: Tensor) -> Tensor:
+    def _divide(self, values: Tensor, steps: Tensor) -> Tensor:
+        """Divide coefficients by steps, and round."""
         if self.soft:
-            z = found / steps
+            z = values / steps
             return z.round() + (z - z.round()) ** 3
-        z = (found * 8).round() / 8 / steps
+        z = (values * 8).round() / 8 / steps
         return z.sign() * (z.abs() + 0.5).floor()
 
     def _halved(self, planes: Tensor) -> Tensor:

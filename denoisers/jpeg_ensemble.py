@@ -39,8 +39,8 @@ def frozen_codec(
         tables: a file of tables; None: those shipped for images of this size.
         subsampling: 444 or 420.
     """
-    found = find_tables(tables, classifier.input.size, "jpeg-nn")
-    return Defence("jpeg-nn", [Member(from_tables(found, table, level, subsampling), classifier)])
+    table_set = find_tables(tables, classifier.input.size, "jpeg-nn")
+    return Defence("jpeg-nn", [Member(from_tables(table_set, table, level, subsampling), classifier)])
 
 
 def ensemble(
@@ -71,8 +71,8 @@ def ensemble(
             raise UserError("jpeg-ensemble: folder= brings its own tables; leave tables= and table= out")
         members = trained_members(folder, classifier)
     else:
-        found = find_tables(tables, classifier.input.size, "jpeg-ensemble")
-        members = {level: Member(from_tables(found, table, level), classifier) for level in found.levels(table)}
+        table_set = find_tables(tables, classifier.input.size, "jpeg-ensemble")
+        members = {level: Member(from_tables(table_set, table, level), classifier) for level in table_set.levels(table)}
     available = sorted(members, reverse=True)
     chosen = available if levels is None else _parse_levels(levels)
     if not chosen or not set(chosen) <= members.keys():

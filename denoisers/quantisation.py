@@ -209,10 +209,10 @@ def read_tables(path: str | Path) -> TableSet:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} holds tables that cannot be used ({first_line(error)}); {_EXPECTED}") from None
-    found = TableSet((channels, height, width), tables, raw)
-    if stored != found.sha256:
+    table_set = TableSet((channels, height, width), tables, raw)
+    if stored != table_set.sha256:
         raise UserError(f"{path} was changed after it was written (another SHA-256): do not use it; make it again")
-    return found
+    return table_set
 
 
 def find_tables(path: str | None, image: tuple[int, int, int] | None, defence: str) -> TableSet:

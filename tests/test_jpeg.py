@@ -39,7 +39,7 @@ from denoisers.jpeg import (
     to_planes,
 )
 from denoisers.quantisation import KINDS, QUALITIES, TableSet, multiplied, read_tables, shape_of, write_tables
-from training.classifier import code, make_codecs
+from training.classifier import code_images, make_codecs
 from training.coefficients import Coefficients, Probe, collect, main, measure, rate
 from training.data import TrainingData, load_training_data
 from training.losses import Draw, make_objective
@@ -422,7 +422,7 @@ def test_other_channels_are_refused() -> None:
 def test_four_of_five_images_are_coded() -> None:
     clean = torch.rand((2000, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     draw = Draw(clean, torch.zeros(2000), None, None, torch.Generator().manual_seed(1))
-    shown, _ = code(draw, make_codecs("mixed"), 0.8).inputs
+    shown, _ = code_images(draw, make_codecs("mixed"), 0.8).inputs
     same = torch.stack(
         [(jpeg(q)(clean) == shown).flatten(1).all(1) for q in QUALITIES] + [(clean == shown).flatten(1).all(1)]
     )

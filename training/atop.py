@@ -5,7 +5,7 @@ Lin et al. 2024 ("Adversarial Training on Purification", ICLR) fine-tune the pur
     L_df(x') + lambda CE(y, f(g(t(x')))),   x' = x + delta,   L_df(x) = E[D(x)] - E[D(g(t(x)))] + E |x - g(t(x))|
 
 with a random transform t, and delta from one FGSM step on f alone. The objective ``complete`` is L_df of clean images,
-``atop`` is the whole. The discriminator D is optional here (the AE variant has none), is new in every training, and
+``atop`` is the full loss. The discriminator D is optional here (the AE variant has none), is new in every training, and
 learns by its hinge loss. Classifier and discriminator see the output of g clipped to [0, 1], as in purification; the
 reconstruction error is that of the raw output, and so pulls it back into the range.
 """
@@ -131,9 +131,9 @@ def adversarial_loss(batch: Batch) -> Tensor:
     """
     if not batch.extra:
         return batch.output.new_zeros(())
-    real, fake, *judged = batch.extra
+    real, fake, *generator_score = batch.extra
     hinge = 0.5 * relu(1 - real).mean() + 0.5 * relu(1 + fake).mean()
-    return hinge - judged[0].mean() if judged else hinge
+    return hinge - generator_score[0].mean() if generator_score else hinge
 
 
 class Discriminator(nn.Module):

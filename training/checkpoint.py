@@ -174,7 +174,7 @@ class Checkpoints:
 
         return bool(broadcast_object_list([old])[0])
 
-    def judge(self, scores: Scores, save_weights: Callable[[Scores, int], None]) -> None:
+    def update_best(self, scores: Scores, save_weights: Callable[[Scores, int], None]) -> None:
         """Log scores on held-out images, and save the weights if they are the best so far.
 
         Raises:

@@ -143,7 +143,7 @@ def jpeg_noise(
         classifier=False,
         labels=True,
         noise=False,
-        prepare=functools.partial(code, codecs=codecs, share=share),
+        prepare=functools.partial(code_images, codecs=codecs, share=share),
         for_classifiers=True,
         for_denoisers=False,
         codecs=codecs,
@@ -162,16 +162,16 @@ def make_codecs(
     return tuple(jpeg(q, subsampling, table, tables) for q in (levels if level == MIXED else [int(level)]))
 
 
-def code(draw: Draw, codecs: tuple[Codec, ...], share: float) -> Prepared:
+def code_images(draw: Draw, codecs: tuple[Codec, ...], share: float) -> Prepared:
     """Code each image with probability ``share``, by one of the codecs at random."""
     count = len(draw.clean)
     which = torch.randint(len(codecs), (count,), generator=draw.generator)
     which[torch.rand(count, generator=draw.generator) >= share] = -1
     images = draw.clean.clone()
     for i, codec in enumerate(codecs):
-        mine = (which == i).nonzero().flatten().to(images.device)
-        if len(mine):
-            images[mine] = codec.to(images.device)(draw.clean[mine])
+        selected = (which == i).nonzero().flatten().to(images.device)
+        if len(selected):
+            images[selected] = codec.to(images.device)(draw.clean[selected])
     return Prepared((images, draw.sigma), draw.clean)
 
 

@@ -178,7 +178,7 @@ def train(
             if validating:
                 with meter.paused(), averaged(net, average):
                     model.eval()
-                    state.judge(validate(), save_weights)
+                    state.update_best(validate(), save_weights)
             state.save()
     accelerator.end_training()
     return TrainingResult(state.step, state.step >= steps, state.best, state.best_step, meter.rate)
