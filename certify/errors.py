@@ -20,6 +20,10 @@ def in_words(error: BaseException) -> str:
     return str(error) if isinstance(error, CertifyError) else f"{type(error).__name__}: {first_line(error)}"
 
 
+class CertifyWarning(UserWarning):
+    """What a user should know although it works: a choice among several, or a value that was hardly meant."""
+
+
 class CertifyError(Exception):
     """Base of every error this package raises on purpose; its text is one line for a person to read."""
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from certify.errors import RunFault, UserError, first_line
 from certify.models.checkpoints import load_weights
 from certify.models.external import build_object, code_digest, file_digest
+from certify.models.file_kind import split_part
 from certify.models.pipeline import in_its_words
 from certify.models.resolve import UNTRAINED, is_file
 from certify.models.torchscript import open_torchscript
@@ -178,7 +179,7 @@ def load_deepinv(name: str, weights: str | Path | None = None, channels: int = 3
         RunFault: weights that cannot be downloaded.
     """
     label = f"deepinv:{name}"
-    if weights is not None and weights != UNTRAINED and not is_file(weights):
+    if weights is not None and weights != UNTRAINED and not is_file(split_part(weights)[0]):
         raise UserError(f"no weights file {str(weights)!r} for {label}; expected an existing checkpoint")
     try:
         from deepinv import models

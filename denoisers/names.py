@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from certify.errors import UserError, first_line
-from certify.models.file_kind import CHECKPOINT, SAFETENSORS, TORCHSCRIPT, file_kind, require_consent, weights_kind
+from certify.models.file_kind import (
+    CHECKPOINT,
+    SAFETENSORS,
+    TORCHSCRIPT,
+    file_kind,
+    require_consent,
+    split_part,
+    weights_kind,
+)
 from certify.models.resolve import is_file
 from certify.registry import unknown_name
 from denoisers import ARCHITECTURES, DENOISERS, SHIPPED
@@ -179,6 +187,6 @@ def require_trusted(name: str, *, trust_code: bool) -> None:
 
 
 def _existing(file: str) -> str:
-    if not Path(file).is_file():
+    if not is_file(split_part(file)[0]):
         raise UserError(f"no denoiser file {file!r}; expected an existing file, or a name of `certify list denoisers`")
     return file

@@ -289,7 +289,7 @@ def test_a_worker_with_other_files_is_refused(model: str, here: Path, digits: An
     named = dict(zip(model.split()[::2], model.split()[1::2], strict=True))
     o = {"model": named["--model"], "denoiser": named.get("--denoiser", "none"), "sigma": 0.25, "probe_size": (1, 8, 8)}
     o |= dict.fromkeys(("weights", "input_size", "mean", "std", "num_classes", "batch_size"))
-    o |= {"device": "cpu", "precision": "float32", "compile": "off"}
+    o |= {"device": "cpu", "precision": "float32", "compile": "off", "trust_code": False}
     mine = load_smoothed(o).base.record()
     worker = Worker()
     steps, _ = worker.build(Order(lambda: SmoothedStation(lambda: load_smoothed(o)), str(here)))

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,8 @@ import click
 from certify import __version__
 from certify.cli import audit, bench, compare, evaluate, info, inspect, options, plot, run, serve, show, train
 from certify.cli import distribute as spread
-from certify.cli.console import say
-from certify.errors import CertifyError
+from certify.cli.console import say, warn
+from certify.errors import CertifyError, CertifyWarning
 
 
 class CertifyGroup(click.Group):
@@ -112,7 +113,7 @@ def main(args: list[str] | None = None) -> None:
     """
     terminated: list[int] = []
     try:
-        with _terminates_like_ctrl_c(terminated):
+        with _terminates_like_ctrl_c(terminated), _warnings_as_lines():
             code = group.main(args, prog_name="certify", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
@@ -138,6 +139,23 @@ def main(args: list[str] | None = None) -> None:
     if terminated and code:
         code = 128 + signal.SIGTERM
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show warnings of this package as one line each; those of others as Python does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CertifyWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, CertifyWarning):
+                warn(str(message))
+            else:
+                others(message, category, *rest, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextlib.contextmanager

@@ -211,7 +211,7 @@ noise_options = together(
 
 _MODEL = (
     "The frozen classifier: digits, cifar_resnet56, any timm or torchvision name, hf-hub:OWNER/NAME, "
-    "a TorchScript or ONNX file, or package.module:callable."
+    "a TorchScript or ONNX file, a folder that timm saved, or package.module:callable."
 )
 
 model_if_any = click.option("--model", help=f"{_MODEL} Without one: no accuracies.")
@@ -224,7 +224,9 @@ trust_code = click.option(
 
 input_options = together(
     click.option(
-        "--weights", metavar="FILE", help="Its checkpoint (.pth .pt .th .tar .safetensors), if not the published one."
+        "--weights",
+        metavar="FILE[::PART]",
+        help="Its checkpoint (.pth .pt .th .ckpt .safetensors), if not the published one; PART of several in it.",
     ),
     click.option("--input-size", type=Size(), metavar="CxHxW", help="Its input, in place of its own setting."),
     click.option("--mean", type=Numbers(), help="Mean that it subtracts, per channel, in place of its own."),

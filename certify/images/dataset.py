@@ -156,6 +156,7 @@ def load_images(
     """
     source = open_source(data, root=root, download=download)
     chosen = _select(source, skip, start, max_images, ids)
+    _check_channels(chosen, classifier.input, data)
     names, number, unread = classifier.class_names, classifier.num_classes, source.unread
     if labels is None or str(labels) == "none":
         found, rule = _labels(source, chosen, names, number, class_map, ignored=labels is not None)
@@ -165,6 +166,27 @@ def load_images(
     selection = {"skip": skip, "max": max_images, "ids": list(ids) if ids else None}
     selection |= {"start": start} if start else {}  # run files without it go on as before
     return ImageSet(source.name, chosen, found, len(source.items), rule, selection, classifier.input, unread)
+
+
+def _check_channels(chosen: Sequence[Item], spec: InputSpec, data: str) -> None:
+    """Refuse a classifier of other than grey or colour images with data that cannot be brought to its channels.
+
+    Raises:
+        UserError: pictures, or arrays with other channels.
+    """
+    if spec.size is None or spec.size[0] in (1, 3):
+        return
+    channels = spec.size[0]
+    try:
+        for item in chosen[:1]:
+            raw = item.read()
+            if isinstance(raw, bytes) or len(_array_to_tensor(np.asarray(raw), channels)) != channels:
+                raise UserError(
+                    f"the classifier takes {channels} channels and {data} holds pictures in grey or colour; "
+                    f"pass arrays: --data FILE.npz, with x of shape (N, {channels}, {spec.size[1]}, {spec.size[2]})"
+                )
+    except ImageError:
+        return  # it is named when its turn comes
 
 
 def _select(source: Source, skip: int, start: int, max_images: int | None, ids: Sequence[str] | None) -> Sequence[Item]:
@@ -243,6 +265,8 @@ def as_seen(raw: bytes | np.ndarray, spec: InputSpec) -> Tensor:
         return fitted(decode(raw, channels or 3), spec)
     array = np.asarray(raw)
     image = _array_to_tensor(array, channels)
+    if channels is not None and len(image) != channels:
+        raise ImageError(f"has {len(image)} channels; the classifier takes {channels}")
     if spec.size is None or tuple(image.shape) == spec.size:
         return image
     if array.dtype == np.uint8:  # the same way as a file of the same picture
@@ -306,8 +330,9 @@ def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
     """An array (H, W), (H, W, C) or (C, H, W) as ``(C, H, W)`` in [0, 1], with the classifier's number of channels."""
     if array.ndim == 2:
         array = array[None]
-    elif array.ndim == 3 and array.shape[0] not in (1, 3) and array.shape[2] in (1, 3, 4):
-        array = np.moveaxis(array, 2, 0)[:3]
+    elif array.ndim == 3 and array.shape[0] not in (1, 3, channels) and array.shape[2] in (1, 3, 4, channels):
+        array = np.moveaxis(array, 2, 0)
+        array = array if len(array) == channels else array[:3]  # without transparency
     image = as_image(array, None)
     if channels == 3 and image.shape[0] == 1:
         return image.expand(3, -1, -1).contiguous()

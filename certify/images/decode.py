@@ -65,8 +65,10 @@ def decode(content: bytes, channels: int = 3, limits: DecodeLimits = LIMITS) -> 
         limits: exceeded ones are refused before pixels are decoded.
 
     Raises:
-        ImageError: empty, not an image, damaged, or larger than the limits.
+        ImageError: empty, not an image, damaged, larger than the limits, or another number of channels wanted.
     """
+    if channels not in (1, 3):
+        raise ImageError(f"is a picture, which is read as grey or RGB; the classifier takes {channels} channels")
     if not content:
         raise ImageError("is empty (0 bytes)")
     if len(content) > MAX_BYTES:

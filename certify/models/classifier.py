@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify.errors import CertifyError, UserError, first_line
+from certify.errors import CertifyError, CertifyWarning, UserError, first_line
 from certify.models import resolve as hub
 from certify.models.fingerprint import classifier_fingerprint
 from certify.models.pipeline import state_digest
@@ -59,6 +60,8 @@ class ClassifierSpec:
     """Whether tensors and ``code`` determine the function; if not, its record holds a fingerprint of its answers."""
     external: Mapping[str, str] | None = None
     """Of an ONNX file: SHA-256 of every other file that it reads, by name."""
+    eight_bits: bool = False
+    """Whether the network takes 8-bit pixels, which leaves no room for a mean and a standard deviation."""
 
 
 def square_input(
@@ -91,6 +94,10 @@ def labels_from_logits(logits: Tensor) -> Tensor:
     """The label of each row ``(B, K)``: its first maximum; ``FAILED`` when that is infinite or any logit is NaN."""
     values, labels = logits.max(dim=1)
     return labels.masked_fill(~values.isfinite(), FAILED)
+
+
+class _FailsOnImages(UserError):
+    """A network that does not take what it should."""
 
 
 class Classifier(nn.Module):
@@ -219,10 +226,7 @@ class Classifier(nn.Module):
             raise
         except Exception as error:
             shape = "x".join(map(str, images.shape[1:]))
-            raise UserError(
-                f"classifier {self.name!r} fails on a {shape} image: {first_line(error)}; "
-                "is --input-size, --mean or --std the wrong one?"
-            ) from error
+            raise _FailsOnImages(f"classifier {self.name!r} fails on a {shape} image: {first_line(error)}") from error
 
     def identity(self) -> str:
         """What tells it from another: a hash of its tensors, and of the file that defines it where they do not."""
@@ -275,10 +279,12 @@ def load_classifier(
 
     Args:
         model: ``digits``, ``cifar_resnet20`` .. ``cifar_resnet110``, a timm or torchvision name (``timm:NAME`` or
-            ``torchvision:NAME`` where both have it, else timm's), ``hf-hub:OWNER/NAME``, a TorchScript or ONNX file, or
-            ``package.module:callable``; or the object itself: a module, which is copied, a function from images
-            ``(B, C, H, W)`` to logits or labels, or a function without arguments that returns one of them.
-        weights: a checkpoint; without it the model's published weights are used.
+            ``torchvision:NAME`` where both have it, else timm's), ``hf-hub:OWNER/NAME``, a TorchScript or ONNX file
+            (``FILE.onnx::OUTPUT`` of several outputs), a folder that timm saved, or ``package.module:callable``; or the
+            object itself: a module, which is copied, a function from images ``(B, C, H, W)`` to logits or labels, or a
+            function without arguments that returns one of them.
+        weights: a checkpoint, or ``FILE::PART`` of one that holds several sets of weights; without it the model's
+            published weights are used.
         input_size: (C, H, W), in place of the model's own.
         mean: per-channel mean in place of the model's own; needs ``std``.
         std: per-channel standard deviation in place of the model's own; needs ``mean``.
@@ -302,8 +308,17 @@ def load_classifier(
         from certify.models.external import spec_of_object
 
         name, spec = spec_of_object(model, weights, num_classes)
+    if mean is not None and spec.eight_bits:
+        raise UserError(f"{name} takes 8-bit pixels and normalises them itself; drop --mean and --std")
     spec = replace(spec, input=_override_input(spec.input, input_size, mean, std))
-    return Classifier(name, spec, num_classes)
+    try:
+        return Classifier(name, spec, num_classes)
+    except _FailsOnImages as error:
+        given = f"; is --input-size {'x'.join(map(str, input_size))} the right one?" if input_size else ""
+        raise UserError(f"{error}{given}") from error
+
+
+_LARGE_STD = 4.0  # of pixels in [0, 1], where it is hardly meant
 
 
 def _override_input(
@@ -324,6 +339,16 @@ def _override_input(
             or not all(map(math.isfinite, (*mean, *std)))
         ):
             raise UserError(f"--mean {mean} --std {std}: expected 1 or {channels} numbers each, std above 0")
+        if max(mean) > 1 or max(std) > _LARGE_STD:
+            in_units = " ".join(
+                f"--{k} {','.join(f'{x / 255:.3g}' for x in v)}" for k, v in (("mean", mean), ("std", std))
+            )
+            given = f"mean {','.join(f'{x:g}' for x in mean)} and std {','.join(f'{x:g}' for x in std)}"
+            warnings.warn(
+                f"{given} are large for images in [0, 1]; are they in pixels of 255? that is {in_units}",
+                CertifyWarning,
+                stacklevel=3,
+            )
         own = replace(own, mean=tuple(mean) * (channels // len(mean)), std=tuple(std) * (channels // len(std)))
     return own
 

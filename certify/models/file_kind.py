@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,6 +14,7 @@ CHECKPOINT, SAFETENSORS, TORCHSCRIPT, ONNX, UNKNOWN = "checkpoint", "safetensors
 """What can be used; :func:`file_kind` refuses everything else that it recognises."""
 
 _WEIGHTS = (".pth", ".pt", ".th", ".safetensors", ".onnx", ".ckpt", ".bin", ".torchscript")
+_HUB_NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 _LISTED = 3  # members of an archive that a message names
 _MEMBERS = 1000  # of an archive that are looked at
 _HEADER = 100_000_000  # bytes of a safetensors header at most, as its library has it
@@ -59,6 +61,22 @@ def file_kind(path: str | Path) -> str:
     if path.suffix.lower() == ".safetensors":
         raise UserError(f"{path} is not a safetensors file: it begins with {head[:16]!r}; download it again")
     return ONNX if path.suffix.lower() == ".onnx" else UNKNOWN
+
+
+def split_part(named: str | Path) -> tuple[Path, str]:
+    """``FILE::PART`` as a file and a part of what it holds; for a folder of the model hub the weights in it.
+
+    Raises:
+        UserError: a folder that holds no weights.
+    """
+    file, _, part = str(named).partition("::")
+    path = Path(file)
+    if not os.path.isdir(path):  # of a name that is too long, pathlib complains
+        return path, part
+    found = next((path / name for name in _HUB_NAMES if (path / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{path} is a folder without weights; expected a file, or one of {', '.join(_HUB_NAMES)} in it")
+    return found, part
 
 
 def _zip_kind(path: Path) -> str:
@@ -126,6 +144,7 @@ def weights_kind(path: str | Path, option: str = "--model") -> str:
     Raises:
         UserError: as :func:`file_kind`, and for a whole model.
     """
+    path, _ = split_part(path)
     kind = file_kind(path)
     if kind in (TORCHSCRIPT, ONNX):
         consent = " --trust-code" if kind == TORCHSCRIPT else ""

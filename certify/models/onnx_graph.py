@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,26 @@ from certify.errors import UserError, first_line
 from certify.models.classifier import ClassifierSpec, InputSpec, square_input
 from certify.models.external import class_names, file_digest, refuse_weights
 
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_BYTES = "tensor(uint8)"
+
 
 class OnnxNet(nn.Module):
-    """An ONNX graph with one image input, run by onnxruntime on the CPU."""
+    """An ONNX graph with one image input, run by onnxruntime on the CPU.
 
-    def __init__(self, path: str) -> None:
+    Images arrive as float32 ``(B, C, H, W)`` in [0, 1]; the graph may take another floating-point type, channels last,
+    or 8-bit pixels, to which they are rounded and clipped.
+
+    Args:
+        path: of the file.
+        output: name of the output to use; empty: the only one that can be scores or labels.
+        num_classes: K, where it is known: it tells one output from others.
+
+    Raises:
+        UserError: no usable file, another kind of input, or several outputs.
+    """
+
+    def __init__(self, path: str, output: str = "", num_classes: int | None = None) -> None:
         super().__init__()
         try:
             import onnxruntime
@@ -34,40 +50,85 @@ class OnnxNet(nn.Module):
         if len(inputs) != 1 or len(inputs[0].shape) != 4:
             shapes = ", ".join(str(i.shape) for i in inputs)
             raise UserError(f"{path} takes {shapes}; expected one input (batch, channels, height, width)")
-        self.input_name = inputs[0].name
-        self.shape = tuple(d if isinstance(d, int) and d > 0 else None for d in inputs[0].shape)
+        self.input_name, self.kind = inputs[0].name, inputs[0].type
+        if self.kind not in (*_TYPES, _BYTES):
+            raise UserError(f"{path} takes {self.kind}; expected images in floating point or uint8")
+        batch, *sides = (d if isinstance(d, int) and d > 0 else None for d in inputs[0].shape)
+        self.batch, self.channels_last = batch, _channels_last(sides[0], sides[2])
+        height, width, channels = sides if self.channels_last else (sides[1], sides[2], sides[0])
+        self.size = (channels, height, width) if channels and height and width else None
+        found = {o.name: list(o.shape) for o in self.session.get_outputs()}
+        self.output = _choose_output(path, found, output, num_classes)
+        self.width = found[self.output][1] if len(found[self.output]) == 2 else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """The graph's first output, for any batch size (a fixed one is filled up)."""
-        array = np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)
-        step = self.shape[0] or len(array)
+        """Scores or labels, for any batch size (a fixed one is filled up)."""
+        array = images.cpu().numpy()
+        if self.kind == _BYTES:
+            array = (array.clip(0, 1) * np.float32(255)).round().astype(np.uint8)
+        if self.channels_last:
+            array = np.moveaxis(array, 1, 3)
+        array = np.ascontiguousarray(array, dtype=_TYPES.get(self.kind, np.uint8))
+        step = self.batch or len(array)
         parts = []
         for start in range(0, len(array), step):
             chunk = array[start : start + step]
             filled = np.concatenate([chunk, np.repeat(chunk[-1:], step - len(chunk), axis=0)])
-            parts.append(self.session.run(None, {self.input_name: filled})[0][: len(chunk)])
-        return torch.from_numpy(np.concatenate(parts)).to(images.device)
+            parts.append(self.session.run([self.output], {self.input_name: filled})[0][: len(chunk)])
+        answer = np.concatenate(parts)
+        return torch.from_numpy(answer.astype(np.float32) if answer.dtype == np.float16 else answer).to(images.device)
+
+
+def _channels_last(second: int | None, last: int | None) -> bool:
+    """Whether the channels of an input are its last dimension: three or one there, else two or four."""
+    for usual in ((1, 3), (2, 4)):
+        if second in usual:
+            return False
+        if last in usual:
+            return True
+    return False
+
+
+def _choose_output(path: str, outputs: Mapping[str, list[Any]], named: str, num_classes: int | None) -> str:
+    """The output that holds scores or labels.
+
+    Raises:
+        UserError: no output of that name, or several that it could be.
+    """
+    shown = ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in outputs.items())
+    if named:
+        if named not in outputs:
+            raise UserError(f"{path} has no output {named!r}; it has {shown}")
+        return named
+    usable = [name for name, shape in outputs.items() if len(shape) in (1, 2)] or list(outputs)
+    fitting = [name for name in usable if num_classes and outputs[name][1:] == [num_classes]]
+    (first, *others) = fitting if len(fitting) == 1 else usable
+    if others:
+        narrow = min(usable, key=lambda name: [d for d in outputs[name][1:] if isinstance(d, int)] or [1 << 62])
+        raise UserError(
+            f"{path} has several outputs: {shown}; name the one that holds the classes' scores, "
+            f"such as --model {path}::{narrow}"
+        )
+    return first
 
 
 def build(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """An ONNX file; the input size comes from the graph, or from ``--input-size`` where the graph leaves it open."""
+    """An ONNX file, ``FILE`` or ``FILE::OUTPUT``; the input size comes from the graph unless it leaves it open."""
     refuse_weights(name, weights)
-    external = external_digests(Path(name))
-    net = OnnxNet(name)
-    channels, height, width = net.shape[1:]
-    spec = square_input((channels, height, width)) if channels and height and width else InputSpec(None)
-    outputs = net.session.get_outputs()[0].shape
-    found = outputs[1] if len(outputs) == 2 and isinstance(outputs[1], int) else num_classes
+    path, _, output = name.partition("::")
+    external = external_digests(Path(path))
+    net = OnnxNet(path, output, num_classes)
     return ClassifierSpec(
         net,
-        spec,
-        class_names(found),
+        square_input(net.size) if net.size else InputSpec(None),
+        class_names(net.width if isinstance(net.width, int) else num_classes),
         num_classes,
-        Path(name).name,
-        file_digest(name),
+        Path(path).name,
+        file_digest(path),
         native=False,
         closed=True,
         external=external,
+        eight_bits=net.kind == _BYTES,
     )
 
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
-from certify.errors import RunFault, UserError, first_line
+from certify.errors import CertifyWarning, RunFault, UserError, first_line
 from certify.models.checkpoints import load_weights
 from certify.models.classifier import ClassifierSpec, InputSpec, square_input
+from certify.models.file_kind import split_part
 from certify.models.labels import ClassNames, imagenet_classes
-from certify.models.resolve import cannot_fetch
+from certify.models.resolve import LOCAL, UNTRAINED, cannot_fetch
 
 
 def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """A timm model (``hf-hub:`` names too); input size, crop, interpolation, mean and std from its configuration."""
+    """A timm model (``hf-hub:`` names too); input size, crop, interpolation, mean and std from its configuration.
+
+    A ``config.json`` beside the weights, as timm saves it, takes the place of the architecture's own configuration.
+    """
     import timm
     from timm.data import create_transform, resolve_data_config
 
+    if name.startswith(LOCAL) and weights is None:
+        weights = name.removeprefix(LOCAL)
+    folder = _saved_folder(name, weights)
     net = _create(
         name,
         lambda: timm.create_model(
-            name, pretrained=weights is None, **({"num_classes": num_classes} if num_classes and weights else {})
+            folder or name,
+            pretrained=weights is None,
+            **({"num_classes": num_classes} if num_classes and weights else {}),
         ),
         fetches=weights is None,
     )
@@ -47,13 +58,45 @@ def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -
     return ClassifierSpec(net, spec, names, None, loaded, closed=True)
 
 
+def _saved_folder(name: str, weights: str | Path | None) -> str:
+    """The folder whose ``config.json`` describes these weights, as timm names it; empty where there is none.
+
+    Warns where a file there is about another architecture, or says more than the name does.
+    """
+    if name.startswith(LOCAL):
+        return name
+    if weights is None or weights == UNTRAINED:
+        return ""
+    config = split_part(weights)[0].parent / "config.json"
+    try:
+        found = json.loads(config.read_bytes())
+        architecture = found["architecture"]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return ""
+    if architecture != name.partition(".")[0]:
+        warnings.warn(
+            f"{config} beside the weights describes {architecture}, not {name}: its size, mean and std are not used",
+            CertifyWarning,
+            stacklevel=3,
+        )
+        return ""
+    warnings.warn(
+        f"size, mean and std are those of {config} beside the weights; --input-size, --mean and --std replace them",
+        CertifyWarning,
+        stacklevel=3,
+    )
+    return f"{LOCAL}{config.parent}"
+
+
 def build_torchvision(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
     """A torchvision classifier; its transform from the published weights of that file name, else from the default."""
     import torchvision
 
     try:
         known = torchvision.models.get_model_weights(name)
-        published = next((w for w in known if weights and Path(w.url).name == Path(weights).name), known.DEFAULT)
+        published = next(
+            (w for w in known if weights and Path(w.url).name == split_part(weights)[0].name), known.DEFAULT
+        )
         preset = published.transforms()
         mean, std, crop, resize = preset.mean, preset.std, preset.crop_size[0], preset.resize_size[0]
         interpolation = preset.interpolation.value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -17,8 +18,18 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from certify.errors import RunFault, UserError
-from certify.models.file_kind import CHECKPOINT, ONNX, SAFETENSORS, UNKNOWN, file_kind, require_consent, weights_kind
+from certify.errors import RunFault, UserError, first_line
+from certify.models.file_kind import (
+    CHECKPOINT,
+    ONNX,
+    SAFETENSORS,
+    TORCHSCRIPT,
+    UNKNOWN,
+    file_kind,
+    require_consent,
+    split_part,
+    weights_kind,
+)
 from certify.registry import Registry, unknown_name
 
 BUILT_IN = Registry("model")
@@ -27,6 +38,9 @@ for _depth in (20, 32, 44, 56, 110):
     BUILT_IN.add(
         f"cifar_resnet{_depth}", "certify.models.cifar_resnet:build", "CIFAR-10, He et al. 2016; needs --weights"
     )
+
+LOCAL = "local-dir:"
+"""In front of a folder that timm saved, as timm writes it."""
 
 UNTRAINED = "untrained"
 """In place of a checkpoint: random weights, for measuring speed."""
@@ -84,6 +98,14 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
+def is_folder(path: str) -> bool:
+    """Whether this is a folder; a name that is too long for the file system is none."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False
+
+
 def model_names() -> list[str]:
     """Every name that ``--model`` knows by itself."""
     return [*BUILT_IN, *sorted(library_names("timm") | library_names("torchvision"))]
@@ -109,22 +131,25 @@ def find_source(model: str, weights: str | Path | None = None) -> ModelSource:  
         return ModelSource(library, rest)
     if rest and library not in _BY_FORM and library in BUILDERS:
         return ModelSource(library, rest)
-    if is_file(model):
-        return _file_source(model)
+    file, _, output = model.partition("::")
+    if is_file(file):
+        return _file_source(file, output)
+    if is_folder(model) and (model not in model_names() or "/" in model):
+        return _folder_source(model)
     if Path(model).suffix.lower() in (".onnx", ".pt", ".ts", ".torchscript"):
         raise UserError(f"no model file {model!r}; expected an existing TorchScript or ONNX file")
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
         return ModelSource("python", model)
     architecture = model.split(".", maxsplit=1)[0]
-    theirs = weights is not None and Path(weights).name in torchvision_files()
+    theirs = weights is not None and split_part(weights)[0].name in torchvision_files()
     for library in reversed(_LIBRARIES) if theirs else _LIBRARIES:
         if architecture in library_names(library):
             return ModelSource(library, model)
     raise unknown_name("model", model, model_names(), "or a TorchScript or ONNX file, or package.module:callable")
 
 
-def _file_source(model: str) -> ModelSource:
-    """The builder of a model's file, by what it holds."""
+def _file_source(model: str, output: str) -> ModelSource:
+    """The builder of a model's file, by what it holds; only an ONNX graph has outputs to choose from."""
     kind = file_kind(model)
     if kind in (CHECKPOINT, SAFETENSORS):
         raise UserError(f"{model} holds weights alone; name the architecture and pass --weights {model}")
@@ -132,7 +157,36 @@ def _file_source(model: str) -> ModelSource:
         raise UserError(
             f"{model} is neither TorchScript nor ONNX (.onnx); expected a model's file, or NAME --weights FILE"
         )
-    return ModelSource("onnx" if kind == ONNX else "torchscript", model)
+    if output and kind != ONNX:
+        raise UserError(f"{model}::{output}: only an ONNX file has outputs by name; write {model}")
+    if kind == TORCHSCRIPT:
+        return ModelSource("torchscript", model)
+    return ModelSource("onnx", f"{model}::{output}" if output else model)
+
+
+def _folder_source(folder: str) -> ModelSource:
+    """What a folder of the model hub holds, by its ``config.json``.
+
+    Raises:
+        UserError: no such file, or the model of a library that is not built here.
+    """
+    try:
+        config = json.loads((Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder} is a folder without a readable config.json ({first_line(error)}); expected a model's file, or "
+            "a folder that timm saved"
+        ) from None
+    if isinstance(config, dict) and isinstance(config.get("architecture"), str):
+        return ModelSource("timm", LOCAL + folder)
+    if isinstance(config, dict) and "_class_name" in config:
+        raise UserError(f"{folder} holds a network of diffusers, no classifier; write --denoiser diffusers:{folder}")
+    kinds = config.get("architectures") if isinstance(config, dict) else None
+    which = f" ({', '.join(map(str, kinds[:3]))})" if isinstance(kinds, list) else ""
+    raise UserError(
+        f"{folder} holds a model of transformers{which}, not of timm; load it in a function of your own that returns "
+        "it and name that: --model package.module:function"
+    )
 
 
 def require_weights(source: ModelSource, weights: str | Path | None, *, trust_code: bool = False) -> None:
@@ -147,7 +201,7 @@ def require_weights(source: ModelSource, weights: str | Path | None, *, trust_co
     if weights == UNTRAINED and source.kind in ("built-in", *_LIBRARIES):
         return
     if weights is not None:
-        if not is_file(weights):
+        if not is_file(split_part(weights)[0]):
             raise UserError(
                 f"no weights file {str(weights)!r}; expected an existing .pth, .pt, .th, .tar or .safetensors file"
             )
@@ -155,7 +209,7 @@ def require_weights(source: ModelSource, weights: str | Path | None, *, trust_co
         return
     if source.kind == "built-in" and source.name != "digits":
         raise UserError(f"model {source.name!r} has no weights of its own; pass a checkpoint: --weights FILE")
-    if source.kind not in _LIBRARIES:
+    if source.kind not in _LIBRARIES or source.name.startswith(LOCAL):
         return
     address = hub_address() if source.kind == "timm" else "https://download.pytorch.org"
     out_of_reach = offline() or not reachable(address)
