@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from command import run
+from servers import wait_for
 from small_networks import IMAGE, PLAIN, classifier, labels, network, trained
 from torch import Tensor, nn
 
@@ -172,6 +174,24 @@ class TestCompilation:
             assert real.compiled, real.why
             assert (labels(run, base, 200) == labels(base, base, 200)).sum() >= 199
         assert counters["frames"]["ok"] == counters["frames"]["total"] == counters["stats"]["unique_graphs"] == 10
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seconds", [0.1, 0.3, 0.6])
+    def test_a_compilation_that_is_given_up_leaves_everything_as_it_was(self, seconds: float) -> None:
+        """Wherever the compiler is stopped, the classifier runs eagerly, and may be compiled later."""
+        base = Pipeline(classifier(), trained(DnCNN(8, 12)), 0.5)
+        wanted = replace(PLAIN, folded=True, compiled=True)
+        before = labels(base, base, 50)
+        run, real = prepare(base, wanted, IMAGE, compile_seconds=seconds)
+        assert real.failed == (
+            f"compilation was given up after {seconds:.3g} s: running eagerly (--compile on sets no limit)"
+        )
+        assert torch.equal(labels(base, base, 50), before)
+        assert (labels(run, base, 50) == before).sum() >= 49
+        wait_for(lambda: "certify-within" not in [thread.name for thread in threading.enumerate()])
+        run, real = prepare(base, wanted, IMAGE, compile_seconds=600)
+        assert real.compiled, real.why
+        assert (labels(run, base, 50) == before).sum() >= 49
 
     def test_without_a_compiler(self, tmp_path: Path) -> None:
         """The real thing: no C++ compiler can be found. The run goes on eagerly, says so once, and records it."""

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import run
+from servers import wait_for
 from small_networks import IMAGE, PLAIN, classifier
 from torch import Tensor, nn
 
-from certify import Gaussian, UserError
+from certify import Gaussian, UserError, read_run
 from certify.engine.hardware import product_speed
-from certify.engine.tuning import LITTLE_WORK, Wanted, _key, _Search, choose
+from certify.engine.tuning import _COMPILE_GAIN, LITTLE_WORK, Wanted, _key, _Search, choose
 from certify.models.classifier import Classifier, ClassifierSpec, square_input
 from certify.models.pipeline import Pipeline
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A compiler that is believed to pay and does not end by itself for 1 s."""
+
+    def compile_for_ever(*arguments: Any, **options: Any) -> None:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            time.sleep(0.01)
+        raise RuntimeError("nobody stopped it")
+
+    monkeypatch.setenv("CERTIFY_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch, "compile", compile_for_ever)
+    monkeypatch.setattr("certify.engine.tuning._compile_seconds", lambda base: 0.0)
+    monkeypatch.setattr("certify.engine.tuning._COMPILE_LONGEST", 0.05, raising=False)
+    monkeypatch.setitem(_COMPILE_GAIN, "float32", 1e6)
 
 
 class TestChoice:
@@ -118,6 +139,39 @@ class TestChoice:
             _, real = choose(Pipeline(classifier()), IMAGE, Gaussian(0.25), 100_000, Wanted(compile="on"))
         assert real.failed == "compilation failed (RuntimeError: no compiler): running eagerly"
         assert not (tmp_path / "choices.json").exists()
+
+    @pytest.mark.usefixtures("endless")
+    def test_compilation_is_given_up_in_time(self, tmp_path: Path) -> None:
+        """The run is eager and records why; the compiler's thread ends, and nothing is remembered."""
+        out = tmp_path / "r.jsonl"
+        run(
+            *"--model digits --sigma 0.25 --n 150000 --max 2 --precision float32 --batch-size 500".split(),
+            "--out",
+            str(out),
+        )
+        header = read_run(out).header
+        why = "compilation was given up after 0.05 s: running eagerly (--compile on sets no limit)"
+        assert header["execution"]["why"][-1] == why
+        assert header["compiled"] is False
+        wait_for(lambda: "certify-within" not in [thread.name for thread in threading.enumerate()])
+        assert not (tmp_path / "choices.json").exists()
+
+    @pytest.mark.usefixtures("endless")
+    def test_a_remembered_compilation_is_given_up_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        remembered = replace(PLAIN, compiled=True, why=("compiled in 9 s",))
+        monkeypatch.setattr("certify.engine.tuning._recall", lambda key: remembered)
+        base = Pipeline(classifier())
+        chosen, real = choose(base, IMAGE, Gaussian(0.25), 100_000, Wanted())
+        assert chosen(IMAGE[None]).tolist() == base(IMAGE[None]).tolist()
+        assert real.why == (
+            "compiled in 9 s",
+            "compilation was given up after 0.05 s: running eagerly (--compile on sets no limit)",
+        )
+
+    @pytest.mark.usefixtures("endless")
+    def test_what_is_to_be_compiled_has_no_limit(self) -> None:
+        _, real = choose(Pipeline(classifier()), IMAGE, Gaussian(0.25), 100_000, Wanted(compile="on"))
+        assert real.failed == "compilation failed (RuntimeError: nobody stopped it): running eagerly"
 
     def test_a_batch_that_does_not_fit_is_learnt_while_measuring(self) -> None:
         class Small(nn.Module):

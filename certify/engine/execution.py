@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from certify.engine.time_limit import run_within
 from certify.errors import UserError, first_line
 from certify.models.classifier import Classifier
 from certify.models.pipeline import Pipeline
@@ -74,7 +75,9 @@ def convertible(base: BaseClassifier) -> bool:
     return isinstance(base, Pipeline) and isinstance(base.classifier, Classifier) and base.classifier.native
 
 
-def prepare(base: BaseClassifier, execution: Execution, example: Tensor) -> tuple[BaseClassifier, Execution]:
+def prepare(
+    base: BaseClassifier, execution: Execution, example: Tensor, *, compile_seconds: float | None = None
+) -> tuple[BaseClassifier, Execution]:
     """The base classifier, run this way; ``base`` itself stays as it is.
 
     What cannot be done is left out: batch norms that cannot be folded, without a word; conversion where the network is
@@ -84,6 +87,7 @@ def prepare(base: BaseClassifier, execution: Execution, example: Tensor) -> tupl
         base: the base classifier in float32, on its device.
         execution: what is wanted.
         example: one clean image ``(C, H, W)`` on the same device.
+        compile_seconds: compilation on a processor is given up after so many seconds of wall time; None: never.
 
     Returns:
         What to call, and what it really is.
@@ -95,7 +99,7 @@ def prepare(base: BaseClassifier, execution: Execution, example: Tensor) -> tupl
         return base, execution
     noisy = _noisy(example, execution.batch_size)
     fast, real = _converted(base, execution, noisy[:4])
-    return _compiled(fast, real, noisy) if real.compiled else (fast, real)
+    return _compiled(fast, real, noisy, compile_seconds) if real.compiled else (fast, real)
 
 
 def _converted(base: BaseClassifier, execution: Execution, noisy: Tensor) -> tuple[BaseClassifier, Execution]:
@@ -242,17 +246,30 @@ class Compiled:
         return self.fast.describe()
 
 
-def _compiled(fast: BaseClassifier, execution: Execution, noisy: Tensor) -> tuple[BaseClassifier, Execution]:
+def _compiled(
+    fast: BaseClassifier, execution: Execution, noisy: Tensor, seconds: float | None
+) -> tuple[BaseClassifier, Execution]:
     """The base classifier compiled for batches like this one; compiled now, or not at all."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-    try:
+
+    def compile_now() -> tuple[Compiled, Tensor]:
         with torch.no_grad():
             function = Compiled(fast)
-            expected, labels = fast(noisy), function(noisy)
+            return function, function(noisy)
+
+    try:
+        with torch.no_grad():
+            expected = fast(noisy)
+            if seconds is None or noisy.device.type != "cpu":  # an accelerator's recorded graphs belong to one thread
+                function, labels = compile_now()
+            else:
+                function, labels = run_within(seconds, compile_now)
             if labels.shape != expected.shape or (labels != expected).sum() > max(1, len(labels) // 20):
                 raise RuntimeError("the compiled function gives other labels")
     except Exception as error:  # no compiler, an operator it does not know, a bug in it: all the same to the user
         reason = f"compilation failed ({type(error).__name__}: {first_line(error)[:160]}): running eagerly"
+        if isinstance(error, TimeoutError) and seconds is not None:
+            reason = f"compilation was given up after {seconds:.3g} s: running eagerly (--compile on sets no limit)"
         return fast, replace(execution, compiled=False, why=(*execution.why, reason), failed=reason)
     return function, execution
 

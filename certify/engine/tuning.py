@@ -44,6 +44,7 @@ _REMEMBERED = 500  # choices
 _COMPILE_SECONDS, _COMPILE_SECONDS_A_LAYER = 5.0, 0.05
 _COMPILE_GAIN = {"float32": 1.2, "bfloat16": 1.5, "float16": 1.5}
 _COMPILE_MARGIN = 4.0  # compile when it should save so many times what it costs
+_COMPILE_LONGEST = 300.0  # seconds; given up earlier where it has taken what it should save
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def choose(
     key = _key(base, example, samples, wanted)
     remembered = None if again else _recall(key)
     if remembered is not None:
-        return prepare(base, remembered, example)
+        return prepare(base, remembered, example, compile_seconds=_limit(wanted, _COMPILE_LONGEST))
     search = _Search(base, example, noise, samples, first)
     if (wanted.precision, wanted.compile) != ("float32", "off"):  # which asks for the classifier untouched
         search.fold()
@@ -103,7 +104,7 @@ def choose(
         if wanted.batch_size is None:
             search.batch_sizes()
     if wanted.compile == "on" or (wanted.compile == "auto" and search.compiling_pays()):
-        search.compile(forced=wanted.compile == "on")
+        search.compile(_limit(wanted, search.saved))
     if not again and not search.best.failed:
         _remember(key, search.best)
     return search.run, search.best
@@ -206,27 +207,32 @@ class _Search:
         self.better(self.run, replace(self.best, batch_size=size), _FASTER)
         return self.best.batch_size == size
 
+    @property
+    def saved(self) -> float:
+        """Seconds of the run that compilation should save, by what was measured elsewhere."""
+        return self.seconds * (1 - 1 / _COMPILE_GAIN[self.best.precision])
+
     def compiling_pays(self) -> bool:
         """Whether the time it saves is well above what it costs, by what was measured elsewhere."""
-        cost, gain = _compile_seconds(self.base), _COMPILE_GAIN[self.best.precision]
-        needed = _COMPILE_MARGIN * cost * self.speed / (1 - 1 / gain)
-        if self.samples >= needed:
+        cost = _compile_seconds(self.base)
+        if self.saved >= _COMPILE_MARGIN * cost:
             return True
+        needed = self.samples * _COMPILE_MARGIN * cost / self.saved
         self.say(
             f"eager: compiling would take about {cost:.0f} s and pay from {_round(needed):,} samples; "
             f"this run has {self.samples:,}"
         )
         return False
 
-    def compile(self, *, forced: bool) -> None:
-        """Compile, and keep it if it is faster (or wanted)."""
+    def compile(self, limit: float | None) -> None:
+        """Compile within so many seconds, and keep it if it is faster; without a limit because it is wanted, always."""
         start = time.perf_counter()
-        run, real = prepare(self.base, replace(self.best, compiled=True), self.example)
+        run, real = prepare(self.base, replace(self.best, compiled=True), self.example, compile_seconds=limit)
         cost = time.perf_counter() - start
         if not real.compiled:
             self.best = real
             return
-        old, new = self.better(run, real, 0.0 if forced else _FASTER, rounds=3)
+        old, new = self.better(run, real, 0.0 if limit is None else _FASTER, rounds=3)
         how = "compiled" if self.best.compiled else "eager: compiled"
         self.say(f"{how} in {cost:.0f} s: {new:,.0f} samples/s against {old:,.0f} eagerly")
 
@@ -253,6 +259,11 @@ def measure_rate(run: BaseClassifier, example: Tensor, noise: Noise, size: int) 
     batch = noisy.repeat(repeats, 1, 1, 1)[:size]
     label_batch(run, batch)  # warms up
     return 1.0 / (drawing + 1.0 / measure_speed(run, batch, 0.5))
+
+
+def _limit(wanted: Wanted, seconds: float) -> float | None:
+    """Seconds that compilation may take: none where the user insists on it."""
+    return None if wanted.compile == "on" else min(seconds, _COMPILE_LONGEST)
 
 
 def _compile_seconds(base: BaseClassifier) -> float:
