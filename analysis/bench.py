@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from certify.engine.allocator import keep_freed_memory
 from certify.engine.execution import Execution, convertible
 from certify.engine.hardware import machine_name, product_speed
-from certify.engine.noisy_classifier import KEPT
+from certify.engine.noisy_classifier import KEPT, Target
 from certify.errors import UserError
 from certify.models.pipeline import Pipeline
 from certify.smoothed_classifier import SmoothedClassifier
@@ -230,11 +230,12 @@ def _flops(plain: Plain, image: Tensor) -> float:
 
 def _agreement(smoothed: SmoothedClassifier, images: list[Tensor]) -> tuple[int, int]:
     """Labels of ``KEPT`` noisy copies of each image that plain float32 gives too, and how many were compared."""
-    pairs = [(image, str(i)) for i, image in enumerate(images)]
+    targets = [Target(image, str(i)) for i, image in enumerate(images)]
     same = compared = 0
-    for (image, name), tally in zip(pairs, smoothed.tallies(pairs, {"agreement": KEPT}), strict=True):
-        labels = tally["agreement"].labels
-        same += smoothed.agreement(image, labels, stage="agreement", seed=0, image_id=name)
+    for target, tallies in smoothed.sample(targets, {"agreement": KEPT}):
+        labels = tallies["agreement"].labels
+        assert target.name is not None
+        same += smoothed.agreement(target.image, labels, stage="agreement", seed=0, image_id=target.name)
         compared += len(labels)
     return same, compared
 

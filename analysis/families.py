@@ -27,10 +27,11 @@ import numpy as np
 
 from analysis.curves import proportion_interval
 from certify.errors import UserError
-from certify.runs.image_rows import noise_of, votes_of
+from certify.runs.image_rows import noise_of
 from certify.runs.run_file import Run
 from certify.smoothing.bounds import check_alpha, check_trials
 from certify.smoothing.numeric import as_float
+from certify.smoothing.procedures import votes_of
 from certify.smoothing.rounding import exact
 
 CORRECTIONS = {"holm": "Holm", "bonferroni": "Bonferroni"}

@@ -10,10 +10,11 @@ import numpy as np
 from analysis.curves import common_norm, names
 from analysis.figures import COLOURS, canvas, check_format, literal, log_ticks, save_figure, wrapped
 from certify.errors import UserError
-from certify.runs.image_rows import noise_of, votes_of
+from certify.runs.image_rows import noise_of
 from certify.runs.run_file import Run
 from certify.smoothing.certificates import certificate_from_votes, largest_radius
 from certify.smoothing.norms import IN_TEX
+from certify.smoothing.procedures import votes_of
 from certify.types import Votes
 
 _STEPS = 13

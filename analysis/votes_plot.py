@@ -7,9 +7,9 @@ from typing import Any
 
 from analysis.figures import COLOURS, LABEL, canvas, check_format, literal, save_figure
 from certify.errors import UserError
-from certify.runs.image_rows import votes_of
 from certify.runs.run_file import Run
 from certify.smoothing.norms import DECIMALS
+from certify.smoothing.procedures import votes_of
 from certify.smoothing.rounding import ceil_to, exact, floor_to
 from certify.types import ABSTAIN
 

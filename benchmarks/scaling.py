@@ -23,8 +23,8 @@ import numpy as np
 from scipy.special import ndtr
 
 from certify.cluster.scheduler import Handing
-from certify.engine.adaptive import Deciding
 from certify.smoothing.noise import Gaussian
+from certify.smoothing.sequential_tests import RadiusDecision
 
 IMAGES = 50_000
 ABSTAINED = 0.45
@@ -47,10 +47,10 @@ def samples(p: np.ndarray, sigma: float, radius: float, n: int, seed: int) -> np
     chance = np.random.default_rng(seed)
     found = []
     for probability in p:
-        watch = Deciding(2, n=n, radii=(radius,), noise=Gaussian(sigma), alpha=0.001, rule="one-sided")
-        while watch.want:
-            watch.add((chance.random(watch.want) >= probability).astype(np.int64))
-        found.append(watch.drawn)
+        test = RadiusDecision(2, n=n, radii=(radius,), noise=Gaussian(sigma), alpha=0.001, rule="one-sided")
+        while test.pending:
+            test.add((chance.random(test.pending) >= probability).astype(np.int64))
+        found.append(test.drawn)
     return np.array(found)
 
 

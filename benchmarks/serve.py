@@ -67,14 +67,12 @@ def processor_seconds(pid: int) -> float:
 
 def offline(g: SmoothedClassifier, images: list[torch.Tensor], o: argparse.Namespace) -> list[Certificate]:
     """The certificates of these images, by one call of the engine."""
-    from certify.smoothing.certificates import certificate_from_votes
+    from certify.engine.noisy_classifier import Target
+    from certify.smoothing.procedures import Certify
 
-    found = g.tallies(((image, None) for image in images), {"selection": o.n0, "estimation": o.n}, seed=SEED)
-    noise = g.stated(images[0].numel())
-    return [
-        certificate_from_votes(tally["selection"].votes, tally["estimation"].votes, noise=noise, alpha=0.001)
-        for tally in found
-    ]
+    procedure, noise = Certify(o.n0, o.n), g.stated(images[0].numel())
+    sampled = g.sample(map(Target, images), procedure.stages, seed=SEED)
+    return [procedure.answer({k: tally.votes for k, tally in tallies.items()}, noise) for _, tallies in sampled]
 
 
 def served(client: httpx2.Client, images: list[torch.Tensor], clients: int) -> list[tuple[int, float]]:

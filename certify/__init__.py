@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from certify.runs.run_file import read_run as read_run
     from certify.smoothed_classifier import SmoothedClassifier as SmoothedClassifier
     from certify.smoothing.bounds import clopper_pearson_lower as clopper_pearson_lower
-    from certify.smoothing.certificates import Prediction as Prediction
     from certify.smoothing.certificates import certificate_from_votes as certificate_from_votes
     from certify.smoothing.certificates import prediction_from_votes as prediction_from_votes
     from certify.smoothing.noise import Gaussian as Gaussian
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from certify.types import BaseClassifier as BaseClassifier
     from certify.types import Certificate as Certificate
     from certify.types import Decision as Decision
+    from certify.types import Prediction as Prediction
     from certify.types import Votes as Votes
 
 _HOME = {
@@ -45,7 +45,7 @@ _HOME = {
     "Decision": "types",
     "Gaussian": "smoothing.noise",
     "Pipeline": "models.pipeline",
-    "Prediction": "smoothing.certificates",
+    "Prediction": "types",
     "Run": "runs.run_file",
     "SmoothedClassifier": "smoothed_classifier",
     "UserError": "errors",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from certify.engine.noisy_classifier import NoisyClassifier, noise_name
+from certify.engine.noisy_classifier import NoisyClassifier, Target
 from certify.errors import UserError
-from certify.smoothing.bounds import BOUNDS
-from certify.smoothing.certificates import Prediction, certificate_from_votes, check_counts, prediction_from_votes
-from certify.smoothing.numeric import as_float
-from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE, MEASURING_BOUND, RULES
-from certify.types import Certificate, Decision
+from certify.smoothing.certificates import check_counts
+from certify.smoothing.procedures import Certify, Decide, Measure, Predict, Procedure
+from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE
+from certify.types import Certificate, Decision, Prediction
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,31 +78,16 @@ class SmoothedClassifier(NoisyClassifier):
         Raises:
             UserError: an image of the wrong shape, type or range; counts below 1; alpha outside (0, 1).
         """
-        n, n0, alpha = check_counts(n, n0, alpha)
-        BOUNDS.get(bound)
+        check_counts(n, n0, alpha)
+        procedure: Procedure = Certify(n0, n, alpha, bound)
         if tolerance is not None:
-            if bound not in ("clopper-pearson", MEASURING_BOUND):
+            if bound not in ("clopper-pearson", Measure.bound):
                 raise UserError(
-                    f"bound {bound!r} with a tolerance: expected {MEASURING_BOUND}, which holds whenever one stops"
+                    f"bound {bound!r} with a tolerance: expected {Measure.bound}, which holds whenever one stops"
                 )
-            from certify.engine.adaptive import Measuring
-
-            measuring = functools.partial(Measuring, self.num_classes, n=n, tolerance=tolerance, alpha=alpha)
-            measured: Certificate = self._settle_one(image, measuring, seed, image_id, progress)
-            return measured
-        stages = {"selection": n0, "estimation": n}
-        (found,) = self.tallies([(image, image_id)], stages, seed=seed, progress=progress)
-        from certify.smoothing.rng import bound_draw
-
-        tensor = self.check(image)
-        return certificate_from_votes(
-            found["selection"].votes,
-            found["estimation"].votes,
-            noise=self.stated(tensor.numel()),
-            alpha=alpha,
-            bound=bound,
-            uniform=bound_draw(seed, noise_name(tensor) if image_id is None else image_id),
-        )
+            procedure = Measure(tolerance, n, alpha)
+        certificate: Certificate = self._answer(procedure, image, seed, image_id, progress)
+        return certificate
 
     def decide(
         self,
@@ -135,34 +118,8 @@ class SmoothedClassifier(NoisyClassifier):
         Raises:
             UserError: as for :meth:`certify`; a radius that this noise cannot certify.
         """
-        from certify.engine.adaptive import Deciding
-
-        n, _, alpha = check_counts(n, 1, alpha)
-        RULES.get(rule)
-        several: Any = radius  # 0-d arrays and tensors can be iterated over by name only
-        one = not isinstance(several, Iterable) or isinstance(several, str) or getattr(several, "ndim", 1) == 0
-        given: Iterable[float] = [several] if one else several
-        radii = sorted({as_float(r, "radius", "one number or several, such as 0.25") for r in given})
-        if not radii:
-            raise UserError("no radius: expected one or several, such as 0.25")
-        deciding = functools.partial(Deciding, self.num_classes, n=n, radii=radii, alpha=alpha, rule=rule)
-        decided: Decision = self._settle_one(image, deciding, seed, image_id, progress)
-        return decided
-
-    def _settle_one(
-        self,
-        image: torch.Tensor | np.ndarray,
-        watch: Callable[..., Any],
-        seed: int,
-        image_id: str | None,
-        progress: Callable[[int], None] | None,
-    ) -> Any:
-        """The result of one image's watch."""
-        found = self.settled(
-            [(image, image_id)], lambda there: watch(noise=self.stated(there.numel())), seed=seed, progress=progress
-        )
-        (settled,) = found
-        return settled.watch.result()
+        decision: Decision = self._answer(Decide(radius, n, alpha, rule), image, seed, image_id, progress)  # type: ignore[arg-type]
+        return decision
 
     def predict(
         self,
@@ -178,9 +135,32 @@ class SmoothedClassifier(NoisyClassifier):
 
         Arguments as in :meth:`certify`.
         """
-        n, _, alpha = check_counts(n, 1, alpha)
-        votes = self.votes(image, n, stage="prediction", seed=seed, image_id=image_id, progress=progress)
-        return prediction_from_votes(votes, alpha=alpha)
+        prediction: Prediction = self._answer(Predict(n, alpha), image, seed, image_id, progress)
+        return prediction
+
+    def _answer(
+        self,
+        procedure: Procedure,
+        image: torch.Tensor | np.ndarray,
+        seed: int,
+        image_id: str | None,
+        progress: Callable[[int], None] | None,
+    ) -> Any:
+        """Return the procedure's answer about one image."""
+        target = Target(image, image_id)
+        if procedure.sequential:
+            (stage,) = procedure.stages
+            (settled,) = self.sample_until_settled(
+                [target], lambda noise: procedure.tests(self.num_classes, noise, 0)[stage], seed=seed, progress=progress
+            )
+            return settled.test.result()
+        ((_, tallies),) = self.sample([target], procedure.stages, seed=seed, progress=progress)
+        tensor = self.check(image)
+        from certify.smoothing.rng import bound_draw
+
+        uniform = bound_draw(seed, target.noise_name(tensor))
+        votes = {stage: tally.votes for stage, tally in tallies.items()}
+        return procedure.answer(votes, self.stated(tensor.numel()), uniform)
 
     def base_label(self, image: torch.Tensor | np.ndarray) -> int:
         """The base classifier's own label of one image without noise."""

@@ -232,3 +232,18 @@ class Decision:
     def robust(self) -> bool | None:
         """True: robust at the largest radius that was asked for; False: not certifiable there; None: undecided."""
         return {ROBUST: True, NOT_CERTIFIABLE: False, UNDECIDED: None}[self.outcomes[-1]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """PREDICT's answer: with probability at least 1 - alpha it is the smoothed classifier's, or an abstention.
+
+    Attributes:
+        prediction: class in [0, K), or ``ABSTAIN``.
+        p_value: of the two-sided binomial test between the two leading classes, rounded up.
+        votes: of the n noisy copies.
+    """
+
+    prediction: int
+    p_value: float
+    votes: Votes

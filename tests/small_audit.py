@@ -16,15 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from certify.blackbox.ledger_contents import SCHEMA
-from certify.engine.adaptive import Deciding, settle
+from certify.engine.adaptive import Sampling, settle
 from certify.engine.monte_carlo import Job, Tally, count_votes
 from certify.engine.noisy_classifier import NoisyClassifier, image_digest
 from certify.images.dataset import ImageSet
 from certify.models.classifier import Classifier
 from certify.runs.config import Settings, run_header
-from certify.runs.image_rows import certified_row, decided_row, unusable_row
+from certify.runs.image_rows import answer_row, unusable_row
 from certify.runs.run_file import RunFile
-from certify.smoothing.certificates import certificate_from_votes
 from certify.smoothing.noise import make_noise
 from certify.smoothing.rng import stream_key
 from certify.types import FAILED
@@ -185,37 +184,36 @@ def _lines(
     service: Service, loaded: list[Tensor], names: list[str], clean: list[int], settings: Settings, noise: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each image's answer by the engine: at a fixed n, or as few samples as it takes."""
-    place = {stream_key(settings.seed, name, stage): (name, stage) for name in names for stage in settings.stages}
+    procedure = settings.procedure
     usable = [i for i, label in enumerate(clean) if label >= 0]
+
+    def key(i: int, stage: str) -> bytes:
+        return stream_key(settings.seed, names[i], stage)
 
     def label(jobs: Iterable[Job]) -> Iterator[Tally]:
         for job in jobs:
             if job.key is None:  # known already
                 yield Tally(count_none(), torch.zeros(1, dtype=torch.int64))
                 continue
-            service.stage, service.start = " | ".join(place[job.key]), job.start
+            service.stage, service.start = " | ".join(job.tag[1]), job.start
             yield from count_votes(service, noise, [job], batch_size=64)
 
     for i in set(range(len(names))) - set(usable):
-        yield i, unusable_row(settings.procedure, "the service gave no label without noise")
-    if settings.adaptive:
-        queue = [(loaded[i], stream_key(settings.seed, names[i], "estimation")) for i in usable]
-
-        def watch(image: Tensor) -> Deciding:
-            return Deciding(
-                10, n=settings.n, radii=settings.radii, noise=noise, alpha=settings.alpha, rule=settings.rule
-            )
-
-        for settled in settle(label, queue, watch, batch_size=64):
-            yield usable[settled.index], decided_row(settled.watch.result()) | {"drawn": settled.watch.drawn}
+        yield i, unusable_row(procedure.kind, "the service gave no label without noise")
+    if procedure.sequential:
+        (stage,) = procedure.stages
+        queue = [
+            Sampling(loaded[i], key(i, stage), procedure.tests(10, noise, 0)[stage], (i, (names[i], stage)))
+            for i in usable
+        ]
+        for settled in settle(label, queue, batch_size=64):
+            yield settled.tag[0], answer_row(settled.test.result()) | {"drawn": settled.test.drawn}
         return
     for i in usable:
-        keys = [(stream_key(settings.seed, names[i], stage), trials) for stage, trials in settings.stages.items()]
-        selection, estimation = label(Job(loaded[i], key, trials) for key, trials in keys)
-        found = certificate_from_votes(
-            selection.votes, estimation.votes, noise=noise, alpha=settings.alpha, bound=settings.bound
-        )
-        yield i, certified_row(found)
+        stages = procedure.stages.items()
+        tallies = label(Job(loaded[i], key(i, k), n, tag=(i, (names[i], k))) for k, n in stages)
+        votes = {tally.tag[1][1]: tally.votes for tally in tallies}
+        yield i, answer_row(procedure.answer(votes, noise))
 
 
 def count_none() -> Any:

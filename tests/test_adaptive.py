@@ -13,12 +13,14 @@ from scipy.stats import norm
 from torch import Tensor
 
 from certify import Gaussian, SmoothedClassifier, Votes
-from certify.engine.adaptive import Counting, Deciding, Measuring, settle
+from certify.engine.adaptive import Sampling, settle
 from certify.engine.monte_carlo import Job, Tally
+from certify.engine.noisy_classifier import Target
 from certify.errors import UserError
 from certify.smoothing.certificates import certificate_from_votes, decision_from_counts, largest_radius
+from certify.smoothing.sequential_tests import FixedSample, RadiusDecision, RadiusEstimate
 from certify.smoothing.stopping_rules import RULES
-from certify.types import ABSTAIN
+from certify.types import ABSTAIN, Radii
 
 NOISE = Gaussian(0.25)
 
@@ -77,11 +79,12 @@ def test_decisions_do_not_depend_on_batches_or_on_other_images(batch_size: int, 
     generator = torch.Generator().manual_seed(0)
     images = [(torch.rand(3, 4, 4, generator=generator), str(i)) for i in range(12)]
 
-    def watch(image: Tensor) -> Deciding:
-        return Deciding(2, n=3000, radii=(0.1, 0.3), noise=NOISE, alpha=0.01, rule="betting")
+    def test(noise: Radii) -> RadiusDecision:
+        return RadiusDecision(2, n=3000, radii=(0.1, 0.3), noise=noise, alpha=0.01, rule="betting")
 
     g = SmoothedClassifier(classifier, 0.25, batch_size=batch_size)
-    together = {s.index: s.watch.result() for s in g.settled(images, watch)}
+    targets = [Target(image, name, i) for i, (image, name) in enumerate(images)]
+    together = {s.tag.tag: s.test.result() for s in g.sample_until_settled(targets, test)}
     assert sorted(together) == list(range(12))
     for i, (image, name) in enumerate(images):
         one = SmoothedClassifier(classifier, 0.25).decide(
@@ -109,10 +112,10 @@ def test_false_decisions_are_rare(linear_classifier: Any) -> None:
 def test_a_decision_never_flips_after_stopping() -> None:
     """What comes after the look that settles it is ignored, also within a piece."""
     rng = np.random.default_rng(3)
-    watch = Deciding(3, n=10_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
+    watch = RadiusDecision(3, n=10_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
     watch.add((rng.random(500) < 0.97).astype(np.int64))
     before = watch.result()
-    assert (before.outcomes, before.prediction, watch.want) == (("robust",), 1, 0)
+    assert (before.outcomes, before.prediction, watch.pending) == (("robust",), 1, 0)
     assert before.votes.trials < 200 < before.drawn == 500
     watch.add(np.zeros(5000, dtype=np.int64))
     after = watch.result()
@@ -120,11 +123,11 @@ def test_a_decision_never_flips_after_stopping() -> None:
 
 
 def test_failures_are_nobodys_votes() -> None:
-    watch = Deciding(3, n=10_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
+    watch = RadiusDecision(3, n=10_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
     watch.add(np.full(100, -1))
     assert watch.result().outcomes == ("not certifiable",)
     assert watch.result().votes.failures == watch.result().votes.trials < 20
-    watch = Deciding(3, n=10_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
+    watch = RadiusDecision(3, n=10_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
     watch.add(np.where(np.arange(3000) % 10 < 7, 1, -1))  # 70 %, and 84 % are needed
     assert watch.result().outcomes == ("not certifiable",)
 
@@ -132,13 +135,13 @@ def test_failures_are_nobodys_votes() -> None:
 def test_hardly_a_sample_is_drawn_that_is_not_needed() -> None:
     """If all votes agree, about as many are drawn as settle it; n is the cap."""
     for radius, rule, fewest in ((0.25, "betting", 56), (0.5, "betting", 460), (0.5, "one-sided", 352)):
-        watch = Deciding(2, n=100_000, radii=(radius,), noise=NOISE, alpha=0.001, rule=rule)
-        while watch.want:
-            watch.add(np.ones(watch.want, dtype=np.int64))
+        watch = RadiusDecision(2, n=100_000, radii=(radius,), noise=NOISE, alpha=0.001, rule=rule)
+        while watch.pending:
+            watch.add(np.ones(watch.pending, dtype=np.int64))
         assert fewest == watch.result().votes.trials <= watch.drawn <= 1.06 * fewest
-    watch = Deciding(2, n=50, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
-    while watch.want:
-        watch.add(np.ones(watch.want, dtype=np.int64))
+    watch = RadiusDecision(2, n=50, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
+    while watch.pending:
+        watch.add(np.ones(watch.pending, dtype=np.int64))
     assert (watch.drawn, watch.result().outcomes, watch.result().robust) == (50, ("undecided",), None)
 
 
@@ -157,17 +160,16 @@ def test_few_samples_first_and_new_images_while_there_is_room() -> None:
             where = torch.arange(job.start, job.start + job.trials)
             yield Tally(Votes((job.trials, 0)), (where * 0.841345 % 1 < 0.841345).long() if hard else where * 0)
 
-    images = [(torch.zeros(1, 2, 2), str(i).encode()) for i in range(200)]
+    def sampling(i: int) -> Sampling:
+        test = RadiusDecision(2, n=100_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
+        return Sampling(torch.zeros(1, 2, 2), str(i).encode(), test, i)
 
-    def watch(image: Tensor) -> Deciding:
-        return Deciding(2, n=100_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
-
-    done = list(settle(label, images, watch, batch_size=256, keep=10))
-    assert {s.index for s in done[-2:]} == {0, 1}
-    assert sorted(s.index for s in done) == list(range(200))
+    done = list(settle(label, map(sampling, range(200)), batch_size=256, keep=10))
+    assert {s.tag for s in done[-2:]} == {0, 1}
+    assert sorted(s.tag for s in done) == list(range(200))
     assert all(s.clean == 0 and len(s.labels) == 10 for s in done)
     assert max(rounds) < 256 + 100_000 / 8
-    assert sum(rounds) == sum(s.watch.drawn for s in done) + len(done)
+    assert sum(rounds) == sum(s.test.drawn for s in done) + len(done)
     easy = 198 * 56
     assert sum(size >= 256 for size in rounds) > 0.9 * easy / 256  # nearly all easy work went in full batches
     full = [size for size in rounds[: easy // 256] if size > 0.9 * 256 * -(-size // 256)]
@@ -176,15 +178,13 @@ def test_few_samples_first_and_new_images_while_there_is_room() -> None:
 
 def test_a_large_image_is_settled_while_small_ones_come_without_end() -> None:
     sizes = [*[1000], *[100] * 200]
-    watches = iter([Counting(2, n=n, piece=100) for n in sizes])
 
     def label(jobs: Iterable[Job]) -> Iterator[Tally]:
         for job in jobs:
             yield Tally(Votes((job.trials, 0)), torch.zeros(job.trials, dtype=torch.int64))
 
-    images = ((torch.zeros(1, 2, 2), b"") for _ in sizes)
-    found = settle(label, images, lambda _: next(watches), batch_size=100, clean=False)
-    order = [settled.index for settled in found]
+    images = (Sampling(torch.zeros(1, 2, 2), b"", FixedSample(2, n=n, piece=100), i) for i, n in enumerate(sizes))
+    order = [settled.tag for settled in settle(label, images, batch_size=100, clean=False)]
     assert sorted(order) == list(range(201))
     assert order.index(0) < 60  # ten pieces, at least one in four rounds
 
@@ -193,7 +193,7 @@ def test_a_large_image_is_settled_while_small_ones_come_without_end() -> None:
 def test_in_order_no_image_is_begun_while_others_fill_the_batch(batch_size: int) -> None:
     """Should labels run out at any time, no image but those of one batch was begun in vain; and none takes more."""
     sizes = [100, 40, 250, 16, 120, 60]
-    watches = [Counting(2, n=n, piece=30) for n in sizes]
+    watches = [FixedSample(2, n=n, piece=30) for n in sizes]
     open_ones: list[int] = []
     came = [0]
 
@@ -203,13 +203,12 @@ def test_in_order_no_image_is_begun_while_others_fill_the_batch(batch_size: int)
             open_ones.append(len(begun))
             yield Tally(Votes((job.trials, 0)), torch.zeros(job.trials, dtype=torch.int64))
 
-    def watch(image: Tensor) -> Counting:
-        came[0] += 1
-        return watches[came[0] - 1]
+    def images() -> Iterator[Sampling]:
+        for i, watch in enumerate(watches):
+            came[0] = i + 1
+            yield Sampling(torch.zeros(1, 2, 2), b"", watch, i)
 
-    images = ((torch.zeros(1, 2, 2), b"") for _ in sizes)
-    found = settle(label, images, watch, batch_size=batch_size, clean=False, in_order=True)
-    order = [settled.index for settled in found]
+    order = [settled.tag for settled in settle(label, images(), batch_size=batch_size, clean=False, in_order=True)]
     assert [watch.drawn for watch in watches] == sizes
     assert sorted(order) == list(range(len(sizes)))
     if batch_size == 4:
@@ -234,17 +233,17 @@ def test_the_radius_is_known_to_the_tolerance(distance: float, linear_classifier
 
 
 def test_measuring_stops_at_once_where_there_is_no_radius() -> None:
-    watch = Measuring(3, n=100_000, tolerance=0.1, noise=NOISE, alpha=0.001)
-    while watch.want:
-        watch.add(np.arange(watch.drawn, watch.drawn + watch.want) % 3)
+    watch = RadiusEstimate(3, n=100_000, tolerance=0.1, noise=NOISE, alpha=0.001)
+    while watch.pending:
+        watch.add(np.arange(watch.drawn, watch.drawn + watch.pending) % 3)
     assert watch.drawn < 300
     assert watch.result().abstained
 
 
 def test_measuring_all_agreeing_votes_stops_near_the_cap_of_n() -> None:
-    watch = Measuring(2, n=10_000, tolerance=0.1, noise=NOISE, alpha=0.001)
-    while watch.want:
-        watch.add(np.ones(watch.want, dtype=np.int64))
+    watch = RadiusEstimate(2, n=10_000, tolerance=0.1, noise=NOISE, alpha=0.001)
+    while watch.pending:
+        watch.add(np.ones(watch.pending, dtype=np.int64))
     cap = largest_radius(NOISE, 10_000, 0.001, "betting", selected=False)
     assert 0.9 * cap <= watch.result().radius < cap
     assert watch.drawn < 6000
@@ -255,9 +254,9 @@ def test_measured_bounds_hold_although_they_are_looked_at(p: float) -> None:
     """300 images whose votes are drawn with a known p, stopped by their own votes: radii too large at most alpha."""
     rng, alpha, total, wrong = np.random.default_rng(11), 0.1, 300, 0
     for _ in range(total):
-        watch = Measuring(2, n=1000, tolerance=0.2, noise=NOISE, alpha=alpha)
-        while watch.want:
-            watch.add((rng.random(watch.want) < p).astype(np.int64))
+        watch = RadiusEstimate(2, n=1000, tolerance=0.2, noise=NOISE, alpha=alpha)
+        while watch.pending:
+            watch.add((rng.random(watch.pending) < p).astype(np.int64))
         c = watch.result()
         wrong += c.radius > NOISE.radius(p) + 1e-12 or c.prediction == 0
     assert wrong / total <= alpha + 5 * math.sqrt(alpha * (1 - alpha) / total)

@@ -32,12 +32,13 @@ from certify.runs.config import Settings, run_header
 from certify.runs.run_file import RunFile, read_run
 from certify.runs.runner import process
 from certify.smoothing.noise import make_noise
+from certify.smoothing.procedures import Certify, Decide, Measure
 from certify.types import FAILED
 
 COUNT = 5
-FIXED = Settings(n=40, n0=10, alpha=0.01, seed=3)
-DECIDING = Settings(n=150, alpha=0.01, seed=3, procedure="decide", radii=(0.1, 0.25))
-MEASURING = Settings(n=300, alpha=0.01, seed=3, bound="betting", tolerance=0.3)
+FIXED = Settings(Certify(n0=10, n=40, alpha=0.01), seed=3)
+DECIDING = Settings(Decide((0.1, 0.25), n=150, alpha=0.01), seed=3)
+MEASURING = Settings(Measure(0.3, n=300, alpha=0.01), seed=3)
 
 Respond = Callable[[str, torch.Tensor], Answer | None]
 
@@ -296,17 +297,19 @@ def test_a_spent_budget_keeps_what_is_finished_and_a_larger_one_goes_on(
     assert done == finished == list(full)[: len(finished)]
     assert 1 < len(done) < len(full)
     covered = about["plan"]["covers"]  # what the plan promised: exact where every image takes all its samples
-    assert covered <= len(done) if settings.adaptive else covered == len(done)
-    assert len(some) - len(finished) == settings.adaptive  # one image was begun; the budget went into no other
+    assert covered <= len(done) if settings.procedure.sequential else covered == len(done)
+    assert (
+        len(some) - len(finished) == settings.procedure.sequential
+    )  # one image was begun; the budget went into no other
     for row in some:
         if not row.get("unfinished"):
             assert row == full[row["id"]]
         else:
-            assert settings.adaptive
+            assert settings.procedure.sequential
             assert row["trials"] < full[row["id"]]["trials"]
             whole_votes = full[row["id"]]["votes"]
             assert all(count <= whole_votes[c] for c, count in row["votes"].items())
-            assert settings.tolerance or "undecided" in {d["outcome"] for d in row["decisions"]}
+            assert settings is MEASURING or "undecided" in {d["outcome"] for d in row["decisions"]}
     run_audit(set_up(tmp_path / "half", settings), fake)
     assert lines(tmp_path / "half") == lines(tmp_path / "whole")
     assert len(fake.sent) == len(set(fake.sent))
@@ -348,7 +351,12 @@ def test_replay_equals_and_another_alpha_equals_the_run_made_with_it(
     found = replay(tmp_path / "a", answers=fake.answers)
     assert found.differing == ()
     assert found.run.images == lines(tmp_path / "a")
-    run_audit(set_up(tmp_path / "b", dataclasses.replace(settings, alpha=0.1)), other)
+    run_audit(
+        set_up(
+            tmp_path / "b", dataclasses.replace(settings, procedure=dataclasses.replace(settings.procedure, alpha=0.1))
+        ),
+        other,
+    )
     again = replay(tmp_path / "a", alpha=0.1, answers=fake.answers)
     assert again.run.images == lines(tmp_path / "b")
     assert lines(tmp_path / "a") != lines(tmp_path / "b")
@@ -460,7 +468,7 @@ def test_a_service_that_sees_nothing_in_noise_is_not_down(tmp_path: Path, digits
         return failed(name, "an answer without labels") if "tion" in name else None
 
     assert run_audit(set_up(tmp_path / "a"), Fake(digits, respond))["status"] == FINISHED
-    assert [(row["prediction"], row["failures"]) for row in lines(tmp_path / "a")] == [(-1, FIXED.n)] * COUNT
+    assert [(row["prediction"], row["failures"]) for row in lines(tmp_path / "a")] == [(-1, FIXED.procedure.n)] * COUNT
     nothing = Fake(digits, lambda name, image: failed(name, "an answer without labels"))
     with pytest.raises(RunFault, match="for this image alone, begin behind it: --start"):
         run_audit(set_up(tmp_path / "b"), nothing)
@@ -497,16 +505,18 @@ def test_another_audit_is_refused(tmp_path: Path, digits: Classifier) -> None:
 
 
 def test_plan(tmp_path: Path, digits: Classifier) -> None:
-    found = plan(set_up(tmp_path, Settings(n=100, n0=20), images=some_images(8), budget=500), price=1.5, rate=10.0)
+    found = plan(
+        set_up(tmp_path, Settings(Certify(n0=20, n=100)), images=some_images(8), budget=500), price=1.5, rate=10.0
+    )
     assert found["queries"] == {"clean": 8, "probe": 3, "selection": 160, "estimation": 800, "drift": 8}
     assert found["most"] == 979
     assert found["covers"] == (500 - 3 - 8 - 8) // 120
     assert found["radius_cap"] == pytest.approx(1.50 * 0.25, abs=0.002)
     assert (found["cost"], found["cost_most"], found["seconds"]) == (0.75, 0.75, 50.0)
-    ample = plan(set_up(tmp_path, Settings(n=100, n0=20), images=some_images(8), budget=2000), price=1.5)
+    ample = plan(set_up(tmp_path, Settings(Certify(n0=20, n=100)), images=some_images(8), budget=2000), price=1.5)
     assert (ample["cost"], ample["cost_most"], ample["covers"]) == (979 * 1.5 / 1000, 3.0, 8)
     for budget in (60, 96, 97, 150, 300, 500):  # the plan says what the budget really finishes
-        some = set_up(tmp_path / str(budget), Settings(n=8, n0=2), images=some_images(20), budget=budget)
+        some = set_up(tmp_path / str(budget), Settings(Certify(n0=2, n=8)), images=some_images(20), budget=budget)
         run_audit(some, Fake(digits))
         assert len(lines(some.folder)) == plan(some)["covers"]
     deciding = plan(set_up(tmp_path, DECIDING, images=some_images(8)))

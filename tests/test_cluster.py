@@ -25,6 +25,7 @@ from certify.errors import RunFault, UserError
 from certify.models.classifier import Classifier
 from certify.runs.config import Settings
 from certify.runs.runner import Task, answered
+from certify.smoothing.procedures import Certify, Decide, Measure, Predict
 
 # Who gets which image
 
@@ -159,10 +160,10 @@ def test_how_a_worker_ended_is_one_line() -> None:
 
 
 SETTINGS = {
-    "certify": Settings(n=300, n0=20),
-    "decide": Settings(n=2000, procedure="decide", radii=(0.1, 0.25)),
-    "measure": Settings(n=2000, bound="betting", tolerance=0.3),
-    "predict": Settings(n=300, procedure="predict"),
+    "certify": Settings(Certify(n0=20, n=300)),
+    "decide": Settings(Decide((0.1, 0.25), n=2000)),
+    "measure": Settings(Measure(0.3, n=2000)),
+    "predict": Settings(Predict(n=300)),
 }
 
 
@@ -240,7 +241,7 @@ class Stubborn:
 def test_what_ends_the_work_is_told_after_what_was_done(error: Exception, kind: type[Exception], words: str) -> None:
     worker = Worker()
     worker.build(Order(functools.partial(Stubborn, error), os.getcwd()))
-    settings = SimpleNamespace(adaptive=False)
+    settings = SimpleNamespace(procedure=Certify())
     found = worker.exchange([Sent(k, str(k), None, b"") for k in range(3)], settings, 5.0)  # type: ignore[arg-type]
     while len(found) < 2:
         found += worker.exchange([], settings, 5.0)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from analysis.curves import proportion_interval
 from analysis.families import accuracy_interval, betting_p, binomial_p, family, p_values, simultaneous
 from analysis.runs import read_any
 from certify.errors import UserError
-from certify.runs.image_rows import answer, certified_row, decided_row
+from certify.runs.image_rows import certified_row, decided_row, recomputed_row
 from certify.runs.run_file import Run
 from certify.smoothing.certificates import certificate_from_votes, decision_from_counts
 from certify.smoothing.noise import Gaussian
@@ -112,8 +112,8 @@ def test_rejected_at_alpha_means_certified(noise: str, norm: str) -> None:
     n, alpha = 400, 0.05
     counts = range(n + 1)
     run = run_of(counts, n, alpha=alpha, noise=noise, norm=norm)
-    radii = np.array([answer(run.header, row)["radius"] for row in run.images])
-    certified = np.array([answer(run.header, row)["prediction"] for row in run.images]) == 0
+    radii = np.array([recomputed_row(run.header, row)["radius"] for row in run.images])
+    certified = np.array([recomputed_row(run.header, row)["prediction"] for row in run.images]) == 0
     assert 100 < certified.sum() < 300
     f = family(run)
     for radius in (0.0, *np.quantile(radii[certified], [0.1, 0.5, 0.9, 1.0]) * (1 - 1e-6)):

@@ -28,7 +28,6 @@ from certify import (
     make_noise,
     prediction_from_votes,
 )
-from certify.engine.adaptive import Deciding, Measuring
 from certify.runs.config import Settings
 from certify.runs.recompute import recompute
 from certify.runs.run_file import Run, read_run
@@ -37,7 +36,9 @@ from certify.smoothing.bounds import BOUNDS, Evidence, clopper_pearson_upper, ra
 from certify.smoothing.certificates import decision_from_counts, largest_radius, needed
 from certify.smoothing.noise import NOISES, Gaussian
 from certify.smoothing.norms import implied_factor, in_norm
+from certify.smoothing.procedures import Certify, Decide, Measure
 from certify.smoothing.rng import bound_draw
+from certify.smoothing.sequential_tests import RadiusDecision, RadiusEstimate
 from certify.smoothing.stopping_rules import RULES, betting_lower, betting_upper, log_wealth, thresholds
 
 FLOATS: dict[str, Callable[[float], Any]] = {
@@ -117,7 +118,7 @@ def decided(alpha: Any = 0.05, radii: Any = (0.1, 0.2)) -> Any:
 
 
 def measured(alpha: Any) -> Any:
-    watch = Measuring(2, n=100, tolerance=0.1, noise=Gaussian(0.25), alpha=alpha)
+    watch = RadiusEstimate(2, n=100, tolerance=0.1, noise=Gaussian(0.25), alpha=alpha)
     watch.add(np.zeros(100, dtype=np.int64))
     return watch.result()
 
@@ -143,11 +144,13 @@ ALPHA: dict[str, Callable[[Any], Any]] = {
     "needed": lambda a: needed([0.1, 0.2], Gaussian(0.25), a, "one-sided"),
     "prediction_from_votes": lambda a: prediction_from_votes(Votes((530, 470)), alpha=a),
     "largest_radius": lambda a: [largest_radius(Gaussian(1.0), 1000, a, name) for name in BOUNDS],
-    "Settings": lambda a: asdict(Settings(n=1000, alpha=a)),
+    "Certify": lambda a: asdict(Certify(n=1000, alpha=a)),
     "Procedure": lambda a: asdict(Procedure(alpha=a, seed=0)),
     "Plan": lambda a: asdict(Plan((), 0.1, "l2", alpha=a)),
-    "Deciding": lambda a: Deciding(2, n=100, radii=[0.1], noise=Gaussian(0.25), alpha=a, rule="one-sided").result(),
-    "Measuring": lambda a: measured(a),
+    "RadiusDecision": lambda a: RadiusDecision(
+        2, n=100, radii=[0.1], noise=Gaussian(0.25), alpha=a, rule="one-sided"
+    ).result(),
+    "RadiusEstimate": lambda a: measured(a),
     "certify": lambda a: smoothed().certify(IMAGE, n0=10, n=200, alpha=a),
     "certify to a tolerance": lambda a: smoothed().certify(IMAGE, n0=10, n=200, alpha=a, tolerance=0.2),
     "decide": lambda a: smoothed().decide(IMAGE, radius=0.01, n=200, alpha=a),
@@ -166,7 +169,7 @@ SHARE: dict[str, Callable[[Any], Any]] = {
     "log_wealth": lambda p: log_wealth(np.arange(5), np.full(5, 5), p).tolist(),
     "binomial_p": lambda p: binomial_p(np.array([9, 8]), np.array([10, 10]), p).tolist(),
     "betting_p": lambda p: betting_p(np.array([90, 80]), np.array([100, 100]), p).tolist(),
-    "tolerance of Settings": lambda t: asdict(Settings(bound="betting", tolerance=t)),
+    "tolerance of Measure": lambda t: asdict(Measure(t)),
     "tolerance": lambda t: smoothed().certify(IMAGE, n0=10, n=200, tolerance=t),
     "confidence": lambda c: rounded(proportion_interval(30, 50, c)),
     "confidence of accuracy": lambda c: rounded(accuracy_interval(30, 50, 0.01, c)),
@@ -197,7 +200,7 @@ RADIUS: dict[str, Callable[[Any], Any]] = {
     "decision_from_counts": lambda r: decided(radii=(r, 0.3)),
     "needed": lambda r: needed([r], Gaussian(0.25), 0.05, "betting"),
     "p_values": lambda r: p_values(RUN, r).tolist(),
-    "Settings": lambda r: asdict(Settings(procedure="decide", radii=(r,))),
+    "Decide": lambda r: asdict(Decide((r,))),
 }
 COUNT: dict[str, Callable[[Any], Any]] = {
     "clopper_pearson_lower": lambda n: [clopper_pearson_lower(k(n), n, 0.01) for k in (lambda n: n, lambda n: n - 1)],
@@ -211,7 +214,7 @@ COUNT: dict[str, Callable[[Any], Any]] = {
     "prediction_from_votes": lambda n: prediction_from_votes(Votes((n, 3)), alpha=0.01),
     "largest_radius": lambda n: largest_radius(Gaussian(1.0), n, 0.01),
     "implied_factor": lambda n: implied_factor("l2", "linf", n),
-    "Settings": lambda n: json.dumps(asdict(Settings(n=n, n0=n, seed=n))),
+    "Settings": lambda n: json.dumps(asdict(Settings(Certify(n, n), n))),
     "Procedure": lambda n: json.dumps(asdict(Procedure(n=n, n0=n, seed=n))),
     "Plan": lambda n: json.dumps(asdict(Plan((), 0.1, "l2", certify_n=n, repeats=n, seed=n))),
     "batch size": lambda n: smoothed_votes(n),

@@ -29,9 +29,10 @@ from certify.errors import RunFault, UserError
 from certify.images.dataset import ImageSet, load_images
 from certify.models.classifier import Classifier
 from certify.runs.config import Settings
+from certify.smoothing.procedures import Certify, Decide
 
-DECIDE = Settings(n=150, alpha=0.001, procedure="decide", radii=(0.05, 0.12))
-CERTIFY = Settings(n=60, n0=10, alpha=0.001)
+DECIDE = Settings(Decide((0.05, 0.12), n=150))
+CERTIFY = Settings(Certify(n0=10, n=60))
 HOSTILE = "<script>alert('x')</script>\"&amp;"
 SECRET = "s3cr3t-t0ken"
 
@@ -410,7 +411,7 @@ def test_failures_are_said_by_how_many_they_are(tmp_path: Path, digits: Classifi
         def mood(name: str, number: int) -> tuple[int, str]:
             return 1, "HTTP 500" if "tion" in name and number % every == 0 else ""
 
-        folder = tmp_path / f"{every}-{settings.procedure}"
+        folder = tmp_path / f"{every}-{settings.procedure.kind}"
         return page_of(make_audit(folder, digits, few, settings=settings, mood=mood))
 
     some, many = failing(25), failing(4)
@@ -462,7 +463,14 @@ def test_given_labels_and_what_gave_nothing_are_said(tmp_path: Path, digits: Cla
 def test_bounds_on_two_classes_have_their_own_method(
     tmp_path: Path, digits: Classifier, few: ImageSet, bound: str
 ) -> None:
-    page = page_of(make_audit(tmp_path / "run", digits, few, settings=dataclasses.replace(CERTIFY, bound=bound)))
+    page = page_of(
+        make_audit(
+            tmp_path / "run",
+            digits,
+            few,
+            settings=dataclasses.replace(CERTIFY, procedure=dataclasses.replace(CERTIFY.procedure, bound=bound)),
+        )
+    )
     assert "a q for its strongest rival" in page.source
     assert "whose p is not above its q" in page.source
     assert "half of sigma times the difference" in page.source

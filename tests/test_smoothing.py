@@ -23,8 +23,8 @@ from certify import (
 )
 from certify.errors import UserError
 from certify.models.classifier import labels_from_logits
-from certify.runs.config import Settings
 from certify.smoothing.certificates import decision_from_counts, largest_radius
+from certify.smoothing.procedures import Decide
 from certify.types import FAILED
 
 NOISE = Gaussian(0.25)
@@ -305,7 +305,7 @@ def test_threads_may_share_one_that_is_prepared() -> None:
 
 def test_radii_are_decided_in_ascending_order() -> None:
     """The last outcome is that of the largest radius, in whatever order they were given."""
-    assert Settings(procedure="decide", radii=(0.5, 0.25, 0.5)).radii == (0.25, 0.5)
+    assert Decide((0.5, 0.25, 0.5)).radii == (0.25, 0.5)
     looks, votes = [(0, 99, 100), (0, 990, 1000)], Votes((990, 10))
     with pytest.raises(UserError, match=r"^radii 0.5, 0.25: expected them in ascending order$"):
         decision_from_counts(looks, votes, radii=[0.5, 0.25], noise=NOISE, alpha=0.01, rule="betting", drawn=1000)

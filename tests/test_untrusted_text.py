@@ -19,6 +19,7 @@ from test_serve import serving
 from certify.images.dataset import load_images
 from certify.models.classifier import Classifier
 from certify.runs.config import Settings
+from certify.smoothing.procedures import Certify
 from certify.text import printable
 
 EVIL = "\x1b[2J\x07\u202egpj $\\frac$ \x9b1m\u2066\u200f\u2028\r\nabstained 0 of 9\ud800 <b>"
@@ -116,7 +117,7 @@ def test_summaries_and_figures(
 
 def test_the_report_of_an_audit(tmp_path: Path, digits: Classifier) -> None:
     images = load_images("digits", digits, skip=120)
-    settings = Settings(n=40, n0=10, seed=1)
+    settings = Settings(Certify(n0=10, n=40), seed=1)
     words = [f"{EVIL}{word}" for word in WORDS]
     folder = make_audit(tmp_path / "run", digits, images, settings=settings, words=words, about={"command": EVIL})
     run("report", str(folder))

@@ -71,7 +71,7 @@ class Plan:
         norm: ``"linf"`` or ``"l2"``.
         repeats: answers of a defence that draws random numbers.
         seed: of everything drawn.
-        certify_n: samples an image for the certified column, at most.
+        certify_n: maximum number of samples per image for the certified column; 0: there is none.
         alpha: probability that a certificate is wrong, at most.
         settings: of the attacks, for the file.
     """
@@ -89,7 +89,13 @@ class Plan:
         _, repeats, alpha = check_counts(1, self.repeats, self.alpha)
         n = as_int(self.certify_n, "certify_n")  # 0: no certified column
         eps, seed = as_float(self.eps, "eps"), as_int(self.seed, "seed")
-        numbers = {"certify_n": n, "repeats": repeats, "alpha": alpha, "eps": eps, "seed": seed}
+        numbers = {
+            "certify_n": n if self.certify_n else 0,
+            "repeats": repeats,
+            "alpha": alpha,
+            "eps": eps,
+            "seed": seed,
+        }
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
 

@@ -13,21 +13,12 @@ from typing import Any
 import numpy as np
 
 from certify.blackbox.label_index import OUTSIDE, Vocabulary
-from certify.blackbox.query_votes import CLEAN, ESTIMATION, SELECTION, query_name, votes_of
+from certify.blackbox.query_votes import CLEAN, query_name, votes_of
 from certify.blackbox.types import Answer
-from certify.engine.adaptive import Deciding, Measuring, Watch
-from certify.runs.image_rows import certified_row, decided_row, noise_of, unusable_row
-from certify.smoothing.certificates import certificate_from_votes
+from certify.runs.image_rows import answer_row, noise_of, unusable_row
+from certify.smoothing.procedures import ESTIMATION, Procedure, procedure_of
 from certify.smoothing.rng import bound_draw
-from certify.types import Decision, Radii
-
-
-def watch_for(header: Mapping[str, Any], noise: Radii) -> Watch:
-    """When an image of this run has been asked about enough, where images stop by themselves."""
-    stopping, n, alpha = header["stopping"], header["n"], header["alpha"]
-    if stopping["tolerance"] is not None:
-        return Measuring(1, n=n, tolerance=stopping["tolerance"], noise=noise, alpha=alpha)
-    return Deciding(1, n=n, radii=stopping["radii"], noise=noise, alpha=alpha, rule=stopping["rule"])
+from certify.types import Radii
 
 
 def numbered(answers: Mapping[str, Answer], image: str, stage: str) -> Iterator[Answer]:
@@ -76,21 +67,21 @@ def rows_of(
 def _line(
     header: Mapping[str, Any], image: Mapping[str, Any], answers: Mapping[str, Answer], vocabulary: Vocabulary
 ) -> dict[str, Any] | None:
-    name, given, procedure = image["id"], image.get("given"), header["procedure"]
+    name, given = image["id"], image.get("given")
     if image.get("error"):
-        return {"id": name, "label": None, **unusable_row(procedure, image["error"]), "seconds": 0.0}
+        return {"id": name, "label": None, **unusable_row(header["procedure"], image["error"]), "seconds": 0.0}
     clean = clean_answer(answers, name)
     if clean is None:
         return None
     base = vocabulary.vote(clean.ranked)
     if given is None and base < 0:
         why = clean.failure or "no label of the class map is in it"
-        row = unusable_row(procedure, f"the service's own answer gives no reference label: {why}")
+        row = unusable_row(header["procedure"], f"the service's own answer gives no reference label: {why}")
         return {"id": name, "label": None, **row, "seconds": clean.seconds}
     label = base if given is None else vocabulary.number(given)
-    noise, used = noise_of(header, image["values"]), [clean]
-    find = _adaptive if header["stopping"] else _fixed
-    row, labels = find(header, name, answers, vocabulary, noise, used)
+    noise, used, procedure = noise_of(header, image["values"]), [clean], procedure_of(header)
+    find = _sequential if header["stopping"] else _fixed
+    row, labels = find(procedure, header["seed"], name, answers, vocabulary, noise, used)
     if not row:
         return None
     numbers = sorted({int(c) for c in (*row["votes"], *row["selection"])} | {c for c in (base, label) if c >= 0})
@@ -116,50 +107,43 @@ Found = tuple[dict[str, Any], list[int]]
 
 
 def _fixed(
-    header: Mapping[str, Any],
+    procedure: Procedure,
+    seed: int,
     name: str,
     answers: Mapping[str, Answer],
     vocabulary: Vocabulary,
     noise: Radii,
     used: list[Answer],
 ) -> Found:
-    """From as many samples as the run's numbers say, or nothing."""
-    there = {
-        stage: list(itertools.islice(numbered(answers, name, stage), n))
-        for stage, n in ((SELECTION, header["n0"]), (ESTIMATION, header["n"]))
-    }
-    if len(there[SELECTION]) < header["n0"] or len(there[ESTIMATION]) < header["n"]:
+    """Answer from the procedure's fixed number of samples, or not at all."""
+    there = {stage: list(itertools.islice(numbered(answers, name, stage), n)) for stage, n in procedure.stages.items()}
+    if any(len(there[stage]) < n for stage, n in procedure.stages.items()):
         return {}, []
-    labels = {stage: [vocabulary.vote(answer.ranked) for answer in found] for stage, found in there.items()}
-    used += [*there[SELECTION], *there[ESTIMATION]]
-    uniform = bound_draw(header["seed"], name)
-    certificate = certificate_from_votes(
-        votes_of(labels[SELECTION]),
-        votes_of(labels[ESTIMATION]),
-        noise=noise,
-        alpha=header["alpha"],
-        bound=header["bound"],
-        uniform=uniform,
-    )
-    return certified_row(certificate) | {"uniform": uniform}, labels[ESTIMATION]
+    labels = {stage: [vocabulary.vote(answer.ranked) for answer in some] for stage, some in there.items()}
+    used += itertools.chain.from_iterable(there.values())
+    uniform = bound_draw(seed, name)
+    answer = procedure.answer({stage: votes_of(some) for stage, some in labels.items()}, noise, uniform)
+    return answer_row(answer) | {"uniform": uniform}, labels[ESTIMATION]
 
 
-def _adaptive(
-    header: Mapping[str, Any],
+def _sequential(
+    procedure: Procedure,
+    seed: int,
     name: str,
     answers: Mapping[str, Answer],
     vocabulary: Vocabulary,
     noise: Radii,
     used: list[Answer],
 ) -> Found:
-    """From as many samples as it takes, or as there are."""
-    watch, coming, labels = watch_for(header, noise), numbered(answers, name, ESTIMATION), list[int]()
-    while watch.want and (piece := list(itertools.islice(coming, watch.want))):
+    """Answer from as many samples as the sequential test needs, or as there are."""
+    (stage,) = procedure.stages
+    test = procedure.tests(1, noise, 0)[stage]
+    coming, labels = numbered(answers, name, stage), list[int]()
+    while test.pending and (piece := list(itertools.islice(coming, test.pending))):
         used += piece
         labels += [vocabulary.vote(answer.ranked) for answer in piece]
-        watch.add(np.array(labels[-len(piece) :], dtype=np.int64))
-    if not watch.drawn:
+        test.add(np.array(labels[-len(piece) :], dtype=np.int64))
+    if not test.drawn:
         return {}, []
-    result = watch.result()
-    row = decided_row(result) if isinstance(result, Decision) else certified_row(result)
-    return row | {"drawn": watch.drawn} | ({"unfinished": True} if watch.want else {}), labels
+    row = answer_row(procedure.answer({stage: test.result()}, noise))
+    return row | {"drawn": test.drawn} | ({"unfinished": True} if test.pending else {}), labels

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify.blackbox.answer_rows import clean_answer, watch_for
+from certify.blackbox.answer_rows import clean_answer
 from certify.blackbox.determinism import probes, require_deterministic
 from certify.blackbox.encoding import encode, to_pictures
 from certify.blackbox.label_index import Vocabulary
@@ -34,7 +34,7 @@ from certify.blackbox.query_votes import (
 )
 from certify.blackbox.results import FINISHED, SPENT, writing
 from certify.blackbox.types import Answer, Asking, Picture, Query
-from certify.engine.adaptive import Watch, settle
+from certify.engine.adaptive import Sampling, settle
 from certify.engine.monte_carlo import Job
 from certify.errors import RunFault
 from certify.models.query_access import BudgetSpent
@@ -185,9 +185,8 @@ def _ask_again(audit: Audit, ask: Patient, chunk: Sequence[int]) -> None:
 
 def _sample(audit: Audit, ask: Patient, header: Mapping[str, Any], chunk: Sequence[int]) -> None:
     """Noisy copies of these images, until each is settled or at n."""
-    s, vocabulary = audit.settings, Vocabulary(audit.class_map)
+    procedure, vocabulary = audit.settings.procedure, Vocabulary(audit.class_map)
     pipeline = audit.pipeline
-    streams: dict[bytes, tuple[str, str]] = {}
     places = {audit.images.items[i].id: i for i in chunk}
 
     def purify(images: Tensor) -> Tensor:
@@ -199,10 +198,8 @@ def _sample(audit: Audit, ask: Patient, header: Mapping[str, Any], chunk: Sequen
         if audit.denoiser is not None:
             _save(audit, places[image], "denoised", sent)
 
-    def stream(name: str, stage: str) -> bytes:
-        key = stream_key(s.seed, name, stage)
-        streams[key] = name, stage
-        return key
+    def key(name: str, stage: str) -> bytes:
+        return stream_key(audit.settings.seed, name, stage)
 
     def referred(index: int) -> bool:
         """Whether there is a label to certify it for."""
@@ -214,22 +211,22 @@ def _sample(audit: Audit, ask: Patient, header: Mapping[str, Any], chunk: Sequen
         ask=ask,
         noise=audit.noise,
         vocabulary=vocabulary,
-        streams=streams,
         purify=purify if audit.denoiser is not None else None,
         show=show,
     )
     names = [(i, audit.images.items[i].id) for i in chunk if referred(i)]
-    if not s.adaptive:
-        jobs = (Job(audit.load(i), stream(name, stage), n) for i, name in names for stage, n in s.stages.items())
+    if not procedure.sequential:
+        stages = procedure.stages.items()
+        jobs = (Job(audit.load(i), key(name, k), n, tag=(name, k)) for i, name in names for k, n in stages)
         for _ in label(jobs):
             pass
         return
-    queue = ((audit.load(i), stream(name, ESTIMATION)) for i, name in names)
-
-    def watch(image: Tensor) -> Watch:
-        return watch_for(header, audit.noise)
-
-    for _ in settle(label, queue, watch, batch_size=audit.concurrency, clean=False, in_order=True):
+    (stage,) = procedure.stages
+    samplings = (
+        Sampling(audit.load(i), key(name, stage), procedure.tests(1, audit.noise, 0)[stage], (name, stage))
+        for i, name in names
+    )
+    for _ in settle(label, samplings, batch_size=audit.concurrency, clean=False, in_order=True):
         pass
 
 

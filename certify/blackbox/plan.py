@@ -24,9 +24,8 @@ from certify.models.pipeline import Pipeline
 from certify.runs.config import Settings, circumstances
 from certify.runs.identity import refuse_other_run
 from certify.runs.run_file import SCHEMA, now, peek_header
-from certify.smoothing.certificates import largest_radius, needed
+from certify.smoothing.procedures import samples
 from certify.smoothing.rng import STREAM
-from certify.smoothing.stopping_rules import thresholds
 from certify.types import Noise
 
 DRIFT_IMAGES = 20
@@ -145,15 +144,13 @@ class Audit:
 
 def make_header(audit: Audit, *, data: str, denoiser: str = "none", command: str = "") -> dict[str, Any]:
     """The run file's header: everything that shapes the certificates."""
-    s = audit.settings
     return {
         "type": "run",
         "schema": SCHEMA,
-        "procedure": s.procedure,
         "model": audit.service.endpoint,
         "data": data,
         "denoiser": denoiser,
-        **s.numbers(audit.noise, audit.noise.norm),
+        **audit.settings.header_keys(audit.noise, audit.noise.norm),
         "in_order": True,  # the images of an unfinished run are the first ones, not the easy ones
         "precision": "float32",
         "compiled": False,
@@ -191,30 +188,24 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
         ``concurrency`` and ``seconds`` at that rate, without retries; ``earliest``: samples that settle an image at
         the least.
     """
-    s, count = audit.settings, len(audit.images)
+    procedure, count = audit.settings.procedure, len(audit.images)
+    each, prospects = samples(procedure), procedure.prospects(audit.noise)
     beside = audit.repeat_clean + min(count, DRIFT_IMAGES)
     clean = tuple(min(count, -(-k // CHUNK) * CHUNK) for k in range(1, count + 1))  # a chunk's come before its noise
-    queries = {CLEAN: count, PROBE: audit.repeat_clean, **{k: count * n for k, n in s.stages.items()}}
+    queries = {CLEAN: count, PROBE: audit.repeat_clean, **{k: count * n for k, n in procedure.stages.items()}}
     queries[DRIFT] = min(count, DRIFT_IMAGES)
     queries |= {"attacks": attacks} if attacks else {}
     most = sum(queries.values())
     spent = min(most, audit.budget)
-    earliest, cap = None, None
-    if s.procedure == "decide":
-        p0s, level = needed(s.radii, audit.noise, s.alpha, s.rule)
-        earliest = thresholds(s.rule, p0s[-1], level, s.n).earliest()
-        cap = s.radii[-1] if earliest is not None else None
-    else:
-        cap = largest_radius(audit.noise, s.n, s.alpha, s.bound, selected=not s.adaptive)
     return {
         "images": count,
         "queries": queries,
         "most": most,
         "budget": audit.budget,
-        "covers": sum(beside + first + k * s.samples <= audit.budget for k, first in enumerate(clean, 1)),
-        "least": beside + clean[0] + s.samples if clean else 0,
-        "radius_cap": cap,
-        "earliest": earliest,
+        "covers": sum(beside + first + k * each <= audit.budget for k, first in enumerate(clean, 1)),
+        "least": beside + clean[0] + each if clean else 0,
+        "radius_cap": prospects.largest,
+        "earliest": prospects.earliest,
         "price_per_1000": price,
         "cost": None if price is None else spent * price / 1000,
         "cost_most": None if price is None else audit.budget * price / 1000,

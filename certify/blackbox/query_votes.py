@@ -8,7 +8,7 @@ clipping and rounding to 8 bits. :class:`AsSent` puts that step in front of a lo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,7 +55,6 @@ def label_remotely(
     ask: Ask,
     noise: Noise,
     vocabulary: Vocabulary,
-    streams: Mapping[bytes, tuple[str, str]],
     purify: Purify | None = None,
     show: Show = lambda image, noisy, sent: None,
 ) -> Iterator[Tally]:
@@ -65,11 +64,10 @@ def label_remotely(
     an anytime-valid rule may use it.
 
     Args:
-        jobs: with noise; pulled ahead of the answers.
+        jobs: with noise; pulled ahead of the answers. The tag is the image and the stage, which name the queries.
         ask: within the budget, in order.
         noise: the smoothing distribution.
         vocabulary: grows with the answers.
-        streams: for each job's key its image and stage, which name the queries.
         purify: noisy copies ``(B, C, H, W)`` to what is sent, before clipping and rounding; None: the noisy ones.
         show: called with image, first noisy copy and what was sent of it, once a stream.
 
@@ -88,7 +86,7 @@ def label_remotely(
         at: dict[bytes, int] = {}  # samples of each stream so far
         for job, noisy, failed in noisy_copies(noted(), noise):
             assert job.key is not None
-            image, stage = streams[job.key]
+            image, stage = job.tag
             if failed is not None and bool(failed.any()):
                 raise RunFault(
                     f"image {image}: a draw of the noise failed (less than once in 1e9 images); pass a --seed"

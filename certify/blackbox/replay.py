@@ -21,8 +21,9 @@ from certify.blackbox.results import ABOUT, LEDGER, RUN
 from certify.blackbox.types import Answer
 from certify.errors import UserError
 from certify.runs.identity import differences, unproven
-from certify.runs.recompute import check_design, recomputed_header
+from certify.runs.recompute import recomputed_header
 from certify.runs.run_file import Run, read_run
+from certify.smoothing.procedures import procedure_of
 
 _LOG = logging.getLogger("certify")
 
@@ -76,7 +77,7 @@ def replay(
             f"{folder / ABOUT} and {folder / RUN} are of different audits ({other}); expected the files of one audit"
         )
     if same:
-        check_design(there, header["bound"])
+        procedure_of(header).changed(header["alpha"], header["bound"], there.path)  # refuses an unsupported bound
     else:
         header = recomputed_header(there, {"run": str(folder)}, alpha=alpha, bound=bound, command=command)
     if doubt := unproven(header):

@@ -16,7 +16,7 @@ from certify.cli import options
 from certify.cli.audit_attacks import attack, attack_options, check_attacks, most_queries
 from certify.cli.audit_messages import show_plan, tell_attacks, tell_outcome, tell_replay, warn_of_drift, warn_of_probe
 from certify.cli.console import progress_bar, say, silent, speaker, tell, warn
-from certify.cli.load import check_procedure, chosen_images, denoiser_for, device_from
+from certify.cli.load import check_procedure, chosen_images, denoiser_for, device_from, procedure_from
 from certify.cli.plan import first_shape
 from certify.cli.service_options import (
     Wanted,
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from certify.blackbox.plan import Audit
     from certify.blackbox.types import Answer, Asking
     from certify.images.dataset import ImageSet
-    from certify.runs.config import Settings
 
 N0, N, N_AT_MOST = 20, 100, 1000
 """The published protocol for services that cost; and the most samples where images stop by themselves."""
@@ -164,6 +163,7 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
     from certify.blackbox.label_index import read_class_map
     from certify.blackbox.plan import Audit, Service, plan
     from certify.images.dataset import View
+    from certify.runs.config import Settings
     from certify.smoothing.noise import make_noise
 
     images = chosen_images({**o, "labels": "none", "class_map": None}, View.at(o["input_size"]))
@@ -179,7 +179,7 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
         Path(o["out"]),
         service,
         images,
-        _settings(o),
+        Settings(procedure_from("certify", o), o["seed"]),
         make_noise(o["noise"], o["sigma"], rounded=o["rounded"]),
         o["budget"],
         denoiser,
@@ -192,14 +192,6 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
         o["trust_identity"],
     )
     return job, plan(job, price=o["price_per_1000"], rate=o["rate"], attacks=most_queries(o, len(images)))
-
-
-def _settings(o: dict[str, Any]) -> Settings:
-    from certify.runs.config import Settings
-
-    radii = tuple(sorted(set(o["radius"] or ())))
-    procedure = "decide" if radii else "certify"
-    return Settings(o["n"], o["n0"], o["alpha"], o["seed"], o["bound"], procedure, radii, o["tolerance"], o["rule"])
 
 
 def _given(o: dict[str, Any], images: ImageSet, class_map: Mapping[str, str] | None) -> dict[str, str] | None:

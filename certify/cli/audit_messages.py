@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.console import clock, tell, warn
+from certify.cli.plan import show_prospects
 from certify.cli.summary import table_radii, title
-from certify.smoothing.norms import DECIMALS, IN_WORDS
-from certify.smoothing.rounding import ceil_to, exact, times
+from certify.smoothing.rounding import exact
 
 if TYPE_CHECKING:
     from certify.blackbox.determinism import Probed
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """What will be asked, what that can prove, what it costs and how long it takes."""
-    s, noise = audit.settings, audit.noise
+    procedure, noise = audit.settings.procedure, audit.noise
+    early = procedure.sequential
     options = ", ".join(f"{k}={v}" for k, v in audit.service.options.items() if v not in ("", None, False))
     say(f"service    {audit.service.endpoint}: {audit.service.protocol} ({options})")
     size = "x".join(map(str, audit.service.size)) if audit.service.size else "as it is"
@@ -32,31 +33,15 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
         f"queries    {noise.name} noise, sigma = {noise.scale:g} in [0, 1] pixels, {behind}then clipped, rounded to 8 "
         f"bits and sent as {audit.service.encoding}"
     )
-    norm, cap = IN_WORDS[noise.norm], plan["radius_cap"]
-    if s.procedure == "decide":
-        at = ", ".join(map(exact, s.radii))
-        say(f"procedure  decide at {norm} radius {at} by {s.rule}: {s.n:,} samples at most, alpha = {exact(s.alpha)}")
-        if plan["earliest"] is None:
-            warn(f"no image can be settled as robust at {exact(s.radii[-1])} within n = {s.n:,}: pass a larger --n")
-        else:
-            say(f"           robust after {plan['earliest']:,} samples at the earliest")
-    else:
-        how = f"n0 = {s.n0}, n = {s.n}"
-        if s.tolerance is not None:
-            how = f"until known to {exact(times(s.tolerance, 100))}%, n = {s.n:,} at most"
-        say(f"procedure  {how}, alpha = {exact(s.alpha)}, {s.bound}")
-        cap_text = f"{ceil_to(cap, DECIMALS[noise.norm])} ({ceil_to(cap / noise.scale, 2)} sigma)"
-        say(f"radius     {norm}, at most {cap_text} at this n and alpha")
-        if not cap:
-            warn(f"n = {s.n} can certify nothing at alpha = {exact(s.alpha)}: pass a larger --n")
-    most = "at most " if s.adaptive else ""
+    show_prospects(procedure, noise, noise.scale, say)
+    most = "at most " if early else ""
     parts = ", ".join(f"{count:,} {stage}" for stage, count in plan["queries"].items())
     say(f"plan       {most}{plan['most']:,} queries ({parts}); each may take retries, which count")
     if plan["most"] > audit.budget:
         sure = f"finishes {plan['covers']:,} of {plan['images']:,} images without retries"
-        sure = f"about {plan['covers']:,} of {plan['images']:,} images if each takes {s.n:,}" if s.adaptive else sure
+        sure = f"about {plan['covers']:,} of {plan['images']:,} images if each takes {procedure.n:,}" if early else sure
         say(f"budget     {audit.budget:,} requests: {sure}")
-        if not plan["covers"] and not s.adaptive:
+        if not plan["covers"] and not early:
             warn(
                 f"--budget {audit.budget} finishes no image: one takes {plan['least']:,} requests, probes included; "
                 "what is asked now is kept, and a larger --budget goes on in the same folder"
@@ -71,7 +56,7 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
     if plan["seconds"] is None:
         say(f"time       as fast as it answers, {plan['concurrency']} at a time (--rate limits it)")
     else:
-        long = "at most about" if s.adaptive else "at least"
+        long = "at most about" if early else "at least"
         say(f"time       {long} {clock(plan['seconds'])} without retries, at {plan['rate']:g} requests a second")
 
 

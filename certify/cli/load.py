@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from certify.images.dataset import ImageSet
     from certify.models.classifier import Classifier
     from certify.smoothed_classifier import SmoothedClassifier
+    from certify.smoothing.procedures import Procedure
 
 
 def check_first(o: dict[str, Any]) -> None:
@@ -66,6 +67,19 @@ def check_procedure(o: dict[str, Any]) -> None:
                 f"--rule {rule} with --tolerance: expected {MEASURING_BOUND}, the rule that can look at any time"
             )
         o["bound"] = MEASURING_BOUND
+
+
+def procedure_from(kind: str, o: dict[str, Any]) -> Procedure:
+    """Return the procedure that the options ask for: ``kind`` certify or predict, or by --radius and --tolerance."""
+    from certify.smoothing.procedures import Certify, Decide, Measure, Predict
+
+    if kind == Predict.kind:
+        return Predict(o["n"], o["alpha"])
+    if o["radius"] is not None:
+        return Decide(tuple(o["radius"]), o["n"], o["alpha"], o["rule"])
+    if o["tolerance"] is not None:
+        return Measure(o["tolerance"], o["n"], o["alpha"])
+    return Certify(o["n0"], o["n"], o["alpha"], o["bound"])
 
 
 def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from certify.cli.console import warn, warn_of_units
 from certify.errors import CertifyError
 from certify.smoothing.norms import DECIMALS, IN_WORDS
-from certify.smoothing.rounding import ceil_to, exact, times
+from certify.smoothing.rounding import ceil_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from certify.images.dataset import ImageSet
     from certify.runs.config import Settings
     from certify.smoothed_classifier import SmoothedClassifier
+    from certify.smoothing.procedures import Procedure
     from certify.types import Radii
 
 _TRIED = 50  # images without noise, at most, to see whether labels and classifier agree
@@ -33,8 +32,6 @@ def show_plan(
     say: Callable[[str], None],
 ) -> None:
     """What was asked for and what it turned out to be; warn of what cannot work."""
-    from certify.smoothing.certificates import largest_radius
-
     sigma = smoothed.noise.scale
     for step in header["pipeline"]:
         if step["step"] == "denoiser":
@@ -51,57 +48,31 @@ def show_plan(
     if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
         warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")
     warn_of_units(sigma)
-    noise = f"{smoothed.noise.name} noise, sigma = {sigma:g} in [0, 1] pixels"
-    if settings.procedure == "predict":
-        say(f"procedure  predict: n = {settings.n:,}, alpha = {exact(settings.alpha)}, {noise}")
-        need = 1 + math.ceil(-math.log2(settings.alpha))  # n agreeing votes have a p-value of 2^(1 - n)
-        if settings.n < need:
-            warn(f"n = {settings.n} can decide nothing at alpha = {exact(settings.alpha)}: pass --n {need} or more")
-        return
+    procedure = settings.procedure
     first = first_image(images)
-    stated = smoothed.stated(first.numel() if first is not None else 1)
     if first is not None:
         smoothed.check(first)
-    if settings.procedure == "decide":
-        _show_deciding(settings, stated, noise, say)
-        return
-    if settings.tolerance is not None:
-        how = f"until the radius is known to {exact(times(settings.tolerance, 100))}%, n = {settings.n:,} at most"
-    else:
-        how = f"n0 = {settings.n0:,}, n = {settings.n:,}"
-    say(f"procedure  {how}, alpha = {exact(settings.alpha)}, {settings.bound}, {noise}")
-    largest = functools.partial(
-        largest_radius, stated, alpha=settings.alpha, bound=settings.bound, selected=not settings.adaptive
-    )
-    cap = largest(n=settings.n)
+    stated = smoothed.stated(first.numel() if first is not None else 1)
     own = "" if stated.norm == smoothed.noise.norm else f", implied by the {IN_WORDS[smoothed.noise.norm]} radius"
-    in_sigma = f" ({ceil_to(cap / sigma, 2)} sigma)" if stated.norm == "l2" else ""
-    most = f"{ceil_to(cap, DECIMALS[stated.norm])}{in_sigma}"
-    say(f"radius     {IN_WORDS[stated.norm]}, at most {most} at this n and alpha{own}")
-    if cap == 0.0:
-        need = next(n for n in range(1, 10_000) if largest(n=n) > 0)
-        warn(
-            f"n = {settings.n} can certify nothing at alpha = {exact(settings.alpha)}: every image will abstain; "
-            f"pass --n {need} or more"
-        )
+    noise = f", {smoothed.noise.name} noise, sigma = {sigma:g} in [0, 1] pixels"
+    show_prospects(procedure, stated, sigma, say, noise, own)
 
 
-def _show_deciding(settings: Settings, stated: Radii, noise: str, say: Callable[[str], None]) -> None:
-    """The radii, what they need, and the fewest samples that can settle them."""
-    from certify.smoothing.certificates import needed
-    from certify.smoothing.stopping_rules import thresholds
-
-    p0s, level = needed(settings.radii, stated, settings.alpha, settings.rule)
-    say(
-        f"procedure  decide by {settings.rule}: n = {settings.n:,} at most, alpha = {exact(settings.alpha)} for each "
-        f"image and all radii, {noise}"
-    )
-    for radius, p0 in zip(settings.radii, p0s, strict=True):
-        enough = thresholds(settings.rule, p0, level, settings.n).earliest()
-        few = f"robust after {enough:,} samples at the earliest" if enough is not None else "out of reach"
-        say(f"radius     {exact(radius)} ({IN_WORDS[stated.norm]}) needs a probability of {ceil_to(p0, 5)}: {few}")
-        if enough is None:
-            warn(f"no image can be settled as robust at {exact(radius)} within n = {settings.n:,}: pass a larger --n")
+def show_prospects(
+    procedure: Procedure, stated: Radii, sigma: float, say: Callable[[str], None], noise: str = "", implied: str = ""
+) -> None:
+    """Show the sampling plan and what can come out of it; warn of what cannot."""
+    prospects = procedure.prospects(stated)
+    say(f"procedure  {procedure.describe()}{noise}")
+    for line in prospects.lines:
+        say(f"radius     {line}")
+    if prospects.largest is not None and not procedure.radii:
+        cap = prospects.largest
+        in_sigma = f" ({ceil_to(cap / sigma, 2)} sigma)" if stated.norm == "l2" else ""
+        most = f"{ceil_to(cap, DECIMALS[stated.norm])}{in_sigma}"
+        say(f"radius     {IN_WORDS[stated.norm]}, at most {most} at this n and alpha{implied}")
+    for warning in prospects.warnings:
+        warn(warning)
 
 
 class Engine(Protocol):

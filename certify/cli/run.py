@@ -11,7 +11,7 @@ import click
 from certify.cli import options
 from certify.cli.console import clock, few_warnings, progress_bar, silent, speaker, warn
 from certify.cli.distribute import crew_for, spread_from, spread_options
-from certify.cli.load import check_first, chosen_images, load_smoothed, without_data
+from certify.cli.load import check_first, chosen_images, load_smoothed, procedure_from, without_data
 from certify.cli.output_files import output_path, stoppable
 from certify.cli.plan import check_base, first_image, show_engine, show_plan
 from certify.cli.summary import summarise
@@ -72,9 +72,8 @@ def run(**given: Any) -> None:
     if given["radius"] is not None:
         from certify.smoothing.stopping_rules import DEFAULT_CAP
 
-        _execute("decide", given if options.given_by_user("n") else {**given, "n": DEFAULT_CAP})
-    else:
-        _execute("certify", given)
+        given |= {} if options.given_by_user("n") else {"n": DEFAULT_CAP}
+    _execute("certify", given)
 
 
 @click.command(short_help="Predict with the smoothed classifier.")
@@ -107,9 +106,9 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
 
     from certify.runs.config import Settings, execution_of, run_header, with_execution
     from certify.runs.run_file import RunFile, peek_header, read_run
+    from certify.smoothing.procedures import expected_samples
 
-    radii = tuple(sorted(set(o["radius"] or ())))
-    settings = Settings(o["n"], o["n0"], o["alpha"], o["seed"], o["bound"], procedure, radii, o["tolerance"], o["rule"])
+    settings = Settings(procedure_from(procedure, o), o["seed"])
     header = run_header(
         smoothed,
         images,
@@ -129,9 +128,8 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         if begun:
             execution = execution_of(begun, smoothed.wanted)
         else:
-            execution = _decide(
-                engine, first, len(places) * settings.likely, path if spread.shard else None, header, say
-            )
+            work = len(places) * expected_samples(settings.procedure)
+            execution = _decide(engine, first, work, path if spread.shard else None, header, say)
         if execution is not None:
             show_engine(execution, smoothed, say, "" if crew is None else crew.where())
             header = with_execution(header, execution)
@@ -196,14 +194,16 @@ def _work(
     say: Callable[[str], None],
 ) -> None:
     """Say what it costs, then do what is left."""
-    left = len(places) - len(file.done)
+    from certify.smoothing.procedures import samples
+
+    left, each = len(places) - len(file.done), samples(settings.procedure)
     if rate is not None:
-        total, speed = left * settings.samples, rate * (1 if crew is None else len(crew))
-        most = "at most " if settings.adaptive else ""
-        work = f"{left:,} images x {most}{settings.samples:,} samples = {total:,}"
+        total, speed = left * each, rate * (1 if crew is None else len(crew))
+        most = "at most " if settings.procedure.sequential else ""
+        work = f"{left:,} images x {most}{each:,} samples = {total:,}"
         say(f"cost       {work}: {most}about {clock(total / speed)}")
-    by_image = settings.adaptive or crew is not None
-    total, unit = (left, "images") if by_image else (left * settings.samples, "samples")
+    by_image = settings.procedure.sequential or crew is not None
+    total, unit = (left, "images") if by_image else (left * each, "samples")
     with (
         progress_bar(total, unit, hidden=say is silent, scaled=not by_image) as bar,
         few_warnings("; the run file says why") as left_out,

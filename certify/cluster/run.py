@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from certify.cluster.worker import Sent
-from certify.engine.adaptive import LEAST
 from certify.errors import ImageError
 from certify.runs.image_rows import unusable_row
 from certify.runs.runner import owed, refuse_unusable, store
+from certify.smoothing.procedures import samples
+from certify.smoothing.sequential_tests import LEAST
 
 if TYPE_CHECKING:
     from certify.cluster.driver import Crew
@@ -58,7 +59,7 @@ def process_on(
         task = tasks[place]
         if strict and "error" in line:
             raise refuse_unusable(task, line["error"])
-        nobody = {"id": task.id, "label": task.label, **unusable_row(settings.procedure, ""), "seconds": 0.0}
+        nobody = {"id": task.id, "label": task.label, **unusable_row(settings.procedure.kind, ""), "seconds": 0.0}
         store(file, place, line if "id" in line else nobody | line, warn)
         progress(1)
 
@@ -66,5 +67,5 @@ def process_on(
 def depth(crew: Crew, settings: Settings) -> int:
     """Images that a worker holds at once: one more than what fills its batches twice."""
     batch = crew.execution.batch_size if crew.execution is not None else 1
-    first = LEAST if settings.adaptive else settings.samples
+    first = LEAST if settings.procedure.sequential else samples(settings.procedure)
     return min(_DEEPEST, 1 + max(1, -(-2 * batch // first)))

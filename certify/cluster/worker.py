@@ -180,7 +180,7 @@ class Worker:
     def _work(self, settings: Settings) -> None:
         try:
             while True:
-                feed = _Feed(self._inbox, settings.adaptive)
+                feed = _Feed(self._inbox, settings.procedure.sequential)
                 for line in self._built.answered(feed, settings):
                     feed.open -= 1
                     with self._changed:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Job:
         keep: how many of the first labels to keep one by one.
         start: samples of the stream to leave out, because they were labelled before.
         drawn: where to keep the noise of a block of which samples are left over, by its number; None keeps nothing.
+        tag: returned with the tally, so that callers need no queue of their own.
     """
 
     image: Tensor
@@ -43,14 +45,16 @@ class Job:
     keep: int = 0
     start: int = 0
     drawn: dict[int, Tensor] | None = None
+    tag: Any = None
 
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """A finished job: its votes (counts and failures add up to its trials) and its first labels, ``(keep,)`` int64."""
+    """A finished job: its votes (counts and failures add up to its trials), first labels ``(keep,)`` int64, and tag."""
 
     votes: Votes
     labels: Tensor
+    tag: Any = None
 
 
 def count_votes(
@@ -168,7 +172,7 @@ class _Count:
                 f"{self.num_classes - 1} (from {int(self.lowest)} to {int(self.highest)}; {FAILED} is a failed trial)"
             )
         labels = torch.cat(self.kept)[: self.job.keep].cpu() if self.kept else torch.empty(0, dtype=torch.int64)
-        return Tally(Votes(tuple(by_class), failures), labels)
+        return Tally(Votes(tuple(by_class), failures), labels, self.job.tag)
 
 
 @dataclass(frozen=True, eq=False)

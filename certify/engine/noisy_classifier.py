@@ -6,12 +6,14 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from certify.errors import UserError
 from certify.smoothing.noise import make_noise
 from certify.smoothing.norms import implied_factor, in_norm
 from certify.smoothing.numeric import as_int
+from certify.smoothing.procedures import USUAL_SAMPLES
 from certify.types import BaseClassifier, Noise, Radii, Votes
 
 if TYPE_CHECKING:
@@ -19,12 +21,32 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from certify.engine.adaptive import Settled, Watch
+    from certify.engine.adaptive import Settled
     from certify.engine.execution import Execution
     from certify.engine.monte_carlo import Job, Tally
+    from certify.smoothing.sequential_tests import SequentialTest
 
 KEPT = 100
 """Labels of each stage that are kept one by one, to be compared with plain float32's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """An image to sample.
+
+    Attributes:
+        image: ``(C, H, W)``, float in [0, 1] or uint8.
+        name: names its noise; None: a hash of the image.
+        tag: anything that the caller wants to find again with the result.
+    """
+
+    image: torch.Tensor | np.ndarray
+    name: str | None = None
+    tag: Any = None
+
+    def noise_name(self, tensor: torch.Tensor) -> str:
+        """Return the name of its noise, given the image as it is certified."""
+        return noise_name(tensor) if self.name is None else self.name
 
 
 class NoisyClassifier:
@@ -169,25 +191,26 @@ class NoisyClassifier:
             raise RuntimeError("not prepared yet: call prepare first")
         return measure_rate(self._run, self.check(image).to(self.device), self.noise, self.execution.batch_size)
 
-    def tallies(
+    def sample(
         self,
-        images: Iterable[tuple[torch.Tensor | np.ndarray, str | None]],
+        images: Iterable[Target],
         stages: Mapping[str, int],
         *,
         seed: int = 0,
         clean: bool = False,
         progress: Callable[[int], None] | None = None,
-    ) -> Iterator[dict[str, Tally]]:
-        """For each image the tallies of its stages; images share batches.
+    ) -> Iterator[tuple[Target, dict[str, Tally]]]:
+        """Label noisy copies of each image, stage by stage; images share batches.
 
         Args:
-            images: pairs of an image ``(C, H, W)`` and the name of its noise (None: a hash of the image), pulled a few
-                blocks of noise ahead.
-            stages: noisy copies of each stage; each stage draws its own.
-            seed: with the name and the stage it fixes all noise; public by default
-                (:meth:`certify.SmoothedClassifier.certify`).
-            clean: whether to label the image without noise too, as stage ``"clean"``.
+            images: pulled a few blocks of noise ahead.
+            stages: noisy copies of each stage; each stage draws its own noise.
+            seed: with the image's name and the stage it determines the noise.
+            clean: label each image without noise too, as stage ``"clean"``.
             progress: called with the number of noisy samples done since the last call.
+
+        Yields:
+            Each image with the tallies of its stages, in the order of the images.
         """
         from certify.engine.monte_carlo import Job
         from certify.smoothing.rng import stream_key
@@ -197,64 +220,65 @@ class NoisyClassifier:
         first = next(queue, None)
         if first is None:
             return
-        self.check_contract(first[0])
-        label, _ = self.labeller(first[0], sum(stages.values()), progress)
+        self.check_contract(first.image)
+        label, _ = self.labeller(first.image, sum(stages.values()), progress)
 
         def jobs() -> Iterator[Job]:
-            for image, name in itertools.chain([first], queue):
-                tensor = self.check(image)
+            for target in itertools.chain([first], queue):
+                tensor = self.check(target.image)
                 there = tensor.to(self.device)
                 if clean:
-                    yield Job(there, None, 1, keep=1)
+                    yield Job(there, None, 1, keep=1, tag=(target, "clean"))
                 for stage, trials in stages.items():
-                    key = stream_key(seed, noise_name(tensor) if name is None else name, stage)
-                    yield Job(there, key, trials, keep=KEPT)
+                    key = stream_key(seed, target.noise_name(tensor), stage)
+                    yield Job(there, key, trials, keep=KEPT, tag=(target, stage))
 
-        done = label(jobs())
-        names = [*(["clean"] if clean else []), *stages]
-        for tally in done:
-            yield {name: tally if name == names[0] else next(done) for name in names}
+        wanted = len(stages) + clean
+        tallies: dict[str, Tally] = {}
+        for tally in label(jobs()):
+            target, stage = tally.tag
+            tallies[stage] = tally
+            if len(tallies) == wanted:
+                yield target, tallies
+                tallies = {}
 
-    def settled(
+    def sample_until_settled(
         self,
-        images: Iterable[tuple[torch.Tensor | np.ndarray, str | None] | None],
-        watch: Callable[[torch.Tensor], Watch],
+        images: Iterable[Target | None],
+        test: Callable[[Radii], SequentialTest],
         *,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[Settled]:
-        """Label samples of the images until each sequential test is settled, and yield them as they are.
-
-        See :mod:`certify.engine.adaptive`.
+        """Label samples of each image until its sequential test is settled, and yield images as they are settled.
 
         Args:
-            images: as for :meth:`tallies`; the noise is that of stage ``"estimation"``. None, but not as the first:
-                there is none now, but there may be after the next round.
-            watch: makes the watch of an image.
-            seed: as for :meth:`tallies`.
-            progress: called with the number of noisy samples done since the last call.
+            images: the noise is that of stage ``"estimation"``. None, but not as the first: there is none now, but
+                there may be after the next round. The tag of a result is its target.
+            test: makes the sequential test of an image from what states its radii.
+            seed: as for :meth:`sample`.
+            progress: as for :meth:`sample`.
         """
-        from certify.engine.adaptive import settle
+        from certify.engine.adaptive import Sampling, settle
         from certify.smoothing.rng import stream_key
 
         queue = iter(images)
         first = next(queue, None)
         if first is None:
             return
-        self.check_contract(first[0])
-        label, batch_size = self.labeller(first[0], 1000, progress)  # a guess: watches say themselves when they end
+        self.check_contract(first.image)
+        label, batch_size = self.labeller(first.image, USUAL_SAMPLES, progress)
 
-        def there() -> Iterator[tuple[torch.Tensor, bytes] | None]:
-            for found in itertools.chain([first], queue):
-                if found is None:
+        def samplings() -> Iterator[Sampling | None]:
+            for target in itertools.chain([first], queue):
+                if target is None:
                     yield None
                     continue
-                image, name = found
-                tensor = self.check(image)
-                key = stream_key(seed, noise_name(tensor) if name is None else name, "estimation")
-                yield tensor.to(self.device), key
+                tensor = self.check(target.image)
+                key = stream_key(seed, target.noise_name(tensor), "estimation")
+                yield Sampling(tensor.to(self.device), key, test(self.stated(tensor.numel())), target)
 
-        yield from settle(label, there(), watch, batch_size=batch_size, keep=KEPT)
+        yield from settle(label, samplings(), batch_size=batch_size, keep=KEPT)
 
     def labeller(
         self, image: torch.Tensor | np.ndarray, samples: int, progress: Callable[[int], None] | None = None
@@ -299,13 +323,13 @@ class NoisyClassifier:
 
         The noise is fixed by ``seed``, ``image_id`` (default: a hash of the image) and ``stage``.
         """
-        (found,) = self.tallies([(image, image_id)], {stage: n}, seed=seed, progress=progress)
-        return found[stage].votes
+        ((_, tallies),) = self.sample([Target(image, image_id)], {stage: n}, seed=seed, progress=progress)
+        return tallies[stage].votes
 
     def base_labels(self, images: Iterable[torch.Tensor | np.ndarray]) -> list[int]:
         """The base classifier's own labels of images without noise (``FAILED`` where it has none)."""
-        found = self.tallies(((image, None) for image in images), {}, clean=True)
-        return [int(tally["clean"].labels[0]) for tally in found]
+        sampled = self.sample((Target(image) for image in images), {}, clean=True)
+        return [int(tallies["clean"].labels[0]) for _, tallies in sampled]
 
     def agreement(
         self, image: torch.Tensor | np.ndarray, labels: torch.Tensor, *, stage: str, seed: int, image_id: str

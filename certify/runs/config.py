@@ -14,111 +14,45 @@ from certify.engine.execution import Execution
 from certify.engine.hardware import machine_name
 from certify.engine.noisy_classifier import KEPT, NoisyClassifier
 from certify.engine.tuning import Wanted
-from certify.errors import UserError
 from certify.images.dataset import ImageSet
 from certify.registry import PLUGINS
 from certify.runs.run_file import SCHEMA, now
-from certify.smoothing.certificates import check_counts
-from certify.smoothing.numeric import as_float, as_int
+from certify.smoothing.numeric import as_int
+from certify.smoothing.procedures import Procedure, expected_samples, header_keys
 from certify.smoothing.rng import STREAM
-from certify.smoothing.stopping_rules import DEFAULT_RULE, MEASURING_BOUND
 from certify.types import Noise
-
-PROCEDURES = ("certify", "predict", "decide")
-
-USUAL_SAMPLES = 1000
-"""A guess at the samples an image takes where it stops by itself, to decide how much preparing pays."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a run.
+    """The question of a run and the seed of its noise.
 
     Attributes:
-        n: estimation samples; the most of them where images stop by themselves.
-        n0: selection samples (not for ``predict`` and where images stop by themselves: one stage).
-        alpha: probability of error for each image.
-        seed: of all noise; secret where images may come from an adversary, who could craft them against known noise.
-        bound: name of the bound.
-        procedure: ``"certify"``, ``"predict"`` or ``"decide"``.
-        radii: to decide, ascending.
-        tolerance: to certify until the radius is known to it, in (0, 1).
-        rule: name of the stopping rule.
+        procedure: certify, measure, decide or predict, with its numbers.
+        seed: of all noise.
     """
 
-    n: int = 100_000
-    n0: int = 100
-    alpha: float = 0.001
+    procedure: Procedure
     seed: int = 0
-    bound: str = "clopper-pearson"
-    procedure: str = "certify"
-    radii: tuple[float, ...] = ()
-    tolerance: float | None = None
-    rule: str = DEFAULT_RULE
 
     def __post_init__(self) -> None:
-        n, n0, alpha = check_counts(self.n, self.n0 if self.procedure == "certify" else 1, self.alpha)
-        n0 = n0 if self.procedure == "certify" else as_int(self.n0, "n0")
-        tolerance = None if self.tolerance is None else as_float(self.tolerance, "tolerance")
-        radii = tuple(sorted({as_float(radius, "radius") for radius in self.radii}))
-        numbers = {"n": n, "n0": n0, "alpha": alpha, "seed": as_int(self.seed, "seed"), "tolerance": tolerance}
-        for name, value in (numbers | {"radii": radii}).items():
-            object.__setattr__(self, name, value)
-        if self.procedure not in PROCEDURES:
-            raise UserError(f"procedure {self.procedure!r}; expected one of {', '.join(PROCEDURES)}")
-        if (self.procedure == "decide") != bool(self.radii):
-            raise UserError("a procedure decide has radii to decide, and no other has")
-        if self.tolerance is not None and (self.procedure, self.bound) != ("certify", MEASURING_BOUND):
-            raise UserError(f"a tolerance belongs to procedure certify with bound {MEASURING_BOUND}")
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether each image stops by itself."""
-        return self.procedure == "decide" or self.tolerance is not None
-
-    @property
-    def stages(self) -> dict[str, int]:
-        """Noisy copies of each stage, at most."""
-        if self.adaptive:
-            return {"estimation": self.n}
-        return {"selection": self.n0, "estimation": self.n} if self.procedure == "certify" else {"prediction": self.n}
-
-    @property
-    def samples(self) -> int:
-        """Noisy copies an image, at most."""
-        return sum(self.stages.values())
-
-    @property
-    def likely(self) -> int:
-        """Noisy copies an image, about."""
-        return min(self.n, USUAL_SAMPLES) if self.adaptive else self.samples
+        object.__setattr__(self, "seed", as_int(self.seed, "seed"))
 
     def compared(self, index: int) -> bool:
-        """Whether this image's first labels (at most ``KEPT``) are compared with plain float32's.
+        """True if this image's first labels (at most ``KEPT``) are compared with those of plain float32.
 
-        Of every image at n = 100,000, of every tenth at 10,000: about a thousandth of all samples.
+        Every image at n = 100,000, every tenth at 10,000: about a thousandth of all samples.
         """
-        return index % -(-1000 * KEPT // self.likely) == 0
+        return index % -(-1000 * KEPT // expected_samples(self.procedure)) == 0
 
-    def stopping(self) -> dict[str, Any] | None:
-        """How images stop, as the header says it; None: at n."""
-        if not self.adaptive:
-            return None
-        rule = self.rule if self.procedure == "decide" else MEASURING_BOUND
-        return {"rule": rule, "radii": list(self.radii), "tolerance": self.tolerance}
-
-    def numbers(self, noise: Noise, norm: str) -> dict[str, Any]:
-        """What the header says of the noise, the norm of the radii, and how the votes are counted."""
+    def header_keys(self, noise: Noise, norm: str) -> dict[str, Any]:
+        """Return the header's keys about the noise, the norm of the radii, and the procedure."""
         return {
             "noise": noise.name,
             "rounded": bool(getattr(noise, "rounded", False)),
             "norm": norm,
             "sigma": noise.scale,
-            "n0": self.stages.get("selection", 0),
-            "n": self.n,
-            "alpha": self.alpha,
-            "bound": {"certify": self.bound, "predict": "binomial test", "decide": self.rule}[self.procedure],
-            "stopping": self.stopping(),
+            **header_keys(self.procedure),
             "seed": self.seed,
         }
 
@@ -141,11 +75,10 @@ def run_header(
     return {
         "type": "run",
         "schema": SCHEMA,
-        "procedure": settings.procedure,
         "model": model,
         "data": data,
         "denoiser": denoiser,
-        **settings.numbers(smoothed.noise, smoothed.norm),
+        **settings.header_keys(smoothed.noise, smoothed.norm),
         "precision": wanted.precision,
         "compiled": wanted.compile,
         "folded": "auto",

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from certify.errors import UserError
-from certify.smoothing.certificates import (
-    Prediction,
-    certificate_from_votes,
-    decision_from_counts,
-    prediction_from_votes,
-)
 from certify.smoothing.noise import make_noise
 from certify.smoothing.norms import in_norm
-from certify.types import Certificate, Decision, Radii, Votes
+from certify.smoothing.procedures import Answer, procedure_of
+from certify.types import Certificate, Decision, Prediction, Radii, Votes
+
+
+def answer_row(answer: Answer) -> dict[str, Any]:
+    """Return the keys of an image's line that its answer determines."""
+    if isinstance(answer, Decision):
+        return decided_row(answer)
+    return predicted_row(answer) if isinstance(answer, Prediction) else certified_row(answer)
 
 
 def certified_row(certificate: Certificate) -> dict[str, Any]:
@@ -84,34 +86,10 @@ def noise_of(header: Mapping[str, Any], values: int | None) -> Radii:
     return in_norm(noise, norm, values or 1)
 
 
-def votes_of(row: Mapping[str, Any]) -> tuple[Votes, Votes]:
-    """Selection and estimation votes of an image's line."""
-    selection = Votes.from_dict(row["selection"], row.get("selection_failures", 0))
-    return selection, Votes.from_dict(row["votes"], row["failures"])
-
-
-def answer(header: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of an image's line that follow from its votes and the header alone.
+def recomputed_row(header: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of an image's line that follow from its votes and the header alone.
 
     Raises:
         UserError: the header's bound needs what the votes do not have.
     """
-    selection, estimation = votes_of(row)
-    alpha, noise = header["alpha"], noise_of(header, row.get("values"))
-    if header["procedure"] == "predict":
-        return predicted_row(prediction_from_votes(estimation, alpha=alpha))
-    if header["procedure"] == "decide":
-        decision = decision_from_counts(
-            [(int(leader), int(k), int(n)) for leader, k, n in (d["look"] for d in row["decisions"])],
-            estimation,
-            radii=header["stopping"]["radii"],
-            noise=noise,
-            alpha=alpha,
-            rule=header["stopping"]["rule"],
-            drawn=row["drawn"],
-        )
-        return decided_row(decision)
-    uniform = row.get("uniform", 1.0)
-    return certified_row(
-        certificate_from_votes(selection, estimation, noise=noise, alpha=alpha, bound=header["bound"], uniform=uniform)
-    )
+    return answer_row(procedure_of(header).recompute(row, noise_of(header, row.get("values"))))

@@ -9,9 +9,10 @@ from typing import Any
 
 from certify.errors import UserError
 from certify.runs.identity import unproven
-from certify.runs.image_rows import answer
+from certify.runs.image_rows import recomputed_row
 from certify.runs.run_file import Run, new_run_file, now, read_run, write_derived
-from certify.smoothing.bounds import BOUNDS, check_alpha
+from certify.smoothing.bounds import check_alpha
+from certify.smoothing.procedures import procedure_of
 
 _LOG = logging.getLogger("certify")
 
@@ -52,7 +53,7 @@ def recomputed_header(
     alpha = header["alpha"] if alpha is None else alpha
     bound = header["bound"] if bound is None else bound
     alpha = check_alpha(alpha)
-    check_design(run, bound)
+    procedure_of(header).changed(alpha, bound, run.path)  # refuses what these votes cannot support
     kept = {key: header[key] for key in ("alpha", "bound", "created", "command")}
     said = {"recomputed": {**origin, "from": kept}, "created": now(), "command": command}
     return {**header, "alpha": alpha, "bound": bound, **said}
@@ -66,43 +67,13 @@ def _line(header: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         from certify.smoothing.rng import bound_draw
 
         row = {**row, "uniform": bound_draw(header["seed"], row["id"])}
-    renewed = {**row, **answer(header, row)}
+    renewed = {**row, **recomputed_row(header, row)}
     if renewed["prediction"] != row["prediction"]:  # the name of a class that was an abstention may not be known
         renewed["class"] = row["base_class"] if renewed["prediction"] == row["base"] else None
         if renewed["prediction"] >= 0 and renewed["class"] is None:
             number = str(renewed["prediction"])
             renewed["class"] = row.get("classes", {}).get(number, number)
     return renewed
-
-
-def check_design(run: Run, bound: str) -> None:
-    """Refuse a bound that the way these votes came about does not support, with the reason."""
-    header, path = run.header, run.path
-    stopping, procedure = header.get("stopping") or {}, header["procedure"]
-    if procedure == "predict":
-        if bound != header["bound"]:
-            raise UserError(f"{path} holds predictions, which have no radius: --bound {bound} has nothing to bound")
-        return
-    if procedure == "decide":
-        if bound != stopping["rule"]:
-            raise UserError(
-                f"{path} was stopped by looking at its votes (rule {stopping['rule']}): --bound {bound} cannot decide "
-                f"at its radii; leave --bound out, and pass --alpha alone"
-            )
-        return
-    anytime = BOUNDS.get(bound).anytime  # type: ignore[attr-defined]
-    if anytime:
-        return
-    if stopping:
-        raise UserError(
-            f"{path} was stopped by looking at its votes (rule {stopping['rule']}): --bound {bound} holds for a fixed "
-            "n only, peeking breaks it; expected an anytime-valid bound such as betting"
-        )
-    if not header["n0"]:
-        raise UserError(
-            f"{path} has no selection votes (n0 = 0): the class would be chosen by the votes that --bound {bound} "
-            "counts; expected an anytime-valid bound such as betting"
-        )
 
 
 def recompute_file(

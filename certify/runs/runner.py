@@ -17,18 +17,17 @@ from typing import Any
 
 from torch import Tensor
 
-from certify.engine.adaptive import Deciding, Measuring, Watch
-from certify.engine.monte_carlo import Tally
-from certify.engine.noisy_classifier import NoisyClassifier, image_digest
+from certify.engine.noisy_classifier import NoisyClassifier, Target, image_digest
 from certify.errors import ImageError
 from certify.images.dataset import ImageSet
 from certify.models.labels import readable
 from certify.runs.config import Settings
-from certify.runs.image_rows import certified_row, decided_row, predicted_row, unusable_row
+from certify.runs.image_rows import answer_row, unusable_row
 from certify.runs.run_file import RunFile
-from certify.smoothing.certificates import certificate_from_votes, prediction_from_votes
+from certify.smoothing.procedures import samples
 from certify.smoothing.rng import bound_draw
-from certify.types import Decision
+from certify.smoothing.sequential_tests import SequentialTest
+from certify.types import Certificate, Radii
 
 _LOG = logging.getLogger("certify")
 
@@ -126,23 +125,22 @@ def answered(
         progress: as for :func:`process`.
     """
     tell = progress or (lambda done: None)
-    pulled: list[tuple[Task, Tensor | None]] = []  # the k-th image that was handed on, and its pixels until it is done
-    unusable: deque[tuple[int, Task, ImageError]] = deque()  # and how many were handed on before it
+    procedure = settings.procedure
+    unusable: deque[tuple[int, Task, ImageError]] = deque()  # each with the number of tasks pulled before it
 
-    def usable() -> Iterator[tuple[Tensor, str] | None]:
-        for task in tasks:
+    def usable() -> Iterator[Target | None]:
+        for order, task in enumerate(tasks):
             if task is None:
                 yield None
                 continue
             try:
                 image = smoothed.check(task.load())
             except ImageError as error:
-                unusable.append((len(pulled), task, error))
+                unusable.append((order, task, error))
                 if strict:
-                    return  # raised when the images before it are written
+                    return  # raised once the images before it are written
                 continue
-            pulled.append((task, image))
-            yield image, task.id
+            yield Target(image, task.id, _Pulled(order, task))
 
     start = time.perf_counter()
 
@@ -153,27 +151,34 @@ def answered(
         start = now
         return task.place, {"id": task.id, "label": task.label, **row, "seconds": seconds}
 
-    def unusable_before(handed: float) -> Iterator[tuple[int, dict[str, Any]]]:
-        while unusable and unusable[0][0] <= handed:
+    def unusable_before(order: float) -> Iterator[tuple[int, dict[str, Any]]]:
+        while unusable and unusable[0][0] <= order:
             _, task, error = unusable.popleft()
             if strict:
                 raise refuse_unusable(task, error) from None
-            yield line(task, unusable_row(settings.procedure, str(error)))
-            tell(1 if settings.adaptive else settings.samples)
+            yield line(task, unusable_row(procedure.kind, str(error)))
+            tell(1 if procedure.sequential else samples(procedure))
 
-    answers = _adaptive if settings.adaptive else _fixed
-    for handed, clean, row, labels in answers(smoothed, usable(), settings, tell):
-        task, image = pulled[handed]
-        assert image is not None
-        pulled[handed] = task, None
-        yield from unusable_before(handed)
+    answers = _sequential if procedure.sequential else _fixed
+    for target, clean, row, labels in answers(smoothed, usable(), settings, tell):
+        task, image = target.tag.task, target.image
+        assert isinstance(image, Tensor)
+        yield from unusable_before(target.tag.order)
         found = row | _about(smoothed, image, clean, row["prediction"])
         if settings.compared(task.place) and smoothed.execution is not None and not smoothed.execution.plain:
-            stage = next(iter(settings.stages))
+            stage = next(iter(procedure.stages))
             same = smoothed.agreement(image, labels, stage=stage, seed=settings.seed, image_id=task.id)
             found["agreement"] = [same, len(labels)]  # with plain float32, of the first stage's first labels
         yield line(task, found)
     yield from unusable_before(math.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pulled:
+    """A task and its number among those pulled."""
+
+    order: int
+    task: Task
 
 
 def _about(smoothed: NoisyClassifier, image: Tensor, clean: int, prediction: int) -> dict[str, Any]:
@@ -188,70 +193,41 @@ def _about(smoothed: NoisyClassifier, image: Tensor, clean: int, prediction: int
     }
 
 
-Answer = tuple[int, int, dict[str, Any], Tensor]
-"""An image's place among those handed on, its label without noise, its keys, its first labels."""
+Answered = tuple[Target, int, dict[str, Any], Tensor]
+"""An image, its label without noise, the keys of its line, and its first labels."""
 
 
 def _fixed(
-    smoothed: NoisyClassifier,
-    images: Iterable[tuple[Tensor, str] | None],
-    settings: Settings,
-    tell: Callable[[int], None],
-) -> Iterator[Answer]:
-    """Answers from as many samples for every image, in their order."""
-    handed: list[tuple[str, int]] = []
-
-    def noted() -> Iterator[tuple[Tensor, str]]:
-        for found in images:
-            assert found is not None  # a batch is filled from the next image, so there is no waiting for one
-            image, name = found
-            handed.append((name, image.numel()))
-            yield image, name
-
-    found = smoothed.tallies(noted(), settings.stages, seed=settings.seed, clean=True, progress=tell)
-    for place, tallies in enumerate(found):
-        row = _row(smoothed, tallies, settings, *handed[place])
-        yield place, int(tallies["clean"].labels[0]), row, tallies[next(iter(settings.stages))].labels
+    smoothed: NoisyClassifier, images: Iterable[Target | None], settings: Settings, tell: Callable[[int], None]
+) -> Iterator[Answered]:
+    """Answer from the same number of samples for every image, in their order."""
+    procedure, seed = settings.procedure, settings.seed
+    targets = (target for target in images if target is not None)  # a batch is filled from the next image
+    for target, tallies in smoothed.sample(targets, procedure.stages, seed=seed, clean=True, progress=tell):
+        assert isinstance(target.image, Tensor)
+        assert target.name is not None
+        uniform = bound_draw(seed, target.name)
+        votes = {stage: tallies[stage].votes for stage in procedure.stages}
+        answer = procedure.answer(votes, smoothed.stated(target.image.numel()), uniform)
+        row = answer_row(answer) | ({"uniform": uniform} if isinstance(answer, Certificate) else {})
+        yield target, int(tallies["clean"].labels[0]), row, tallies[next(iter(procedure.stages))].labels
 
 
-def _row(
-    smoothed: NoisyClassifier, tallies: Mapping[str, Tally], settings: Settings, image_id: str, values: int
-) -> dict[str, Any]:
-    if settings.procedure == "predict":
-        return predicted_row(prediction_from_votes(tallies["prediction"].votes, alpha=settings.alpha))
-    uniform = bound_draw(settings.seed, image_id)
-    certificate = certificate_from_votes(
-        tallies["selection"].votes,
-        tallies["estimation"].votes,
-        noise=smoothed.stated(values),
-        alpha=settings.alpha,
-        bound=settings.bound,
-        uniform=uniform,
-    )
-    return certified_row(certificate) | {"uniform": uniform}
+def _sequential(
+    smoothed: NoisyClassifier, images: Iterable[Target | None], settings: Settings, tell: Callable[[int], None]
+) -> Iterator[Answered]:
+    """Answer from as many samples as each image needs, in the order in which they are settled."""
+    procedure = settings.procedure
+    (stage,) = procedure.stages
 
+    def test(noise: Radii) -> SequentialTest:
+        return procedure.tests(smoothed.num_classes, noise, 0)[stage]
 
-def _adaptive(
-    smoothed: NoisyClassifier,
-    images: Iterable[tuple[Tensor, str] | None],
-    settings: Settings,
-    tell: Callable[[int], None],
-) -> Iterator[Answer]:
-    """Answers from as many samples as each image takes, as they come."""
-
-    def watch(image: Tensor) -> Watch:
-        noise, classes = smoothed.stated(image.numel()), smoothed.num_classes
-        n, alpha = settings.n, settings.alpha
-        if settings.tolerance is not None:
-            return Measuring(classes, n=n, tolerance=settings.tolerance, noise=noise, alpha=alpha)
-        return Deciding(classes, n=n, radii=settings.radii, noise=noise, alpha=alpha, rule=settings.rule)
-
-    found = smoothed.settled(images, watch, seed=settings.seed)
-    for settled in found:
-        result = settled.watch.result()
-        row = decided_row(result) if isinstance(result, Decision) else certified_row(result)
+    for settled in smoothed.sample_until_settled(images, test, seed=settings.seed):
+        target = settled.tag
+        answer = procedure.answer({stage: settled.test.result()}, smoothed.stated(target.image.numel()))
         assert settled.clean is not None
-        yield settled.index, settled.clean, row | {"drawn": settled.watch.drawn}, settled.labels
+        yield target, settled.clean, answer_row(answer) | {"drawn": settled.test.drawn}, settled.labels
         tell(1)
 
 

@@ -22,26 +22,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from certify.engine.adaptive import Counting, Deciding, Label, Watch, settle
+from certify.engine.adaptive import Label, Sampling, settle
 from certify.engine.noisy_classifier import noise_name
 from certify.errors import ContractError, UserError, in_words
 from certify.models.query_access import BudgetSpent
 from certify.serve.limits import Limits, Refused
 from certify.serve.protocol import ABSTAINED, Answer, Wishes
 from certify.smoothed_classifier import SmoothedClassifier
-from certify.smoothing.certificates import certificate_from_votes, check_counts, needed
+from certify.smoothing.certificates import check_counts, needed
 from certify.smoothing.numeric import as_float, as_int
+from certify.smoothing.procedures import Certify, Decide
 from certify.smoothing.rng import stream_key
+from certify.smoothing.sequential_tests import SequentialTest
 from certify.smoothing.stopping_rules import DEFAULT_RULE
 from certify.text import printable
-from certify.types import ABSTAIN, Certificate, Decision, Votes
+from certify.types import ABSTAIN, Certificate, Decision
 
 _LOG = logging.getLogger(__name__)
 _RECOVERY = 30.0  # seconds after a fault until the server calls itself ready again: somebody must try
 _WORTH = 100  # images whose work the choice of an engine should pay for
-SELECTION, ESTIMATION = "selection", "estimation"
 
 
 @dataclass(frozen=True)
@@ -89,23 +89,24 @@ class _Image:
     answer: Future[Answer]
     open: int = 0
     found: dict[str, Any] = field(default_factory=dict)
+    question: Certify | Decide = field(default_factory=Certify)
 
 
 class _Part:
-    """A watch that knows whose it is, and ends early when nobody waits any more."""
+    """A sequential test that knows its image, and ends early when the request was cancelled."""
 
-    def __init__(self, image: _Image, stage: str, inner: Watch) -> None:
+    def __init__(self, image: _Image, stage: str, inner: SequentialTest) -> None:
         self.image, self.stage, self._inner = image, stage, inner
-        self.drawn, self.want = inner.drawn, inner.want
+        self.drawn, self.pending = inner.drawn, inner.pending
 
     def add(self, labels: np.ndarray) -> None:
-        """Hand the labels on."""
+        """Add labels to the test."""
         self._inner.add(labels)
         self.drawn = self._inner.drawn
-        self.want = 0 if self.image.answer.cancelled() else self._inner.want
+        self.pending = 0 if self.image.answer.cancelled() else self._inner.pending
 
     def result(self) -> Any:
-        """What the watch says."""
+        """Return the result of the test."""
         return self._inner.result()
 
 
@@ -133,7 +134,7 @@ class Service:
         self.smoothed, self.size, self.procedure, self.limits = smoothed, size, procedure, limits
         self.name_of, self._on_samples = names, on_samples
         self._waiting: dict[str, deque[deque[_Image]]] = {}  # requests of each client, the next client first
-        self._parts: deque[tuple[Tensor, bytes, _Part]] = deque()
+        self._parts: deque[Sampling] = deque()
         self._work: set[_Part] = set()
         self._changed = threading.Condition()
         self._ending, self._well_again = False, 0.0
@@ -251,30 +252,20 @@ class Service:
                 self._fail(error)
 
     def _settle(self, label: Label, batch_size: int) -> None:
-        opened: deque[_Part] = deque()
+        def images() -> Iterator[Sampling | None]:
+            while (found := self._next(batch_size)) is not None or not self._ended:
+                yield found
 
-        def images() -> Iterator[tuple[Tensor, bytes] | None]:
-            while True:
-                found = self._next(batch_size)
-                if found is None and self._ended:
-                    return
-                if found is not None:
-                    opened.append(found[2])
-                    yield found[:2]
-                else:
-                    yield None
-
-        found = settle(label, images(), lambda _: opened.popleft(), batch_size=batch_size, clean=False)
-        for settled in found:
-            assert isinstance(settled.watch, _Part)
-            self._finish(settled.watch)
+        for settled in settle(label, images(), batch_size=batch_size, clean=False):
+            assert isinstance(settled.test, _Part)
+            self._finish(settled.test)
 
     @property
     def _ended(self) -> bool:
         return self._ending and not self._work and not self._waiting
 
-    def _next(self, batch_size: int) -> tuple[Tensor, bytes, _Part] | None:
-        """The next part to open, of each client in turn; waits only while nothing is in work."""
+    def _next(self, batch_size: int) -> Sampling | None:
+        """Return the next part to open, of each client in turn; wait only while nothing is being sampled."""
         while not self._parts:
             with self._changed:
                 while not self._waiting:
@@ -290,12 +281,13 @@ class Service:
                 _deliver(image.answer, _fault(error))
                 raise
         part = self._parts.popleft()
-        self._work.add(part[2])
+        assert isinstance(part.test, _Part)
+        self._work.add(part.test)
         return part
 
     def _open(self, image: _Image, batch_size: int) -> None:
-        """The parts of an image: a stream and a watch each."""
-        procedure, classes = self.procedure, self.smoothed.num_classes
+        """Open the parts of an image: a noise stream and a test each."""
+        procedure = self.procedure
         try:
             tensor = self.smoothed.check(image.pixels)
         except UserError as error:  # the noise is not defined around this image
@@ -309,17 +301,14 @@ class Service:
         there = tensor.to(self.smoothed.device)
         radius = procedure.radius if image.wishes.radius is None else image.wishes.radius
         n = image.wishes.samples or procedure.n
-        watches: dict[str, Watch]
-        if radius is not None:
-            decide = functools.partial(Deciding, noise=self.stated, alpha=procedure.alpha, rule=DEFAULT_RULE)
-            watches = {ESTIMATION: decide(classes, n=n, radii=[radius])}
-        else:
-            counts = {SELECTION: procedure.n0, ESTIMATION: n}
-            watches = {stage: Counting(classes, n=count, piece=batch_size) for stage, count in counts.items()}
-        image.open = len(watches)
+        question = (
+            Certify(procedure.n0, n, procedure.alpha) if radius is None else Decide((radius,), n, procedure.alpha)
+        )
+        tests = question.tests(self.smoothed.num_classes, self.stated, batch_size)
+        image.question, image.open = question, len(tests)
         name = stream_name(noise_name(tensor), image.wishes.seed)
-        for stage, watch in watches.items():
-            self._parts.append((there, stream_key(procedure.seed, name, stage), _Part(image, stage, watch)))
+        for stage, test in tests.items():
+            self._parts.append(Sampling(there, stream_key(procedure.seed, name, stage), _Part(image, stage, test)))
 
     def _finish(self, part: _Part) -> None:
         self._work.discard(part)
@@ -328,14 +317,11 @@ class Service:
         image.open -= 1
         self._well_again = 0.0
         if not image.open and not image.answer.cancelled():
-            _deliver(image.answer, self._answer(image.found))
+            _deliver(image.answer, self._answer(image))
 
-    def _answer(self, found: dict[str, Any]) -> Answer:
-        estimated: Decision | Votes = found[ESTIMATION]
-        if isinstance(estimated, Decision):
-            return self._decided(estimated)
-        certificate = certificate_from_votes(found[SELECTION], estimated, noise=self.stated, alpha=self.procedure.alpha)
-        return self._certified(certificate)
+    def _answer(self, image: _Image) -> Answer:
+        answer = image.question.answer(image.found, self.stated)
+        return self._decided(answer) if isinstance(answer, Decision) else self._certified(answer)
 
     def _certified(self, found: Certificate) -> Answer:
         return Answer(
@@ -376,7 +362,8 @@ class Service:
     def _fail(self, error: Exception) -> None:
         """Everything in work fails with what the classifier failed with; what waits is tried."""
         self._failed(error)
-        for part in [*self._work, *(part for *_, part in self._parts)]:
+        for part in [*self._work, *(part.test for part in self._parts)]:
+            assert isinstance(part, _Part)
             _deliver(part.image.answer, _fault(error))
         self._work.clear()
         self._parts.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from certify.smoothing.bounds import BOUNDS, Bound, Evidence, Interval, check_al
 from certify.smoothing.numeric import as_float, as_int
 from certify.smoothing.rounding import exact
 from certify.smoothing.stopping_rules import RULES, Boundary, Rule
-from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Certificate, Decision, Radii, Votes
+from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Certificate, Decision, Prediction, Radii, Votes
 
 
 def certificate_from_votes(
@@ -131,21 +130,6 @@ def needed(radii: Sequence[float], noise: Radii, alpha: float, rule: str) -> tup
     found = RULES.get(rule)
     assert isinstance(found, Rule)
     return p0s, found.level(alpha, p0s)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """PREDICT's answer: with probability at least 1 - alpha it is the smoothed classifier's, or an abstention.
-
-    Attributes:
-        prediction: class in [0, K), or ``ABSTAIN``.
-        p_value: of the two-sided binomial test between the two leading classes, rounded up.
-        votes: of the n noisy copies.
-    """
-
-    prediction: int
-    p_value: float
-    votes: Votes
 
 
 def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
