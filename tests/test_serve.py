@@ -316,9 +316,9 @@ def test_metrics_count_what_happened(digits: Classifier, images: np.ndarray) -> 
 # What it refuses
 
 
-def picture(width: int, height: int, kind: str = "PNG") -> bytes:
+def picture(width: int, height: int, kind: str = "PNG", **how: Any) -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", (width, height)).save(out, kind)
+    Image.new("RGB", (width, height)).save(out, kind, **how)
     return out.getvalue()
 
 
@@ -355,6 +355,8 @@ def upload(content: bytes, path: str = "/classify", **headers: str) -> dict[str,
     return {"path": path, "content": content, "headers": {**IMAGE, **headers}}
 
 
+PROGRESSIVE = picture(16, 16, "JPEG", progressive=True)
+SCANS = PROGRESSIVE[:-2] + PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2] * 101 + PROGRESSIVE[-2:]
 HOSTILE: dict[str, tuple[int, str, dict[str, Any]]] = {
     "no body": (400, "not JSON", text("")),
     "not JSON": (400, "not JSON", text("{inputs")),
@@ -463,6 +465,7 @@ HOSTILE: dict[str, tuple[int, str, dict[str, Any]]] = {
     "image that is a column": (400, "20 times", upload(picture(1, 30))),
     "empty image": (400, "empty", upload(b"")),
     "no image": (400, "not an image", upload(b"GIF89b" + bytes(100))),
+    "JPEG of many scans": (400, "more than 100 scans", upload(SCANS)),
     "truncated image": (400, "damaged", upload(picture(30, 30)[:-40])),
     "image that is text": (415, "content type", upload(picture(8, 8), **{"content-type": "text/html"})),
     "image that is a form": (415, "content type", upload(b"", **{"content-type": "multipart/form-data; boundary=x"})),

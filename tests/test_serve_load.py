@@ -78,6 +78,15 @@ def is_closed_there(connection: socket.socket) -> bool:
     return [row[3] for row in rows if row[1].endswith(other) and row[2].endswith(mine)] != ["01"]  # established
 
 
+def can_send(connection: socket.socket) -> bool:
+    """Whether the other side takes another byte."""
+    try:
+        connection.sendall(b"x")
+    except ConnectionError:
+        return False
+    return True
+
+
 def is_cut(connection: socket.socket) -> bool:
     """Whether the other side has ended a connection; nothing is read from it."""
     watch = select.poll()
@@ -116,9 +125,13 @@ def test_connections_that_say_nothing_are_cut(monkeypatch: pytest.MonkeyPatch) -
                 time.sleep(pause)
 
 
-def test_a_newcomer_is_heard_whoever_keeps_connections_open(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["own", "system"])
+def test_a_newcomer_is_heard_whoever_keeps_connections_open(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the limit the address with most connections loses its oldest idle one."""
-    monkeypatch.setattr("certify.serve.server._CONNECTIONS", -60)  # 4 in all
+    if limit == "own":
+        monkeypatch.setattr("certify.serve.server._CONNECTIONS", -60)  # 4 in all
+    else:
+        monkeypatch.setattr("os.sysconf", {"SC_OPEN_MAX": 68}.get)
     with held_server(Limits(concurrency=1)) as (address, held, _), contextlib.ExitStack() as stack:
         busy, other = (stack.enter_context(client_at(f"127.0.0.{i}", address)) for i in (1, 2))
         with ThreadPoolExecutor(1) as pool:
@@ -162,7 +175,10 @@ def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> 
         (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n", 501, "Only Transfer-Encoding: chunked"),
     ],
 )
-def test_what_is_not_http_is_refused_in_json(content: bytes, status: int, reason: str) -> None:
+def test_what_is_not_http_is_refused_in_json(
+    content: bytes, status: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("certify.serve.server._LINGER", 0.1)
     with plain_server() as address, connect(address) as connection:
         with contextlib.suppress(ConnectionError):  # it may hang up while more is coming
             connection.sendall(content)
@@ -171,6 +187,7 @@ def test_what_is_not_http_is_refused_in_json(content: bytes, status: int, reason
         assert (reply.status, reply.getheader("content-type")) == (status, "application/json")
         assert reason in json.loads(reply.read())["error"]
         assert httpx2.get(address).json() == "here"
+        wait_for(lambda: not can_send(connection))  # it does not listen for long
 
 
 # Bodies

@@ -31,7 +31,8 @@ _TAKE = 10.0  # seconds to begin with for taking a response
 _PIECE = 2**14  # bytes that are parsed at a time: a head is measured only where it ends beyond them
 _LINGER = 2.0  # seconds after a refusal, in which the client may send what nobody reads
 _CHUNKS, _CHUNK = 1000, 256  # a body has so many chunks, and further ones of so many bytes on average
-_CONNECTIONS = 8  # for each request of an address that may be in work
+_CONNECTIONS, _SPARE = 8, 64  # connections: for each request of an address that may be in work, and beyond
+_OTHER_FILES = 128  # of the process, beside connections but for the spare ones
 _FLUSH = 5  # seconds for the last bytes of responses
 _IDLE = 15  # seconds that an unused connection stays open
 
@@ -88,7 +89,8 @@ class _Connection(H11Protocol):
             if self._refused:
                 return
             super().data_received(data[start : start + _PIECE])
-        self._look()
+        if not self._refused:
+            self._look()
 
     def pause_writing(self) -> None:
         """Give the client so long to take what is written."""
@@ -224,6 +226,11 @@ def is_loopback(listening: socket.socket) -> bool:
     return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
 
 
+def _open_files() -> int:
+    """Files and sockets that the system lets this process have."""
+    return os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 512
+
+
 def serve(
     app: FastAPI, admission: Admission, listening: socket.socket, on_start: Callable[[], None] = lambda: None
 ) -> int:
@@ -233,7 +240,7 @@ def serve(
     """
 
     class Connection(_Connection):
-        limit = _CONNECTIONS * admission.limits.concurrency + 64
+        limit = min(_CONNECTIONS * admission.limits.concurrency, _open_files() - _OTHER_FILES) + _SPARE
 
     config = uvicorn.Config(
         app,
