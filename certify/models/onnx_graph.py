@@ -146,7 +146,13 @@ def external_digests(path: Path) -> dict[str, str]:
     found = {}
     for name in names:
         place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts or "\\" in name or PureWindowsPath(name).drive or "\0" in name:
+        if (
+            place.is_absolute()
+            or ".." in place.parts
+            or "\\" in name
+            or PureWindowsPath(name).drive
+            or not name.isprintable()
+        ):
             raise UserError(
                 f"{path} keeps tensors in {name!r}, which is not in its own folder: refused; "
                 "save it again with its data beside it"
