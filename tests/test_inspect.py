@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_defences_that_nothing_shows_are_not_built(
 ) -> None:
     built: list[str] = []
 
-    def build(text: str, classifier: Classifier) -> str:
+    def build(text: str, classifier: Classifier, **given: Any) -> str:
         built.append(text)
         return "not needed"
 
