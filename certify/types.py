@@ -240,7 +240,7 @@ class Prediction:
 
     Attributes:
         prediction: class in [0, K), or ``ABSTAIN``.
-        p_value: of the two-sided binomial test between the two leading classes, rounded up.
+        p_value: of the two-sided binomial test between the leading class and the second, failures included, rounded up.
         votes: of the n noisy copies.
     """
 

@@ -314,6 +314,25 @@ def test_what_is_no_answer_is_refused(answer: Any, words: str, image: Tensor) ->
         SmoothedClassifier(load_classifier(answer, num_classes=10), 0.25).certify(image, n=100)
 
 
+@pytest.mark.parametrize("masked", [-1e3, -1e4, -1e9, -3e38, -torch.inf])
+def test_a_masked_class_hides_no_coin(masked: float, image: Tensor) -> None:
+    """The range of the scores says nothing where some are far below those that decide."""
+
+    def coin(images: Tensor) -> Tensor:
+        scores = torch.full((len(images), 10), masked)
+        scores[:, int(torch.rand(()) < 0.5)], scores[:, 2] = 2.0, 1.0
+        return scores
+
+    def shaken(images: Tensor) -> Tensor:
+        scores = images.flatten(1)[:, :10] + torch.rand(10)
+        scores[:, 3:] = scores[:, 3:] + masked
+        return scores
+
+    for function in (coin, shaken):
+        with pytest.raises(UserError, match=r"^the base classifier .* answers differently"):
+            SmoothedClassifier(load_classifier(function, num_classes=10), 0.25).certify(image, n=100)
+
+
 # What passes
 
 
@@ -338,6 +357,12 @@ def coarse_ties(images: Tensor) -> Tensor:
     return (2 * images.flatten(1).unfold(1, 10, 6).mean(2)).round().argmax(1)
 
 
+def masked() -> Callable[[Tensor], Tensor]:
+    """A network of which three classes are masked; what is left of their scores is rounding."""
+    net, mask = trained(network()).eval(), torch.tensor([0.0, 0.0, -1e9, -torch.inf, -1e4])
+    return lambda images: net(images.expand(-1, 3, -1, -1)) + mask
+
+
 HONEST: dict[str, Any] = {
     "digits": lambda: load_classifier("digits"),
     "bfloat16": lambda: load_classifier(in_bfloat16(), num_classes=5),
@@ -345,6 +370,7 @@ HONEST: dict[str, Any] = {
     "labels of bfloat16": lambda: load_classifier(in_bfloat16(labels=True), num_classes=5),
     "exact ties": lambda: load_classifier(exact_ties, num_classes=2),
     "coarse ties": lambda: load_classifier(coarse_ties, num_classes=10),
+    "masked classes": lambda: load_classifier(masked(), num_classes=5),
     "failures": lambda: load_classifier(lambda x: x.flatten(1)[:, :10].log(), num_classes=10),
 }
 

@@ -89,6 +89,18 @@ def test_predict_is_the_binomial_test_between_the_leading_two() -> None:
     assert prediction_from_votes(Votes((50,)), alpha=0.001).prediction == 0
 
 
+def test_failed_trials_cannot_help_a_prediction() -> None:
+    """Any class may be behind them: whatever their labels were, the p-value is at least what it would have been."""
+    assert prediction_from_votes(Votes((60, 10), 930), alpha=0.001).prediction == ABSTAIN
+    assert prediction_from_votes(Votes((60,), 940), alpha=0.001).p_value == 1.0
+    for failures in (0, 5, 30, 57):
+        found = prediction_from_votes(Votes((60, 3, 1), failures), alpha=0.001)
+        for second in range(failures + 1):
+            labelled = Votes((60, 3 + second, 1 + failures - second))
+            assert labelled.leader != 0 or prediction_from_votes(labelled, alpha=0.001).p_value <= found.p_value
+        assert found.p_value == prediction_from_votes(Votes((60, 3 + failures, 1)), alpha=0.001).p_value
+
+
 def test_the_p_value_of_a_prediction_is_the_exact_one_rounded_up() -> None:
     ctx.prec = 400
     for n in (1, 2, 7, 100, 1000, 30_000, 1_000_000):

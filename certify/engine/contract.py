@@ -226,7 +226,7 @@ def _check_classifier(classifier: BaseClassifier, batches: Iterator[Tensor]) -> 
     batch = next(batches)
     first = answer(batch, range(len(batch)))
     scored = first.ndim == 2
-    judge = _judge_values(part, answer, 1e-3, 0.0) if scored else _judge_labels(part, answer)
+    judge = _judge_values(part, answer, 1e-3, 0.0, _deciding) if scored else _judge_labels(part, answer)
     more = -(-(COPIES if scored else LABELLED) // len(batch)) - 1
     _answers(answer, [batch, *itertools.islice(batches, more)], judge, first)
 
@@ -299,11 +299,30 @@ def _refuse(part: str, how: str, amount: str) -> ContractError:
     return ContractError(f"{part} answers differently {how} ({amount}): {why}")
 
 
-def _judge_values(part: str, ask: Ask, share_of_range: float, few: float) -> Judge:
+def _deciding(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """Two answers, each scores ``(B, K)``, with a floor under scores that are far below every image's second best.
+
+    These decide nothing, and a class that is masked with -1e9 would hide any difference among the others.
+    """
+    best = torch.cat([one, two]).topk(min(2, one.shape[1]), dim=1).values
+    best = best[best.isfinite()]
+    if not len(best):
+        return one, two
+    floor = float(2 * best.min() - best.max())
+    return one.clamp(min=floor), two.clamp(min=floor)
+
+
+def _judge_values(
+    part: str,
+    ask: Ask,
+    share_of_range: float,
+    few: float,
+    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda one, two: (one, two),
+) -> Judge:
     """Pixels or scores may differ by rounding: so much of their range, or what arithmetic in 16 bits leaves."""
 
     def judge(one: Tensor, two: Tensor, batch: Tensor, rows: Sequence[int], how: str) -> None:
-        one, two = one.cpu().double(), two.cpu().double()
+        one, two = prepare(one.cpu().double(), two.cpu().double())
         finite = one.isfinite() & two.isfinite()
         alike = (one == two) | (one.isnan() & two.isnan())
         difference = torch.where(finite, (one - two).abs(), torch.where(alike, 0.0, torch.inf))

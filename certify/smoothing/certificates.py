@@ -135,15 +135,15 @@ def needed(radii: Sequence[float], noise: Radii, alpha: float, rule: str) -> tup
 def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
     """PREDICT of Cohen, Rosenfeld and Kolter (2019): the leading class, unless the runner-up may be ahead.
 
-    The test is the two-sided binomial test of 1/2 between the two leading classes (Hung and Fithian 2019); a class is
-    returned when its p-value is at most alpha, and then it is the smoothed classifier's prediction with probability at
-    least 1 - alpha.
+    The test is the two-sided binomial test of 1/2 between the two leading classes (Hung and Fithian 2019), where all
+    failures count for the second one, as any class may be behind them. A class is returned when its p-value is at most
+    alpha, and then it is the smoothed classifier's prediction with probability at least 1 - alpha.
     """
     alpha = check_alpha(alpha)
     if not any(votes.counts):
         return Prediction(ABSTAIN, 1.0, votes)
     first, *rest = votes.leading(2)
-    a, b = votes.counts[first], votes.counts[rest[0]] if rest else 0
+    a, b = votes.counts[first], (votes.counts[rest[0]] if rest else 0) + votes.failures
     from scipy.special import betainc
 
     check_trials(a + b)
