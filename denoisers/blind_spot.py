@@ -63,7 +63,7 @@ class MaskedConv(nn.Module):
 
 
 def _pad_opposite(features: Tensor, rows: int, columns: int) -> Tensor:
-    """Pad each border with the pixels as far on the other side of the border's own ones."""
+    """Pad such that a tap beyond the border gets the pixel of the opposite tap."""
     height, width = features.shape[-2:]
     top, bottom = features[:, :, rows : 2 * rows], features[:, :, height - 2 * rows : height - rows]
     features = torch.cat([top, features, bottom], 2)

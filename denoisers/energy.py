@@ -137,7 +137,7 @@ class EnergyNet(_Tweedie):
     def energy(self, images: Tensor) -> Tensor:
         """Compute E ``(B,)`` up to a constant; low for likely images."""
         parts = zip(self.encoder(images), self.norms, self.read, self.weigh, strict=True)
-        return torch.stack([weigh(silu(read(norm(f)))).sum((1, 2, 3)) for f, norm, read, weigh in parts]).sum(0)
+        return torch.stack([out(silu(conv(norm(f)))).sum((1, 2, 3)) for f, norm, conv, out in parts]).sum(0)
 
     def score(self, images: Tensor) -> Tensor:
         """Compute h = -dE/dx ``(B, C, H, W)``; differentiable where gradients are enabled and required."""

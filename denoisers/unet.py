@@ -206,7 +206,7 @@ class PooledUNet(LevelUNet):
     ) -> None:
         super().__init__()
         if len(channels) != len(light):
-            raise ValueError(f"{len(channels)} encoder channels and {len(light)} decoder channels; expected as many")
+            raise ValueError(f"channels={channels} light={light}; expected tuples of the same length")
         self.bottleneck_channels = channels[-1]
         self.step = 2 ** len(channels)
         self.act = nn.GELU()

@@ -1,4 +1,4 @@
-"""AToP-style purification: masks that are what they say, losses that reach what they should and nothing else."""
+"""AToP-style purification: masks, transforms, losses and the networks their gradients reach."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def small_net(channels: int = 1) -> nn.Module:
-    """Not as it starts: an untrained tail makes nothing, and hides what the network would pass on."""
+    """A network with a nonzero tail, so that its output depends on its features."""
     torch.manual_seed(0)
     net = MaskedUNet(**SMALL, image_channels=channels)
     nn.init.normal_(net.unet.tail.weight, std=0.1)
@@ -93,7 +93,7 @@ def test_transforms_are_noise_and_masks() -> None:
 
 
 class Counting(nn.Module):
-    """Tells every pass apart, and remembers what it was shown."""
+    """Marks every pass, and records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Counting(nn.Module):
         return mask * 0.25 + torch.full_like(images, 0.5)
 
 
-def test_hidden_places_are_grey_and_rt3_takes_hidden_places_only() -> None:
+def test_hidden_pixels_are_grey_and_rt3_uses_hidden_pixels_only() -> None:
     for parts in (1, 4):
         net, masks = Counting(), block_masks(IMAGES, parts, seeded())
         made = complete(net, IMAGES, masks)
@@ -119,7 +119,7 @@ def test_hidden_places_are_grey_and_rt3_takes_hidden_places_only() -> None:
 
 
 @pytest.mark.parametrize("transform", ["rt1", "rt2", "rt3"])
-def test_purifying_is_random_reproducible_and_one_image_at_a_time(transform: str) -> None:
+def test_purification_is_random_reproducible_and_independent_of_the_batch(transform: str) -> None:
     purifier = RandomTransformPurifier(small_net(3).eval(), transform)
     generator = seeded()
     first, second = purifier(IMAGES, generator=generator), purifier(IMAGES, generator=generator)
@@ -326,7 +326,7 @@ def test_training_learns_to_complete(data: Any, tmp_path: Path) -> None:
     assert trained.best["score"] < 0.95 * min(baselines)
 
 
-def test_a_killed_training_goes_on_with_its_discriminator(data: Any, tmp_path: Path) -> None:
+def test_a_killed_training_resumes_with_its_discriminator(data: Any, tmp_path: Path) -> None:
     recipe = Recipe("complete", (), epochs=0.57, rate=1e-2, settings={"gan": True})
     whole = train(data, tmp_path / "whole", recipe, validations=2)
     part = train(data, tmp_path / "parts", recipe, validations=2, stop_after=4)
@@ -355,8 +355,8 @@ def test_a_classifier_without_gradients_is_refused_in_one_line(data: Any, digits
     assert not any((free.classifier, free.labels, free.gradients))
 
 
-def test_the_discriminator_sees_what_the_classifier_will(data: Any) -> None:
-    """Images that were made are scored within [0, 1], whatever comes out."""
+def test_the_discriminator_sees_clipped_images(data: Any) -> None:
+    """Completed images are clipped to [0, 1] before they are scored."""
     seen: list[Tensor] = []
 
     class Judge(nn.Module):
@@ -379,10 +379,10 @@ def test_without_attack_and_classifier_the_card_claims_no_queries(data: Any, tmp
     assert read_card(tmp_path / "denoiser.safetensors").access == "none"
 
 
-def test_a_network_with_a_mask_is_compiled_on_what_it_is_shown(
+def test_a_network_with_a_mask_is_compiled_on_prepared_images(
     data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trial gives no warning and leaves no trace; one that fails on the way back is found before training."""
+    """The trial gives no warning and changes nothing; a failing backward pass is detected before training."""
     monkeypatch.setattr(nn.Module, "compile", lambda net: setattr(net, "_compiled_call_impl", net._call_impl))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

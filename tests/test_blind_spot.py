@@ -1,4 +1,4 @@
-"""The blind-spot network is blind, sees as far as it says, and learns; its purifier does what its card says."""
+"""The blind-spot network: blindness, receptive field, training; the purifier follows the card."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_weights_are_those_for_the_nearest_size(side: int, name: str) -> Non
 
 
 @pytest.mark.parametrize("layers", [3, 5])
-def test_the_surroundings_are_a_square_of_the_stated_side_and_leave_the_pixel_out(layers: int) -> None:
+def test_the_receptive_field_is_the_documented_square_without_the_pixel(layers: int) -> None:
     radius = 3 * layers - 3
     side = 2 * radius + 7
     centre = side // 2
@@ -91,14 +91,14 @@ def reach(layers: int) -> Offsets:
     return streams
 
 
-def test_what_is_seen_is_what_the_published_masks_let_through() -> None:
+def test_the_receptive_field_follows_from_the_published_masks() -> None:
     for layers in range(2, 18):
         assert (0, 0) not in reach(layers)
     seen = seen_from(random_net(4, 8), 11, 11, 23)
     assert {(int(y) - 11, int(x) - 11) for y, x in seen.nonzero()} == reach(4)
 
 
-def test_masked_weights_do_nothing_after_a_step_either() -> None:
+def test_masked_weights_have_no_effect_after_a_step() -> None:
     torch.manual_seed(0)
     net = BlindSpot(3, 4, 1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -117,8 +117,8 @@ def test_masked_weights_do_nothing_after_a_step_either() -> None:
     assert torch.equal(net(images.double()), output)
 
 
-def test_a_flat_image_has_no_border() -> None:
-    """Padding with zeros would darken it."""
+def test_flat_images_stay_flat() -> None:
+    """Zero padding would darken the border."""
     output = random_net(6, 8, 3)(torch.full((1, 3, 12, 12), 0.7, dtype=torch.float64))
     assert torch.allclose(output, output[..., :1, :1].expand_as(output), atol=1e-12)
 
@@ -148,7 +148,7 @@ def train(data: TrainingData, out: Path, objective: str, **settings: Any) -> Any
 
 @pytest.mark.parametrize("objective", ["context", "restore"])
 def test_it_learns_from_images_alone(objective: str, data: TrainingData, tmp_path: Path) -> None:
-    """Held-out images: nearer than the mean image of the training set, which knows nothing of the surroundings."""
+    """Held-out images: error below that of the mean training image."""
     settings = {"kernel": 3, "std": 1.0} if objective == "restore" else {}
     best = train(data, tmp_path, objective, **settings).best["score"]
     mean = data.take(data.train).float().mean(0) / 255
@@ -173,7 +173,7 @@ def test_it_learns_from_images_alone(objective: str, data: TrainingData, tmp_pat
     assert (record["iterations"], record["weights"]["sha256"]) == (3, card.sha256)
 
 
-def test_what_the_network_is_shown() -> None:
+def test_the_inputs_of_the_network() -> None:
     clean = torch.rand((3, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     draw = Draw(clean, torch.zeros(3), None, None, torch.Generator())
     plain = make_objective("context").prepare(draw)
@@ -220,6 +220,6 @@ def test_mistakes(text: str, words: str, tmp_path: Path) -> None:
         build_defence(text.format(tmp_path / "n.safetensors"), load_classifier("digits"))
 
 
-def test_a_network_that_sees_the_pixel_is_refused(data: TrainingData, tmp_path: Path) -> None:
+def test_another_network_is_refused(data: TrainingData, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs a blind-spot network \(--denoiser blind-spot\), not DnCNN"):
         train_denoiser("dncnn", data, Recipe("context"), tmp_path, TrainerConfig(make_accelerator("cpu")))

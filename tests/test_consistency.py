@@ -1,4 +1,4 @@
-"""Several draws of an image: against the published formula, and what a training makes of it."""
+"""Consistency over noise draws: the published formula, and its use in training."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_objectives_use_it(digits: Classifier, name: str) -> None:
     assert torch.allclose(found, consistency_loss(digits.logits(output) / 2, target, 2, 5.0))
 
 
-def test_weights_are_chosen_by_agreement_where_draws_should_agree(digits: Classifier) -> None:
-    """One draw an image cannot show it; the objective's own loss does."""
+def test_weights_are_selected_by_the_loss_with_several_draws(digits: Classifier) -> None:
+    """Single draws cannot show agreement; the loss does."""
     torch.manual_seed(0)
     data, net = load_training_data("digits-train", digits, held_out=60), UNet((8, 16), 1, image_channels=1).eval()
     frozen = FrozenClassifiers([digits])
@@ -96,6 +96,6 @@ def test_weights_are_chosen_by_agreement_where_draws_should_agree(digits: Classi
         ),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], says: str) -> None:
+def test_settings_out_of_range_are_errors(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         make_objective("stability", settings)

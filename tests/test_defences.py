@@ -1,4 +1,4 @@
-"""Every registered defence: the same answer in any batch, the same draws from the same keys, one label."""
+"""Every registered defence: independence of the batch, reproducible draws, one label."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ def test_a_value_may_hold_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("purifier", ["ncis", "ebm", "atop"])
-def test_weights_of_a_purifier_are_no_denoiser_in_silence(purifier: str, tmp_path: Path) -> None:
-    """As a defence they need its name; under noise they are warned of, or refused where they take a mask."""
+def test_weights_of_a_purifier_as_a_denoiser_warn_or_fail(purifier: str, tmp_path: Path) -> None:
+    """As a defence they need its name; under noise they give a warning, or an error if they take a mask."""
     digits = load_classifier("digits")
     file = weights(tmp_path, purifier)
     with pytest.raises(UserError, match=f"holds weights for {purifier}; write {purifier}:weights="):
@@ -167,13 +167,13 @@ def test_weights_of_a_purifier_are_no_denoiser_in_silence(purifier: str, tmp_pat
             load_denoiser(file, sigma=2.0)
 
 
-def test_the_command_warns_of_weights_that_know_no_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_warns_of_weights_trained_without_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     denoiser_for(weights(tmp_path, "ncis"), 0.25, (1, 8, 8))
     assert "trained for the defence ncis, without noise" in capsys.readouterr().err
 
 
-def test_the_record_of_a_plain_denoiser_is_what_it_was(tmp_path: Path) -> None:
-    """Runs are told apart by it: another key would make old run files another run's."""
+def test_the_record_of_a_denoiser_has_the_known_keys(tmp_path: Path) -> None:
+    """It identifies runs: with another key, old run files could not be resumed."""
     file = weights(tmp_path, "")
     names = {"name", "architecture", "objective", "access", "trained_for", "sha256"}
     assert set(read_denoiser(file).describe()) == names

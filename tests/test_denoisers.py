@@ -157,7 +157,7 @@ def test_the_median_of_a_larger_window() -> None:
         ("median:size=17", "median:size=17 on images of 8x8: .* expected at most size=15"),
     ],
 )
-def test_options_that_make_no_sense(text: str, words: str) -> None:
+def test_options_out_of_range(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_denoiser(text)(torch.rand(1, 1, 8, 8))
 

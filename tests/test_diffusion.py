@@ -31,7 +31,7 @@ def test_memnet_has_the_published_size_and_names() -> None:
 
 
 def test_memnet_by_hand() -> None:
-    """One block of one residual, every convolution the identity: the answer can be followed with a pencil."""
+    """One block of one residual with identity convolutions: the output can be computed by hand."""
     net = MemNet(channels=1, blocks=1, residuals=1, image_channels=1).eval()
     with torch.no_grad():
         for module in net.modules():
@@ -98,7 +98,7 @@ def test_timesteps_are_rounded_up_never_down() -> None:
 
 
 class Oracle(nn.Module):
-    """A network that knows the image, and answers truthfully for the level it is told."""
+    """A network that knows the image, and returns the exact output for its step."""
 
     def __init__(self, clean: Tensor, prediction: str, schedule: Tensor, junk: int = 0) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def tiny(diffusers: Any, **options: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_diffusers_folders_that_do_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Score networks and score purification: closed forms of Gaussian models, the rules of the loop, true gradients."""
+"""Score networks and score purification: closed forms of Gaussian models, the loop, gradients."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_published_formula_step_by_step() -> None:
             assert torch.allclose(after[i : i + 1], expected, atol=1e-9)
 
 
-def test_no_curvature_goes_as_far_as_allowed_and_upward_curvature_stops() -> None:
+def test_zero_curvature_takes_the_largest_step_and_upward_curvature_stops() -> None:
     x = images(2, 1, 4, 4)
     level = ScorePurifier(Model(torch.ones_like), noise=0.0, steps=1)
     assert torch.allclose(level(x), (x + 0.1).clamp(0, 1))
@@ -123,7 +123,7 @@ def test_no_curvature_goes_as_far_as_allowed_and_upward_curvature_stops() -> Non
     assert torch.equal(nothing(x), x)
 
 
-def test_a_stopped_image_never_moves_again() -> None:
+def test_a_stopped_image_stays_unchanged() -> None:
     """Image 1 meets a sharp curvature in its second step only; image 0 never."""
     calls = []
 
@@ -140,7 +140,7 @@ def test_a_stopped_image_never_moves_again() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "sign"])
-def test_without_noise_it_is_deterministic_and_what_comes_out_is_an_image(kind: str) -> None:
+def test_without_noise_it_is_deterministic_and_the_output_is_in_range(kind: str) -> None:
     net = tiny("score", 3)
     x = images(4, 3, 9, 7).float()
     still, moving = (ScorePurifier(net, 3, noise=noise, kind=kind).eval() for noise in (0.0, 0.5))
@@ -213,7 +213,7 @@ def test_the_loss_of_a_gaussians_own_score_is_its_minimum(sigma: float) -> None:
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("shape", [(3, 1, 8, 8), (2, 3, 32, 32), (2, 1, 9, 7)])
-def test_networks_keep_to_the_contract(name: str, shape: tuple[int, ...]) -> None:
+def test_the_denoiser_contract(name: str, shape: tuple[int, ...]) -> None:
     """Shape, independence of images, one level or one an image, and x + sigma h(x)."""
     net = tiny(name, shape[1])
     x = images(*shape).float()
@@ -286,7 +286,7 @@ def test_the_detector_passes_the_share_it_was_calibrated_for() -> None:
         calibrate(net, clean, 1.5)
 
 
-def test_what_the_detector_takes_as_clean_gets_less_noise() -> None:
+def test_images_detected_as_clean_get_less_noise() -> None:
     near, far = torch.full((1, 1, 4, 4), 0.5), torch.full((1, 1, 4, 4), 0.9)
     both = torch.cat([near, far])
     plain = ScorePurifier(quadratic(0.5, 1.0), noise=0.02)
@@ -368,8 +368,8 @@ def test_score_matching_needs_a_score(data: TrainingData, tmp_path: Path) -> Non
         run("unet", data, tmp_path, Recipe("dsm"))
 
 
-def test_the_average_by_hand() -> None:
-    """Batch statistics too; the network's own weights are back afterwards."""
+def test_the_moving_average_by_hand() -> None:
+    """Batch statistics are averaged too; the network's own weights are restored afterwards."""
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = make_average(net, 0.5)
     assert average is not None
@@ -400,11 +400,11 @@ def test_a_killed_training_ends_with_the_same_averaged_weights(data: TrainingDat
     a, b = (read_denoiser(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
     assert a.card.sha256 == b.card.sha256
     assert a.card.training["ema"] == 0.9
-    last = read_state_dict(tmp_path / "whole" / "checkpoint" / "model.safetensors")  # training goes on from these
+    last = read_state_dict(tmp_path / "whole" / "checkpoint" / "model.safetensors")  # training resumes from these
     assert not any(torch.equal(value, last[key]) for key, value in a.net.state_dict().items())
 
 
 @pytest.mark.parametrize("ema", [1.0, -0.1, math.nan])
-def test_an_average_that_is_none(ema: float) -> None:
+def test_an_invalid_decay_is_an_error(ema: float) -> None:
     with pytest.raises(UserError, match=r"--ema .*expected a decay from 0 \(no average\) to below 1"):
         Recipe(ema=ema)

@@ -1,4 +1,4 @@
-"""What a denoiser is worth: figures that follow from the noise and from what the denoiser is; the command."""
+"""Evaluation of denoisers: figures that follow from the noise and the denoiser; the command."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def test_an_idle_denoiser_changes_nothing_and_a_blur_helps_smooth_images() -> No
         assert (blurred.denoised.ssim or 0) > (blurred.noisy.ssim or 1)
 
 
-def test_noise_is_the_images_own() -> None:
-    """The batch size changes nothing, the seed does; another sigma scales the same draw."""
+def test_noise_depends_on_seed_and_image_only() -> None:
+    """Independent of the batch size; another sigma scales the same draw."""
     known = {"classifier": Brightness(), "labels": Brightness()(NATURAL)}
     whole = evaluate_denoiser(Median(), NATURAL, 0.25, **known)  # type: ignore[arg-type]
     for size in (1, 5):
@@ -209,7 +209,7 @@ def displayed(share: dict[str, float]) -> str:
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Words and JSON say the same, which is what the function finds; the picture is there."""
+    """Text and JSON agree with the function; the picture is written."""
     options = "evaluate-denoiser --model digits --denoiser median --sigma 0.25,0.5 --max 20".split()
     run(*options, "--images", "4")
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""JPEG as a purifier: the codec against Pillow, tables by hand and by measure, noisy training, the vote."""
+"""JPEG as a purifier: the codec against Pillow, tables, training on coded images, the ensemble."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def photo() -> Tensor:
 
 
 def pillow(image: Tensor, quality: int, subsampling: int) -> Tensor:
-    """An image ``(1, C, H, W)`` in [0, 1] to what Pillow's encoder and decoder make of it, in grey levels."""
+    """Pillow's round trip of an image ``(1, C, H, W)`` in [0, 1], in grey levels."""
     pixels = (image[0] * 255).round().byte().permute(1, 2, 0).numpy()
     out = io.BytesIO()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
@@ -74,7 +74,7 @@ def near_a_tie(codec: Codec, image: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("quality", [30, 45, 60, 75, 90, 95])
-def test_pillow_decodes_the_same_to_two_grey_levels(quality: int, photo: Tensor) -> None:
+def test_the_round_trip_equals_pillows_up_to_two_grey_levels(quality: int, photo: Tensor) -> None:
     """Every block but those where libjpeg's whole-number transform may round a coefficient the other way.
 
     Blue adds the errors of two planes, one of them 1.772 times.
@@ -91,7 +91,7 @@ def test_pillow_decodes_the_same_to_two_grey_levels(quality: int, photo: Tensor)
 
 
 @pytest.mark.parametrize("height", [96, 83])
-def test_pillow_decodes_the_same_at_half_the_colour_resolution(height: int, photo: Tensor) -> None:
+def test_the_round_trip_is_close_to_pillows_at_half_the_colour_resolution(height: int, photo: Tensor) -> None:
     """More loosely: a coefficient of colour that is rounded the other way shows in 16x16 pixels."""
     image = photo[..., :height, : height + 14]
     for quality in (30, 75, 95):
@@ -153,7 +153,7 @@ def test_steps_of_one_keep_images_to_two_grey_levels(photo: Tensor) -> None:
     assert (off > 2.01).float().mean() < 0.002
 
 
-def test_coding_twice_changes_next_to_nothing(photo: Tensor) -> None:
+def test_coding_twice_changes_little(photo: Tensor) -> None:
     """Rounding pixels and clipping leave coefficients near their multiples: but for fine steps, no other is chosen."""
     for quality in (75, 30):
         once = jpeg(quality)(photo)
@@ -181,7 +181,7 @@ def test_nonzeros_by_hand() -> None:
     assert jpeg(50).nonzeros(torch.full((2, 1, 16, 8), 128 / 255)).tolist() == [0, 0]
 
 
-def test_the_soft_twin_is_near_and_has_gradients(photo: Tensor) -> None:
+def test_the_soft_twin_is_close_and_has_gradients(photo: Tensor) -> None:
     for subsampling in (444, 420):
         exact = jpeg(60, subsampling)
         assert not exact.differentiable
@@ -254,7 +254,7 @@ def test_statistics_of_known_coefficients(digits: Classifier, data: TrainingData
     assert torch.allclose(luma.gradient, coefficients(up / 255)[:, 0, 0, 0], atol=1e-6)
 
 
-def test_the_probe_stays_in_its_ball_and_does_harm(digits: Classifier, data: TrainingData) -> None:
+def test_the_probe_stays_in_its_ball_and_raises_the_loss(digits: Classifier, data: TrainingData) -> None:
     images = data.take(data.train[:100]).float() / 255
     labels = digits(images)
     found = Probe(epsilon=16, steps=4, size=8).perturb(digits, images, labels, torch.Generator().manual_seed(0))
@@ -284,7 +284,7 @@ def test_measured_tables_match_the_standard_rates(measured: TableSet, digits: Cl
     assert codec.nonzeros(images).mean().item() == pytest.approx(steps.rate, abs=0.01)
 
 
-def test_a_file_of_tables_comes_back_and_others_are_refused(measured: TableSet, tmp_path: Path) -> None:
+def test_a_file_of_tables_is_read_back_and_others_are_refused(measured: TableSet, tmp_path: Path) -> None:
     path = tmp_path / "tables.json"
     write_tables(path, measured)
     found = read_tables(path)
@@ -404,7 +404,7 @@ def test_mistakes_get_one_line(text: str, message: str, digits: Classifier) -> N
 
 
 def test_a_codec_that_ran_without_gradients_has_them_afterwards() -> None:
-    """What it keeps of the first call must be of use to any other."""
+    """The transform cached by the first call works in later ones."""
     _dct2.cache_clear()
     images = torch.rand((1, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -446,8 +446,8 @@ def test_four_of_five_images_are_coded() -> None:
             make_objective("jpeg-noise", settings)
 
 
-def test_noisy_training_and_the_ensemble_of_its_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From given weights; better on coded images of its own level than these; a card that says how they were coded."""
+def test_training_on_coded_images_and_its_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuning improves on the initial weights at its level, and the card names the codec."""
     monkeypatch.chdir(tmp_path)
     tables = "/".join((*Path(quantisation.__file__).parts[:-1], "data", "digits-jpeg.json"))
     line = "train --train-classifier digits --data digits-train --quiet --validations 2"

@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates, weights of constant norm, Adam for the rest, the same after a resume."""
+"""Muon: orthogonal updates, weights of constant norm, Adam for other parameters, exact resumption."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 16, 3, 3), (64, 4, 3, 3), (5, 5)])
-def test_an_update_has_nearly_equal_singular_values_and_the_same_directions(shape: tuple[int, ...]) -> None:
+def test_updates_have_nearly_equal_singular_values_and_the_same_directions(shape: tuple[int, ...]) -> None:
     """Against the singular value decomposition: U S V to U S' V with all of S' near 1."""
     torch.manual_seed(0)
     update = torch.randn(shape)
@@ -43,7 +43,7 @@ def test_an_update_has_nearly_equal_singular_values_and_the_same_directions(shap
     assert (turned - turned.diagonal().diag()).abs().max() < 1e-4
 
 
-def test_a_first_step_turns_convolutions_and_leaves_the_rest_to_adam() -> None:
+def test_convolutions_get_orthogonal_updates_and_the_rest_adam() -> None:
     net, rate = small(), 0.1
     first, hidden, bias = (net[0].weight, net[1].weight, net[4].bias)
     before = [p.detach().clone() for p in (first, hidden, bias)]
@@ -67,8 +67,8 @@ def test_weights_keep_their_norm() -> None:
     assert net[1].weight.norm().item() == pytest.approx(8**0.5, rel=0.1)  # one update away from it
 
 
-def test_a_convolution_that_starts_at_zero_is_adams() -> None:
-    """The last one of DnCNN: it has no norm to keep."""
+def test_a_convolution_initialised_to_zero_is_trained_by_adam() -> None:
+    """The last one of DnCNN has no norm to keep."""
     net = nn.Sequential(DnCNN(4, 3), nn.Flatten(), nn.Linear(3 * 16, 2))
     step(net, Muon(net, 0.05, 0.0), 0)
     last = net[0].dncnn[-1].weight
@@ -76,7 +76,7 @@ def test_a_convolution_that_starts_at_zero_is_adams() -> None:
     assert 0 < last.abs().max() <= 0.05 * ADAM_SHARE * 1.001
 
 
-def test_it_goes_on_as_if_it_had_not_been_stopped() -> None:
+def test_resuming_is_exact() -> None:
     whole = small()
     optimizer = Muon(whole, 0.05, 1e-4)
     for seed in range(4):

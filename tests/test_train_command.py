@@ -1,4 +1,4 @@
-"""``certify train`` from a user's side: what it writes works, and mistakes get one line."""
+"""``certify train``: its files work, and errors are one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_then_certify(capsys: Capture) -> None:
-    """The file goes to --denoiser, its card says how it was made, and the same command has nothing left to do."""
+    """The file works as --denoiser, its card is complete, and the same command has nothing left to do."""
     command = [*UNET, *SHORT, "--objective", "stability", "--classifier", "digits", "--sigma", "0.1:1", "--out", "d"]
     run(*command)
     card = read_card("d/denoiser.safetensors")
@@ -50,7 +50,7 @@ def test_train_then_certify(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(("fast", "expected"), [((), "float32"), (("_is_avx512_bf16_supported",), "bfloat16")])
-def test_bfloat16_where_the_processor_multiplies_it(
+def test_bfloat16_with_hardware_support(
     fast: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
@@ -59,8 +59,8 @@ def test_bfloat16_where_the_processor_multiplies_it(
     assert f"on cpu, {expected}" in capsys.readouterr().err
 
 
-def test_surrogates_that_the_objective_does_not_use() -> None:
-    """They only watch: squared error needs no classifier, whatever is named beside it."""
+def test_surrogates_of_an_objective_without_a_classifier() -> None:
+    """They only report accuracy: squared error needs no classifier."""
     run("train", *"--train-classifier digits --sigma 0 --out c --quiet".split(), *SHORT)
     watching = ["--surrogate", "digits=c/classifier.safetensors", "--classifier", "digits"]
     run(*UNET, *SHORT, "--sigma", "0.25", *watching, "--out", "d")
@@ -69,7 +69,7 @@ def test_surrogates_that_the_objective_does_not_use() -> None:
     assert "accuracy@0.25" in card.validation
 
 
-def test_the_last_line_says_how_a_purifier_is_used(capsys: Capture) -> None:
+def test_the_last_line_names_the_defence_of_a_purifier(capsys: Capture) -> None:
     small = ["--option", "channels=[8,16]", "--option", "blocks=1", "--quiet"]
     run("train", "--denoiser", "score", *small, *SHORT, "--objective", "dsm", "--sigma", "0.01:1", "--out", "e")
     last = capsys.readouterr().out.splitlines()[-1]
@@ -87,7 +87,7 @@ def test_fine_tuning_starts_from_the_given_weights() -> None:
     assert b.validation["psnr@0.25"] == pytest.approx(a.validation["psnr@0.25"], abs=0.3)  # but for batch statistics
 
 
-def test_what_the_options_lack_is_said_before_the_images_are_read(
+def test_missing_options_are_errors_before_the_images_are_read(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def reads(*_: object, **__: object) -> None:
@@ -102,7 +102,7 @@ def test_what_the_options_lack_is_said_before_the_images_are_read(
 
 
 def test_a_classifier_under_noise(capsys: Capture) -> None:
-    """Cohen's baseline: its accuracy under the noise it was trained with beats that of the shipped classifier."""
+    """Under the noise of its training it is more accurate than the shipped classifier."""
     options = "--train-classifier digits --sigma 0.5 --data digits-train --epochs 20 --rate 3e-3 --out c --quiet"
     run("train", *options.split(), "--validations", "2")
     with safe_open("c/classifier.safetensors", framework="pt") as file:
@@ -203,8 +203,8 @@ def test_a_path_with_an_equals_sign_is_a_path() -> None:
         "sigma=0.25/denoiser.safetensors")  # fmt: skip
 
 
-def test_what_a_start_was_made_with_stays_on_the_card(capsys: Capture) -> None:
-    """White-box weights do not become query-access weights by more training, and are refused where they would."""
+def test_the_lineage_of_initial_weights_stays_on_the_card(capsys: Capture) -> None:
+    """White-box weights stay white-box after further training, and are refused for query access."""
     own = ["--classifier", "digits", "--objective", "stability", "--sigma", "0.25"]
     run(*UNET, *SHORT, *own, "--out", "white")
     start = ["--init", "white/denoiser.safetensors"]
@@ -222,7 +222,7 @@ def test_what_a_start_was_made_with_stays_on_the_card(capsys: Capture) -> None:
     assert "--init was trained with the target itself" in capsys.readouterr().err
 
 
-def test_folders_that_are_no_classes_do_not_matter_without_labels() -> None:
+def test_unknown_class_folders_are_accepted_without_labels() -> None:
     data = photos([(32, 32)] * 6)  # class0, class1: not CIFAR's
     common = ["--sigma", "0.25", "--data", data, "--epochs", "1", "--batch-size", "2", "--validations", "1"]
     weights = ["--classifier", "cifar_resnet20", "--weights", "untrained"]

@@ -1,4 +1,4 @@
-"""Trained denoisers: the card in the file, the shipped ones, and the choice that `auto` makes."""
+"""Trained denoisers: cards, shipped weights, and the choice of `auto`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def small() -> UNet:
     return net.eval()
 
 
-def test_a_file_says_what_it_is_and_gives_the_same_images(tmp_path: Path) -> None:
+def test_a_file_keeps_its_card_and_its_function(tmp_path: Path) -> None:
     net, noisy = small(), torch.rand(5, 1, 8, 8)
     written = save_denoiser(tmp_path / "d.safetensors", net, CARD)
     found = read_denoiser(tmp_path / "d.safetensors")
@@ -67,7 +67,7 @@ def tampered(path: Path, **changes: Any) -> Path:
         ({"image": [3, 32]}, "cannot be used"),
     ],
 )
-def test_a_card_that_lies_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_card_that_does_not_match_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "d.safetensors"
     save_denoiser(path, small(), CARD)
     with pytest.raises(UserError, match=message):
@@ -106,7 +106,7 @@ def test_shipped_cards_are_complete(name: str) -> None:
     assert (card.access == "none") == (not card.classifiers)
 
 
-def test_what_ships_is_small() -> None:
+def test_the_shipped_weights_are_small() -> None:
     assert sum(p.stat().st_size for p in SHIPPED.glob("*.safetensors")) <= 30e6
 
 
@@ -146,7 +146,7 @@ def test_auto_chooses(sigma: float, image: Any, classifier: str | None, without:
         (None, (1, 8, 8), "needs the noise level"),
     ],
 )
-def test_auto_says_what_there_is(sigma: Any, image: Any, message: str) -> None:
+def test_auto_lists_the_available_denoisers(sigma: Any, image: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose(cards(), sigma, image, None)
 

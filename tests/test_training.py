@@ -1,4 +1,4 @@
-"""Training: it learns, resumes to the same weights, leaves classifiers alone, and says what it cannot do."""
+"""Training: learning, exact resumption, frozen classifiers, errors."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def run(
     return train_denoiser("unet", data, recipe, out, config, classifiers=frozen, options=SMALL, init=init)
 
 
-def test_mse_training_beats_the_identity_and_the_best_guess_from_one_pixel(data: Any, tmp_path: Path) -> None:
-    """Held-out images: below the error of the noisy image (sigma^2) and of the untrained network (Wiener's)."""
+def test_mse_training_beats_the_identity_and_the_linear_estimate(data: Any, tmp_path: Path) -> None:
+    """Held-out images: error below that of the noisy image (sigma^2) and of the untrained network (Wiener's)."""
     sigma = 0.25
     untrained = run(data, tmp_path / "a", Recipe(epochs=0.01), validations=1)
     trained = run(data, tmp_path / "b", Recipe(epochs=12, rate=5e-3, sigmas=(sigma,)), validations=3)
@@ -59,7 +59,7 @@ def test_mse_training_beats_the_identity_and_the_best_guess_from_one_pixel(data:
     assert again["psnr@0.25"] == pytest.approx(trained.best["psnr@0.25"], abs=2e-3)
 
 
-def test_stability_training_raises_accuracy_and_leaves_the_classifier_alone(
+def test_stability_training_raises_accuracy_and_leaves_the_classifier_unchanged(
     data: Any, digits: Classifier, tmp_path: Path
 ) -> None:
     before = state_digest(digits.net)
@@ -77,8 +77,8 @@ def test_stability_training_raises_accuracy_and_leaves_the_classifier_alone(
     assert card.training["precision"] == "float32"
 
 
-def test_queries_alone_improve_on_squared_error(data: Any, digits: Classifier, tmp_path: Path) -> None:
-    """Zeroth-order fine-tuning: more labels of clean images are kept, and no gradient of the classifier was used."""
+def test_zeroth_order_training_improves_on_squared_error(data: Any, digits: Classifier, tmp_path: Path) -> None:
+    """More images keep the label of the clean image, and no gradient of the classifier is used."""
 
     class NoGradients(Classifier):
         def logits(self, images: Tensor) -> Tensor:
@@ -96,19 +96,19 @@ def test_queries_alone_improve_on_squared_error(data: Any, digits: Classifier, t
     assert read_denoiser(tmp_path / "zo" / WEIGHTS).card.access == "queries"
 
 
-def test_a_head_reads_classes_off_the_bottleneck_and_is_thrown_away(data: Any, tmp_path: Path) -> None:
-    """Its scores are those of the features, its gradient reaches them, and the file is a plain denoiser."""
+def test_a_class_head_uses_the_bottleneck_and_is_discarded(data: Any, tmp_path: Path) -> None:
+    """Its gradient reaches the encoder only, and the saved file is a plain denoiser."""
     torch.manual_seed(0)
     net = UNet((8, 16), 1, 1)
-    seen: list[Tensor] = []
+    features: list[Tensor] = []
     headed = with_class_head(net, data, 0)
-    net.down[-1][0].register_forward_hook(lambda module, given, output: seen.append(output))
+    net.down[-1][0].register_forward_hook(lambda module, given, output: features.append(output))
     noisy = torch.rand(6, 1, 8, 8)
     _, scores = headed(noisy, torch.full((6,), 0.5))
-    assert torch.equal(scores, headed.head(seen[0].mean((2, 3))))
+    assert torch.equal(scores, headed.head(features[0].mean((2, 3))))
     scores.sum().backward()
     assert net.head.weight.grad.abs().sum() > 0
-    assert net.tail.weight.grad is None  # classes are read before the way up
+    assert net.tail.weight.grad is None  # the head comes before the decoder
     run(data, tmp_path, Recipe("mse+classes", epochs=0.2), validations=1)
     found = read_denoiser(tmp_path / WEIGHTS)
     assert not any("head" in key and "net.head" not in key for key in found.state_dict())
@@ -121,7 +121,7 @@ def test_a_head_reads_classes_off_the_bottleneck_and_is_thrown_away(data: Any, t
 
 
 def test_only_the_named_parts_are_trained(data: Any, tmp_path: Path) -> None:
-    """All else stays bit for bit, batch statistics included; parts that a start lacks are new, and named."""
+    """All else is unchanged, batch statistics included; parts that the initial weights lack are new, and listed."""
     how = TrainerConfig(make_accelerator("cpu"), validations=1)
     small = {"channels": [8, 16], "light": [4, 8]}
     first = Recipe("mse+classes", epochs=0.2)
@@ -149,8 +149,8 @@ def test_only_the_named_parts_are_trained(data: Any, tmp_path: Path) -> None:
         train_denoiser("pooled-unet", data, Recipe(only=("way",)), tmp_path / "c", how, options=small)
 
 
-def test_what_a_network_reads_is_what_it_is_told(data: Any) -> None:
-    """A network with a head of its own is trained by that one, and draws by its probabilities."""
+def test_a_networks_own_class_head_modulates_its_decoder(data: Any) -> None:
+    """Training uses the network's own head, whose probabilities enter the decoder."""
     torch.manual_seed(0)
     net = small_networks.trained(PooledUNet((8, 16), (4, 8), 10, 1)).eval()
     noisy, sigma = torch.rand(5, 1, 8, 8), torch.full((5,), 0.5)
@@ -158,10 +158,10 @@ def test_what_a_network_reads_is_what_it_is_told(data: Any) -> None:
     cleaned, _ = headed(noisy, sigma)
     assert torch.equal(cleaned, net(noisy, sigma))
     assert not any("head" in name and "net.head" not in name for name, _ in headed.named_parameters())
-    net.read.bias.data[3] += 100  # whatever it sees is a 3 now
+    net.read.bias.data[3] += 100  # every image is classified as 3
     assert (headed(noisy, sigma)[1].argmax(1) == 3).all()
     assert not torch.allclose(net(noisy, sigma), cleaned)
-    with pytest.raises(UserError, match="has a head for 3 classes, the data 10; expected as many"):
+    with pytest.raises(UserError, match="the class head has 3 classes; expected at least the 10 of the data"):
         with_class_head(PooledUNet((8, 16), (4, 8), 3, 1), data, 0)
 
 
@@ -175,7 +175,7 @@ class Identity(nn.Module):
 
 
 class Forbidden(Classifier):
-    """A target that must not be asked anything."""
+    """A target that must not be queried."""
 
     def logits(self, images: Tensor) -> Tensor:
         raise AssertionError("the target was used")
@@ -192,7 +192,7 @@ def other_digits(seed: int) -> Classifier:
     return Classifier(f"other{seed}", ClassifierSpec(digits_net(), own.input, own.class_names, 10))
 
 
-def test_query_access_takes_surrogates_in_turn_and_never_the_target(
+def test_query_access_uses_surrogates_in_turn_and_never_the_target(
     data: Any, digits: Classifier, tmp_path: Path
 ) -> None:
     target = Forbidden("digits", ClassifierSpec(digits.net, digits.input, digits.class_names, 10), 10)
@@ -244,14 +244,14 @@ def test_a_killed_training_ends_with_the_same_weights(data: Any, digits: Classif
         run(data, tmp_path / "parts", Recipe("mse", epochs=0.7), frozen=frozen)
 
 
-def test_a_checkpoint_that_was_being_replaced_is_found(data: Any, tmp_path: Path) -> None:
+def test_a_training_killed_between_two_renames_resumes(data: Any, tmp_path: Path) -> None:
     recipe = Recipe(epochs=0.5)
     run(data, tmp_path, recipe, validations=1, checkpoint_seconds=0.0, stop_after=3)
     (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # killed between the two renames
     assert run(data, tmp_path, recipe, validations=1).steps == recipe.steps(len(data.train))
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(epochs=1)
@@ -265,7 +265,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
         with pytest.raises(RunFault, match=r"the loss is nan after step 5 of 14: stopped; the checkpoint of step 5"):
             run(data, tmp_path, recipe, validations=14, checkpoint_seconds=0.0)
     assert read_denoiser(tmp_path / WEIGHTS).card.sha256 == good
-    assert run(data, tmp_path, recipe, validations=14).finished  # and goes on from there
+    assert run(data, tmp_path, recipe, validations=14).finished  # resumes from there
 
 
 @pytest.mark.parametrize("largest", [100, 10_000, 80_000], ids=["metrics", "weights", "checkpoint"])
@@ -282,7 +282,7 @@ def test_a_full_disk_keeps_the_checkpoint(data: Any, tmp_path: Path, largest: in
     assert run(data, tmp_path, recipe, validations=1).steps == 14
 
 
-def test_weights_that_are_no_numbers_never_become_a_checkpoint(data: Any, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_never_become_a_checkpoint(data: Any, tmp_path: Path) -> None:
     recipe = Recipe(epochs=4, rate=1e38, optimizer="sgd", schedule="constant")
     with pytest.raises(RunFault, match=r"weights are not finite|the loss is (nan|inf)|the held-out score is (nan|inf)"):
         run(data, tmp_path, recipe, validations=56, checkpoint_seconds=0.0)
@@ -290,7 +290,7 @@ def test_weights_that_are_no_numbers_never_become_a_checkpoint(data: Any, tmp_pa
         assert all(v.isfinite().all() for v in read_state_dict(tmp_path / "checkpoint" / "model.safetensors").values())
 
 
-def test_the_same_images_whatever_the_number_of_processes(data: Any) -> None:
+def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes(data: Any) -> None:
     recipe = Recipe(batch_size=50)
     whole = draw_order(data.train, recipe, 30, 0, 1)[0]
     parts = [draw_order(data.train, recipe, 30, rank, 2)[0] for rank in range(2)]
@@ -300,7 +300,7 @@ def test_the_same_images_whatever_the_number_of_processes(data: Any) -> None:
 
 
 def test_held_out_images_are_a_random_part_of_all_classes(digits: Classifier) -> None:
-    """The first of them too, which are all that is looked at where there are many; the same for every seed."""
+    """So are the first of them, which are used if there are many; independent of the seed."""
     data = load_training_data("digits-train", digits, held_out=600)
     assert data.labels is not None
     assert len(data.labels[data.held_out[:100]].unique()) == 10
@@ -308,7 +308,7 @@ def test_held_out_images_are_a_random_part_of_all_classes(digits: Classifier) ->
     assert set(fewer.held_out.tolist()) < set(data.held_out.tolist())
 
 
-def test_another_image_size_does_not_go_on(data: Any, digits: Classifier, tmp_path: Path) -> None:
+def test_another_image_size_is_not_resumed(data: Any, digits: Classifier, tmp_path: Path) -> None:
     run(data, tmp_path, Recipe(epochs=0.5), validations=1, checkpoint_seconds=0.0, stop_after=2)
     with pytest.raises(UserError, match="holds another training"):
         run(dataclasses.replace(data, image=(1, 8, 9)), tmp_path, Recipe(epochs=0.5), validations=1)
@@ -317,7 +317,7 @@ def test_another_image_size_does_not_go_on(data: Any, digits: Classifier, tmp_pa
         run(data, tmp_path, Recipe(epochs=0.5), validations=1)
 
 
-def test_one_driver_for_two_trainings(data: Any, tmp_path: Path) -> None:
+def test_one_accelerator_for_two_trainings(data: Any, tmp_path: Path) -> None:
     config = TrainerConfig(make_accelerator("cpu"), validations=1)
     for name, seed in (("a", 0), ("b", 1)):
         train_denoiser("unet", data, Recipe(epochs=0.2, seed=seed), tmp_path / name, config, options=SMALL)
@@ -331,7 +331,7 @@ def test_every_training_has_its_own_precision() -> None:
             assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
 
 
-def test_folding_that_changes_a_classifier_is_left_out() -> None:
+def test_folding_that_changes_a_classifier_is_skipped() -> None:
     """One convolution used twice with two batch norms: folding both into it gives another function."""
 
     class Twice(nn.Module):
@@ -349,8 +349,8 @@ def test_folding_that_changes_a_classifier_is_left_out() -> None:
     assert torch.allclose(working.logits(images), classifier.logits(images), atol=1e-4)
 
 
-def test_classifiers_in_one_file_are_told_apart() -> None:
-    """A Python file's hash alone does not say which weights were built from it."""
+def test_classifiers_of_one_python_file_have_different_identities() -> None:
+    """The hash of a Python file does not determine the weights it builds."""
 
     def build(seed: int) -> Classifier:
         torch.manual_seed(seed)
@@ -418,7 +418,7 @@ def test_rates_and_phases_are_functions_of_the_step() -> None:
 
 
 def test_a_field_at_its_default_is_not_in_the_digest() -> None:
-    """So that a field that comes later leaves the digests of earlier trainings as they were."""
+    """A new field leaves the digests of earlier trainings unchanged."""
     recipe = Recipe("stability", (0.5,), rate=1e-4)
     text = json.dumps([{"objective": "stability", "sigmas": [0.5], "rate": 1e-4}, "data"], sort_keys=True)
     assert recipe.digest("data") == hashlib.sha256(text.encode()).hexdigest()
@@ -433,7 +433,7 @@ def test_a_field_at_its_default_is_not_in_the_digest() -> None:
     assert dataclasses.replace(recipe, seed=1).digest("data") != recipe.digest("data") != recipe.digest("other")
 
 
-def test_an_objective_without_what_it_needs(data: Any, tmp_path: Path) -> None:
+def test_an_objective_without_its_classifier_is_an_error(data: Any, tmp_path: Path) -> None:
     for objective in ("stability", "classification", "zeroth-order"):
         with pytest.raises(UserError, match=f"--objective {objective} needs a frozen classifier"):
             run(data, tmp_path, Recipe(objective))

@@ -1,4 +1,4 @@
-"""The output folder of a training: checkpoints, metrics and the best scores; and its throughput."""
+"""Output folder of a training: checkpoints, metrics and best scores; and a meter of loss and throughput."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def with_class_head(net: nn.Module, data: TrainingData, seed: int) -> WithClassH
     classes = int(data.labels.max()) + 1
     own = getattr(net, "read", None)
     if own is not None and own.out_features < classes:
-        raise UserError(f"the network has a head for {own.out_features} classes, the data {classes}; expected as many")
+        raise UserError(f"the class head has {own.out_features} classes; expected at least the {classes} of the data")
     torch.manual_seed(seed)
     return WithClassHead(net, classes)
 
