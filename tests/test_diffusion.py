@@ -218,7 +218,7 @@ def test_diffusers_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pyte
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(RunFault, match="no folder 'nobody/nothing', and no such model could be fetched"):
+    with pytest.raises(RunFault, match="no folder 'nobody/nothing', and the model could not be fetched"):
         load_diffusers("nobody/nothing")
     with pytest.raises(UserError, match=r"no folder 'nothing'; expected one saved by diffusers"):
         load_diffusers("nothing")
@@ -243,7 +243,7 @@ def test_diffusers_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"expected diffusion_pytorch_model\.safetensors"):
         load_diffusers(str(tmp_path))
     tiny(diffusers, num_class_embeds=10).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="holds a class-conditional model; expected a UNet2DModel"):
+    with pytest.raises(UserError, match="holds a class-conditional model; expected an unconditional UNet2DModel"):
         load_diffusers(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
