@@ -333,6 +333,27 @@ def test_a_masked_class_hides_no_coin(masked: float, image: Tensor) -> None:
             SmoothedClassifier(load_classifier(function, num_classes=10), 0.25).certify(image, n=100)
 
 
+def coin_in_bfloat16(images: Tensor) -> Tensor:
+    scores = torch.full((len(images), 10), 20.0, dtype=torch.bfloat16)
+    scores[:, int(torch.rand(()) < 0.5)] += 0.5  # within what rounding to 16 bits explains
+    return scores
+
+
+def coin_beside_a_large_score(images: Tensor) -> Tensor:
+    scores = torch.zeros(len(images), 10)
+    scores[:, int(torch.rand(()) < 0.5)] = 1.0  # a small part of the range that one image in four has
+    scores[:, 2] += 1e5 * (images.flatten(1)[:, 0] > images.new_tensor(0.17))
+    return scores
+
+
+@pytest.mark.parametrize("function", [coin_in_bfloat16, coin_beside_a_large_score])
+def test_no_tolerance_admits_a_coin(function: Callable[[Tensor], Tensor]) -> None:
+    """Differences within the tolerance decide most labels here: the same batch has to have the same ones."""
+    for _ in range(5):
+        with pytest.raises(UserError, match=r"^the base classifier .* answers differently"):
+            SmoothedClassifier(load_classifier(function, num_classes=10), 0.25).certify(torch.zeros(1, 8, 8), n=100)
+
+
 # What passes
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from certify.engine.execution import default_batch_size
 from certify.engine.monte_carlo import out_of_memory
 from certify.errors import CertifyError, ContractError, RunFault, UserError, first_line
-from certify.models.classifier import Classifier
+from certify.models.classifier import Classifier, labels_from_logits
 from certify.models.defence import Defence
 from certify.models.pipeline import in_its_words
 from certify.smoothing.rng import block_generator, stream_key
@@ -226,7 +226,7 @@ def _check_classifier(classifier: BaseClassifier, batches: Iterator[Tensor]) -> 
     batch = next(batches)
     first = answer(batch, range(len(batch)))
     scored = first.ndim == 2
-    judge = _judge_values(part, answer, 1e-3, 0.0, _deciding) if scored else _judge_labels(part, answer)
+    judge = _judge_scores(part, answer) if scored else _judge_labels(part, answer)
     more = -(-(COPIES if scored else LABELLED) // len(batch)) - 1
     _answers(answer, [batch, *itertools.islice(batches, more)], judge, first)
 
@@ -336,6 +336,24 @@ def _judge_values(
 
         if beyond(rounding) and (beyond(_IN_16_BITS * largest) or not _in_16_bits(ask, batch, rows)):
             raise _refuse(part, how, f"by up to {float(difference.max()):.2g}")
+
+    return judge
+
+
+def _judge_scores(part: str, ask: Ask) -> Judge:
+    """Scores may differ by rounding; where many labels do all the same, the answer to one batch must still be one."""
+    by_value = _judge_values(part, ask, 1e-3, 0.0, _deciding)
+
+    def judge(one: Tensor, two: Tensor, batch: Tensor, rows: Sequence[int], how: str) -> None:
+        by_value(one, two, batch, rows, how)
+        labels = labels_from_logits(one)
+
+        def changed(scores: Tensor) -> int:
+            return int((labels_from_logits(scores) != labels).sum())
+
+        again = (changed(ask(batch, rows)) for _ in range(COPIES)) if changed(two) > len(batch) // 8 else ()
+        if wrong := next((count for count in again if count > len(batch) // 8), 0):
+            raise _refuse(part, _TWICE, f"{wrong} of {len(batch)} labels")
 
     return judge
 
