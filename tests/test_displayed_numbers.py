@@ -134,7 +134,6 @@ GUARANTEED = re.compile(
 ALLOWED = {
     ("dataset.py", "low"): "range of the values of an image, in an error",
     ("dataset.py", "high"): "range of the values of an image, in an error",
-    ("adaptive.py", "tolerance"): "a refused setting, in an error",
     ("bench.py", "found.certificate"): "seconds that a certificate takes",
     ("bench.py", "found.certificate_reference"): "seconds that a certificate takes",
     ("report.html", '{% macro pct(share) %}{{ "%.2f" | format(100 * share) }}%{% endmacro %}'): "bar widths",

@@ -459,6 +459,14 @@ def test_endpoints_that_are_refused(url: str, says: str) -> None:
     assert "abcdefgh" not in str(caught.value)
 
 
+@pytest.mark.parametrize("sign", ["?", "@", "#", "&", "/?", ":?"])
+def test_no_part_of_a_password_is_displayed_whatever_signs_it_holds(sign: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_endpoint(f"https://user:hunter2{sign}secret3@host/")
+    assert "hunter2" not in str(refused.value)
+    assert "secret3" not in str(refused.value)
+
+
 def test_what_is_no_key_may_stand_in_an_endpoint() -> None:
     url = "https://host/x?sigma=0.25&version=3&postcode=1"
     assert check_endpoint(url) == url

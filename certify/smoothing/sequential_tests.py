@@ -17,6 +17,7 @@ from certify.smoothing.certificates import (
     needed,
 )
 from certify.smoothing.numeric import as_float, as_int
+from certify.smoothing.rounding import exact
 from certify.smoothing.stopping_rules import MEASURING_BOUND, betting_upper, thresholds
 from certify.types import ABSTAIN, Certificate, Decision, Radii, Votes
 
@@ -169,7 +170,7 @@ class RadiusEstimate:
         n, _, alpha = check_counts(n, 1, alpha)
         tolerance = as_float(tolerance, "tolerance", "a share between 0 and 1, such as 0.1")
         if not 0 < tolerance < 1:  # NaN is refused too
-            raise UserError(f"tolerance {tolerance:g}: expected a share between 0 and 1, such as 0.1")
+            raise UserError(f"tolerance {exact(tolerance)}: expected a share between 0 and 1, such as 0.1")
         self._n, self._tolerance, self._noise, self._alpha = n, tolerance, noise, alpha
         self._cap = largest_radius(noise, n, alpha, MEASURING_BOUND, selected=False)
         self._counts = _Counts(num_classes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import threading
 import weakref
 from concurrent.futures import CancelledError
@@ -46,7 +47,7 @@ def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> st
     except ValueError:
         parts, host = SplitResult("", "", "", "", ""), None
     if parts.scheme not in ("http", "https") or not host or any(c.isspace() or not c.isprintable() for c in url):
-        shown = url.partition("?")[0].rpartition("@")[2]
+        shown = re.split("[?&#]", url.rpartition("@")[2])[0]  # no part of a password
         raise UserError(f"endpoint {shown!r}: expected http://HOST[:PORT]/PATH or https://...")
     if parts.username is not None or parts.password is not None:
         raise UserError("the endpoint holds a user name or password; expected it without, and the key by --api-key-env")

@@ -7,13 +7,14 @@ in any of these forms:
 - escaped, in full or in part and up to eight times over: percent (``%2B``, ``%u002B``, ``+`` for a space), JSON,
   JavaScript and C (``\/``, ``\u002B``, ``\u{2B}``, ``\x2B``, ``\053``), HTML (``&#43;``, ``&#x2B;``, ``&plus;``),
   quoted-printable (``=2B``);
-- broken by line ends, tabs or NUL bytes (wrapped lines, UTF-16);
+- broken by line ends, tabs, NUL bytes (wrapped lines, UTF-16) or other ASCII control characters;
 - in base64, standard and URL-safe, at any of its three alignments (as part of a longer text that was encoded whole):
   of the secret, of its percent, JSON and HTML escapes, and of its base64;
 - in hexadecimal.
 
 Where the secret is itself base64 of printable text, such as ``user:password`` for HTTP Basic, that text and the
-password are secrets, too. Hashes, ciphers, compression, reversal and other transformations are not recognised.
+password are secrets, too. Hashes, ciphers, compression, reversal, other characters in between and other transformations
+are not recognised.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _DEPTH = 8  # escapes of escapes that are undone
 
 _UPPER = bytes(range(0x41, 0x5B))
 _ALIKE = bytes.maketrans(_UPPER + b"-_", _UPPER.lower() + b"+/")  # case, and the two alphabets of base64
-_BREAKS = b"\r\n\t\0"
+_BREAKS = bytes((*range(0x20), 0x7F))
 
 _ESCAPE = (
     rb"(?:\\u000000|\\u00|\\x|%u00|%)([0-7][0-9a-f])|(?:\\u\{0*|&#x0*)([0-9a-f]{1,2})[;}]|&#0*([0-9]{1,3});"
