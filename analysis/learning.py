@@ -65,7 +65,7 @@ def read_learning(path: str | Path) -> Learning:
                 losses[int(row["step"])] = float(row["images"]), float(row["loss"])
             elif "held_out" in row:
                 judged[int(row["step"])] = {str(k): float(v) for k, v in row["held_out"].items() if k != "score"}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             continue
     if not losses:
         raise UserError(f"{file} holds no line of a training; expected what certify train writes to its --out")

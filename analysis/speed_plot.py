@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.figures import COLOURS, LABEL, canvas, check_format, literal, save_figure
 from certify.errors import UserError
+from certify.runs.schema import POSITIVE, TEXT, fault, parse_object
 
 _KEYS = ("case", "engine", "reference", "ratio", "ratio_min", "ratio_max")
+_FIELDS = {"case": TEXT, **dict.fromkeys(_KEYS[1:], POSITIVE)}
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ def is_speeds(path: str | Path) -> bool:
     """Whether this file begins with a line of `certify bench --json`."""
     try:
         with open(path, "rb") as file:
-            first = json.loads(file.readline())
-    except (OSError, ValueError):
+            first = parse_object(file.readline())
+    except OSError:
         return False
-    return isinstance(first, dict) and all(key in first for key in _KEYS)
+    return first is not None and all(key in first for key in _KEYS)
 
 
 def read_speeds(path: str | Path) -> list[Speed]:
@@ -43,10 +44,19 @@ def read_speeds(path: str | Path) -> list[Speed]:
     """
     try:
         lines = Path(path).read_bytes().splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    return [Speed(**{key: row[key] for key in _KEYS}) for row in rows if all(key in row for key in _KEYS)]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        row = parse_object(line) if line.strip() else {}
+        wrong = "no JSON object" if row is None else fault(row, _FIELDS)
+        if row is None or wrong:
+            raise UserError(f"{path} is damaged at line {number}: {wrong}")
+        if all(key in row for key in _KEYS):
+            if not row["ratio_min"] <= row["ratio"] <= row["ratio_max"]:
+                raise UserError(f"{path} is damaged at line {number}: 'ratio' is not from 'ratio_min' to 'ratio_max'")
+            found.append(Speed(**{key: row[key] for key in _KEYS}))
+    return found
 
 
 def plot_speeds(speeds: Sequence[Speed], path: str | Path, *, title: str | None = None) -> None:

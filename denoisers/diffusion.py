@@ -205,7 +205,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"no {path}; expected a folder saved by diffusers, with unet and scheduler, or with config.json "
             "and scheduler_config.json"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({first_line(error)}); save the model again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a JSON {type(content).__name__}; expected an object, as diffusers writes")

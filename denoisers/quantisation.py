@@ -193,7 +193,7 @@ def read_tables(path: str | Path) -> TableSet:
     """
     try:
         raw = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read JPEG tables {path}: {first_line(error)}; {_EXPECTED}") from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT or not isinstance(raw.get("tables"), dict):
         raise UserError(f"{path} holds no JPEG tables of format {FORMAT}; {_EXPECTED}")

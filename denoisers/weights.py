@@ -205,7 +205,7 @@ def _parse(text: str, path: str | Path) -> Card:
         card = Card(**values)
         if not all(0 < s < float("inf") for s in card.sigmas) or len(card.image) != 3:
             raise ValueError("impossible noise levels, or no image size")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"the card of {path} cannot be used ({first_line(error)}); expected format {FORMAT} of `certify train`"
         ) from None

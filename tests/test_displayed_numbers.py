@@ -20,7 +20,15 @@ HEADER = {"type": "run", "schema": 1, "model": "m", "data": "d", "norm": "l2", "
 
 def write(path: Path, right: int, total: int, radius: float = 0.5, **header: Any) -> str:
     """A run file: so many images are right with this radius, the others abstain."""
-    empty = {"label": 1, "p_lower": 0.0, "votes": {}, "selection": {}, "trials": 100, "failures": 0, "seconds": 0.1}
+    empty = {
+        "label": 1,
+        "p_lower": 0.0,
+        "votes": {"1": 100},
+        "selection": {},
+        "trials": 100,
+        "failures": 0,
+        "seconds": 0.1,
+    }
     known = {"prediction": 1, "radius": radius}, {"prediction": -1, "radius": 0.0}
     lines = [{**HEADER, "expected": total, **header}]
     lines += [{"type": "image", "id": str(i), **empty, **known[i >= right]} for i in range(total)]

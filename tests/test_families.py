@@ -401,7 +401,7 @@ def test_no_upper_end_at_radii_where_images_were_not_decided(
 ) -> None:
     """Images decided at 0.25 stop there: the count at any other radius is a lower bound with nothing above it but 1."""
     rows = [{"prediction": 0, "radius": 0.25}] * 5
-    run = run_of([60] * 5 + [31] * 5, 60, rows, procedure="decide", stopping={"rule": "betting", "radii": [0.25]})
+    run = run_of([60] * 5 + [31] * 5, 60, rows, procedure="decide", n0=0, stopping={"rule": "betting", "radii": [0.25]})
     path = write(tmp_path / "d.jsonl", run)
     certify("table", path, "--simultaneous", "--format", style, "--radii", "0,0.1,0.25,0.5")
     out = capsys.readouterr().out

@@ -121,7 +121,7 @@ class Checkpoints:
             return
         try:
             state = json.loads((folder / "state.json").read_text())
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{folder} is damaged; remove it to start again") from None
         if state["digest"] != self.digest:
             raise UserError(

@@ -6,7 +6,6 @@ vocabulary, settings, the command. Every one of its keys may be missing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from certify.blackbox.determinism import Drifted, Probed, drifts, probes
 from certify.blackbox.label_index import class_of
 from certify.blackbox.ledger_contents import LOST, Kept, read_ledger
 from certify.blackbox.query_votes import ESTIMATION, SELECTION, parts_of
-from certify.blackbox.results import ABOUT, LEDGER, RUN
+from certify.blackbox.results import ABOUT, LEDGER, RUN, read_about
 from certify.blackbox.types import Answer
 from certify.errors import UserError
 from certify.runs.run_file import Run, read_run
@@ -150,8 +149,12 @@ def read_audit(folder: str | Path) -> AuditFolder:
     if not any((folder / part).is_file() for part in parts):
         raise UserError(f"{folder} holds none of {', '.join(parts)}; expected the folder of `certify audit --out`")
     faults: list[str] = []
-    about = _read_about(folder / ABOUT, faults)
+    about: dict[str, Any] = {}
     kept = run = None
+    try:
+        about = read_about(folder)
+    except UserError:
+        faults.append(f"{ABOUT} is missing or damaged: plan, names of labels and settings cannot all be shown.")
     try:
         kept = read_ledger(folder / LEDGER)
     except UserError as error:
@@ -163,17 +166,6 @@ def read_audit(folder: str | Path) -> AuditFolder:
     if kept is not None and kept.torn:
         faults.append("The last line of the ledger is cut off: the program was stopped while it wrote.")
     return AuditFolder(folder, about, kept, _asked(kept, about.get("class_map")), run, tuple(faults))
-
-
-def _read_about(path: Path, faults: list[str]) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        return found
-    faults.append(f"{path.name} is missing or damaged: plan, names of labels and settings cannot all be shown.")
-    return {}
 
 
 def _asked(kept: Kept | None, class_map: Mapping[str, str] | None) -> tuple[Asked, ...]:

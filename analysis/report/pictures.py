@@ -27,7 +27,8 @@ def curve_svg(curve: Curve) -> str:
     """Certified accuracy over radius."""
     with drawn_curves([curve]) as figure:
         (axes,) = figure.axes
-        axes.get_legend().remove()  # one line, named by the text beside it
+        if legend := axes.get_legend():  # there is none where nothing in the run has a name
+            legend.remove()  # one line, named by the text beside it
         axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(f"{IN_WORDS[curve.norm]} radius (images in [0, 1] pixels)")
         return _inline(

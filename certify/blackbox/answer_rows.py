@@ -79,7 +79,7 @@ def _line(
         row = unusable_row(header["procedure"], f"the service's own answer gives no reference label: {why}")
         return {"id": name, "label": None, **row, "seconds": clean.seconds}
     label = base if given is None else vocabulary.number(given)
-    noise, used, procedure = noise_of(header, image["values"]), [clean], procedure_of(header)
+    noise, used, procedure = noise_of(header, image.get("values")), [clean], procedure_of(header)
     find = _sequential if header["stopping"] else _fixed
     row, labels = find(procedure, header["seed"], name, answers, vocabulary, noise, used)
     if not row:
@@ -95,8 +95,8 @@ def _line(
         "class": names[row["prediction"]] if row["prediction"] >= 0 else None,
         "base_class": names[base] if base >= 0 else None,
         "classes": {str(c): names[c] for c in numbers},
-        "image": image["image"],
-        "values": image["values"],
+        "image": image.get("image"),
+        "values": image.get("values"),
         "queries": len(used),
         "seconds": round(sum(answer.seconds for answer in used), 6),
     }

@@ -134,6 +134,6 @@ def _of_stage(answers: Mapping[str, Answer], stage: str) -> dict[str, dict[int, 
     found: dict[str, dict[int, Answer]] = {}
     for name, answer in answers.items():
         image, there, number = parts_of(name)
-        if there == stage:
+        if there == stage and number.isdecimal():
             found.setdefault(image, {})[int(number)] = answer
     return found

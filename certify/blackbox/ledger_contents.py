@@ -15,7 +15,6 @@ which is then left out; anything else that does not fit is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,23 @@ from certify import __version__
 from certify.blackbox.types import Answer, Format, Scored
 from certify.errors import UserError
 from certify.runs.run_file import now
+from certify.runs.schema import AMOUNT, COUNT, NUMBER, OBJECT, TEXT, Kind, fault, parse_object
 
 SCHEMA = 2
 LOST = "sent before a stop, no answer kept"
 
+_HEADER = {"schema": COUNT, "endpoint": TEXT, "format": OBJECT}
+_LABEL = Kind(
+    "a label and a score",
+    lambda v: isinstance(v, list) and len(v) == 2 and TEXT.fits(v[0]) and NUMBER.or_null().fits(v[1]),
+)
+_LINE = {
+    **dict.fromkeys(("type", "name", "pixels", "why"), TEXT),
+    **dict.fromkeys(("attempt", "attempts"), COUNT),
+    "ranked": _LABEL.list(),
+    "failure": TEXT.or_null(),
+    "seconds": AMOUNT,
+}
 _START = b'{"type": "ledger"'
 _OPEN, _SENT, _ANSWERED = "open", "sent", "answered"
 
@@ -149,7 +161,7 @@ def parse(content: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, 
     entries: dict[str, Entry] = {}
     for number, line in enumerate(lines[1:], 2):
         try:
-            enter(entries, _object(line) or {})
+            enter(entries, parse_object(line) or {})
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"{path} is damaged at line {number}; it is left alone: put back a copy of it, or name another --out"
@@ -158,9 +170,11 @@ def parse(content: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, 
 
 
 def _header(line: bytes, path: Path) -> dict[str, Any]:
-    found = _object(line)
+    found = parse_object(line)
     if found is None or found.get("type") != "ledger" or not isinstance(found.get("schema"), int):
         raise UserError(f"{path} is not a ledger of certify: its first line is no header")
+    if wrong := fault(found, _HEADER):
+        raise UserError(f"{path} has a damaged header: {wrong}; put back a copy of it, or name another --out")
     if found["schema"] != SCHEMA:
         which = ("a newer", "update") if found["schema"] > SCHEMA else ("an older", "go on with that version of")
         raise UserError(
@@ -170,23 +184,16 @@ def _header(line: bytes, path: Path) -> dict[str, Any]:
     return found
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
 def enter(entries: dict[str, Entry], row: Mapping[str, Any]) -> None:
     """Take a line into the books.
 
     Raises:
         KeyError, TypeError, ValueError: it cannot follow the lines before it.
     """
+    _require(not fault(row, _LINE))
     kind, name = row["type"], row["name"]
     if kind == "sent":
-        entry = entries.setdefault(name, Entry(str(row["pixels"])))
+        entry = entries.setdefault(name, Entry(row["pixels"]))
         _require(entry.state == _OPEN, row["attempt"] == entry.attempts + 1, row["pixels"] == entry.pixels)
         entry.attempts, entry.state = entry.attempts + 1, _SENT
         return
@@ -196,8 +203,8 @@ def enter(entries: dict[str, Entry], row: Mapping[str, Any]) -> None:
         _require(row["attempt"] == entry.attempts)
         entry.state = _OPEN
         return
-    ranked = tuple(Scored(str(label), None if score is None else float(score)) for label, score in row["ranked"])
-    failure = str(row["failure"] or "")
+    ranked = tuple(Scored(label, None if score is None else float(score)) for label, score in row["ranked"])
+    failure = row["failure"] or ""
     _require(kind == "answer", row["attempts"] == entry.attempts, bool(ranked) != bool(failure))
     entry.answer = Answer(name, ranked, failure, float(row["seconds"]), entry.attempts, known=True)
     entry.state = _ANSWERED

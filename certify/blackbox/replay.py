@@ -6,7 +6,6 @@ header; every vote comes from the ledger. No data, no model, no service.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from certify.blackbox.answer_rows import rows_of
 from certify.blackbox.label_index import Vocabulary
 from certify.blackbox.ledger_contents import read_answers
-from certify.blackbox.results import ABOUT, LEDGER, RUN
+from certify.blackbox.results import ABOUT, LEDGER, RUN, read_about
 from certify.blackbox.types import Answer
 from certify.errors import UserError
 from certify.runs.identity import differences, unproven
@@ -119,18 +118,3 @@ def _by_name(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
         **{key: names.get(row[key]) for key in ("label", "prediction", "base")},
         "decisions": looks,
     }
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """An audit's ``audit.json``.
-
-    Raises:
-        UserError: it is not there, or damaged.
-    """
-    try:
-        found = json.loads((folder / ABOUT).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / ABOUT}: not readable ({error}); expected the folder of `certify audit`") from None
-    if not isinstance(found, dict) or not isinstance(found.get("images"), list):
-        raise UserError(f"{folder / ABOUT}: no audit; expected the folder of `certify audit`")
-    return found

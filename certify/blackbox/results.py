@@ -17,15 +17,61 @@ from certify.blackbox.determinism import drifts, fixed, probes
 from certify.blackbox.label_index import Vocabulary, class_of
 from certify.blackbox.query_votes import stage_of
 from certify.blackbox.types import Answer
-from certify.errors import RunFault
+from certify.errors import RunFault, UserError
 from certify.runs.files import replacing
 from certify.runs.run_file import now, write_run
+from certify.runs.schema import AMOUNT, COUNT, OBJECT, TEXT, Record, fault, parse_object, record
 
 RUN, ABOUT, LEDGER = "run.jsonl", "audit.json", "ledger.jsonl"
 """What an audit's folder holds, beside pictures and the report."""
 
 RUNNING, FINISHED, SPENT, STOPPED = "running", "finished", "budget spent", "stopped"
 """How far an audit came: under way (or killed), and how it ended."""
+
+_IMAGE = record(
+    "an object with an id",
+    {"id": TEXT},
+    {
+        **dict.fromkeys(("image", "error", "given", "reference", "failure"), TEXT.or_null()),
+        "pictures": TEXT,
+        "values": COUNT.or_null(),
+    },
+)
+_ABOUT = {
+    **dict.fromkeys(("created", "finished", "status", "reason", "command", "replay"), TEXT.or_null()),
+    **dict.fromkeys(("endpoint", "protocol", "denoiser", "labels"), TEXT.or_null()),
+    **dict.fromkeys(("versions", "settings"), OBJECT),
+    "class_map": TEXT.by_name().or_null(),
+    "pipeline": OBJECT.list(),
+    "vocabulary": TEXT.list(),
+    "images": _IMAGE.list(),
+    "plan": record(
+        "an object",
+        {},
+        {
+            **dict.fromkeys(("radius_cap", "price_per_1000", "cost", "rate"), AMOUNT.or_null()),
+            **dict.fromkeys(("budget", "most", "images"), COUNT),
+        },
+    ),
+}
+"""Keys of ``audit.json`` that are used again; each may be missing."""
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Read the ``audit.json`` of an audit's folder.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    path = folder / ABOUT
+    try:
+        found = parse_object(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected the folder of `certify audit`") from None
+    wrong = "no JSON object" if found is None else fault(found, _ABOUT)
+    if found is None or wrong:
+        raise UserError(f"{path} is damaged: {wrong}; put back a copy of it, or run the audit's command again")
+    return Record(found, str(path))
 
 
 def conclude(

@@ -296,7 +296,7 @@ def _key(base: BaseClassifier, example: Tensor, samples: int, wanted: Wanted) ->
 def _choices() -> dict[str, Any]:
     try:
         choices = json.loads((cache_folder() / "choices.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return choices if isinstance(choices, dict) else {}
 

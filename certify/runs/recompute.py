@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,7 +57,9 @@ def recomputed_header(
     procedure_of(header).changed(alpha, bound, run.path)  # refuses what these votes cannot support
     kept = {key: header[key] for key in ("alpha", "bound", "created", "command")}
     said = {"recomputed": {**origin, "from": kept}, "created": now(), "command": command}
-    return {**header, "alpha": alpha, "bound": bound, **said}
+    changed = copy.copy(header)
+    changed.update({"alpha": alpha, "bound": bound, **said})
+    return changed
 
 
 def _line(header: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +69,10 @@ def _line(header: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     if header["bound"] == "randomized" and "uniform" not in row:
         from certify.smoothing.rng import bound_draw
 
-        row = {**row, "uniform": bound_draw(header["seed"], row["id"])}
-    renewed = {**row, **recomputed_row(header, row)}
+        row = copy.copy(row)
+        row["uniform"] = bound_draw(header["seed"], row["id"])
+    renewed = copy.copy(row)
+    renewed.update(recomputed_row(header, row))
     if renewed["prediction"] != row["prediction"]:  # the name of a class that was an abstention may not be known
         renewed["class"] = row["base_class"] if renewed["prediction"] == row["base"] else None
         if renewed["prediction"] >= 0 and renewed["class"] is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 from certify.errors import RunFault, UserError
 from certify.runs.files import open_to_append, replacing, write_all
 from certify.runs.identity import refuse_other_run
+from certify.runs.schema import Record, header_fault, image_fault, outcome_fault, parse_object
 
 SCHEMA = 1
 
@@ -79,10 +79,12 @@ def peek_header(path: str | Path) -> dict[str, Any] | None:
     try:
         with Path(path).open("rb") as file:
             line = file.readline(2**24)
-        header = json.loads(line) if line.endswith(b"\n") else None
-    except (OSError, ValueError, RecursionError):
+        header = parse_object(line) if line.endswith(b"\n") else None
+    except OSError:
         return None
-    return header if isinstance(header, dict) and str(header.get("type")) in _ROWS else None
+    if header is None or str(header.get("type")) not in _ROWS:
+        return None
+    return Record(header, f"{path}, line 1,")
 
 
 def read_run(path: str | Path, *, allow_partial: bool = False, kind: str = "run") -> Run:
@@ -106,7 +108,7 @@ def read_run(path: str | Path, *, allow_partial: bool = False, kind: str = "run"
     torn = lines.pop() != b""  # a whole file ends in a newline
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
-        rows.append(_parse_header(line, path, kind) if not rows else _parse(line, number, path, kind))
+        rows.append(_parse_header(line, path, kind) if not rows else _parse(line, number, path, rows[0]))
     if not rows:
         if not content or content.startswith(_HEADER_START):
             raise UserError(f"{path} holds no header: it was cut off at once; delete it and run the command again")
@@ -120,62 +122,41 @@ def read_run(path: str | Path, *, allow_partial: bool = False, kind: str = "run"
     return run
 
 
-def _json(line: bytes) -> Any:
-    try:
-        return json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _parse_header(line: bytes, path: Path, kind: str) -> dict[str, Any]:
-    row = _json(line)
-    if not isinstance(row, dict) or str(row.get("type")) not in _ROWS or not isinstance(row.get("expected"), int):
+    row = parse_object(line)
+    if row is None or str(row.get("type")) not in _ROWS or not isinstance(row.get("expected"), int):
         log = "; a published log holds no votes: `certify table` and `certify plot` read it" * line.startswith(b"idx\t")
         raise UserError(f"{path} is not a run file of certify: its first line is no header{log}")
     if row["type"] != kind:
         raise UserError(f"{path} is a {row['type']}, not a {kind}; `certify table` shows both")
-    return row
+    if type(schema := row.get("schema", 0)) is int and schema > SCHEMA:
+        raise UserError(f"{path} was written by a newer version (schema {schema}); update certify-toolkit")
+    if found := header_fault(row):
+        raise UserError(f"{path} has a damaged header: {found}; put back a copy of it, or name another file")
+    return Record(row, f"{path}, line 1,")
 
 
-def _parse(line: bytes, number: int, path: Path, kind: str) -> dict[str, Any]:
-    row = _json(line)
-    name, plausible = _ROWS[kind]
-    if not isinstance(row, dict) or row.get("type") != name or not plausible(row):
+def _parse(line: bytes, number: int, path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    row = parse_object(line)
+    name, needed, fault_of = _ROWS[header["type"]]
+    if row is None:
+        found = "no JSON object"
+    elif row.get("type") != name:
+        found = f"its type is not {name!r}"
+    else:
+        found = next((f"it has no {key!r}" for key in needed if key not in row), "") or fault_of(row, header)
+    if found or row is None:
         raise UserError(
-            f"{path} is damaged at line {number}; delete that line and run the command again to redo its image"
+            f"{path} is damaged at line {number}: {found}; delete that line and run the command again to redo its image"
         )
-    return row
+    return Record(row, f"{path}, line {number},")
 
 
-def _refuse_constant(name: str) -> float:
-    """NaN and infinities are no JSON, and NaN must never certify."""
-    raise ValueError(name)
-
-
-def _plausible(row: Mapping[str, Any]) -> bool:
-    if any(k not in row for k in IMAGE_KEYS) or type(row["prediction"]) is not int:
-        return False
-    radius = row["radius"]
-    return radius is None or (type(radius) in (int, float) and 0 <= radius < math.inf)
-
-
-def _plausible_outcome(row: Mapping[str, Any]) -> bool:
-    return (
-        all(k in row for k in _OUTCOME_KEYS)
-        and isinstance(row["answers"], list)
-        and bool(row["answers"] or "error" in row)
-    )
-
-
-_ROWS = {"run": ("image", _plausible), COMPARISON: ("outcome", _plausible_outcome)}
-"""What the lines after a header are called, and whether one can be what it says."""
+_ROWS = {"run": ("image", IMAGE_KEYS, image_fault), COMPARISON: ("outcome", _OUTCOME_KEYS, outcome_fault)}
+"""The type of the lines after a header, the keys that they all have, and what else may be wrong with one."""
 
 
 def _check(run: Run) -> None:
-    if run.header.get("schema", 0) > SCHEMA:
-        raise UserError(
-            f"{run.path} was written by a newer version (schema {run.header['schema']}); update certify-toolkit"
-        )
     refuse_duplicates(run.path, run.images)
     if len(run.images) > run.header["expected"]:
         raise UserError(f"{run.path} holds {len(run.images)} images, but its header owes {run.header['expected']}")

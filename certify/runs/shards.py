@@ -7,6 +7,7 @@ that a single process would have written.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -80,7 +81,10 @@ def whole_header(part: Mapping[str, Any]) -> dict[str, Any]:
     shard = part.get("shard")
     if shard is None:
         return dict(part)
-    return {key: value for key, value in part.items() if key != "shard"} | {"expected": shard["images"]}
+    whole = copy.copy(part) if isinstance(part, dict) else dict(part)
+    del whole["shard"]
+    whole["expected"] = shard["images"]
+    return whole
 
 
 def agree(folder: Path, header: Mapping[str, Any], mine: Execution) -> Execution:
@@ -110,7 +114,7 @@ def agree(folder: Path, header: Mapping[str, Any], mine: Execution) -> Execution
             beside.unlink(missing_ok=True)
     except OSError:  # no links there, or no writing: then merging says what differs
         return mine
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(
             f"{path} does not say how the shards are run; delete it and the shards that were begun"
         ) from None
@@ -147,8 +151,8 @@ def merge_shards(
     names = [row["id"] for _, row in rows]
     if len(set(names)) < len(names):
         raise UserError(f"{first.path} and the others hold an image twice; they are damaged: run one of them again")
-    header = {**whole, "created": now(), "command": command, "merged": [_origin(run) for run in runs]}
-    return header, [row for _, row in rows]
+    whole.update({"created": now(), "command": command, "merged": [_origin(run) for run in runs]})
+    return whole, [row for _, row in rows]
 
 
 def _read(path: str | Path) -> Run:
@@ -185,12 +189,14 @@ def _complete(runs: Sequence[Run]) -> None:
             )
 
 
-def _placed(run: Run, row: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+def _placed(run: Run, row: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """An image's place among all, and its line as a single run has it."""
     shard, place = run.header["shard"], row.get("place")
     if type(place) is not int or place not in Shard(shard["index"], shard["of"]).places(shard["images"]):
         raise UserError(f"{run.path} is damaged: image {row['id']!r} has no place in its shard; run its command again")
-    return place, {key: value for key, value in row.items() if key != "place"}
+    without = copy.copy(row)
+    del without["place"]
+    return place, without
 
 
 def _origin(run: Run) -> dict[str, Any]:
