@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,12 @@ def read_any(path: str | Path) -> Run:
         UserError: neither, damaged, an image twice, or a run that holds predictions without radii.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name the run files in it, such as {path}/*.jsonl")
     try:
+        if path.is_dir():
+            files = sorted(file.name for file in path.iterdir() if file.is_file())
+            logs = bool(files) and not any(name.endswith(".jsonl") for name in files)
+            such = f"{path}/{shlex.quote(files[0]) if logs else '*.jsonl'}"
+            raise UserError(f"{path} is a folder; name the run files in it, such as {such}")
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:

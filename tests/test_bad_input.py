@@ -109,6 +109,16 @@ def log(line: bytes) -> bytes:
     return b"idx\tlabel\tpredict\tradius\tcorrect\ttime\n" + line + b"\n"
 
 
+def odd_header() -> bytes:
+    """An array whose header opens brackets that it never closes."""
+    array = b"\x93NUMPY\x01\x00" + (5000).to_bytes(2, "little") + b"(" * 4999 + b"\n"
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("x.npy", array)
+    return out.getvalue()
+
+
+LOG = log(b"0\t1\t1\t0.5\t1\t0:00:01")
 DIGIT = picture(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
 HTML = "<!DOCTYPE html><html><body>404: not found</body></html>"
 MODULE = """
@@ -272,6 +282,11 @@ CASES = [
     case("labels missing", LABELS + "x.csv", "--labels x.csv", **FOLDERS),
     case("labels miss", LABELS + "x.csv", "misses 1 of 2", "b.png", x="a.png,1\n", **FOLDERS),
     case("labels narrow", LABELS + "x.csv", "two columns", "a.png", x="a.png\nb.png\n", **FOLDERS),
+    case(
+        "labels wide", LABELS + "x.csv", "'a.png,1,7' has more than two columns", x="a.png,1,7\nb.png,2,8\n", **FOLDERS
+    ),
+    case("map wide", MAP + "x.csv", "'cat,0,3' has more than", "heading", x="cat,0,3\ndog,1,5\n", **FOLDERS),
+    case("labels heading alone", LABELS + "x.csv", "two columns", "none", x="file,label\n", **FOLDERS),
     case("labels binary", LABELS + "x.csv", "CSV", x=DIGIT, **FOLDERS),
     case("npz to 255", D + "--data x.npz", "255", "[0, 1]", x_npz=npz(x=np.full((3, 8, 8), 255.0))),
     case("npz of text", D + "--data x.npz", x=npz(x=np.full((3, 8, 8), "a"))),
@@ -281,6 +296,7 @@ CASES = [
     case("npz of one image", D + "--data x.npz", "(8, 8)", "(N, H, W)", x=npz(x=np.eye(8))),
     case("npz of two labels", D + "--data x.npz", "(2,)", "3 integers", x=npz(x=np.ones((3, 8, 8)), y=[1, 2])),
     case("npz of label 10", D + "--data x.npz", "10", "--class-map", x_npz=npz(x=np.ones((1, 8, 8)), y=[10])),
+    case("npz of an odd header", D + "--data x.npz", "plain arrays", "damaged header", x=odd_header),
     case("npz cut", D + "--data x.npz", "not a readable .npz", x=npz(x=np.ones((9, 8, 8)))[:300]),
     case("npy named npz", D + "--data x.npz", ".npz", x=written(np.save, np.ones((2, 8, 8)))),
     case("npy", D + "--data x.npy", ".npz", x=written(np.save, np.ones((2, 8, 8)))),
@@ -301,6 +317,10 @@ CASES = [
     case("plot to .bmp", "plot x.jsonl -o y.bmp", "y.bmp", ".png", x_jsonl=finished),
     case("plot below a file", "plot x.jsonl -o f/x.png", "f/x.png", code=1, x_jsonl=finished, f="keep me"),
     case("table below a file", "table x.jsonl -o f/x.txt", "f/x.txt", code=1, x_jsonl=finished, f="keep me"),
+    case("table over its run", "table x.jsonl -o x.jsonl", "x.jsonl is a run file", "another", x_jsonl=finished),
+    case("table over a log", "table x.tsv -o ./x.tsv", "a table does not replace", x_tsv=LOG),
+    case("table of a folder of logs", "table x.d", "such as x.d/y.tsv", x_d__y_tsv=LOG),
+    case("option empty", D + "--ids=", "--ids is empty", "shell variable"),
     case("table radii", "table x.jsonl --radii -1", "--radii", "-1", "from 0", x_jsonl=finished),
     case("table format", "table x.jsonl --format html", "html", "markdown", x_jsonl=finished),
     *(case(f"{v} nothing", v, "RUN") for v in ("plot", "table")),

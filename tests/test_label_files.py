@@ -198,3 +198,21 @@ def test_rows_of_another_system(digits: Classifier) -> None:
     rows = f"x\\a.png,1\n./x/b.png,2\nc.png ,3\n{unicodedata.normalize('NFD', accented)},4\n"
     Path("labels.csv").write_text(rows)
     assert load_images("d", digits, labels="labels.csv").labels == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("heading", ["filename,fold,label", "ID,Fold,Class"])
+def test_a_heading_says_which_columns_are_meant(heading: str, digits: Classifier) -> None:
+    lay_out("d/a.png", "d/b.png")
+    Path("l.csv").write_text(f"{heading}\na.png,1,7\nb.png,2,8\n")
+    assert load_images("d", digits, labels="l.csv").labels == [7, 8]
+
+
+@pytest.mark.parametrize("argv", [["--ids", ""], ["--data", ""], ["--out="], ["--root", ""]])
+def test_an_empty_value_chooses_nothing_else(argv: list[str], capfd: Capture) -> None:
+    lay_out("a.png")
+    code, line = certify(capfd, shlex.join([*D.replace("--out x.jsonl", "").split(), *argv]))
+    assert code == 2
+    assert line == (
+        f"certify: {argv[0].rstrip('=')} is empty; write a value, or leave it out (is a shell variable not set?)"
+    )
+    assert not Path("runs").exists()

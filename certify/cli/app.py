@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from certify import __version__
 from certify.cli import audit, bench, compare, evaluate, info, inspect, options, plot, run, serve, show, train
 from certify.cli import distribute as spread
 from certify.cli.console import say, warn
-from certify.errors import CertifyError, CertifyWarning
+from certify.errors import CertifyError, CertifyWarning, UserError
 
 
 class CertifyGroup(click.Group):
@@ -32,6 +33,7 @@ class CertifyGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default verb in front of options that are not the group's own; version and help are words, too."""
         ctx.meta[options.TYPED] = args
+        _refuse_empty(args)
         if args and (args[0] == "help" or args == ["version"]):
             args = [*args[1:], f"--{args[0]}"]
         if args and args[0].startswith("-") and args[0].split("=")[0] not in self._own_flags(ctx):
@@ -55,6 +57,14 @@ class CertifyGroup(click.Group):
         rows = [r for p in self.commands[self.default].get_params(ctx) if (r := p.get_help_record(ctx))]
         with formatter.section("Options of the default command (run)"):
             formatter.write_dl([r for r in rows if "--help" not in r[0]])
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """Refuse an empty value, which is mostly a shell variable that is not set and would choose something else."""
+    for before, word in itertools.pairwise(["an argument", *words]):
+        option = before if not word else word[:-1] if word.startswith("--") and word.endswith("=") else ""
+        if option and option != "--title":
+            raise UserError(f"{option} is empty; write a value, or leave it out (is a shell variable not set?)")
 
 
 @click.group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +98,7 @@ def table(
         text = compare_families(found, radii, style, correction)
     else:
         text = compare(lines, radii, style, intervals=intervals, relative_to=relative_to)
-    _put(text, out)
+    _put(text, out, runs)
 
 
 def curves_of(runs: Sequence[Run], given: Sequence[str], *, envelope: bool) -> list[Curve]:
@@ -110,10 +111,15 @@ def curves_of(runs: Sequence[Run], given: Sequence[str], *, envelope: bool) -> l
     return curves(runs, given)
 
 
-def _put(text: str, out: str | None) -> None:
+def _put(text: str, out: str | None, runs: Sequence[str]) -> None:
+    """Print the text, or write it to a file that is none of these runs, and no run at all."""
     if out is None:
         tell(text)
         return
+    from certify.runs.run_file import peek_header
+
+    if peek_header(out) is not None or (os.path.exists(out) and any(os.path.samefile(out, run) for run in runs)):
+        raise UserError(f"--out {out} is a run file, which a table does not replace; name another file")
     try:
         Path(out).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -128,7 +134,7 @@ def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) ->
 
     options.refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "given", "relative_to", "simultaneous"))
     found = read_comparison(paths[0], warn)
-    _put(tabulate_comparison(found, style), out)
+    _put(tabulate_comparison(found, style), out, paths)
     found.require_sound()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import tokenize
 import weakref
 import zipfile
 import zlib
@@ -15,7 +16,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from certify.errors import ImageError, UserError
+from certify.errors import ImageError, UserError, first_line
 from certify.images.items import Item, Source, Unread
 from certify.models.placeholders import mistaken_for
 
@@ -152,7 +153,10 @@ def _array(archive: zipfile.ZipFile, path: Path, key: str, *, at_once: bool = Fa
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"{key} has a header of version {version}")
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = reader(member)
+        try:
+            shape, fortran, dtype = reader(member)
+        except (tokenize.TokenError, SyntaxError, RecursionError, TypeError, AttributeError) as error:
+            raise ValueError(f"{key} has a damaged header: {first_line(error)}") from None
         start = member.tell()
     size = math.prod(shape) * dtype.itemsize
     if dtype.hasobject:

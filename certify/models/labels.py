@@ -123,12 +123,10 @@ def read_labels(path: str | Path) -> dict[str, str]:
     """``file,label`` rows of a CSV with or without a heading, by file name.
 
     Raises:
-        UserError: unreadable, or not two columns.
+        UserError: unreadable, or several columns that could hold the label.
     """
     rows = read_rows(Path(path), "--labels")
-    if rows and rows[0][0].lower() in ("file", "filename", "image", "path", "id", "name"):
-        rows = rows[1:]
-    return dict(rows)
+    return dict(rows[1:] if rows[0][0].lower() in _FILE_HEADINGS else rows)
 
 
 def match_labels(path: str | Path, ids: Sequence[str], every: Iterable[str] = ()) -> tuple[dict[str, str], list[str]]:
@@ -272,21 +270,38 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
+_FILE_HEADINGS = ("file", "filename", "file_name", "filepath", "image", "path", "id", "name")
+_LABEL_HEADINGS = ("label", "class", "target", "category", "y")
+
+
 def read_rows(path: Path, option: str) -> list[tuple[str, str]]:
-    """The lines of a CSV of two columns.
+    """The two columns of a CSV: all that it has, or those that its heading names a file (or name) and a label.
 
     Raises:
-        UserError: unreadable, no lines, fewer columns, or a first column twice with different second ones.
+        UserError: unreadable, no lines, fewer columns, more columns without a heading that says which two are meant, or
+            a first column twice with different second ones.
     """
     try:
         lines = csv.reader(io.StringIO(read_text(path), newline=""))
-        rows = [row for row in lines if row and any(cell.strip() for cell in row)]
+        rows = [row for row in ([cell.strip() for cell in line] for line in lines) if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{option} {path}: not readable as CSV ({error})") from None
-    bad = next((row for row in rows if len(row) < 2), None)
+    first = [cell.lower() for cell in rows[0]] if rows else []
+    keys, values = ([i for i, cell in enumerate(first) if cell in known] for known in (_FILE_HEADINGS, _LABEL_HEADINGS))
+    headed = len(keys) == len(values) == 1
+    key, value = (keys[0], values[0]) if headed else (0, 1)
+    rows = rows[1:] if headed else rows
+    bad = next((row for row in rows if len(row) <= max(key, value)), None)
     if bad is not None or not rows:
-        raise UserError(f"{option} {path}: expected lines of two columns, got {','.join(bad) if bad else 'none'!r}")
-    pairs = [(row[0].strip(), row[1].strip()) for row in rows]
+        got = repr(",".join(bad)) if bad else "none"
+        raise UserError(f"{option} {path}: expected lines of two columns, separated by a comma, got {got}")
+    wide = next((row for row in rows if any(row[2:])), None)
+    if wide is not None and not headed:
+        raise UserError(
+            f"{option} {path}: {','.join(wide)!r} has more than two columns; "
+            "put a heading above that names two of them: file and label (of a class map: name and class)"
+        )
+    pairs = [(row[key], row[value]) for row in rows]
     if len(dict(pairs)) < len(set(pairs)):
         double = next(key for key, value in pairs if dict(pairs)[key] != value)
         raise UserError(
