@@ -334,3 +334,13 @@ def test_addresses_that_are_no_cluster(folder: Path) -> None:
             assert ended.returncode == 1, ended.stderr
             assert ended.stderr.splitlines()[-1].startswith(f"certify: --cluster {words}")
             assert time.monotonic() - begun < 240
+
+
+def test_what_is_no_fixed_function_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not taken for another model on the workers, whose answers differ from the driver's."""
+    out = tmp_path / "r.jsonl"
+    options = f"--num-classes 10 --data digits --max 4 --sigma 0.25 --n 100 --cluster local:2 --out {out}".split()
+    run("--model", "offenders:coin_labels", *options, code=2)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("certify: the base classifier offenders:coin_labels answers differently "), last
+    assert list(tmp_path.iterdir()) == []

@@ -118,12 +118,15 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         denoiser=o["denoiser"],
         command=options.command_line(),
     )
+    first = first_image(images)
+    if first is not None and any("fingerprint" in step for step in header["pipeline"]):
+        smoothed.check_contract(first)  # fingerprints are compared next, and chance would look like another model
     with crew_for(o, spread, smoothed, len(places)) as crew:
         header |= crew.facts() if crew is not None else {}
         header = header if spread.shard is None else spread.shard.header(header)
         path = output_path(o["out"], [*_words(header), *spread.words()], header)
         show_plan(smoothed, images, settings, header, say)
-        begun, first = peek_header(path), first_image(images)
+        begun = peek_header(path)
         engine: Engine = smoothed if crew is None else crew
         if begun:
             execution = execution_of(begun, smoothed.wanted)
