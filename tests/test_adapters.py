@@ -257,7 +257,9 @@ def test_deepinv_total_variation_as_it_is_would_mix_images() -> None:
     mixed = load_callable("deepinv.models:TGVDenoiser")
     mixed.inner.n_it_max = 30
     mixed.inner.crit = 1e-2
-    with pytest.raises(UserError, match="answers differently (alone and in a batch|when called twice on the same batch)"):
+    with pytest.raises(
+        UserError, match=r"answers differently (alone and in a batch|when called twice on the same batch)"
+    ):
         check_denoiser(mixed, (3, 12, 12), 0.25)
 
 
