@@ -45,6 +45,7 @@ W = R + "--weights "
 MODEL = "--sigma 1 --n 100 --data digits --max 1 --quiet --model "
 T = "train --denoiser unet --data digits-train --sigma 0.25 --out o --quiet "
 E = "evaluate-denoiser --denoiser median --sigma 0.25 --max 2 --data digits "
+CLOUD = "audit --endpoint https://127.0.0.1:9 --data digits --sigma 1 --out x --budget 9 --protocol "
 C = "compare --model digits --max 2 --quiet "
 A = "audit --endpoint http://127.0.0.1:9 --protocol json --protocol-option labels=l --data digits --input-size 1x8x8 "
 A += "--sigma 0.25 --n 10 --n0 5 --budget 100 --out a --quiet "
@@ -395,7 +396,13 @@ CASES = [
     case("audit option", A + "--protocol-option label=x", "'label=...'", "json knows labels, scores"),
     case("audit key", A + "--api-key-env NOT_THERE", "$NOT_THERE is not set", "export"),
     case("audit key of nothing", A + "--auth-header X-Key:{key}", "without --api-key-env"),
-    case("audit key of an SDK", A + "--sdk --api-key-env PATH --auth-query k={key}", "it places the key itself"),
+    case(
+        "audit key of AWS", CLOUD + "rekognition --api-key-env PATH --auth-query k={key}", "boto3 signs requests itself"
+    ),
+    *(
+        case(f"audit sdk {p}", f"{CLOUD}{p} --sdk", f"protocol {p} is queried over HTTP alone; leave --sdk out")
+        for p in ("google-vision", "azure-vision", "clarifai", "hugging-face")
+    ),
     case("audit encoding", A + "--encoding gif", "gif", "png, jpeg"),
     case("audit labels", A + "--labels x.csv", "--labels without --reference given"),
     case("audit selection for a radius", A + "--radius 0.2", "--n0 with --radius"),

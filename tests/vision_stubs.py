@@ -8,7 +8,6 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email import message_from_bytes, policy
 from typing import Any
@@ -61,7 +60,7 @@ def cloud_app(classifier: Classifier, log: Log) -> FastAPI:
     async def google(request: Request) -> dict[str, Any]:
         log.append(dict(request.headers))
         one = (await request.json())["requests"][0]
-        assert one["features"][0]["type"] in ("LABEL_DETECTION", 4)  # the SDK writes enumerations as numbers
+        assert one["features"][0]["type"] == "LABEL_DETECTION"
         found = from_file(classifier, base64.b64decode(one["image"]["content"]))[: one["features"][0]["maxResults"]]
         return {"responses": [{"labelAnnotations": [{"mid": "/m", "description": n, "score": p} for n, p in found]}]}
 
@@ -135,32 +134,3 @@ def serving(app: Any) -> Iterator[str]:
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
-
-
-@contextmanager
-def clarifai_grpc_service(classifier: Classifier, log: Log, failure: Any = None) -> Iterator[str]:
-    """Clarifai's gRPC service on loopback, as a URL; with ``failure``, a status code, every call fails with it."""
-    import grpc
-    from clarifai_grpc.grpc.api import resources_pb2, service_pb2, service_pb2_grpc
-    from clarifai_grpc.grpc.api.status import status_code_pb2, status_pb2
-
-    class Service(service_pb2_grpc.V2Servicer):  # type: ignore[misc]
-        def PostModelOutputs(self, request: Any, context: Any) -> Any:
-            asked = {"model": request.model_id, "user": request.user_app_id.user_id}
-            log.append({**dict(context.invocation_metadata()), **asked})
-            if failure is not None:
-                context.abort(failure, "refused on purpose")
-            found = from_file(classifier, request.inputs[0].data.image.base64)
-            concepts = [resources_pb2.Concept(name=n, value=p) for n, p in found]
-            data = resources_pb2.Data(concepts=concepts)
-            ok = status_pb2.Status(code=status_code_pb2.SUCCESS, description="Ok")
-            return service_pb2.MultiOutputResponse(status=ok, outputs=[resources_pb2.Output(status=ok, data=data)])
-
-    server = grpc.server(ThreadPoolExecutor(4))
-    service_pb2_grpc.add_V2Servicer_to_server(Service(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        assert server.stop(0).wait(10)

@@ -25,7 +25,7 @@ EXTRAS = {
     "denoisers": ("deepinv", "diffusers"),
     "attacks": ("art", "multiprocess", "foolbox"),
     "audit": ("httpx2", "jinja2", "jmespath", "stamina"),
-    "clouds": ("azure.ai.vision.imageanalysis", "boto3", "clarifai_grpc", "google.cloud.vision"),
+    "aws": ("boto3",),
     "cluster": ("ray", "grpc"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "docs": ("mkdocs", "material", "mkdocstrings"),

@@ -25,7 +25,7 @@ protocol_options = options.together(
         "--protocol-option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the protocol; repeatable."
     ),
     click.option("--encoding", default="png", help="Encoding of pictures: png, jpeg or jpegQ, such as jpeg90."),
-    click.option("--sdk", is_flag=True, help="Ask through the vendor's SDK (extra `clouds`); rekognition always does."),
+    click.option("--sdk", is_flag=True, hidden=True),  # of earlier versions; the message says what to use
     click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the service's key."),
     click.option(
         "--auth-header",
@@ -54,7 +54,7 @@ service_options = options.together(
         "--timeout",
         type=options.Positive("seconds above 0"),
         default=60.0,
-        help="Seconds for one request; through an SDK those to connect, and those without a byte (Clarifai's: in all).",
+        help="Seconds per request; for rekognition, seconds to connect and seconds without a byte.",
     ),
 )
 
@@ -106,8 +106,13 @@ def wanted_service(o: dict[str, Any]) -> Wanted:
     key = o["api_key_env"]
     if key is None and (o["auth_header"] or o["auth_query"]):
         raise UserError("--auth-header and --auth-query without --api-key-env: there is no key to send")
-    if (o["sdk"] or o["protocol"] == "rekognition") and (o["auth_header"] or o["auth_query"]):
-        raise UserError("--auth-header and --auth-query through an SDK: it places the key itself; leave them out")
+    if o["sdk"] and o["protocol"] != "rekognition":
+        raise UserError(
+            f"--sdk: protocol {o['protocol']} is queried over HTTP alone; leave --sdk out, also to resume an audit "
+            "that was begun with it"
+        )
+    if o["protocol"] == "rekognition" and (o["auth_header"] or o["auth_query"]):
+        raise UserError("--auth-header and --auth-query with rekognition: boto3 signs requests itself; leave them out")
     header = o["auth_header"] or KEY_HEADERS.get(o["protocol"], BEARER)
     credential = None if key is None else read_credential(key, header, o["auth_query"])
     endpoint = check_endpoint(url, key=credential is not None, insecure=o["insecure"])
@@ -132,12 +137,12 @@ def manners(o: dict[str, Any]) -> Manners:
 @contextlib.contextmanager
 def open_service(wanted: Wanted, o: dict[str, Any]) -> Iterator[tuple[Sender, Wanted]]:
     """What sends requests there; a model that describes itself (v2) is asked for what its options leave open."""
-    from certify.blackbox.client.cloud_sdks import sdk_sender
+    from certify.blackbox.client.aws import rekognition_sender
     from certify.blackbox.client.http import HttpSender
 
-    if o["sdk"] or wanted.protocol == "rekognition":
+    if wanted.protocol == "rekognition":
         how = {"insecure": o["insecure"], "timeout": o["timeout"]}
-        yield sdk_sender(wanted.protocol, wanted.endpoint, wanted.credential, **how), wanted
+        yield rekognition_sender(wanted.endpoint, wanted.credential, **how), wanted
         return
     sender = HttpSender(
         wanted.endpoint,

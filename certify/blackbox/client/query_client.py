@@ -67,7 +67,7 @@ class Asker:
     """Asks one service; an :class:`~certify.blackbox.types.Asking`.
 
     Args:
-        send: of :mod:`certify.blackbox.client.http` or :mod:`certify.blackbox.client.cloud_sdks`; called from several
+        send: of :mod:`certify.blackbox.client.http` or :mod:`certify.blackbox.client.aws`; called from several
             threads.
         format: how the service is asked and answers.
         ledger: keeps the books: an open :class:`~certify.blackbox.ledger.Ledger`, or what stands in for one.

@@ -1,6 +1,6 @@
 """AWS Rekognition's DetectLabels. Requests need AWS's signature, so they go through boto3.
 
-See :mod:`certify.blackbox.client.cloud_sdks`.
+See :mod:`certify.blackbox.client.aws`.
 
 https://docs.aws.amazon.com/rekognition/latest/APIReference/API_DetectLabels.html
 """
