@@ -297,8 +297,8 @@ def test_what_was_declined_last_is_spent_too(tmp_path: Path, service: Service) -
     assert kept.queries == len(kept.answers) + 1
     assert about["asked"]["retries"] == kept.spent - kept.queries == read_audit(tmp_path).retries
     stages = _stage_rows(read_audit(tmp_path))
-    assert sum(row["requests"] for row in stages) == kept.spent
-    assert (sum(row["open"] for row in stages), sum(row["lost"] for row in stages)) == (1, 0)
+    assert sum(row.requests for row in stages) == kept.spent
+    assert (sum(row.open for row in stages), sum(row.lost for row in stages)) == (1, 0)
 
 
 def test_a_second_process_writes_nothing_over(

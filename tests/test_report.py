@@ -184,7 +184,7 @@ def rewrite(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def loud(page: Page) -> str:
-    return page.text("warned loud")
+    return page.text("notice loud")
 
 
 def floored(value: float) -> str:
@@ -230,10 +230,10 @@ def test_the_verdict_counts_right(page: Page, records: Records) -> None:
     under = "below 0.12"
     if records.header["procedure"] == "certify":
         middle, most = floored(kept[(len(kept) - 1) // 2]), floored(kept[-1])
-        under = f"below a radius of their own (median {middle}, largest {most})"
+        under = f"below an image-specific radius (median {middle}, largest {most})"
     start = f"Of {len(records.rows)} images, the smoothed service keeps the service's own label on {len(kept)}"
     start += " under every change of l2 size"
-    assert headline.startswith(f"{start} {under}, at 99.9 % confidence an image")
+    assert headline.startswith(f"{start} {under}, at 99.9 % confidence per image")
     for outcome, words in {"undecided": "undecided", "not-certifiable": "cannot be certified"}.items():
         found = re.search(rf"; (\d+) (?:is |are )?{words}", headline)
         assert int(found[1] if found else 0) == groups[outcome]
@@ -255,7 +255,7 @@ def test_radii_are_displayed_from_below_and_their_limit_from_above(audited: Path
     (folder / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [header, *rows]))
     rewrite(folder, plan={"radius_cap": limit})
     page = page_of(folder)
-    assert page.tiles()["median radius"][1] == "largest 0.3751; at this n at most 0.3752"
+    assert page.tiles()["median radius"][1] == "largest 0.3751; at most 0.3752 with this many samples"
     assert "largest 0.3751)" in page.text("headline")
 
 
@@ -293,7 +293,7 @@ def test_queries_failures_cost_and_times_are_counted_from_the_ledger(page: Page,
     cost = page.named("pairs cost")
     assert cost["requests sent"] == f"{total:,}"
     assert cost["of them retries"] == f"{total - len(answers):,}"
-    assert cost["left of it"] == f"{20_000 - total:,}"
+    assert cost["remaining budget"] == f"{20_000 - total:,}"
     assert cost["cost of the requests"] == page.tiles()["cost"][0] == f"{total * 1.5 / 1000:.2f} USD"
     assert page.tiles()["failed queries"][0] == str(sum(kinds.values()))
     seconds = [answer["seconds"] for answer in answers.values() if answer["ranked"]]
@@ -313,8 +313,8 @@ def test_method_settings_and_commands_stand_there(audited: Path, page: Page, rec
     assert page.named("pairs versions") == about["versions"]
     assert "with probability at least 0.999 over the noise draws" in page.source
     deciding = header["procedure"] == "decide"
-    assert ("looks after every answer" in page.source) == deciding
-    assert ("10 noisy copies choose a label; 60 fresh ones" in page.source) != deciding
+    assert ("is evaluated after every answer" in page.source) == deciding
+    assert ("10 noisy copies choose a label; its votes are counted on 60 new ones" in page.source) != deciding
 
 
 def test_thumbnails_are_the_pictures_as_sent(audited: Path, page: Page) -> None:
@@ -380,7 +380,7 @@ def test_credentials_in_addresses_are_left_out(copy: Path) -> None:
 
 def test_a_sound_audit_has_no_warnings(calm_audit: Path) -> None:
     page = page_of(calm_audit)
-    assert not page.texts.keys() & {"warned", "warned loud"}
+    assert not page.texts.keys() & {"notice", "notice loud"}
     assert "0 labels changed" in page.text("drift")
 
 
@@ -415,7 +415,7 @@ def test_failures_are_said_by_how_many_they_are(tmp_path: Path, digits: Classifi
         return page_of(make_audit(folder, digits, few, settings=settings, mood=mood))
 
     some, many = failing(25), failing(4)
-    assert "Some queries failed" in some.text("warned")
+    assert "Some queries failed" in some.text("notice")
     assert loud(some) == ""
     assert "Many queries failed" in loud(many)
     for settings in (DECIDE, CERTIFY):
@@ -436,7 +436,7 @@ def test_failures_that_decide_are_said(tmp_path: Path, digits: Classifier, few: 
     against = sum(row["failures"] for row in rows if group_of(row) == "not-certifiable")
     assert against > 0
     assert f"cannot be certified, counting {against:,} failed queries as votes against" in page.text("headline")
-    assert f"needs, counting {against:,} failed queries as votes against, and" in page.source
+    assert f"requires, counting {against:,} failed queries as votes against, and" in page.source
     calm = page_of(make_audit(tmp_path / "calm", digits, few, settings=DECIDE))
     assert "failed queries as votes" not in calm.source
 
@@ -448,12 +448,10 @@ def test_given_labels_and_what_gave_nothing_are_said(tmp_path: Path, digits: Cla
     about = {"labels": "given", "plan": {"budget": 0}, "status": "stopped"}
     about["reason"] = "https://me:hidden-1@host/x?t=hidden-2 is silent"
     page = page_of(make_audit(tmp_path / "run", digits, few, settings=CERTIFY, mood=mood, about=about))
-    assert "the smoothed service gives the given label on" in page.text("headline")
-    assert "gives the label that was given" in page.source
-    assert "gives the image itself" not in page.source
-    assert (
-        "; 1 without anything to certify among them, which the curve leaves out" in page.tiles()["keep their label"][1]
-    )
+    assert "the smoothed service returns the given label on" in page.text("headline")
+    assert "returns the given label" in page.source
+    assert "label of the unmodified image" not in page.source
+    assert "; 1 of them with nothing to certify, which the curve leaves out" in page.tiles()["keep their label"][1]
     assert page.tiles()["requests sent"][1].startswith("of a budget of 0;")
     assert "https://host/x is silent" in loud(page)
     assert "hidden-" not in page.source
@@ -471,8 +469,8 @@ def test_bounds_on_two_classes_have_their_own_method(
             settings=dataclasses.replace(CERTIFY, procedure=dataclasses.replace(CERTIFY.procedure, bound=bound)),
         )
     )
-    assert "a q for its strongest rival" in page.source
-    assert "whose p is not above its q" in page.source
+    assert "an upper bound q for its strongest rival" in page.source
+    assert "undecided if p is at most q" in page.source
     assert "half of sigma times the difference" in page.source
     assert "1/2 under" not in page.source
 
@@ -488,7 +486,7 @@ def test_an_unfinished_audit_has_a_report_that_says_so(tmp_path: Path, digits: C
     how = "ended when its budget was spent (3,000 of 3,000 requests are sent)"
     assert f"{how}; 3 of {len(few)} images are done" in loud(page)
     assert "would flatter" in loud(page)
-    assert "is cut off" in page.text("warned")
+    assert "is cut off" in page.text("notice")
     assert "run its command again" in page.text("none"), "no curve of the easy ones"
     assert dict(page.rows("failures")) == {"sent before a stop, no answer kept": "1"}
     assert len(page.ids) == 3
@@ -499,12 +497,12 @@ def test_whatever_is_left_of_an_audit_is_shown(copy: Path, left: tuple[str, ...]
     for part in {"audit.json", "ledger.jsonl", "run.jsonl"} - set(left):
         (copy / part).unlink()
     page = page_of(copy)
-    said = page.text("warned")
+    said = page.text("notice")
     assert ("No certificate can be shown" in said) == ("run.jsonl" not in left)
     assert ("cannot be counted" in said) == ("ledger.jsonl" not in left)
     assert ("audit.json is missing" in said) == ("audit.json" not in left)
     assert bool(page.ids) == ("run.jsonl" in left)
-    assert ("nothing to say about the service yet" in page.text("headline")) == ("run.jsonl" not in left)
+    assert ("there is no verdict" in page.text("headline")) == ("run.jsonl" not in left)
 
 
 def test_an_audit_without_images_yet(copy: Path) -> None:
@@ -512,7 +510,7 @@ def test_an_audit_without_images_yet(copy: Path) -> None:
         (copy / part).write_bytes((copy / part).read_bytes().split(b"\n")[0] + b"\n")
     rewrite(copy, status="running")
     page = page_of(copy)
-    assert "was stopped, or is running still" in loud(page)
+    assert "was stopped or is still running" in loud(page)
     assert "No image is finished" in page.source
     assert page.ids == []
 
@@ -522,7 +520,7 @@ def test_a_damaged_ledger_is_said_and_the_rest_is_shown(copy: Path) -> None:
     lines[5] = b"{"
     (copy / "ledger.jsonl").write_bytes(b"\n".join(lines))
     page = page_of(copy)
-    assert "damaged at line 6" in page.text("warned")
+    assert "damaged at line 6" in page.text("notice")
     assert sorted(name for _, name in page.ids) == sorted(row["id"] for row in rewrite(copy)["images"])
 
 
@@ -549,12 +547,12 @@ def test_large_pictures_are_made_smaller_and_too_many_left_out(copy: Path, monke
             sizes.add(shown.size)
     assert sizes == {(160, 107)}
     assert len(whole.images) == 3 * len(whole.ids) - 1
-    monkeypatch.setattr(report, "ROOM", 5 * sum(map(len, whole.images.values())) // (2 * len(whole.ids)))
-    monkeypatch.setattr(report, "MOST_ROWS", len(whole.ids) - 2)
+    monkeypatch.setattr(report, "THUMBNAIL_BYTES", 5 * sum(map(len, whole.images.values())) // (2 * len(whole.ids)))
+    monkeypatch.setattr(report, "MAX_ROWS", len(whole.ids) - 2)
     page = page_of(copy)
     seen = {name.rsplit(", ", 1)[0] for name in page.images}
     assert len(seen) == 2 < len(page.ids) == len(whole.ids) - 2
-    assert sum(map(len, page.images.values())) <= report.ROOM
+    assert sum(map(len, page.images.values())) <= report.THUMBNAIL_BYTES
     assert "the thumbnails of 1 image are left out" in page.source
     assert "2 images are left out of this table" in page.source
 

@@ -1,20 +1,21 @@
-"""An audit's folder as it was left: ledger, run file, ``audit.json``; what is missing is said, never guessed.
+"""Read an audit's folder in whatever state it is: ledger, run file, ``audit.json``.
 
-What can be counted is counted from the ledger and the run file. ``audit.json`` says what was meant: the plan, the
-vocabulary, settings, the command. Every one of its keys may be missing.
+Counts come from the ledger and the run file; ``audit.json`` adds the plan, the label names, the settings and the
+command. Any of its keys may be missing. What cannot be read is listed in :attr:`AuditFolder.faults`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from certify.blackbox.determinism import Drifted, Probed, drifts, probes
 from certify.blackbox.label_index import class_of
 from certify.blackbox.ledger_contents import LOST, Kept, read_ledger
-from certify.blackbox.query_votes import ESTIMATION, SELECTION, parts_of
+from certify.blackbox.query_votes import CLEAN, ESTIMATION, SELECTION, parts_of
 from certify.blackbox.results import ABOUT, LEDGER, RUN, read_about
 from certify.blackbox.types import Answer
 from certify.errors import UserError
@@ -22,14 +23,14 @@ from certify.runs.run_file import Run, read_run
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """One query of the ledger.
 
     Attributes:
-        image: id of the image it is about.
+        image: id of the image.
         stage: ``clean``, ``probe``, ``selection``, ``estimation`` or ``drift``.
-        answer: what it brought.
-        label: the class it votes for, None for nobody's vote.
+        answer: the service's reply, or the failure.
+        label: the class it votes for; None if it votes for no class.
     """
 
     image: str
@@ -38,111 +39,121 @@ class Asked:
     label: str | None
 
     @property
-    def ranked(self) -> bool:
-        """Whether the service gave any label."""
+    def answered(self) -> bool:
+        """True if the service returned any label."""
         return bool(self.answer.ranked)
 
     @property
-    def score(self) -> float | None:
-        """The first label's score, where the service gives any."""
-        return self.answer.ranked[0].score if self.answer.ranked else None
-
-    @property
     def lost(self) -> bool:
-        """Whether a stop came between the sending and the answer."""
+        """True if the audit stopped between request and answer."""
         return self.answer.failure == LOST
 
 
 @dataclass(frozen=True)
 class AuditFolder:
-    """Everything that is there.
+    """The records of an audit.
 
     Attributes:
-        folder: of the audit.
-        about: ``audit.json``; empty if there is none.
-        kept: the ledger; None if there is none, or it is damaged.
-        asked: its queries, in the order of their first sending.
-        run: the run file, finished or not; None if there is none.
+        folder: the audit's folder.
+        about: content of ``audit.json``; empty without one.
+        ledger: None if it is missing or damaged.
+        queries: the ledger's queries, in the order they were first sent.
+        run: the run file, finished or not; None without one.
         faults: what is missing or damaged, one sentence each.
     """
 
     folder: Path
     about: Mapping[str, Any]
-    kept: Kept | None
-    asked: tuple[Asked, ...]
+    ledger: Kept | None
+    queries: tuple[Query, ...]
     run: Run | None
     faults: tuple[str, ...] = ()
-    _by_image: dict[tuple[str, str], list[Asked]] = field(default_factory=dict, compare=False)
-
-    def __post_init__(self) -> None:
-        for query in self.asked:
-            self._by_image.setdefault((query.image, query.stage), []).append(query)
 
     @property
     def header(self) -> Mapping[str, Any]:
-        """The run file's, empty without one."""
+        """Header of the run file; empty without one."""
         return self.run.header if self.run else {}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The finished images of the run file."""
+        """Finished images of the run file."""
         return self.run.images if self.run else []
 
     @property
-    def owed(self) -> int:
-        """Images that the audit set out to certify."""
-        return int(self.header.get("expected") or len(self.about.get("images") or ()))
+    def plan(self) -> Mapping[str, Any]:
+        """The audit's plan, as ``audit.json`` holds it."""
+        return self.about.get("plan") or {}
 
-    def of(self, image: str, *stages: str) -> list[Asked]:
-        """The queries about one image in these stages."""
-        return [query for stage in stages for query in self._by_image.get((image, stage), ())]
+    @property
+    def stopping(self) -> Mapping[str, Any]:
+        """Stopping rule of the run file; empty if the number of samples is fixed."""
+        return self.header.get("stopping") or {}
+
+    @property
+    def expected(self) -> int:
+        """Number of images the audit is to certify."""
+        return int(self.header.get("expected") or len(self.about.get("images") or ()))
 
     @property
     def spent(self) -> int:
-        """Requests that went out: what the service counts."""
-        return self.kept.spent if self.kept else 0
+        """Requests sent, which is what the service counts."""
+        return self.ledger.spent if self.ledger else 0
 
     @property
     def retries(self) -> int:
         """Requests that repeated an earlier one."""
-        return self.spent - (self.kept.queries if self.kept else 0)
+        return self.spent - (self.ledger.queries if self.ledger else 0)
 
     @property
-    def failed(self) -> list[Asked]:
+    def failed(self) -> list[Query]:
         """Queries without a label."""
-        return [query for query in self.asked if not query.ranked]
+        return [query for query in self.queries if not query.answered]
 
     @property
-    def outside(self) -> list[Asked]:
-        """Queries that were answered with no label of the class map."""
-        return [query for query in self.asked if query.ranked and query.label is None]
+    def outside(self) -> list[Query]:
+        """Queries answered with labels that are not in the class map."""
+        return [query for query in self.queries if query.answered and query.label is None]
 
     @property
-    def noisy(self) -> list[Asked]:
-        """Queries about noisy copies: the trials of the certificates."""
-        return [query for query in self.asked if query.stage in (SELECTION, ESTIMATION)]
+    def noisy(self) -> list[Query]:
+        """Queries for noisy copies: the trials of the certificates."""
+        return [query for query in self.queries if query.stage in (SELECTION, ESTIMATION)]
 
-    @property
+    @cached_property
+    def clean_answers(self) -> dict[str, Query]:
+        """The first answered query for each unmodified image, by image id."""
+        clean = [query for query in self.queries if query.stage == CLEAN and query.answered]
+        return {query.image: query for query in reversed(clean)}
+
+    @cached_property
     def probes(self) -> list[Probed]:
-        """The determinism probe, from the ledger."""
-        return probes(self.kept.answers if self.kept else {}, self.about.get("class_map"))
+        """Results of the determinism check."""
+        return probes(self.ledger.answers if self.ledger else {}, self.about.get("class_map"))
 
-    @property
+    @cached_property
     def drifts(self) -> list[Drifted]:
-        """The drift check, from the ledger."""
-        return drifts(self.kept.answers if self.kept else {}, self.about.get("class_map"))
+        """Results of the drift check."""
+        return drifts(self.ledger.answers if self.ledger else {}, self.about.get("class_map"))
+
+    @cached_property
+    def seconds(self) -> list[float]:
+        """Response times of all answered queries, ascending."""
+        return sorted(query.answer.seconds for query in self.queries if query.answered)
 
     @property
-    def seconds(self) -> list[float]:
-        """How long each answer with a label took, ascending."""
-        return sorted(query.answer.seconds for query in self.asked if query.ranked)
+    def denoiser(self) -> str:
+        """Name of the denoiser in front of the service, also if it was chosen automatically; empty without one."""
+        requested = str(self.about.get("denoiser") or self.header.get("denoiser") or "none")
+        steps = self.header.get("pipeline") or ()
+        name = next((str(step.get("name", requested)) for step in steps if step.get("step") == "denoiser"), requested)
+        return "" if name == "none" else name
 
 
 def read_audit(folder: str | Path) -> AuditFolder:
-    """Read an audit's folder, however far it came.
+    """Read an audit's folder, finished or not.
 
     Raises:
-        UserError: no such folder, or nothing of an audit in it.
+        UserError: no such folder, or it holds no part of an audit.
     """
     folder = Path(folder)
     parts = (ABOUT, LEDGER, RUN)
@@ -150,26 +161,24 @@ def read_audit(folder: str | Path) -> AuditFolder:
         raise UserError(f"{folder} holds none of {', '.join(parts)}; expected the folder of `certify audit --out`")
     faults: list[str] = []
     about: dict[str, Any] = {}
-    kept = run = None
+    ledger = run = None
     try:
         about = read_about(folder)
     except UserError:
-        faults.append(f"{ABOUT} is missing or damaged: plan, names of labels and settings cannot all be shown.")
+        faults.append(f"{ABOUT} is missing or damaged: plan, label names and settings cannot be shown in full.")
     try:
-        kept = read_ledger(folder / LEDGER)
+        ledger = read_ledger(folder / LEDGER)
     except UserError as error:
-        faults.append(f"Queries, failures, cost and answer times cannot be counted: {error}.")
+        faults.append(f"Queries, failures, cost and response times cannot be counted: {error}.")
     try:
         run = read_run(folder / RUN, allow_partial=True)
     except UserError as error:
         faults.append(f"No certificate can be shown: {error}.")
-    if kept is not None and kept.torn:
-        faults.append("The last line of the ledger is cut off: the program was stopped while it wrote.")
-    return AuditFolder(folder, about, kept, _asked(kept, about.get("class_map")), run, tuple(faults))
-
-
-def _asked(kept: Kept | None, class_map: Mapping[str, str] | None) -> tuple[Asked, ...]:
-    answers = kept.answers if kept else {}
-    return tuple(
-        Asked(*parts_of(name)[:2], answer, class_of(answer.ranked, class_map)) for name, answer in answers.items()
+    if ledger is not None and ledger.torn:
+        faults.append("The last line of the ledger is cut off: the program was killed while writing it.")
+    class_map = about.get("class_map")
+    answers = ledger.answers if ledger else {}
+    queries = (
+        Query(*parts_of(name)[:2], answer, class_of(answer.ranked, class_map)) for name, answer in answers.items()
     )
+    return AuditFolder(folder, about, ledger, tuple(queries), run, tuple(faults))

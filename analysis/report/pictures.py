@@ -1,4 +1,4 @@
-"""The pictures of a report, inside its file: SVG that takes the page's colours, thumbnails as data URIs."""
+"""The report's pictures, embedded in its file: SVG in the page's colours, thumbnails as data URIs."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ from analysis.plots import drawn_curves
 from certify.smoothing.norms import IN_WORDS
 
 STAGES = ("clean", "noisy", "denoised")
-_SMALL = 64  # pixels; up to here a picture is shown as it was sent
-_SIDES = ((60, 160), (400, 96), (10**9, 64))  # up to so many images, thumbnails of so many pixels
+_SMALL = 64  # pixels; pictures up to this size are embedded as they were sent
+_SIDES = ((60, 160), (400, 96), (10**9, 64))  # (number of images up to, side of their thumbnails in pixels)
 _IN_PAGE = {"#000000": "currentColor", "#dddddd": "var(--line)", COLOURS[0]: "var(--accent)"}
 
 
 def curve_svg(curve: Curve) -> str:
-    """Certified accuracy over radius."""
+    """Draw certified accuracy over radius."""
     with drawn_curves([curve]) as figure:
         (axes,) = figure.axes
-        if legend := axes.get_legend():  # there is none where nothing in the run has a name
-            legend.remove()  # one line, named by the text beside it
+        if legend := axes.get_legend():  # missing if no curve has a name
+            legend.remove()  # a single curve, described in the text
         axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(f"{IN_WORDS[curve.norm]} radius (images in [0, 1] pixels)")
-        return _inline(
-            figure, "curve", f"{curve.quantity} over {IN_WORDS[curve.norm]} radius; the table has its numbers"
-        )
+        title = f"{curve.quantity} over {IN_WORDS[curve.norm]} radius; the table has its numbers"
+        return _inline(figure, "curve", title)
 
 
 def latency_svg(seconds: Sequence[float]) -> str:
-    """How long answers took: a histogram over equal steps of the logarithm."""
+    """Draw a histogram of response times on a logarithmic axis."""
     milliseconds = np.maximum(1000 * np.asarray(seconds), 1e-3)
     low, high = milliseconds.min() / 1.05, milliseconds.max() * 1.05
     with canvas(4.8, 1.9, style={"axes.grid.axis": "y"}) as (figure, axes):
@@ -45,12 +44,12 @@ def latency_svg(seconds: Sequence[float]) -> str:
         axes.hist(milliseconds, bins=bins, color=COLOURS[0], rwidth=0.92)
         axes.set_xscale("log")
         log_ticks(axes.xaxis, "{x:g}")
-        axes.set(xlim=(low, high), xlabel="milliseconds from sending to reply", ylabel="answers")
-        return _inline(figure, "latency", "histogram of how long answers took")
+        axes.set(xlim=(low, high), xlabel="milliseconds from request to reply", ylabel="answers")
+        return _inline(figure, "latency", "histogram of response times")
 
 
 def _inline(figure: Any, name: str, title: str) -> str:
-    """The figure as an element of a page, in the page's colours and font; ids begin with ``name``."""
+    """Return a figure as an ``<svg>`` element in the page's colours and font; its ids begin with ``name``."""
     import matplotlib
 
     out = io.StringIO()
@@ -59,8 +58,8 @@ def _inline(figure: Any, name: str, title: str) -> str:
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(?<= id=")|(?<=href="#)|(?<=url\(#)', f"{name}-", text)
-    for colour, here in _IN_PAGE.items():
-        text = re.sub(re.escape(colour), here, text, flags=re.IGNORECASE)
+    for colour, in_page in _IN_PAGE.items():
+        text = re.sub(re.escape(colour), in_page, text, flags=re.IGNORECASE)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| version="1.1"', "", text).replace("xlink:href", "href")
     size = re.compile(r'<svg width="[^"]*" height="[^"]*"')
@@ -68,25 +67,26 @@ def _inline(figure: Any, name: str, title: str) -> str:
 
 
 class Thumbnails:
-    """Pictures of an audit as data URIs, as long as there is room for them.
+    """Pictures of an audit as data URIs, up to a total size.
 
     Args:
-        folder: with ``PREFIX-clean.png`` and so on.
-        images: how many there are; more of them are shown smaller.
-        limit: bytes of all data URIs.
+        folder: holds ``PREFIX-clean.png`` and so on.
+        images: number of images; the more there are, the smaller they are shown.
+        limit: maximum size of all data URIs in bytes.
+
+    Attributes:
+        left_out: images whose pictures exist but exceed the limit.
+        reduced: True if any picture is smaller than it was sent.
     """
 
     def __init__(self, folder: Path, images: int, limit: int) -> None:
         self._folder, self._left = folder, limit
         self._side = next(side for most, side in _SIDES if images <= most)
-        self.left_out = 0
-        """Images that are there and that the report has no room for."""
-        self.reduced = False
-        """Whether any is smaller than it was sent."""
+        self.left_out, self.reduced = 0, False
 
     def of(self, prefix: str) -> dict[str, str]:
-        """One image's pictures by stage; without those that are missing or unreadable, none when there is no room."""
-        if not re.fullmatch(r"[\w-]+", prefix):  # a name of this folder, and of no other
+        """Return one image's pictures by stage, without missing or unreadable ones; none beyond the limit."""
+        if not re.fullmatch(r"[\w-]+", prefix):  # a file name within this folder
             return {}
         paths = {stage: self._folder / f"{prefix}-{stage}.png" for stage in STAGES}
         if not self._left:
@@ -104,15 +104,15 @@ class Thumbnails:
         try:
             with Image.open(path, formats=["PNG"]) as image:
                 if max(image.size) <= _SMALL:
-                    return _data("png", lambda out: image.save(out, "PNG", optimize=True))
+                    return _data_uri("png", lambda out: image.save(out, "PNG", optimize=True))
                 self.reduced = True
                 image.thumbnail((self._side, self._side))
-                return _data("jpeg", lambda out: image.convert("RGB").save(out, "JPEG", quality=82))
+                return _data_uri("jpeg", lambda out: image.convert("RGB").save(out, "JPEG", quality=82))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return ""
 
 
-def _data(kind: str, save: Callable[[io.BytesIO], None]) -> str:
+def _data_uri(kind: str, save: Callable[[io.BytesIO], None]) -> str:
     out = io.BytesIO()
     save(out)
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
