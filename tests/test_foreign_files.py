@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 import tarfile
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 
 from certify import UserError, load_classifier, read_run
 from certify.errors import CertifyWarning
+from certify.images.files import open_zip
 from certify.models.cifar_resnet import CifarResNet
+from certify.models.file_kind import file_kind
 from denoisers import load_denoiser
 
 Capture = pytest.CaptureFixture[str]
@@ -367,6 +370,43 @@ def test_an_archive_of_weights_says_how_to_unpack_it(name: str, said: str, capsy
         subprocess.run(command, check=True)
     out = "x.pth" if name == "x.pth.gz" else "inside.pth"
     assert load_classifier("cifar_resnet20", weights=out).num_classes == 10
+
+
+def tar_header(name: str, size: int, kind: bytes) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_hostile_archives_are_named_without_reading_them_whole() -> None:
+    """A tar archive may call gigabytes a file's name; a zip archive may be of a version yet to come."""
+    long_name = tar_header("x", 2**26, tarfile.GNUTYPE_LONGNAME)
+    with gzip.open("a.tar.gz", "wb", compresslevel=1) as packed:
+        packed.write(long_name + bytes(2**26))
+    for name, content in (
+        ("a.tar", long_name),
+        ("b.tar", tar_header("x.pth", 0, tarfile.REGTYPE) + tar_header("y", 2**26, tarfile.XHDTYPE)),
+        ("c.tar", tar_header("x", 0, tarfile.REGTYPE).replace(b"0", b"z")),
+    ):
+        with Path(name).open("wb") as file:
+            file.write(content)
+            file.truncate(2**26 + 2048)
+    tracemalloc.start()
+    try:
+        for name, said in (("a.tar.gz", "the file in it"), ("a.tar", "it"), ("b.tar", "it: x.pth"), ("c.tar", "it")):
+            with pytest.raises(UserError, match=rf"is a tar archive: unpack it \(tar -xf {name}\) and name .*{said}$"):
+                file_kind(name)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+    with zipfile.ZipFile("d.zip", "w") as out:
+        out.writestr("x", "")
+    content = bytearray(Path("d.zip").read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 6] = 99
+    Path("d.zip").write_bytes(content)
+    assert file_kind("d.zip") == "checkpoint"  # damaged, as its reader says
+    with pytest.raises(UserError, match=r"d\.zip is not a readable zip file \(zip file version 9\.9\)"):
+        open_zip(Path("d.zip"))
 
 
 def hdf5(name: str) -> None:

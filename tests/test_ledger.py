@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import threading
@@ -19,8 +20,10 @@ from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
 
 from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import LOST, ledger_header, read_answers, read_header, read_ledger
+from certify.blackbox.results import write_about
 from certify.blackbox.types import Answer, Query, Scored
 from certify.errors import RunFault, UserError
+from certify.runs.files import replacing
 
 HEADER = ledger_header("http://127.0.0.1:9/v2", RAW, encoding="png")
 CAT = (Scored("cat", 0.9), Scored("dog", None))
@@ -164,6 +167,44 @@ def test_what_is_no_ledger(tmp_path: Path) -> None:
                 read(tmp_path / "x")
     with pytest.raises(UserError, match="not a regular file"):
         Ledger(tmp_path, HEADER)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_nobody_else_reads_an_audit(tmp_path: Path) -> None:
+    """Whatever the umask: replies may be confidential. Other results stay as the umask has them."""
+    before = os.umask(0o022)
+    try:
+        path = kept(tmp_path / "audit" / "ledger.jsonl")
+        write_about(path.parent, {})
+        with replacing(tmp_path / "curve.svg") as beside:
+            beside.write_text("")
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(found.stat().st_mode) for found in (path.parent, path, path.parent / "audit.json")]
+    assert modes == [0o700, 0o600, 0o600]
+    assert stat.S_IMODE((tmp_path / "curve.svg").stat().st_mode) == 0o644
+
+
+def test_a_ledger_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "ledger").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"cannot write .*: it is a symbolic link; name another --out"):
+        Ledger(tmp_path / "ledger", HEADER)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_replaced_file_writes_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the file beside cannot be predicted; whoever guesses it all the same stops the writing."""
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0")
+    (tmp_path / ".0.part").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError), replacing(tmp_path / "curve.svg") as beside:
+        beside.write_text("")
+    assert not (tmp_path / "victim").exists()
+    (tmp_path / ".0.part").unlink()
+    (tmp_path / "curve.svg").symlink_to(tmp_path / "victim")
+    with replacing(tmp_path / "curve.svg") as beside:
+        beside.write_text("new")
+    assert not (tmp_path / "victim").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.svg"]
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import pytest
 from command import run
 from scripted_service import Answer, Reply, service
 
+from certify.cli.options import command_line
+
 KEY = 'sk-4f9a/Zq+0123=%x"\\Qw&7<pL-_T'
 NUMBERS = ["--data", "digits", "--skip", "200", "--sigma", "0.25", "--repeat-clean", "1", "--retries", "1"]
 
@@ -284,3 +286,10 @@ def test_the_command_that_is_kept_holds_no_key(audit: Callable[..., dict[str, st
     )
     assert json.loads(found["audit.json"])["command"].endswith(" --name '[key]'")
     clean(found)
+
+
+def test_no_command_that_is_kept_holds_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every verb that records its command takes it from one function."""
+    words = ["certify", "--cluster", "ray://user:secret1@host:10001", "--endpoint=https://host/x?token=secret2#secret3"]
+    monkeypatch.setattr("sys.argv", [*words, "--name", "a b"])
+    assert command_line() == "certify --cluster ray://host:10001 --endpoint=https://host/x --name 'a b'"

@@ -185,6 +185,7 @@ def test_what_is_not_http_is_refused_in_json(
         reply = http.client.HTTPResponse(connection)
         reply.begin()
         assert (reply.status, reply.getheader("content-type")) == (status, "application/json")
+        assert reply.getheader("x-content-type-options") == "nosniff"
         assert reason in json.loads(reply.read())["error"]
         assert httpx2.get(address).json() == "here"
         wait_for(lambda: not can_send(connection))  # it does not listen for long
@@ -409,6 +410,19 @@ def test_a_slot_is_held_until_the_work_has_ended() -> None:
         assert ask().status_code == 200
 
 
+def test_a_server_whose_readers_are_stuck_is_not_ready() -> None:
+    decoder = Decoder()
+    with held_server(Limits(timeout=0.3), picture=decoder) as (address, _, admission), contextlib.ExitStack() as stack:
+        for i in (1, 2):
+            client = stack.enter_context(client_at(f"127.0.0.{i}", address))
+            assert client.get("/v2/health/ready").status_code == 200
+            assert client.post("/classify", content=b"x", headers=PICTURE).status_code == 504
+        assert httpx2.get(address + "/v2/health/ready").status_code == 503
+        decoder.let.set()
+        wait_for(lambda: admission.working.used == 0)
+        assert httpx2.get(address + "/v2/health/ready").status_code == 200
+
+
 def test_a_client_whose_pictures_take_long_does_not_take_every_thread() -> None:
     decoder = Decoder()
 
@@ -451,6 +465,7 @@ def test_a_signal_ends_the_process_whatever_its_threads_do(timeout: str, signals
             assert inside.result().status_code == 504
         else:
             wait_for(lambda: "certify_queue_length 1.0" in httpx2.get(address + "/metrics").text)
+            time.sleep(0.2)  # until its body is read, too
         started.send_signal(signal.SIGTERM)
         if signals == 2:  # two at once would be one
             wait_for(lambda: httpx2.get(address + "/v2/health/ready").status_code == 503)
@@ -460,5 +475,7 @@ def test_a_signal_ends_the_process_whatever_its_threads_do(timeout: str, signals
         assert started.returncode == 1
         assert started.stderr is not None
         left = "everything that was accepted is answered" if signals == 1 else "1 requests were not answered"
-        assert f"stopped    {left}" in started.stderr.read()
+        said = started.stderr.read()
+        assert f"stopped    {left}" in said
+        assert "Traceback" not in said
         inside.exception(60)

@@ -52,7 +52,7 @@ class Ledger:
         self._progress = _Progress()
         self._entries: dict[str, Entry] = {}
         self._spent = 0
-        self._file = open_to_append(self.path)
+        self._file = open_to_append(self.path, private=True)  # replies may be confidential
         try:
             self._continue()
         except BaseException:

@@ -176,5 +176,5 @@ def write_about(folder: Path, about: Mapping[str, Any]) -> None:
     Raises:
         RunFault: it cannot be written.
     """
-    with writing(folder / ABOUT) as path, replacing(path, sync=True) as beside:
+    with writing(folder / ABOUT) as path, replacing(path, sync=True, private=True) as beside:
         beside.write_text(json.dumps(about, indent=1, allow_nan=False) + "\n", encoding="utf-8")

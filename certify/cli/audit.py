@@ -230,7 +230,7 @@ def _work(
 ) -> dict[str, Any]:
     """Ask, conclude and report, whatever ends the asking."""
     from certify.blackbox.audit_loop import Patient, drive
-    from certify.blackbox.client.credentials import public, redactor_for
+    from certify.blackbox.client.credentials import redactor_for
     from certify.blackbox.determinism import probes
     from certify.blackbox.ledger import Ledger
     from certify.blackbox.ledger_contents import ledger_header, read_ledger
@@ -238,7 +238,7 @@ def _work(
     from certify.blackbox.remote_classifier import LedgerBudgetSpent, ServiceSilent
     from certify.blackbox.results import LEDGER, SPENT, STOPPED, conclude
 
-    command, redactor = public(options.command_line()), redactor_for(wanted.credential)
+    command, redactor = options.command_line(), redactor_for(wanted.credential)
     command = command if redactor is None else redactor.text(command)
     head = ledger_header(wanted.endpoint, wanted.format, encoding=job.service.encoding)
     path = job.folder / LEDGER

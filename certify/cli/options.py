@@ -159,8 +159,10 @@ def check_radii(radii: list[float] | None, option: str = "--radii") -> None:
 
 
 def command_line() -> str:
-    """This command as it was typed, for the record."""
-    return "certify " + " ".join(shlex.quote(a) for a in sys.argv[1:])
+    """Return this command as it was typed, for the record, without passwords, queries and fragments of URLs."""
+    from certify.blackbox.client.credentials import public
+
+    return "certify " + " ".join(shlex.quote(public(word)) for word in sys.argv[1:])
 
 
 def given_by_user(name: str) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import socket
 
     import numpy as np
+    from starlette.requests import Request
 
     from certify.models.classifier import InputSpec
     from certify.serve.batching import Procedure, Service
@@ -85,7 +86,8 @@ _OF_SERVICES = (  # each is ignored on the other side, which nobody would notice
     "--allow-host",
     multiple=True,
     metavar="NAME",
-    help="Host name by which browsers reach it through a proxy; repeatable. Other pages may not ask.",
+    help="Host name by which it is reached, such as a proxy's; repeatable. Addresses, localhost and this machine's "
+    "name need none. Pages of other sites may not ask.",
 )
 @click.option("--name", help="The model's name in URLs (default: from --model).")
 @click.option(
@@ -125,11 +127,13 @@ def serve(**o: Any) -> None:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
         raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', such as resnet50")
     from certify.serve.limits import Limits
+    from certify.serve.origin_check import site_check
     from certify.serve.server import listen
 
+    check = site_check(o["allow_host"])
     limits = Limits(o["max_bytes"], o["max_pixels"], o["samples_per_request"], o["concurrency"], o["timeout"])
     with listen(o["host"], o["port"]) as listening, _classifier(o, wanted) as (smoothed, names):
-        _serve(o, name, limits, listening, smoothed, names)
+        _serve(o, name, limits, listening, check, smoothed, names)
 
 
 def _check_first(o: dict[str, Any]) -> Wanted | None:
@@ -194,6 +198,7 @@ def _serve(
     name: str,
     limits: Limits,
     listening: socket.socket,
+    check: Callable[[Request], None],
     smoothed: SmoothedClassifier,
     names: Callable[[int], str],
 ) -> None:
@@ -203,7 +208,6 @@ def _serve(
     from certify.serve.batching import Service
     from certify.serve.endpoint import Endpoint
     from certify.serve.metrics import Metrics
-    from certify.serve.origin_check import site_check
     from certify.serve.request_handler import Front
     from certify.serve.server import is_loopback, serve, url_of
 
@@ -231,10 +235,13 @@ def _serve(
     with service:
         if smoothed.execution is not None:
             show_engine(smoothed.execution, smoothed, say)
-        app = build_app(front, site_check(loopback=is_loopback(listening), names=o["allow_host"]))
-        left = serve(app, admission, listening, lambda: say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"))
-        lost = f"{left} requests were not answered" if left else "everything that was accepted is answered"
-        say(f"stopped    {lost}")
+        app = build_app(front, check)
+        serve(app, admission, listening, lambda: say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"), _stopped)
+
+
+def _stopped(unanswered: int) -> None:
+    lost = f"{unanswered} requests were not answered" if unanswered else "everything that was accepted is answered"
+    say(f"stopped    {lost}")
 
 
 def _procedure(o: dict[str, Any]) -> Procedure:

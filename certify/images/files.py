@@ -48,7 +48,7 @@ def open_zip(path: Path, folder: str = "") -> Source:
     """
     try:
         archive = zipfile.ZipFile(path)  # stays open: members are read one at a time, nothing is extracted
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         mistake = mistaken_for(head_of(path), "a zip file")
         raise UserError(f"{path} {mistake or f'is not a readable zip file ({error})'}") from None
     members, unread = list_archive(archive, str(path), folder)

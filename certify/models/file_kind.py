@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import tarfile
 import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from certify.errors import UserError
 from certify.models.placeholders import mistaken_for
@@ -19,8 +26,12 @@ _LISTED = 3  # members of an archive that a message names
 _MEMBERS = 1000  # of an archive that are looked at
 _HEADER = 100_000_000  # bytes of a safetensors header at most, as its library has it
 
+_FIELD = 2**20  # bytes that the reader of a tar archive may ask for at once: a name, not a file's content
+_MARK = slice(257, 262)  # where the first header of a tar archive says ustar
+
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _OTHERS = {b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive", b"Rar!": "a RAR archive", b"\x93NUMPY": "a NumPy array"}
+_OPENERS: dict[str, Callable[..., IO[bytes]]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 _UNPACK = {"gzip": "gunzip -k", "bzip2": "bunzip2 -k", "xz": "unxz -k", "zstd": "unzstd"}
 _OWN_CODE = "load it in a function of your own and name that: --model package.module:function"
 
@@ -84,8 +95,8 @@ def _zip_kind(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return CHECKPOINT  # cut off: its reader says how
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return CHECKPOINT  # damaged: its reader says how
     inside = {name.partition("/")[2] or name for name in names}
     if "constants.pkl" in inside and any(name.startswith("code/") for name in inside):
         return TORCHSCRIPT
@@ -109,29 +120,54 @@ def _foreign(path: Path, head: bytes) -> str:
     if what := next((what for mark, what in _OTHERS.items() if head.startswith(mark)), ""):
         return f"{what}; expected weights as torch.save or safetensors writes them"
     if packed := next((name for mark, name in _COMPRESSED.items() if head.startswith(mark)), ""):
-        if _is_tar(path):
+        if _is_compressed_tar(path, packed):
             return f"a tar archive: unpack it (tar -xf {path}) and name the file in it"
         return f"compressed by {packed}: unpack it ({_UNPACK[packed]} {path}) and name the file that comes out"
-    if head[257:262] == b"ustar":
-        with tarfile.open(path) as archive:
-            names = [member.name for member, _ in zip(archive, range(_MEMBERS), strict=False)]
-        return f"a tar archive: unpack it (tar -xf {path}) and name {_member(names)}"
+    if head[_MARK] == b"ustar":
+        return f"a tar archive: unpack it (tar -xf {path}) and name {_member(_tar_names(path))}"
     return ""
 
 
-def _is_tar(path: Path) -> bool:
-    try:
-        with tarfile.open(path):
-            return True
-    except (tarfile.TarError, OSError, EOFError, ValueError):
+def _is_compressed_tar(path: Path, packed: str) -> bool:
+    """True if the first block of a compressed file is the header of a tar archive; unpacks that block alone."""
+    if packed not in _OPENERS:
         return False
+    try:
+        with _OPENERS[packed](path, "rb") as file:
+            return bytes(file.read(512))[_MARK] == b"ustar"
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
+        return False
+
+
+class _ShortReads(io.FileIO):
+    """A file that refuses long reads: a tar archive may call a header what would fill the memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read as :class:`io.FileIO` does, at most ``_FIELD`` bytes."""
+        if size is None or not 0 <= size <= _FIELD:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def _tar_names(path: Path) -> list[str]:
+    """Return the names of the first members of a tar archive, up to where it is damaged."""
+    names: list[str] = []
+    try:
+        with _ShortReads(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member, _ in zip(archive, range(_MEMBERS), strict=False):
+                names.append(member.name)
+    except (tarfile.TarError, OSError, EOFError, ValueError):
+        pass
+    return names
 
 
 def _member(names: list[str]) -> str:
     """The files of an archive that may hold the model, in words."""
     weights = [name for name in names if name.lower().endswith(_WEIGHTS)]
     more = ", ..." if len(weights) > _LISTED else ""
-    return f"the file in it: {', '.join(weights[:_LISTED])}{more}" if weights else "the model in it (it holds none)"
+    if weights:
+        return f"the file in it: {', '.join(weights[:_LISTED])}{more}"
+    return "the model in it (it holds none)" if names else "the model in it"
 
 
 def weights_kind(path: str | Path, option: str = "--model") -> str:

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from certify.errors import UserError
 
+_SHARED, _PRIVATE = 0o666, 0o600  # file modes, before the umask
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+
 
 @contextlib.contextmanager
-def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
-    """A file beside ``path`` to write in its folder, made if need be; after the block it replaces ``path``.
+def replacing(path: str | Path, *, sync: bool = False, private: bool = False) -> Iterator[Path]:
+    """Yield an empty file in the folder of ``path``, made if need be; after the block it replaces ``path``.
 
-    Where writing fails it goes, and what was there is untouched. ``sync``: it is on the disk before it replaces.
+    If the block fails, the file is removed and ``path`` is untouched. Its name cannot be predicted and it is created
+    exclusively, so that nobody who may write to the folder can put a link in its place.
+
+    Args:
+        path: to be replaced.
+        sync: flush the file to the disk before it replaces ``path``.
+        private: let nobody but its owner read it.
 
     Raises:
         OSError: it cannot be written.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.part")
+    beside = target.with_name(f".{secrets.token_hex(8)}.part")
+    os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE if private else _SHARED))
     try:
         yield beside
         if sync:
@@ -41,20 +53,29 @@ def write_all(file: io.FileIO, line: bytes) -> None:
         line = line[file.write(line) :]
 
 
-def open_to_append(path: Path) -> io.FileIO:
-    """A file that this process alone writes to, as long as it is open; made with its folder where it is not there.
+def open_to_append(path: Path, *, private: bool = False) -> io.FileIO:
+    """Open a file, made with its folder if need be, that this process alone writes to as long as it is open.
+
+    Args:
+        path: of the file.
+        private: let nobody but its owner read a new file or a new folder, and refuse a symbolic link.
 
     Raises:
         UserError: it cannot be written, or another process is writing to it.
     """
+
+    def open_file(name: str, flags: int) -> int:
+        return os.open(name, flags | _NOFOLLOW, _PRIVATE) if private else os.open(name, flags, _SHARED)
+
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file; name another --out")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
         # unbuffered: nothing is left behind in a buffer when the disk is full
-        file = path.open("ab", buffering=0)
+        file = io.FileIO(path, "ab", opener=open_file)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another --out") from None
+        why = "it is a symbolic link" if error.errno == errno.ELOOP and path.is_symlink() else error.strerror
+        raise UserError(f"cannot write {path}: {why}; name another --out") from None
     _lock(file, path)
     return file
 

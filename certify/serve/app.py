@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -119,7 +120,11 @@ def _add_protocol(app: FastAPI, front: Front) -> None:
         def read(body: bytes) -> Asked:
             return read_request(body, request.headers.get(HEADER), service.size, service.limits)
 
-        content, headers = write_response(model, *await front.answers(request, read), front.about)
+        asked, answers = await front.answers(request, read)
+        if "votes" in asked.outputs:  # long with many classes: not on the event loop
+            content, headers = await asyncio.to_thread(write_response, model, asked, answers, front.about)
+        else:
+            content, headers = write_response(model, asked, answers, front.about)
         return Response(content, headers=headers)
 
 

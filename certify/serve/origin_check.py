@@ -1,49 +1,72 @@
-"""Which web page may ask: the server's own. Browsers carry requests of foreign pages to this machine too."""
+"""Refuse requests that a browser sends for another site's page: cross-site requests and DNS rebinding."""
 
 from __future__ import annotations
 
+import ipaddress
+import re
+import socket
 from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-from certify.blackbox.client.http import is_loopback
+from certify.errors import UserError
 from certify.serve.limits import Refused
 
 
-def site_check(*, loopback: bool, names: Collection[str] = ()) -> Callable[[Request], None]:
-    """What raises ``Refused`` on a request that a foreign page sent.
+def site_check(names: Collection[str] = ()) -> Callable[[Request], None]:
+    """Return a check that raises ``Refused`` on a request sent by another site's page.
 
-    A foreign ``Origin`` is another site's request. A foreign ``Host`` on a loopback address is another site whose name
-    was made to point to this machine (DNS rebinding): its page has the origin of this server.
+    A foreign ``Origin`` is another site's request. A page whose own host name was made to point to this server (DNS
+    rebinding) has the server's origin, but its ``Host`` is a name: so the host must be an IP address, ``localhost``,
+    this machine's own name or one of ``names``, whatever address the server listens on.
 
     Args:
-        loopback: whether only this machine can reach the server.
-        names: further host names by which browsers reach it, such as that of a proxy in front.
+        names: further host names by which browsers and clients reach the server, such as that of a proxy in front.
+
+    Raises:
+        UserError: not a host name.
     """
-    known = frozenset(name.lower() for name in names)
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise UserError(f"--allow-host {name!r}: expected a host name without scheme and port, such as api.example")
+    allowed = frozenset(name.lower() for name in names)
+    known = allowed | {"localhost", socket.gethostname().lower()} - {""}
 
     def check(request: Request) -> None:
         host = request.headers.get("host", "")
-        if loopback and not (is_loopback(name := _name("//" + host)) or name in known):
-            raise Refused(403, f"host {host[:60]!r}: expected localhost, or a name given by --allow-host", "foreign")
+        name = _host(f"//{host}")
+        if name.rstrip(".") not in known and not _is_address(name):
+            raise Refused(
+                403,
+                f"host {host[:60]!r}: expected an IP address, localhost, or a name given by --allow-host",
+                "foreign",
+            )
         origin = request.headers.get("origin")
-        if origin is not None and _place(origin) != host.lower() and _name(origin) not in known:
+        if origin is not None and _authority(origin) != host.lower() and _host(origin) not in allowed:
             raise Refused(403, f"a page of {origin[:60]!r} may not ask this server; --allow-host names more", "foreign")
 
     return check
 
 
-def _place(url: str) -> str | None:
-    """Host and port of a URL in lower case; None where it is none."""
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _authority(url: str) -> str | None:
+    """Return the host and port of a URL in lower case; None if it has none."""
     try:
         return urlsplit(url).netloc.lower() or None
     except ValueError:
         return None
 
 
-def _name(url: str) -> str:
-    """The host's name in a URL; empty where it is none."""
+def _host(url: str) -> str:
+    """Return the host of a URL in lower case; empty if it has none."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:

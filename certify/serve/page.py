@@ -24,7 +24,6 @@ HEADERS = {
         f"default-src 'none'; script-src {_hashed('script')}; style-src {_hashed('style')}; "
         "img-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
-    "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
 

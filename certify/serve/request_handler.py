@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -48,6 +50,7 @@ class Front:
         self.metrics, self.admission, self.about = metrics, admission, dict(about)
         metrics.queue.set_function(lambda: admission.inside)
         self._pool, self._readers = ThreadPoolExecutor(_READERS, "certify-read"), asyncio.Semaphore(_READERS)
+        self._stuck = 0  # readers of requests that nobody waits for any more
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def answers(self, request: Request, read: Callable[[bytes], Asked]) -> tuple[Asked, list[Answer]]:
@@ -72,14 +75,19 @@ class Front:
                     return work.result()
                 if gone.done():
                     raise Refused(499, "the client went away", "gone")
-            finally:  # what cannot be stopped goes on without anybody who waits for it, and keeps its slot
+            except asyncio.CancelledError:
+                if not admission.closed:
+                    raise
+                raise Refused(503, "the server is stopping", "stopping") from None
+            finally:  # a thread that cannot be stopped keeps its slot
                 gone.cancel()
                 work.cancel()
         raise Refused(504, f"not done within {admission.limits.timeout:g} s; ask for fewer samples", "timeout")
 
     async def _work(self, client: str, read: Callable[[], Asked]) -> tuple[Asked, list[Answer]]:
-        with self.admission.working.hold(client, self.admission.retry_after):
-            asked = await self._read(client, read)
+        with contextlib.ExitStack() as slot:
+            slot.enter_context(self.admission.working.hold(client, self.admission.retry_after))
+            asked = await self._read(client, read, slot)
             futures = [asyncio.wrap_future(future) for future in self.service.ask(asked.images, asked.wishes, client)]
             try:
                 answers = await asyncio.gather(*futures)
@@ -92,23 +100,41 @@ class Front:
                 self.metrics.abstentions.inc(answer.label < 0)
             return asked, answers
 
-    async def _read(self, client: str, read: Callable[[], Asked]) -> Asked:
-        """Read in a thread: one of an address at a time, so that addresses take turns.
+    async def _read(self, client: str, read: Callable[[], Asked], slot: contextlib.ExitStack) -> Asked:
+        """Read in a thread: one request of an address at a time, so that addresses take turns.
 
-        A thread cannot be stopped. When this is cancelled, it returns only after the thread has ended, and holds its
-        turn until then: threads do not pile up behind a body that takes long.
+        A thread cannot be stopped. If the request is cancelled meanwhile, its slot and its turn stay taken until the
+        thread has ended: threads do not pile up behind a body that takes long.
         """
-        async with self._turns.setdefault(client, asyncio.Lock()), self._readers:
-            job = asyncio.get_running_loop().run_in_executor(self._pool, read)
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as turn:
+            for lock in (self._turns.setdefault(client, asyncio.Lock()), self._readers):
+                await lock.acquire()
+                turn.callback(lock.release)
+            job = self._pool.submit(read)
             try:
-                return await asyncio.shield(job)
-            finally:
-                await asyncio.wait({job})
+                return await asyncio.wrap_future(job)
+            except asyncio.CancelledError:
+                held = slot.pop_all()
+                held.push(turn.pop_all())
+                self._stuck += 1
+
+                def free() -> None:
+                    self._stuck -= 1
+                    held.close()
+
+                def release(_: object) -> None:
+                    with contextlib.suppress(RuntimeError):  # the event loop is closed: the server has stopped
+                        loop.call_soon_threadsafe(free)
+
+                job.add_done_callback(release)
+                raise
 
     @property
     def ready(self) -> bool:
-        """Whether a request that comes now would be taken."""
-        return self.service.alive and self.service.well and not self.admission.closed
+        """True if a request that comes now would be accepted and read."""
+        service = self.service
+        return service.alive and service.well and not self.admission.closed and self._stuck < _READERS
 
 
 async def _gone(request: Request) -> None:
@@ -118,18 +144,19 @@ async def _gone(request: Request) -> None:
 
 
 class Counted:
-    """Middleware: how many requests of each route had which status, and how long they took."""
+    """Middleware: count requests and seconds by route and status; forbid browsers to guess content types."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, and look at the status that goes out."""
+        """Pass the request on, and note the status of its response."""
         start, status = time.monotonic(), [500]
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status[0] = message["status"]
+                MutableHeaders(scope=message).append("x-content-type-options", "nosniff")
             await send(message)
 
         try:

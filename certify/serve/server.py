@@ -8,6 +8,7 @@ import faulthandler
 import ipaddress
 import itertools
 import json
+import logging
 import os
 import socket
 import sys
@@ -115,6 +116,7 @@ class _Connection(H11Protocol):
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         body = json.dumps({"error": f"the request is not HTTP that can be read: {error or msg}"}).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        headers.append(("x-content-type-options", "nosniff"))
         with contextlib.suppress(h11.LocalProtocolError):  # a response has begun already
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
@@ -161,15 +163,17 @@ class _Connection(H11Protocol):
 class _Draining(uvicorn.Server):
     """Goes on answering 503 until everybody inside was answered; every request has its own time limit."""
 
-    def __init__(self, config: uvicorn.Config, admission: Admission, on_start: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, admission: Admission, on_start: Callable[[], None], on_stop: Callable[[int], None]
+    ) -> None:
         super().__init__(config)
-        self._admission, self._on_start, self._until = admission, on_start, float("inf")
-        self.unanswered = 0
+        self._admission, self._on_start, self._on_stop = admission, on_start, on_stop
+        self._until = float("inf")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End, and count who is still inside."""
+        """Close the connections and report the unanswered requests, before waiting for anything that may never end."""
         await super().shutdown(sockets)
-        self.unanswered = self._admission.inside
+        self._on_stop(self._admission.inside)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
@@ -231,12 +235,28 @@ def _open_files() -> int:
     return os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 512
 
 
+def _is_not_cancellation(record: logging.LogRecord) -> bool:
+    """False for a log record about a request that was cut off when the server stopped: it is counted instead."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
+
+
 def serve(
-    app: FastAPI, admission: Admission, listening: socket.socket, on_start: Callable[[], None] = lambda: None
-) -> int:
-    """Answer until SIGTERM or Ctrl-C, and then until nobody waits; return the number of requests left unanswered.
+    app: FastAPI,
+    admission: Admission,
+    listening: socket.socket,
+    on_start: Callable[[], None] = lambda: None,
+    on_stop: Callable[[int], None] = lambda unanswered: None,
+) -> None:
+    """Answer requests until SIGTERM or Ctrl-C, then finish the accepted ones.
 
     After a signal the process ends within the time limit of a request and some seconds, whatever its threads do.
+
+    Args:
+        app: the application.
+        admission: of the requests; closed by the first signal.
+        listening: socket to accept connections on.
+        on_start: called once the server accepts connections.
+        on_stop: called with the number of unanswered requests as soon as the last connection is closed.
     """
 
     class Connection(_Connection):
@@ -254,6 +274,5 @@ def serve(
         timeout_keep_alive=_IDLE,
         timeout_graceful_shutdown=_FLUSH,
     )
-    server = _Draining(config, admission, on_start)
-    server.run(sockets=[listening])
-    return server.unanswered
+    logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
+    _Draining(config, admission, on_start, on_stop).run(sockets=[listening])
