@@ -530,6 +530,7 @@ def test_what_is_no_audit_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_is_a_fault(copy: Path) -> None:
+    (copy / "report.html").unlink(missing_ok=True)
     (copy / "report.html").mkdir()
     with pytest.raises(RunFault, match="the audit's records are untouched"):
         write_report(copy)
