@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack, overload
 
 from certify.engine.noisy_classifier import NoisyClassifier, Target
 from certify.errors import UserError
-from certify.smoothing.certificates import check_counts
 from certify.smoothing.procedures import Certify, Decide, Measure, Predict, Procedure
+from certify.smoothing.rng import bound_draw
 from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE
 from certify.types import Certificate, Decision, Prediction
 
@@ -17,17 +18,127 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from certify.types import BaseClassifier, Noise
+
+    Image = torch.Tensor | np.ndarray
+
+
+class ModelOptions(TypedDict, total=False):
+    """Options of :func:`certify.load_classifier`."""
+
+    weights: str | Path | None
+    input_size: tuple[int, int, int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    num_classes: int | None
+    trust_code: bool
+
+
+class SmoothingOptions(TypedDict, total=False):
+    """Options of :class:`SmoothedClassifier`."""
+
+    denoiser: nn.Module | Callable[..., Any] | str | None
+    noise: Noise | str | None
+    norm: str | None
+    rounded: bool
+    device: str | torch.device
+    precision: str
+    compile: str
+    batch_size: int | None
+
+
+class _AnswerOptions(TypedDict, total=False):
+    n: int
+    alpha: float
+    seed: int
+    image_id: str | Sequence[str] | None
+    progress: Callable[[int], None] | None
+
+
+class _CertifyOptions(_AnswerOptions, total=False):
+    n0: int
+    bound: str
+    tolerance: float | None
+
+
+class _DecideOptions(_AnswerOptions, total=False):
+    radius: Required[float | Iterable[float]]
+    rule: str
+
+
+class _Options(ModelOptions, SmoothingOptions, total=False):
+    pass
+
 
 class SmoothedClassifier(NoisyClassifier):
     """The smoothed classifier g(x) = argmax_c P[f(D(x + e)) = c].
 
-    Its arguments are those of :class:`certify.engine.noisy_classifier.NoisyClassifier`; ``denoiser`` may also be a
-    name, as of ``--denoiser`` (``"auto"`` chooses among the shipped ones), or a module or function of noisy images with
-    or without the noise level: ``f(noisy)``, ``f(noisy, sigma)``.
+    Args:
+        classifier: the base classifier f: a ``torch.nn.Module`` or function from images ``(B, C, H, W)`` in [0, 1] to
+            logits ``(B, K)`` or labels ``(B,)``; a name or file as of ``--model``; or what
+            :func:`certify.load_classifier` returns. A module is copied. If it does not state its input size, it takes
+            the size of the first image.
+        sigma: standard deviation of the noise, in [0, 1] pixels; not with a ready-made ``noise``.
+        **options: those of :class:`certify.engine.noisy_classifier.NoisyClassifier` and, for a classifier that is not
+            loaded yet, of :func:`certify.load_classifier`. ``denoiser`` may be a name, as of ``--denoiser`` (``"auto"``
+            chooses among the shipped ones), or a module or function of noisy images with or without the noise level:
+            ``f(noisy)``, ``f(noisy, sigma)``.
+
+    Raises:
+        UserError: sigma not positive, unknown names, a classifier or denoiser that cannot be used.
     """
 
+    def __init__(
+        self,
+        classifier: BaseClassifier | nn.Module | Callable[..., Any] | str,
+        sigma: float | None = None,
+        **options: Unpack[_Options],
+    ) -> None:
+        self._model_options = {name: options.pop(name) for name in ModelOptions.__annotations__ if name in options}  # type: ignore[misc]
+        self._waiting: tuple[Any, Any] | None = None
+        super().__init__(classifier, sigma, **options)  # type: ignore[arg-type,misc]
+
+    def _attach(self, classifier: Any, denoiser: Any) -> None:
+        """Load the classifier; one without an input size, at the first image."""
+        from certify.models.classifier import load_classifier
+        from certify.types import BaseClassifier
+
+        options = self._model_options
+        if isinstance(classifier, BaseClassifier):
+            if options:
+                raise UserError(f"{min(options)} with a loaded classifier: expected it in load_classifier")
+        elif isinstance(classifier, str) or "input_size" in options or hasattr(classifier, "input_size"):
+            classifier = load_classifier(classifier, **options)
+        else:
+            self._waiting = classifier, denoiser
+            return
+        super()._attach(classifier, denoiser)
+
+    def adapt_to(self, size: tuple[int, int, int]) -> None:
+        """Take images ``(C, H, W)`` of this size from now on, if the classifier does not state its input size."""
+        if self._waiting is not None:
+            from certify.models.classifier import load_classifier
+
+            classifier, denoiser = self._waiting
+            super()._attach(load_classifier(classifier, **{**self._model_options, "input_size": size}), denoiser)
+            self._waiting = None
+
+    def check(self, image: Image) -> torch.Tensor:
+        """Return the image as it is certified, as :meth:`NoisyClassifier.check`."""
+        if self._waiting is not None:
+            from certify.images.dataset import as_image
+
+            channels, height, width = as_image(image, None).shape
+            self.adapt_to((channels, height, width))
+        return super().check(image)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("classifier", "base") and self.__dict__.get("_waiting"):
+            raise UserError("the classifier does not state its input size: certify an image first, or pass input_size")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _find_denoiser(self, denoiser: Any) -> nn.Module | None:
-        """A module for the name, function or module that ``denoiser=`` was given."""
+        """Return the module that ``denoiser=`` means."""
         if denoiser is None or denoiser == "none":
             return None
         from denoisers import load_denoiser
@@ -47,70 +158,86 @@ class SmoothedClassifier(NoisyClassifier):
             classifier=identity() if callable(identity) else None,
         )
 
+    @overload
+    def certify(self, image: Image, **how: Unpack[_CertifyOptions]) -> Certificate: ...
+
+    @overload
+    def certify(self, image: Sequence[Image], **how: Unpack[_CertifyOptions]) -> list[Certificate]: ...
+
     def certify(
         self,
-        image: torch.Tensor | np.ndarray,
+        image: Image | Sequence[Image],
         *,
         n0: int = 100,
         n: int = 100_000,
         alpha: float = 0.001,
-        seed: int = 0,
         bound: str = "clopper-pearson",
         tolerance: float | None = None,
-        image_id: str | None = None,
+        seed: int = 0,
+        image_id: str | Sequence[str] | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> Certificate:
-        """Certify one image: with probability at least 1 - alpha the result is an abstention or holds.
+    ) -> Certificate | list[Certificate]:
+        """Certify one image, or each image of a batch.
+
+        For each image, with probability at least 1 - alpha over the noise draws, the result is an abstention or holds
+        (CERTIFY of Cohen, Rosenfeld and Kolter 2019).
 
         Args:
-            image: ``(C, H, W)``, float in [0, 1] or uint8, already at the classifier's input size.
+            image: ``(C, H, W)``, float in [0, 1] or uint8, at the classifier's input size; a batch ``(N, C, H, W)`` or
+                a sequence of images gives a list of certificates.
             n0: selection samples.
-            n: estimation samples, fresh ones; at most, with a tolerance.
-            alpha: probability of error for this image.
-            seed: of the run; with ``image_id`` it fixes all noise. The default is public: whoever knows the seed can
-                craft an image against its noise, so where images may come from an adversary it must be secret.
+            n: estimation samples, fresh ones; at most so many with a tolerance.
+            alpha: failure probability per image.
             bound: name of a bound (``certify list bounds``).
-            tolerance: stop once the radius is at least 1 - tolerance of what it can still become. The bound is then
-                ``betting``, which holds whenever one stops, and no selection samples are drawn.
-            image_id: names the noise stream; default: a hash of the image.
+            tolerance: stop once the radius is at least 1 - tolerance of the largest that is still possible. The bound
+                is then ``betting``, which is anytime-valid, and no selection samples are drawn.
+            seed: with ``image_id`` it fixes all noise. The default is public: whoever knows the seed can craft an image
+                against its noise, so it must be secret where images may come from an adversary.
+            image_id: names the noise stream, one for each image of a batch; default: a hash of the image.
             progress: called with the number of samples done since the last call.
 
         Raises:
             UserError: an image of the wrong shape, type or range; counts below 1; alpha outside (0, 1).
         """
-        check_counts(n, n0, alpha)
-        procedure: Procedure = Certify(n0, n, alpha, bound)
-        if tolerance is not None:
-            if bound not in ("clopper-pearson", Measure.bound):
-                raise UserError(
-                    f"bound {bound!r} with a tolerance: expected {Measure.bound}, which holds whenever one stops"
-                )
+        procedure: Procedure
+        if tolerance is None:
+            procedure = Certify(n0, n, alpha, bound)
+        elif bound in ("clopper-pearson", Measure.bound):
             procedure = Measure(tolerance, n, alpha)
-        certificate: Certificate = self._answer(procedure, image, seed, image_id, progress)
-        return certificate
+        else:
+            raise UserError(f"bound {bound!r} with a tolerance: expected {Measure.bound}, which is anytime-valid")
+        certificates: Certificate | list[Certificate] = self._answer(procedure, image, seed, image_id, progress)
+        return certificates
+
+    @overload
+    def decide(self, image: Image, **how: Unpack[_DecideOptions]) -> Decision: ...
+
+    @overload
+    def decide(self, image: Sequence[Image], **how: Unpack[_DecideOptions]) -> list[Decision]: ...
 
     def decide(
         self,
-        image: torch.Tensor | np.ndarray,
+        image: Image | Sequence[Image],
         *,
         radius: float | Iterable[float],
-        alpha: float = 0.001,
         n: int = DEFAULT_CAP,
+        alpha: float = 0.001,
         rule: str = DEFAULT_RULE,
         seed: int = 0,
-        image_id: str | None = None,
+        image_id: str | Sequence[str] | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> Decision:
-        """Whether the smoothed classifier is certifiably robust at a radius, with as few samples as that takes.
+    ) -> Decision | list[Decision]:
+        """Decide whether the smoothed classifier is certifiably robust at given radii, with as few samples as possible.
 
-        With probability at least 1 - alpha all of the decision is true. No selection samples are needed.
+        For each image, with probability at least 1 - alpha, all of its decision is true. No selection samples are
+        needed.
 
         Args:
             image: as for :meth:`certify`.
             radius: one or several, in [0, 1] pixels and this classifier's norm.
-            alpha: probability that any part of the decision is wrong, at most.
-            n: the most samples (20,000 unless given); at n an image stays undecided.
-            rule: name of a stopping rule (``certify list rules``); ``one-sided`` unless given.
+            n: the most samples; at n an image stays undecided.
+            alpha: failure probability per image, over all radii.
+            rule: name of a stopping rule (``certify list rules``).
             seed: as for :meth:`certify`.
             image_id: as for :meth:`certify`.
             progress: as for :meth:`certify`.
@@ -118,50 +245,64 @@ class SmoothedClassifier(NoisyClassifier):
         Raises:
             UserError: as for :meth:`certify`; a radius that this noise cannot certify.
         """
-        decision: Decision = self._answer(Decide(radius, n, alpha, rule), image, seed, image_id, progress)  # type: ignore[arg-type]
-        return decision
+        procedure = Decide(radius, n, alpha, rule)  # type: ignore[arg-type]
+        decisions: Decision | list[Decision] = self._answer(procedure, image, seed, image_id, progress)
+        return decisions
+
+    @overload
+    def predict(self, image: Image, **how: Unpack[_AnswerOptions]) -> Prediction: ...
+
+    @overload
+    def predict(self, image: Sequence[Image], **how: Unpack[_AnswerOptions]) -> list[Prediction]: ...
 
     def predict(
         self,
-        image: torch.Tensor | np.ndarray,
+        image: Image | Sequence[Image],
         *,
         n: int = 100_000,
         alpha: float = 0.001,
         seed: int = 0,
-        image_id: str | None = None,
+        image_id: str | Sequence[str] | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> Prediction:
-        """The smoothed classifier's class, or an abstention; wrong with probability at most alpha.
+    ) -> Prediction | list[Prediction]:
+        """Predict the smoothed classifier's class, or abstain; wrong with probability at most alpha per image.
 
-        Arguments as in :meth:`certify`.
+        Arguments and errors as for :meth:`certify`.
         """
-        prediction: Prediction = self._answer(Predict(n, alpha), image, seed, image_id, progress)
-        return prediction
+        predictions: Prediction | list[Prediction] = self._answer(Predict(n, alpha), image, seed, image_id, progress)
+        return predictions
 
     def _answer(
         self,
         procedure: Procedure,
-        image: torch.Tensor | np.ndarray,
+        image: Image | Sequence[Image],
         seed: int,
-        image_id: str | None,
+        image_id: str | Sequence[str] | None,
         progress: Callable[[int], None] | None,
     ) -> Any:
-        """Return the procedure's answer about one image."""
-        target = Target(image, image_id)
+        """Return the procedure's answer about one image, or a list of answers about several, which share batches."""
+        several = isinstance(image, list | tuple) or getattr(image, "ndim", 3) == 4
+        images: list[Image] = list(image) if several else [image]  # type: ignore[list-item]
+        names = list(image_id) if several and isinstance(image_id, list | tuple) else [image_id] * len(images)
+        named_alike = several and isinstance(image_id, str)
+        if named_alike or len(names) != len(images) or not all(isinstance(n, str | None) for n in names):
+            raise UserError(f"image_id {image_id!r}: expected {'a string for each image' if several else 'one string'}")
+        targets = [Target(*pair, tag=place) for place, pair in enumerate(zip(images, names, strict=True))]  # type: ignore[arg-type]
+        answers: list[Any] = [None] * len(images)
         if procedure.sequential:
             (stage,) = procedure.stages
-            (settled,) = self.sample_until_settled(
-                [target], lambda noise: procedure.tests(self.num_classes, noise, 0)[stage], seed=seed, progress=progress
-            )
-            return settled.test.result()
-        ((_, tallies),) = self.sample([target], procedure.stages, seed=seed, progress=progress)
-        tensor = self.check(image)
-        from certify.smoothing.rng import bound_draw
+            for settled in self.sample_until_settled(
+                targets, lambda noise: procedure.tests(self.num_classes, noise, 0)[stage], seed=seed, progress=progress
+            ):
+                answers[settled.tag.tag] = settled.test.result()
+        else:
+            for target, tallies in self.sample(targets, procedure.stages, seed=seed, progress=progress):
+                tensor = self.check(target.image)
+                uniform = bound_draw(seed, target.noise_name(tensor))
+                votes = {stage: tally.votes for stage, tally in tallies.items()}
+                answers[target.tag] = procedure.answer(votes, self.stated(tensor.numel()), uniform)
+        return answers if several else answers[0]
 
-        uniform = bound_draw(seed, target.noise_name(tensor))
-        votes = {stage: tally.votes for stage, tally in tallies.items()}
-        return procedure.answer(votes, self.stated(tensor.numel()), uniform)
-
-    def base_label(self, image: torch.Tensor | np.ndarray) -> int:
-        """The base classifier's own label of one image without noise."""
+    def base_label(self, image: Image) -> int:
+        """Return the base classifier's own label of one image without noise."""
         return self.base_labels([image])[0]

@@ -149,23 +149,14 @@ def denoiser_for(
 
 
 def device_from(wanted: str) -> str:
-    """The device of this name, or an accelerator for ``auto``.
+    """Return the device of this name, or an accelerator for ``auto``.
 
     Raises:
         UserError: this machine has no such device.
     """
-    import torch
+    from certify.engine.hardware import find_device
 
-    accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    accelerators += ["mps"] if torch.backends.mps.is_available() else []
-    if wanted == "auto":
-        return accelerators[0] if accelerators else "cpu"
-    known = ["cpu", *accelerators, *(["cuda"] if torch.cuda.is_available() else [])]
-    if wanted not in known:
-        raise UserError(
-            f"--device {wanted!r} does not exist on this machine; expected auto or one of {', '.join(known)}"
-        )
-    return wanted
+    return str(find_device(wanted))
 
 
 def without_data(o: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import time
 import torch
 
 from certify.engine.execution import PRECISIONS
+from certify.errors import UserError
 
 _LONG_ENOUGH = 0.5  # seconds for one matrix product again and again
 
@@ -29,6 +30,24 @@ def machine_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}"
     return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """Return this device of this machine; an accelerator, if there is one, for ``"auto"``.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    accelerators += ["mps"] if torch.backends.mps.is_available() else []
+    if str(device) == "auto":
+        return torch.device(accelerators[0] if accelerators else "cpu")
+    known = ["cpu", *accelerators, *(["cuda"] if torch.cuda.is_available() else [])]
+    if str(device) not in known:
+        raise UserError(
+            f"device {str(device)!r} does not exist on this machine; expected auto or one of {', '.join(known)}"
+        )
+    return torch.device(device)
 
 
 def product_speed(precision: str, device: torch.device) -> float:

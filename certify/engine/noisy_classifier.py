@@ -60,7 +60,7 @@ class NoisyClassifier:
             a ready-made one.
         norm: of the radii: ``l1``, ``l2`` or ``linf``, implied by the noise's own, which is the default.
         rounded: with noise ``exact``, round images to the 8-bit grid instead of refusing others.
-        device: where to compute, such as ``"cpu"`` or ``"cuda"``.
+        device: where to compute, such as ``"cpu"`` or ``"cuda"``; ``"auto"`` is an accelerator, if there is one.
         precision: of the arithmetic behind the noise: ``float32``, ``bfloat16``, ``float16``, or ``auto``.
         compile: ``on``, ``off``, or ``auto``.
         batch_size: samples a forward pass; None chooses. It changes no noise.
@@ -88,8 +88,8 @@ class NoisyClassifier:
     ) -> None:
         import torch
 
+        from certify.engine.hardware import find_device
         from certify.engine.tuning import Wanted
-        from certify.models.pipeline import Pipeline
 
         named = noise is None or isinstance(noise, str)
         if (sigma is not None) != named:
@@ -98,30 +98,28 @@ class NoisyClassifier:
             raise UserError(
                 "rounded belongs to noise 'exact' by name; a ready-made noise says for itself whether it rounds"
             )
-        if not isinstance(getattr(classifier, "num_classes", None), int):
-            raise UserError(
-                f"{type(classifier).__name__} does not say how many classes it has; expected a base classifier: "
-                "load_classifier(NAME), or load_classifier(module or function, input_size=(C, H, W))"
-            )
         self.noise: Noise = (
             make_noise(str(noise or "gaussian"), sigma, rounded=rounded) if named else noise  # type: ignore[arg-type,assignment]
         )
         self.norm = norm or self.noise.norm
         implied_factor(self.noise.norm, self.norm, 1)  # refuses an unknown norm
-        try:
-            self.device = torch.device(device)
-        except RuntimeError:
-            raise UserError(f"device = {device!r}: expected one that torch knows, such as 'cpu' or 'cuda'") from None
+        self.device = find_device(device)
         if self.device.type == "cuda":  # float32 means float32: convolutions would run in TF32 by default
             torch.backends.cudnn.allow_tf32 = False
-        self.classifier = classifier
-        self.base = Pipeline(classifier, self._find_denoiser(denoiser), self.noise.scale).to(self.device)
-        self.base.eval()
         self._unmet = {"local", "queries"}  # parts of the contract that were not checked on an image yet
         self.wanted = Wanted(precision, compile, batch_size)
         self.execution: Execution | None = None
-        self._run: BaseClassifier = self.base
         self._batch_sizes: dict[torch.Size, int] = {}  # by image shape, where the noise needs one shape of batches
+        self._attach(classifier, denoiser)
+
+    def _attach(self, classifier: BaseClassifier, denoiser: Any) -> None:
+        """Compose denoiser and classifier, on the device and in evaluation mode."""
+        from certify.models.pipeline import Pipeline
+
+        self.classifier = classifier
+        self.base = Pipeline(classifier, self._find_denoiser(denoiser), self.noise.scale).to(self.device)
+        self.base.eval()
+        self._run: BaseClassifier = self.base
 
     def _find_denoiser(self, denoiser: Any) -> nn.Module | None:
         """The module that ``denoiser=`` means: here a module already."""
@@ -148,11 +146,12 @@ class NoisyClassifier:
         """
         from certify.engine import contract
 
+        tensor = self.check(image)
         contract.refuse_training_mode(self.base.denoiser, self.classifier)
         paid = queries and getattr(self.classifier, "one_by_one", False)
         todo = {"local", "queries"} if again else self._unmet
         if "local" in todo or (paid and "queries" in todo):
-            there = self.check(image).to(self.device)
+            there = tensor.to(self.device)
             contract.check_contract(self.classifier, self.base.denoiser, self.noise, there, queries=paid)
             self._unmet -= {"local", "queries"} if paid else {"local"}
 

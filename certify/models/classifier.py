@@ -308,6 +308,8 @@ def load_classifier(
         from certify.models.external import spec_of_object
 
         name, spec = spec_of_object(model, weights, num_classes)
+        if input_size is not None and input_size[1] != input_size[2]:  # of tensors, which nobody resizes
+            spec, input_size = replace(spec, input=replace(spec.input, size=input_size, transform=None)), None
     if mean is not None and spec.eight_bits:
         raise UserError(f"{name} takes 8-bit pixels and normalises them itself; drop --mean and --std")
     spec = replace(spec, input=_override_input(spec.input, input_size, mean, std))
