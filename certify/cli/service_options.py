@@ -25,7 +25,7 @@ protocol_options = options.together(
         "--protocol-option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the protocol; repeatable."
     ),
     click.option("--encoding", default="png", help="Encoding of pictures: png, jpeg or jpegQ, such as jpeg90."),
-    click.option("--sdk", is_flag=True, hidden=True),  # of earlier versions; the message says what to use
+    click.option("--sdk", is_flag=True, hidden=True, help="Removed; the error names the HTTP protocol to use."),
     click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the service's key."),
     click.option(
         "--auth-header",
