@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 
-def first_line(error: BaseException, longest: int = 140) -> str:
-    """The first line of an error's text (of a traceback of TorchScript's the last one), or its kind without one."""
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """Return the first line of an error's text (the last one of a TorchScript traceback), or the name of its type."""
     if "Traceback of TorchScript" in str(error):
         return last_line(error, longest)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest]
+    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], longest)
 
 
-def last_line(error: BaseException, longest: int = 140) -> str:
-    """The last line of an error's text, where runtimes that print a traceback of their own name the cause."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:longest]
+def last_line(error: BaseException, longest: int = 200) -> str:
+    """Return the last line of an error's text, which names the cause where a runtime prints its own traceback."""
+    return shorten((str(error).strip().splitlines() or [type(error).__name__])[-1].strip(), longest)
+
+
+def shorten(text: str, longest: int) -> str:
+    """Cut a long text in the middle: it begins with what failed and often ends with why."""
+    if len(text) <= longest:
+        return text
+    start = longest // 3
+    return f"{text[:start]} ... {text[len(text) - (longest - start - 5) :]}"
 
 
 def in_words(error: BaseException) -> str:

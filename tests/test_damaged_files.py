@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,22 @@ WRONG: list[tuple[str, int, str, str]] = [
         "FILE has a damaged header: 'format' is not an object; put back a copy of it, or name another --out",
     ),
 ]
+
+
+@pytest.mark.parametrize("command", ["table FILE", "plot FILE", "recompute FILE --alpha 0.01 --out OUT.jsonl"])
+def test_two_runs_in_one_file_are_told_apart(command: str, sound: Path, tmp_path: Path) -> None:
+    path, content = tmp_path / "two.jsonl", (sound / "certify.jsonl").read_text()
+    path.write_text(2 * content)
+    lines = content.count("\n")
+    code, (line,) = outcome(command, tmp_path, FILE=str(path))
+    assert (code, line) == (
+        2,
+        f"certify: {path} holds several runs: line {lines + 1} is another header; put each run in a file of its own "
+        f"(head -n {lines} {path} > first.jsonl; tail -n +{lines + 1} {path} > second.jsonl); `certify merge` joins "
+        "shards",
+    )
+    subprocess.run(line.partition("own (")[2].partition(")")[0], shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "first.jsonl").read_text() == (tmp_path / "second.jsonl").read_text() == content
 
 
 @pytest.mark.parametrize(("name", "line", "change", "says"), WRONG, ids=[f"{w[0]} {w[2]:.20}" for w in WRONG])

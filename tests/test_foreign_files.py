@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 import tarfile
+import time
 import tracemalloc
 import warnings
 import zipfile
@@ -21,7 +22,7 @@ import torch
 from command import run
 from torch import Tensor, nn
 
-from certify import UserError, load_classifier, read_run
+from certify import UserError, load_classifier, load_images, read_run
 from certify.errors import CertifyWarning
 from certify.images.files import open_zip
 from certify.models.cifar_resnet import CifarResNet
@@ -132,6 +133,49 @@ def test_onnx_of_other_numbers_names_them(capsys: Capture) -> None:
     assert error(capsys, RUN + "--model m.onnx") == (
         "certify: m.onnx takes tensor(int64); expected images in floating point or uint8"
     )
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.bin", "model"])
+def test_onnx_is_recognised_by_its_content(name: str, capsys: Capture) -> None:
+    weight = write_onnx("m.onnx")
+    Path("m.onnx").rename(name)
+    run(*(RUN + f"--model ./{name}").split())
+    x = torch.rand(5, 1, 8, 8)
+    assert torch.allclose(load_classifier(f"./{name}").logits(x), x.flatten(1) @ torch.from_numpy(weight), atol=1e-4)
+    assert error(capsys, RUN + f"--model digits --weights {name}") == (
+        f"certify: {name} is ONNX, a whole model, not weights alone: write --model {name}"
+    )
+
+
+def test_other_protobuf_files_are_not_mistaken_for_onnx(capsys: Capture) -> None:
+    Path("saved_model.pb").write_bytes(b"\x08\x01\x12\x04abcd")  # as TensorFlow writes it: version, meta graphs
+    assert error(capsys, RUN + "--model saved_model.pb").startswith(
+        "certify: saved_model.pb is neither TorchScript nor"
+    )
+
+
+@pytest.mark.parametrize(
+    ("node", "cause"),
+    [
+        ("MyVeryOwnOperator", "No Op registered for MyVeryOwnOperator with domain_version of 17)"),
+        ("MatMul", "has input size 1 not in range [min=2, max=2])"),
+    ],
+)
+def test_the_cause_that_onnx_runtime_names_is_quoted(node: str, cause: str, capsys: Capture) -> None:
+    pytest.importorskip("onnx")
+    from onnx import helper
+
+    tensors = [
+        helper.make_tensor_value_info(name, 1, shape) for name, shape in (("x", ["n", 1, 8, 8]), ("y", ["n", 9]))
+    ]
+    graph = helper.make_graph([helper.make_node(node, ["x"], ["y"])], "g", tensors[:1], tensors[1:])
+    folder = Path("a/folder/with/a/path/that/is/longer/than/anybody/needs/to/read/in/a/message")
+    folder.mkdir(parents=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    line = error(capsys, RUN + f"--model {folder}/m.onnx")
+    assert line.startswith(f"certify: {folder}/m.onnx is not a usable ONNX file (This is an invalid model. In Node, ")
+    assert line.endswith(cause)
 
 
 def test_the_output_of_an_onnx_graph_is_chosen_by_the_number_of_classes_or_by_name(capsys: Capture) -> None:
@@ -257,7 +301,15 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "weights": (lambda: {"weights": resnet(), "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, ""),
     "any key": (lambda: {"my_resnet": resnet()}, ""),
     "two keys": (lambda: {"ema": {"module": resnet(), "updates": 7}}, ""),
+    "three keys": (lambda: {"trainer": {"best": {"network": resnet(), "epoch": 3}}}, ""),
+    "five keys": (lambda: {"a": {"b": {"c": {"d": {"weights": named("module.", resnet())}}}}}, "module."),
+    "itself": (lambda: holds_itself({"trainer": {"state_dict": resnet()}}), ""),
 }
+
+
+def holds_itself(mapping: dict[str, Any]) -> dict[str, Any]:
+    mapping["self"] = mapping
+    return mapping
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
@@ -284,6 +336,17 @@ def test_a_choice_among_several_sets_is_said_and_left_to_the_user(key: str, caps
     assert torch.equal(chosen.net.state_dict()["linear.bias"], other()["linear.bias"])
     assert chosen.weights == f"c.pth::{key} (without module. in its names)"
     assert error(capsys, WEIGHTS + "c.pth::emma") == f"certify: c.pth has no part 'emma'; it has state_dict, {key}"
+
+
+def test_a_usual_key_is_chosen_below_others(capsys: Capture) -> None:
+    torch.save({"trainer": {"old": {"teacher": other()}, "best": {"model": resnet()}}}, "c.pth")
+    line = warning(capsys, WEIGHTS + "c.pth")
+    assert line == (
+        "warning: c.pth holds several sets of weights: trainer.best.model is used, not trainer.old.teacher; "
+        "write c.pth::trainer.old.teacher for another"
+    )
+    chosen = load_classifier("cifar_resnet20", weights=line.partition("write ")[2].split()[0])
+    assert torch.equal(chosen.net.state_dict()["linear.bias"], other()["linear.bias"])
 
 
 def test_two_networks_in_one_state_dict_are_named(capsys: Capture) -> None:
@@ -545,6 +608,30 @@ def test_a_folder_of_the_hub_says_size_mean_std_and_classes(named_as: str, capsy
     assert [names[0] for names in classifier.class_names][:2] == ["zero", "one"]
 
 
+@pytest.mark.parametrize("architecture", ["test_resnet", "resnet50"])
+def test_settings_that_the_user_gives_are_not_warned_of(architecture: str, capsys: Capture) -> None:
+    hub_folder("mine")
+    config = json.loads(Path("mine/config.json").read_text())
+    Path("mine/config.json").write_text(json.dumps({**config, "architecture": architecture}))
+    command = RUN + "--model test_resnet --num-classes 10 --weights mine"
+    run(*(command + " --input-size 3x32x32 --mean 0.5 --std 0.5").split())
+    assert capsys.readouterr().err == ""
+    Path("r.jsonl").unlink()
+    said = warning(capsys, command + " --mean 0.5 --std 0.5")
+    if architecture == "test_resnet":
+        assert said == "warning: size is that of mine/config.json beside the weights; --input-size replaces it"
+    else:
+        assert said.endswith("describes resnet50, not test_resnet: its size is not used")
+    Path("r.jsonl").unlink()
+    said = warning(capsys, command + " --input-size 3x32x32")
+    if architecture == "test_resnet":
+        assert said == (
+            "warning: mean and std are those of mine/config.json beside the weights; --mean and --std replace them"
+        )
+    else:
+        assert said.endswith("describes resnet50, not test_resnet: its mean and std are not used")
+
+
 def test_a_configuration_of_another_architecture_is_not_used_in_silence(capsys: Capture) -> None:
     state = hub_folder("mine")
     config = json.loads(Path("mine/config.json").read_text())
@@ -644,6 +731,30 @@ def test_other_channels_than_grey_and_colour(name: str, channels: int, capsys: C
         run(*(command + file).split())
         images[file] = [row["image"] for row in read_run("r.jsonl").images]
     assert images["first.npz"] == images["last.npz"]
+
+
+def test_arrays_of_many_channels_are_brought_to_the_classifiers_size(capsys: Capture) -> None:
+    """8-bit arrays of other channels than pictures have are resized like floating-point ones, channel by channel."""
+    Path("many_channels.py").write_text(CHANNELS)
+    sys.modules.pop("many_channels", None)
+    x = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16), dtype=np.uint8)
+    for name, channels in (("five", 5), ("four", 4), ("two", 2)):
+        np.savez("bytes.npz", x=x[:, :channels])
+        np.savez("floats.npz", x=(x[:, :channels] / 255).astype(np.float32))
+        classifier = load_classifier(f"many_channels:{name}")
+        seen = [load_images(file, classifier).load(1) for file in ("bytes.npz", "floats.npz")]
+        assert torch.allclose(*seen, atol=1e-6)
+        assert seen[0].shape == (channels, 8, 8)
+
+
+def test_arrays_of_other_channels_are_refused_before_they_are_read(capsys: Capture) -> None:
+    np.savez_compressed("x.npz", x=np.zeros((8, 4096, 64, 64), np.uint8))
+    began = time.monotonic()
+    assert error(capsys, RUN.replace("--data digits", "--data x.npz") + "--model digits") == (
+        "certify: the classifier takes 1 channel and x.npz holds arrays of 4096 channels; "
+        "pass arrays: --data FILE.npz, with x of shape (N, 1, 8, 8)"
+    )
+    assert time.monotonic() - began < 2
 
 
 def test_a_stream_is_not_mistaken() -> None:

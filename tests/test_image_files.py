@@ -64,7 +64,7 @@ def test_damaged_pixels_are_still_refused(tmp_path: Path, digits: Classifier) ->
     header, pixels = bytearray(encoded()), bytearray(encoded())
     header[30] ^= 1  # its checksum
     pixels[45] ^= 255  # compressed
-    for content, why in ((header, "is not an image"), (pixels, "is damaged")):
+    for content, why in ((header, "is damaged: a PNG image whose header"), (pixels, "is damaged")):
         (tmp_path / "x.png").write_bytes(content)
         with pytest.raises(ImageError, match=why):
             load_images(str(tmp_path / "x.png"), digits).load(0)

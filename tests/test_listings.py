@@ -10,6 +10,7 @@ import shlex
 import shutil
 import struct
 import subprocess
+import tarfile
 import tempfile
 import warnings
 import zipfile
@@ -27,6 +28,7 @@ from certify.errors import ImageError, UserError
 from certify.models.classifier import Classifier
 
 D = "--model digits --sigma 0.25 --n 100 --n0 10 --out x.jsonl "
+KINDS = "an image, a zip file or an .npz file"
 Capture = pytest.CaptureFixture[str]
 
 
@@ -244,6 +246,55 @@ def test_pages_and_pointers_named_as_data(content: bytes, what: str, capfd: Capt
     for name, expected in {"x.zip": "a zip file", "x.npz": "an .npz file"}.items():
         Path(name).write_bytes(content)
         assert refused(capfd, D + f"--data {name}").startswith(f"certify: {name} is {what}, not {expected}")
+
+
+@pytest.mark.parametrize("name", ["mine.zip", "mine.npz", "mine.tgz", "mine"])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_archive_under_any_name_says_how_to_unpack_it(name: str, mode: str, capfd: Capture) -> None:
+    lay_out("d/1/a.png", "d/2/b.png")
+    with tarfile.open(name, mode) as out:
+        out.add("d", ".")
+    if not Path(name).suffix:
+        assert "is a tar archive, not an image, a zip file or an .npz file" in refused(capfd, D + f"--data ./{name}")
+        return
+    line = refused(capfd, D + f"--data {name}")
+    assert line.startswith(f"certify: {name} is a tar archive, not a")
+    subprocess.run(line.partition("name the folder: ")[2], shell=True, check=True)
+    run(*(D + "--data mine --quiet").split())
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"7z\xbc\xaf\x27\x1c" + bytes(99), "a 7-Zip archive"),
+        (b"Rar!\x1a\x07\x01\x00" + bytes(99), "a RAR archive"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
+        (b"\xfd7zXZ\0" + bytes(99), "compressed by xz"),
+        (b"\x80\x04}q\0.", "a Python pickle"),
+    ],
+)
+def test_other_content_under_the_names_of_archives(content: bytes, what: str, capfd: Capture) -> None:
+    for name, expected in {"x.zip": "a zip file", "x.npz": "an .npz file"}.items():
+        Path(name).write_bytes(content)
+        assert refused(capfd, D + f"--data {name}").startswith(f"certify: {name} is {what}, not {expected}")
+
+
+def test_one_array_is_no_npz(capfd: Capture) -> None:
+    np.save("x.npy", np.zeros((2, 8, 8), np.uint8))
+    advice = "save images and labels with numpy.savez(FILE, x=images, y=labels)"
+    assert refused(capfd, D + "--data x.npy").endswith(f"x.npy is a NumPy array, not {KINDS}; {advice}")
+    Path("x.npy").rename("x.npz")
+    assert refused(capfd, D + "--data x.npz").endswith(f"x.npz is a NumPy array, not an .npz file; {advice}")
+
+
+def test_pictures_in_formats_that_are_not_read_are_named(capfd: Capture) -> None:
+    for content, what in (
+        (b"\0\0\0\x18ftypheic" + bytes(99), "a HEIC image"),
+        (b"%PDF-1.7" + bytes(99), "a PDF document"),
+    ):
+        Path("a.jpg").write_bytes(content)
+        line = refused(capfd, D.replace("x.jsonl", f"{what[-3:]}.jsonl") + "--data a.jpg --strict --quiet")
+        assert line.startswith(f"certify: image a.jpg is {what}, which is not read (")
 
 
 # Where it is said

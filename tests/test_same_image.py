@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from command import rows_without_seconds, run
 
-from certify import SmoothedClassifier
+from certify import SmoothedClassifier, UserError
 from certify.models.classifier import Classifier
 from certify.smoothing.noise import NOISES
 
@@ -80,6 +81,19 @@ def test_digests_of_a_run_agree(tmp_path: Path) -> None:
         first, second = rows_without_seconds(out)
         assert first["image"] == second["image"] == digest
         assert first["base"] == second["base"]
+
+
+def test_a_radius_of_negative_zero_is_zero(digits: Classifier) -> None:
+    decision = SmoothedClassifier(digits, sigma=0.25).decide(DARK, radius=-0.0, n=100)
+    assert str(decision.radii) == "(0.0,)"
+
+
+@pytest.mark.parametrize("image_id", [5, b"5", 5.0, Path("a.png")])
+@pytest.mark.parametrize("ask", ["certify", "decide", "predict"])
+def test_an_id_that_is_no_text_is_refused(ask: str, image_id: Any, digits: Classifier) -> None:
+    g = SmoothedClassifier(digits, sigma=0.25)
+    with pytest.raises(UserError, match=f"image_id = .*: expected text, such as {re.escape(repr(str(image_id)))}$"):
+        getattr(g, ask)(DARK, n=100, image_id=image_id, **({"radius": 0.1} if ask == "decide" else {}))
 
 
 def test_noise_of_images_without_negative_zeros_is_what_it_was(digits: Classifier) -> None:

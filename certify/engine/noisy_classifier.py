@@ -44,6 +44,10 @@ class Target:
     name: str | None = None
     tag: Any = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str | None):
+            raise UserError(f"image_id = {self.name!r}: expected text, such as {str(self.name)!r}")
+
     def noise_name(self, tensor: torch.Tensor) -> str:
         """Return the name of its noise, given the image as it is certified."""
         return noise_name(tensor) if self.name is None else self.name

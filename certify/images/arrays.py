@@ -18,7 +18,7 @@ import numpy as np
 
 from certify.errors import ImageError, UserError, first_line
 from certify.images.items import Item, Source, Unread
-from certify.models.placeholders import mistaken_for
+from certify.models.placeholders import describe_other_kind
 
 MAX_UNPACKED = 16 * 2**30
 """Bytes of a compressed array."""
@@ -88,7 +88,8 @@ def indexed(
     """A source over images in memory, with the class name of each, or None."""
     ids = range(len(images)) if ids is None else ids
     items = Items(images, ids, None if names is None else names.__getitem__)
-    return ArraySource(name, items, classes, None if names is None else tuple(sorted(set(names))), ids=ids)
+    of_items = None if names is None else tuple(sorted(set(names)))
+    return ArraySource(name, items, classes, of_items, image_shape=tuple(images.shape[1:]), ids=ids)
 
 
 def open_npz(path: Path) -> Source:
@@ -112,23 +113,15 @@ def open_npz(path: Path) -> Source:
         if isinstance(error, UserError) and not isinstance(error, ImageError):
             raise
         why = f"is not a readable .npz of plain arrays ({error})"
-        raise UserError(f"{path} {mistaken_for(head_of(path), 'an .npz file') or why}") from None
+        raise UserError(f"{path} {describe_other_kind(path, 'an .npz file') or why}") from None
     others = [key for key in keys if key not in ("x", "y")]
     unread = Unread({"other array{s}": others} if others else {}).summary()
-    ids = range(x.shape[0])
+    ids, shape = range(x.shape[0]), x.shape[1:]
     if y is None:
-        return ArraySource(path.name, Items(x, ids, None), unread=unread, ids=ids)
+        return ArraySource(path.name, Items(x, ids, None), unread=unread, image_shape=shape, ids=ids)
     names = tuple(sorted(str(int(v)) for v in np.unique(y)))
-    return ArraySource(path.name, Items(x, ids, lambda i: str(int(y[i]))), names=names, unread=unread, ids=ids)
-
-
-def head_of(path: Path) -> bytes:
-    """The first bytes of a file, as far as it can be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(512)
-    except OSError:
-        return b""
+    items = Items(x, ids, lambda i: str(int(y[i])))
+    return ArraySource(path.name, items, names=names, unread=unread, image_shape=shape, ids=ids)
 
 
 def _check(path: Path, x: Any, y: np.ndarray | None) -> None:
@@ -139,8 +132,10 @@ def _check(path: Path, x: Any, y: np.ndarray | None) -> None:
         raise UserError(f"{path}: y has shape {y.shape} and type {y.dtype}; expected {x.shape[0]} integers")
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise UserError(f"{path}: x has type {x.dtype}; expected uint8, or floating point in [0, 1]")
+    if x.dtype == np.uint8:
+        return
     looked = x if type(x) is np.ndarray else np.asarray(x[0])
-    if looked.dtype.kind == "f" and not (looked.min() >= -1e-6 and looked.max() <= 1 + 1e-6):
+    if not (looked.min() >= -1e-6 and looked.max() <= 1 + 1e-6):
         values = f"x has values from {looked.min():g} to {looked.max():g}"
         raise UserError(f"{path}: {values}; expected [0, 1], or uint8")
 

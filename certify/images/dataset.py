@@ -156,7 +156,7 @@ def load_images(
     """
     source = open_source(data, root=root, download=download)
     chosen = _select(source, skip, start, max_images, ids)
-    _check_channels(chosen, classifier.input, data)
+    _check_channels(source, classifier.input, data)
     names, number, unread = classifier.class_names, classifier.num_classes, source.unread
     if labels is None or str(labels) == "none":
         found, rule = _labels(source, chosen, names, number, class_map, ignored=labels is not None)
@@ -168,25 +168,25 @@ def load_images(
     return ImageSet(source.name, chosen, found, len(source.items), rule, selection, classifier.input, unread)
 
 
-def _check_channels(chosen: Sequence[Item], spec: InputSpec, data: str) -> None:
-    """Refuse a classifier of other than grey or colour images with data that cannot be brought to its channels.
+def _check_channels(source: Source, spec: InputSpec, data: str) -> None:
+    """Refuse data whose images cannot be brought to the classifier's channels, before any of them is read.
 
     Raises:
-        UserError: pictures, or arrays with other channels.
+        UserError: files for a classifier of other than grey or colour images, or arrays with other channels.
     """
-    if spec.size is None or spec.size[0] in (1, 3):
+    if spec.size is None:
         return
-    channels = spec.size[0]
-    try:
-        for item in chosen[:1]:
-            raw = item.read()
-            if isinstance(raw, bytes) or len(_array_to_tensor(np.asarray(raw), channels)) != channels:
-                raise UserError(
-                    f"the classifier takes {channels} channels and {data} holds pictures in grey or colour; "
-                    f"pass arrays: --data FILE.npz, with x of shape (N, {channels}, {spec.size[1]}, {spec.size[2]})"
-                )
-    except ImageError:
-        return  # it is named when its turn comes
+    channels, height, width = spec.size
+    if source.image_shape is None:
+        fits, what = channels in (1, 3), "pictures in grey or colour"
+    else:
+        own, _ = _channels(source.image_shape, channels)
+        fits, what = own == channels or {own, channels} == {1, 3}, f"arrays of {own} channels"
+    if not fits:
+        raise UserError(
+            f"the classifier takes {channels} channel{'s' * (channels > 1)} and {data} holds {what}; "
+            f"pass arrays: --data FILE.npz, with x of shape (N, {channels}, {height}, {width})"
+        )
 
 
 def _select(source: Source, skip: int, start: int, max_images: int | None, ids: Sequence[str] | None) -> Sequence[Item]:
@@ -265,11 +265,9 @@ def as_seen(raw: bytes | np.ndarray, spec: InputSpec) -> Tensor:
         return fitted(decode(raw, channels or 3), spec)
     array = np.asarray(raw)
     image = _array_to_tensor(array, channels)
-    if channels is not None and len(image) != channels:
-        raise ImageError(f"has {len(image)} channels; the classifier takes {channels}")
     if spec.size is None or tuple(image.shape) == spec.size:
         return image
-    if array.dtype == np.uint8:  # the same way as a file of the same picture
+    if array.dtype == np.uint8 and channels in (1, 3):  # the same way as a file of the same picture
         from torchvision.transforms.functional import to_pil_image
 
         return fitted(to_pil_image(image), spec)
@@ -327,12 +325,16 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
 
 
 def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
-    """An array (H, W), (H, W, C) or (C, H, W) as ``(C, H, W)`` in [0, 1], with the classifier's number of channels."""
-    if array.ndim == 2:
-        array = array[None]
-    elif array.ndim == 3 and array.shape[0] not in (1, 3, channels) and array.shape[2] in (1, 3, 4, channels):
-        array = np.moveaxis(array, 2, 0)
-        array = array if len(array) == channels else array[:3]  # without transparency
+    """Convert an array (H, W), (H, W, C) or (C, H, W) to ``(C, H, W)`` in [0, 1] with the classifier's channels.
+
+    Raises:
+        ImageError: other channels, or values that :func:`as_image` refuses.
+    """
+    if array.ndim in (2, 3):
+        own, last = _channels(array.shape, channels)
+        if channels is not None and own != channels and {own, channels} != {1, 3}:
+            raise ImageError(f"has {own} channels; the classifier takes {channels}")
+        array = array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)[:own] if last else array
     image = as_image(array, None)
     if channels == 3 and image.shape[0] == 1:
         return image.expand(3, -1, -1).contiguous()
@@ -340,3 +342,15 @@ def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R 601, as PIL converts
         return (image * weights).sum(0, keepdim=True).clamp(0.0, 1.0)
     return image
+
+
+def _channels(shape: Sequence[int], wanted: int | None) -> tuple[int, bool]:
+    """Return the channels of an array (H, W), (H, W, C) or (C, H, W), and whether they are its last dimension.
+
+    The fourth channel of an array with channels last is transparency, which is dropped unless the classifier takes it.
+    """
+    if len(shape) == 2:
+        return 1, False
+    if shape[0] not in (1, 3, wanted) and shape[2] in (1, 3, 4, wanted):
+        return (shape[2] if shape[2] == wanted else min(shape[2], 3)), True
+    return shape[0], False

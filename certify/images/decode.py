@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from certify.errors import ImageError
-from certify.models.placeholders import mistaken_for
+from certify.models.placeholders import mistaken_for, name_content
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
@@ -90,7 +90,12 @@ def decode(content: bytes, channels: int = 3, limits: DecodeLimits = LIMITS) -> 
     except Image.DecompressionBombError:
         raise ImageError(f"claims more than the limit of {limits.max_pixels:,} pixels (a decompression bomb)") from None
     except UnidentifiedImageError:
-        raise ImageError(f"is not an image ({', '.join(f.lower() for f in FORMATS)} are read)") from None
+        kind = name_content(content[:512])
+        formats = ", ".join(f.lower() for f in FORMATS)
+        if kind in ("a PNG image", "a JPEG image", "a GIF image"):
+            raise ImageError(f"is damaged: {kind} whose header cannot be read") from None
+        why = f"is {kind}, which is not read ({formats} are)" if kind else f"is not an image ({formats} are read)"
+        raise ImageError(why) from None
     except ImageError:
         raise
     except Exception as error:  # PIL's readers raise whatever a damaged file makes them stumble over

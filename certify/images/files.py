@@ -7,11 +7,10 @@ import zipfile
 from pathlib import Path
 
 from certify.errors import ImageError, UserError
-from certify.images.arrays import head_of
 from certify.images.decode import MAX_BYTES
 from certify.images.items import Item, Source
 from certify.images.listing import arrange, list_archive, list_folder
-from certify.models.placeholders import mistaken_for
+from certify.models.placeholders import describe_other_kind
 
 
 def read_file(path: Path) -> bytes:
@@ -49,8 +48,8 @@ def open_zip(path: Path, folder: str = "") -> Source:
     try:
         archive = zipfile.ZipFile(path)  # stays open: members are read one at a time, nothing is extracted
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        mistake = mistaken_for(head_of(path), "a zip file")
-        raise UserError(f"{path} {mistake or f'is not a readable zip file ({error})'}") from None
+        why = describe_other_kind(path, "a zip file") or f"is not a readable zip file ({error})"
+        raise UserError(f"{path} {why}") from None
     members, unread = list_archive(archive, str(path), folder)
     where, name = (f"{at}/{folder}" if folder else str(at) for at in (path, path.name))
 

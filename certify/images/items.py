@@ -54,6 +54,7 @@ class Source:
         wrapped: all items lie in one folder of an archive, which may be a class or only a wrapper.
         strays: why class folders cannot be used: images lie beside them. Empty when nothing is wrong.
         unread: what the source holds besides its items, as phrases such as ``"3 .heic files (a.heic, ...)"``.
+        image_shape: of every image, where they are arrays of one shape.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Source:
     wrapped: bool = False
     strays: str = ""
     unread: tuple[str, ...] = ()
+    image_shape: tuple[int, ...] | None = None
 
     def by_id(self, ids: Sequence[str]) -> dict[str, Item]:
         """The items of these ids, those that exist."""

@@ -15,6 +15,7 @@ from certify.images.decode import SUFFIXES
 from certify.images.files import open_folder, open_zip, read_file
 from certify.images.items import Item, Source
 from certify.images.named_datasets import DATASETS
+from certify.models.placeholders import describe_other_kind
 from certify.models.resolve import is_file
 from certify.registry import unknown_name
 
@@ -48,9 +49,9 @@ def open_source(data: str, *, root: str | Path | None = None, download: bool = F
         return open_npz(path)
     if path.suffix.lower() in SUFFIXES:
         return Source(path.name, (Item(path.name, functools.partial(read_file, path)),))
-    raise UserError(
-        f"{data!r} is not a kind of data that is read; expected {', '.join(SUFFIXES)}, .zip, .npz or a folder"
-    )
+    kinds = f"{', '.join(SUFFIXES)}, .zip, .npz or a folder"
+    why = describe_other_kind(path, "an image, a zip file or an .npz file")
+    raise UserError(f"{data} {why or f'is not a kind of data that is read; expected {kinds}'}")
 
 
 def _is_folder(path: Path) -> bool:

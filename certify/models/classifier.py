@@ -44,6 +44,21 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
+class ConfigFile:
+    """A ``config.json`` beside a checkpoint, as timm saves it.
+
+    Attributes:
+        path: of the file.
+        architecture: the one that it describes.
+        used: whether that is the model's, so that size, mean and std come from the file.
+    """
+
+    path: Path
+    architecture: str
+    used: bool
+
+
+@dataclass(frozen=True)
 class ClassifierSpec:
     """What a builder hands over: a network from normalised images to logits ``(B, K)`` or labels ``(B,)``."""
 
@@ -62,6 +77,8 @@ class ClassifierSpec:
     """Of an ONNX file: SHA-256 of every other file that it reads, by name."""
     eight_bits: bool = False
     """Whether the network takes 8-bit pixels, which leaves no room for a mean and a standard deviation."""
+    config_file: ConfigFile | None = None
+    """Beside the weights, where there is one."""
 
 
 def square_input(
@@ -312,12 +329,32 @@ def load_classifier(
             spec, input_size = replace(spec, input=replace(spec.input, size=input_size, transform=None)), None
     if mean is not None and spec.eight_bits:
         raise UserError(f"{name} takes 8-bit pixels and normalises them itself; drop --mean and --std")
+    if spec.config_file is not None:
+        _warn_of_config(name, spec.config_file, input_size, mean)
     spec = replace(spec, input=_override_input(spec.input, input_size, mean, std))
     try:
         return Classifier(name, spec, num_classes)
     except _FailsOnImages as error:
         given = f"; is --input-size {'x'.join(map(str, input_size))} the right one?" if input_size else ""
         raise UserError(f"{error}{given}") from error
+
+
+def _warn_of_config(
+    model: str, file: ConfigFile, size: tuple[int, int, int] | None, mean: Sequence[float] | None
+) -> None:
+    """Name the settings that come from a file beside the weights (or do not), if the user has not given them all."""
+    left = [*(["size"] if size is None else []), *(["mean", "std"] if mean is None else [])]
+    if not left:
+        return
+    settings = " and ".join(", ".join(left).rsplit(", ", 1))
+    if file.used:
+        options = " and ".join(", ".join(f"--{s}".replace("--size", "--input-size") for s in left).rsplit(", ", 1))
+        verbs = ("is that", "replaces it") if left == ["size"] else ("are those", "replace them")
+        text = f"{settings} {verbs[0]} of {file.path} beside the weights; {options} {verbs[1]}"
+    else:
+        text = f"{file.path} beside the weights describes {file.architecture}, not {model}: its {settings} "
+        text += "is not used" if left == ["size"] else "are not used"
+    warnings.warn(text, CertifyWarning, stacklevel=3)
 
 
 _LARGE_STD = 4.0  # of pixels in [0, 1], where it is hardly meant

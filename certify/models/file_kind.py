@@ -6,11 +6,12 @@ import bz2
 import gzip
 import io
 import lzma
+import mmap
 import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def file_kind(path: str | Path) -> str:
     """Recognise a model or its weights.
 
     Returns:
-        ``CHECKPOINT``, ``SAFETENSORS``, ``TORCHSCRIPT``, ``ONNX`` (by its name, as it has no mark), or ``UNKNOWN``.
+        ``CHECKPOINT``, ``SAFETENSORS``, ``TORCHSCRIPT``, ``ONNX`` (by its content or its name), or ``UNKNOWN``.
 
     Raises:
         UserError: the file cannot be read, is empty, or holds something else that can be named, with the remedy.
@@ -71,7 +72,57 @@ def file_kind(path: str | Path) -> str:
         return CHECKPOINT
     if path.suffix.lower() == ".safetensors":
         raise UserError(f"{path} is not a safetensors file: it begins with {head[:16]!r}; download it again")
-    return ONNX if path.suffix.lower() == ".onnx" else UNKNOWN
+    return ONNX if path.suffix.lower() == ".onnx" or _is_onnx(path, head) else UNKNOWN
+
+
+def _is_onnx(path: Path, head: bytes) -> bool:
+    """True for a protobuf message with an ONNX model's version and graph (fields 1 and 7)."""
+    if head[:1] != b"\x08":
+        return False
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return any(number == 7 for number, _ in protobuf_fields(content, range(len(content))))
+    except (ValueError, IndexError, OSError):
+        return False
+
+
+def protobuf_fields(content: mmap.mmap, message: range) -> Iterator[tuple[int, range]]:
+    """Yield the number and the byte range of each length-delimited field of a protobuf message.
+
+    Raises:
+        ValueError: not a protobuf message.
+        IndexError: cut off.
+    """
+    at = message.start
+    while at < message.stop:
+        tag, at = _varint(content, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 2:
+            length, at = _varint(content, at)
+            if length > message.stop - at:
+                raise ValueError("cut off")
+            yield number, range(at, at + length)
+            at += length
+        elif wire == 0:
+            _, at = _varint(content, at)
+        elif wire in (1, 5):
+            at += 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+    if at > message.stop:
+        raise ValueError("cut off")
+
+
+def _varint(content: mmap.mmap, at: int) -> tuple[int, int]:
+    """Return a number of up to ten bytes, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = content[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("no number")
 
 
 def split_part(named: str | Path) -> tuple[Path, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from certify.errors import UserError, first_line
+from certify.errors import UserError, shorten
 from certify.models.classifier import ClassifierSpec, InputSpec, square_input
 from certify.models.external import class_names, file_digest, refuse_weights
+from certify.models.file_kind import protobuf_fields
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 _BYTES = "tensor(uint8)"
@@ -45,7 +47,7 @@ class OnnxNet(nn.Module):
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own types, one for each kind of damage
-            raise UserError(f"{path} is not a usable ONNX file ({first_line(error)})") from None
+            raise UserError(f"{path} is not a usable ONNX file ({_cause(error)})") from None
         inputs = self.session.get_inputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4:
             shapes = ", ".join(str(i.shape) for i in inputs)
@@ -62,7 +64,11 @@ class OnnxNet(nn.Module):
         self.width = found[self.output][1] if len(found[self.output]) == 2 else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores or labels, for any batch size (a fixed one is filled up)."""
+        """Scores or labels, for any batch size (a fixed one is filled up).
+
+        Raises:
+            RuntimeError: the graph fails on these images; the text is the cause that onnxruntime names.
+        """
         array = images.cpu().numpy()
         if self.kind == _BYTES:
             array = (array.clip(0, 1) * np.float32(255)).round().astype(np.uint8)
@@ -74,9 +80,20 @@ class OnnxNet(nn.Module):
         for start in range(0, len(array), step):
             chunk = array[start : start + step]
             filled = np.concatenate([chunk, np.repeat(chunk[-1:], step - len(chunk), axis=0)])
-            parts.append(self.session.run([self.output], {self.input_name: filled})[0][: len(chunk)])
+            try:
+                parts.append(self.session.run([self.output], {self.input_name: filled})[0][: len(chunk)])
+            except Exception as error:
+                raise RuntimeError(_cause(error)) from error
         answer = np.concatenate(parts)
         return torch.from_numpy(answer.astype(np.float32) if answer.dtype == np.float16 else answer).to(images.device)
+
+
+def _cause(error: Exception) -> str:
+    """Return why onnxruntime failed, without the error code, file name and C++ signature in front of it."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?", "", text)
+    text = re.sub(r"/\S+\.(cc|h|cpp|hpp):\d+ .*?\) (?=\S)", "", text)
+    return shorten(text.rstrip(".") or type(error).__name__, 300)
 
 
 def _channels_last(second: int | None, last: int | None) -> bool:
@@ -180,49 +197,11 @@ _HOLDS = {
 
 def _locations(content: mmap.mmap, message: range, kind: str) -> Iterator[str]:
     """The files in which the tensors of a message of this kind lie."""
-    for number, value in _fields(content, message):
+    for number, value in protobuf_fields(content, message):
         inner = _HOLDS[kind].get(number)
         if inner == "entry":
-            entry = {key: content[text.start : text.stop].decode() for key, text in _fields(content, value)}
+            entry = {key: content[text.start : text.stop].decode() for key, text in protobuf_fields(content, value)}
             if entry.get(1) == "location":
                 yield entry.get(2, "")
         elif inner is not None:
             yield from _locations(content, value, inner)
-
-
-def _fields(content: mmap.mmap, message: range) -> Iterator[tuple[int, range]]:
-    """Number and place of each length-delimited field of a message in protobuf's wire format.
-
-    Raises:
-        ValueError: it is none.
-    """
-    at = message.start
-    while at < message.stop:
-        tag, at = _varint(content, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == 2:
-            length, at = _varint(content, at)
-            if length > message.stop - at:
-                raise ValueError("cut off")
-            yield number, range(at, at + length)
-            at += length
-        elif wire == 0:
-            _, at = _varint(content, at)
-        elif wire in (1, 5):
-            at += 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire}")
-    if at > message.stop:
-        raise ValueError("cut off")
-
-
-def _varint(content: mmap.mmap, at: int) -> tuple[int, int]:
-    """A number of up to ten bytes, and where it ends."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = content[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("no number")

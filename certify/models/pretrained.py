@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
-from certify.errors import CertifyWarning, RunFault, UserError, first_line
+from certify.errors import RunFault, UserError, first_line
 from certify.models.checkpoints import load_weights
-from certify.models.classifier import ClassifierSpec, InputSpec, square_input
+from certify.models.classifier import ClassifierSpec, ConfigFile, InputSpec, square_input
 from certify.models.file_kind import split_part
 from certify.models.labels import ClassNames, imagenet_classes
 from certify.models.resolve import LOCAL, UNTRAINED, cannot_fetch
@@ -25,7 +24,8 @@ def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -
 
     if name.startswith(LOCAL) and weights is None:
         weights = name.removeprefix(LOCAL)
-    folder = _saved_folder(name, weights)
+    config_file = _config_beside(name, weights)
+    folder = f"{LOCAL}{config_file.path.parent}" if config_file and config_file.used else ""
     net = _create(
         name,
         lambda: timm.create_model(
@@ -55,37 +55,19 @@ def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -
     names: ClassNames | None = tuple((str(n),) for n in own) if own and len(own) == net.num_classes else None
     if names is None and net.num_classes == 1000:
         names = imagenet_classes()
-    return ClassifierSpec(net, spec, names, None, loaded, closed=True)
+    return ClassifierSpec(net, spec, names, None, loaded, closed=True, config_file=config_file)
 
 
-def _saved_folder(name: str, weights: str | Path | None) -> str:
-    """The folder whose ``config.json`` describes these weights, as timm names it; empty where there is none.
-
-    Warns where a file there is about another architecture, or says more than the name does.
-    """
-    if name.startswith(LOCAL):
-        return name
-    if weights is None or weights == UNTRAINED:
-        return ""
-    config = split_part(weights)[0].parent / "config.json"
+def _config_beside(name: str, weights: str | Path | None) -> ConfigFile | None:
+    """Return the ``config.json`` in the folder of a checkpoint, as timm saves it, or None."""
+    if weights is None or weights == UNTRAINED or name.startswith(LOCAL):
+        return None
+    path = split_part(weights)[0].parent / "config.json"
     try:
-        found = json.loads(config.read_bytes())
-        architecture = found["architecture"]
+        architecture = json.loads(path.read_bytes())["architecture"]
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
-        return ""
-    if architecture != name.partition(".")[0]:
-        warnings.warn(
-            f"{config} beside the weights describes {architecture}, not {name}: its size, mean and std are not used",
-            CertifyWarning,
-            stacklevel=3,
-        )
-        return ""
-    warnings.warn(
-        f"size, mean and std are those of {config} beside the weights; --input-size, --mean and --std replace them",
-        CertifyWarning,
-        stacklevel=3,
-    )
-    return f"{LOCAL}{config.parent}"
+        return None
+    return ConfigFile(path, str(architecture), used=architecture == name.partition(".")[0])
 
 
 def build_torchvision(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:

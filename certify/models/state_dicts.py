@@ -16,7 +16,7 @@ _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 """Parts of names that DataParallel, torch.compile, FSDP and activation checkpoints leave."""
 
 _COUNTER = "n_averaged"  # of models averaged by torch.optim.swa_utils, beside their weights
-_DEPTH = 3
+_DEPTH = 8  # keys around a set of weights
 
 
 def choose_state(found: Mapping[Any, Any], path: Path, part: str) -> tuple[dict[str, Tensor], str]:
@@ -39,8 +39,12 @@ def choose_state(found: Mapping[Any, Any], path: Path, part: str) -> tuple[dict[
         raise UserError(f"{path} holds no weights (keys: {keys}); expected a state dict, bare or under a key")
     if part in sets:
         return sets[part], ""
-    usual = [key for key in ("", *_USUAL, *_OTHERS) if key in sets]
-    chosen = (usual or list(sets))[0]
+    order = ["", *_USUAL, *_OTHERS]
+
+    def rank(key: str) -> int:
+        return order.index(key) if key in order else len(order)
+
+    chosen = min(sets, key=lambda key: (rank(key), rank(key.rpartition(".")[2])))
     if part:
         inner = {name: value for name, value in sets[chosen].items() if name.startswith(f"{part}.")}
         if not inner:
@@ -58,13 +62,18 @@ def choose_state(found: Mapping[Any, Any], path: Path, part: str) -> tuple[dict[
     )
 
 
-def _sets(found: Mapping[Any, Any], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Sets of weights by their keys, nested ones joined by dots; optimizers number their tensors and are none."""
+def _sets(
+    found: Mapping[Any, Any], prefix: str = "", depth: int = 0, seen: set[int] | None = None
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield sets of weights by their keys, nested ones joined by dots; an optimizer's numbered tensors are no set."""
+    seen = set() if seen is None else seen
+    new = id(found) not in seen  # a pickle may hold one mapping many times, itself too
+    seen.add(id(found))
     tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
     inner = [(key, value) for key, value in found.items() if isinstance(value, Mapping) and isinstance(key, str)]
     nested = []
-    if depth < _DEPTH:
-        nested = [one for key, value in inner for one in _sets(value, f"{prefix}.{key}".lstrip("."), depth + 1)]
+    if new and depth < _DEPTH:
+        nested = [one for key, value in inner for one in _sets(value, f"{prefix}.{key}".lstrip("."), depth + 1, seen)]
     known = prefix.rpartition(".")[2] in (*_USUAL, *_OTHERS) or not prefix
     if any("." in name for name in tensors) or (known and tensors and not nested):
         yield prefix, tensors

@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,12 @@ def _parse_header(line: bytes, path: Path, kind: str) -> dict[str, Any]:
 def _parse(line: bytes, number: int, path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     row = parse_object(line)
     name, needed, fault_of = _ROWS[header["type"]]
+    if row is not None and row.get("type") in _ROWS:
+        name = shlex.quote(str(path))
+        raise UserError(
+            f"{path} holds several runs: line {number} is another header; put each run in a file of its own (head -n "
+            f"{number - 1} {name} > first.jsonl; tail -n +{number} {name} > second.jsonl); `certify merge` joins shards"
+        )
     if row is None:
         found = "no JSON object"
     elif row.get("type") != name:

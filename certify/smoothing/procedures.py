@@ -328,7 +328,7 @@ class Decide:
         several: Any = self.radii  # 0-d arrays and tensors are iterable by type, but not in fact
         single = not isinstance(several, Iterable) or isinstance(several, str) or getattr(several, "ndim", 1) == 0
         given: Iterable[float] = [several] if single else several
-        radii = sorted({as_float(r, "radius", "one number or several, such as 0.25") for r in given})
+        radii = sorted({as_float(r, "radius", "one number or several, such as 0.25") + 0.0 for r in given})  # no -0.0
         if not radii:
             raise UserError("no radius: expected one or several, such as 0.25")
         _set(self, n=n, alpha=alpha, radii=tuple(radii))
