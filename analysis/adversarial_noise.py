@@ -1,16 +1,20 @@
-"""What adversarial noise looks like: the mean, the asymmetry and the frequencies of x_adv - x, image by image.
+"""Statistics of adversarial noise, x_adv - x: mean, skewness and spectrum of each image; and a figure of them.
 
-Smoothing as a defence (GS and NCIS-style purifiers) rests on the observation that adversarial noise has nearly zero
-mean and a symmetric distribution, so that a local average cancels much of it. This measures whether it has.
+Smoothing as a defence (GS and NCIS-style purifiers) assumes that adversarial noise has nearly zero mean and a symmetric
+distribution, so that local averages cancel much of it. These statistics test the assumption.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from analysis.figures import COLOURS, LINES, canvas, check_format, literal, save_figure
 from certify.errors import UserError
 
 
@@ -20,11 +24,11 @@ class NoiseStatistics:
 
     Attributes:
         mean: ``(B,)``, in [0, 1] pixels.
-        std: ``(B,)``, of the population.
-        skewness: ``(B,)``, third central moment over std cubed: 0 for a symmetric distribution; NaN where std is 0.
-        frequency: ``(F,)``, upper edge of each ring, in cycles a pixel; 0 is the mean, 0.5 the finest along an axis.
-        power: ``(B, F)``, the part of |n|^2 that lies in each ring; sums to the squared l2 distance over the rings.
-        waves: ``(F,)``, two-dimensional frequencies in each ring; ``power / waves`` is the usual radial spectrum.
+        std: ``(B,)``, population standard deviation.
+        skewness: ``(B,)``, third central moment over std cubed: 0 for a symmetric distribution, NaN if std is 0.
+        frequency: ``(F,)``, upper edge of each ring in cycles per pixel; 0 is the mean, 0.5 the highest along an axis.
+        power: ``(B, F)``, the part of |n|^2 in each ring; the rings sum to the squared l2 distance.
+        waves: ``(F,)``, number of two-dimensional frequencies in each ring; ``power / waves`` is the radial spectrum.
     """
 
     mean: Tensor
@@ -36,15 +40,15 @@ class NoiseStatistics:
 
 
 def noise_statistics(attacked: Tensor, clean: Tensor, rings: int = 16) -> NoiseStatistics:
-    """Measure the noise that an attack added.
+    """Compute the statistics of the noise that an attack added.
 
     Args:
         attacked: ``(B, C, H, W)``.
-        clean: the same images before, ``(B, C, H, W)``.
-        rings: of equal width between frequency 0 and the diagonal's 0.707; frequency 0 has one of its own.
+        clean: the original images, ``(B, C, H, W)``.
+        rings: number of rings of equal width up to the diagonal's 0.707; frequency 0 is a ring of its own.
 
     Raises:
-        UserError: shapes that differ, no rings.
+        UserError: different shapes, or no rings.
     """
     if attacked.shape != clean.shape or clean.ndim != 4 or rings < 1:
         raise UserError(
@@ -59,7 +63,51 @@ def noise_statistics(attacked: Tensor, clean: Tensor, rings: int = 16) -> NoiseS
     vertical, horizontal = torch.fft.fftfreq(height).double(), torch.fft.fftfreq(width).double()
     radius = torch.hypot(vertical[:, None], horizontal[None, :]).flatten()
     edges = torch.linspace(0, 0.5 * 2**0.5, rings + 1, dtype=torch.float64)
-    ring = torch.bucketize(radius - 1e-9, edges)  # the lower edge belongs to the ring before, 0 to itself
+    ring = torch.bucketize(radius - 1e-9, edges)  # the lower edge belongs to the previous ring, 0 to its own
     spectrum = torch.fft.fft2(noise).abs().pow(2).sum(1).flatten(1) / (height * width)  # Parseval: sums to |n|^2
     power = torch.zeros(len(noise), rings + 1, dtype=torch.float64).index_add_(1, ring, spectrum)
     return NoiseStatistics(mean, std, skewness, edges, power, torch.bincount(ring, minlength=rings + 1))
+
+
+def draw_noise(noises: Mapping[str, NoiseStatistics], images: NoiseStatistics, path: str | Path, *, title: str) -> None:
+    """Plot the statistics in three panels, one line per noise; the spectrum of the clean images is grey.
+
+    Args:
+        noises: statistics by name, of at least one image each.
+        images: statistics of the clean images.
+        path: .png, .svg or .pdf.
+        title: of the figure.
+
+    Raises:
+        UserError: an unknown format.
+        RunFault: the file cannot be written.
+    """
+    check_format(path)
+    with canvas(9.6, 3.0, columns=3) as (figure, (means, skews, spectra)):
+        for i, (name, noise) in enumerate(noises.items()):
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % 4], "linewidth": 1.4}
+            for axes, measured in ((means, 255 * noise.mean.numpy()), (skews, noise.skewness.numpy())):
+                values = np.sort(measured[np.isfinite(measured)])
+                if len(values):
+                    axes.step(values, np.arange(1, len(values) + 1) / len(values), where="post", **style)
+            spectra.plot(*_spectrum(noise), label=literal(name), **style)
+        spectra.plot(*_spectrum(images), label="clean images", color="#999999", linewidth=2.5)
+        for axes, label in ((means, "mean of the noise (grey levels of 255)"), (skews, "skewness of the noise")):
+            axes.axvline(0, color="#555555", linewidth=0.8)
+            axes.set(xlabel=label, ylabel="share of images at or below", ylim=(0, 1))
+            reach = 1.05 * max(abs(end) for end in axes.get_xlim())
+            axes.set_xlim(-reach, reach)
+        spectra.set(xlabel="frequency (cycles per pixel)", ylabel="share of the power per wave", yscale="log")
+        figure.legend(loc="outside lower center", ncols=4)
+        figure.suptitle(literal(title), fontsize=8, x=0.01, ha="left", wrap=True)
+        save_figure(figure, Path(path))
+
+
+def _spectrum(noise: NoiseStatistics) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rings' frequencies above 0, and their share of the power per wave, averaged over images."""
+    used = noise.waves > 0  # some rings of small images are empty
+    used[0] = False
+    power = noise.power[:, used]
+    shares = power / power.sum(1, keepdim=True)
+    spectrum = shares[power.sum(1) > 0].mean(0) / noise.waves[used]
+    return noise.frequency[used].numpy(), spectrum.numpy()

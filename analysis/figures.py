@@ -1,4 +1,4 @@
-"""What all figures share: formats, colours, style, and a file that is written whole or not at all."""
+"""Shared by all figures: formats, colours, style, and atomic writing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from certify.text import printable
 
 FORMATS = (".png", ".svg", ".pdf")
 
-# Okabe and Ito's colours, told apart by colour-blind readers and in grey; black stays for text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+"""Colours of Okabe and Ito, distinguishable for colour-blind readers and in grey; black is for text."""
+
+LINES = ("-", "--", ":", "-.")
+"""Line styles, for more lines than colours."""
 
 STYLE: Any = {
     "font.size": 9,
@@ -34,16 +37,17 @@ STYLE: Any = {
 
 
 def check_format(path: str | Path) -> None:
-    """Refuse a picture format that is not written, before any work is done."""
+    """Refuse unknown picture formats, before any work is done."""
     if Path(path).suffix.lower() not in FORMATS:
-        raise UserError(f"cannot write a picture as {str(path)!r}; expected a name that ends in {', '.join(FORMATS)}")
+        raise UserError(f"cannot write a picture as {str(path)!r}; expected a name ending in {', '.join(FORMATS)}")
 
 
 @contextlib.contextmanager
 def canvas(width: float, height: float, columns: int = 1, style: dict[str, Any] | None = None) -> Iterator[Any]:
-    """A figure of so many inches with its axes, in the house's style until the end of the block: save it there.
+    """Create a figure in this package's style, which applies within the block only: save it there.
 
-    Gives ``(figure, axes)``: one pair of axes, or a row of them. A notebook's own figures and backend are left alone.
+    Yields ``(figure, axes)``; ``axes`` is an array if there are several columns. Width and height are in inches. The
+    state of pyplot, such as a notebook's own figures and backend, is not touched.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -53,18 +57,18 @@ def canvas(width: float, height: float, columns: int = 1, style: dict[str, Any] 
         yield figure, figure.subplots(1, columns)
 
 
-def literal(text: str, most: int | None = None) -> str:
-    """Return text from outside as a figure displays it: printable, cut to ``most``, dollar signs begin no formula."""
+def literal(text: str, limit: int | None = None) -> str:
+    """Return text from outside for a figure: printable, at most ``limit`` characters, with dollar signs escaped."""
     text = printable(text)
-    return (text if most is None or len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+    return (text if limit is None or len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")
 
 
 LABEL = 40
-"""Characters that a label beside an axis has room for."""
+"""Maximum number of characters of a label beside an axis."""
 
 
 def log_ticks(axis: Any, text: str, subs: Sequence[float] = (1.0, 2.0, 5.0)) -> None:
-    """Ticks of a logarithmic axis at these multiples of powers of ten, as plain numbers; none between them is named."""
+    """Put ticks on a logarithmic axis at these multiples of powers of ten, labelled by plain numbers."""
     from matplotlib.ticker import LogLocator
 
     axis.set_major_locator(LogLocator(subs=subs, numticks=8))
@@ -73,13 +77,13 @@ def log_ticks(axis: Any, text: str, subs: Sequence[float] = (1.0, 2.0, 5.0)) -> 
 
 
 def wrapped(labels: Sequence[str]) -> tuple[list[str], float]:
-    """Labels whose lines fit below the axes, and the inches that those beyond the second add to a figure's height."""
-    found = [textwrap.fill(label, 66, subsequent_indent="   ") for label in labels]
-    return found, 0.17 * max(0, sum(1 + label.count("\n") for label in found) - 2)
+    """Wrap labels to fit below the axes; also return the height in inches that lines beyond the second need."""
+    lines = [textwrap.fill(label, 66, subsequent_indent="   ") for label in labels]
+    return lines, 0.17 * max(0, sum(1 + label.count("\n") for label in lines) - 2)
 
 
 def save_figure(figure: Any, path: Path, dpi: float = 200) -> None:
-    """Write it whole or not at all, the same bytes for the same figure.
+    """Write a figure atomically; the same figure gives the same bytes.
 
     Raises:
         RunFault: the file cannot be written.
@@ -87,7 +91,7 @@ def save_figure(figure: Any, path: Path, dpi: float = 200) -> None:
     kind = path.suffix.lower()[1:]
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     try:
-        with replacing(path) as beside:
-            figure.savefig(beside, format=kind, dpi=dpi, metadata=metadata)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata)
     except OSError as error:
         raise RunFault(f"could not write {path}: {error.strerror}; the run files are untouched") from None

@@ -1,4 +1,4 @@
-"""A grid of captioned pictures: the same images, row by row, before and after what was done to them."""
+"""A grid of captioned pictures: the same images in each row, before and after a transformation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from certify.errors import UserError
 from certify.text import printable_lines
 
 RIGHT, WRONG = "✓", "✗"
-"""Marks beside a label, so that colour is not needed to read it."""
+"""Marks beside a label, so that it can be read without colour."""
 
 _COLOURS = {True: "#1a7f37", False: "#c1121f", None: "#222222"}
 _DPI = 200
-_SMALLEST, _LARGEST = 1.15, 3.0  # inches along a picture's longer side
+_SMALLEST, _LARGEST = 1.15, 3.0  # longer side of a picture in inches
 _GAP, _LINE, _CHARACTER = 0.09, 0.15, 0.064  # inches: between pictures, a line of text, a character of it
 
 
@@ -29,8 +29,8 @@ class Panel:
 
     Attributes:
         image: ``(C, H, W)``, one channel or three; clipped to [0, 1] for display.
-        label: what a classifier calls it; empty where there is none.
-        right: whether that is what it should be; None where nobody knows.
+        label: the classifier's label, or empty.
+        right: True if the label is correct; None if unknown.
         note: a small line under the label.
     """
 
@@ -42,7 +42,7 @@ class Panel:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A name on the left, and a picture for each column."""
+    """A name on the left, and a picture per column."""
 
     name: str
     panels: Sequence[Panel]
@@ -51,18 +51,18 @@ class Row:
 def draw_grid(
     rows: Sequence[Row], columns: Sequence[str], path: str | Path, *, title: str, caption: str = "", names: str = ""
 ) -> None:
-    """Write the figure.
+    """Plot the grid.
 
     Args:
         rows: from the top.
-        columns: their headings.
+        columns: headings.
         path: .png, .svg or .pdf.
-        title: above everything.
-        caption: below everything.
-        names: heading of the rows' names.
+        title: above the grid.
+        caption: below the grid.
+        names: heading of the row names.
 
     Raises:
-        UserError: a format that is not written, nothing to draw, or images of neither one nor three channels.
+        UserError: an unknown format, no rows or columns, or images of neither one nor three channels.
         RunFault: the file cannot be written.
     """
     check_format(path)
@@ -86,7 +86,7 @@ def draw_grid(
     figure = Figure(figsize=(total, height), facecolor="white")
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
-        """Text at inches from the left and from the top."""
+        """Write text at inches from the left and from the top."""
         figure.text(x / total, 1 - y / height, printable_lines(text), parse_math=False, **style)
 
     write(total / 2, 0.12, "\n".join(above), ha="center", va="top", fontsize=10, linespacing=1.25)
@@ -125,11 +125,13 @@ def _check(rows: Sequence[Row], columns: Sequence[str]) -> None:
 
 
 def _show(axes: Any, panel: Panel, side: float) -> None:
-    """The picture in its frame: pixels stay squares unless there are more of them than dots."""
+    """Draw a picture in its frame; pixels stay squares unless there are more of them than dots."""
     image = np.clip(np.moveaxis(panel.image, 0, -1), 0.0, 1.0)
     dots = side * _DPI
-    how = "nearest" if max(image.shape[:2]) <= dots else "antialiased"
-    axes.imshow(image[..., 0] if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=1, interpolation=how)
+    interpolation = "nearest" if max(image.shape[:2]) <= dots else "antialiased"
+    axes.imshow(
+        image[..., 0] if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=1, interpolation=interpolation
+    )
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(linewidth=0.4, color="#999999")

@@ -1,4 +1,4 @@
-"""Learning curves: what a training logged, step by step, and the held-out figures that its weights were chosen by."""
+"""Learning curves of trainings: the logged loss, and the scores on held-out images."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ METRICS = "metrics.jsonl"
 _NAMES = {"accuracy": "held-out accuracy", "agreement": "held-out agreement", "psnr": "held-out PSNR (dB)"}
 _MARKERS = "osD^v<>pP*X"
 _WINDOWS = 60
-"""Points of the smoothed loss: means over as many stretches of equal length."""
+"""Points of the smoothed loss: means over as many intervals of equal length."""
 
 
 @dataclass(frozen=True)
 class Learning:
-    """One training.
+    """The log of one training.
 
     Attributes:
-        name: its folder's.
-        images: images seen at each line of the loss, float64, increasing.
-        loss: at those lines.
+        name: name of its folder.
+        images: images seen at each logged loss, float64, increasing.
+        loss: the losses.
         seen: images seen at each validation.
-        held_out: figure ``"accuracy@0.25"`` (measure and sigma; no ``@`` where there is no noise) to its values.
+        held_out: values by name, such as ``"accuracy@0.25"`` (measure and sigma; no ``@`` without noise).
     """
 
     name: str
@@ -39,16 +39,16 @@ class Learning:
 
 
 def is_training(path: str | Path) -> bool:
-    """Whether this is the ``--out`` of a training, or its ``metrics.jsonl``."""
+    """Return True for the output folder of a training, or its ``metrics.jsonl``."""
     path = Path(path)
     return path.name == METRICS or (path / METRICS).is_file()
 
 
 def read_learning(path: str | Path) -> Learning:
-    """What ``certify train`` logged in a folder, finished or not; a line that a kill has torn is left out.
+    """Read the log of ``certify train``, finished or not; torn lines are skipped.
 
     Raises:
-        UserError: no such file, or one that holds no training.
+        UserError: no such file, or it holds no training.
     """
     path = Path(path)
     file = path if path.name == METRICS else path / METRICS
@@ -57,30 +57,34 @@ def read_learning(path: str | Path) -> Learning:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
     losses: dict[int, tuple[float, float]] = {}
-    judged: dict[int, dict[str, float]] = {}
+    validations: dict[int, dict[str, float]] = {}
     for line in text.splitlines():
         try:
             row = json.loads(line)
             if "loss" in row:
                 losses[int(row["step"])] = float(row["images"]), float(row["loss"])
             elif "held_out" in row:
-                judged[int(row["step"])] = {str(k): float(v) for k, v in row["held_out"].items() if k != "score"}
+                validations[int(row["step"])] = {str(k): float(v) for k, v in row["held_out"].items() if k != "score"}
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             continue
     if not losses:
-        raise UserError(f"{file} holds no line of a training; expected what certify train writes to its --out")
+        raise UserError(f"{file} holds no log of a training; expected the --out folder of certify train")
     images, loss = np.array(sorted(losses.values())).T
-    a_step = images[-1] / max(losses)
-    named = sorted({name for scores in judged.values() for name in scores})
-    held_out = {name: np.array([scores.get(name, np.nan) for _, scores in sorted(judged.items())]) for name in named}
-    return Learning(file.parent.name or str(file), images, loss, np.array(sorted(judged)) * a_step, held_out)
+    images_per_step = images[-1] / max(losses)
+    named = sorted({name for scores in validations.values() for name in scores})
+    held_out = {
+        name: np.array([scores.get(name, np.nan) for _, scores in sorted(validations.items())]) for name in named
+    }
+    return Learning(
+        file.parent.name or str(file), images, loss, np.array(sorted(validations)) * images_per_step, held_out
+    )
 
 
 def plot_learning(trainings: Sequence[Learning], path: str | Path, *, title: str | None = None) -> None:
-    """Write the figure: loss, then each measure on held-out images, over thousands of images seen; a colour a training.
+    """Plot the loss and each held-out measure over images seen, with a colour per training.
 
     Raises:
-        UserError: a format that is not written.
+        UserError: an unknown format.
         RunFault: the file cannot be written.
     """
     check_format(path)

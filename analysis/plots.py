@@ -1,4 +1,4 @@
-"""Certified accuracy over radius as the step function it is, in the form of a figure for a paper."""
+"""Plot certified accuracy over radius as a step function."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ import numpy as np
 
 from analysis.curves import Curve, proportion_interval
 from analysis.envelope import Envelope, Line
-from analysis.figures import COLOURS, canvas, check_format, literal, save_figure, wrapped
+from analysis.figures import COLOURS, LINES, canvas, check_format, literal, save_figure, wrapped
 from certify.smoothing.norms import IN_TEX
 
 
 def steps(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of the step function, for ``where="pre"``: radii, and how many images reach them."""
+    """Return the corners of the step function, for ``where="pre"``: radii, and the number of images certified there."""
     radii = np.concatenate([[0.0], curve.radii, curve.radii[-1:]])
     count = len(curve.radii)
-    reached = np.concatenate([[count], np.arange(count, 0, -1), [0] if count else []])
-    return radii, reached
+    certified = np.concatenate([[count], np.arange(count, 0, -1), [0] if count else []])
+    return radii, certified
 
 
 def outline(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Corners of the line and of its band, for ``where="pre"``: radii, accuracy, lower and upper ends."""
+    """Return the corners of a line and its band, for ``where="pre"``: radii, accuracy, lower and upper ends."""
     if isinstance(line, Envelope):
         radii = np.concatenate([[0.0], line.radii, np.nextafter(line.radii[-1:], np.inf)])
         return radii, line.accuracy(radii), *line.interval(radii)
-    radii, reached = steps(line)
-    return radii, reached / line.total, *proportion_interval(reached, line.total)
+    radii, certified = steps(line)
+    return radii, certified / line.total, *proportion_interval(certified, line.total)
 
 
-_ASIDE = 3.0  # points between what was decided at one radius
-_TICKS = 12  # that have room for their numbers
+_OFFSET = 3.0  # points between marks at the same radius
+_TICKS = 12  # maximum number of labelled ticks
 
 
 def plot_curves(lines: Sequence[Line], path: str | Path, *, title: str | None = None, band: bool = True) -> None:
-    """Write the figure: one line a run or envelope, a shaded 95 % band over images, axes with units.
+    """Plot a line per run or envelope, with a shaded 95 % band over images.
 
     Raises:
-        UserError: a format that is not written.
+        UserError: an unknown format.
         RunFault: the file cannot be written.
     """
     check_format(path)
@@ -50,30 +50,30 @@ def plot_curves(lines: Sequence[Line], path: str | Path, *, title: str | None = 
 
 @contextlib.contextmanager
 def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool = True) -> Iterator[Any]:
-    """The figure itself, in its style until it is closed: whoever draws it may still change and save it.
+    """Yield the figure of :func:`plot_curves` within its style, so that it can be changed and saved.
 
     The single runs of an envelope are faint lines of its colour.
     """
     texts, legend_title = _legend_texts(lines)
-    labels, more = wrapped(texts)
-    asked = sum(bool(line.decided) for line in lines)
-    asides = iter([_ASIDE * (i - (asked - 1) / 2) for i in range(asked)])
-    with canvas(4.8, 3.3 + more) as (figure, axes):
+    labels, extra = wrapped(texts)
+    decided = sum(bool(line.decided) for line in lines)
+    offsets = iter([_OFFSET * (i - (decided - 1) / 2) for i in range(decided)])
+    with canvas(4.8, 3.3 + extra) as (figure, axes):
         for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
-            colour, dashes = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
+            colour, dashes = COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % len(LINES)]
             if isinstance(line, Envelope):
                 _single_runs(axes, line, colour)
             if line.decided:
-                _points(axes, line, colour, label, band, next(asides))
+                _points(axes, line, colour, label, band, next(offsets))
                 continue
             radii, share, low, high = outline(line)
             axes.step(radii, share, where="pre", color=colour, ls=dashes, lw=1.6, label=label)
             if band:
                 axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, lw=0)
         largest = max((r for line in lines for r in (*line.radii[-1:], *line.decided)), default=0.0) or 1.0
-        room = 1.04 + _ASIDE * asked / 2 / 280  # the axes are about 280 points wide
-        axes.set(xlim=(0, room * largest), ylim=(0, 1.0))
-        if asked == len(lines):
+        margin = 1.04 + _OFFSET * decided / 2 / 280  # the axes are about 280 points wide
+        axes.set(xlim=(0, margin * largest), ylim=(0, 1.0))
+        if decided == len(lines):
             axes.set_xticks(sorted({r for line in lines for r in line.decided})[:_TICKS])
         axes.set_xlabel(f"{IN_TEX[lines[0].norm]} radius (images in [0, 1] pixels)")
         axes.set_ylabel(f"{lines[0].quantity}\n(95 % interval over images)" if band else lines[0].quantity)
@@ -83,45 +83,47 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
         yield figure
 
 
-def _points(axes: Any, line: Line, colour: str, name: str, band: bool, aside: float) -> None:
-    """Accuracy where it was asked for, and nowhere else; moved aside by so many points, so that none hides another."""
+def _points(axes: Any, line: Line, colour: str, name: str, band: bool, offset: float) -> None:
+    """Plot the accuracy at decided radii, moved sideways by ``offset`` points so that no mark hides another."""
     from matplotlib.transforms import ScaledTranslation
 
     share, (low, high) = line.accuracy(line.decided), line.interval(line.decided)
-    reach = [(share - low).tolist(), (high - share).tolist()] if band else None  # arrays of one upset matplotlib
-    moved = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+    errors = (
+        [(share - low).tolist(), (high - share).tolist()] if band else None
+    )  # lists, because matplotlib fails on arrays of length 1
+    moved = axes.transData + ScaledTranslation(offset / 72, 0, axes.figure.dpi_scale_trans)
     axes.errorbar(
-        *(line.decided, share, reach), fmt="o", ms=4, lw=1.2, capsize=2, color=colour, label=name, transform=moved
+        *(line.decided, share, errors), fmt="o", ms=4, lw=1.2, capsize=2, color=colour, label=name, transform=moved
     )
 
 
 def _single_runs(axes: Any, envelope: Envelope, colour: str) -> None:
-    """The runs that an envelope is the maximum of, faintly."""
+    """Plot the single runs of an envelope faintly."""
     faint = {"color": colour, "lw": 0.7, "alpha": 0.6}
     for curve in envelope.runs:
         if curve.decided:
             axes.plot(curve.decided, curve.accuracy(curve.decided), ls="", marker="o", ms=2.5, mew=0, **faint)
         else:
-            radii, reached = steps(curve)
-            axes.step(radii, reached / curve.total, where="pre", **faint)
+            radii, certified = steps(curve)
+            axes.step(radii, certified / curve.total, where="pre", **faint)
 
 
 def _legend_texts(lines: Sequence[Line]) -> tuple[list[str], str | None]:
-    """A label for each line; above them, once, what an envelope is and over which sigmas (or these by the names)."""
+    """Return a label per line, and a title that explains envelopes and names their sigmas if they are all the same."""
     names = [line.name for line in lines]
     levels = [line.levels for line in lines if isinstance(line, Envelope)]
     over = "σ"
     if len(set(levels)) == 1:
         over = f"σ = {levels[0]}"
     elif levels:
-        names = [f"{name}, σ = {found}" for name, found in zip(names, levels, strict=True)]
+        names = [f"{name}, σ = {sigmas}" for name, sigmas in zip(names, levels, strict=True)]
     labels = [literal(name + (f" ({line.note})" if line.note else "")) for name, line in zip(names, lines, strict=True)]
-    title = f"upper envelope over {over} (faint: single runs):\nat each radius the best, chosen on these images"
+    title = f"upper envelope over {over} (faint: single runs):\nthe best run at each radius, chosen on these images"
     return labels, title if levels else None
 
 
 def _legend(axes: Any, labels: Sequence[str], title: str | None) -> None:
-    """Inside when there is room above the curves' falling ends, below the axes otherwise."""
+    """Put the legend inside the axes if it is small, otherwise below them."""
     longest = max(len(label) for label in labels)
     if len(labels) <= 5 and longest <= 44 and title is None:
         axes.legend(loc="upper right")

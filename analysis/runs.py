@@ -1,4 +1,4 @@
-"""Run files of this package, and the logs the field has published, behind one reader."""
+"""Read run files, comparisons, and published certification logs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from certify.text import read_text
 
 
 class NoRadii(UserError):
-    """A run that holds predictions without radii."""
+    """The run holds predictions without radii."""
 
 
 LOG_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -29,18 +29,18 @@ _TEST_SETS = (10_000, 50_000)
 
 
 def read_any(path: str | Path) -> Run:
-    """A run file, or a log ``idx label predict radius correct time`` separated by tabs (Cohen et al. 2019).
+    """Read a run file, or a tab-separated log ``idx label predict radius correct time`` (Cohen et al. 2019).
 
     Raises:
-        UserError: neither, damaged, an image twice, or a run that holds predictions without radii.
+        UserError: another kind of file, a damaged one, a duplicate image, or a run without radii.
     """
     path = Path(path)
     try:
         if path.is_dir():
             files = sorted(file.name for file in path.iterdir() if file.is_file())
             logs = bool(files) and not any(name.endswith(".jsonl") for name in files)
-            such = f"{path}/{shlex.quote(files[0]) if logs else '*.jsonl'}"
-            raise UserError(f"{path} is a folder; name the run files in it, such as {such}")
+            example = f"{path}/{shlex.quote(files[0]) if logs else '*.jsonl'}"
+            raise UserError(f"{path} is a folder; name the run files in it, such as {example}")
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
@@ -54,16 +54,16 @@ def read_any(path: str | Path) -> Run:
 
 
 def is_comparison(path: str | Path) -> bool:
-    """Whether this is a file of ``certify compare``."""
+    """Return True for a file of ``certify compare``."""
     header = peek_header(path)
     return header is not None and header["type"] == COMPARISON
 
 
 def read_comparison(path: str | Path, warn: Callable[[str], None] | None = None) -> Comparison:
-    """A file of ``certify compare``, finished or not; warns of one that cannot prove which models it met.
+    """Read a file of ``certify compare``, finished or not; warn if it cannot prove the identity of its models.
 
     Raises:
-        UserError: another file, or a damaged one.
+        UserError: another kind of file, or a damaged one.
     """
     run = read_run(path, allow_partial=True, kind=COMPARISON)
     if warn is not None and (doubt := unproven(run.header)):
@@ -72,10 +72,10 @@ def read_comparison(path: str | Path, warn: Callable[[str], None] | None = None)
 
 
 def read_all(paths: Sequence[str | Path], warn: Callable[[str], None]) -> list[Run]:
-    """Every run with radii; runs of `certify predict` among them are left out with a warning.
+    """Read runs; those of `certify predict`, which have no radii, are skipped with a warning.
 
     Raises:
-        UserError: as :func:`read_any`, or nothing is left.
+        UserError: see :func:`read_any`; or no run has radii.
     """
     runs = []
     for path in paths:
@@ -84,10 +84,11 @@ def read_all(paths: Sequence[str | Path], warn: Callable[[str], None]) -> list[R
         except NoRadii as error:
             if len(paths) == 1:
                 raise
-            warn(f"{error}; it is left out")
+            warn(f"{error}; skipped")
     for run in runs:
         if shard := run.header.get("shard"):
-            warn(f"{run.path} is shard {shard['index']}/{shard['of']} of a run: a part of its images (`certify merge`)")
+            part = f"shard {shard['index']}/{shard['of']} of a run"
+            warn(f"{run.path} is {part}, so it has only part of the images (see `certify merge`)")
         if doubt := unproven(run.header):
             warn(f"{run.path}: {doubt}")
     if not runs:
@@ -127,7 +128,7 @@ def _log_image(row: list[str], number: int, path: Path) -> dict[str, Any]:
 
 
 def _log_header(path: Path) -> dict[str, Any]:
-    """What the folders say: such logs hold neither sigma nor n nor alpha."""
+    """Make a header from the folder names; such logs hold neither sigma nor n nor alpha."""
     named = re.search(r"sigma_([\d.]+)", path.name) or re.search(r"sigma_([\d.]+)", str(path))
     folders = [p for p in path.resolve().parts[1:-1][-4:] if p not in ("test", "certify", "data")]
     return {
@@ -141,7 +142,7 @@ def _log_header(path: Path) -> dict[str, Any]:
 
 
 def _expected(indices: list[int]) -> int:
-    """Images that a log owes: every K-th, carried on to the end of the field's test sets (10,000 or 50,000 images)."""
+    """Return the number of images of a complete log: every K-th of a test set of 10,000 or 50,000 images."""
     if len(indices) < 2:
         return len(indices)
     stride = max(1, min(b - a for a, b in itertools.pairwise(indices)))

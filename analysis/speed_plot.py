@@ -1,4 +1,4 @@
-"""Speeds as a picture: how many times as fast as the plain loop, from what `certify bench --json` prints."""
+"""Plot the speedup over the plain loop, from the output of `certify bench --json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIELDS = {"case": TEXT, **dict.fromkeys(_KEYS[1:], POSITIVE)}
 
 @dataclass(frozen=True)
 class Speed:
-    """One measurement: rates in samples a second, and the median, least and largest ratio over pairs of turns."""
+    """One measurement: rates in samples per second, and median, smallest and largest ratio over pairs of runs."""
 
     case: str
     engine: float
@@ -27,7 +27,7 @@ class Speed:
 
 
 def is_speeds(path: str | Path) -> bool:
-    """Whether this file begins with a line of `certify bench --json`."""
+    """Return True if the file begins with a line of `certify bench --json`."""
     try:
         with open(path, "rb") as file:
             first = parse_object(file.readline())
@@ -37,16 +37,16 @@ def is_speeds(path: str | Path) -> bool:
 
 
 def read_speeds(path: str | Path) -> list[Speed]:
-    """The measurements in a file, one JSON object a line; lines that measure something else are passed by.
+    """Read the measurements in a file, one JSON object per line; other measurements are skipped.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: the file cannot be read, or is damaged.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    found = []
+    speeds = []
     for number, line in enumerate(lines, 1):
         row = parse_object(line) if line.strip() else {}
         wrong = "no JSON object" if row is None else fault(row, _FIELDS)
@@ -55,30 +55,30 @@ def read_speeds(path: str | Path) -> list[Speed]:
         if all(key in row for key in _KEYS):
             if not row["ratio_min"] <= row["ratio"] <= row["ratio_max"]:
                 raise UserError(f"{path} is damaged at line {number}: 'ratio' is not from 'ratio_min' to 'ratio_max'")
-            found.append(Speed(**{key: row[key] for key in _KEYS}))
-    return found
+            speeds.append(Speed(**{key: row[key] for key in _KEYS}))
+    return speeds
 
 
 def plot_speeds(speeds: Sequence[Speed], path: str | Path, *, title: str | None = None) -> None:
-    """Write the figure: a bar a measurement, with the spread over its pairs and both rates; the last of a name counts.
+    """Plot a bar per measurement, with the range over its pairs and both rates; the last of each name counts.
 
     Raises:
-        UserError: a format that is not written.
+        UserError: an unknown format.
         RunFault: the file cannot be written.
     """
     check_format(path)
     last = {speed.case: speed for speed in speeds}
     with canvas(5.6, 1.0 + 0.36 * len(last), style={"axes.grid.axis": "x"}) as (figure, axes):
         for place, speed in enumerate(last.values()):
-            reach = [[speed.ratio - speed.ratio_min], [speed.ratio_max - speed.ratio]]
-            axes.barh(place, speed.ratio, height=0.6, color=COLOURS[0], xerr=reach, ecolor="#333333", capsize=2)
+            errors = [[speed.ratio - speed.ratio_min], [speed.ratio_max - speed.ratio]]
+            axes.barh(place, speed.ratio, height=0.6, color=COLOURS[0], xerr=errors, ecolor="#333333", capsize=2)
             rates = f"{speed.engine:,.0f} : {speed.reference:,.0f}"
             axes.text(speed.ratio_max + 0.05, place, rates, va="center", fontsize=8)
         axes.axvline(1, color=COLOURS[1], lw=1.2)
         axes.set_yticks(range(len(last)), [literal(name, LABEL) for name in last])
         widest = max(speed.ratio_max for speed in last.values())
         axes.set(xlim=(0, 1.35 * widest), ylim=(len(last) - 0.4, -0.6))
-        axes.set_xlabel("samples a second, this engine : plain loop; bars: their ratio\n(line: equally fast)")
+        axes.set_xlabel("samples per second, this engine : plain loop; bars: their ratio\n(line: equally fast)")
         if title:
             axes.set_title(title, fontsize=9)
         save_figure(figure, Path(path))

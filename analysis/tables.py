@@ -24,7 +24,7 @@ _IN_LATEX = {"σ": r"$\sigma$", "≥": r"$\geq$"}
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str, *, multiline: bool = False) -> str:
-    """Render a table of ready-made cells; text in them is made printable, line by line if ``multiline``."""
+    """Render a table of formatted cells; text is made printable, line by line if ``multiline``."""
     if style not in FORMATS:
         raise UserError(f"table format {style!r}; expected one of {', '.join(FORMATS)}")
     clean = printable_lines if multiline else printable
@@ -32,7 +32,7 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str, *, 
     rows = [[clean(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     if style == "csv":
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([header, *rows])  # every digit of each number
+        csv.writer(out, lineterminator="\n").writerows([header, *rows])  # with all digits of each number
         return out.getvalue().rstrip("\n")
     from tabulate import tabulate
 
@@ -51,20 +51,20 @@ def compare(
     intervals: bool = False,
     relative_to: float | None = None,
 ) -> str:
-    """One line a run: images, abstentions, certified accuracy at each radius; or one line an envelope.
+    """Render a table with a line per run or envelope: images, abstentions, certified accuracy at each radius.
 
-    An envelope's cell adds the accuracy at r = 0 and the sigma of the run that is the best at this radius. CSV always
-    carries the 95 % interval over images, in columns of its own; the other formats with ``intervals``.
+    A cell of an envelope adds the accuracy at r = 0 and the sigma of the best run at this radius. CSV always has the
+    95 % interval over images, in columns of its own; the other formats have it with ``intervals``.
 
     Args:
-        lines: all of them runs' curves, or all envelopes.
-        radii: of the columns.
+        lines: curves of runs, or envelopes.
+        radii: one column each.
         style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"``.
         intervals: add the interval to each cell.
-        relative_to: divide every accuracy by this, in (0, 1]; a known number, with no interval of its own.
+        relative_to: divide every accuracy by this known number in (0, 1].
 
     Raises:
-        UserError: ``relative_to`` an accuracy, and images without labels.
+        UserError: ``relative_to`` for images without labels.
     """
     if relative_to is not None and not lines[0].labelled:
         raise UserError("images without labels have no accuracy to divide; leave out --relative-to")
@@ -76,7 +76,7 @@ def compare(
     rows = []
     for line in lines:
         if isinstance(line, Envelope):
-            about = [line.name, line.levels, line.said(_images)]
+            about = [line.name, line.levels, line.summary(_images)]
         else:
             about = [line.name, _images(line), str(abstained(line))]
             if line.labelled:
@@ -92,17 +92,17 @@ def compare(
 
 
 def _figure(lower: float, digits: int = 3, *, least: bool) -> str:
-    """A certified accuracy or average radius, rounded down."""
+    """Format a certified accuracy or average radius, rounded down."""
     return "≥ " * least + floor_to(lower, digits)
 
 
 def _between(low: float, high: float) -> str:
-    """An interval, rounded outward."""
+    """Format an interval, rounded outward."""
     return f"{floor_to(low, 3)} - {ceil_to(high, 3)}"
 
 
 def _cells(line: Line, radii: Sequence[float], divisor: float, *, intervals: bool) -> list[str]:
-    found = []
+    cells = []
     low, high = line.interval(radii)
     for r, value, lo, hi in zip(radii, line.accuracy(radii), low, high, strict=True):
         cell = _figure(value / divisor, least=line.at_least(r))
@@ -112,29 +112,33 @@ def _cells(line: Line, radii: Sequence[float], divisor: float, *, intervals: boo
             best = line.winner(r)
             clean = _figure(best.accuracy([0.0])[0] / divisor, least=best.at_least(0.0))
             cell += f" ({clean}; σ {best.run.header['sigma']:g})"
-        found.append(cell)
-    return found
+        cells.append(cell)
+    return cells
 
 
 def _caption(lines: Sequence[Line], relative_to: float | None, *, intervals: bool) -> list[str]:
-    """What the numbers are."""
+    """Explain the numbers."""
     where = f"{lines[0].quantity} at {IN_WORDS[lines[0].norm]} radius r (images in [0, 1] pixels)"
-    found = [where if relative_to is None else f"{where}, divided by {exact(relative_to)}"]
-    found += _procedure([c.run.header for line in lines for c in (line.runs if isinstance(line, Envelope) else [line])])
+    caption = [where if relative_to is None else f"{where}, divided by {exact(relative_to)}"]
+    caption += _procedure(
+        [c.run.header for line in lines for c in (line.runs if isinstance(line, Envelope) else [line])]
+    )
     if not isinstance(lines[0], Envelope) and lines[0].labelled:
-        found.append("ACR: average certified radius, over all images")
+        caption.append("ACR: average certified radius, over all images")
     if isinstance(lines[0], Envelope):
-        found += [
-            "upper envelope over sigma: at each radius the best run, chosen on these images",
-            "(in brackets: that run at r = 0, and its sigma)",
+        caption += [
+            "upper envelope over sigma: the best run at each radius, chosen on these images",
+            "(in brackets: accuracy at r = 0 and sigma of that run)",
         ]
         if intervals:
-            found.append("[95 % interval over images for the best of the runs, Bonferroni over their number]")
-    return found
+            caption.append(
+                "[95 % interval over images for the best run, with Bonferroni's correction for their number]"
+            )
+    return caption
 
 
 def _procedure(headers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What all runs were certified with, as far as they agree and say it."""
+    """Name the parameters that all runs share."""
     agreed = {key: headers[0].get(key) for key in ("n0", "n", "alpha", "bound")}
     shared = {k: v for k, v in agreed.items() if v not in (None, 0) and all(h.get(k) == v for h in headers)}
     most = " at most" * any(h.get("stopping") for h in headers)
@@ -145,7 +149,7 @@ def _procedure(headers: Sequence[Mapping[str, Any]]) -> list[str]:
 def _csv(
     lines: Sequence[Line], radii: Sequence[float], relative_to: float | None = None
 ) -> tuple[list[str], list[list[Any]]]:
-    """One line a run and radius; of an envelope the line of its best run there, and what makes it an envelope."""
+    """Return a row per run and radius; for an envelope that of its best run, with the columns of the envelope."""
     keys = ("model", "denoiser", "noise", "norm", "sigma", "n", "alpha", "bound")
     header = ["run", *keys, "images", "expected", "abstained", "acr", "quantity", "radius", "value", "low95", "high95"]
     if isinstance(lines[0], Envelope):
@@ -171,26 +175,27 @@ def _csv(
 def compare_families(
     curves: Sequence[Curve], radii: Sequence[float], style: str = "text", correction: str | None = None
 ) -> str:
-    """One line a run and radius: certified accuracy, its interval, and the share that holds for all images at once.
+    """Render a table with a line per run and radius: certified accuracy, its interval, and its simultaneous share.
 
-    The interval is that of :func:`analysis.families.accuracy_interval`, the share counts the images (right, if they
-    have labels) that :func:`analysis.families.simultaneous` marks at the run's alpha. Notes say what is guaranteed.
+    The interval is that of :func:`analysis.families.accuracy_interval`. The share counts the images (with correct
+    predictions, if there are labels) that :func:`analysis.families.simultaneous` certifies jointly at the run's alpha.
+    Notes below the table say what each number guarantees.
 
     Args:
         curves: of runs with votes.
-        radii: of the lines.
-        style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"`` (each number in a column of its own, no notes).
-        correction: ``"holm"`` or ``"bonferroni"``; None: for each run the sharpest that is valid.
+        radii: one line each.
+        style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"`` (one number per column, no notes).
+        correction: ``"holm"`` or ``"bonferroni"``; None: the sharpest that is valid for each run.
 
     Raises:
         UserError: a run without p-values, or a correction that is not valid for one.
     """
-    found = [family(c.run) for c in curves]
+    families = [family(c.run) for c in curves]
     if style == "csv":
-        return render(*_families_csv(curves, found, radii, correction), style)
+        return render(*_families_csv(curves, families, radii, correction), style)
     header = ["run", "images", "r", curves[0].quantity, "95 % interval", "all at once", "correction"]
     rows = []
-    for c, f in zip(curves, found, strict=True):
+    for c, f in zip(curves, families, strict=True):
         low, high = _joint_interval(c, radii)
         name = [c.name, _images(c)]
         for i, (r, a) in enumerate(zip(radii, c.accuracy(radii), strict=True)):
@@ -201,7 +206,7 @@ def compare_families(
                 floor_to(_at_once(c, f, r, correction), 3),
             ]
             rows.append([*(name if i == 0 else ["", ""]), *cells, CORRECTIONS[f.correction(correction)]])
-    title, notes = _guarantees(curves, {f.correction(correction) for f in found})
+    title, notes = _guarantees(curves, {f.correction(correction) for f in families})
     if style == "latex":
         lines = [title, *(line for note in notes for line in textwrap.wrap(note, 110))]
         return "".join(f"% {line}\n" for line in lines) + render(header, rows, style)
@@ -210,7 +215,7 @@ def compare_families(
 
 
 def _joint_interval(c: Curve, radii: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval over images and noise; no upper end below 1 at radii where the images were not decided."""
+    """Return the 95 % interval over images and noise; its upper end is 1 where the images were not decided."""
     low, _ = accuracy_interval(c.successes(radii), c.total, c.run.header["alpha"])
     return low, c.interval(radii)[1]
 
@@ -221,26 +226,26 @@ def _at_once(c: Curve, f: Family, radius: float, correction: str | None) -> floa
 
 
 def _guarantees(curves: Sequence[Curve], methods: set[str]) -> tuple[str, list[str]]:
-    """A title, and what each number guarantees."""
+    """Return a title, and a note on the guarantee of each number."""
     alphas = sorted({c.run.header["alpha"] for c in curves})
-    alpha = f"alpha = {exact(alphas[0])}" if len(alphas) == 1 else "alpha (that of its run)"
+    alpha = f"alpha = {exact(alphas[0])}" if len(alphas) == 1 else "the alpha of its run"
     quantity, norm = curves[0].quantity, IN_WORDS[curves[0].norm]
-    true = "truly right and robust" if curves[0].labelled else "truly robust"
+    true = "truly correct and robust" if curves[0].labelled else "truly robust"
     where = {
-        "holm": "Holm: at one radius r of a run, chosen without looking; not at several together.",
+        "holm": "Holm: at one radius r of a run, chosen without seeing the votes; not at several radii together.",
         "bonferroni": "Bonferroni: at all radii of a run together.",
     }
     notes = [
-        f"{quantity}: each certificate for itself is wrong with probability at most {alpha} over the noise.",
-        f"95 % interval: over images and noise. From below it bounds the share that is {true}, wrong certificates "
-        f"allowed for; from above the {quantity} that the procedure reaches on average, not that share.",
-        f"all at once: except with probability at most {alpha} over the noise, every image that is counted here is "
+        f"{quantity}: each single certificate is wrong with probability at most {alpha} over the noise.",
+        f"95 % interval: over images and noise. The lower end bounds the share that is {true}, "
+        f"allowing for wrong certificates; the upper end bounds the {quantity} that the procedure reaches on average.",
+        f"all at once: except with probability at most {alpha} over the noise, every image counted here is "
         f"robust at {norm} radius r with its class. " + " ".join(where[m] for m in CORRECTIONS if m in methods),
     ]
     if any(c.run.header.get("procedure") == "decide" for c in curves):
         notes.append(
-            "Images that were decided stopped once settled at alpha each; to have all m of them at once, decide at "
-            "alpha/m with --rule betting, then `certify recompute --alpha`."
+            "Sampling stopped as soon as an image was decided at alpha; to certify all m images jointly, decide at "
+            "alpha/m with --rule betting, then run `certify recompute --alpha`."
         )
     title = f"{quantity} at {norm} radius r (images in [0, 1] pixels), for each image and for all of them at once"
     return title, notes
@@ -249,7 +254,7 @@ def _guarantees(curves: Sequence[Curve], methods: set[str]) -> tuple[str, list[s
 def _families_csv(
     curves: Sequence[Curve], families: Sequence[Family], radii: Sequence[float], correction: str | None
 ) -> tuple[list[str], list[list[Any]]]:
-    """The columns of :func:`compare`, the interval's lower end without wrong certificates, and all at once."""
+    """Return the columns of :func:`compare`, the lower end that allows for wrong certificates, and the joint share."""
     header, rows = _csv(curves, radii)
     lines = iter(rows)
     for c, f in zip(curves, families, strict=True):
@@ -266,12 +271,12 @@ def _images(c: Curve) -> str:
 
 
 def abstained(c: Curve) -> int:
-    """How many images got no prediction."""
+    """Count the images without a prediction."""
     return sum(1 for row in c.run.usable if row["prediction"] < 0)
 
 
 def one_run(c: Curve, radii: Sequence[float]) -> str:
-    """The table at the end of a run: certified accuracy at a few radii, with its interval."""
+    """Render the table at the end of a run: certified accuracy at a few radii, with its interval."""
     low, high = c.interval(radii)
     rows = [
         [exact(r), _figure(a, least=c.at_least(r)), _between(lo, hi)]

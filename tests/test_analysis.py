@@ -128,7 +128,7 @@ def test_unlabelled_images_give_a_fraction(tmp_path: Path) -> None:
     c = curve(read_any(write(tmp_path / "r.jsonl", rows)))
     assert c.quantity == "certified fraction"
     assert c.accuracy([0.0, 0.2]).tolist() == [2 / 3, 1 / 3]
-    with pytest.raises(UserError, match="do not compare"):
+    with pytest.raises(UserError, match="cannot be compared"):
         curves([read_any(tmp_path / "r.jsonl"), read_any(write(tmp_path / "s.jsonl", FOUR))])
 
 

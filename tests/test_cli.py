@@ -186,7 +186,7 @@ def test_predictions_among_runs_are_left_out_of_a_plot(capsys: pytest.CaptureFix
     run("table", *files)
     out, err = capsys.readouterr()
     assert "predictions, which have no radius" in err
-    assert "it is left out" in err
+    assert "no radius; expected a run of `certify --model ...`; skipped" in err
     assert "digits, σ = 0.25" in out
 
 

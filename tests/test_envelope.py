@@ -176,7 +176,7 @@ def test_auto_takes_a_denoiser_for_each_sigma() -> None:
 
 
 def test_a_run_that_goes_both_ways_is_not_guessed() -> None:
-    with pytest.raises(UserError, match=r"goes with .* \(the same weights\) and with .*pass only its runs"):
+    with pytest.raises(UserError, match=r"belongs both to .* \(same weights\) and to .*pass only its runs"):
         grouped(*({"sigma": s, "model": f"noise_{t}"} for s, t in ((0.25, 0.25), (0.5, 0.5), (0.5, 0.25))))
 
 
@@ -205,7 +205,7 @@ def test_other_images_are_refused() -> None:
 def test_no_run_and_no_sigma_are_refused() -> None:
     with pytest.raises(UserError, match="no runs"):
         Envelope(())
-    with pytest.raises(UserError, match="does not say its sigma"):
+    with pytest.raises(UserError, match="has no sigma"):
         group([made([0.5], None)])  # type: ignore[arg-type]
 
 
@@ -248,7 +248,7 @@ def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]
 def test_table_of_an_envelope(two_runs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     run("table", *two_runs, "--envelope", "--radii", "0.2,0.4")
     out = capsys.readouterr().out
-    assert "upper envelope over sigma: at each radius the best run, chosen on these images" in out
+    assert "upper envelope over sigma: the best run at each radius, chosen on these images" in out
     cells = re.split(r" {2,}", out.splitlines()[-1])
     assert cells == ["m", "0.25, 0.5", "4", "0.750 (1.000; σ 0.25)", "0.500 (0.500; σ 0.5)"]
     run("table", *two_runs, "--envelope", "--radii", "0.4", "--intervals", "--format", "markdown")

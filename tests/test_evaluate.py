@@ -190,7 +190,7 @@ def test_the_grid_is_a_picture_of_sensible_size(tmp_path: Path, size: tuple[int,
         assert picture.format == "PNG"
         assert 600 < picture.width < 2600
         assert 400 < picture.height < 2600
-    with pytest.raises(UserError, match="expected a name that ends in"):
+    with pytest.raises(UserError, match="expected a name ending in"):
         draw_grid([Row("a", panels)], ["a", "b", "c"], tmp_path / "g.gif", title="")
 
 

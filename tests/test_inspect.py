@@ -11,9 +11,8 @@ import pytest
 import torch
 from command import run as command
 
-from analysis.adversarial_noise import noise_statistics
+from analysis.adversarial_noise import _spectrum, noise_statistics
 from analysis.comparison.runner import randomly_moved
-from analysis.noise_plot import _spectrum
 from certify.cli.inspect import _left, _line, _median
 from certify.images.dataset import load_images
 from certify.models.classifier import Classifier
@@ -110,7 +109,7 @@ def test_images_that_an_attack_left_alone_are_named(capsys: pytest.CaptureFixtur
     [
         (["--attacks", "none"], "nothing to look at"),
         (["--attacks", "transfer"], "needs surrogates"),
-        (["--figure", "noise.txt"], "ends in .png, .svg, .pdf"),
+        (["--figure", "noise.txt"], "ending in .png, .svg, .pdf"),
         (["--defences", "gss"], "nearest: gs"),
     ],
 )

@@ -38,7 +38,7 @@ def test_what_was_logged_is_what_is_read(tmp_path):
 
 
 def test_a_log_without_a_training_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no line of a training"):
+    with pytest.raises(UserError, match="holds no log of a training"):
         read_learning(_log(tmp_path / "run", [{"step": 1, "held_out": {"score": 1.0}}], torn="[1]\n3\n"))
 
 

@@ -12,8 +12,8 @@ from command import run as certify
 from scipy.stats import beta, norm
 
 from analysis.figures import canvas
-from analysis.samples_plot import most_with, radii_with, sample_sizes
 from analysis.speed_plot import Speed, read_speeds
+from analysis.vote_plots import largest_with, radii_with, sample_sizes
 from certify.runs.run_file import Run, read_run
 
 RUN = "--model digits --sigma 0.25 --n 1000 --max 12 --quiet --out run.jsonl"
@@ -34,12 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are written, as they were when they were written."""
-    import analysis.samples_plot
     import analysis.speed_plot
-    import analysis.votes_plot
+    import analysis.vote_plots
 
     kept: list[Any] = []
-    for module in (analysis.votes_plot, analysis.samples_plot, analysis.speed_plot):
+    for module in (analysis.vote_plots, analysis.speed_plot):
         monkeypatch.setattr(module, "save_figure", lambda figure, path: kept.append(figure))
     return kept
 
@@ -55,7 +54,7 @@ def test_fewer_votes_have_the_law_of_fewer_samples(folder: Path) -> None:
     one = next(row for row in run.images if 800 <= max(row["votes"].values()) <= 950)
     many, n, m, draws = Run(run.path, run.header, [one]), 1000, 500, 400
     bounds = norm.cdf([radii_with(many, m, seed)[0] / 0.25 for seed in range(draws)])
-    assert bounds.max() <= norm.cdf(most_with(run, m) / 0.25) + 1e-12
+    assert bounds.max() <= norm.cdf(largest_with(run, m) / 0.25) + 1e-12
     k = np.arange(1, m + 1)
     known = beta.ppf(0.001, k, m - k + 1)  # Clopper-Pearson's of so many votes
     counts = k[np.abs(known - bounds[:, None]).argmin(axis=1)]
@@ -70,7 +69,7 @@ def test_the_most_is_the_published_formula(folder: Path) -> None:
     """All n votes agree: p_lower = alpha^(1/n) (Cohen et al. 2019)."""
     run = read_run(folder / "run.jsonl")
     for n in (20, 1000):
-        assert most_with(run, n) == pytest.approx(0.25 * norm.ppf(0.001 ** (1 / n)), rel=1e-9)
+        assert largest_with(run, n) == pytest.approx(0.25 * norm.ppf(0.001 ** (1 / n)), rel=1e-9)
 
 
 def test_sizes_end_with_n() -> None:
@@ -80,19 +79,19 @@ def test_sizes_end_with_n() -> None:
 
 
 def test_the_line_ends_at_the_median_radius_of_the_run(folder: Path, drawn: list[Any]) -> None:
-    """And the dotted one is the most that so many samples can certify."""
-    from analysis.samples_plot import plot_samples
+    """The dotted line is the largest radius that as many samples can certify."""
+    from analysis.vote_plots import plot_samples
 
     run = read_run(folder / "run.jsonl")
     plot_samples([run], "s.svg")
     line, most = (found for found in drawn[0].axes[0].lines if len(found.get_xdata()) > 1)
     assert list(line.get_xdata()) == list(most.get_xdata()) == sample_sizes(1000)
     assert line.get_ydata()[-1] == pytest.approx(np.median([row["radius"] for row in run.images]))
-    assert most.get_ydata()[-1] == pytest.approx(most_with(run, 1000))
+    assert most.get_ydata()[-1] == pytest.approx(largest_with(run, 1000))
 
 
 def test_the_votes_of_an_image_are_its_bars(folder: Path, drawn: list[Any]) -> None:
-    from analysis.votes_plot import plot_votes
+    from analysis.vote_plots import plot_votes
 
     run = read_run(folder / "run.jsonl")
     row = max(run.images, key=lambda row: len(row["votes"]))
@@ -107,7 +106,7 @@ def test_the_votes_of_an_image_are_its_bars(folder: Path, drawn: list[Any]) -> N
 
 def test_bounds_are_shown_on_their_safe_side(folder: Path, drawn: list[Any]) -> None:
     """A unanimous image's lower bound is not shown as 1, nor its radius larger than it is."""
-    from analysis.votes_plot import plot_votes
+    from analysis.vote_plots import plot_votes
 
     run = read_run(folder / "run.jsonl")
     row = {**run.images[0], "p_lower": 0.001 ** (1 / 100_000), "p_other": 3e-5, "radius": 0.95279}
@@ -143,7 +142,7 @@ def test_speeds_show_the_last_of_each_name(tmp_path: Path, drawn: list[Any]) -> 
         ("run.jsonl --samples --envelope", "--envelope is for runs of certificates; leave it out for radius against"),
         ("decided.jsonl --samples", "has no votes at a fixed n; expected a run file of `certify --n N`"),
         ("log --samples", "log has no votes at a fixed n; expected a run file of `certify --n N`"),
-        ("run.jsonl l1.jsonl --samples", "runs with radii in different norms (l1, l2); show them apart"),
+        ("run.jsonl l1.jsonl --samples", "runs with radii in different norms (l1, l2); show them separately"),
         ("run.jsonl --samples -o x.bmp", "cannot write a picture as 'x.bmp'"),
     ],
 )
@@ -168,7 +167,7 @@ def test_a_notebooks_own_plots_are_left_alone() -> None:
 
 
 def test_long_names_wrap_below_the_samples(folder: Path, drawn: list[Any]) -> None:
-    from analysis.samples_plot import plot_samples
+    from analysis.vote_plots import plot_samples
 
     run = read_run(folder / "run.jsonl")
     plot_samples([Run(run.path, {**run.header, "model": "a long name " * 12}, run.images)], "s.svg")

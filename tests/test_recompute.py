@@ -185,12 +185,12 @@ def test_a_stopped_decide_run_goes_on(runs: dict[str, Path], tmp_path: Path) -> 
 def test_an_unfinished_decide_run_shows_no_accuracy(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Images that are settled soon come first: their share is not the share."""
+    """Images decided with few samples come first, so their share is biased."""
     path = tmp_path / "part.jsonl"
     path.write_text("".join(runs["decide"].read_text().splitlines(keepends=True)[:4]))
     for verb in (["table"], ["plot", "-o", str(tmp_path / "x.png")]):
         run(verb[0], str(path), *verb[1:], code=2)
-        assert "3 of 8 images, and those that are settled soon come first" in capsys.readouterr().err
+        assert "3 of 8 images, and those decided with few samples come first" in capsys.readouterr().err
 
 
 def test_json_of_a_decided_run_says_only_what_was_asked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -487,7 +487,7 @@ def test_an_unfinished_audit_has_a_report_that_says_so(tmp_path: Path, digits: C
     assert f"{how}; 3 of {len(few)} images are done" in loud(page)
     assert "would flatter" in loud(page)
     assert "is cut off" in page.text("notice")
-    assert "run its command again" in page.text("none"), "no curve of the easy ones"
+    assert "run its command again to resume" in page.text("none"), "no curve of the easy ones"
     assert dict(page.rows("failures")) == {"sent before a stop, no answer kept": "1"}
     assert len(page.ids) == 3
 

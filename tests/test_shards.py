@@ -88,7 +88,7 @@ def test_merged_shards_can_be_recomputed_tabulated_and_gone_on_with(
     run("table", str(merged))
     assert not capsys.readouterr().err
     run("table", str(tmp_path / "2.jsonl"))
-    assert "2.jsonl is shard 2/3 of a run: a part of its images" in capsys.readouterr().err
+    assert "2.jsonl is shard 2/3 of a run, so it has only part of the images" in capsys.readouterr().err
     before = merged.read_bytes()
     run(*COMMAND, "--out", str(merged))  # the single run's command finds nothing left to do
     assert merged.read_bytes() == before

@@ -70,7 +70,7 @@ def inspect(**o: Any) -> None:
         tell(_table(rows, len(clean), images_left))
     title = f"{o['model']} on {scene.images.name}, {len(clean)} images, {o['norm']} {o['eps'][1]}"
     if o["figure"]:
-        from analysis.noise_plot import draw_noise
+        from analysis.adversarial_noise import draw_noise
 
         draw_noise(noises, texture, o["figure"], title=f"what attacks add to images: {title}")
     if o["pictures"]:

@@ -74,7 +74,7 @@ def _certificates(
 
     found = read_all(runs, warn)
     if samples:
-        from analysis.samples_plot import plot_samples
+        from analysis.vote_plots import plot_samples
 
         options.refuse_given(("no_band", "envelope", "given"), f"{options.FOR_CERTIFICATES} radius against samples")
         plot_samples(found, out, title=title)
@@ -87,7 +87,7 @@ def _certificates(
 
 
 def _votes(runs: tuple[str, ...], image: str, out: str, title: str | None) -> None:
-    from analysis.votes_plot import plot_votes
+    from analysis.vote_plots import plot_votes
     from certify.runs.run_file import read_run
 
     options.refuse_given(("no_band", "envelope", "given"), f"{options.FOR_CERTIFICATES} the votes of one image")

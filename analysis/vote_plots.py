@@ -1,0 +1,181 @@
+"""Figures from the votes of a run: those of one image, and certified radius against number of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.curves import common_norm, names
+from analysis.figures import COLOURS, LABEL, canvas, check_format, literal, log_ticks, save_figure, wrapped
+from certify.errors import UserError
+from certify.runs.image_rows import noise_of
+from certify.runs.run_file import Run
+from certify.smoothing.certificates import certificate_from_votes, largest_radius
+from certify.smoothing.norms import DECIMALS, IN_TEX
+from certify.smoothing.procedures import votes_of
+from certify.smoothing.rounding import ceil_to, exact, floor_to
+from certify.types import ABSTAIN, Votes
+
+_MAX_BARS = 8  # classes with a bar of their own
+_STEPS, _FEWEST = 13, 20  # numbers of samples on the axis, and the smallest of them
+_MANY = 10_000  # from here on, ticks at powers of ten only
+
+
+def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None = None) -> None:
+    """Plot one image's votes: the share of each class, and the bounds its radius was computed from.
+
+    Args:
+        run: a run file of certify.
+        image_id: id of one of its images.
+        path: .png, .svg or .pdf.
+        title: replaces the description of the certificate.
+
+    Raises:
+        UserError: an unknown format; no such image; an image without votes.
+        RunFault: the file cannot be written.
+    """
+    check_format(path)
+    row = _row(run, image_id)
+    _, votes = votes_of(row)
+    counts = sorted(((count, label) for label, count in enumerate(votes.counts) if count), reverse=True)
+    shown, rest = counts[:_MAX_BARS], counts[_MAX_BARS:]
+    bars = [(_name(row, label), count, label == row["prediction"]) for count, label in shown]
+    if rest:
+        bars.append((f"{len(rest)} others", sum(count for count, _ in rest), False))
+    if votes.failures:
+        bars.append(("no answer", votes.failures, False))
+    with canvas(4.8, 1.1 + 0.28 * len(bars), style={"axes.grid.axis": "x"}) as (figure, axes):
+        for place, (_, count, leads) in enumerate(bars):
+            share = count / votes.trials
+            axes.barh(place, share, height=0.62, color=COLOURS[0] if leads else "#B8C4CE")
+            axes.text(share + 0.01, place, f"{count:,}", va="center", fontsize=8)
+        lower, other = row.get("p_lower"), row.get("p_other")
+        if lower:
+            label = f"lower bound of the prediction: {floor_to(lower)}"
+            axes.axvline(lower, color=COLOURS[1], lw=1.4, label=label)
+        if other and other < 1 - (lower or 0):
+            label = f"upper bound of every other class: {ceil_to(other)}"
+            axes.axvline(other, color=COLOURS[2], ls="--", lw=1.4, label=label)
+        axes.set_yticks(range(len(bars)), [literal(name, LABEL) for name, _, _ in bars])
+        axes.set(xlim=(0, 1.12), ylim=(len(bars) - 0.4, -0.6), xlabel=f"share of {votes.trials:,} votes under noise")
+        axes.set_title(title or literal(_describe(run, row)), fontsize=9, loc="left", wrap=True)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower center", ncols=2)
+        save_figure(figure, Path(path))
+
+
+def _row(run: Run, image_id: str) -> dict[str, Any]:
+    row = next((row for row in run.images if row["id"] == image_id), None)
+    if row is None:
+        some = ", ".join(row["id"] for row in run.images[:3])
+        raise UserError(f"{run.path} holds no image {image_id!r}; expected one of its ids, such as {some}")
+    if "votes" not in row or "error" in row:
+        raise UserError(
+            f"{run.path} holds no votes for image {image_id}; expected an image that was certified without error"
+        )
+    return row
+
+
+def _name(row: dict[str, Any], label: int) -> str:
+    if label == row["prediction"] and row.get("class"):
+        return str(row["class"])
+    if label == row.get("base") and row.get("base_class"):
+        return str(row["base_class"])
+    numbered = str(label) if row.get("base_class") == str(row.get("base")) else f"class {label}"
+    return str(row.get("classes", {}).get(str(label), numbered))
+
+
+def _describe(run: Run, row: dict[str, Any]) -> str:
+    header = run.header
+    if row["prediction"] == ABSTAIN:
+        answer = "abstains"
+    else:
+        digits = DECIMALS[header.get("norm", "l2")]
+        right = {True: "right", False: "wrong"}[row["prediction"] == row["label"]] if row["label"] is not None else ""
+        radius = f", radius {floor_to(row['radius'], digits)}" if row.get("radius") is not None else ""
+        answer = f"{_name(row, row['prediction'])}{f' ({right})' if right else ''}{radius}"
+    return f"image {row['id']}, sigma {exact(header['sigma'])}: {answer}"
+
+
+def sample_sizes(n: int) -> list[int]:
+    """Return numbers of samples from 20 to n, evenly spaced on a logarithmic axis."""
+    return sorted({round(size) for size in np.geomspace(min(_FEWEST, n), n, _STEPS)})
+
+
+def radii_with(run: Run, size: int, seed: int = 0) -> np.ndarray:
+    """Return each usable image's radius if only ``size`` samples had been drawn, float64; 0 for an abstention.
+
+    Votes are subsampled from the recorded ones without replacement, which has the distribution of as many new samples.
+    The class remains the one that the recorded selection votes chose.
+
+    Args:
+        run: with votes at a fixed n.
+        size: at most that n.
+        seed: of the subsampling.
+    """
+    header = run.header
+    chance = np.random.default_rng([seed, size])
+    radii = []
+    for row in run.usable:
+        selection, votes = votes_of(row)
+        drawn = chance.multivariate_hypergeometric([*votes.counts, votes.failures], size)
+        certificate = certificate_from_votes(
+            selection,
+            Votes(tuple(int(count) for count in drawn[:-1]), int(drawn[-1])),
+            noise=noise_of(header, row.get("values")),
+            alpha=header["alpha"],
+            bound=header["bound"],
+            uniform=row.get("uniform", 1.0),
+        )
+        radii.append(certificate.radius)
+    return np.array(radii)
+
+
+def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = None) -> None:
+    """Plot median and middle half of the images' radii over n, and the largest radius that n samples can certify.
+
+    Raises:
+        UserError: an unknown format; radii in different norms; a run without votes at a fixed n, or without a usable
+            image.
+        RunFault: the file cannot be written.
+    """
+    check_format(path)
+    for run in runs:
+        if run.header.get("procedure") != "certify" or run.header.get("stopping"):
+            raise UserError(
+                f"{run.path} has no votes at a fixed n; expected a run file of `certify --n N`, without --radius and "
+                "--tolerance"
+            )
+    norm = common_norm(runs)
+    labels, more = wrapped([*map(literal, names(runs)), "largest radius that n samples can certify"])
+    with canvas(4.8, 3.3 + more) as (figure, axes):
+        for i, (run, name) in enumerate(zip(runs, labels, strict=False)):
+            sizes = sample_sizes(run.header["n"])
+            radii = [radii_with(run, size) for size in sizes]
+            if not radii[0].size:
+                raise UserError(f"{run.path} holds no usable image")
+            low, middle, high = np.array([np.percentile(values, (25, 50, 75)) for values in radii]).T
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(sizes, middle, color=colour, marker="o", ms=3, lw=1.6, label=name)
+            axes.fill_between(sizes, low, high, color=colour, alpha=0.15, lw=0)
+            axes.plot(sizes, [largest_with(run, size) for size in sizes], color=colour, ls=":", lw=1.2)
+        axes.plot([], [], color="#555555", ls=":", lw=1.2, label=labels[-1])
+        axes.set(xscale="log", xlabel="samples n per image", ylim=(0, None))
+        many = max(run.header["n"] for run in runs) >= _MANY
+        log_ticks(axes.xaxis, "{x:,.0f}", (1.0,) if many else (1.0, 2.0, 5.0))
+        axes.set_ylabel(f"{IN_TEX[norm]} radius\n(median and middle half of images)")
+        if title:
+            axes.set_title(title, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=1)
+        save_figure(figure, Path(path))
+
+
+def largest_with(run: Run, size: int) -> float:
+    """Return the radius of an image whose ``size`` votes are unanimous."""
+    header = run.header
+    values = next((row["values"] for row in run.images if row.get("values")), None)
+    selected = bool(header["n0"])
+    return largest_radius(noise_of(header, values), size, header["alpha"], header["bound"], selected=selected)
