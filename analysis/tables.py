@@ -20,6 +20,8 @@ from certify.text import printable, printable_lines
 
 FORMATS = {"text": "simple", "markdown": "pipe", "latex": "latex_booktabs", "csv": ""}
 
+_FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a cell that begins so, and what it computes can run programs
+
 _IN_LATEX = {"σ": r"$\sigma$", "≥": r"$\geq$"}
 
 
@@ -31,11 +33,16 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str, *, 
     header = [clean(cell) for cell in header]
     rows = [[clean(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     if style == "csv":
+        rows = [
+            [f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in r] for r in rows
+        ]
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([header, *rows])  # with all digits of each number
         return out.getvalue().rstrip("\n")
     from tabulate import tabulate
 
+    if style == "markdown":  # a bar would begin a column
+        header, *rows = [[c.replace("|", r"\|") if isinstance(c, str) else c for c in row] for row in (header, *rows)]
     align = ["left", *("right" for _ in header[1:])]
     table: str = tabulate(rows, headers=list(header), tablefmt=FORMATS[style], disable_numparse=True, colalign=align)
     for sign, command in _IN_LATEX.items() if style == "latex" else ():  # tabulate would escape them in the cells

@@ -109,6 +109,11 @@ def test_shards_that_do_not_make_a_run_are_refused_by_name(
 
     assert "1 of 3 shards are missing: 2/3" in refused(one, three)
     assert "--shard 2/3" in refused(one, three)
+    for path in (one, three):
+        kept = path.read_bytes()
+        changed(path, 0, shard={"index": 1, "of": 10**15, "images": 10**15})  # answered at once
+        assert "999999999999999 of 1000000000000000 shards are missing" in refused(path)
+        path.write_bytes(kept)
     other.write_bytes(two.read_bytes())
     assert f"{two} and {other} are both shard 2/3" in refused(one, two, other, three)
     changed(other, 0, n=1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import unicodedata
@@ -16,6 +17,7 @@ from small_audit import WORDS, make_audit
 from test_displayed_numbers import HEADER, write
 from test_serve import serving
 
+from analysis.tables import render
 from certify.images.dataset import load_images
 from certify.models.classifier import Classifier
 from certify.runs.config import Settings
@@ -58,6 +60,21 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], style: str) 
     assert not [line for line in out.splitlines() if line.startswith("abstained 0 of 9")]
 
 
+def test_names_are_no_formulas_of_a_spreadsheet_and_no_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("=cmd|' /C calc'!A0", "+1", "-1", "@SUM(1)")
+    path = evil_run(tmp_path / "a.jsonl", **dict(zip(("model", "denoiser", "bound"), names, strict=False)))
+    run("table", path, "--radii", "0", "--format", "csv")
+    _, (_, model, denoiser, *_) = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert (model, denoiser) == ("'=cmd|' /C calc'!A0", "'+1")
+    for name in names:
+        assert render(["a"], [[name]], "csv").splitlines()[1].strip('"').startswith("'")
+    assert render(["a"], [[-1.5]], "csv") == "a\n-1.5"
+    lines = render(["a|b"], [["c|d"]], "markdown").splitlines()
+    assert len({line.count("|") - line.count(r"\|") for line in lines}) == 1
+
+
 def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     header = {
         **HEADER, "type": "comparison", "expected": 1, "defences": [{"named": EVIL, "frozen": True}], "eps": 0.25,
@@ -76,6 +93,7 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         out = capsys.readouterr().out
         assert acting(out) == []
         assert not [line for line in out.splitlines() if line.startswith("abstained 0 of 9")]
+        assert not [line for line in out.splitlines() if style == "latex" and line.startswith(("note:", "failed:"))]
     run("plot", str(path), "-o", str(tmp_path / "c.svg"))
     assert acting((tmp_path / "c.svg").read_text()) == []
 

@@ -21,7 +21,7 @@ def tabulate_comparison(found: Comparison, style: str = "text") -> str:
     paired = _pairs(found, style)
     if paired is not None:
         parts.append(render(*paired, style, multiline=True))
-    parts += _failures(found)
+    parts += _failures(found, style)
     return caption + "\n\n".join(parts)
 
 
@@ -125,7 +125,8 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else ceil_to(value, 3)
 
 
-def _failures(found: Comparison) -> list[str]:
+def _failures(found: Comparison, style: str) -> list[str]:
+    """Failures and notes as lines of text, comments in LaTeX: they hold messages of programs."""
     lines = []
     for d in found.defences:
         for c in found.columns:
@@ -134,7 +135,8 @@ def _failures(found: Comparison) -> list[str]:
                 lines.append(f"failed: {d}, {c.key}: {cell.failed}")
             if cell is not None:
                 lines += [f"note: {d}, {c.key}: {n} images: {text}" for text, n in found.notes(d, c).items()]
-    return ["\n".join(map(printable, lines))] if lines else []
+    start = "% " if style == "latex" else ""
+    return ["\n".join(start + printable(line) for line in lines)] if lines else []
 
 
 def records(found: Comparison) -> list[dict[str, Any]]:

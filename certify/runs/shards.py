@@ -8,6 +8,7 @@ that a single process would have written.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import os
@@ -160,6 +161,7 @@ def _read(path: str | Path) -> Run:
     shard = run.header.get("shard")
     if not isinstance(shard, Mapping) or not all(type(shard.get(k)) is int for k in ("index", "of", "images")):
         raise UserError(f"{path} is a whole run, not a shard of one; expected files written with --shard i/n")
+    Shard(shard["index"], shard["of"])
     if "recomputed" in run.header:
         raise UserError(f"{path} was recomputed; merge the shards it came from, and recompute what comes out")
     return run
@@ -174,12 +176,13 @@ def _complete(runs: Sequence[Run]) -> None:
         if index in found:
             raise UserError(f"{found[index].path} and {run.path} are both shard {index}/{of}; leave one of them out")
         found[index] = run
-    missing = [index for index in range(1, of + 1) if index not in found]
+    missing = of - len(found)
     if missing:
-        shown = ", ".join(f"{index}/{of}" for index in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        named = list(itertools.islice((index for index in range(1, of + 1) if index not in found), 5))
+        shown = ", ".join(f"{index}/{of}" for index in named) + (", ..." if missing > len(named) else "")
         raise UserError(
-            f"{len(missing)} of {of} shards are missing: {shown}; name their files too, or run the command of "
-            f"{runs[0].path} with --shard {missing[0]}/{of}"
+            f"{missing} of {of} shards are missing: {shown}; name their files too, or run the command of "
+            f"{runs[0].path} with --shard {named[0]}/{of}"
         )
     for run in runs:
         if run.partial:
