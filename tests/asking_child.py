@@ -18,12 +18,12 @@ from pathlib import Path
 from fault_server import RAW, queries
 
 from certify.blackbox.client.http import HttpSender
-from certify.blackbox.client.query_client import Asker
-from certify.blackbox.client.rate_limit import Manners
+from certify.blackbox.client.query_client import QueryClient
+from certify.blackbox.client.rate_limit import QueryLimits
 from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import ledger_header
 
-MANNERS = Manners(concurrency=4, first_wait=0.002, longest_wait=0.01)
+LIMITS = QueryLimits(concurrency=4, first_wait=0.002, longest_wait=0.01)
 FURTHER = 16  # queries that are new to a process
 
 
@@ -34,7 +34,8 @@ def ask(url: str, path: Path, used: Path, budget: int, count: int) -> None:
         Ledger(path, ledger_header("http://service", RAW)) as ledger,
         used.open("ab", buffering=0) as notes,
     ):
-        for answer in Asker(send, RAW, ledger, budget=budget, manners=MANNERS)(itertools.islice(queries(count), count)):
+        client = QueryClient(send, RAW, ledger, budget=budget, limits=LIMITS)
+        for answer in client(itertools.islice(queries(count), count)):
             label = answer.ranked[0].label if answer.ranked else answer.failure
             notes.write(f"{answer.name}\t{label}\n".encode())
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from certify.blackbox.client.http import HttpSender
+from certify.blackbox.client.http import HttpSender, run_async
 from certify.blackbox.types import Request
 
 
@@ -45,7 +45,7 @@ def process(command: list[str], folder: Path, url: str, ready: str) -> Iterator[
             if server.poll() is not None:
                 raise RuntimeError(f"the server ended: {log.read_text()[-2000:]}")
             try:
-                return send(Request(b"", ready, "GET")).status == 200
+                return run_async(send(Request(b"", ready, "GET"))).status == 200
             except OSError:
                 return False
 

@@ -21,7 +21,7 @@ from certify.blackbox import types
 from certify.blackbox.client import aws
 from certify.blackbox.client.aws import rekognition_sender
 from certify.blackbox.client.credentials import Credential, read_credential, redactor_for
-from certify.blackbox.client.http import HttpSender
+from certify.blackbox.client.http import HttpSender, run_async
 from certify.blackbox.encoding import to_pictures, to_tensor
 from certify.blackbox.protocols import FORMATS, KEY_HEADERS
 from certify.blackbox.types import BadReply, Picture
@@ -98,7 +98,7 @@ def test_votes_through_the_service_equal_local_ones(
     log.clear()
     wire = made(name)
     with sender(name, url, secret(name)) as send:
-        answers = [wire.reply(send(wire.request(picture))) for picture in pictures]
+        answers = [wire.reply(run_async(send(wire.request(picture)))) for picture in pictures]
     local = digits.logits(torch.stack([to_tensor(picture) for picture in pictures])).softmax(1)
     assert [one[0].label for one in answers] == [f"digit {n}" for n in local.argmax(1).tolist()]
     assert [one[0].score for one in answers] == pytest.approx(local.max(1).values.tolist(), abs=1e-6)
@@ -106,7 +106,7 @@ def test_votes_through_the_service_equal_local_ones(
     assert all(map(signed, log))
     log.clear()
     with sender(name, url, None) as send:
-        send(wire.request(pictures[0]))
+        run_async(send(wire.request(pictures[0])))
     assert len(log) == 1
     assert not signed(log[0])
 
@@ -116,7 +116,7 @@ def test_detect_labels_matches_an_independent_implementation(pictures: list[Pict
     wire = made("rekognition")
     with moto.mock_aws():
         send = rekognition_sender("https://rekognition.eu-west-1.amazonaws.com", secret("rekognition"))
-        ranked = wire.reply(send(wire.request(pictures[0])))
+        ranked = wire.reply(run_async(send(wire.request(pictures[0]))))
     assert ranked[0].label == "Mobile Phone"
     assert ranked[0].score == pytest.approx(0.999364, abs=1e-6)
 
@@ -157,7 +157,7 @@ def test_every_reply_is_passed_on_unchanged_and_sent_once(
         for sent, name in enumerate(SERVICES, start=1):
             credential = secret(name)
             with sender(name, url, credential) as send:
-                reply = send(made(name).request(pictures[0]))
+                reply = run_async(send(made(name).request(pictures[0])))
             assert len(log) == sent
             redactor = redactor_for(credential)
             assert redactor is not None
@@ -179,7 +179,7 @@ def test_redirects_are_not_followed(pictures: list[Picture]) -> None:
             with serving(failing(log, status, b"", {"Location": f"{other}/v1/images:annotate"})) as url:
                 for name in SERVICES:
                     with sender(name, url, secret(name)) as send:
-                        assert send(made(name).request(pictures[0])).status == status
+                        assert run_async(send(made(name).request(pictures[0]))).status == status
     assert len(log) == 2 * len(SERVICES)
     assert not elsewhere
 
@@ -190,7 +190,7 @@ def test_no_reply_is_a_network_error(name: str, pictures: list[Picture]) -> None
         door.bind(("127.0.0.1", 0))  # and nobody listens
         url = f"http://127.0.0.1:{door.getsockname()[1]}"
         with sender(name, url, secret(name), 5) as send, pytest.raises(ConnectionError) as found:
-            send(made(name).request(pictures[0]))
+            run_async(send(made(name).request(pictures[0])))
     assert secret(name).key not in str(found.value)
 
 
@@ -199,7 +199,7 @@ def test_a_service_that_hangs_is_abandoned_in_time(pictures: list[Picture]) -> N
     with serving(failing(log, 200, b"{}", {}, seconds=3)) as url:
         for sent, name in enumerate(SERVICES, start=1):
             with sender(name, url, secret(name), 1.0) as send, pytest.raises(TimeoutError):
-                send(made(name).request(pictures[0]))
+                run_async(send(made(name).request(pictures[0])))
             wait_for(lambda sent=sent: len(log) >= sent)
             assert len(log) == sent  # and not sent again
 
@@ -218,13 +218,15 @@ for name in ("botocore.auth", "botocore", "urllib3"):
 import numpy as np
 from certify.blackbox.client import aws
 from certify.blackbox.client.credentials import Credential
+from certify.blackbox.client.http import run_async
 from certify.blackbox.protocols import FORMATS
 from certify.blackbox.types import Picture
 how, url, key = sys.argv[1:]
 if how == "talking":
     aws._silence_loggers = lambda: None
 wire = FORMATS.get("rekognition")()
-aws.rekognition_sender(url, Credential("TEST_KEY", key))(wire.request(Picture(np.zeros((8, 8, 1), np.uint8))))
+send = aws.rekognition_sender(url, Credential("TEST_KEY", key))
+run_async(send(wire.request(Picture(np.zeros((8, 8, 1), np.uint8)))))
 logging.getLogger("test").warning("the end")
 """
 

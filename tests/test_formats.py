@@ -20,7 +20,7 @@ from certify.blackbox.encoding import encode, from_bytes, media_type, seen, to_p
 from certify.blackbox.protocols import ENDPOINTS, FORMATS, KEY_HEADERS
 from certify.blackbox.protocols.parsing import safe_text
 from certify.blackbox.protocols.v2 import metadata_request, options_from
-from certify.blackbox.types import MOST_BYTES, BadReply, Busy, Format, Picture, Ranked, Reply, Request, Scored
+from certify.blackbox.types import MAX_REPLY_BYTES, BadReply, Busy, Format, Picture, Ranked, Reply, Request, Scored
 from certify.errors import ImageError, RunFault, UserError
 from certify.models.classifier import Classifier
 
@@ -396,7 +396,7 @@ BROKEN: dict[str, Reply] = {
     "empty object": reply({}),
     "deep lists": reply(b"[" * 200_000 + b"]" * 200_000),
     "deep objects": reply(b'{"a":' * 200_000),
-    "huge": Reply(200, b" " * (MOST_BYTES + 1)),
+    "huge": Reply(200, b" " * (MAX_REPLY_BYTES + 1)),
     "bytes": reply(bytes(range(256))),
     "latin": reply('{"labels": "é"}'.encode("latin-1")),
     "utf-16": reply('{"labels": "e"}'.encode("utf-16")),

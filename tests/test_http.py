@@ -1,7 +1,8 @@
-"""Asking a service that misbehaves: the budget is exact, the ledger complete, and the key stays where it belongs."""
+"""Client a service that misbehaves: the budget is exact, the ledger complete, and the key stays where it belongs."""
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import itertools
 import json
@@ -21,14 +22,14 @@ from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
 from servers import wait_for
 
 from certify.blackbox.client.credentials import public, read_credential
-from certify.blackbox.client.http import TIMEOUT, HttpSender, check_endpoint
-from certify.blackbox.client.query_client import Asker
-from certify.blackbox.client.rate_limit import Manners, Rate, retry_after
+from certify.blackbox.client.http import TIMEOUT, HttpSender, check_endpoint, run_async
+from certify.blackbox.client.query_client import QueryClient
+from certify.blackbox.client.rate_limit import QueryLimits, RateLimiter, retry_after
 from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import ledger_header, read_ledger
 from certify.blackbox.protocols.clarifai import clarifai
 from certify.blackbox.types import Answer, BadReply, Query, Reply, Request
-from certify.cli.service_options import manners
+from certify.cli.service_options import query_limits
 from certify.errors import CertifyError, RunFault, UserError
 from certify.models.query_access import BudgetSpent
 
@@ -36,7 +37,7 @@ CLARIFAI = {"status": {"code": 10000}, "outputs": [{"data": {"concepts": [{"name
 SECRETS = "X-Amz-Signature x-functions-key sv_sig pwd passwd authorization cred jwt client_secret id_token code".split()
 KEY = "sk-4f9a/Zq+0123=%x"
 HERE = Path(__file__).parent
-SOON = Manners(concurrency=4, first_wait=0.01, longest_wait=0.3, grace=5.0)
+SOON = QueryLimits(concurrency=4, first_wait=0.01, longest_wait=0.3, grace=5.0)
 
 
 @pytest.fixture
@@ -51,17 +52,17 @@ def ask(
     wanted: list[Query],
     *,
     budget: int | None = None,
-    manners: Manners = SOON,
+    limits: QueryLimits = SOON,
     timeout: float = 20.0,
 ) -> tuple[list[Answer], CertifyError | None]:
     """What was handed out, and what ended it."""
     found: list[Answer] = []
     with (
-        HttpSender(server.url, timeout=timeout, most_bytes=100_000) as send,
+        HttpSender(server.url, timeout=timeout, max_bytes=100_000) as send,
         Ledger(path, ledger_header(send.endpoint, RAW)) as ledger,
     ):
         try:
-            found += itertools.islice(Asker(send, RAW, ledger, budget=budget, manners=manners)(wanted), len(wanted))
+            found += itertools.islice(QueryClient(send, RAW, ledger, budget=budget, limits=limits)(wanted), len(wanted))
         except CertifyError as error:
             return found, error
     return found, None
@@ -133,7 +134,7 @@ def test_everything_at_once_and_the_same_answers(tmp_path: Path) -> None:
 
     with FaultServer() as calm, FaultServer(plan) as wild:
         faultless, _ = ask(calm, tmp_path / "calm", wanted)
-        found, error = ask(wild, tmp_path / "wild", wanted, manners=Manners(8, first_wait=0.01, longest_wait=0.3))
+        found, error = ask(wild, tmp_path / "wild", wanted, limits=QueryLimits(8, first_wait=0.01, longest_wait=0.3))
     assert error is None
     assert [(a.name, a.ranked) for a in found] == [(a.name, a.ranked) for a in faultless]
     assert len(wild.seen) == 120 == read_ledger(tmp_path / "wild").spent
@@ -144,19 +145,19 @@ def test_everything_at_once_and_the_same_answers(tmp_path: Path) -> None:
 def test_the_budget_is_never_exceeded(budget: int, concurrency: int, tmp_path: Path) -> None:
     """Under concurrency and retries; what was handed out is a gapless beginning, and a larger budget goes on there."""
     wanted = queries(40)
-    manners = Manners(concurrency, first_wait=0.005, longest_wait=0.05)
+    limits = QueryLimits(concurrency, first_wait=0.005, longest_wait=0.05)
 
     def plan(number: int, seen: Seen) -> str:
         return "status:503" if number % 4 == 3 else ""
 
     with FaultServer(plan, delay=0.002) as server:
-        found, error = ask(server, tmp_path / "ledger", wanted, budget=budget, manners=manners)
+        found, error = ask(server, tmp_path / "ledger", wanted, budget=budget, limits=limits)
         assert isinstance(error, BudgetSpent)
         assert len(server.seen) == read_ledger(tmp_path / "ledger").spent == budget
         assert [answer.name for answer in found] == [query.name for query in wanted[: len(found)]]
         kept = read_ledger(tmp_path / "ledger").answers
         assert all(kept[answer.name].ranked == answer.ranked for answer in found)
-        again, error = ask(server, tmp_path / "ledger", wanted, budget=1000, manners=manners)
+        again, error = ask(server, tmp_path / "ledger", wanted, budget=1000, limits=limits)
     assert error is None
     assert [one.ranked[0].label for one in again] == [label_of(query.picture.pixels.tobytes()) for query in wanted]
     assert {answer.name for answer in again if answer.known} == kept.keys()
@@ -166,7 +167,7 @@ def test_the_budget_is_never_exceeded(budget: int, concurrency: int, tmp_path: P
 
 def test_retries_end(tmp_path: Path) -> None:
     with FaultServer(lambda number, seen: "status:502") as server:
-        found, error = ask(server, tmp_path / "ledger", queries(1), manners=Manners(attempts=3, first_wait=0.01))
+        found, error = ask(server, tmp_path / "ledger", queries(1), limits=QueryLimits(attempts=3, first_wait=0.01))
     assert error is None
     assert (len(server.seen), found[0].attempts, found[0].failure) == (3, 3, "HTTP 502: something")
     assert found[0].down
@@ -176,18 +177,18 @@ def test_a_busy_service_that_says_so_with_status_200_is_asked_again(tmp_path: Pa
     bodies = [{"status": {"code": 11005, "description": "Throttled"}}, CLARIFAI]
     form = clarifai()
 
-    def send(request: Request) -> Reply:
+    async def send(request: Request) -> Reply:
         return Reply(200, json.dumps(bodies.pop(0)).encode())
 
     with Ledger(tmp_path / "ledger", ledger_header("http://x", form)) as ledger:
-        (found,) = Asker(send, form, ledger, manners=SOON)(queries(1))
+        (found,) = QueryClient(send, form, ledger, limits=SOON)(queries(1))
     assert (found.attempts, found.ranked[0].label) == (2, "cat")
 
 
 def test_what_is_about_the_service_is_told_from_what_is_about_a_picture(tmp_path: Path) -> None:
     faults = ["", "status:400", "empty", "reset", "page"]
     with FaultServer(faults) as server:
-        found, _ = ask(server, tmp_path / "ledger", queries(5), manners=Manners(1, attempts=1))
+        found, _ = ask(server, tmp_path / "ledger", queries(5), limits=QueryLimits(1, attempts=1))
     assert [answer.down for answer in found] == [False, True, False, True, False]
 
 
@@ -203,7 +204,7 @@ def test_known_answers_cost_nothing_and_need_the_same_picture(tmp_path: Path) ->
         assert isinstance(error, UserError)
         assert "was another picture when it was sent" in str(error)
         twice = [queries(30)[28]] * 2
-        assert "comes twice at a time" in str(ask(server, tmp_path / "ledger", twice)[1])
+        assert "occurs twice at a time" in str(ask(server, tmp_path / "ledger", twice)[1])
 
 
 @pytest.mark.parametrize(
@@ -217,16 +218,16 @@ def test_known_answers_cost_nothing_and_need_the_same_picture(tmp_path: Path) ->
 )
 def test_a_service_that_turns_down_the_first_query_stops_the_run(fault: str, remedy: str, tmp_path: Path) -> None:
     with FaultServer([fault, "", "", fault]) as server:
-        found, error = ask(server, tmp_path / "ledger", queries(50), budget=50, manners=Manners(1, grace=5))
+        found, error = ask(server, tmp_path / "ledger", queries(50), budget=50, limits=QueryLimits(1, grace=5))
         assert type(error) is RunFault
         assert not found
         assert remedy in str(error)
         assert len(server.seen) == 1
-        found, error = ask(server, tmp_path / "ledger", queries(4), manners=Manners(1, grace=5))
+        found, error = ask(server, tmp_path / "ledger", queries(4), limits=QueryLimits(1, grace=5))
         if fault in ("status:401", "status:403"):  # a key that ended is about no picture: nothing fails for it
-            assert "turned down a query" in str(error)
+            assert "refused a query" in str(error)
             assert len(found) == 2 == len(read_ledger(tmp_path / "ledger").answers)
-            found, error = ask(server, tmp_path / "ledger", queries(4), manners=Manners(1, grace=5))
+            found, error = ask(server, tmp_path / "ledger", queries(4), limits=QueryLimits(1, grace=5))
             assert [answer.attempts for answer in found] == [2, 1, 2, 1]
         else:  # it was about one picture, once something was answered
             assert not found.pop(2).ranked
@@ -237,11 +238,11 @@ def test_a_service_that_turns_down_the_first_query_stops_the_run(fault: str, rem
 
 def test_a_service_that_asks_for_a_long_pause_is_left_alone(tmp_path: Path) -> None:
     with FaultServer(["", "later:3600"]) as server:
-        found, error = ask(server, tmp_path / "ledger", queries(4), manners=Manners(1, grace=5))
+        found, error = ask(server, tmp_path / "ledger", queries(4), limits=QueryLimits(1, grace=5))
         assert type(error) is RunFault
-        assert "left alone for 3,600 s" in str(error)
+        assert "a pause of 3,600 s" in str(error)
         assert (len(found), len(server.seen)) == (1, 2)
-        found, error = ask(server, tmp_path / "ledger", queries(4), manners=Manners(1, grace=5))
+        found, error = ask(server, tmp_path / "ledger", queries(4), limits=QueryLimits(1, grace=5))
     assert error is None
     assert [(bool(a.ranked), a.attempts) for a in found] == [(True, 1), (True, 2), (True, 1), (True, 1)]
 
@@ -250,7 +251,7 @@ def test_a_burst_of_refusals_stops_at_once(tmp_path: Path) -> None:
     # held, because a pause that comes before the second query is under way is one for every query
     with FaultServer(lambda number, seen: "status:401" if number else "later:30", hold=2) as server:
         start = time.monotonic()
-        _, error = ask(server, tmp_path / "ledger", queries(500), manners=Manners(8, longest_wait=30, grace=5))
+        _, error = ask(server, tmp_path / "ledger", queries(500), limits=QueryLimits(8, longest_wait=30, grace=5))
     assert "check the key" in str(error)
     assert time.monotonic() - start < 20  # though a query before it would wait for half a minute
     assert len(server.seen) == read_ledger(tmp_path / "ledger").spent <= 8
@@ -259,7 +260,7 @@ def test_a_burst_of_refusals_stops_at_once(tmp_path: Path) -> None:
 def test_an_answer_is_in_the_ledger_before_it_is_used(tmp_path: Path) -> None:
     header = ledger_header("http://x", RAW)
     with FaultServer() as server, HttpSender(server.url) as send, Ledger(tmp_path / "ledger", header) as ledger:
-        for answer in Asker(send, RAW, ledger, manners=SOON)(queries(12)):
+        for answer in QueryClient(send, RAW, ledger, limits=SOON)(queries(12)):
             assert read_ledger(tmp_path / "ledger").answers[answer.name].ranked == answer.ranked
 
 
@@ -267,58 +268,92 @@ def test_a_consumer_that_stops_leaves_no_answer_behind(tmp_path: Path) -> None:
     """Requests that are under way are waited for and recorded; queries that were only pulled are not sent."""
     path, header = tmp_path / "ledger", ledger_header("http://x", RAW)
     with FaultServer(delay=0.1) as server, HttpSender(server.url) as send, Ledger(path, header) as ledger:
-        asker = Asker(send, RAW, ledger, budget=20, manners=Manners(3))
-        answers = asker(queries(100))
+        client = QueryClient(send, RAW, ledger, budget=20, limits=QueryLimits(3))
+        answers = client(queries(100))
         next(answers)
         answers.close()
         kept = ledger.answers()
-        assert len(server.seen) == asker.spent == len(kept) <= 6
+        assert len(server.seen) == client.spent == len(kept) <= 6
         assert all(answer.ranked for answer in kept.values())
-        assert sum(1 for _ in asker(queries(20))) == 20  # the budget of those not sent is there again
+        assert sum(1 for _ in client(queries(20))) == 20  # the budget of those not sent is there again
 
 
 def test_requests_are_waited_for_longer_than_they_may_take(tmp_path: Path) -> None:
-    assert Manners().grace > TIMEOUT
-    assert manners({"concurrency": 1, "rate": None, "retries": 4, "timeout": 120.0}).grace > 120
+    assert QueryLimits().grace > TIMEOUT
+    assert query_limits({"concurrency": 1, "rate": None, "retries": 4, "timeout": 120.0}).grace > 120
     path, header, said = tmp_path / "ledger", ledger_header("http://x", RAW), list[str]()
-    slow = picture(1).pixels.tobytes()  # by content: of two threads either request may come first
+    slow = picture(1).pixels.tobytes()  # by content: either request may arrive first
     with (
         FaultServer(lambda number, seen: "drip:0.06" if seen.body == slow else "", hold=2) as server,
         HttpSender(server.url) as send,
         Ledger(path, header) as ledger,
     ):
-        answers = Asker(send, RAW, ledger, manners=Manners(2), tell=said.append)(queries(2))
+        answers = QueryClient(send, RAW, ledger, limits=QueryLimits(2), tell=said.append)(queries(2))
         next(answers)
         answers.close()
         assert all(answer.ranked for answer in ledger.answers().values())
         assert len(server.seen) == len(ledger.answers()) == 2
-    assert said == ["waiting for requests under way: 1, 65 s at most; their answers are kept"]
+    assert said == ["waiting for requests in flight: 1, 65 s at most; their answers are kept"]
 
 
 def test_concurrency_is_kept(tmp_path: Path) -> None:
     with FaultServer(delay=0.05, hold=6) as server:
-        found, _ = ask(server, tmp_path / "ledger", queries(24), manners=Manners(6))
+        found, _ = ask(server, tmp_path / "ledger", queries(24), limits=QueryLimits(6))
     assert len(found) == 24
     assert server.most_at_once == 6
 
 
-def test_rate_with_a_clock() -> None:
-    now = [100.0]
-    rate = Rate(4.0, clock=lambda: now[0])
-    assert [rate.take() for _ in range(3)] == [0.0, 0.25, 0.5]
-    now[0] += 0.6
-    assert rate.take() == pytest.approx(0.15)
-    now[0] += 10
-    assert [rate.take(), rate.take()] == [0.0, 0.25]  # no burst after a rest
-    rate.pause(3.0)
-    assert [rate.take(), rate.take()] == [3.0, 3.25]
-    assert [Rate(None, clock=lambda: 0.0).take() for _ in range(3)] == [0.0, 0.0, 0.0]
+class VirtualTime(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer instead of waiting."""
+
+    now = 100.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self.now = max(self.now, self._scheduled[0].when())  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+
+def test_requests_are_evenly_spaced_and_pauses_hold_for_all() -> None:
+    async def times(limiter: RateLimiter, count: int) -> list[float]:
+        loop, found = asyncio.get_running_loop(), list[float]()
+
+        async def one() -> None:
+            await limiter.acquire()
+            found.append(loop.time())
+
+        start = loop.time()
+        await asyncio.gather(*(one() for _ in range(count)))
+        return [round(time - start, 6) for time in found]
+
+    async def check() -> None:
+        limiter = RateLimiter(4.0)
+        assert await times(limiter, 3) == [0.0, 0.25, 0.5]
+        await asyncio.sleep(0.1)
+        assert await times(limiter, 1) == [0.15]
+        await asyncio.sleep(10)
+        assert await times(limiter, 3) == [0.0, 0.25, 0.5]  # no burst after a rest
+        limiter.pause(3.0)
+        found = await times(limiter, 3)
+        assert found[0] >= 3.0
+        assert found[1] - found[0] >= 0.25 <= found[2] - found[1]
+        assert await times(RateLimiter(None), 3) == [0.0, 0.0, 0.0]
+        unlimited = RateLimiter(None)
+        unlimited.pause(2.0)
+        unlimited.pause(1.0)  # a shorter pause does not end a longer one
+        assert await times(unlimited, 2) == [2.0, 2.0]
+
+    with asyncio.Runner(loop_factory=VirtualTime) as runner:
+        runner.run(check())
 
 
 def test_the_rate_holds(tmp_path: Path) -> None:
     with FaultServer() as server:
         start = time.monotonic()
-        ask(server, tmp_path / "ledger", queries(16), manners=Manners(8, rate=50.0))
+        ask(server, tmp_path / "ledger", queries(16), limits=QueryLimits(8, rate=50.0))
     assert time.monotonic() - start >= 15 / 50
 
 
@@ -366,16 +401,16 @@ def test_retry_after_counts_from_the_date_of_the_reply(retry: str, date: str, se
 
 
 def test_retry_after_is_honoured_for_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paused, pause = list[float](), Rate.pause
+    paused, pause = list[float](), RateLimiter.pause
 
-    def spy(rate: Rate, seconds: float) -> None:
+    def spy(limiter: RateLimiter, seconds: float) -> None:
         paused.append(seconds)
-        pause(rate, seconds)
+        pause(limiter, seconds)
 
-    monkeypatch.setattr(Rate, "pause", spy)  # of the rate, which all queries share: test_rate_with_a_clock
+    monkeypatch.setattr(RateLimiter, "pause", spy)  # which all queries share: see the test of the limiter
     with FaultServer(["later:0.4"]) as server:
         start = time.monotonic()
-        found, _ = ask(server, tmp_path / "ledger", queries(5), manners=Manners(1, longest_wait=1.0))
+        found, _ = ask(server, tmp_path / "ledger", queries(5), limits=QueryLimits(1, longest_wait=1.0))
         assert time.monotonic() - start >= 0.4
     assert found[0].attempts == 2
     assert paused == [0.4]
@@ -385,20 +420,20 @@ def test_retry_after_is_honoured_for_everybody(tmp_path: Path, monkeypatch: pyte
 def test_a_deadline_ends_everything(fault: str) -> None:
     with FaultServer([fault]) as server, HttpSender(server.url, timeout=0.4) as send:
         start = time.monotonic()
-        with pytest.raises(TimeoutError, match=r"no whole reply within 0\.4 s"):
-            send(Request(b"x"))
+        with pytest.raises(TimeoutError, match=r"no complete reply within 0\.4 s"):
+            run_async(send(Request(b"x")))
         assert time.monotonic() - start < 10  # a hanging service never ends, a dripping one after 15 s
         send._timeout = 20.0  # what comes next is about the connection alone, however busy the machine
-        assert send(Request(b"x")).status == 200
+        assert run_async(send(Request(b"x"))).status == 200
 
 
 def test_no_server() -> None:
     with FaultServer() as server:
         url = server.url
     with HttpSender(url) as send, pytest.raises(ConnectionError, match=r"^127\.0\.0\.1:\d+: .*ConnectError"):
-        send(Request(b"x"))
+        run_async(send(Request(b"x")))
     with pytest.raises(ConnectionError, match="the sender was closed"):
-        send(Request(b"x"))
+        run_async(send(Request(b"x")))
 
 
 def test_a_sender_closed_meanwhile_lets_go() -> None:
@@ -406,18 +441,18 @@ def test_a_sender_closed_meanwhile_lets_go() -> None:
         send = HttpSender(server.url)
         threading.Timer(0.3, send.close).start()
         with pytest.raises(ConnectionError, match="closed"):
-            send(Request(b"x"))
+            run_async(send(Request(b"x")))
 
 
 def test_what_a_request_looks_like(key: str) -> None:
     with FaultServer() as server:
         with HttpSender(f"{server.url}/v1/base?version=3", read_credential(key)) as send:
-            send(Request(b"x", "models/m:label?top=5", headers={"content-type": "image/png"}))
-            send(Request(b"x"))
+            run_async(send(Request(b"x", "models/m:label?top=5", headers={"content-type": "image/png"})))
+            run_async(send(Request(b"x")))
         with HttpSender(server.url, read_credential(key, query="key={key}")) as send:
-            send(Request(b"x", "/y"))
+            run_async(send(Request(b"x", "/y")))
         with HttpSender(server.url, read_credential(key, "X-Key: {key}")) as send:
-            send(Request(b"x"))
+            run_async(send(Request(b"x")))
     first, second, third, fourth = server.seen
     assert first.target == "/v1/base/models/m:label?version=3&top=5"
     assert (first.headers["authorization"], first.headers["content-type"]) == (f"Bearer {KEY}", "image/png")
@@ -433,8 +468,8 @@ def test_cookies_are_not_kept_and_redirects_not_followed(key: str) -> None:
         FaultServer([f"redirect:http://127.0.0.1:{other.port}/", ""]) as server,
         HttpSender(server.url, read_credential(key)) as send,
     ):
-        assert send(Request(b"x")).status == 307
-        send(Request(b"x"))
+        assert run_async(send(Request(b"x"))).status == 307
+        run_async(send(Request(b"x")))
     assert (len(server.seen), len(other.seen)) == (2, 0)
     assert all("cookie" not in seen.headers for seen in server.seen)
 
@@ -521,16 +556,18 @@ def test_nothing_that_is_written_or_raised_holds_the_key(
             with HttpSender(server.url, credential, timeout=0.4) as send:
                 said.append(repr(send))
                 with Ledger(tmp_path / f"{start}.jsonl", ledger_header(send.endpoint, RAW)) as ledger:
-                    asker = Asker(send, RAW, ledger, manners=Manners(2, attempts=attempts, first_wait=0.01, grace=5))
+                    client = QueryClient(
+                        send, RAW, ledger, limits=QueryLimits(2, attempts=attempts, first_wait=0.01, grace=5)
+                    )
                     try:
-                        said += [repr(answer) for answer in asker(queries(14, start))]
+                        said += [repr(answer) for answer in client(queries(14, start))]
                     except RunFault as error:
                         said += [*traceback.format_exception(error), repr(error.__context__)]
             assert any(KEY in str(seen.headers) or "sk-4f9a" in seen.target for seen in server.seen)  # it was sent
     assert any("[key]" in text for text in said)  # and the service did repeat it
     with HttpSender("http://127.0.0.1:1", credential) as send:
         try:
-            send(Request(b"x"))
+            run_async(send(Request(b"x")))
         except ConnectionError as error:
             said += traceback.format_exception(error)
     written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
@@ -543,20 +580,21 @@ def test_nothing_that_is_written_or_raised_holds_the_key(
 
 def test_a_reply_without_end() -> None:
     why = "HTTP 200: a reply of more than 2,000 bytes"
-    with FaultServer(["huge:3000"]) as server, HttpSender(server.url, most_bytes=2000) as send:
+    with FaultServer(["huge:3000"]) as server, HttpSender(server.url, max_bytes=2000) as send:
         with pytest.raises(BadReply, match=why):
-            send(Request(b"x"))
-        assert send(Request(b"x")).status == 200
+            run_async(send(Request(b"x")))
+        assert run_async(send(Request(b"x"))).status == 200
 
 
 @pytest.fixture
-def asking_child(tmp_path: Path, interruptible: None) -> Iterator[tuple[subprocess.Popen[str], FaultServer, Path]]:
+def query_child(tmp_path: Path, interruptible: None) -> Iterator[tuple[subprocess.Popen[str], FaultServer, Path]]:
     code = (
         "import sys\nfrom fault_server import *\nfrom certify.blackbox.client.query_client import *\n"
         "from certify.blackbox.client.http import *\nfrom certify.blackbox.ledger import *\n"
         "from certify.blackbox.ledger_contents import *\nurl, path = sys.argv[1:]\n"
         "with HttpSender(url) as send, Ledger(path, ledger_header(url, RAW)) as ledger:\n"
-        "    for a in Asker(send, RAW, ledger, manners=Manners(3))(queries(1000)): print(a.name, flush=True)\n"
+        "    client = QueryClient(send, RAW, ledger, limits=QueryLimits(3))\n"
+        "    for a in client(queries(1000)): print(a.name, flush=True)\n"
     )
     path = tmp_path / "ledger"
     with FaultServer(delay=0.3) as server:
@@ -570,8 +608,8 @@ def asking_child(tmp_path: Path, interruptible: None) -> Iterator[tuple[subproce
             child.communicate()
 
 
-def test_ctrl_c_waits_for_what_is_under_way(asking_child: tuple[subprocess.Popen[str], FaultServer, Path]) -> None:
-    child, server, path = asking_child
+def test_ctrl_c_waits_for_what_is_under_way(query_child: tuple[subprocess.Popen[str], FaultServer, Path]) -> None:
+    child, server, path = query_child
     assert child.stdout is not None
     child.stdout.readline()
     wait_for(lambda: len(server.seen) >= 4)  # three others are on their way

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -9,9 +10,9 @@ import re
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,25 @@ CAT = (Scored("cat", 0.9), Scored("dog", None))
 
 def kept(path: Path) -> Path:
     """A ledger of four queries: answered, failed, lost, open."""
+    first, second, _, fourth = (query.name for query in queries(4))
     with Ledger(path, HEADER) as ledger:
-        for query in queries(4):
-            ledger.sent(query, b"body")
-        first, second, _, fourth = (query.name for query in queries(4))
-        ledger.answer(Answer(first, CAT, seconds=0.25))
-        ledger.answer(Answer(second, failure="no labels", seconds=0.5))
-        ledger.refused(fourth, "HTTP 503")
+        log(
+            *(ledger.sent(query, b"body") for query in queries(4)),
+            ledger.answer(Answer(first, CAT, seconds=0.25)),
+            ledger.answer(Answer(second, failure="no labels", seconds=0.5)),
+            ledger.refused(fourth, "HTTP 503"),
+        )
     return path
+
+
+def log(*lines: Coroutine[Any, Any, None]) -> None:
+    """Write these lines, one after the other."""
+
+    async def write() -> None:
+        for line in lines:
+            await line
+
+    asyncio.run(write())
 
 
 def test_lines(tmp_path: Path) -> None:
@@ -84,8 +96,7 @@ def test_what_is_found_again(tmp_path: Path) -> None:
         assert [ledger.attempts(query.name) for query in queries(5)] == [1, 1, 1, 1, 0]
         with pytest.raises(UserError, match=r"'image 0 . estimation . 0' was another picture when it was sent"):
             ledger.find(Query(first.name, picture(7)))
-        ledger.sent(fourth, b"body")
-        ledger.answer(Answer(fourth.name, CAT, attempts=2))
+        log(ledger.sent(fourth, b"body"), ledger.answer(Answer(fourth.name, CAT, attempts=2)))
     assert read_ledger(path).answers[fourth.name].attempts == 2
     assert read_ledger(path).spent == 5
 
@@ -99,8 +110,7 @@ def test_a_line_cut_anywhere_is_left_out(tmp_path: Path) -> None:
         with Ledger(path, HEADER) as ledger:
             sent = whole[: max(length, 0)].rpartition(b"\n")[0].count(b'"sent"')
             assert ledger.spent == sent
-            ledger.sent(fifth, b"body")
-            ledger.answer(Answer(fifth.name, CAT))
+            log(ledger.sent(fifth, b"body"), ledger.answer(Answer(fifth.name, CAT)))
         again = read_ledger(path)
         assert (again.spent, again.torn, again.answers[fifth.name].ranked) == (sent + 1, False, CAT)
         if b"\n" in whole[:length]:
@@ -226,49 +236,62 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
 
     with Ledger(path, HEADER) as ledger:
         monkeypatch.setattr("certify.blackbox.ledger.write_all", half)
-        with pytest.raises(RunFault, match="No space left on device; what it holds is kept"):
-            ledger.sent(query, b"body")
+        with pytest.raises(RunFault, match="No space left on device; its lines are kept"):
+            log(ledger.sent(query, b"body"))
         monkeypatch.undo()
         with pytest.raises(RunFault, match="No space"):  # for good: what is on the disk is certain no more
-            ledger.sent(query, b"body")
+            log(ledger.sent(query, b"body"))
     assert path.read_bytes() == before
     ledger = Ledger(path, HEADER)
     ledger.close()
     with pytest.raises(RunFault, match="it was closed"):
-        ledger.sent(query, b"body")
+        log(ledger.sent(query, b"body"))
 
 
-def test_threads_share_a_flush_and_none_runs_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writers_share_a_flush_and_none_runs_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a method returns, a flush has begun after its line was written and has ended."""
     path, wanted = tmp_path / "ledger", queries(160)
-    flush, flushed = os.fsync, [0]
+    flush, flushed, flushes = os.fsync, [0], [0]
+
+    def counted(number: int) -> None:
+        size = os.fstat(number).st_size
+        flush(number)
+        time.sleep(0.02)  # as slow as a disk
+        flushed[0], flushes[0] = size, flushes[0] + 1
 
     with Ledger(path, HEADER) as ledger:
-        flushes = [0]
-
-        def counted(number: int) -> None:
-            size = os.fstat(number).st_size
-            flush(number)
-            time.sleep(0.02)  # as slow as a disk
-            flushed[0], flushes[0] = size, flushes[0] + 1
-
         monkeypatch.setattr(os, "fsync", counted)
         late: list[str] = []
 
-        def write(some: list[Query]) -> None:
+        async def write(some: list[Query]) -> None:
             for query in some:
-                ledger.sent(query, b"body")
+                await ledger.sent(query, b"body")
                 if query.name.encode() not in path.read_bytes()[: flushed[0]]:
                     late.append(query.name)
 
-        threads = [threading.Thread(target=write, args=(wanted[i::16],)) for i in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        async def write_all() -> None:
+            await asyncio.gather(*(write(wanted[i::16]) for i in range(16)))
+
+        asyncio.run(write_all())
     assert not late
     assert read_ledger(path).spent == 160
     assert flushes[0] < 60
+
+
+def test_a_failed_flush_fails_every_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, wanted = tmp_path / "ledger", queries(8)
+
+    def fails(number: int) -> None:
+        time.sleep(0.02)
+        raise OSError(5, "Input/output error")
+
+    async def write_all(ledger: Ledger) -> list[BaseException | None]:
+        return await asyncio.gather(*(ledger.sent(query, b"body") for query in wanted), return_exceptions=True)
+
+    with Ledger(path, HEADER) as ledger:
+        monkeypatch.setattr(os, "fsync", fails)
+        outcomes = asyncio.run(write_all(ledger))
+    assert all(isinstance(outcome, RunFault) and "Input/output error" in str(outcome) for outcome in outcomes)
 
 
 def kill_again_and_again(folder: Path, kills: int, seed: int) -> None:

@@ -20,7 +20,7 @@ from servers import free_ports, process
 from small_audit import WORDS
 from vision_stubs import noisy_digits
 
-from certify.blackbox.client.http import HttpSender
+from certify.blackbox.client.http import HttpSender, run_async
 from certify.blackbox.encoding import to_pictures, to_tensor
 from certify.blackbox.protocols import FORMATS
 from certify.blackbox.protocols.v2 import metadata_request, options_from
@@ -44,7 +44,7 @@ def local(digits: Classifier, pictures: list[Picture]) -> torch.Tensor:
 
 
 def answers(wire: Format, send: Sender, pictures: list[Picture]) -> list[Ranked]:
-    return [wire.reply(send(wire.request(picture))) for picture in pictures]
+    return [wire.reply(run_async(send(wire.request(picture)))) for picture in pictures]
 
 
 # MLServer, Open Inference Protocol v2
@@ -181,7 +181,7 @@ def test_kserve_votes_as_the_local_classifier(
     assert [one[0].label for one in found] == [str(n) for n in local.argmax(1).tolist()]
     assert [one[0].score for one in found] == pytest.approx(local.max(1).values.tolist(), abs=1e-5)
     if options.get("binary"):
-        reply = kserve(wire.request(pictures[0]))
+        reply = run_async(kserve(wire.request(pictures[0])))
         assert "inference-header-content-length" in reply.headers  # so the tensor came as bytes
 
 
@@ -197,6 +197,6 @@ def test_litserve_votes_as_the_local_classifier(pictures: list[Picture], local: 
         found = answers(wire, send, pictures)
         broken = Request(b'{"image": "bm90IGFuIGltYWdl"}', "predict", headers={"Content-Type": "application/json"})
         with pytest.raises(BadReply, match=r"HTTP [45]\d\d"):
-            wire.reply(send(broken))
+            wire.reply(run_async(send(broken)))
     assert [one[0].label for one in found] == [WORDS[n] for n in local.argmax(1).tolist()]
     assert [one[0].score for one in found] == pytest.approx(local.max(1).values.tolist(), abs=1e-5)

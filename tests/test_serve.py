@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -32,9 +33,10 @@ from serving import ALPHA, INFER, LIMITS, N0, SEED, SIZE, Held, N, outputs, proc
 from starlette.requests import Request as HttpRequest
 
 from certify import SmoothedClassifier, load_images
-from certify.blackbox.client.query_client import Asker
-from certify.blackbox.client.rate_limit import Manners
+from certify.blackbox.client.query_client import QueryClient
+from certify.blackbox.client.rate_limit import QueryLimits
 from certify.blackbox.encoding import to_pictures, to_tensor
+from certify.blackbox.ledger import InMemoryLog
 from certify.blackbox.protocols.v2 import metadata_request, options_from, v2
 from certify.blackbox.query_votes import AsSent
 from certify.blackbox.types import Answer, Picture, Query, Reply, Request, Scored
@@ -45,7 +47,7 @@ from certify.models.classifier import Classifier
 from certify.models.query_access import BudgetSpent
 from certify.serve.admission import Admission
 from certify.serve.batching import Procedure, Service, class_names, stream_name
-from certify.serve.endpoint import Endpoint, Forgetful
+from certify.serve.endpoint import Endpoint
 from certify.serve.limits import Limits, Refused
 from certify.serve.origin_check import site_check
 from certify.serve.protocol import HEADER, Wishes, read_request
@@ -807,9 +809,9 @@ def test_exact_noise_pays_for_no_filling(digits: Classifier) -> None:
 
 
 def test_queries_without_an_answer_are_forgotten_some_time() -> None:
-    ledger, picture = Forgetful(), Picture(np.zeros((1, 1, 1), np.uint8))
+    ledger, picture = InMemoryLog(), Picture(np.zeros((1, 1, 1), np.uint8))
     for number in range(10_050):
-        ledger.sent(Query(f"served | {number}", picture), b"")
+        asyncio.run(ledger.sent(Query(f"served | {number}", picture), b""))
     assert len(ledger._attempts) == 10_000
     assert (ledger.attempts("served | 0"), ledger.attempts("served | 10049")) == (0, 1)
     assert ledger.spent == 10_050
@@ -817,16 +819,16 @@ def test_queries_without_an_answer_are_forgotten_some_time() -> None:
 
 def test_requests_are_counted_and_forgotten(digits: Classifier, images: np.ndarray) -> None:
     replies = [500, 200, 200]
-    ledger = Forgetful()
+    ledger = InMemoryLog()
 
-    def send(asks: Request) -> Reply:
+    async def send(request: Request) -> Reply:
         status = replies.pop(0)
         return Reply(status, b'{"outputs": [{"name": "label", "datatype": "INT64", "shape": [1], "data": [4]}]}')
 
-    asker = Asker(send, v2(model="m"), ledger, budget=3, manners=Manners(concurrency=1, first_wait=0.001))
-    endpoint = Endpoint(asker, SIZE, 10, {})
+    client = QueryClient(send, v2(model="m"), ledger, budget=3, limits=QueryLimits(concurrency=1, first_wait=0.001))
+    endpoint = Endpoint(client, SIZE, 10, {})
     assert endpoint(torch.from_numpy(images[:2])).tolist() == [0, 0]
-    assert ledger.spent == asker.spent == 3
+    assert ledger.spent == client.spent == 3
     assert not ledger._attempts
     with pytest.raises(BudgetSpent):
         endpoint(torch.from_numpy(images[:1]))

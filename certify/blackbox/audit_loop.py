@@ -33,7 +33,7 @@ from certify.blackbox.query_votes import (
     stage_of,
 )
 from certify.blackbox.results import FINISHED, SPENT, writing
-from certify.blackbox.types import Answer, Asking, Picture, Query
+from certify.blackbox.types import Answer, Client, Picture, Query
 from certify.engine.adaptive import Sampling, settle
 from certify.engine.monte_carlo import Job
 from certify.errors import RunFault
@@ -52,7 +52,7 @@ class Patient:
         asking: what asks; may be set later.
     """
 
-    def __init__(self, asking: Asking | None = None) -> None:
+    def __init__(self, asking: Client | None = None) -> None:
         self.answers: dict[str, Answer] = {}
         self.asking = asking
         self._silent = 0
@@ -85,7 +85,7 @@ def drive(
     audit: Audit,
     header: Mapping[str, Any],
     about: Mapping[str, Any],
-    open_asking: Callable[[int], AbstractContextManager[Asking]],
+    open_asking: Callable[[int], AbstractContextManager[Client]],
     *,
     progress: Callable[[int], None] = lambda images: None,
     probed: Callable[[Mapping[str, Answer]], None] = lambda answers: None,

@@ -1,15 +1,19 @@
-"""The ledger being kept: what was paid for, on the disk before it is used. Its lines: ``ledger_lines``."""
+"""Write the ledger of an audit: every request before it is sent, every answer before it is used.
+
+The format of its lines is documented in :mod:`certify.blackbox.ledger_contents`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hashlib
 import json
 import os
-import threading
+from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +22,37 @@ from certify.blackbox.types import Answer, Query
 from certify.errors import RunFault, UserError
 from certify.runs.files import open_to_append, write_all
 
-_FREE = ("created", "version")  # circumstances, not settings
-
-
-@dataclass
-class _Progress:
-    """Lines written, and how many of them are safe."""
-
-    written: int = 0
-    safe: int = 0
-    length: int = 0  # bytes
-    fault: str = ""
-    flushing: bool = False
-    change: threading.Condition = field(default_factory=threading.Condition)
+_PROVENANCE = ("created", "version")  # may differ when a ledger is resumed
+_REMEMBERED = 10_000  # unanswered queries in memory; far fewer are in flight at a time
 
 
 class Ledger:
-    """A ledger being kept: begun, or continued where it stopped. Any thread may call its methods. A context manager.
+    """Append to a ledger, new or resumed; a :class:`~certify.blackbox.types.QueryLog` and a context manager.
 
-    A line is on the disk when the method that wrote it returns: threads that write at the same time share one flush.
+    A line is on the disk when the coroutine that wrote it returns; coroutines that write during one flush share the
+    next.
 
     Args:
         path: of the file.
         header: of :func:`~certify.blackbox.ledger_contents.ledger_header`.
 
     Raises:
-        UserError: the file belongs to another endpoint, format or setting, is damaged, in use, or cannot be written.
+        UserError: the file belongs to another endpoint, format or setting, is damaged or in use, or cannot be written.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.header = dict(header)
-        self._progress = _Progress()
         self._entries: dict[str, Entry] = {}
         self._spent = 0
+        self._length = 0  # bytes
+        self._fault = ""
+        self._disk = ThreadPoolExecutor(1, "certify-ledger")
+        self._flusher: asyncio.Task[None] | None = None
+        self._flushed: asyncio.Future[None] | None = None  # the outcome of the next flush
         self._file = open_to_append(self.path, private=True)  # replies may be confidential
         try:
-            self._continue()
+            self._resume()
         except BaseException:
             self._file.close()
             raise
@@ -65,12 +63,11 @@ class Ledger:
         return self._spent
 
     def answers(self) -> dict[str, Answer]:
-        """All answers so far, by name, each ``known``; a query that is under way counts as lost."""
-        with self._progress.change:
-            return answers_of(self._entries)
+        """Return all answers so far by name, each ``known``; a query in flight counts as lost."""
+        return answers_of(self._entries.copy())
 
     def find(self, query: Query) -> Answer | None:
-        """The answer to a query, if it has been paid for.
+        """Return the answer to a query, if there is one.
 
         Raises:
             UserError: another picture was sent under this name.
@@ -82,39 +79,39 @@ class Ledger:
             raise UserError(
                 f"{self.path}: query {query.name!r} was another picture when it was sent (SHA-256 {entry.pixels[:12]} "
                 f"then, {pixels[:12]} now): image, noise, seed, denoiser or version of a library changed; "
-                "go on with those of then, or name another --out"
+                "restore them to resume, or name another --out"
             )
         return answers_of({query.name: entry}).get(query.name)
 
     def attempts(self, name: str) -> int:
-        """Requests sent for a query so far."""
+        """Return the number of requests sent for a query so far."""
         entry = self._entries.get(name)
         return entry.attempts if entry else 0
 
-    def sent(self, query: Query, body: bytes) -> None:
-        """Record that a request with this body is about to be sent.
+    async def sent(self, query: Query, body: bytes) -> None:
+        """Log that a request with this body is about to be sent.
 
         Raises:
-            RunFault: it could not be recorded, so it must not be sent.
+            RunFault: it could not be logged, so it must not be sent.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         row = {"type": "sent", "name": query.name, "attempt": self.attempts(query.name) + 1}
         hashes = {"pixels": query.picture.sha256, "body": hashlib.sha256(body).hexdigest()}
-        self._append({**row, **hashes, "time": now})
+        await self._append({**row, **hashes, "time": now})
 
-    def refused(self, name: str, why: str) -> None:
-        """Record that the request brought nothing that counts, so that the query may be sent once more.
+    async def refused(self, name: str, why: str) -> None:
+        """Log that a request brought no answer and that the query may be sent again.
 
         Raises:
-            RunFault: it could not be recorded.
+            RunFault: it could not be logged.
         """
-        self._append({"type": "refused", "name": name, "attempt": self.attempts(name), "why": why})
+        await self._append({"type": "refused", "name": name, "attempt": self.attempts(name), "why": why})
 
-    def answer(self, answer: Answer) -> None:
-        """Record what came of a query; only then may it be used.
+    async def answer(self, answer: Answer) -> None:
+        """Log the answer to a query, which may be used only then.
 
         Raises:
-            RunFault: it could not be recorded.
+            RunFault: it could not be logged.
         """
         row = {
             "type": "answer",
@@ -124,59 +121,49 @@ class Ledger:
             "failure": answer.failure,
             "seconds": round(answer.seconds, 6),
         }
-        self._append(row)
+        await self._append(row)
 
-    def _append(self, row: Mapping[str, Any]) -> None:
-        line, p = json.dumps(row, allow_nan=False).encode() + b"\n", self._progress
-        with p.change:
-            if p.fault or self._file.closed:
-                raise self._fault(p.fault or "it was closed")
-            enter(self._entries, row)
-            try:
-                write_all(self._file, line)
-            except OSError as error:
-                p.fault = error.strerror or type(error).__name__
-                with suppress(OSError):
-                    self._file.truncate(p.length)  # no half line that others would follow
-                raise self._fault(p.fault) from None
-            self._spent += row["type"] == "sent"
-            p.length += len(line)
-            p.written += 1
-            mine = p.written
-            while p.safe < mine:  # the first thread here flushes for all that have written by then
-                if p.flushing:
-                    p.change.wait()
-                else:
-                    self._flush()
-
-    def _flush(self) -> None:
-        """Bring what is written to the disk, in hold of the lock, which others get meanwhile."""
-        p = self._progress
-        if p.fault:
-            raise self._fault(p.fault)
-        p.flushing, reached = True, p.written
-        p.change.release()
-        fault = ""
+    async def _append(self, row: Mapping[str, Any]) -> None:
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        if self._fault or self._file.closed:
+            raise self._error(self._fault or "it was closed")
+        enter(self._entries, row)
         try:
-            os.fsync(self._file.fileno())
-        except (OSError, ValueError) as error:  # the latter where it was closed meanwhile
-            fault = getattr(error, "strerror", None) or "it was closed"
-        finally:
-            p.change.acquire()
-            p.flushing = False
-            p.change.notify_all()
-        if fault:
-            p.fault = fault
-            raise self._fault(fault)
-        p.safe = reached
+            write_all(self._file, line)
+        except (OSError, ValueError) as error:
+            with suppress(OSError, ValueError):
+                self._file.truncate(self._length)  # a partial line must not be followed by others
+            raise self._fail(error) from None
+        self._spent += row["type"] == "sent"
+        self._length += len(line)
+        self._flushed = self._flushed or asyncio.get_running_loop().create_future()
+        self._flusher = self._flusher or asyncio.ensure_future(self._flush())
+        await asyncio.shield(self._flushed)
 
-    def _fault(self, why: str) -> RunFault:
+    async def _flush(self) -> None:
+        """Flush as long as lines are waiting for it; those written during one flush share the next."""
+        while self._flushed is not None:
+            flushed, self._flushed = self._flushed, None
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._disk, os.fsync, self._file.fileno())
+            except (OSError, ValueError, RuntimeError) as error:  # the latter two if it was closed meanwhile
+                flushed.set_exception(self._fail(error))
+            else:
+                flushed.set_result(None)
+        self._flusher = None
+
+    def _fail(self, error: Exception) -> RunFault:
+        """Refuse everything from here on: it is no longer certain what is on the disk."""
+        self._fault = getattr(error, "strerror", None) or "it was closed"
+        return self._error(self._fault)
+
+    def _error(self, why: str) -> RunFault:
         return RunFault(
-            f"could not write {self.path}: {why}; what it holds is kept: make room and run the same command to go on"
+            f"could not write {self.path}: {why}; its lines are kept: free space and run the same command to resume"
         )
 
-    def _continue(self) -> None:
-        """Take over what is there; cut off a torn line; begin a new ledger."""
+    def _resume(self) -> None:
+        """Read what the file holds and cut off a torn line, or begin a new ledger."""
         try:
             content = self.path.read_bytes()
         except OSError as error:
@@ -193,15 +180,14 @@ class Ledger:
             os.fsync(self._file.fileno())
             _sync_folder(self.path.parent)
         except OSError as error:
-            raise self._fault(error.strerror or type(error).__name__) from None
-        self._progress.length = os.fstat(self._file.fileno()).st_size
+            raise self._fail(error) from None
+        self._length = os.fstat(self._file.fileno()).st_size
         self._spent = sum(entry.attempts for entry in self._entries.values())
 
     def close(self) -> None:
-        """Let go of the file; every line is on the disk already."""
-        with self._progress.change:
-            self._progress.change.wait_for(lambda: not self._progress.flushing)
-            self._file.close()
+        """Close the file; its lines are on the disk already."""
+        self._file.close()
+        self._disk.shutdown(wait=False)
 
     def __enter__(self) -> Ledger:
         return self
@@ -210,8 +196,37 @@ class Ledger:
         self.close()
 
 
+class InMemoryLog:
+    """A :class:`~certify.blackbox.types.QueryLog` that counts requests and forgets queries once they are answered."""
+
+    def __init__(self) -> None:
+        self.spent = 0
+        self._attempts: OrderedDict[str, int] = OrderedDict()
+
+    def find(self, query: Query) -> None:
+        """Return None: no answer is kept."""
+
+    def attempts(self, name: str) -> int:
+        """Return the number of requests sent for an unanswered query so far."""
+        return self._attempts.get(name, 0)
+
+    async def sent(self, query: Query, body: bytes) -> None:
+        """Count a request."""
+        self.spent += 1
+        self._attempts[query.name] = self.attempts(query.name) + 1
+        if len(self._attempts) > _REMEMBERED:  # queries that a fault left unanswered
+            self._attempts.popitem(last=False)
+
+    async def refused(self, name: str, why: str) -> None:
+        """Keep the count: the query may be sent again."""
+
+    async def answer(self, answer: Answer) -> None:
+        """Forget an answered query."""
+        self._attempts.pop(answer.name, None)
+
+
 def _sync_folder(folder: Path) -> None:
-    """A new file's name must be on the disk too; not every system can be told so."""
+    """Flush the folder, which holds the name of a new file, where the system supports that."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -221,7 +236,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    keys = [k for k in {**old, **new} if k not in _FREE and old.get(k) != new.get(k)]
+    keys = [k for k in {**old, **new} if k not in _PROVENANCE and old.get(k) != new.get(k)]
     if keys:
         shown = "; ".join(f"{k} {json.dumps(old.get(k))} there, {json.dumps(new.get(k))} here" for k in keys)
-        raise UserError(f"{path} is the ledger of something else ({shown}); it is left alone: name another --out")
+        raise UserError(f"{path} is the ledger of another audit ({shown}); it was not changed: name another --out")

@@ -1,13 +1,14 @@
-"""What the rooms of this package hand each other: a picture, a request, a reply, an answer.
+"""The values that the modules of this package exchange: pictures, requests, replies, answers.
 
-The flow of one query: picture -> ``Format.request`` -> request -> sender -> reply -> ``Format.reply`` -> ranked labels
--> answer -> ledger -> vote. Formats are pure; only senders touch the network.
+The path of one query: picture -> ``Format.request`` -> request -> sender -> reply -> ``Format.reply`` -> ranked labels
+-> answer -> log -> vote. Formats are pure; only senders use the network.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image exactly as a service gets it: 8 bits a channel.
+    """An image exactly as a service receives it: 8 bits per channel.
 
     Attributes:
         pixels: uint8 ``(H, W, C)``, C 1 or 3, RGB.
@@ -24,22 +25,22 @@ class Picture:
 
     pixels: np.ndarray
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
-        """SHA-256 of shape and pixels, hexadecimal: the same however they are encoded."""
+        """SHA-256 of shape and pixels, hexadecimal; it does not depend on the encoding."""
         shape = "x".join(map(str, self.pixels.shape)).encode()
         return hashlib.sha256(shape + b"|" + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is sent, without credentials: those are the sender's.
+    """A request without credentials, which the sender adds.
 
     Attributes:
         body: its bytes.
-        path: below the endpoint's URL; empty for the URL itself.
+        path: appended to the endpoint's URL; empty for the URL itself.
         method: of HTTP.
-        headers: what the format needs, such as the content type.
+        headers: that the format needs, such as the content type.
     """
 
     body: bytes
@@ -48,13 +49,13 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-MOST_BYTES = 32 * 2**20
-"""A longer reply is not read: scores of 100,000 classes take about 2 MB of JSON."""
+MAX_REPLY_BYTES = 32 * 2**20
+"""Longer replies are not read: scores of 100,000 classes take about 2 MB of JSON."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back, complete."""
+    """A complete reply."""
 
     status: int
     body: bytes
@@ -70,18 +71,18 @@ class Scored:
 
 
 Ranked = tuple[Scored, ...]
-"""The labels of one answer, best first, each once; never empty."""
+"""The labels of one answer, best first, without duplicates; never empty."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to ask and to be answered.
+    """The wire format of a service.
 
     Attributes:
         name: as registered.
-        request: a picture to what is sent.
-        reply: what came back to ranked labels; raises ``BadReply`` where there are none.
-        about: options that shape the votes, for the ledger; nothing secret.
+        request: picture -> request.
+        reply: reply -> ranked labels; raises ``BadReply`` if there are none.
+        about: options that affect the votes, for the ledger; no secrets.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Format:
 
 
 class BadReply(Exception):
-    """A reply that holds no label: an error, another format, or an empty answer. A failed trial, nobody's vote.
+    """A reply without a label: an error, another format or an empty answer. A failed trial that votes for no class.
 
     Args:
         why: one line, for the ledger and the report; holds no credential.
@@ -102,16 +103,16 @@ class Busy(BadReply):
     """A reply of status 200 that says "too many requests" or "not now": another attempt may bring labels."""
 
 
-Sender = Callable[[Request], Reply]
-"""Sends one request once. Raises ``OSError`` (or a subclass, such as ``TimeoutError``) where no reply came."""
+Sender = Callable[[Request], Coroutine[Any, Any, Reply]]
+"""Send one request once. Raises ``OSError`` (or a subclass, such as ``TimeoutError``) if no reply arrived."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """One paid question.
+    """A picture to be labelled.
 
     Attributes:
-        name: unique within a ledger, such as ``cat.png | estimation | 17``: the same name is never asked twice.
+        name: unique within a ledger, such as ``cat.png | estimation | 17``; it is not sent again once answered.
         picture: as sent.
     """
 
@@ -121,16 +122,16 @@ class Query:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a query brought.
+    """The outcome of a query.
 
     Attributes:
         name: of the query.
-        ranked: labels, best first; empty where it failed.
-        failure: why there are none, in one line; empty where there are some.
-        seconds: from the last sending to the reply.
+        ranked: labels, best first; empty if it failed.
+        failure: the reason in one line; empty if there are labels.
+        seconds: from the last request to its reply.
         attempts: requests sent for it, each of which counts against the budget.
-        known: whether the ledger had it already, so that nothing was sent.
-        down: whether no reply came, or an error status: nothing that is about this one picture. Not kept.
+        known: True if it came from the ledger and nothing was sent.
+        down: True if no reply arrived, or an error status: a failure that is not about this picture. Not stored.
     """
 
     name: str
@@ -142,25 +143,25 @@ class Answer:
     down: bool = field(default=False, compare=False)
 
 
-class Asking(Protocol):
-    """Asks queries within the budget, several at a time, each recorded before it is used."""
+class Client(Protocol):
+    """Answer queries within a budget, several at a time; every answer is logged before it is used."""
 
     def __call__(self, queries: Iterable[Query]) -> Iterator[Answer]:
-        """Their answers, in the order of the queries, which are pulled a few ahead of the answers.
+        """Yield the answers in the order of the queries, which are pulled a few ahead of the answers.
 
         Raises:
-            BudgetSpent: the budget does not cover the next query; every answer before it was handed out.
+            BudgetSpent: the budget does not cover the next query; every answer before it was yielded.
         """
         ...
 
     @property
     def spent(self) -> int:
-        """Requests sent so far, retries included, those of earlier runs with this ledger too."""
+        """Requests sent so far, retries and those of earlier runs with this ledger included."""
         ...
 
 
-class Books(Protocol):
-    """What was sent and what came of it; called from several threads."""
+class QueryLog(Protocol):
+    """The requests that were sent and their outcomes; used on one event loop."""
 
     @property
     def spent(self) -> int:
@@ -168,21 +169,21 @@ class Books(Protocol):
         ...
 
     def find(self, query: Query) -> Answer | None:
-        """The answer to a query, if it has been paid for."""
+        """Return the answer to a query, if there is one."""
         ...
 
     def attempts(self, name: str) -> int:
-        """Requests sent for a query so far."""
+        """Return the number of requests sent for a query so far."""
         ...
 
-    def sent(self, query: Query, body: bytes) -> None:
-        """A request with this body is about to go out."""
+    async def sent(self, query: Query, body: bytes) -> None:
+        """Log that a request with this body is about to be sent."""
         ...
 
-    def refused(self, name: str, why: str) -> None:
-        """The request brought nothing that counts: the query may be sent once more."""
+    async def refused(self, name: str, why: str) -> None:
+        """Log that a request brought no answer and that the query may be sent again."""
         ...
 
-    def answer(self, answer: Answer) -> None:
-        """What came of a query."""
+    async def answer(self, answer: Answer) -> None:
+        """Log the answer to a query."""
         ...

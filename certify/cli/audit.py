@@ -22,8 +22,8 @@ from certify.cli.service_options import (
     Wanted,
     as_before,
     asks_for_metadata,
-    manners,
     open_service,
+    query_limits,
     service_options,
     wanted_service,
 )
@@ -32,7 +32,7 @@ from certify.errors import CertifyError, RunFault, Stopped, UserError, first_lin
 if TYPE_CHECKING:
     from certify.blackbox.ledger import Ledger
     from certify.blackbox.plan import Audit
-    from certify.blackbox.types import Answer, Asking
+    from certify.blackbox.types import Answer, Client
     from certify.images.dataset import ImageSet
 
 N0, N, N_AT_MOST = 20, 100, 1000
@@ -133,10 +133,10 @@ def audit(**o: Any) -> None:
         show_plan(job, plan, speak)
 
         @contextlib.contextmanager
-        def asking(ledger: Ledger, budget: int) -> Iterator[Asking]:
-            from certify.blackbox.client.query_client import Asker
+        def asking(ledger: Ledger, budget: int) -> Iterator[Client]:
+            from certify.blackbox.client.query_client import QueryClient
 
-            yield Asker(send, known.format, ledger, budget=budget, manners=manners(o), tell=say)
+            yield QueryClient(send, known.format, ledger, budget=budget, limits=query_limits(o), tell=say)
 
         about = _work(o, job, plan, asking, known, speak)
     tell_outcome(job.folder, about, as_json=o["as_json"])
@@ -224,7 +224,7 @@ def _work(
     o: dict[str, Any],
     job: Audit,
     plan: dict[str, Any],
-    asking: Callable[[Ledger, int], contextlib.AbstractContextManager[Asking]],
+    asking: Callable[[Ledger, int], contextlib.AbstractContextManager[Client]],
     wanted: Wanted,
     say: Callable[[str], None],
 ) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from certify.errors import UserError
 if TYPE_CHECKING:
     from certify.blackbox.plan import Audit
     from certify.blackbox.remote_classifier import RemoteClassifier
-    from certify.blackbox.types import Answer, Asking
+    from certify.blackbox.types import Answer, Client
     from certify.images.dataset import ImageSet
 
 COMPARISON = "comparison.jsonl"
@@ -59,7 +59,7 @@ def most_queries(o: dict[str, Any], images: int) -> int:
 
 
 def attack(
-    o: dict[str, Any], job: Audit, asking: Asking, answers: Mapping[str, Answer], quiet: bool, command: str
+    o: dict[str, Any], job: Audit, asking: Client, answers: Mapping[str, Answer], quiet: bool, command: str
 ) -> Path:
     """Attack whatever was not attacked yet; the comparison file.
 
@@ -87,7 +87,7 @@ def attack(
     return path
 
 
-def _target(job: Audit, asking: Asking, answers: Mapping[str, Answer]) -> tuple[RemoteClassifier, ImageSet]:
+def _target(job: Audit, asking: Client, answers: Mapping[str, Answer]) -> tuple[RemoteClassifier, ImageSet]:
     """The service with the classes that its own answers name, and the images whose reference label is one of them."""
     from certify.blackbox.answer_rows import clean_answer
     from certify.blackbox.label_index import Vocabulary

@@ -24,7 +24,7 @@ EXTRAS = {
     "train": ("accelerate", "skimage", "tensorboard"),
     "denoisers": ("deepinv", "diffusers"),
     "attacks": ("art", "multiprocess", "foolbox"),
-    "audit": ("httpx2", "jinja2", "jmespath", "stamina"),
+    "audit": ("aiolimiter", "httpx2", "jinja2", "jmespath", "stamina"),
     "aws": ("boto3",),
     "cluster": ("ray", "grpc"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),

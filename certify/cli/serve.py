@@ -12,7 +12,7 @@ import click
 from certify.cli import options
 from certify.cli.console import say, warn
 from certify.cli.load import check_first, denoiser_for, load_smoothed
-from certify.cli.service_options import Wanted, manners, open_service, protocol_options, wanted_service
+from certify.cli.service_options import Wanted, open_service, protocol_options, query_limits, wanted_service
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -168,16 +168,17 @@ def _classifier(o: dict[str, Any], wanted: Wanted | None) -> Iterator[tuple[Smoo
         smoothed = load_smoothed(o)
         yield smoothed, class_names(smoothed.classifier.class_names)  # type: ignore[attr-defined]
         return
-    from certify.blackbox.client.query_client import Asker
+    from certify.blackbox.client.query_client import QueryClient
+    from certify.blackbox.ledger import InMemoryLog
     from certify.cli.load import device_from
-    from certify.serve.endpoint import TOGETHER, Endpoint, Forgetful
+    from certify.serve.endpoint import TOGETHER, Endpoint
     from certify.smoothed_classifier import SmoothedClassifier
 
     theirs = {**o, "concurrency": o["query_concurrency"], "timeout": o["query_timeout"]}
     with open_service(wanted, theirs) as (send, found):
-        asker = Asker(send, found.format, Forgetful(), budget=o["budget"], manners=manners(theirs))
+        client = QueryClient(send, found.format, InMemoryLog(), budget=o["budget"], limits=query_limits(theirs))
         about = {"endpoint": found.endpoint, "format": found.format.name, **found.format.about}
-        endpoint = Endpoint(asker, o["input_size"], o["num_classes"] or _CLASSES, about)
+        endpoint = Endpoint(client, o["input_size"], o["num_classes"] or _CLASSES, about)
         denoiser = None
         if o["denoiser"] != "none":
             denoiser = denoiser_for(o["denoiser"], o["sigma"], o["input_size"], trust_code=o["trust_code"])

@@ -17,7 +17,7 @@ from certify.errors import RunFault, UserError, first_line
 
 if TYPE_CHECKING:
     from certify.blackbox.client.credentials import Credential
-    from certify.blackbox.client.rate_limit import Manners
+    from certify.blackbox.client.rate_limit import QueryLimits
     from certify.blackbox.types import Format, Sender
 
 protocol_options = options.together(
@@ -127,11 +127,11 @@ def wanted_service(o: dict[str, Any]) -> Wanted:
     return wanted
 
 
-def manners(o: dict[str, Any]) -> Manners:
-    """How gently it is asked."""
-    from certify.blackbox.client.rate_limit import Manners
+def query_limits(o: dict[str, Any]) -> QueryLimits:
+    """Return the limits on concurrency, rate and attempts."""
+    from certify.blackbox.client.rate_limit import QueryLimits
 
-    return Manners(o["concurrency"], o["rate"], o["retries"] + 1, grace=o["timeout"] + 5)
+    return QueryLimits(o["concurrency"], o["rate"], o["retries"] + 1, grace=o["timeout"] + 5)
 
 
 @contextlib.contextmanager
@@ -178,6 +178,7 @@ def described(wanted: Wanted, send: Sender) -> Wanted:
     Raises:
         RunFault: the server cannot be reached, is not ready, or turns the key down.
     """
+    from certify.blackbox.client.http import run_async
     from certify.blackbox.protocols.parsing import check_status
     from certify.blackbox.protocols.v2 import metadata_request, options_from
     from certify.blackbox.types import BadReply
@@ -185,7 +186,7 @@ def described(wanted: Wanted, send: Sender) -> Wanted:
     if not asks_for_metadata(wanted):
         return wanted
     try:
-        reply = send(metadata_request(wanted.given["model"], wanted.given.get("version", "")))
+        reply = run_async(send(metadata_request(wanted.given["model"], wanted.given.get("version", ""))))
     except BadReply:  # longer than any metadata
         return wanted
     except OSError as error:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +10,10 @@ import torch
 from torch import Tensor
 
 from certify.blackbox.encoding import to_pictures
-from certify.blackbox.types import Answer, Asking, Query
+from certify.blackbox.types import Answer, Client, Query
 from certify.models.classifier import square_input
 from certify.types import FAILED
 
-_UNSETTLED = 10_000  # queries that are remembered without an answer; far fewer are under way at a time
 TOGETHER = 64
 """Queries that are handed over at a time."""
 
@@ -42,7 +39,7 @@ class Endpoint:
     one_by_one = True
     """Each image is a query of its own, whose answer does not depend on the batch: batches are not filled up."""
 
-    def __init__(self, asking: Asking, size: tuple[int, int, int], num_classes: int, about: Mapping[str, Any]) -> None:
+    def __init__(self, asking: Client, size: tuple[int, int, int], num_classes: int, about: Mapping[str, Any]) -> None:
         self.num_classes, self.input = num_classes, square_input(size)
         self._asking, self._about = asking, dict(about)
         self._classes: dict[str, int] = {}
@@ -73,36 +70,3 @@ class Endpoint:
     def describe(self) -> dict[str, Any]:
         """Which service, and how it is asked."""
         return {"step": "service", "num_classes": self.num_classes, "picture": {"bits": 8}, **self._about}
-
-
-class Forgetful:
-    """In place of a ledger: counts requests, and forgets a query once it is answered."""
-
-    def __init__(self) -> None:
-        self.spent = 0
-        self._attempts: OrderedDict[str, int] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def find(self, query: Query) -> None:
-        """Nothing: noisy draws are never answered twice."""
-
-    def attempts(self, name: str) -> int:
-        """Requests sent for a query so far."""
-        with self._lock:
-            return self._attempts.get(name, 0)
-
-    def sent(self, query: Query, body: bytes) -> None:
-        """A request is about to go out."""
-        with self._lock:
-            self.spent += 1
-            self._attempts[query.name] = self._attempts.get(query.name, 0) + 1
-            if len(self._attempts) > _UNSETTLED:  # what a fault left without an answer
-                self._attempts.popitem(last=False)
-
-    def refused(self, name: str, why: str) -> None:
-        """It may go out once more."""
-
-    def answer(self, answer: Answer) -> None:
-        """The query is settled."""
-        with self._lock:
-            self._attempts.pop(answer.name, None)

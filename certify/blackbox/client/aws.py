@@ -10,11 +10,13 @@ in this process as soon as a sender is created.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 from certify.blackbox.client.credentials import Credential, cleaned, redactor_for
@@ -83,7 +85,7 @@ def rekognition_sender(
 
     client.meta.events.register("before-parse.rekognition.DetectLabels", take_reply)
 
-    def send(request: Request) -> Reply:
+    def send_blocking(request: Request) -> Reply:
         arguments = json.loads(request.body)
         arguments["Image"] = {"Bytes": base64.b64decode(arguments["Image"]["Bytes"])}
         try:
@@ -95,6 +97,11 @@ def rekognition_sender(
             kind = TimeoutError if "timeout" in (name := type(error).__name__).lower() else ConnectionError
             raise kind(f"no reply ({name})") from None
         raise ConnectionError("boto3 sent nothing")
+
+    pool = ThreadPoolExecutor(_MOST_CONNECTIONS, "certify-aws")
+
+    async def send(request: Request) -> Reply:
+        return await asyncio.get_running_loop().run_in_executor(pool, send_blocking, request)
 
     return cleaned(send, redactor_for(credential))
 

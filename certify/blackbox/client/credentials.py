@@ -1,7 +1,7 @@
-"""A key for a service: from an environment variable that the user names to where the service wants it, nowhere else.
+"""Read a service's key from an environment variable and send it to the service alone.
 
-Nothing here is written. Replies, errors and log records are redacted (:mod:`certify.blackbox.client.redaction`) before
-anything else reads them, since a service may repeat the key it refuses.
+Nothing here is stored. Replies, errors and log records are redacted (:mod:`certify.blackbox.client.redaction`) before
+anything else reads them, since a service may repeat the key that it refuses.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from certify.blackbox.types import BadReply, Reply, Request, Sender
 from certify.errors import CertifyError, RunFault, UserError, first_line
 
 BEARER = "Authorization: Bearer {key}"
-_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,40}")  # what else is named may be the key itself, given by mistake
-_SHORTEST = 8  # a shorter one could be part of a label or a score, which cleaning would then change
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,40}")  # any other name may be the key itself, given by mistake
+_SHORTEST = 8  # a shorter key could be part of a label or a score, which redaction would then change
 _SECRET = re.compile(r"key|token|secret|sig(?!ma)|pass|pwd|auth|cred|jwt|^code$", re.IGNORECASE)  # names in a query
 _USER, _QUERY = re.compile(r"(\b\w+://)[^\s/'\"@]*@"), re.compile(r"(\b\w+://[^\s?#'\"]*)[?#][^\s'\"]*")
 _FORMATTER = logging.Formatter()
@@ -29,7 +29,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a header's name, RFC 9110
 
 
 def secret_name(query: str) -> str | None:
-    """The first name in a URL's query whose value looks like a key, by what such names contain; None without one.
+    """Return the first name in a URL's query that suggests a secret value; None without one.
 
     A key inside a path cannot be told from the path.
     """
@@ -37,19 +37,19 @@ def secret_name(query: str) -> str | None:
 
 
 def public(text: str) -> str:
-    """A text without what addresses in it may hide: user and password, query, fragment."""
+    """Return a text without the users, passwords, queries and fragments of the addresses in it."""
     return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
 @dataclass(frozen=True, repr=False)
 class Credential:
-    """A key and where it goes.
+    """A key and its place in a request.
 
     Attributes:
-        variable: of the environment, that it came from.
+        variable: the environment variable that it was read from.
         key: the secret itself.
-        headers: to be sent with every request, the key in one of them.
-        query: to be added to every URL, encoded; empty where the key goes into a header.
+        headers: sent with every request; one of them holds the key.
+        query: appended to the query of every URL, encoded; empty if a header holds the key.
     """
 
     variable: str
@@ -62,7 +62,7 @@ class Credential:
 
 
 def redactor_for(credential: Credential | None) -> Redactor | None:
-    """Return what hides the key, and the passwords of the environment's proxies; None where there are neither."""
+    """Return a redactor for the key and the passwords of the environment's proxies; None if there are neither."""
     secrets = [] if credential is None else [credential.key]
     for proxy in getproxies().values():
         user, _, password = unquote(proxy.rpartition("@")[0].rpartition("//")[2]).partition(":")
@@ -71,16 +71,16 @@ def redactor_for(credential: Credential | None) -> Redactor | None:
 
 
 def read_credential(variable: str, header: str = BEARER, query: str | None = None) -> Credential:
-    """The key in an environment variable.
+    """Read the key in an environment variable.
 
     Args:
         variable: its name.
-        header: ``NAME: VALUE`` with ``{key}`` where the key goes.
-        query: ``NAME={key}``, for a service that wants the key in the URL; then there is no header.
+        header: ``NAME: VALUE`` with ``{key}`` in the place of the key.
+        query: ``NAME={key}``, for a service that expects the key in the URL; then there is no header.
 
     Raises:
-        UserError: no such variable, no usable key in it, or no place for the key. No message repeats what was given
-            as header or query, since the key itself may have been written there by mistake.
+        UserError: no such variable, no usable key in it, or no place for the key. No message repeats a given header or
+            query, since the key itself may have been written there by mistake.
     """
     key = os.environ.get(variable, "").strip()
     if not key:
@@ -108,14 +108,14 @@ def read_credential(variable: str, header: str = BEARER, query: str | None = Non
 
 
 def cleaned(send: Sender, redactor: Redactor | None) -> Sender:
-    """Return the same sender with redacted replies and errors; errors have no context, which is not redacted."""
+    """Return the sender with redacted replies and errors; errors lose their context, which could hold the key."""
     if redactor is None:
         return send
     redact = redactor.text
 
-    def send_cleaned(request: Request) -> Reply:
+    async def send_cleaned(request: Request) -> Reply:
         try:
-            reply = send(request)
+            reply = await send(request)
         except BadReply as error:
             failure: Exception = BadReply(redact(str(error)))
         except TimeoutError as error:
@@ -136,7 +136,7 @@ def cleaned(send: Sender, redactor: Redactor | None) -> Sender:
 
 @contextmanager
 def cleaned_logs(redactor: Redactor | None, loggers: Iterable[str]) -> Iterator[None]:
-    """Keep the key out of what these loggers, by name, write meanwhile: HTTP libraries log URLs and headers."""
+    """Redact the records of these loggers, by name, in the block: HTTP libraries log URLs and headers."""
 
     def clean(record: logging.LogRecord) -> bool:
         assert redactor is not None

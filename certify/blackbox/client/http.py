@@ -1,45 +1,71 @@
-"""One request over HTTP: bounded in time and size, nothing sent twice, the key to nobody else.
+"""Send one request over HTTP: bounded in time and size, sent once, the key to the service alone.
 
-Redirects are not followed: each would be a request that nobody counted, and one to another host would take the key
-along. Cookies are not kept: a service shall not know one query from the next.
+Redirects are not followed: each would be a request that is not counted, and one to another host would reveal the key.
+Cookies are not kept, so that a service cannot tell one query from the next.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
+import os
 import re
 import threading
-import weakref
-from concurrent.futures import CancelledError
-from contextlib import ExitStack, suppress
+from collections.abc import Coroutine
+from contextlib import ExitStack
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from certify import __version__
 from certify.blackbox.client.credentials import Credential, cleaned, cleaned_logs, redactor_for, secret_name
-from certify.blackbox.types import MOST_BYTES, BadReply, Reply, Request
+from certify.blackbox.types import MAX_REPLY_BYTES, BadReply, Reply, Request
 from certify.errors import UserError, first_line
 
 TIMEOUT = 60.0
-"""Seconds for one request, from the first look for the host to the last byte."""
+"""Seconds for one request, from the name lookup of the host to the last byte."""
 
 _CONNECT = 10.0  # seconds to connect, within those
-_IDLE = 2.0  # seconds a connection is kept: a server that closes it first costs a request
+_IDLE = 2.0  # seconds an idle connection is kept; one that the server closes first costs a request
+_THREAD = "certify-queries"
 _LOGGERS = ("httpx2", *(f"httpcore2.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
+
+T = TypeVar("T")
+
+
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop on which this process sends its queries; it runs in a background thread."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=_THREAD, daemon=True).start()
+    return loop
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=event_loop.cache_clear)  # threads do not survive a fork
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on :func:`event_loop` and return its result; for callers that are not on it."""
+    return asyncio.run_coroutine_threadsafe(coroutine, event_loop()).result()
+
+
+def on_event_loop() -> bool:
+    """True if the caller runs on :func:`event_loop`, where waiting for it would never end."""
+    return threading.current_thread().name == _THREAD
 
 
 def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> str:
-    """The address of a service, as it may be shown and written.
+    """Return the address of a service in the form that may be displayed and stored.
 
     Args:
         url: as given.
-        key: whether a key will be sent there.
-        insecure: whether a key may go over plain HTTP to another machine.
+        key: True if a key will be sent there.
+        insecure: allow a key over plain HTTP to another machine.
 
     Raises:
-        UserError: no such address, a password or key inside of it, or a key that everybody on the way could read.
+        UserError: not such an address, a password or key in it, or a key that could be read on the way.
     """
     try:
         parts = urlsplit(url)
@@ -66,7 +92,7 @@ def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> st
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name or address is this machine's own."""
+    """True if a host's name or address is this machine's own."""
     if host.lower().rstrip(".") == "localhost":
         return True
     try:
@@ -76,22 +102,22 @@ def is_loopback(host: str) -> bool:
 
 
 class HttpSender:
-    """Sends requests to one endpoint, from any thread; a :data:`~certify.blackbox.types.Sender` and a context manager.
+    """Send requests to one endpoint; a :data:`~certify.blackbox.types.Sender` and a context manager.
 
-    Its client runs in an event loop of its own thread: only there can a deadline end everything (the look for the
-    host, TLS, headers that drip), not just the wait for the next bytes. Certificates of hosts are always checked; one's
-    own authority is named by ``SSL_CERT_FILE``. Proxies of the environment are used, but never for loopback.
+    A deadline covers the whole request (name lookup, TLS, slow headers), not just the wait for the next bytes. Host
+    certificates are always verified; ``SSL_CERT_FILE`` names an authority of one's own. Proxies of the environment are
+    used, but never for loopback.
 
     Args:
-        url: of the endpoint; what a request calls its path is added.
-        credential: the key, if it wants one.
+        url: of the endpoint; the path of each request is appended.
+        credential: the service's key, or None.
         insecure: see :func:`check_endpoint`.
-        timeout: seconds for one request, whatever happens.
-        most_bytes: of a reply.
-        connections: that may be open at a time.
+        timeout: seconds per request in all.
+        max_bytes: of a reply.
+        connections: open at a time at most.
 
     Raises:
-        UserError: httpx2 is not installed, or as :func:`check_endpoint`.
+        UserError: httpx2 is not installed, or the endpoint is refused by :func:`check_endpoint`.
     """
 
     def __init__(
@@ -101,7 +127,7 @@ class HttpSender:
         *,
         insecure: bool = False,
         timeout: float = TIMEOUT,
-        most_bytes: int = MOST_BYTES,
+        max_bytes: int = MAX_REPLY_BYTES,
         connections: int = 64,
     ) -> None:
         self.endpoint = check_endpoint(url, key=credential is not None, insecure=insecure)
@@ -109,10 +135,10 @@ class HttpSender:
             import httpx2
         except ImportError:
             raise UserError(
-                "asking a service needs httpx2, which is not installed; pip install 'certify-toolkit[audit]'"
+                "querying a service needs httpx2, which is not installed; pip install 'certify-toolkit[audit]'"
             ) from None
         self._url = urlsplit(self.endpoint)
-        self._credential, self._timeout, self._most_bytes = credential, timeout, most_bytes
+        self._credential, self._timeout, self._max_bytes = credential, timeout, max_bytes
         self._failures = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
         self._late = httpx2.TimeoutException
         redactor = redactor_for(credential)
@@ -134,28 +160,27 @@ class HttpSender:
                 "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
             ) from None
         self._send = cleaned(self._send_once, redactor)
-        held = ExitStack()
-        held.enter_context(cleaned_logs(redactor, _LOGGERS))
-        self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, name="certify-http", daemon=True)
-        thread.start()
-        self._end = weakref.finalize(self, _end, self._loop, thread, self._client, held)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self._logs = ExitStack()
+        self._logs.enter_context(cleaned_logs(redactor, _LOGGERS))
 
     def __repr__(self) -> str:
         return f"HttpSender({self.endpoint})"
 
-    def __call__(self, request: Request) -> Reply:
-        """Send it once.
+    async def __call__(self, request: Request) -> Reply:
+        """Send a request once; on :func:`event_loop` alone.
 
         Raises:
-            OSError: no whole reply came: ``TimeoutError`` or ``ConnectionError``, with the reason in one line.
-            BadReply: more bytes than may be.
+            OSError: no complete reply: ``TimeoutError`` or ``ConnectionError``, with the reason in one line.
+            BadReply: a longer reply than ``max_bytes``.
         """
-        return self._send(request)
+        return await self._send(request)
 
     def close(self) -> None:
-        """Break off what is under way and end the thread."""
-        self._end()
+        """Abort the requests in flight and close the connections."""
+        run_async(self._close())
+        self._logs.close()
 
     def __enter__(self) -> HttpSender:
         return self
@@ -163,19 +188,34 @@ class HttpSender:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send_once(self, request: Request) -> Reply:
-        if not self._end.alive:
+    async def _close(self) -> None:
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        while self._tasks:
+            await asyncio.sleep(0)
+        await self._client.aclose()
+
+    async def _send_once(self, request: Request) -> Reply:
+        if self._closed:
             raise ConnectionError("the sender was closed")
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         try:
-            return asyncio.run_coroutine_threadsafe(self._exchange(request), self._loop).result()
-        except CancelledError:
+            return await self._exchange(request)
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
             raise ConnectionError("the sender was closed") from None
         except TimeoutError:
-            raise TimeoutError(f"no whole reply within {self._timeout:g} s") from None
+            raise TimeoutError(f"no complete reply within {self._timeout:g} s") from None
         except self._late:
             raise TimeoutError(f"no connection to {self._url.netloc} within {_CONNECT:g} s") from None
         except self._failures as error:
             raise ConnectionError(f"{self._url.netloc}: {first_line(error)} ({type(error).__name__})") from None
+        finally:
+            self._tasks.discard(task)
 
     async def _exchange(self, request: Request) -> Reply:
         body = bytearray()
@@ -187,8 +227,8 @@ class HttpSender:
         ):
             async for piece in reply.aiter_bytes():
                 body += piece
-                if len(body) > self._most_bytes:
-                    raise BadReply(f"HTTP {reply.status_code}: a reply of more than {self._most_bytes:,} bytes")
+                if len(body) > self._max_bytes:
+                    raise BadReply(f"HTTP {reply.status_code}: a reply of more than {self._max_bytes:,} bytes")
         return Reply(reply.status_code, bytes(body), dict(reply.headers))
 
     def _address(self, request: Request) -> str:
@@ -196,20 +236,3 @@ class HttpSender:
         path = f"{self._url.path.rstrip('/')}/{below.lstrip('/')}" if below else self._url.path
         queries = (self._url.query, query, self._credential.query if self._credential else "")
         return self._url._replace(path=path, query="&".join(filter(None, queries))).geturl()
-
-
-def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Any, held: ExitStack) -> None:
-    async def finish() -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await client.aclose()
-
-    with held:
-        with suppress(TimeoutError):
-            asyncio.run_coroutine_threadsafe(finish(), loop).result(5)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
-        if not thread.is_alive():
-            loop.close()

@@ -1,49 +1,51 @@
-"""Queries to answers: within the budget, several at a time, at the allowed rate, each recorded before it is used.
+"""Query a service within a budget: several requests at a time, each logged before it is sent and before it is used.
 
-A request is taken off the budget before it is sent. What the service declines (429, 5xx) and what gets lost on the way
-(resets, timeouts) is sent again after a while, each time as a further request; what stays without a label is a failed
-answer. A query that stands in the ledger is never sent again.
+A request counts against the budget before it is sent. Requests that the service declines (429, 5xx) or that get lost
+(resets, timeouts) are sent again after a wait, each time as a further request; a query that still has no label is a
+failed answer. A query whose answer is in the log is never sent again.
+
+Everything but the caller's own iteration happens on one event loop, so counts and log need no locks.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import logging
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from functools import partial
+from dataclasses import dataclass, field
 
-from certify.blackbox.client.rate_limit import Manners, Rate, retry_after
-from certify.blackbox.client.worker_pool import Crew
+from certify.blackbox.client.http import event_loop, on_event_loop, run_async
+from certify.blackbox.client.rate_limit import QueryLimits, RateLimiter, retry_after
 from certify.blackbox.protocols.parsing import quoting, safe_text
-from certify.blackbox.types import Answer, BadReply, Books, Busy, Format, Query, Ranked, Reply, Request, Sender
+from certify.blackbox.types import Answer, BadReply, Busy, Format, Query, QueryLog, Ranked, Reply, Request, Sender
 from certify.errors import CertifyError, RunFault, UserError, first_line
 
-_AGAIN = (408, 425, 429)  # and 5xx but 501: such a request may do better later
-_KEY = (401, 403, 407)  # a key that expired or was blocked is about no picture, so no query fails for it
-_SILENT = 1.0  # seconds of waiting that need no word
-_AHEAD = 2  # queries pulled for each thread: an answer that is late does not leave the others idle
+_RETRIED = (408, 425, 429)  # as are all of 5xx but 501
+_KEY_REFUSED = (401, 403, 407)  # an expired or blocked key is not about a picture, so no query fails because of it
+_SILENT = 1.0  # seconds of waiting without a message
+_AHEAD = 2  # queries pulled per request in flight, so that one late answer does not idle the others
 
-logging.getLogger("stamina").addHandler(logging.NullHandler())  # else each retry is a line on the terminal
+logging.getLogger("stamina").addHandler(logging.NullHandler())  # else every retry is printed
 
 
-class _Again(Exception):
-    """An attempt that brought nothing that counts; another may."""
+class _Retry(Exception):
+    """An attempt without an answer that may be repeated, after ``seconds`` if the service says so."""
 
     def __init__(self, why: str, seconds: float | None = None) -> None:
         super().__init__(why)
         self.why, self.seconds = why, seconds
 
 
-class _Unwelcome(Exception):
-    """The service refuses key or address, or wants to be left alone for long: so it would refuse every query.
+class _Refused(Exception):
+    """The service refuses the key, the address or any query for now, and would refuse every other query likewise.
 
     Args:
-        why: what came.
-        remedy: what to do.
+        why: the reply, in one line.
+        remedy: what the user can do.
     """
 
     def __init__(self, why: str, remedy: str) -> None:
@@ -51,242 +53,267 @@ class _Unwelcome(Exception):
         self.why, self.remedy = why, remedy
 
 
-class _Declined(BadReply):
-    """An error status: a failed trial that says nothing about the picture."""
+class _ErrorStatus(BadReply):
+    """A final error status: a failed trial that says nothing about the picture."""
 
 
-class _SpentUp(Exception):
+class _BudgetSpent(Exception):
     """The budget does not cover another request."""
 
 
-class _Stopped(Exception):
-    """Nothing further is sent."""
+@dataclass
+class _Call:
+    """The state of one call of the client; ``fault`` gets the first error that ends it."""
+
+    tasks: set[asyncio.Task[Answer]] = field(default_factory=set)
+    in_flight: set[asyncio.Task[Answer]] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
+    fault: concurrent.futures.Future[Answer] = field(default_factory=concurrent.futures.Future)
+    ended: bool = False
+
+    def landed(self, exchange: asyncio.Task[Answer]) -> None:
+        """Note that a request is not in flight any more; its error, if any, is the query's to raise."""
+        self.in_flight.discard(exchange)
+        if not exchange.cancelled():
+            exchange.exception()
+
+    def result(self, future: concurrent.futures.Future[Answer]) -> Answer:
+        """Wait for an answer, or for a fault of any query."""
+        if not future.done():
+            concurrent.futures.wait((future, self.fault), return_when=concurrent.futures.FIRST_COMPLETED)
+        return (self.fault if self.fault.done() else future).result()
 
 
-class Asker:
-    """Asks one service; an :class:`~certify.blackbox.types.Asking`.
+class QueryClient:
+    """Query one service; a :class:`~certify.blackbox.types.Client`. May be called from several threads.
 
     Args:
-        send: of :mod:`certify.blackbox.client.http` or :mod:`certify.blackbox.client.aws`; called from several
-            threads.
-        format: how the service is asked and answers.
-        ledger: keeps the books: an open :class:`~certify.blackbox.ledger.Ledger`, or what stands in for one.
-        budget: requests that may be sent in the ledger's whole life; None for no limit.
-        manners: how the service is treated.
-        tell: hears that requests under way are waited for, when everything else has stopped.
+        send: of :mod:`certify.blackbox.client.http` or :mod:`certify.blackbox.client.aws`.
+        format: the protocol of the service.
+        log: an open :class:`~certify.blackbox.ledger.Ledger`, or an in-memory log.
+        budget: requests that may be sent in the log's whole life; None for no limit.
+        limits: on concurrency, rate and attempts.
+        tell: called with a message when the end of a call has to wait for requests in flight.
 
     Raises:
-        UserError: stamina is not installed, or a negative budget.
+        UserError: aiolimiter or stamina is not installed, or the budget is negative.
     """
 
     def __init__(
         self,
         send: Sender,
         format: Format,
-        ledger: Books,
+        log: QueryLog,
         *,
         budget: int | None = None,
-        manners: Manners | None = None,
+        limits: QueryLimits | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self._limits = limits or QueryLimits()
         try:
             import stamina
-        except ImportError:
+
+            self._rate = RateLimiter(self._limits.rate)
+        except ImportError as error:
             raise UserError(
-                "asking a service needs stamina, which is not installed; pip install 'certify-toolkit[audit]'"
+                f"querying a service needs {error.name}, which is not installed; pip install 'certify-toolkit[audit]'"
             ) from None
         if budget is not None and budget < 0:
             raise UserError(f"query budget {budget}: expected a whole number from 0")
         self._retries = stamina.retry_context
-        self._send, self._format, self._ledger, self._budget = send, format, ledger, budget
-        self._manners = manners or Manners()
-        self._tell = tell
-        self._rate = Rate(self._manners.rate)
-        self._change = threading.Condition()  # guards the three below
-        self._claimed = ledger.spent  # sent, or about to be
-        self._under_way = 0
+        self._send, self._format, self._log, self._budget, self._tell = send, format, log, budget, tell
+        self._slots = asyncio.Semaphore(self._limits.concurrency)
+        self._claimed = log.spent  # sent, or about to be
         self._answered = False
+        self._loop = event_loop()
 
     @property
     def spent(self) -> int:
-        """Requests sent so far, retries included, those of earlier runs with this ledger too."""
-        return self._ledger.spent
+        """Requests sent so far, retries and those of earlier runs with this log included."""
+        return self._log.spent
 
     def __call__(self, queries: Iterable[Query]) -> Iterator[Answer]:
-        """Their answers, in the order of the queries, which are pulled a few ahead of the answers.
+        """Yield the answers in the order of the queries, which are pulled a few ahead of the answers.
 
-        Whatever ends it (its consumer, Ctrl-C, a fault), requests under way are waited for and recorded.
+        However it ends (consumer, Ctrl-C, fault), requests in flight are waited for and logged.
 
         Raises:
-            BudgetSpent: the budget does not cover the next query or its next attempt; every answer before it was
-                handed out. It stays open: a larger budget goes on there.
-            RunFault: the service refuses the key, or the address before it has answered anything, or asks for a pause
-                that is longer than ``longest_wait``; the query stays open. Or the disk is full.
-            UserError: another picture was sent under a query's name before, or a name comes twice at a time.
+            BudgetSpent: the budget does not cover the next query or its next attempt. Every answer before it was
+                yielded; the query stays open, so that a larger budget resumes there.
+            RunFault: the service refuses the key, or refuses the address before it has answered anything, or asks for
+                a pause longer than ``longest_wait``: the query stays open. Or the log cannot be written.
+            UserError: another picture was sent under a query's name, or a name occurs twice at a time.
         """
-        crew, pending = Crew(self._manners.concurrency), deque[Future[Answer]]()
+        call, pending = _Call(), deque[concurrent.futures.Future[Answer]]()
         try:
             for query in queries:
-                pending.append(self._begin(query, crew))
-                while len(pending) >= _AHEAD * crew.size:
-                    yield crew.result(pending.popleft())
+                pending.append(asyncio.run_coroutine_threadsafe(self._settle(query, call), self._loop))
+                while len(pending) >= _AHEAD * self._limits.concurrency:
+                    yield call.result(pending.popleft())
             while pending:
-                yield crew.result(pending.popleft())
-        except _SpentUp:
-            raise self._spent_up() from None
+                yield call.result(pending.popleft())
+        except _BudgetSpent:
+            raise self._budget_error() from None
         finally:
-            self._finish(crew)
+            self._end(call)
 
-    def _begin(self, query: Query, crew: Crew) -> Future[Answer]:
-        """Hand a query to the crew, unless the ledger has its answer."""
-        with self._change:
-            if query.name in crew.names:
-                raise UserError(f"query {query.name!r} comes twice at a time; expected names that are unique")
-            known = self._ledger.find(query)
-            if known is not None:
-                future = Future[Answer]()
-                future.set_result(known)
-                return future
-            crew.names.add(query.name)
-        return crew.submit(partial(self._ask, query, crew))
-
-    def _spent_up(self) -> CertifyError:
+    def _budget_error(self) -> CertifyError:
         from certify.models.query_access import BudgetSpent  # which needs torch
 
         return BudgetSpent(self.spent, self._budget or 0, 1)
 
-    def _finish(self, crew: Crew) -> None:
-        with self._change:
-            crew.stopped.set()
-        crew.dismiss()
-        grace = self._manners.grace
-        with self._change:
-            if self._change.wait_for(lambda: not self._under_way, min(_SILENT, grace)):
-                return
-            count = self._under_way
-        self._tell(f"waiting for requests under way: {count}, {grace:g} s at most; their answers are kept")
-        with self._change:
-            self._change.wait_for(lambda: not self._under_way, grace - _SILENT)
+    def _end(self, call: _Call) -> None:
+        """Send nothing more for a call, and wait for its requests in flight."""
+        if on_event_loop():  # the garbage collector may run anywhere
+            call.ended = True
+            return
+        grace = self._limits.grace
+        count = run_async(_wind_down(call, min(_SILENT, grace)))
+        if count:
+            self._tell(f"waiting for requests in flight: {count}, {grace:g} s at most; their answers are kept")
+            run_async(_wind_down(call, grace - _SILENT))
 
-    def _ask(self, query: Query, crew: Crew) -> Answer:
-        """One query, until it is settled."""
-        m = self._manners
-        more = max(1, m.attempts - self._ledger.attempts(query.name))
+    async def _settle(self, query: Query, call: _Call) -> Answer:
+        """Return the answer to a query from the log, or query the service."""
+        task = asyncio.current_task()
+        assert task is not None
+        call.tasks.add(task)
+        try:
+            if query.name in call.names:
+                raise UserError(f"query {query.name!r} occurs twice at a time; expected unique names")
+            known = self._log.find(query)
+            if known is not None:
+                return known
+            call.names.add(query.name)
+            try:
+                request = self._loop.run_in_executor(None, self._format.request, query.picture)  # encodes ahead
+                async with self._slots:
+                    return await self._attempts(query, await request, call)
+            finally:
+                call.names.discard(query.name)
+        except (asyncio.CancelledError, _BudgetSpent):
+            raise
+        except BaseException as error:
+            call.ended = True
+            if not call.fault.done():
+                call.fault.set_exception(error)
+            raise
+        finally:
+            call.tasks.discard(task)
+
+    async def _attempts(self, query: Query, request: Request, call: _Call) -> Answer:
+        """Send a query until it has an answer or its attempts are used up."""
+        m = self._limits
+        attempts = max(1, m.attempts - self._log.attempts(query.name))
         retries = self._retries(
-            on=_wait_for,
-            attempts=more,
+            on=_backoff,
+            attempts=attempts,
             timeout=None,
             wait_initial=m.first_wait,
             wait_max=m.longest_wait,
             wait_jitter=m.first_wait,
         )
-        try:
-            request = self._format.request(query.picture)
-            for retry in retries:
-                with retry:
-                    return self._attempt(query, request, crew, last=retry.num == more)
-        except (_Stopped, _SpentUp):
-            raise
-        except BaseException as error:
-            crew.stop(error)
-            raise
-        finally:
-            with self._change:
-                crew.names.discard(query.name)
+        async for attempt in retries:
+            with attempt:
+                await self._rate.acquire()
+                if call.ended:
+                    raise asyncio.CancelledError
+                if self._budget is not None and self._claimed >= self._budget:
+                    raise _BudgetSpent
+                self._claimed += 1
+                # A task of its own, which the end of the call does not cancel: the reply to what was sent is logged.
+                exchange = asyncio.ensure_future(self._exchange(query, request, last=attempt.num == attempts))
+                call.in_flight.add(exchange)
+                exchange.add_done_callback(call.landed)
+                await asyncio.wait((exchange,))
+                return exchange.result()
         raise AssertionError("an attempt returns or raises")
 
-    def _attempt(self, query: Query, request: Request, crew: Crew, *, last: bool) -> Answer:
-        """One request: its time, its budget, its place among those that are waited for."""
-        crew.stopped.wait(self._rate.take())
-        with self._change:
-            if crew.stopped.is_set():
-                raise _Stopped
-            if self._budget is not None and self._claimed >= self._budget:
-                raise _SpentUp
-            self._claimed += 1
-            self._under_way += 1
-        try:
-            return self._exchange(query, request, last)
-        finally:
-            with self._change:
-                self._under_way -= 1
-                self._change.notify_all()
-
-    def _exchange(self, query: Query, request: Request, last: bool) -> Answer:
-        """Recorded, sent, read, recorded."""
-        self._ledger.sent(query, request.body)
+    async def _exchange(self, query: Query, request: Request, *, last: bool) -> Answer:
+        """Log, send, read, log."""
+        await self._log.sent(query, request.body)
         ranked, failure, down, start = Ranked(), "", False, time.perf_counter()
         try:
-            ranked = self._read(self._reply(request))
+            ranked = self._read(await self._reply(request))
         except BadReply as error:
-            failure, down = str(error) or "no label", isinstance(error, _Declined)
-        except _Again as error:
+            failure, down = str(error) or "no label", isinstance(error, _ErrorStatus)
+        except _Retry as error:
             if not last:
                 self._rate.pause(error.seconds or 0.0)
-                self._ledger.refused(query.name, error.why)
+                await self._log.refused(query.name, error.why)
                 raise
             failure, down = error.why, True
-        except _Unwelcome as error:
-            self._ledger.refused(query.name, error.why)
+        except _Refused as error:
+            await self._log.refused(query.name, error.why)
             raise RunFault(
-                f"the service turned down a query: {error.why}; {error.remedy}. Requests sent: {self.spent}; "
-                "what was answered before is kept, the same command goes on"
+                f"the service refused a query: {error.why}; {error.remedy}. Requests sent: {self.spent}; earlier "
+                "answers are kept, and the same command resumes"
             ) from None
         seconds = time.perf_counter() - start
-        answer = Answer(query.name, ranked, failure, seconds, self._ledger.attempts(query.name), down=down)
-        self._ledger.answer(answer)
+        answer = Answer(query.name, ranked, failure, seconds, self._log.attempts(query.name), down=down)
+        await self._log.answer(answer)
         return answer
 
-    def _reply(self, request: Request) -> Reply:
+    async def _reply(self, request: Request) -> Reply:
         try:
-            return self._send(request)
+            return await self._send(request)
         except OSError as error:
-            raise _Again(first_line(error)) from None
+            raise _Retry(first_line(error)) from None
 
     def _read(self, reply: Reply) -> Ranked:
-        """The labels of a reply.
+        """Return the labels of a reply.
 
         Raises:
-            BadReply: there are none, for good.
-            _Again: another attempt may bring some.
-            _Unwelcome: not before something else has changed.
+            BadReply: it has none, and another attempt would not help.
+            _Retry: another attempt may bring some.
+            _Refused: every query would be refused until something else changes.
         """
         if not 200 <= reply.status < 300:
             said = safe_text(reply.body)
             why = f"HTTP {reply.status}" + (f": {said}" if said else "")
-            if reply.status in _AGAIN or (reply.status >= 500 and reply.status != 501):
+            if reply.status in _RETRIED or (reply.status >= 500 and reply.status != 501):
                 seconds = retry_after(reply)
-                if seconds is not None and seconds > self._manners.longest_wait:
-                    raise _Unwelcome(why, f"it asks to be left alone for {seconds:,.0f} s: start again after that time")
-                raise _Again(why, seconds)
+                if seconds is not None and seconds > self._limits.longest_wait:
+                    raise _Refused(why, f"it asks for a pause of {seconds:,.0f} s: run the command again after it")
+                raise _Retry(why, seconds)
             remedy = _remedy(reply)
-            if remedy and (reply.status in _KEY or not self._answered):  # another address may be about one picture
-                raise _Unwelcome(why, remedy)
-            raise _Declined(why)
+            if remedy and (reply.status in _KEY_REFUSED or not self._answered):  # else it may be about a picture
+                raise _Refused(why, remedy)
+            raise _ErrorStatus(why)
         try:
             ranked = self._format.reply(reply)
         except Busy as error:
-            raise _Again(str(error)) from None
+            raise _Retry(str(error)) from None
         except BadReply as error:
             raise BadReply(quoting(str(error), reply.body)) from None
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise BadReply(f"a reply that cannot be read ({type(error).__name__})") from None
         if not ranked or any(one.score is not None and not math.isfinite(one.score) for one in ranked):
-            raise BadReply("a score that is no number" if ranked else "an answer without labels")
+            raise BadReply("a score that is not a number" if ranked else "an answer without labels")
         self._answered = True
         return ranked
 
 
-def _wait_for(error: Exception) -> bool | float:
-    """Whether there is another attempt, or the seconds until then."""
-    if not isinstance(error, _Again):
+async def _wind_down(call: _Call, seconds: float) -> int:
+    """Cancel the queries of a call that are not in flight, wait for the others, and return how many remain."""
+    call.ended = True
+    for task in call.tasks:
+        task.cancel()
+    if call.in_flight:
+        await asyncio.wait(call.in_flight, timeout=seconds)
+    return len(call.in_flight)
+
+
+def _backoff(error: Exception) -> bool | float:
+    """Return whether there may be another attempt, or the seconds until then."""
+    if not isinstance(error, _Retry):
         return False
     return True if error.seconds is None else error.seconds
 
 
 def _remedy(reply: Reply) -> str:
-    """What to do about a status that every query would meet; empty where it may be about one picture."""
-    if reply.status in _KEY:
+    """Return the remedy for a status that every query would meet; empty where it may be about one picture."""
+    if reply.status in _KEY_REFUSED:
         return "check the key, the variable that --api-key-env names, and --auth-header"
     if reply.status in (404, 405, 410):
         return "check --endpoint and --protocol"

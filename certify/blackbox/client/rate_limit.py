@@ -1,13 +1,11 @@
-"""How often a service is asked, and how soon again."""
+"""Limits on how a service is queried: concurrency, rate, attempts, and the waits that it asks for."""
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import email.utils
 import math
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from certify.blackbox.types import Reply
@@ -15,17 +13,17 @@ from certify.errors import UserError
 
 
 @dataclass(frozen=True)
-class Manners:
-    """How a service is treated.
+class QueryLimits:
+    """Limits on how a service is queried.
 
     Attributes:
-        concurrency: requests under way at a time.
-        rate: requests a second, evenly spaced; None for no limit.
-        attempts: requests for one query, at most.
-        first_wait: seconds before the second attempt; doubled each time, with as much again at random.
-        longest_wait: seconds between two attempts; a service that asks for more is left alone.
-        grace: seconds that requests under way get when everything else stops; longer than one may take, or paid answers
-            are lost.
+        concurrency: requests in flight at a time, from 1.
+        rate: requests per second, evenly spaced; None for no limit.
+        attempts: requests per query at most, from 1.
+        first_wait: seconds before the second attempt; doubled for each further one, plus up to as much at random.
+        longest_wait: seconds between two attempts at most; a service that asks for a longer pause ends the run.
+        grace: seconds that requests in flight are waited for when a run ends early. It must be longer than one request
+            may take, or answers that were paid for are lost.
     """
 
     concurrency: int = 4
@@ -39,41 +37,44 @@ class Manners:
         if self.concurrency < 1 or self.attempts < 1:
             raise UserError(f"concurrency {self.concurrency}, attempts {self.attempts}: expected whole numbers from 1")
         if self.rate is not None and not 0 < self.rate < math.inf:
-            raise UserError(f"rate {self.rate}: expected requests a second, above 0")
+            raise UserError(f"rate {self.rate}: expected requests per second, above 0")
 
 
-class Rate:
-    """When the next request may go out: a token bucket that holds one token.
+class RateLimiter:
+    """Space requests evenly, and hold all of them back while the service asks for a pause.
 
     Args:
-        per_second: tokens a second; None for no limit.
-        clock: seconds.
+        per_second: requests per second; None for no limit.
     """
 
-    def __init__(self, per_second: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._gap, self._clock = 1 / per_second if per_second else 0.0, clock
-        self._next, self._lock = -math.inf, threading.Lock()
+    def __init__(self, per_second: float | None) -> None:
+        from aiolimiter import AsyncLimiter
 
-    def take(self) -> float:
-        """Take a token; the seconds until it is there."""
-        with self._lock:
-            now = self._clock()
-            start = max(now, self._next)
-            self._next = start + self._gap
-            return start - now
+        self._limiter = None if per_second is None else AsyncLimiter(1, 1 / per_second)
+        self._resume_at = -math.inf  # in the event loop's time
+
+    async def acquire(self) -> None:
+        """Wait until the next request may be sent, in the order of the calls."""
+        while True:
+            if self._limiter is not None:
+                await self._limiter.acquire()
+            wait = self._resume_at - asyncio.get_running_loop().time()
+            if wait <= 0:
+                return
+            await asyncio.sleep(wait)
 
     def pause(self, seconds: float) -> None:
-        """No token before that long from now: the service asked for it."""
-        with self._lock:
-            self._next = max(self._next, self._clock() + seconds)
+        """Let no request out for that many seconds from now."""
+        self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + seconds)
 
 
 def retry_after(reply: Reply, now: datetime.datetime | None = None) -> float | None:
-    """Seconds that a reply asks to wait, in either form of RFC 9110, from 0; None if it does not ask.
+    """Return the seconds that a reply's Retry-After asks for (either form of RFC 9110), at least 0; None without one.
 
     Args:
         reply: of the service.
-        now: the time there, for a reply without a usable Date header; None: this machine's, whose clock may differ.
+        now: the service's time, for a reply without a usable Date header; None uses this machine's clock, which may
+            differ.
     """
     headers = {name.lower(): value.strip() for name, value in reply.headers.items()}
     text = headers.get("retry-after", "")
@@ -89,9 +90,9 @@ def retry_after(reply: Reply, now: datetime.datetime | None = None) -> float | N
 
 
 def _http_date(text: str) -> datetime.datetime | None:
-    """A date of an HTTP header; None where there is none."""
+    """Parse the date of an HTTP header; None if it is not one."""
     try:
         date = email.utils.parsedate_to_datetime(text)
-    except (ValueError, OverflowError):  # the latter: a year or zone that no clock has
+    except (ValueError, OverflowError):  # the latter: a year or zone out of range
         return None
     return date.replace(tzinfo=datetime.UTC) if date.tzinfo is None else date

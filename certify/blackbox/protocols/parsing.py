@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-from certify.blackbox.types import MOST_BYTES, BadReply, Ranked, Reply, Scored
+from certify.blackbox.types import MAX_REPLY_BYTES, BadReply, Ranked, Reply, Scored
 from certify.errors import UserError
 
 _LONGEST_LABEL = 1000
@@ -38,8 +38,8 @@ def check_status(reply: Reply) -> None:
     Raises:
         BadReply: a status outside 200 to 299, with what the service says about it; or a body too long to read.
     """
-    if len(reply.body) > MOST_BYTES:
-        raise BadReply(f"HTTP {reply.status}: a reply of {len(reply.body):,} bytes; the limit is {MOST_BYTES:,}")
+    if len(reply.body) > MAX_REPLY_BYTES:
+        raise BadReply(f"HTTP {reply.status}: a reply of {len(reply.body):,} bytes; the limit is {MAX_REPLY_BYTES:,}")
     if not 200 <= reply.status < 300:
         said = safe_text(reply.body)
         raise BadReply(f"HTTP {reply.status}" + (f": {said}" if said else ""))
