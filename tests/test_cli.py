@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tomllib
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_predict_with_too_few_samples_is_warned_of(capsys: pytest.CaptureFixture
 
 def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     """The figures follow from each other, in words and as JSON; a function of labels only is measured too."""
-    run("bench", "--model", "digits", "--seconds", "0.05", "--pairs", "2", "--n", "1000", "--json")
+    run("bench", "--model", "digits", "--seconds", "0.05", "--pairs", "2", "--n", "1000", "--compile", "off", "--json")
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert err == ""
@@ -206,6 +207,11 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["flops"] == 2 * (64 * 128 + 128 * 128 + 128 * 10)
     assert found["share"] == pytest.approx(found["engine"] * found["flops"] / found["ceiling"])
     assert (found["same"], found["compared"]) == (200, 200)
+    assert [other["settings"].split(", ")[-1] for other in found["alternatives"]] == [
+        "batches of 8000",  # bfloat16
+        "batches of 32000",
+        "batches of 2000",
+    ]
     options = ["--seconds", "0.05", "--pairs", "1", "--n", "1000", "--input-size", "1x8x8", "--num-classes", "10"]
     Path("only_labels.py").write_text("def f(images):\n    return (images.mean((1, 2, 3)) > 0.5).long()\n")
     run("bench", "--model", "only_labels:f", *options)
@@ -217,9 +223,12 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_untrained_model_is_enough_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--seconds", "0.05", "--pairs", "1", "--n", "1000", "--reference-batch", "10"]
+    options = ["--seconds", "0.05", "--pairs", "1", "--n", "1000", "--reference-batch", "10", "--compile", "off"]
     run("bench", "--model", "cifar_resnet20", "--weights", "untrained", *options)
-    assert "float32, eager, batches of 10)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "float32, eager, batches of 10)" in out
+    assert re.search(r"alternative [\d.]+ \([\d.]+ to [\d.]+\) times the speed: bfloat16, eager", out)
+    assert "float32, batch norms folded, eager" in out
 
 
 def test_a_large_seed_is_that_seed() -> None:

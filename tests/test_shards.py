@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from command import rows_without_seconds, run
 from PIL import Image
 
 from certify import read_run
-from certify.engine.execution import Execution
 from certify.errors import UserError
 from certify.runs.identity import identity
-from certify.runs.shards import Shard, agree, merge_files
+from certify.runs.shards import Shard, merge_files
 
 COMMAND = ["--model", "digits", "--data", "digits", "--sigma", "0.25", "--n", "300", "--skip", "45", "--quiet"]
 KINDS = {"certify": [], "decide": ["--radius", "0.1,0.25"], "measure": ["--tolerance", "0.5"], "predict": []}
@@ -171,29 +169,3 @@ def test_an_image_that_cannot_be_read_has_its_place_too(tmp_path: Path, monkeypa
     run("merge", "1.jsonl", "2.jsonl", "-o", "merged.jsonl")
     assert rows_without_seconds(Path("merged.jsonl")) == rows_without_seconds(Path("whole.jsonl"))
     assert "error" in rows_without_seconds(Path("merged.jsonl"))[2]
-
-
-def test_shards_agree_on_how_they_run(tmp_path: Path) -> None:
-    """What is measured may come out differently in each process: the first one's choice is everybody's."""
-    header = {"type": "run", "expected": 10, "n": 1}
-    mine = Execution("bfloat16", True, True, 64, ("measured",))
-    other = Execution("float32", False, False, 16, ("measured",))
-    assert agree(tmp_path, Shard(1, 3).header(header), mine) == mine
-    theirs = agree(tmp_path, Shard(3, 3).header(header), other)
-    assert (theirs.precision, theirs.folded, theirs.compiled, theirs.batch_size) == ("bfloat16", True, True, 64)
-    assert agree(tmp_path, Shard(1, 3).header(header | {"n": 2}), other) == other  # another run decides for itself
-    assert len(list(tmp_path.iterdir())) == 2  # and no temporary file is left
-    for path in tmp_path.iterdir():
-        path.write_text("{}")
-    with pytest.raises(UserError, match="does not say how the shards are run"):
-        agree(tmp_path, Shard(1, 3).header(header), mine)
-
-
-def test_without_links_each_shard_decides_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*_: object) -> None:
-        raise PermissionError("operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    mine = Execution("float32", False, False, 16)
-    assert agree(tmp_path, Shard(1, 3).header({"type": "run", "expected": 10}), mine) == mine
-    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""``certify bench``: this engine against the plain loop on the user's own model and machine."""
+"""``certify bench``: this engine, the plain loop and other settings on the user's own model and machine."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ from certify.cli.console import say, tell
     "--n",
     type=options.Count("a number of samples"),
     default=100_000,
-    help="Estimation samples an image, to decide for and to reckon with.",
+    help="Estimation samples of the certificate for which the engine is prepared.",
 )
 @click.option(
     "--pairs",
     type=options.Count("a number of pairs"),
     default=3,
-    help="Turns of the engine and of the loop, alternating.",
+    help="Number of rounds; in each, everything takes one turn.",
 )
 @click.option("--seconds", type=options.Positive("seconds"), default=5.0, help="Length of one turn.")
 @click.option("--turn", type=options.Count("a number of samples"), help="Samples of a turn, in place of --seconds.")
 @click.option("--reference-batch", type=options.Count("a batch size"), help="Batch of the plain loop.")
 @options.as_json("the text")
 def bench(**o: Any) -> None:
-    """Measure this engine against the plain loop (float32, eager, batches of 1,000), both on your model, in turn.
+    """Compare this engine with the plain loop (float32, eager, batches of 1,000) and other settings on your model.
 
-    Prints samples a second, the ratio with its spread, the share of the machine's matrix-product speed, the seconds of
-    a certificate with everything included, and how many labels agree with plain float32. `--weights untrained` measures
-    an architecture whose weights are not at hand.
+    Prints samples per second, the ratio with its spread, the share of the machine's matrix-product speed, the seconds
+    of a certificate with everything included, how many labels agree with plain float32, and the speed of every
+    alternative to what `auto` chose; the choice itself stays. `--weights untrained` measures an architecture whose
+    weights are not at hand.
     """
     from certify.cli.load import check_first, load_smoothed
 

@@ -303,16 +303,20 @@ engine_options = together(
         "--precision",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
-        help="Arithmetic behind the noise; auto measures, and keeps float32 unless another is faster and agrees.",
+        help="Inference dtype; auto takes bfloat16 on hardware with instructions for it, else float32.",
     ),
     click.option(
         "--compile",
         type=click.Choice(["auto", "on", "off"]),
         default="auto",
-        help="Compile the base classifier; auto does where the run is long enough to pay for it.",
+        help="Compile the base classifier; auto does so where the run is long enough for it to pay.",
     ),
     click.option(
-        "--batch-size", type=BatchSize(), default="auto", metavar="N", help="Samples a forward pass; changes no noise."
+        "--batch-size",
+        type=BatchSize(),
+        default="auto",
+        metavar="N",
+        help="Samples per forward pass; does not affect the noise.",
     ),
 )
 

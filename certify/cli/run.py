@@ -16,7 +16,6 @@ from certify.cli.output_files import output_path, stoppable
 from certify.cli.plan import check_base, first_image, show_engine, show_plan
 from certify.cli.summary import summarise
 from certify.errors import UserError
-from certify.runs.shards import agree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,10 +128,11 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
         begun = peek_header(path)
         engine: Engine = smoothed if crew is None else crew
         if begun:
-            execution = execution_of(begun, smoothed.wanted)
+            execution = execution_of(begun, smoothed.options)
         else:
-            work = len(places) * expected_samples(settings.procedure)
-            execution = _decide(engine, first, work, path if spread.shard else None, header, say)
+            parts = spread.shard.of if spread.shard is not None else 1  # whose choices agree: each has as much work
+            work = -(-len(images) // parts) * expected_samples(settings.procedure)
+            execution = _choose_execution(engine, first, work, say, sharded=spread.shard is not None)
         if execution is not None:
             show_engine(execution, smoothed, say, "" if crew is None else crew.where())
             header = with_execution(header, execution)
@@ -152,33 +152,24 @@ def _execute(procedure: str, o: dict[str, Any]) -> None:
     summarise(read_run(path), o["radii"], as_json=o["as_json"], rate=rate)
 
 
-def _decide(
-    engine: Engine,
-    image: Tensor | None,
-    samples: int,
-    shard: Path | None,
-    header: dict[str, Any],
-    say: Callable[[str], None],
+def _choose_execution(
+    engine: Engine, image: Tensor | None, samples: int, say: Callable[[str], None], *, sharded: bool
 ) -> Execution | None:
-    """How to run the base classifier for so much work, in all shards alike; None when no image can be read."""
+    """Choose how to run the base classifier for this many samples; None when no image can be read."""
     if image is None:
         return None
-    say("engine     deciding how to run the classifier ...")
+    say("engine     preparing the classifier ...")
     execution = engine.prepare(image, samples)
     if execution.failed:
-        warn(execution.failed)
-    if shard is None:
-        return execution
-    agreed = agree(shard.parent, header, execution)
-    if agreed != execution:
-        _prepare_as(engine, image, agreed, "the other shards were begun")
-    return agreed
+        advice = "; shards that are compiled cannot be merged with it: pass --compile off to all" if sharded else ""
+        warn(f"{execution.failed}{advice}")
+    return execution
 
 
 def _prepare_as(engine: Engine, image: Tensor, execution: Execution, what: str) -> None:
     """Run the base classifier as what was begun; stop where this machine cannot."""
     real = engine.prepare(image, 1, execution)
-    if (real.precision, real.folded, real.compiled) != (execution.precision, execution.folded, execution.compiled):
+    if not real.runs_like(execution):
         raise UserError(
             f"{what} as {execution.describe()}; here it can only go on as {real.describe()} ({real.why[-1]}): "
             "name another --out"

@@ -1,7 +1,7 @@
-"""How the base classifier is run: precision, folded batch norms, compilation, samples a forward pass.
+"""Run a base classifier: precision, folded batch norms, compilation, batch size.
 
 The function stays the same up to rounding; what ran is what is certified, so all of it goes into the run's header.
-Which way is the fastest is decided in ``certify/engine/tuning.py``.
+``certify/engine/policy.py`` chooses.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from certify.engine.hardware import detect_hardware
 from certify.engine.time_limit import run_within
 from certify.errors import UserError, first_line
 from certify.models.classifier import Classifier
@@ -34,12 +35,12 @@ class Execution:
     """One way to run a base classifier.
 
     Attributes:
-        precision: of the arithmetic behind the noise: ``float32``, ``bfloat16`` or ``float16``.
-        folded: whether batch norms were folded into the convolutions before them.
-        compiled: whether denoiser, normalisation, network and argmax run as one compiled function.
-        batch_size: samples a forward pass.
-        why: how this was decided, in words.
-        failed: what was wanted and could not be done, such as compiling; empty when all went well.
+        precision: inference dtype after the noise is added: ``float32``, ``bfloat16`` or ``float16``.
+        folded: True if batch norms are folded into the convolutions before them.
+        compiled: True if denoiser, normalisation, network and argmax run as one compiled function.
+        batch_size: samples per forward pass.
+        why: the reasons, for people.
+        failed: what was planned and could not be done, such as compiling; empty when nothing failed.
     """
 
     precision: str
@@ -51,59 +52,66 @@ class Execution:
 
     @property
     def plain(self) -> bool:
-        """Whether this is the base classifier untouched: float32, unfolded, eager."""
+        """True if this is the base classifier unchanged: float32, unfolded, eager."""
         return self.precision == "float32" and not self.folded and not self.compiled
 
     def describe(self) -> str:
-        """In words, for people."""
+        """Return the settings as text, without the reasons."""
         words = [self.precision, *(["batch norms folded"] if self.folded else [])]
         return ", ".join([*words, "compiled" if self.compiled else "eager", f"batches of {self.batch_size}"])
 
+    def runs_like(self, other: Execution) -> bool:
+        """True if both compute the same function, whatever their batch sizes."""
+        mine, theirs = ((e.precision, e.folded, e.compiled) for e in (self, other))
+        return mine == theirs
+
 
 def default_batch_size(image: Tensor) -> int:
-    """Samples a batch: 2 MiB of float32 images on a processor, 128 MiB on an accelerator; 4 to 8,000.
+    """Return the samples per batch: 2 MiB of float32 images on a processor, at most 128 MiB on an accelerator.
 
-    On a processor activations should stay in its cache: batches of 100 CIFAR images run twice as fast as of 1,000
-    (``benchmarks/log.md``).
+    On a processor activations should stay in its cache (``benchmarks/log.md``). On an accelerator half of the memory
+    should hold them, if they take 100 times the space of the images. Between 4 and 8,000.
     """
     budget = 2**19 if image.device.type == "cpu" else 2**25
+    if memory := detect_hardware(image.device).memory:
+        budget = min(budget, memory * 2**30 // 800)
     return max(4, min(8000, budget // max(1, image.numel())))
 
 
 def convertible(base: BaseClassifier) -> bool:
-    """Whether the base classifier is made of torch modules only, which can be copied, cast, folded and compiled."""
+    """True if the base classifier is made of torch modules only, which can be copied, cast, folded and compiled."""
     return isinstance(base, Pipeline) and isinstance(base.classifier, Classifier) and base.classifier.native
 
 
 def prepare(
     base: BaseClassifier, execution: Execution, example: Tensor, *, compile_seconds: float | None = None
 ) -> tuple[BaseClassifier, Execution]:
-    """The base classifier, run this way; ``base`` itself stays as it is.
+    """Prepare the base classifier to run this way; ``base`` itself is left unchanged.
 
-    What cannot be done is left out: batch norms that cannot be folded, without a word; conversion where the network is
-    not made of torch modules or cannot be copied, and compilation, with the reason in the returned execution's ``why``.
+    What cannot be done is left out: batch norms that cannot be folded, silently; conversion where the network is not
+    made of torch modules or cannot be copied, and compilation, with the reason in the returned execution's ``why``.
 
     Args:
         base: the base classifier in float32, on its device.
-        execution: what is wanted.
+        execution: how to run it.
         example: one clean image ``(C, H, W)`` on the same device.
-        compile_seconds: compilation on a processor is given up after so many seconds of wall time; None: never.
+        compile_seconds: wall time after which a compilation on a processor is given up; None: never.
 
     Returns:
-        What to call, and what it really is.
+        What to call, and how it really runs.
 
     Raises:
-        UserError: the classifier cannot be run at the wanted precision.
+        UserError: the classifier cannot be run at this precision.
     """
     if execution.plain:
         return base, execution
-    noisy = _noisy(example, execution.batch_size)
+    noisy = noisy_batch(example, execution.batch_size)
     fast, real = _converted(base, execution, noisy[:4])
     return _compiled(fast, real, noisy, compile_seconds) if real.compiled else (fast, real)
 
 
 def _converted(base: BaseClassifier, execution: Execution, noisy: Tensor) -> tuple[BaseClassifier, Execution]:
-    """A copy of the base classifier, folded and cast; ``base`` itself where nothing is to be changed or can be."""
+    """Return a copy of the base classifier, folded and cast; ``base`` itself where nothing is or can be changed."""
     reason = "it is not made of torch modules"
     if isinstance(base, Pipeline) and convertible(base):
         try:
@@ -121,15 +129,15 @@ def _converted(base: BaseClassifier, execution: Execution, noisy: Tensor) -> tup
     return base, replace(execution, folded=False, compiled=False, why=why)
 
 
-def _noisy(example: Tensor, size: int) -> Tensor:
-    """A batch to try things on: at most 64 noisy copies of the image, the same every time, again and again."""
+def noisy_batch(example: Tensor, size: int) -> Tensor:
+    """Return a batch ``(size, C, H, W)`` to try a classifier on: the same noisy copies of an image every time."""
     generator = torch.Generator().manual_seed(0)
     noise = 0.25 * torch.randn((min(size, 64), *example.shape), generator=generator)
     return noise.to(example.device).add_(example).repeat(-(-size // 64), 1, 1, 1)[:size].contiguous()
 
 
 class _AtSigma(nn.Module):
-    """A denoiser at one noise level, so that what it computes from sigma is fixed before it is traced."""
+    """A denoiser at one noise level, so that whatever it computes from sigma is a constant when it is traced."""
 
     def __init__(self, denoiser: nn.Module, sigma: float | None) -> None:
         super().__init__()
@@ -162,15 +170,15 @@ def _fold(fast: Pipeline, base: Pipeline, noisy: Tensor) -> bool:
 
 
 def folded_copy(net: nn.Module) -> nn.Module | None:
-    """A network of its own with its batch norms folded, or None; gradients go through it to its input.
+    """Return a copy of a network with its batch norms folded, differentiable with respect to its input; or None.
 
-    Whether it still is the same function is for the caller to find out: a convolution may be used twice.
+    The caller has to check that it still is the same function: a convolution may be used twice.
     """
     return _folded(copy.deepcopy(net))
 
 
 def _folded(net: nn.Module) -> nn.Module | None:
-    """The network with its batch norms folded; None where there are none, or where it cannot be traced."""
+    """Return the network with its batch norms folded; None where there are none, or where it cannot be traced."""
     if not _batch_norms(net):
         return None
     from torch.fx.experimental.optimization import fuse
@@ -188,7 +196,7 @@ def _batch_norms(net: nn.Module) -> int:
 
 
 def _cast(fast: Pipeline, precision: str, noisy: Tensor) -> None:
-    """Weights and activations to this precision; images are noised and normalised in float32 before that."""
+    """Cast weights and activations to this precision; images are noised and normalised in float32 before that."""
     try:
         fast.cast(PRECISIONS[precision])
         with torch.no_grad():
@@ -200,9 +208,9 @@ def _cast(fast: Pipeline, precision: str, noisy: Tensor) -> None:
 
 
 class Compiled:
-    """A base classifier as one compiled function with frozen weights, one for each shape of batch it is given.
+    """A base classifier as one compiled function with frozen weights, compiled once for each batch shape.
 
-    The weights are part of the compiled code, so those of ``fast`` must not change any more.
+    The weights are part of the compiled code, so those of ``fast`` must not change afterwards.
     """
 
     _numbers = itertools.count()
@@ -230,7 +238,7 @@ class Compiled:
         if images.device.type == "cuda":
             options["triton.cudagraphs"] = True
         else:
-            options["compile_threads"] = 1  # no worker processes, which would go on beside the run
+            options["compile_threads"] = 1  # no worker processes, which would keep running beside the run
         limit = "recompile_limit" if hasattr(tracing, "recompile_limit") else "cache_size_limit"  # in torch 2.6
         with lowering.patch(options), tracing.patch({limit: 64}):
             images = images.contiguous()
@@ -242,14 +250,14 @@ class Compiled:
             return labels
 
     def describe(self) -> dict[str, Any]:
-        """What the base classifier says."""
+        """Return the description of the base classifier."""
         return self.fast.describe()
 
 
 def _compiled(
     fast: BaseClassifier, execution: Execution, noisy: Tensor, seconds: float | None
 ) -> tuple[BaseClassifier, Execution]:
-    """The base classifier compiled for batches like this one; compiled now, or not at all."""
+    """Compile the base classifier for batches like this one, now; run it eagerly if that fails."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
     def compile_now() -> tuple[Compiled, Tensor]:
@@ -266,7 +274,7 @@ def _compiled(
                 function, labels = run_within(seconds, compile_now)
             if labels.shape != expected.shape or (labels != expected).sum() > max(1, len(labels) // 20):
                 raise RuntimeError("the compiled function gives other labels")
-    except Exception as error:  # no compiler, an operator it does not know, a bug in it: all the same to the user
+    except Exception as error:  # no compiler, an unsupported operator, a bug in it: all the same to the user
         reason = f"compilation failed ({type(error).__name__}: {first_line(error)[:160]}): running eagerly"
         if isinstance(error, TimeoutError) and seconds is not None:
             reason = f"compilation was given up after {seconds:.3g} s: running eagerly (--compile on sets no limit)"
@@ -276,7 +284,7 @@ def _compiled(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The compiler's remarks are for its authors."""
+    """Silence the compiler's log messages and warnings."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -289,6 +297,6 @@ def _quiet() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where compiled code and choices are kept: ``CERTIFY_CACHE``, or ``certify`` in the user's cache folder."""
+    """Return the folder of compiled code: ``CERTIFY_CACHE``, or ``certify`` in the user's cache folder."""
     own = os.environ.get("CERTIFY_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "certify"

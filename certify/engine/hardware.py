@@ -1,28 +1,55 @@
-"""What the machine is: its name, the speed of its matrix products, the room in its memory."""
+"""The machine: its name, and the facts about it on which the execution policy depends."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import platform
-import time
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
-from certify.engine.execution import PRECISIONS
 from certify.errors import UserError
 
-_LONG_ENOUGH = 0.5  # seconds for one matrix product again and again
+
+@dataclass(frozen=True)
+class Hardware:
+    """Facts that are equal on all machines of one kind, whatever else runs on them.
+
+    Attributes:
+        device: torch's device type: ``cpu``, ``cuda``, ``mps``, ...
+        bfloat16: the instructions that multiply bfloat16 (``AMX``, ``AVX-512 BF16``, ``tensor cores``); empty: none.
+        memory: GiB of an accelerator, rounded; 0 on a processor.
+        compiler: True if torch.compile finds the compiler that it needs for this device.
+    """
+
+    device: str
+    bfloat16: str
+    memory: int
+    compiler: bool
 
 
-def in_threads(count: int) -> str:
-    """``1 thread``, ``2 threads``."""
-    return f"{count} thread{'s' * (count != 1)}"
+def detect_hardware(device: torch.device) -> Hardware:
+    """Return the facts about a device."""
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        bfloat16 = "tensor cores" if (facts.major, facts.minor) >= (8, 0) else ""
+        memory = round(facts.total_memory / 2**30)
+        return Hardware("cuda", bfloat16, memory, find_spec("triton") is not None)
+    if device.type != "cpu":
+        return Hardware(device.type, "", 0, False)
+    # torch itself decides by these private functions whether its bfloat16 kernels have instructions of their own.
+    units = {"AMX": "_is_amx_tile_supported", "AVX-512 BF16": "_is_avx512_bf16_supported"}
+    bfloat16 = next((unit for unit, name in units.items() if getattr(torch.cpu, name, lambda: False)()), "")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return Hardware("cpu", bfloat16, 0, shutil.which(compiler) is not None)
 
 
 def machine_name(device: torch.device) -> str:
-    """The accelerator's name, or the processor's."""
+    """Return the accelerator's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -50,36 +77,6 @@ def find_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def product_speed(precision: str, device: torch.device) -> float:
-    """Operations a second of a square matrix product in this precision, the best of some: the machine's ceiling."""
-    accelerator = device.type != "cpu"
-    size, most = (8192, 30) if accelerator else (1024, 5)
-    dtype = PRECISIONS[precision]
-    if not accelerator and dtype != torch.float32:  # without instructions of its own a product takes seconds
-        small = _product_seconds(128, dtype, device, 2)
-        if small > 4 * _product_seconds(128, torch.float32, device, 2):
-            return 2 * 128**3 / small
-    return 2 * size**3 / _product_seconds(size, dtype, device, most)
-
-
-def _product_seconds(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> float:
-    a = torch.rand(size, size, device=device).to(dtype)
-    best, begun = math.inf, time.perf_counter()
-    for _ in range(repeats + 1):  # the first one warms up
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-        if start - begun > _LONG_ENOUGH:
-            break
-    return best
-
-
-def room_for_inputs(device: torch.device) -> float:
-    """Values of input a batch may have: an accelerator raises when it is full, a processor's memory must not be."""
-    if device.type != "cpu":
-        return 2.0**28
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 2.0**22
-    return free / 4 / 4 / 100  # a quarter of it, 4 bytes a value, activations 100 times the input
+def in_threads(count: int) -> str:
+    """Return ``1 thread``, ``2 threads``."""
+    return f"{count} thread{'s' * (count != 1)}"

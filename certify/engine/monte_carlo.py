@@ -1,11 +1,12 @@
-"""The one Monte-Carlo loop: seeded noise blocks in, votes out.
+"""The one Monte-Carlo loop: keyed noise blocks in, votes out.
 
-Left of this module everything is random, batched and on the device; right of it, float64 and pure.
+Up to here everything is random, batched and on the device; from here on, float64 and pure.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,15 +28,15 @@ _SMALL, _WAVE = 2**17, 2**26  # values of a block worth a thread; values drawn a
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Labels that are wanted: of noisy copies of one image, or of the image itself.
+    """A request for the labels of noisy copies of one image, or of the image itself.
 
     Attributes:
         image: ``(C, H, W)``, float32 in [0, 1], on the device.
         key: the noise stream (:func:`certify.smoothing.rng.stream_key`); None adds no noise.
         trials: n >= 1.
-        keep: how many of the first labels to keep one by one.
-        start: samples of the stream to leave out, because they were labelled before.
-        drawn: where to keep the noise of a block of which samples are left over, by its number; None keeps nothing.
+        keep: number of first labels to keep one by one.
+        start: samples of the stream to skip because they were labelled before.
+        drawn: keeps the noise of partly used blocks, by block number; None keeps nothing.
         tag: returned with the tally, so that callers need no queue of their own.
     """
 
@@ -67,9 +68,9 @@ def count_votes(
     settled: dict[torch.Size, int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tally]:
-    """Label the noisy copies of all jobs; their tallies, in the order of the jobs.
+    """Label the noisy copies of all jobs, and yield the tallies in the order of the jobs.
 
-    Jobs share batches. The noise of a job depends on its key alone: not on the batch size, on the other jobs or on the
+    Jobs share batches. The noise of a job depends on its key alone, not on the batch size, the other jobs or the
     number of workers. Memory does not grow with the trials; a batch that does not fit in memory is halved, and so are
     all later ones. A sample that was not drawn from the distribution is a failure, whatever its label.
 
@@ -77,15 +78,15 @@ def count_votes(
         classifier: the base classifier, on the images' device.
         noise: the smoothing distribution.
         jobs: pulled some blocks ahead of the work.
-        batch_size: samples a forward pass.
-        fixed_shape: fill every batch up to ``batch_size`` with samples that are not counted (compiled classifiers).
-        settled: batch sizes by image shape, for a noise that needs batches of one shape: a size shrinks to what fits in
-            memory until the first label of such an image is counted, is noted here, and never changes again.
+        batch_size: samples per forward pass.
+        fixed_shape: pad every batch to ``batch_size`` with samples that are not counted (compiled classifiers).
+        settled: batch sizes by image shape, for a noise that needs batches of one shape. A size shrinks to what fits in
+            memory until the first label of such an image is counted; then it is stored here and never changes.
         progress: called with the number of noisy samples done since the last call.
 
     Raises:
         UserError: a label outside [0, K).
-        RunFault: the base classifier raised, the error is chained; memory runs out at a size that is settled.
+        RunFault: the base classifier raised (the error is chained), or memory runs out at a settled size.
     """
     keep_freed_memory()
     size, classes = batch_size, classifier.num_classes
@@ -136,16 +137,17 @@ def count_votes(
 
 
 def noisy_copies(jobs: Iterable[Job], noise: Noise) -> Iterator[tuple[Job, Tensor, Tensor | None]]:
-    """The noisy copies that :func:`count_votes` labels, in its order: pieces of a job, ``(B, C, H, W)``.
+    """Yield the noisy copies that :func:`count_votes` labels, in its order: a job, and some of its copies.
 
-    With each its job, and which of its samples were not drawn from the distribution, bool ``(B,)`` or None.
+    Each item is the job, copies ``(B, C, H, W)``, and a bool mask ``(B,)`` of the copies that were not drawn from the
+    distribution, or None.
     """
     for piece in _drawn(_blocks(jobs, 1), noise):
         yield piece.count.job, piece.noisy, piece.failed
 
 
 class _Count:
-    """A job's labels so far, on the device: bin 0 failures, 1 to K classes, K + 1 what no label may be."""
+    """The labels of a job so far, on the device: bin 0 failures, 1 to K classes, K + 1 invalid labels."""
 
     def __init__(self, job: Job, num_classes: int) -> None:
         self.job, self.missing = job, job.trials
@@ -157,7 +159,7 @@ class _Count:
 
     def add(self, labels: Tensor) -> None:
         if self.job.trials - self.missing < self.job.keep:
-            self.kept.append(labels.clone())  # a compiled function may use the memory again
+            self.kept.append(labels.clone())  # a compiled function may reuse the memory
         self.missing -= len(labels)
         low, high = labels.aminmax()
         self.lowest, self.highest = torch.minimum(self.lowest, low), torch.maximum(self.highest, high)
@@ -177,7 +179,7 @@ class _Count:
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Noisy copies that follow each other in one job; ``failed`` marks those that were not drawn properly, if any."""
+    """Consecutive noisy copies of one job; ``failed`` marks those that were not drawn properly, if any."""
 
     count: _Count
     noisy: Tensor
@@ -196,14 +198,14 @@ class _Piece:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One block of a job's stream, of which the samples in ``wanted`` are wanted."""
+    """One block of a job's stream; the job uses the samples in ``wanted``."""
 
     count: _Count
     number: int
     wanted: slice
 
     def draw(self, noise: Noise) -> Tensor | None:
-        """The noise, drawn whole so that any n sees the same samples; None for a job without noise."""
+        """Draw the whole block, so that any n sees the same samples; None for a job without noise."""
         image, key, kept = self.count.job.image, self.count.job.key, self.count.job.drawn
         if key is None:
             return None
@@ -212,11 +214,11 @@ class _Block:
         if drawn is None:
             drawn = noise.sample((size, *image.shape), block_generator(key, self.number, image.device))
         if kept is not None and self.wanted.stop < size:
-            kept[self.number] = drawn  # what is wanted of it now will be overwritten, the rest will not
+            kept[self.number] = drawn  # the samples used now will be overwritten, the rest will not
         return drawn
 
     def noisy(self, noise: Noise, drawn: Tensor | None) -> _Piece:
-        """The wanted noisy copies, on the image's device."""
+        """Return the noisy copies that the job uses, on the image's device."""
         image = self.count.job.image
         if drawn is None:
             return _Piece(self.count, image.expand(self.wanted.stop, -1, -1, -1))
@@ -226,7 +228,7 @@ class _Block:
 
 
 def _blocks(jobs: Iterable[Job], num_classes: int) -> Iterator[_Block]:
-    """The blocks of all jobs, in order."""
+    """Yield the blocks of all jobs, in order."""
     for job in jobs:
         if job.trials < 1:
             raise UserError(f"n = {job.trials}: expected at least 1")
@@ -237,9 +239,9 @@ def _blocks(jobs: Iterable[Job], num_classes: int) -> Iterator[_Block]:
 
 
 def _drawn(blocks: Iterator[_Block], noise: Noise) -> Iterator[_Piece]:
-    """The noisy copies of all blocks; on a processor as many blocks are drawn at once as it has threads.
+    """Yield the noisy copies of all blocks; a processor draws as many blocks at once as it has threads.
 
-    A generator's normals come from one thread, so one block after the other would leave the other cores idle.
+    A generator runs in one thread, so drawing block after block would leave the other cores idle.
     """
     with ThreadPoolExecutor(torch.get_num_threads(), "certify-noise") as pool:
         for first in blocks:
@@ -251,7 +253,7 @@ def _drawn(blocks: Iterator[_Block], noise: Noise) -> Iterator[_Piece]:
 
 
 def _at_once(block: _Block) -> int:
-    """Blocks like this one to draw at once: small ones cost less than a thread's start, large ones take memory."""
+    """Return how many such blocks to draw at once: small ones cost less than a thread, large ones take memory."""
     image = block.count.job.image
     values = block_size(image.numel()) * image.numel()
     if image.device.type != "cpu" or values < _SMALL:
@@ -260,12 +262,12 @@ def _at_once(block: _Block) -> int:
 
 
 def label_batch(classifier: BaseClassifier, batch: Tensor) -> tuple[Tensor, int]:
-    """Labels of one batch, and how many samples fit in memory at once: out of memory halves it and tries again."""
+    """Return the labels of one batch, and how many samples fit in memory at once; halves a batch that does not."""
     if (labels := _labels(classifier, batch)) is not None:
         return labels, len(batch)
     half = (len(batch) + 1) // 2
     first, fits = label_batch(classifier, batch[:half])
-    first = first.clone()  # a compiled function may use the memory again
+    first = first.clone()  # a compiled function may reuse the memory
     second, _ = label_batch(classifier, batch[half:])
     return torch.cat([first, second]), fits
 
@@ -273,13 +275,13 @@ def label_batch(classifier: BaseClassifier, batch: Tensor) -> tuple[Tensor, int]
 def _label_in_one_shape(
     classifier: BaseClassifier, noisy: Tensor, size: int, settled: dict[torch.Size, int]
 ) -> tuple[Tensor, int]:
-    """Labels of noisy copies ``(B, C, H, W)`` in batches of exactly ``size``, or of what fits if it is not settled."""
+    """Label noisy copies ``(B, C, H, W)`` in batches of exactly ``size``, or of what fits if it is not settled."""
     shape, found, done = noisy.shape[1:], list[Tensor](), 0
     while done < len(noisy):
         piece = noisy[done : done + size]
         labels = _labels(classifier, _filled(piece, size))
         if labels is None and settled.get(shape) == size:
-            labels = _labels(classifier, _filled(piece, size))  # memory that others held may be free again
+            labels = _labels(classifier, _filled(piece, size))  # memory that others held may be free by now
             if labels is None:
                 raise RunFault(
                     f"out of memory in a batch of {size} images, which fitted before; this noise needs one batch shape "
@@ -288,28 +290,28 @@ def _label_in_one_shape(
         if labels is None:
             size = settled.get(shape, (size + 1) // 2)
             continue
-        if settled.setdefault(shape, size) != size:  # another thread settled it meanwhile
+        if settled.setdefault(shape, size) != size:  # another thread has settled it
             size = settled[shape]
             continue
-        found.append(labels[: len(piece)].clone())  # a compiled function may use the memory again
+        found.append(labels[: len(piece)].clone())  # a compiled function may reuse the memory
         done += len(piece)
     return torch.cat(found), size
 
 
 def _filled(noisy: Tensor, size: int) -> Tensor:
-    """A batch filled up to ``size`` with copies of its last sample."""
+    """Pad a batch to ``size`` with copies of its last sample."""
     missing = size - len(noisy)
     return torch.cat([noisy, noisy[-1:].expand(missing, -1, -1, -1)]) if missing > 0 else noisy
 
 
 def _labels(classifier: BaseClassifier, batch: Tensor) -> Tensor | None:
-    """Labels of one batch, int64 ``(B,)``; None if several images do not fit in memory together."""
+    """Return the labels of one batch, int64 ``(B,)``; None if several images do not fit in memory together."""
     try:
         with torch.no_grad():
             labels = classifier(batch)
     except CertifyError:
         raise
-    except Exception as error:  # any classifier may stand there, also the user's own code
+    except Exception as error:  # the classifier may be the user's own code
         if len(batch) == 1 or not out_of_memory(error):
             raise RunFault(f"{_failed_part(error)} failed: {type(error).__name__}: {first_line(error)}") from error
     else:
@@ -325,7 +327,7 @@ def _labels(classifier: BaseClassifier, batch: Tensor) -> Tensor | None:
 
 
 def _failed_part(error: BaseException) -> str:
-    """The denoiser by name where the error passed through it, else the base classifier."""
+    """Return the denoiser's name if the error passed through it, else the base classifier."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code is Pipeline.denoise.__code__:
             return f"the denoiser {frame.f_locals['self'].denoiser_name}"
@@ -336,3 +338,23 @@ def out_of_memory(error: BaseException) -> bool:
     """True if the error says that memory ran out."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or ("memory" in text and "alloc" in text)
+
+
+def measure_rate(
+    classifier: BaseClassifier, image: Tensor, noise: Noise, batch_size: int, seconds: float = 0.5
+) -> float:
+    """Measure the samples per second, drawing the noise included, on one image ``(C, H, W)``."""
+    length = block_size(image.numel())
+    generator = block_generator(b"rate" * 8, 0, image.device)
+    float(noise.sample((length, *image.shape), generator).sum())  # the first draw allocates the memory
+    start = time.perf_counter()
+    noisy = noise.add(image, noise.sample((length, *image.shape), generator).to(image.device))
+    float(noisy[-1, -1, -1, -1])  # waits for the device
+    drawing = (time.perf_counter() - start) / length
+    batch = noisy.repeat(-(-batch_size // length), 1, 1, 1)[:batch_size]
+    label_batch(classifier, batch)  # warm-up
+    done, start = 0, time.perf_counter()
+    while not done or time.perf_counter() - start < seconds:
+        label_batch(classifier, batch)[0].cpu()
+        done += len(batch)
+    return 1.0 / (drawing + (time.perf_counter() - start) / done)

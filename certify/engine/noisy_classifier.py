@@ -1,4 +1,4 @@
-"""A base classifier under noise: images -> votes, by an engine that is decided once."""
+"""A base classifier under noise: images -> votes, with execution settings that are chosen once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from certify.smoothing.sequential_tests import SequentialTest
 
 KEPT = 100
-"""Labels of each stage that are kept one by one, to be compared with plain float32's."""
+"""First labels of each stage that are kept one by one, to be compared with those of plain float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Target:
     Attributes:
         image: ``(C, H, W)``, float in [0, 1] or uint8.
         name: names its noise; None: a hash of the image.
-        tag: anything that the caller wants to find again with the result.
+        tag: returned with the result.
     """
 
     image: torch.Tensor | np.ndarray
@@ -49,7 +49,7 @@ class Target:
             raise UserError(f"image_id = {self.name!r}: expected text, such as {str(self.name)!r}")
 
     def noise_name(self, tensor: torch.Tensor) -> str:
-        """Return the name of its noise, given the image as it is certified."""
+        """Return the name of the image's noise, given the image as it is certified."""
         return noise_name(tensor) if self.name is None else self.name
 
 
@@ -59,18 +59,19 @@ class NoisyClassifier:
     Args:
         classifier: the base classifier f (:func:`certify.load_classifier`, or anything with its contract).
         sigma: standard deviation of the noise, in [0, 1] pixels; not with a ready-made ``noise``.
-        denoiser: D, a module ``forward(noisy, sigma)``; part of the base classifier from then on.
+        denoiser: D, a module ``forward(noisy, sigma)``, which becomes part of the base classifier.
         noise: the smoothing distribution: a name (``gaussian`` by default, ``exact``, ``uniform``, ``laplace``), or
             a ready-made one.
         norm: of the radii: ``l1``, ``l2`` or ``linf``, implied by the noise's own, which is the default.
         rounded: with noise ``exact``, round images to the 8-bit grid instead of refusing others.
         device: where to compute, such as ``"cpu"`` or ``"cuda"``; ``"auto"`` is an accelerator, if there is one.
-        precision: of the arithmetic behind the noise: ``float32``, ``bfloat16``, ``float16``, or ``auto``.
+        precision: inference dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``.
         compile: ``on``, ``off``, or ``auto``.
-        batch_size: samples a forward pass; None chooses. It changes no noise.
+        batch_size: samples per forward pass; None chooses. It does not affect the noise.
 
-    What is left open is decided by the first call from the number of samples it asks for, or by :meth:`prepare`; from
-    then on it stays, so that all certificates are about one function.
+    The first call chooses what is left open, from its number of samples and the hardware
+    (:mod:`certify.engine.policy`), or :meth:`prepare` does. The choice then stays, so that all certificates are about
+    one function.
 
     Raises:
         UserError: sigma not positive, an unknown noise or norm, or neither or both of sigma and a ready-made noise.
@@ -93,7 +94,7 @@ class NoisyClassifier:
         import torch
 
         from certify.engine.hardware import find_device
-        from certify.engine.tuning import Wanted
+        from certify.engine.policy import EngineOptions
 
         named = noise is None or isinstance(noise, str)
         if (sigma is not None) != named:
@@ -110,10 +111,10 @@ class NoisyClassifier:
         self.device = find_device(device)
         if self.device.type == "cuda":  # float32 means float32: convolutions would run in TF32 by default
             torch.backends.cudnn.allow_tf32 = False
-        self._unmet = {"local", "queries"}  # parts of the contract that were not checked on an image yet
-        self.wanted = Wanted(precision, compile, batch_size)
+        self._unchecked = {"local", "queries"}  # parts of the contract that no image has been used to check
+        self.options = EngineOptions(precision, compile, batch_size)
         self.execution: Execution | None = None
-        self._batch_sizes: dict[torch.Size, int] = {}  # by image shape, where the noise needs one shape of batches
+        self._batch_sizes: dict[torch.Size, int] = {}  # by image shape, for a noise that needs one batch shape
         self._attach(classifier, denoiser)
 
     def _attach(self, classifier: BaseClassifier, denoiser: Any) -> None:
@@ -126,13 +127,13 @@ class NoisyClassifier:
         self._run: BaseClassifier = self.base
 
     def _find_denoiser(self, denoiser: Any) -> nn.Module | None:
-        """The module that ``denoiser=`` means: here a module already."""
-        found: nn.Module | None = denoiser
-        return found
+        """Return the module that ``denoiser=`` names: here it is a module already."""
+        module: nn.Module | None = denoiser
+        return module
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes K."""
         return self.base.num_classes
 
     def check_contract(self, image: torch.Tensor | np.ndarray, *, again: bool = False, queries: bool = True) -> None:
@@ -142,8 +143,8 @@ class NoisyClassifier:
 
         Args:
             image: a real image, ``(C, H, W)``.
-            again: check although another image was checked before.
-            queries: whether a classifier may be queried that takes one image per query.
+            again: check on this image too if another one was used before.
+            queries: allow queries to a classifier that takes one image per query.
 
         Raises:
             ContractError: one of them is not a fixed function of one image.
@@ -153,42 +154,40 @@ class NoisyClassifier:
         tensor = self.check(image)
         contract.refuse_training_mode(self.base.denoiser, self.classifier)
         paid = queries and getattr(self.classifier, "one_by_one", False)
-        todo = {"local", "queries"} if again else self._unmet
+        todo = {"local", "queries"} if again else self._unchecked
         if "local" in todo or (paid and "queries" in todo):
             there = tensor.to(self.device)
             contract.check_contract(self.classifier, self.base.denoiser, self.noise, there, queries=paid)
-            self._unmet -= {"local", "queries"} if paid else {"local"}
+            self._unchecked -= {"local", "queries"} if paid else {"local"}
 
-    def prepare(
-        self, image: torch.Tensor | np.ndarray, samples: int, execution: Execution | None = None, *, again: bool = False
-    ) -> Execution:
-        """Decide how to run the base classifier for this many samples; it is run this way from now on.
+    def prepare(self, image: torch.Tensor | np.ndarray, samples: int, execution: Execution | None = None) -> Execution:
+        """Choose how to run the base classifier for this many samples, and run it so from now on.
 
         Args:
             image: one of the images, ``(C, H, W)``.
-            samples: noisy copies in all.
-            execution: how, where that is known already: of the run that is resumed, or another worker's.
-            again: measure although this machine has chosen before for such work.
+            samples: noisy copies in the whole run.
+            execution: the settings, where they are known already: those of the run that is resumed, or of another
+                worker.
         """
-        from certify.engine import execution as executions
-        from certify.engine import tuning
+        from certify.engine.execution import prepare
+        from certify.engine.policy import choose_execution
 
         self.check_contract(image, queries=False)
         example = self.check(image).to(self.device)
         self._batch_sizes = {}
         if execution is None:
-            self._run, self.execution = tuning.choose(self.base, example, self.noise, samples, self.wanted, again=again)
+            self._run, self.execution = choose_execution(self.base, example, samples, self.options)
         else:
-            self._run, self.execution = executions.prepare(self.base, execution, example)
+            self._run, self.execution = prepare(self.base, execution, example)
         return self.execution
 
     def stated(self, values: int) -> Radii:
-        """What the noise certifies, stated in this classifier's norm for images of so many values (C * H * W)."""
+        """Return the noise's radii in this classifier's norm, for images of this many values (C * H * W)."""
         return in_norm(self.noise, self.norm, values)
 
     def measure_rate(self, image: torch.Tensor | np.ndarray) -> float:
-        """Samples a second on this machine, once prepared."""
-        from certify.engine.tuning import measure_rate
+        """Return the samples per second of this machine, noise included, once prepared; for estimates of run time."""
+        from certify.engine.monte_carlo import measure_rate
 
         if self.execution is None:
             raise RuntimeError("not prepared yet: call prepare first")
@@ -207,8 +206,8 @@ class NoisyClassifier:
 
         Args:
             images: pulled a few blocks of noise ahead.
-            stages: noisy copies of each stage; each stage draws its own noise.
-            seed: with the image's name and the stage it determines the noise.
+            stages: number of noisy copies by stage; each stage draws its own noise.
+            seed: together with the image's name and the stage it determines the noise.
             clean: label each image without noise too, as stage ``"clean"``.
             progress: called with the number of noisy samples done since the last call.
 
@@ -236,12 +235,12 @@ class NoisyClassifier:
                     key = stream_key(seed, target.noise_name(tensor), stage)
                     yield Job(there, key, trials, keep=KEPT, tag=(target, stage))
 
-        wanted = len(stages) + clean
+        expected = len(stages) + clean
         tallies: dict[str, Tally] = {}
         for tally in label(jobs()):
             target, stage = tally.tag
             tallies[stage] = tally
-            if len(tallies) == wanted:
+            if len(tallies) == expected:
                 yield target, tallies
                 tallies = {}
 
@@ -256,9 +255,9 @@ class NoisyClassifier:
         """Label samples of each image until its sequential test is settled, and yield images as they are settled.
 
         Args:
-            images: the noise is that of stage ``"estimation"``. None, but not as the first: there is none now, but
-                there may be after the next round. The tag of a result is its target.
-            test: makes the sequential test of an image from what states its radii.
+            images: sampled with the noise of stage ``"estimation"``. None, except as the first, means that none is
+                there now, but may be after the next round. The tag of a result is its target.
+            test: makes the sequential test of an image from its radii.
             seed: as for :meth:`sample`.
             progress: as for :meth:`sample`.
         """
@@ -286,11 +285,11 @@ class NoisyClassifier:
     def labeller(
         self, image: torch.Tensor | np.ndarray, samples: int, progress: Callable[[int], None] | None = None
     ) -> tuple[Callable[[Iterable[Job]], Iterator[Tally]], int]:
-        """The vote loop with everything but its jobs, and its batch size.
+        """Return the vote loop, which lacks only its jobs, and its batch size.
 
         Args:
-            image: one of the images, by which to decide how to run the base classifier, if that is open.
-            samples: noisy copies in all, about.
+            image: one of the images, to choose how to run the base classifier where that is still open.
+            samples: noisy copies in the whole run, approximately.
             progress: called with the number of noisy samples done since the last call.
         """
         from certify.engine.execution import Execution, default_batch_size
@@ -298,9 +297,9 @@ class NoisyClassifier:
 
         if self.execution is None and samples:
             self.prepare(image, samples)
-        size = self.wanted.batch_size or default_batch_size(self.check(image).to(self.device))
+        size = self.options.batch_size or default_batch_size(self.check(image).to(self.device))
         execution = self.execution or Execution("float32", False, False, size)
-        paid = getattr(self.classifier, "one_by_one", False)  # then a copy that only fills a batch is a query too
+        paid = getattr(self.classifier, "one_by_one", False)  # a copy that only fills a batch would be a query too
         label = functools.partial(
             count_votes,
             self._run,
@@ -322,7 +321,7 @@ class NoisyClassifier:
         image_id: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Votes:
-        """Votes of n noisy copies of one image ``(C, H, W)``.
+        """Count the votes of n noisy copies of one image ``(C, H, W)``.
 
         The noise is fixed by ``seed``, ``image_id`` (default: a hash of the image) and ``stage``.
         """
@@ -330,14 +329,14 @@ class NoisyClassifier:
         return tallies[stage].votes
 
     def base_labels(self, images: Iterable[torch.Tensor | np.ndarray]) -> list[int]:
-        """The base classifier's own labels of images without noise (``FAILED`` where it has none)."""
+        """Return the base classifier's labels of images without noise (``FAILED`` where it has none)."""
         sampled = self.sample((Target(image) for image in images), {}, clean=True)
         return [int(tallies["clean"].labels[0]) for _, tallies in sampled]
 
     def agreement(
         self, image: torch.Tensor | np.ndarray, labels: torch.Tensor, *, stage: str, seed: int, image_id: str
     ) -> int:
-        """How many of a stage's first labels the base classifier in plain float32 gives too, from the same noise."""
+        """Count the first labels of a stage that plain float32 reproduces from the same noise."""
         from certify.engine.execution import default_batch_size
         from certify.engine.monte_carlo import Job, count_votes
         from certify.smoothing.rng import stream_key
@@ -348,10 +347,10 @@ class NoisyClassifier:
         return int((plain.labels == labels).sum())
 
     def check(self, image: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """The image as it is certified: float32 ``(C, H, W)`` in [0, 1], rounded where the noise wants that.
+        """Return the image as it is certified: float32 ``(C, H, W)`` in [0, 1], rounded if the noise rounds.
 
         Raises:
-            UserError: of the wrong shape, type or range, or nothing that the noise is defined around.
+            UserError: wrong shape, type or range, or an image that the noise is not defined around.
         """
         from certify.images.dataset import as_image
 
@@ -367,7 +366,7 @@ def image_digest(image: torch.Tensor) -> str:
 def noise_name(image: torch.Tensor) -> str:
     """Return the noise name of an image without an id: the first 64 bits of its digest.
 
-    Two images whose names agree share their noise. Each certificate holds all the same; only that they err
-    independently is lost. A longer name would change the noise of every such image.
+    Two images with the same name share their noise. Each certificate still holds; only the independence of their
+    errors is lost. A longer name would change the noise of every such image.
     """
     return image_digest(image)[:16]

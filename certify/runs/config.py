@@ -13,7 +13,7 @@ import torch
 from certify.engine.execution import Execution
 from certify.engine.hardware import machine_name
 from certify.engine.noisy_classifier import KEPT, NoisyClassifier
-from certify.engine.tuning import Wanted
+from certify.engine.policy import EngineOptions
 from certify.images.dataset import ImageSet
 from certify.registry import PLUGINS
 from certify.runs.run_file import SCHEMA, now
@@ -71,7 +71,7 @@ def run_header(
 
     How the base classifier is run stands there as it was asked for, until :func:`with_execution` says what ran.
     """
-    wanted = smoothed.wanted
+    asked = smoothed.options
     return {
         "type": "run",
         "schema": SCHEMA,
@@ -79,8 +79,8 @@ def run_header(
         "data": data,
         "denoiser": denoiser,
         **settings.header_keys(smoothed.noise, smoothed.norm),
-        "precision": wanted.precision,
-        "compiled": wanted.compile,
+        "precision": asked.precision,
+        "compiled": asked.compile,
         "folded": "auto",
         **circumstances(smoothed.device),
         "expected": len(images),
@@ -88,8 +88,8 @@ def run_header(
         "unread": list(images.unread),
         "pipeline": smoothed.base.record(),
         "stream": STREAM,
-        "batch_size": wanted.batch_size or "auto",
-        "execution": {"asked": asdict(wanted)},
+        "batch_size": asked.batch_size or "auto",
+        "execution": {"asked": asdict(asked)},
         "created": now(),
         "command": command,
     }
@@ -124,7 +124,7 @@ def with_execution(header: dict[str, Any], execution: Execution) -> dict[str, An
     return {**header, **how, "execution": {"asked": asked, "why": list(execution.why)}}
 
 
-def execution_of(header: Mapping[str, Any], wanted: Wanted) -> Execution | None:
+def execution_of(header: Mapping[str, Any], options: EngineOptions) -> Execution | None:
     """How the run of this header was run, unless the user asks for something else now; None if it does not say."""
     try:
         found = Execution(*(header[key] for key in ("precision", "folded", "compiled", "batch_size")))
@@ -132,10 +132,10 @@ def execution_of(header: Mapping[str, Any], wanted: Wanted) -> Execution | None:
     except (KeyError, TypeError):
         return None
     found = replace(found, why=("as the run file says",))
-    if asked == asdict(wanted):
+    if asked == asdict(options):
         return found
-    if wanted.precision not in ("auto", found.precision):
-        found = replace(found, precision=wanted.precision)
-    if wanted.compile != "auto":
-        found = replace(found, compiled=wanted.compile == "on")
-    return replace(found, batch_size=wanted.batch_size or found.batch_size)
+    if options.precision not in ("auto", found.precision):
+        found = replace(found, precision=options.precision)
+    if options.compile != "auto":
+        found = replace(found, compiled=options.compile == "on")
+    return replace(found, batch_size=options.batch_size or found.batch_size)

@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import logging
-import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from certify.errors import UserError
-from certify.runs.identity import differences, identity_digest, unproven
+from certify.runs.identity import differences, unproven
 from certify.runs.run_file import Run, new_run_file, now, read_run, write_derived
-
-if TYPE_CHECKING:
-    from certify.engine.execution import Execution
-
 
 _LOG = logging.getLogger("certify")
 
@@ -86,40 +79,6 @@ def whole_header(part: Mapping[str, Any]) -> dict[str, Any]:
     del whole["shard"]
     whole["expected"] = shard["images"]
     return whole
-
-
-def agree(folder: Path, header: Mapping[str, Any], mine: Execution) -> Execution:
-    """How the base classifier is run in all shards that write to this folder: as the first that decided says.
-
-    What is left to measurements may come out differently in each process, and parts that ran differently are no run.
-    The first writes its choice beside the run files, in one step, and the others take it.
-
-    Args:
-        folder: where the run files go.
-        header: of the shard, as it was asked for.
-        mine: what this process would choose.
-    """
-    from certify.engine.execution import Execution
-
-    path = folder / f"{identity_digest(whole_header(header))}.engine.json"
-    beside = path.with_suffix(f".{secrets.token_hex(8)}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(asdict(mine), indent=1), encoding="utf-8")
-        try:
-            os.link(beside, path)
-        except FileExistsError:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return Execution(**{**found, "why": (*map(str, found["why"]), f"as the other shards ({path.name})")})
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError:  # no links there, or no writing: then merging says what differs
-        return mine
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(
-            f"{path} does not say how the shards are run; delete it and the shards that were begun"
-        ) from None
-    return mine
 
 
 def merge_shards(
