@@ -248,7 +248,7 @@ def test_what_is_wrong_is_named(sound: Path, tmp_path: Path, name: str, line: in
         ("certify.jsonl", "table FILE", "is not a run file of certify: its first line is no header"),
         ("certify.jsonl", "plot FILE", "is not a run file of certify: its first line is no header"),
         ("metrics.jsonl", "plot FILE", "holds no log of a training; expected the --out folder of certify train"),
-        ("audit/ledger.jsonl", "replay FOLDER/audit", "is not a ledger of certify: its first line is no header"),
+        ("audit/ledger.jsonl", "replay FOLDER/audit", "is not a ledger of certify: its first line is not a header"),
         (
             *("audit/audit.json", "replay FOLDER/audit"),
             "is damaged: no JSON object; put back a copy of it, or run the audit's command again",

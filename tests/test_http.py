@@ -272,7 +272,7 @@ def test_a_consumer_that_stops_leaves_no_answer_behind(tmp_path: Path) -> None:
         answers = client(queries(100))
         next(answers)
         answers.close()
-        kept = ledger.answers()
+        kept = ledger.contents.answers
         assert len(server.seen) == client.spent == len(kept) <= 6
         assert all(answer.ranked for answer in kept.values())
         assert sum(1 for _ in client(queries(20))) == 20  # the budget of those not sent is there again
@@ -291,8 +291,8 @@ def test_requests_are_waited_for_longer_than_they_may_take(tmp_path: Path) -> No
         answers = QueryClient(send, RAW, ledger, limits=QueryLimits(2), tell=said.append)(queries(2))
         next(answers)
         answers.close()
-        assert all(answer.ranked for answer in ledger.answers().values())
-        assert len(server.seen) == len(ledger.answers()) == 2
+        assert all(answer.ranked for answer in ledger.contents.answers.values())
+        assert len(server.seen) == len(ledger.contents.answers) == 2
     assert said == ["waiting for requests in flight: 1, 65 s at most; their answers are kept"]
 
 

@@ -20,7 +20,7 @@ import pytest
 from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
 
 from certify.blackbox.ledger import Ledger
-from certify.blackbox.ledger_contents import LOST, ledger_header, read_answers, read_header, read_ledger
+from certify.blackbox.ledger_contents import LOST, ledger_header, read_header, read_ledger
 from certify.blackbox.results import write_about
 from certify.blackbox.types import Answer, Query, Scored
 from certify.errors import RunFault, UserError
@@ -87,9 +87,8 @@ def test_what_is_found_again(tmp_path: Path) -> None:
     assert (found.open, found.queries) == ({fourth.name: 1}, 4)
     assert read_header(path) == found.header
     assert read_header(tmp_path / "none") is None
-    assert read_answers(path) == answers
     with Ledger(path, HEADER) as ledger:
-        assert ledger.answers() == answers
+        assert ledger.contents.answers == answers
         assert ledger.spent == 4
         assert [ledger.find(query) for query in (first, second, third)] == list(answers.values())
         assert ledger.find(fourth) is None
@@ -170,7 +169,7 @@ def test_what_is_no_ledger(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is not a ledger of certify"):
             Ledger(tmp_path / "x", HEADER)
         assert (tmp_path / "x").read_bytes() == content
-    for schema, words in ((99, "a newer version .*; update"), (1, "an older version .*; go on with that version")):
+    for schema, words in ((99, "a newer version .*; update"), (1, "an older version .*; resume with that version")):
         (tmp_path / "x").write_text(json.dumps({"type": "ledger", "schema": schema}) + "\n")
         for read in (read_header, read_ledger, lambda path: Ledger(path, HEADER)):
             with pytest.raises(UserError, match=words):

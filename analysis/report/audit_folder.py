@@ -14,7 +14,7 @@ from typing import Any
 
 from certify.blackbox.determinism import Drifted, Probed, drifts, probes
 from certify.blackbox.label_index import class_of
-from certify.blackbox.ledger_contents import LOST, Kept, read_ledger
+from certify.blackbox.ledger_contents import LOST, LedgerContents, read_ledger
 from certify.blackbox.query_votes import CLEAN, ESTIMATION, SELECTION, parts_of
 from certify.blackbox.results import ABOUT, LEDGER, RUN, read_about
 from certify.blackbox.types import Answer
@@ -64,7 +64,7 @@ class AuditFolder:
 
     folder: Path
     about: Mapping[str, Any]
-    ledger: Kept | None
+    ledger: LedgerContents | None
     queries: tuple[Query, ...]
     run: Run | None
     faults: tuple[str, ...] = ()
@@ -149,8 +149,12 @@ class AuditFolder:
         return "" if name == "none" else name
 
 
-def read_audit(folder: str | Path) -> AuditFolder:
+def read_audit(folder: str | Path, ledger: LedgerContents | None = None) -> AuditFolder:
     """Read an audit's folder, finished or not.
+
+    Args:
+        folder: of the audit.
+        ledger: its contents; None reads them.
 
     Raises:
         UserError: no such folder, or it holds no part of an audit.
@@ -161,13 +165,13 @@ def read_audit(folder: str | Path) -> AuditFolder:
         raise UserError(f"{folder} holds none of {', '.join(parts)}; expected the folder of `certify audit --out`")
     faults: list[str] = []
     about: dict[str, Any] = {}
-    ledger = run = None
+    run = None
     try:
         about = read_about(folder)
     except UserError:
         faults.append(f"{ABOUT} is missing or damaged: plan, label names and settings cannot be shown in full.")
     try:
-        ledger = read_ledger(folder / LEDGER)
+        ledger = ledger or read_ledger(folder / LEDGER)
     except UserError as error:
         faults.append(f"Queries, failures, cost and response times cannot be counted: {error}.")
     try:

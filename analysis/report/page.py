@@ -22,6 +22,7 @@ from analysis.report.audit_folder import AuditFolder, read_audit
 from analysis.report.method import method
 from analysis.report.pictures import STAGES, Thumbnails, curve_svg, latency_svg
 from certify.blackbox.client.credentials import public
+from certify.blackbox.ledger_contents import LedgerContents
 from certify.blackbox.query_votes import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, stage_of
 from certify.errors import RunFault, UserError
 from certify.runs.files import replacing
@@ -45,14 +46,18 @@ _STAGES = {
 }
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, *, ledger: LedgerContents | None = None) -> Path:
     """Write ``report.html`` into an audit's folder, atomically; the audit may be unfinished.
+
+    Args:
+        folder: of the audit.
+        ledger: its contents; None reads them.
 
     Raises:
         UserError: no such folder, or it holds no part of an audit.
         RunFault: the file cannot be written.
     """
-    audit = read_audit(folder)
+    audit = read_audit(folder, ledger)
     path = audit.folder / NAME
     try:
         with replacing(path) as temporary:

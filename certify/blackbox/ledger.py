@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from certify.blackbox.ledger_contents import Entry, answers_of, enter, parse
+from certify.blackbox.ledger_contents import LedgerContents, parse
 from certify.blackbox.types import Answer, Query
 from certify.errors import RunFault, UserError
 from certify.runs.files import open_to_append, write_all
@@ -36,15 +36,16 @@ class Ledger:
         path: of the file.
         header: of :func:`~certify.blackbox.ledger_contents.ledger_header`.
 
+    Attributes:
+        contents: the state of all queries; one in flight counts as lost.
+
     Raises:
         UserError: the file belongs to another endpoint, format or setting, is damaged or in use, or cannot be written.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.header = dict(header)
-        self._entries: dict[str, Entry] = {}
-        self._spent = 0
+        self.contents = LedgerContents(dict(header))
         self._length = 0  # bytes
         self._fault = ""
         self._disk = ThreadPoolExecutor(1, "certify-ledger")
@@ -60,11 +61,7 @@ class Ledger:
     @property
     def spent(self) -> int:
         """Requests sent in the ledger's whole life."""
-        return self._spent
-
-    def answers(self) -> dict[str, Answer]:
-        """Return all answers so far by name, each ``known``; a query in flight counts as lost."""
-        return answers_of(self._entries.copy())
+        return self.contents.spent
 
     def find(self, query: Query) -> Answer | None:
         """Return the answer to a query, if there is one.
@@ -72,7 +69,7 @@ class Ledger:
         Raises:
             UserError: another picture was sent under this name.
         """
-        entry = self._entries.get(query.name)
+        entry = self.contents.entries.get(query.name)
         if entry is None:
             return None
         if entry.pixels != (pixels := query.picture.sha256):
@@ -81,11 +78,11 @@ class Ledger:
                 f"then, {pixels[:12]} now): image, noise, seed, denoiser or version of a library changed; "
                 "restore them to resume, or name another --out"
             )
-        return answers_of({query.name: entry}).get(query.name)
+        return entry.answer
 
     def attempts(self, name: str) -> int:
         """Return the number of requests sent for a query so far."""
-        entry = self._entries.get(name)
+        entry = self.contents.entries.get(name)
         return entry.attempts if entry else 0
 
     async def sent(self, query: Query, body: bytes) -> None:
@@ -127,14 +124,13 @@ class Ledger:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         if self._fault or self._file.closed:
             raise self._error(self._fault or "it was closed")
-        enter(self._entries, row)
+        self.contents.add(row)
         try:
             write_all(self._file, line)
         except (OSError, ValueError) as error:
             with suppress(OSError, ValueError):
                 self._file.truncate(self._length)  # a partial line must not be followed by others
             raise self._fail(error) from None
-        self._spent += row["type"] == "sent"
         self._length += len(line)
         self._flushed = self._flushed or asyncio.get_running_loop().create_future()
         self._flusher = self._flusher or asyncio.ensure_future(self._flush())
@@ -168,21 +164,20 @@ class Ledger:
             content = self.path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}; name another --out") from None
-        old, self._entries, _ = parse(content, self.path)
+        old = parse(content, self.path)
         try:
             if old is None:
                 self._file.truncate(0)
-                write_all(self._file, json.dumps(self.header, allow_nan=False).encode() + b"\n")
+                write_all(self._file, json.dumps(self.contents.header, allow_nan=False).encode() + b"\n")
             else:
-                _refuse_other(self.path, old, self.header)
-                self.header = old
+                _refuse_other(self.path, old.header, self.contents.header)
+                self.contents = old
                 self._file.truncate(content.rfind(b"\n") + 1)
             os.fsync(self._file.fileno())
             _sync_folder(self.path.parent)
         except OSError as error:
             raise self._fail(error) from None
         self._length = os.fstat(self._file.fileno()).st_size
-        self._spent = sum(entry.attempts for entry in self._entries.values())
 
     def close(self) -> None:
         """Close the file; its lines are on the disk already."""

@@ -1,22 +1,22 @@
-"""A ledger's lines -> what became of every query: what was paid for, answered, refused, lost.
+"""Read the ledger of an audit: the state of every query, from the lines of the file.
 
 JSON Lines: a header, then in the order of events:
 
-- ``{"type": "sent", "name", "attempt", "pixels", "body", "time"}`` before a request goes out: ``pixels`` is the SHA-256
-  of the picture (its shape and pixels), by which a query is known again; ``body`` that of the request's body, the bytes
-  that the protocol sends;
-- ``{"type": "refused", "name", "attempt", "why"}`` where it brought nothing that counts, and may be sent once more;
+- ``{"type": "sent", "name", "attempt", "pixels", "body", "time"}`` before a request is sent: ``pixels`` is the SHA-256
+  of the picture (its shape and pixels), by which a resumed query is recognised; ``body`` is that of the request's body,
+  the bytes that the protocol sends;
+- ``{"type": "refused", "name", "attempt", "why"}`` if it brought no answer and may be sent again;
 - ``{"type": "answer", "name", "attempts", "ranked": [[label, score], ...], "failure", "seconds"}``.
 
-A query whose last line is ``sent`` was paid for and its answer lost: a failed trial, never sent again. One whose last
-line is ``refused`` is still open. The number of ``sent`` lines is what was spent. ``kill -9`` may tear the last line,
-which is then left out; anything else that does not fit is refused.
+A query whose last line is ``sent`` was paid for and its answer was lost: a failed trial, which is never sent again. One
+whose last line is ``refused`` is open. The number of ``sent`` lines is the number of requests. ``kill -9`` may tear the
+last line, which is then ignored; any other line that does not fit is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,50 +42,98 @@ _LINE = {
     "seconds": AMOUNT,
 }
 _START = b'{"type": "ledger"'
-_OPEN, _SENT, _ANSWERED = "open", "sent", "answered"
 
 
 @dataclass
 class Entry:
-    """What became of one query; ``pixels`` is its picture's SHA-256."""
+    """The state of one query: in flight, answered, or else open.
 
+    Attributes:
+        name: of the query.
+        pixels: SHA-256 of its picture.
+        attempts: requests sent for it.
+        in_flight: True from a request until its outcome; if nobody waits for it any more, its answer was lost.
+        logged: the answer, if there is one.
+    """
+
+    name: str
     pixels: str
     attempts: int = 0
-    state: str = _OPEN
-    answer: Answer | None = None
+    in_flight: bool = False
+    logged: Answer | None = None
+
+    @property
+    def answer(self) -> Answer | None:
+        """The answer, a failed one if it was lost; None for an open query."""
+        if self.in_flight:
+            return Answer(self.name, failure=LOST, attempts=self.attempts, known=True)
+        return self.logged
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A ledger as it was read.
+@dataclass
+class LedgerContents:
+    """The contents of a ledger.
 
     Attributes:
         header: its first line.
-        answers: by name, each ``known``; a lost one is a failure.
+        torn: True if its last line was cut off.
         spent: requests sent.
-        torn: whether its last line was cut off.
-        open: requests sent for each query that was refused last: it has no answer yet, and may be sent again.
+        entries: all queries that were sent at least once, by name, in the order of their first requests.
     """
 
     header: dict[str, Any]
-    answers: dict[str, Answer]
-    spent: int
-    torn: bool
-    open: dict[str, int]
+    torn: bool = False
+    spent: int = 0
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> dict[str, Answer]:
+        """All answers by name, each ``known``; one that was lost is a failure."""
+        return {entry.name: answer for entry in [*self.entries.values()] if (answer := entry.answer) is not None}
+
+    @property
+    def open(self) -> dict[str, int]:
+        """Requests sent for each query that was refused last: it has no answer yet and may be sent again."""
+        return {entry.name: entry.attempts for entry in [*self.entries.values()] if entry.answer is None}
 
     @property
     def queries(self) -> int:
-        """Queries that were sent at least once."""
-        return len(self.answers) + len(self.open)
+        """Number of queries that were sent at least once."""
+        return len(self.entries)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            KeyError, TypeError, ValueError: it cannot follow the lines before it.
+        """
+        _require(not fault(row, _LINE))
+        kind, name = row["type"], row["name"]
+        if kind == "sent":
+            entry = self.entries.setdefault(name, Entry(name, row["pixels"]))
+            _require(entry.answer is None, row["attempt"] == entry.attempts + 1, row["pixels"] == entry.pixels)
+            entry.attempts, entry.in_flight = entry.attempts + 1, True
+            self.spent += 1
+            return
+        entry = self.entries[name]
+        _require(entry.in_flight)
+        if kind == "refused":
+            _require(row["attempt"] == entry.attempts)
+        else:
+            ranked = tuple(Scored(label, None if score is None else float(score)) for label, score in row["ranked"])
+            failure = row["failure"] or ""
+            _require(kind == "answer", row["attempts"] == entry.attempts, bool(ranked) != bool(failure))
+            entry.logged = Answer(name, ranked, failure, float(row["seconds"]), entry.attempts, known=True)
+        entry.in_flight = False
 
 
 def ledger_header(endpoint: str, format: Format, **settings: Any) -> dict[str, Any]:
-    """The first line of a ledger.
+    """Return the first line of a ledger.
 
     Args:
         endpoint: without credentials, of :func:`certify.blackbox.client.http.check_endpoint`.
-        format: how the service is asked.
-        settings: what else must be the same when the ledger is opened again, such as the encoding of pictures.
+        format: the protocol of the service.
+        settings: other values that must be the same when the ledger is resumed, such as the encoding of pictures.
     """
     return {
         "type": "ledger",
@@ -98,30 +146,28 @@ def ledger_header(endpoint: str, format: Format, **settings: Any) -> dict[str, A
     }
 
 
-def read_ledger(path: str | Path) -> Kept:
+def read_ledger(path: str | Path) -> LedgerContents:
     """Read a ledger, which may be in use.
 
     Raises:
-        UserError: it cannot be read, is none, was written by another version, or is damaged.
+        UserError: it cannot be read, is not a ledger, was written by another version, or is damaged.
     """
     path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; expected the ledger of an audit") from None
-    header, entries, torn = parse(content, path)
-    if header is None:
-        raise UserError(f"{path} holds no header: the program was stopped before anything was asked")
-    spent = sum(entry.attempts for entry in entries.values())
-    still_open = {name: entry.attempts for name, entry in entries.items() if entry.state == _OPEN}
-    return Kept(header, answers_of(entries), spent, torn, still_open)
+    contents = parse(content, path)
+    if contents is None:
+        raise UserError(f"{path} holds no header: the program was stopped before it sent a query")
+    return contents
 
 
 def read_header(path: str | Path) -> dict[str, Any] | None:
-    """The first line of a ledger, without reading the others; None where there is none yet.
+    """Read the first line of a ledger alone; None if there is none yet.
 
     Raises:
-        UserError: it cannot be read, is none, or was written by another version.
+        UserError: it cannot be read, is not a ledger, or was written by another version.
     """
     path = Path(path)
     try:
@@ -131,83 +177,48 @@ def read_header(path: str | Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; expected the ledger of an audit") from None
-    if not first.endswith(b"\n") and (_START.startswith(first) or first.startswith(_START)):
+    return None if _cut_off(first) else _header(first, path)
+
+
+def parse(content: bytes, path: Path) -> LedgerContents | None:
+    """Return the contents of a ledger; None if the file was cut off within its header.
+
+    Raises:
+        UserError: it is not a ledger, was written by another version, or is damaged; ``path`` names it.
+    """
+    if _cut_off(content):
         return None
-    return _header(first, path)
-
-
-def read_answers(path: str | Path) -> dict[str, Answer]:
-    """The answers of a ledger by name; see :func:`read_ledger`."""
-    return read_ledger(path).answers
-
-
-def answers_of(entries: Mapping[str, Entry]) -> dict[str, Answer]:
-    """The answers there are, by name; one that was sent and not answered is lost."""
-    found = {}
-    for name, entry in entries.items():
-        if entry.state == _SENT:
-            found[name] = Answer(name, failure=LOST, attempts=entry.attempts, known=True)
-        elif entry.answer is not None:
-            found[name] = entry.answer
-    return found
-
-
-def parse(content: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, Entry], bool]:
-    """Header (None where the file was cut off before its end), queries, and whether the last line is torn."""
-    *lines, rest = content.split(b"\n")
-    if not lines and (_START.startswith(rest) or rest.startswith(_START)):
-        return None, {}, bool(rest)
-    header = _header(lines[0] if lines else b"", path)
-    entries: dict[str, Entry] = {}
-    for number, line in enumerate(lines[1:], 2):
+    first, *lines, rest = content.split(b"\n") if b"\n" in content else (content, b"")
+    contents = LedgerContents(_header(first, path), torn=bool(rest))
+    for number, line in enumerate(lines, 2):
         try:
-            enter(entries, parse_object(line) or {})
+            contents.add(parse_object(line) or {})
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"{path} is damaged at line {number}; it is left alone: put back a copy of it, or name another --out"
             ) from None
-    return header, entries, bool(rest)
+    return contents
+
+
+def _cut_off(content: bytes) -> bool:
+    """True if these bytes are the beginning of a ledger that ends within its first line."""
+    return b"\n" not in content and (_START.startswith(content) or content.startswith(_START))
 
 
 def _header(line: bytes, path: Path) -> dict[str, Any]:
-    found = parse_object(line)
-    if found is None or found.get("type") != "ledger" or not isinstance(found.get("schema"), int):
-        raise UserError(f"{path} is not a ledger of certify: its first line is no header")
-    if wrong := fault(found, _HEADER):
+    header = parse_object(line)
+    if header is None or header.get("type") != "ledger" or not isinstance(header.get("schema"), int):
+        raise UserError(f"{path} is not a ledger of certify: its first line is not a header")
+    if wrong := fault(header, _HEADER):
         raise UserError(f"{path} has a damaged header: {wrong}; put back a copy of it, or name another --out")
-    if found["schema"] != SCHEMA:
-        which = ("a newer", "update") if found["schema"] > SCHEMA else ("an older", "go on with that version of")
+    if header["schema"] != SCHEMA:
+        newer = header["schema"] > SCHEMA
+        age, remedy = ("a newer", "update") if newer else ("an older", "resume with that version of")
         raise UserError(
-            f"{path} was written by {which[0]} version (schema {found['schema']}, not {SCHEMA}); {which[1]} "
+            f"{path} was written by {age} version (schema {header['schema']}, not {SCHEMA}); {remedy} "
             "certify-toolkit, or name another --out"
         )
-    return found
-
-
-def enter(entries: dict[str, Entry], row: Mapping[str, Any]) -> None:
-    """Take a line into the books.
-
-    Raises:
-        KeyError, TypeError, ValueError: it cannot follow the lines before it.
-    """
-    _require(not fault(row, _LINE))
-    kind, name = row["type"], row["name"]
-    if kind == "sent":
-        entry = entries.setdefault(name, Entry(row["pixels"]))
-        _require(entry.state == _OPEN, row["attempt"] == entry.attempts + 1, row["pixels"] == entry.pixels)
-        entry.attempts, entry.state = entry.attempts + 1, _SENT
-        return
-    entry = entries[name]
-    _require(entry.state == _SENT)
-    if kind == "refused":
-        _require(row["attempt"] == entry.attempts)
-        entry.state = _OPEN
-        return
-    ranked = tuple(Scored(label, None if score is None else float(score)) for label, score in row["ranked"])
-    failure = row["failure"] or ""
-    _require(kind == "answer", row["attempts"] == entry.attempts, bool(ranked) != bool(failure))
-    entry.answer = Answer(name, ranked, failure, float(row["seconds"]), entry.attempts, known=True)
-    entry.state = _ANSWERED
+    return header
 
 
 def _require(*conditions: bool) -> None:

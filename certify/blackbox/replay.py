@@ -15,7 +15,7 @@ from typing import Any
 
 from certify.blackbox.answer_rows import rows_of
 from certify.blackbox.label_index import Vocabulary
-from certify.blackbox.ledger_contents import read_answers
+from certify.blackbox.ledger_contents import read_ledger
 from certify.blackbox.results import ABOUT, LEDGER, RUN, read_about
 from certify.blackbox.types import Answer
 from certify.errors import UserError
@@ -82,7 +82,7 @@ def replay(
     if doubt := unproven(header):
         warn(f"{there.path}: {doubt}")
     if answers is None:
-        answers = read_answers(folder / LEDGER)
+        answers = read_ledger(folder / LEDGER).answers
     rows = rows_of(header, about["images"], answers, Vocabulary(about.get("class_map")))
     before, now = ({row["id"]: row for row in some} for some in (there.images, rows))
     differing = [i for i in before | now if same and not _equal(before.get(i), now.get(i))]

@@ -31,6 +31,7 @@ from certify.errors import CertifyError, RunFault, Stopped, UserError, first_lin
 
 if TYPE_CHECKING:
     from certify.blackbox.ledger import Ledger
+    from certify.blackbox.ledger_contents import LedgerContents
     from certify.blackbox.plan import Audit
     from certify.blackbox.types import Answer, Client
     from certify.images.dataset import ImageSet
@@ -233,7 +234,7 @@ def _work(
     from certify.blackbox.client.credentials import redactor_for
     from certify.blackbox.determinism import probes
     from certify.blackbox.ledger import Ledger
-    from certify.blackbox.ledger_contents import ledger_header, read_ledger
+    from certify.blackbox.ledger_contents import ledger_header
     from certify.blackbox.plan import make_header, prepare
     from certify.blackbox.remote_classifier import LedgerBudgetSpent, ServiceSilent
     from certify.blackbox.results import LEDGER, SPENT, STOPPED, conclude
@@ -257,7 +258,7 @@ def _work(
                 bar.close()
                 if o["defences"] is not None:
                     with asking(ledger, job.budget) as ask:
-                        attack(o, job, Patient(ask), ledger.answers(), say is silent, command)
+                        attack(o, job, Patient(ask), ledger.contents.answers, say is silent, command)
                 status, reason = ended, ""
         except LedgerBudgetSpent:
             status, reason = SPENT, ""
@@ -270,20 +271,20 @@ def _work(
             reason = str(error)
             raise
         finally:
-            kept = read_ledger(path)
-            sent = kept.spent, kept.queries
-            about = conclude(job.folder, header, about, kept.answers, status=status, reason=reason, sent=sent)
-            _report(job.folder)
+            log = ledger.contents
+            sent = log.spent, log.queries
+            about = conclude(job.folder, header, about, log.answers, status=status, reason=reason, sent=sent)
+            _report(job.folder, log)
     warn_of_drift(about)
     return about
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, ledger: LedgerContents) -> None:
     """The page; whatever keeps it from being made must not take with it what was paid for."""
     from analysis.report.page import write_report
 
     try:
-        write_report(folder)
+        write_report(folder, ledger=ledger)
     except Exception as error:
         warn(f"no report: {type(error).__name__}: {first_line(error)}; `certify report {folder}` tries again")
 
