@@ -23,13 +23,10 @@ from fastapi.testclient import TestClient
 from certify import SmoothedClassifier
 from certify.cli.serve import _picture
 from certify.engine.contract import COPIES
-from certify.serve.admission import Admission
-from certify.serve.app import build_app
-from certify.serve.batching import Procedure, Service, class_names
-from certify.serve.limits import Limits
-from certify.serve.metrics import Metrics
-from certify.serve.origin_check import site_check
-from certify.serve.request_handler import Front
+from certify.serve.admission import Admission, Limits
+from certify.serve.app import build_app, site_check
+from certify.serve.batching import Defaults, Service, class_names
+from certify.serve.request_handler import Metrics, RequestHandler
 from certify.serve.server import listen, serve, url_of
 
 SIZE = (1, 8, 8)
@@ -53,14 +50,14 @@ def application(
     """The server's application, without a server."""
     smoothed = SmoothedClassifier(classifier, 0.25, batch_size=batch_size)
     metrics, admission = Metrics(), Admission(limits)
-    procedure = Procedure(**{"n0": N0, "n": N, "alpha": ALPHA, "seed": SEED, **own})
+    defaults = Defaults(**{"n0": N0, "n": N, "alpha": ALPHA, "seed": SEED, **own})
     names = names or class_names(getattr(classifier, "class_names", None))
     spec = getattr(classifier, "input", None)
-    with Service(smoothed, size, procedure, limits, names, metrics.samples.inc) as service:
+    with Service(smoothed, size, defaults, limits, names, metrics.samples.inc) as service:
         picture = picture or functools.partial(_picture, spec=spec, max_pixels=limits.max_pixels)
         about = {"sigma": 0.25, "norm": "l2", "alpha": ALPHA}
-        front = Front(service, "digits", picture, metrics, admission, about)
-        yield build_app(front, site_check(["testserver", "x"])), service, admission, metrics
+        handler = RequestHandler(service, "digits", picture, metrics, admission, about)
+        yield build_app(handler, site_check(["testserver", "x"])), service, admission, metrics
 
 
 @contextlib.contextmanager

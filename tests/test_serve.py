@@ -38,6 +38,7 @@ from certify.blackbox.client.rate_limit import QueryLimits
 from certify.blackbox.encoding import to_pictures, to_tensor
 from certify.blackbox.ledger import InMemoryLog
 from certify.blackbox.protocols.v2 import metadata_request, options_from, v2
+from certify.blackbox.protocols.v2_codec import LENGTH_HEADER
 from certify.blackbox.query_votes import AsSent
 from certify.blackbox.types import Answer, Picture, Query, Reply, Request, Scored
 from certify.engine.contract import QUERIES
@@ -45,12 +46,11 @@ from certify.engine.noisy_classifier import noise_name
 from certify.errors import UserError
 from certify.models.classifier import Classifier
 from certify.models.query_access import BudgetSpent
-from certify.serve.admission import Admission
-from certify.serve.batching import Procedure, Service, class_names, stream_name
+from certify.serve.admission import Admission, Limits, Refused
+from certify.serve.app import site_check
+from certify.serve.batching import Defaults, Service, class_names, stream_name
 from certify.serve.endpoint import Endpoint
-from certify.serve.limits import Limits, Refused
-from certify.serve.origin_check import site_check
-from certify.serve.protocol import HEADER, Wishes, read_request
+from certify.serve.protocol import RequestOptions, read_request
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def binary(images: np.ndarray, **more: Any) -> tuple[bytes, dict[str, str]]:
     raw = images.tobytes()
     tensor = {"name": "image", "datatype": datatype, "shape": list(images.shape)}
     text = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": len(raw)}}], **more}).encode()
-    return text + raw, {HEADER: str(len(text)), "content-type": "application/octet-stream"}
+    return text + raw, {LENGTH_HEADER: str(len(text)), "content-type": "application/octet-stream"}
 
 
 # What it answers
@@ -146,7 +146,7 @@ def test_samples_and_seed_of_a_request(client: TestClient, digits: Classifier, i
 
 
 def test_a_server_draws_a_secret_seed_of_its_own() -> None:
-    first, second = Procedure(), Procedure()
+    first, second = Defaults(), Defaults()
     assert first.seed != second.seed
     assert max(first.seed, second.seed) > 2**100  # nobody tries them all
     assert str(first.seed) not in repr(first)
@@ -177,7 +177,7 @@ def test_binary_outputs_say_the_same(client: TestClient, images: np.ndarray) -> 
     body, headers = binary(images, parameters={"binary_data_output": True})
     reply = client.post(INFER, content=body, headers=headers)
     assert reply.headers["content-type"] == "application/octet-stream"
-    length = int(reply.headers[HEADER])
+    length = int(reply.headers[LENGTH_HEADER])
     said, rest = json.loads(reply.content[:length]), reply.content[length:]
     assert [o["name"] for o in said["outputs"]] == list(wanted)
     for output in said["outputs"]:
@@ -202,7 +202,7 @@ def test_the_votes_of_several_images(client: TestClient, digits: Classifier, ima
     asked = [{"name": "votes", "parameters": {"binary_data": form}}]
     reply = client.post(INFER, json=request(images, outputs=asked))
     if form:
-        length = int(reply.headers[HEADER])
+        length = int(reply.headers[LENGTH_HEADER])
         (output,) = json.loads(reply.content[:length])["outputs"]
         found = np.frombuffer(reply.content[length:], "<i8").reshape(output["shape"])
     else:
@@ -225,10 +225,10 @@ def test_pieces_of_all_requests_are_in_work_together(images: np.ndarray) -> None
     """A small request that came while a large one was in work does not wait for its end."""
     held, order = Held(held=True), list[str]()
     smoothed = SmoothedClassifier(held, 0.25, batch_size=50)
-    with Service(smoothed, SIZE, Procedure(n0=N0, n=N), LIMITS, class_names(None)) as service:
-        (large,) = service.ask(images[:1], Wishes(samples=3000))
+    with Service(smoothed, SIZE, Defaults(n0=N0, n=N), LIMITS, class_names(None)) as service:
+        (large,) = service.submit(images[:1], RequestOptions(samples=3000))
         assert held.called.wait(60)
-        (small,) = service.ask(images[1:2], Wishes(samples=50))
+        (small,) = service.submit(images[1:2], RequestOptions(samples=50))
         for name, future in (("large", large), ("small", small)):
             future.add_done_callback(lambda _, name=name: order.append(name))
         held.let.set()
@@ -367,7 +367,7 @@ def text(body: str | bytes, **headers: str) -> dict[str, Any]:
 def raw(size: Any, tail: bytes, *, length: str | None = None, **more: Any) -> dict[str, Any]:
     given = {"name": "image", "datatype": "FP32", "shape": [1, *SIZE], "parameters": {"binary_data_size": size}, **more}
     head = json.dumps({"inputs": [given]}).encode()
-    return text(head + tail, **{HEADER: str(len(head)) if length is None else length})
+    return text(head + tail, **{LENGTH_HEADER: str(len(head)) if length is None else length})
 
 
 def numbers(values: str) -> dict[str, Any]:
@@ -458,9 +458,9 @@ HOSTILE: dict[str, tuple[int, str, dict[str, Any]]] = {
     "tensor of infinity": (400, "inf", raw(256, (ONE * np.inf).tobytes())),
     "tensor twice": (400, "both", raw(256, ONE.tobytes(), data=[0.5] * 64)),
     "bytes of nobody": (400, "bytes follow", raw(None, ONE.tobytes())),
-    "JSON longer than the body": (400, HEADER, raw(256, ONE.tobytes(), length="99999999")),
-    "JSON of negative length": (400, HEADER, raw(256, ONE.tobytes(), length="-5")),
-    "JSON of a length of 5,000 digits": (400, HEADER, raw(256, ONE.tobytes(), length="0" * 4999 + "1")),
+    "JSON longer than the body": (400, LENGTH_HEADER, raw(256, ONE.tobytes(), length="99999999")),
+    "JSON of negative length": (400, LENGTH_HEADER, raw(256, ONE.tobytes(), length="-5")),
+    "JSON of a length of 5,000 digits": (400, LENGTH_HEADER, raw(256, ONE.tobytes(), length="0" * 4999 + "1")),
     "shape of half a pair": (400, "not JSON", text(json.dumps(tensor(shape="\ud800")["json"]))),
     "size of half a pair": (400, "not JSON", raw("\ud800", ONE.tobytes())),
     "output of half a pair": (400, "not JSON", text(json.dumps(request(ONE, outputs=[{"name": "\ud800"}])))),
@@ -537,12 +537,12 @@ def test_a_request_may_have_so_many_images() -> None:
     for images in (np.repeat(ONE, 3, 0), np.repeat(ONE, 4, 0)):
         body = json.dumps(request(images)).encode()
         if len(images) == 3:
-            assert len(read_request(body, None, SIZE, few).images) == 3
+            assert len(read_request(body, {}, SIZE, few).images) == 3
             continue
         with pytest.raises(Refused, match="4 images; a request may have 3"):
-            read_request(body, None, SIZE, few)
+            read_request(body, {}, SIZE, few)
         with pytest.raises(Refused, match="a request may have 256"):
-            read_request(body.replace(b"[4, 1", b"[257, 1"), None, SIZE, Limits())
+            read_request(body.replace(b"[4, 1", b"[257, 1"), {}, SIZE, Limits())
 
 
 @pytest.mark.parametrize(
@@ -676,8 +676,8 @@ def test_a_classifier_is_tried_again_some_time_after_a_fault(
 
 def test_exact_noise_is_served_without_rounding(digits: Classifier) -> None:
     smoothed = SmoothedClassifier(digits, 0.25, noise="exact", batch_size=64)
-    with Service(smoothed, SIZE, Procedure(n0=10, n=40, alpha=0.01), Limits(), class_names(None)) as service:
-        (answer,) = service.ask(np.zeros((1, *SIZE), np.float32), Wishes())
+    with Service(smoothed, SIZE, Defaults(n0=10, n=40, alpha=0.01), Limits(), class_names(None)) as service:
+        (answer,) = service.submit(np.zeros((1, *SIZE), np.float32), RequestOptions())
         assert answer.result(60).samples == 50
 
 
@@ -713,15 +713,15 @@ def test_a_closed_admission_answers_those_inside_and_refuses_others(images: np.n
 def test_a_service_finishes_what_it_accepted(images: np.ndarray) -> None:
     held = Held(held=True)
     smoothed = SmoothedClassifier(held, 0.25, batch_size=64)
-    service = Service(smoothed, SIZE, Procedure(n=200), Limits(), class_names(None))
+    service = Service(smoothed, SIZE, Defaults(n=200), Limits(), class_names(None))
     with service:
-        found = service.ask(images, Wishes())
+        found = service.submit(images, RequestOptions())
         assert held.called.wait(60)
         ending = threading.Thread(target=service.close)
         ending.start()
         wait_for(lambda: not service.alive)
         with pytest.raises(Refused, match="stopping"):
-            service.ask(images, Wishes())
+            service.submit(images, RequestOptions())
         held.let.set()
         ending.join(60)
         assert [future.result(0).label for future in found] == [1] * 5
@@ -730,10 +730,10 @@ def test_a_service_finishes_what_it_accepted(images: np.ndarray) -> None:
 def test_images_that_nobody_waits_for_are_not_kept(images: np.ndarray) -> None:
     held = Held(held=True)
     smoothed = SmoothedClassifier(held, 0.25, batch_size=64)
-    with Service(smoothed, SIZE, Procedure(n=200), Limits(), class_names(None)) as service:
-        inside = service.ask(images[:1], Wishes())
+    with Service(smoothed, SIZE, Defaults(n=200), Limits(), class_names(None)) as service:
+        inside = service.submit(images[:1], RequestOptions())
         assert held.called.wait(60)
-        others = [service.ask(images, Wishes()) for _ in range(3)]
+        others = [service.submit(images, RequestOptions()) for _ in range(3)]
         for future in [*others[0], *others[1][1:], *others[2]]:
             future.cancel()
         assert [len(asked) for asked in service._waiting[""]] == [1]  # what was not cancelled
@@ -744,9 +744,9 @@ def test_images_that_nobody_waits_for_are_not_kept(images: np.ndarray) -> None:
 def test_what_cannot_be_served_is_refused_at_once() -> None:
     smoothed = SmoothedClassifier(Held(), 0.25)
     with pytest.raises(UserError, match="--samples-per-request"):
-        Service(smoothed, SIZE, Procedure(n=1000), Limits(budget=1000), class_names(None))
+        Service(smoothed, SIZE, Defaults(n=1000), Limits(budget=1000), class_names(None))
     with pytest.raises(UserError, match="radius 9"):
-        Service(smoothed, SIZE, Procedure(radius=9.0), Limits(), class_names(None))
+        Service(smoothed, SIZE, Defaults(radius=9.0), Limits(), class_names(None))
     with pytest.raises(UserError, match="timeout"):
         Limits(timeout=float("nan"))
 
@@ -802,8 +802,8 @@ def test_labels_beyond_the_known_number_are_nobodys(digits: Classifier, images: 
 def test_exact_noise_pays_for_no_filling(digits: Classifier) -> None:
     asking = Service8Bit(digits)
     smoothed = SmoothedClassifier(Endpoint(asking, SIZE, 10, {}), 0.25, noise="exact", batch_size=64)
-    with Service(smoothed, SIZE, Procedure(n0=10, n=45, alpha=0.01), Limits(), class_names(None)) as service:
-        (answer,) = service.ask(np.zeros((1, *SIZE), np.float32), Wishes())
+    with Service(smoothed, SIZE, Defaults(n0=10, n=45, alpha=0.01), Limits(), class_names(None)) as service:
+        (answer,) = service.submit(np.zeros((1, *SIZE), np.float32), RequestOptions())
         assert answer.result(60).samples == 55
         assert asking.spent == QUERIES + 55
 

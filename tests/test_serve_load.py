@@ -28,10 +28,9 @@ from servers import wait_for
 from serving import INFER, SIZE, Held, application, connect, listening, outputs, process, request, serving
 
 from certify import SmoothedClassifier
-from certify.serve.admission import Admission
-from certify.serve.batching import Procedure, Service, class_names
-from certify.serve.limits import Limits
-from certify.serve.protocol import Wishes
+from certify.serve.admission import Admission, Limits
+from certify.serve.batching import Defaults, Service, class_names
+from certify.serve.protocol import RequestOptions
 
 ONE = np.full((1, *SIZE), 0.5, np.float32)
 HEALTH = ("/v2/health/live", "/v2/health/ready", "/metrics")
@@ -150,7 +149,7 @@ def test_a_newcomer_is_heard_whoever_keeps_connections_open(limit: str, monkeypa
 
 def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("certify.serve.server._TAKE", 0.3)
-    monkeypatch.setattr("certify.serve.server.SLOWEST", 2**27)
+    monkeypatch.setattr("certify.serve.server.MIN_RATE", 2**27)
     with plain_server() as address, connect(address) as silent, connect(address) as pipelining:
         assert not is_closed_there(silent)
         silent.sendall(b"GET /long HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
@@ -245,7 +244,7 @@ def test_a_slow_body_holds_no_slot_and_ends(monkeypatch: pytest.MonkeyPatch) -> 
         assert outputs(httpx2.post(address + INFER, json=request(ONE), timeout=60))["label"] == [1]
         slow[0].sendall(body[9:])  # it may take its time
         assert slow[0].recv(65_536).startswith(b"HTTP/1.1 200")
-    monkeypatch.setattr("certify.serve.limits._GRACE", 0.3)
+    monkeypatch.setattr("certify.serve.admission._GRACE", 0.3)
     with held_server(Limits(concurrency=2)) as (address, _, admission):
         for part in parts:
             with connect(address) as connection:
@@ -260,7 +259,7 @@ def test_a_slow_body_holds_no_slot_and_ends(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_body_in_drips_ends_although_bytes_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("certify.serve.limits._GRACE", 0.2)
+    monkeypatch.setattr("certify.serve.admission._GRACE", 0.2)
     with held_server(Limits()) as (address, _, _), connect(address) as connection:
         connection.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 99999\r\n\r\n" % INFER.encode())
         connection.settimeout(0.01)
@@ -364,12 +363,12 @@ def test_clients_take_turns() -> None:
     """One request of a client comes after one of each other client, not after all that others have sent."""
     held, order = Held(held=True), list[str]()
     smoothed = SmoothedClassifier(held, 0.25, batch_size=50)
-    with Service(smoothed, SIZE, Procedure(n0=50, n=50), Limits(), class_names(None)) as service:
-        service.ask(ONE, Wishes())
+    with Service(smoothed, SIZE, Defaults(n0=50, n=50), Limits(), class_names(None)) as service:
+        service.submit(ONE, RequestOptions())
         assert held.called.wait(60)
         asked = [("greedy", i) for i in range(6)] + [("polite", 0)]
         for client, number in asked:
-            (answer,) = service.ask(ONE, Wishes(seed=number), client)
+            (answer,) = service.submit(ONE, RequestOptions(seed=number), client)
             answer.add_done_callback(lambda _, client=client: order.append(client))  # type: ignore[misc]
         held.let.set()
         wait_for(lambda: len(order) == 7)

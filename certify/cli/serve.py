@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from certify.models.classifier import InputSpec
-    from certify.serve.batching import Procedure, Service
-    from certify.serve.limits import Limits
+    from certify.serve.admission import Limits
+    from certify.serve.batching import Defaults, Service
     from certify.smoothed_classifier import SmoothedClassifier
 
 
@@ -126,8 +126,8 @@ def serve(**o: Any) -> None:
     name = o["name"] or re.sub(r"[^A-Za-z0-9._-]+", "-", o["model"] or wanted.protocol).strip("-")  # type: ignore[union-attr]
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
         raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', such as resnet50")
-    from certify.serve.limits import Limits
-    from certify.serve.origin_check import site_check
+    from certify.serve.admission import Limits
+    from certify.serve.app import site_check
     from certify.serve.server import listen
 
     check = site_check(o["allow_host"])
@@ -171,7 +171,7 @@ def _classifier(o: dict[str, Any], wanted: Wanted | None) -> Iterator[tuple[Smoo
     from certify.blackbox.client.query_client import QueryClient
     from certify.blackbox.ledger import InMemoryLog
     from certify.cli.load import device_from
-    from certify.serve.endpoint import TOGETHER, Endpoint
+    from certify.serve.endpoint import BATCH, Endpoint
     from certify.smoothed_classifier import SmoothedClassifier
 
     theirs = {**o, "concurrency": o["query_concurrency"], "timeout": o["query_timeout"]}
@@ -189,7 +189,7 @@ def _classifier(o: dict[str, Any], wanted: Wanted | None) -> Iterator[tuple[Smoo
             noise=o["noise"],
             rounded=o["rounded"],
             device=device_from(o["device"]),
-            batch_size=o["batch_size"] or TOGETHER,
+            batch_size=o["batch_size"] or BATCH,
         )
         yield smoothed, endpoint.name_of
 
@@ -208,8 +208,7 @@ def _serve(
     from certify.serve.app import build_app
     from certify.serve.batching import Service
     from certify.serve.endpoint import Endpoint
-    from certify.serve.metrics import Metrics
-    from certify.serve.request_handler import Front
+    from certify.serve.request_handler import Metrics, RequestHandler
     from certify.serve.server import is_loopback, serve, url_of
 
     if not is_loopback(listening):
@@ -220,7 +219,7 @@ def _serve(
             f"model {o['model']!r} takes any size; a server needs one: pass --input-size, such as 3x224x224"
         )
     metrics, admission = Metrics(), Admission(limits)
-    service = Service(smoothed, spec.size, _procedure(o), limits, names, on_samples=metrics.samples.inc)
+    service = Service(smoothed, spec.size, _defaults(o), limits, names, on_samples=metrics.samples.inc)
     if isinstance(endpoint := smoothed.classifier, Endpoint):
         metrics.beyond.set_function(lambda: endpoint.beyond)
     about = {
@@ -231,12 +230,14 @@ def _serve(
         "denoiser": smoothed.base.denoiser_name,
         "input": "x".join(map(str, spec.size)),
     }
-    front = Front(service, name, lambda content: _picture(content, spec, limits.max_pixels), metrics, admission, about)
+    handler = RequestHandler(
+        service, name, lambda content: _picture(content, spec, limits.max_pixels), metrics, admission, about
+    )
     _show(o, name, service)
     with service:
         if smoothed.execution is not None:
             show_engine(smoothed.execution, smoothed, say)
-        app = build_app(front, check)
+        app = build_app(handler, check)
         serve(app, admission, listening, lambda: say(f"serving    {url_of(listening)}  (Ctrl-C ends it)"), _stopped)
 
 
@@ -245,42 +246,42 @@ def _stopped(unanswered: int) -> None:
     say(f"stopped    {lost}")
 
 
-def _procedure(o: dict[str, Any]) -> Procedure:
-    from certify.serve.batching import Procedure
+def _defaults(o: dict[str, Any]) -> Defaults:
+    from certify.serve.batching import Defaults
     from certify.smoothing.stopping_rules import DEFAULT_CAP
 
     n = DEFAULT_CAP if o["radius"] is not None and not options.given_by_user("n") else o["n"]
     seeded = {"seed": o["seed"]} if o["seed"] is not None else {}
-    return Procedure(o["n0"], n, o["alpha"], o["radius"], **seeded)
+    return Defaults(o["n0"], n, o["alpha"], o["radius"], **seeded)
 
 
 def _show(o: dict[str, Any], name: str, service: Service) -> None:
     """What is served, and what it can claim at most."""
     from certify.engine.contract import QUERIES
-    from certify.serve.protocol import Wishes
+    from certify.serve.protocol import RequestOptions
     from certify.smoothing.certificates import largest_radius
     from certify.smoothing.norms import DECIMALS
     from certify.smoothing.rounding import ceil_to, exact
 
-    procedure = service.procedure
+    defaults = service.defaults
     where = "" if o["model"] is not None else " at most, behind a service"
     size = "x".join(map(str, service.size))
     say(f"model      {name}: {service.smoothed.num_classes:,} classes{where}, input {size}")
     noise = f"{service.smoothed.noise.name} noise, sigma = {o['sigma']:g} in [0, 1] pixels, denoiser: {o['denoiser']}"
     if o["model"] is None:
-        say(f"queries    at most {procedure.cost(Wishes()):,} requests to the service per image, before retries")
+        say(f"queries    at most {defaults.cost(RequestOptions()):,} requests to the service per image, before retries")
         say(f"           {QUERIES} more about the first image: whether repeated queries return the same label")
         if o["budget"] is None:
             warn("no --budget: whoever asks this server makes requests to the service without end")
-    if procedure.radius is not None:
-        how = f"decide at {exact(procedure.radius)}, n = {procedure.n:,} at most"
-        say(f"procedure  {how}, alpha = {exact(procedure.alpha)}, {noise}")
+    if defaults.radius is not None:
+        how = f"decide at {exact(defaults.radius)}, n = {defaults.n:,} at most"
+        say(f"procedure  {how}, alpha = {exact(defaults.alpha)}, {noise}")
         return
-    say(f"procedure  n0 = {procedure.n0:,}, n = {procedure.n:,}, alpha = {exact(procedure.alpha)}, {noise}")
-    cap = largest_radius(service.stated, procedure.n, procedure.alpha)
+    say(f"procedure  n0 = {defaults.n0:,}, n = {defaults.n:,}, alpha = {exact(defaults.alpha)}, {noise}")
+    cap = largest_radius(service.stated, defaults.n, defaults.alpha)
     say(f"radius     at most {ceil_to(cap, DECIMALS[service.stated.norm])} ({service.stated.norm}) at this n and alpha")
     if cap == 0.0:
-        warn(f"n = {procedure.n} can certify nothing at alpha = {exact(procedure.alpha)}: every image will abstain")
+        warn(f"n = {defaults.n} can certify nothing at alpha = {exact(defaults.alpha)}: every image will abstain")
 
 
 def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:

@@ -1,25 +1,78 @@
-"""Admission control: how many requests are read and in work at a time, shared fairly among client addresses."""
+"""Admission control: limits of a request, and slots that client addresses share fairly."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from certify.serve.limits import Limits, Refused, read_body
+from certify.errors import UserError
 
-_SHARED = 2  # slots in all, for each that one address may hold when it is alone
-_BODIES = 3  # bodies that are received at a time, for each request that may be in work
+MIN_RATE = 16 * 2**10
+"""Bytes per second that a client must send or receive, on average, after the first seconds."""
+
+_GRACE = 5.0  # seconds
+_SHARED = 2  # slots in total, as a multiple of those that a single address may hold
+_BODIES = 3  # bodies received at the same time, as a multiple of the requests in progress
+
+
+class Refused(Exception):
+    """A request that is refused.
+
+    Args:
+        status: of HTTP.
+        why: one line for the client.
+        kind: one word for the metrics.
+        retry_after: seconds after which a retry may succeed, or None.
+    """
+
+    def __init__(self, status: int, why: str, kind: str = "invalid", retry_after: int | None = None) -> None:
+        super().__init__(why)
+        self.status, self.why, self.kind, self.retry_after = status, why, kind, retry_after
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one request, and of all together.
+
+    Attributes:
+        max_bytes: of a request's body.
+        max_pixels: of all images of a request, and of an image file before it is decoded.
+        budget: noise samples per request.
+        concurrency: requests in progress per client address; twice as many in total.
+        timeout: seconds from a request's head to its answer.
+        max_images: per request: even a small image costs a block of noise, which it shares with no other.
+    """
+
+    max_bytes: int = 16 * 2**20
+    max_pixels: int = 16_000_000
+    budget: int = 100_000
+    concurrency: int = 32
+    timeout: float = 60.0
+    max_images: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_pixels", "budget", "concurrency", "max_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: expected a whole number from 1")
+        if not 0 < self.timeout < math.inf:
+            raise UserError(f"timeout {self.timeout:g}: expected seconds above 0")
+
+    def most_images(self, size: Sequence[int]) -> int:
+        """Return the maximum number of images ``(C, H, W)`` per request."""
+        return max(1, min(self.max_images, self.max_pixels // (size[1] * size[2])))
 
 
 class Slots:
     """Slots shared by client addresses: an address may hold at most as many as it leaves free.
 
-    A busy address alone gets half of them, n busy addresses 1/(n + 1) each, and a newcomer still finds one. The rule is
-    that of Choudhury and Hahne (1998) for buffers shared by flows (dynamic thresholds).
+    A single busy address gets half of them, n busy addresses 1/(n + 1) each, and a new one still finds one. This is
+    the rule of Choudhury and Hahne (1998) for buffers shared by flows (dynamic thresholds).
 
     Args:
         total: number of slots.
@@ -35,7 +88,7 @@ class Slots:
         return self._held.total()
 
     def check(self, client: str, retry_after: int) -> None:
-        """Raise ``Refused`` if this address can have no further slot now."""
+        """Raise ``Refused`` if this address cannot get another slot now."""
         mine = self._held[client]
         if mine + 1 > self.total - self.used:
             why = f"requests of your address hold {mine} slots, the most that it can have now"
@@ -47,7 +100,7 @@ class Slots:
         """Hold a slot for this address.
 
         Raises:
-            Refused: it can have none now (429), or nobody can (503).
+            Refused: the address cannot get one now (429), or no address can (503).
         """
         self.check(client, retry_after)
         self._held[client] += 1
@@ -55,50 +108,37 @@ class Slots:
             yield
         finally:
             self._held[client] -= 1
-            self._held += Counter()  # forgets addresses that hold none
+            self._held += Counter()  # removes addresses that hold none
 
 
 class Admission:
-    """Admits requests, and knows whether any is unanswered. Belongs to the event loop's thread.
+    """Admit requests, and count those that are not answered yet. For the event loop's thread only.
 
     Attributes:
         limits: the server's limits.
-        inside: requests that were admitted and are not answered yet.
-        closed: whether new requests are refused.
-        receiving: slots of bodies that are being received, one for each third of the longest body.
-        working: slots of requests whose body is complete, until their work has ended.
+        inside: number of admitted requests that are not answered yet.
+        closed: True if new requests are refused.
+        receiving: slots for bodies that are being received, one per third of the maximum size.
+        working: slots for requests whose body is complete, until their work has ended.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.inside, self.closed = limits, 0, False
         self.working = Slots(_SHARED * limits.concurrency)
         self.receiving = Slots(_BODIES * self.working.total)
-        self._usual = 0.0
-
-    async def receive(self, client: str, stream: AsyncIterator[bytes], stated: str | None) -> bytes:
-        """Receive a body; the slots that it holds grow with it, so that slow bodies hold few.
-
-        Raises:
-            Refused: too long, too slow, or no slot is free.
-        """
-        with contextlib.ExitStack() as slots:
-
-            def grow() -> None:
-                slots.enter_context(self.receiving.hold(client, self.retry_after))
-
-            return await read_body(stream, stated, self.limits, grow, -(-self.limits.max_bytes // _BODIES))
+        self._average = 0.0
 
     @property
     def retry_after(self) -> int:
-        """Seconds that requests took lately, from 1 to 60."""
-        return max(1, min(60, math.ceil(self._usual)))
+        """Average seconds of recent requests, from 1 to 60."""
+        return max(1, min(60, math.ceil(self._average)))
 
     @contextlib.contextmanager
     def admit(self, client: str) -> Iterator[None]:
         """Count a request as unanswered.
 
         Raises:
-            Refused: the server is stopping, or the request could not get a slot once it is read.
+            Refused: the server is stopping, or there would be no slot for the request once it is received.
         """
         if self.closed:
             raise Refused(503, "the server is stopping", "stopping", self.retry_after)
@@ -109,14 +149,58 @@ class Admission:
             yield
         finally:
             self.inside -= 1
-            self._usual += 0.2 * (time.monotonic() - start - self._usual)
+            self._average += 0.2 * (time.monotonic() - start - self._average)
+
+    async def receive(self, client: str, stream: AsyncIterator[bytes], stated: str | None) -> bytes:
+        """Receive a body. It takes more slots as it grows, so slow bodies hold few.
+
+        Args:
+            client: its key (:func:`client_key`).
+            stream: pieces of the body.
+            stated: the header Content-Length.
+
+        Raises:
+            Refused: too long, too slow, or no slot is free.
+        """
+        with contextlib.ExitStack() as slots:
+
+            def take_slot() -> None:
+                slots.enter_context(self.receiving.hold(client, self.retry_after))
+
+            return await _read_body(stream, stated, self.limits, take_slot, -(-self.limits.max_bytes // _BODIES))
+
+
+async def _read_body(
+    stream: AsyncIterator[bytes], stated: str | None, limits: Limits, take_slot: Callable[[], None], step: int
+) -> bytes:
+    """Receive a body; call ``take_slot`` before its first byte and every ``step`` bytes."""
+    too_long = Refused(
+        413, f"the body is longer than {limits.max_bytes:,} bytes, the limit of this server", "too large"
+    )
+    if stated is not None and stated.isdecimal() and int(stated[:20]) > limits.max_bytes:
+        raise too_long
+    body, start = bytearray(), asyncio.get_running_loop().time()
+    take_slot()
+    try:
+        async with asyncio.timeout(min(_GRACE, limits.timeout)) as deadline:
+            async for piece in stream:
+                if len(body) + len(piece) > limits.max_bytes:
+                    raise too_long
+                for _ in range(len(body) // step, (len(body) + len(piece)) // step):
+                    take_slot()
+                body += piece
+                deadline.reschedule(start + min(_GRACE + len(body) / MIN_RATE, limits.timeout))
+    except TimeoutError:
+        why = f"the body came too slowly: expected {MIN_RATE:,} bytes per second, and all within {limits.timeout:g} s"
+        raise Refused(408, why, "slow") from None
+    return bytes(body)
 
 
 def client_key(host: str) -> str:
-    """Return the name under which an address shares slots: IPv6 counts by /64 network, which one client owns whole."""
+    """Return the key under which an address shares slots: that of its /64 network for IPv6, which has one owner."""
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # a Unix socket, or a test client's name
+    except ValueError:  # a Unix socket, or the name of a test client
         return host
     if isinstance(address, ipaddress.IPv4Address):
         return host

@@ -1,90 +1,97 @@
-"""The routes: requests in, answers or refusals out. What is computed is the service's, what is read the protocol's."""
+"""The routes: protocol, page and metrics; requests of other sites' pages are refused first."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import base64
+import hashlib
+import ipaddress
+import json
+import re
+import socket
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from importlib import resources
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from certify.errors import UserError
-from certify.serve.limits import Refused
-from certify.serve.page import HEADERS, page
+from certify.serve.admission import Refused
 from certify.serve.protocol import (
-    HEADER,
     VERSION,
-    Asked,
+    InferenceRequest,
     model_metadata,
+    parse_options,
     read_request,
     server_metadata,
-    wishes_from,
     write_response,
 )
-from certify.serve.request_handler import Counted, Front
+from certify.serve.request_handler import MetricsMiddleware, RequestHandler
 from certify.smoothing.norms import DECIMALS
 from certify.smoothing.rounding import floor_to
 from certify.text import printable
 
 _SHOWN = 10  # classes on the page
-_JSON = ("application/json", "application/octet-stream")
+_MESSAGE_TYPES = ("application/json", "application/octet-stream")
+_PAGE = (resources.files("certify.serve") / "page.html").read_text(encoding="utf-8")
 
 
-def build_app(front: Front, check: Callable[[Request], None]) -> FastAPI:
-    """The server's application: refusals, metrics, and all routes.
+def build_app(handler: RequestHandler, check: Callable[[Request], None]) -> FastAPI:
+    """Return the application: routes, refusals and metrics.
 
     Args:
-        front: what the routes share.
-        check: looks at every request first and raises ``Refused``.
+        handler: answers the requests.
+        check: called with every request first; raises ``Refused``.
     """
 
-    async def first(request: Request) -> None:
+    async def check_first(request: Request) -> None:
         check(request)
 
-    app = FastAPI(  # FastAPI's own pages load scripts from elsewhere
-        docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(first)]
+    app = FastAPI(  # FastAPI's own pages load scripts from other sites
+        docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(check_first)]
     )
-    app.add_middleware(Counted, metrics=front.metrics)
+    app.add_middleware(MetricsMiddleware, metrics=handler.metrics)
 
     def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)
-        front.metrics.rejected.labels(error.kind).inc()
+        handler.metrics.rejected.labels(error.kind).inc()
         headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else None
         return JSONResponse({"error": printable(error.why)}, error.status, headers)  # it may quote the request
 
-    def unknown(request: Request, error: Exception) -> Response:
+    def refuse_path(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return refuse(request, Refused(error.status_code, f"{request.method} {request.url.path[:60]}: {error.detail}"))
 
-    def broken(request: Request, error: Exception) -> Response:  # and uvicorn logs it
+    def report_fault(request: Request, error: Exception) -> Response:  # uvicorn logs the error
         return refuse(request, Refused(500, "the server failed; its log says more", "fault"))
 
-    app.add_exception_handler(Exception, broken)
+    app.add_exception_handler(Exception, report_fault)
     app.add_exception_handler(Refused, refuse)
-    app.add_exception_handler(HTTPException, unknown)
-    _add_protocol(app, front)
-    _add_page(app, front)
+    app.add_exception_handler(HTTPException, refuse_path)
+    _add_protocol(app, handler)
+    _add_page(app, handler)
 
     @app.get("/metrics")
-    async def measured() -> Response:
-        return Response(front.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics() -> Response:
+        return Response(handler.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 
 
-def _add_protocol(app: FastAPI, front: Front) -> None:
-    """The Open Inference Protocol v2."""
-    model, service = front.model, front.service
+def _add_protocol(app: FastAPI, handler: RequestHandler) -> None:
+    """Add the routes of the Open Inference Protocol v2."""
+    model, service = handler.model, handler.service
 
     def check_name(name: str, version: str) -> None:
         if name != model or version != VERSION:
             raise Refused(404, f"model {name[:60]!r}, version {version[:20]!r}: this server has {model!r}, {VERSION!r}")
 
-    def readiness(**said: Any) -> Response:
-        return JSONResponse({**said, "ready": front.ready}, 200 if front.ready else 503)
+    def readiness(**named: str) -> Response:
+        return JSONResponse({**named, "ready": handler.ready}, 200 if handler.ready else 503)
 
     @app.get("/v2")
     @app.get("/v2/")
@@ -109,57 +116,57 @@ def _add_protocol(app: FastAPI, front: Front) -> None:
     @app.get("/v2/models/{name}/versions/{version}")
     async def metadata(name: str, version: str = VERSION) -> Response:
         check_name(name, version)
-        return JSONResponse(model_metadata(model, service.size, service.smoothed.num_classes, front.about))
+        return JSONResponse(model_metadata(model, service.size, service.smoothed.num_classes, handler.about))
 
     @app.post("/v2/models/{name}/infer")
     @app.post("/v2/models/{name}/versions/{version}/infer")
     async def infer(request: Request, name: str, version: str = VERSION) -> Response:
         check_name(name, version)
-        _check_content(request, lambda kind: kind in ("", *_JSON), " or ".join(_JSON))
+        _check_content(request, lambda kind: kind in ("", *_MESSAGE_TYPES), " or ".join(_MESSAGE_TYPES))
 
-        def read(body: bytes) -> Asked:
-            return read_request(body, request.headers.get(HEADER), service.size, service.limits)
+        def parse(body: bytes) -> InferenceRequest:
+            return read_request(body, request.headers, service.size, service.limits)
 
-        asked, answers = await front.answers(request, read)
-        if "votes" in asked.outputs:  # long with many classes: not on the event loop
-            content, headers = await asyncio.to_thread(write_response, model, asked, answers, front.about)
+        parsed, answers = await handler.answer(request, parse)
+        if "votes" in parsed.outputs:  # large if there are many classes: not on the event loop
+            content, headers = await asyncio.to_thread(write_response, model, parsed, answers, handler.about)
         else:
-            content, headers = write_response(model, asked, answers, front.about)
+            content, headers = write_response(model, parsed, answers, handler.about)
         return Response(content, headers=headers)
 
 
-def _add_page(app: FastAPI, front: Front) -> None:
-    """The page, and what it asks."""
-    html = page(front.model, front.about)
+def _add_page(app: FastAPI, handler: RequestHandler) -> None:
+    """Add the page, and the route that it uses."""
+    html, page_headers = page(handler.model, handler.about), _page_headers()
 
     @app.get("/")
     async def home() -> Response:
-        return HTMLResponse(html, headers=HEADERS)
+        return HTMLResponse(html, headers=page_headers)
 
     @app.post("/classify")
     async def classify(request: Request) -> Response:
-        """An image file in, everything about it out."""
+        """Answer for an image file."""
         _check_content(
             request,
             lambda kind: kind.startswith("image/") or kind == "application/octet-stream",
             "image/png, image/jpeg, ... or application/octet-stream: the bytes of one image file",
         )
-        wishes = wishes_from(request.query_params)
+        options = parse_options(request.query_params)
 
-        def read(body: bytes) -> Asked:
+        def parse(body: bytes) -> InferenceRequest:
             try:
-                return Asked(front.picture(body)[None], wishes, None, {})
+                return InferenceRequest(handler.decode_picture(body)[None], options)
             except UserError as error:
                 raise Refused(400, f"the image {error}") from None
 
-        _, (answer,) = await front.answers(request, read)
+        _, (answer,) = await handler.answer(request, parse)
         shown = {
             "name": printable(answer.name),
-            "radius_text": floor_to(answer.radius, DECIMALS[front.service.stated.norm]),  # as the page displays it
-            "votes": _most(answer.votes, front.service.name_of),
+            "radius_text": floor_to(answer.radius, DECIMALS[handler.service.stated.norm]),  # as the page displays it
+            "votes": _top_classes(answer.votes, handler.service.class_name),
             "votes_cast": max(1, sum(answer.votes)),
         }
-        return JSONResponse({**front.about, **asdict(answer), **shown})
+        return JSONResponse({**handler.about, **asdict(answer), **shown})
 
 
 def _check_content(request: Request, fits: Callable[[str], bool], expected: str) -> None:
@@ -167,10 +174,86 @@ def _check_content(request: Request, fits: Callable[[str], bool], expected: str)
     if not fits(kind):
         raise Refused(415, f"content type {kind[:40]!r}: expected {expected}")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Refused(415, "compressed bodies are not taken: send it without Content-Encoding")
+        raise Refused(415, "compressed bodies are not accepted: send it without Content-Encoding")
 
 
-def _most(votes: Sequence[int], name_of: Callable[[int], str]) -> list[dict[str, Any]]:
-    """Return the classes with most votes, most first, by names that can be displayed."""
+def _top_classes(votes: Sequence[int], class_name: Callable[[int], str]) -> list[dict[str, Any]]:
+    """Return the classes with most votes, most first, with printable names."""
     order = sorted((c for c in range(len(votes)) if votes[c]), key=lambda c: (-votes[c], c))[:_SHOWN]
-    return [{"label": c, "name": printable(name_of(c)), "votes": votes[c]} for c in order]
+    return [{"label": c, "name": printable(class_name(c)), "votes": votes[c]} for c in order]
+
+
+def page(model: str, about: Mapping[str, Any]) -> str:
+    """Return the page at ``/``, one file that loads nothing from other sites.
+
+    Args:
+        model: its name.
+        about: settings that the page shows.
+    """
+    data = json.dumps({"model": model, **about}).replace("<", "\\u003c")  # no name can end the element
+    return _PAGE.replace("{{about}}", data)
+
+
+def _page_headers() -> dict[str, str]:
+    """Return headers by which the browser enforces that the page loads nothing else."""
+
+    def digest(tag: str) -> str:
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", _PAGE, re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return {"content-security-policy": policy, "referrer-policy": "no-referrer"}
+
+
+def site_check(names: Collection[str] = ()) -> Callable[[Request], None]:
+    """Return a check that raises ``Refused`` on a request sent by another site's page.
+
+    A foreign ``Origin`` is another site's request. A page whose own host name was made to point to this server (DNS
+    rebinding) has the server's origin, but its ``Host`` is a name: so the host must be an IP address, ``localhost``,
+    this machine's own name or one of ``names``, whatever address the server listens on.
+
+    Args:
+        names: further host names by which browsers and clients reach the server, such as that of a proxy in front.
+
+    Raises:
+        UserError: not a host name.
+    """
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise UserError(f"--allow-host {name!r}: expected a host name without scheme and port, such as api.example")
+    allowed = frozenset(name.lower() for name in names)
+    known = allowed | {"localhost", socket.gethostname().lower()} - {""}
+
+    def check(request: Request) -> None:
+        host = request.headers.get("host", "")
+        name = _split_url(f"//{host}")[0]
+        if name.rstrip(".") not in known and not _is_address(name):
+            expected = "an IP address, localhost, or a name given by --allow-host"
+            raise Refused(403, f"host {host[:60]!r}: expected {expected}", "foreign")
+        if (origin := request.headers.get("origin")) is None:
+            return
+        name, authority = _split_url(origin)
+        if (authority != host.lower() or not authority) and name not in allowed:
+            raise Refused(403, f"a page of {origin[:60]!r} may not ask this server; --allow-host names more", "foreign")
+
+    return check
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _split_url(url: str) -> tuple[str, str]:
+    """Return the host, and the host with the port, of a URL in lower case; empty if it has none."""
+    try:
+        parts = urlsplit(url)
+        return parts.hostname or "", parts.netloc.lower()
+    except ValueError:
+        return "", ""

@@ -1,8 +1,8 @@
-"""One worker thread owns the smoothed classifier and takes pieces of all requests in work together.
+"""A worker thread that owns the smoothed classifier and samples the images of all requests together.
 
-Noise hangs on the image and the seed alone (:mod:`certify.smoothing.rng`), and each image has its own watch
-(:mod:`certify.engine.adaptive`): an answer depends on the other requests only as far as the last bits of a score
-depend on the batch, which batches of one shape exclude (compiled classifiers, exact noise).
+The noise depends on the image and the seed alone (:mod:`certify.smoothing.rng`), and each image has its own sequential
+test (:mod:`certify.engine.adaptive`). An answer depends on other requests only as far as the last bits of a score depend
+on the batch, which batches of a fixed shape exclude (compiled classifiers, exact noise).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from certify.engine.adaptive import Label, Sampling, settle
 from certify.engine.noisy_classifier import noise_name
 from certify.errors import ContractError, UserError, in_words
 from certify.models.query_access import BudgetSpent
-from certify.serve.limits import Limits, Refused
-from certify.serve.protocol import ABSTAINED, Answer, Wishes
+from certify.serve.admission import Limits, Refused
+from certify.serve.protocol import ABSTAINED, Answer, RequestOptions
 from certify.smoothed_classifier import SmoothedClassifier
 from certify.smoothing.certificates import check_counts, needed
 from certify.smoothing.numeric import as_float, as_int
@@ -40,20 +40,20 @@ from certify.text import printable
 from certify.types import ABSTAIN, Certificate, Decision
 
 _LOG = logging.getLogger(__name__)
-_RECOVERY = 30.0  # seconds after a fault until the server calls itself ready again: somebody must try
-_WORTH = 100  # images whose work the choice of an engine should pay for
+_RECOVERY = 30.0  # seconds after a fault until the server reports itself ready again: only a request can tell
+_EXPECTED_IMAGES = 100  # for the choice of how to run the classifier
 
 
 @dataclass(frozen=True)
-class Procedure:
-    """What is done with an image unless its request says otherwise.
+class Defaults:
+    """The question about an image, unless its request asks another one.
 
     Attributes:
         n0: selection samples.
-        n: estimation samples; the most of them at a radius.
-        alpha: probability that the statement about an image is wrong, at most.
-        radius: decide at this radius; None: measure it.
-        seed: of all noise; by default a secret one.
+        n: estimation samples; the maximum at a radius.
+        alpha: failure probability per image.
+        radius: decide at this radius, in [0, 1] pixels; None: certify.
+        seed: of all noise; a secret one by default.
     """
 
     n0: int = 100
@@ -69,31 +69,36 @@ class Procedure:
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
 
-    def cost(self, wishes: Wishes) -> int:
-        """Samples of one image, at most."""
-        radius = self.radius if wishes.radius is None else wishes.radius
-        return (wishes.samples or self.n) + (self.n0 if radius is None else 0)
+    def procedure(self, options: RequestOptions) -> Certify | Decide:
+        """Return the question about the images of a request."""
+        n, radius = options.samples or self.n, self.radius if options.radius is None else options.radius
+        return Certify(self.n0, n, self.alpha) if radius is None else Decide((radius,), n, self.alpha)
+
+    def cost(self, options: RequestOptions) -> int:
+        """Return the maximum number of samples per image."""
+        radius = self.radius if options.radius is None else options.radius
+        return (options.samples or self.n) + (self.n0 if radius is None else 0)
 
 
 def stream_name(name: str, seed: int | None) -> str:
-    """The name of an image's noise, with the request's seed if it has one."""
+    """Return the name of an image's noise stream, with the request's seed if it has one."""
     return name if seed is None else f"{name} | {seed}"
 
 
 @dataclass(eq=False)
 class _Image:
-    """One image of a request: its stages that are not settled yet, the votes of the others, and who waits."""
+    """An image of a request: its pending answer, its unfinished stages, and the votes of the finished ones."""
 
     pixels: np.ndarray
-    wishes: Wishes
-    answer: Future[Answer]
-    open: int = 0
-    found: dict[str, Any] = field(default_factory=dict)
-    question: Certify | Decide = field(default_factory=Certify)
+    options: RequestOptions
+    procedure: Certify | Decide
+    answer: Future[Answer] = field(default_factory=Future)
+    unfinished: int = 0
+    votes: dict[str, Any] = field(default_factory=dict)
 
 
-class _Part:
-    """A sequential test that knows its image, and ends early when the request was cancelled."""
+class _StageTest:
+    """The sequential test of one stage of an image, which ends early if the request is cancelled."""
 
     def __init__(self, image: _Image, stage: str, inner: SequentialTest) -> None:
         self.image, self.stage, self._inner = image, stage, inner
@@ -111,43 +116,45 @@ class _Part:
 
 
 class Service:
-    """Answers images in a thread of its own; a context manager that ends when what it accepted is done, or in time.
+    """Answer images in a thread of its own.
+
+    A context manager: at its end accepted images are finished, within the time limit of a request.
 
     Args:
-        smoothed: prepared or not; nobody else may use it meanwhile.
+        smoothed: used by nothing else meanwhile.
         size: (C, H, W) of the images.
-        procedure: unless a request says otherwise.
+        defaults: the question about an image, unless its request asks another one.
         limits: on the samples of a request.
-        names: of the classes.
-        on_samples: told the number of samples that were labelled, now and then.
+        class_name: name of a class.
+        on_samples: called with numbers of labelled samples.
     """
 
     def __init__(
         self,
         smoothed: SmoothedClassifier,
         size: tuple[int, int, int],
-        procedure: Procedure,
+        defaults: Defaults,
         limits: Limits,
-        names: Callable[[int], str],
+        class_name: Callable[[int], str],
         on_samples: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self.smoothed, self.size, self.procedure, self.limits = smoothed, size, procedure, limits
-        self.name_of, self._on_samples = names, on_samples
+        self.smoothed, self.size, self.defaults, self.limits = smoothed, size, defaults, limits
+        self.class_name, self._on_samples = class_name, on_samples
         self._waiting: dict[str, deque[deque[_Image]]] = {}  # requests of each client, the next client first
-        self._parts: deque[Sampling] = deque()
-        self._work: set[_Part] = set()
+        self._opened: deque[Sampling] = deque()
+        self._sampled: set[_StageTest] = set()
         self._changed = threading.Condition()
-        self._ending, self._well_again = False, 0.0
-        self._real = False  # whether the contract was checked on an image that somebody sent
-        self._broken: ContractError | None = None  # for good
+        self._ending, self._healthy_from = False, 0.0
+        self._checked = False  # True once the contract was checked on an image of a request
+        self._broken: ContractError | None = None  # permanently
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="certify-serve", daemon=True)
         self.stated = smoothed.stated(int(np.prod(size)))
-        if procedure.radius is not None:
-            needed([procedure.radius], self.stated, procedure.alpha, DEFAULT_RULE)
-        if procedure.cost(Wishes()) > limits.budget:
+        if defaults.radius is not None:
+            needed([defaults.radius], self.stated, defaults.alpha, DEFAULT_RULE)
+        if (cost := defaults.cost(RequestOptions())) > limits.budget:
             raise UserError(
-                f"an image takes {procedure.cost(Wishes()):,} samples and a request may take {limits.budget:,}: "
+                f"an image takes {cost:,} samples and a request may take {limits.budget:,}: "
                 "pass a smaller --n or a larger --samples-per-request"
             )
 
@@ -160,7 +167,7 @@ class Service:
         self.close(self.limits.timeout)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Finish what was accepted, then end the thread; whether it has ended within the timeout, in seconds."""
+        """Finish accepted images and end the thread; return True if it ended within the timeout, in seconds."""
         with self._changed:
             self._ending = True
             self._changed.notify()
@@ -169,26 +176,26 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """Whether it answers."""
+        """True if the thread runs and accepts images."""
         return self._thread.is_alive() and not self._ending
 
     @property
-    def well(self) -> bool:
-        """Whether the classifier's last work succeeded, or it is time to try again; not after a spent budget."""
-        return time.monotonic() >= self._well_again
+    def healthy(self) -> bool:
+        """True unless the classifier failed recently, is no fixed function, or its query budget is spent."""
+        return time.monotonic() >= self._healthy_from
 
-    def ask(self, images: np.ndarray, wishes: Wishes, client: str = "") -> list[Future[Answer]]:
-        """Return the pending answers about images ``(B, C, H, W)``; cancel them to save the work.
+    def submit(self, images: np.ndarray, options: RequestOptions, client: str = "") -> list[Future[Answer]]:
+        """Return the pending answers for images ``(B, C, H, W)``; cancelling one saves its work.
 
         Args:
             images: float32 in [0, 1], or uint8.
-            wishes: for each of them.
-            client: who asks. Clients take turns, and so do the requests of each.
+            options: for each of them.
+            client: key of the client. Clients take turns, and so do the requests of each.
 
         Raises:
-            Refused: more samples than a request may take, a radius that cannot be certified, or it is ending.
+            Refused: more samples than a request may take, a radius that cannot be certified, or the service is ending.
         """
-        cost = len(images) * self.procedure.cost(wishes)
+        defaults, cost = self.defaults, len(images) * self.defaults.cost(options)
         if cost > self.limits.budget:
             raise Refused(
                 400,
@@ -196,36 +203,37 @@ class Service:
                 "ask for fewer 'samples', or about fewer images",
                 "budget",
             )
-        if wishes.radius is not None:
-            try:
-                needed([wishes.radius], self.stated, self.procedure.alpha, DEFAULT_RULE)
-            except UserError as error:
-                raise Refused(400, str(error).split(";")[0]) from None
-        asked = deque(_Image(pixels, wishes, Future()) for pixels in images)
+        try:
+            if options.radius is not None:
+                needed([options.radius], self.stated, defaults.alpha, DEFAULT_RULE)
+            procedure = defaults.procedure(options)
+        except UserError as error:
+            raise Refused(400, str(error).split(";")[0]) from None
         if self._broken is not None:
             raise _fault(self._broken)
-        answers = [image.answer for image in asked]
-        for image in asked:
-            image.answer.add_done_callback(functools.partial(self._forget, client, asked, image))
+        request = deque(_Image(pixels, options, procedure) for pixels in images)
+        answers = [image.answer for image in request]
+        for image in request:
+            image.answer.add_done_callback(functools.partial(self._drop_cancelled, client, request, image))
         with self._changed:
             if not self.alive:
                 raise Refused(503, "the server is stopping", "stopping", retry_after=5)
-            self._waiting.setdefault(client, deque()).append(asked)
+            self._waiting.setdefault(client, deque()).append(request)
             self._changed.notify()
         return answers
 
-    def _forget(self, client: str, asked: deque[_Image], image: _Image, answer: Future[Answer]) -> None:
-        """Keep nothing of an image that waits and that nobody waits for any more."""
+    def _drop_cancelled(self, client: str, request: deque[_Image], image: _Image, answer: Future[Answer]) -> None:
+        """Remove a waiting image whose answer was cancelled."""
         if answer.cancelled():
             with self._changed, contextlib.suppress(ValueError):
-                asked.remove(image)
-                if not asked:
-                    self._waiting[client].remove(asked)
+                request.remove(image)
+                if not request:
+                    self._waiting[client].remove(request)
                     if not self._waiting[client]:
                         del self._waiting[client]
 
-    def _first(self) -> _Image:
-        """Take the next image of the next request of the next client; all of them go behind the others."""
+    def _take_first(self) -> _Image:
+        """Take the next image of the next request of the next client, and move both behind the others."""
         client = next(iter(self._waiting))
         requests = self._waiting.pop(client)
         request = requests.popleft()
@@ -237,42 +245,42 @@ class Service:
         return image
 
     def _run(self) -> None:
-        """The worker: settle images until there is nothing to do any more and nothing will come."""
-        samples = _WORTH * self.procedure.cost(Wishes())
+        """Sample images until none is left and none will follow: the thread's main function."""
+        samples = _EXPECTED_IMAGES * self.defaults.cost(RequestOptions())
         try:
             label, batch_size = self.smoothed.labeller(torch.zeros(self.size), samples, self._on_samples)
-        except Exception as error:  # is raised where the service was started
+        except Exception as error:  # raised again where the service is started
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
         while not self._ended:
             try:
-                self._settle(label, batch_size)
+                self._sample(label, batch_size)
             except Exception as error:  # whatever the classifier raised must not end the server
                 self._fail(error)
 
-    def _settle(self, label: Label, batch_size: int) -> None:
+    def _sample(self, label: Label, batch_size: int) -> None:
         def images() -> Iterator[Sampling | None]:
-            while (found := self._next(batch_size)) is not None or not self._ended:
-                yield found
+            while (opened := self._next(batch_size)) is not None or not self._ended:
+                yield opened
 
         for settled in settle(label, images(), batch_size=batch_size, clean=False):
-            assert isinstance(settled.test, _Part)
+            assert isinstance(settled.test, _StageTest)
             self._finish(settled.test)
 
     @property
     def _ended(self) -> bool:
-        return self._ending and not self._work and not self._waiting
+        return self._ending and not self._sampled and not self._waiting
 
     def _next(self, batch_size: int) -> Sampling | None:
-        """Return the next part to open, of each client in turn; wait only while nothing is being sampled."""
-        while not self._parts:
+        """Return the next stage to sample; wait only while nothing is being sampled."""
+        while not self._opened:
             with self._changed:
                 while not self._waiting:
-                    if self._work or self._ending:
+                    if self._sampled or self._ending:
                         return None
                     self._changed.wait()
-                image = self._first()
+                image = self._take_first()
             if image.answer.cancelled():
                 continue
             try:
@@ -280,14 +288,13 @@ class Service:
             except Exception as error:
                 _deliver(image.answer, _fault(error))
                 raise
-        part = self._parts.popleft()
-        assert isinstance(part.test, _Part)
-        self._work.add(part.test)
-        return part
+        opened = self._opened.popleft()
+        assert isinstance(opened.test, _StageTest)
+        self._sampled.add(opened.test)
+        return opened
 
     def _open(self, image: _Image, batch_size: int) -> None:
-        """Open the parts of an image: a noise stream and a test each."""
-        procedure = self.procedure
+        """Open the stages of an image: a noise stream and a test each."""
         try:
             tensor = self.smoothed.check(image.pixels)
         except UserError as error:  # the noise is not defined around this image
@@ -296,81 +303,54 @@ class Service:
         if self._broken is not None:
             _deliver(image.answer, _fault(self._broken))
             return
-        self.smoothed.check_contract(tensor, again=not self._real)
-        self._real = True
-        there = tensor.to(self.smoothed.device)
-        radius = procedure.radius if image.wishes.radius is None else image.wishes.radius
-        n = image.wishes.samples or procedure.n
-        question = (
-            Certify(procedure.n0, n, procedure.alpha) if radius is None else Decide((radius,), n, procedure.alpha)
-        )
-        tests = question.tests(self.smoothed.num_classes, self.stated, batch_size)
-        image.question, image.open = question, len(tests)
-        name = stream_name(noise_name(tensor), image.wishes.seed)
+        self.smoothed.check_contract(tensor, again=not self._checked)
+        self._checked = True
+        on_device = tensor.to(self.smoothed.device)
+        tests = image.procedure.tests(self.smoothed.num_classes, self.stated, batch_size)
+        image.unfinished = len(tests)
+        name = stream_name(noise_name(tensor), image.options.seed)
         for stage, test in tests.items():
-            self._parts.append(Sampling(there, stream_key(procedure.seed, name, stage), _Part(image, stage, test)))
+            key = stream_key(self.defaults.seed, name, stage)
+            self._opened.append(Sampling(on_device, key, _StageTest(image, stage, test)))
 
-    def _finish(self, part: _Part) -> None:
-        self._work.discard(part)
-        image = part.image
-        image.found[part.stage] = part.result()
-        image.open -= 1
-        self._well_again = 0.0
-        if not image.open and not image.answer.cancelled():
-            _deliver(image.answer, self._answer(image))
+    def _finish(self, test: _StageTest) -> None:
+        self._sampled.discard(test)
+        image = test.image
+        image.votes[test.stage] = test.result()
+        image.unfinished -= 1
+        self._healthy_from = 0.0
+        if not image.unfinished and not image.answer.cancelled():
+            _deliver(image.answer, self._answer(image.procedure.answer(image.votes, self.stated)))
 
-    def _answer(self, image: _Image) -> Answer:
-        answer = image.question.answer(image.found, self.stated)
-        return self._decided(answer) if isinstance(answer, Decision) else self._certified(answer)
-
-    def _certified(self, found: Certificate) -> Answer:
+    def _answer(self, result: Certificate | Decision) -> Answer:
+        label = result.prediction
+        if isinstance(result, Decision):
+            p_lower = self.stated.probability(result.radius) if label != ABSTAIN else 0.0  # what robust there means
+            outcome, samples, failures, votes = result.outcomes[-1], result.drawn, result.votes.failures, result.votes
+        else:
+            p_lower, votes = result.p_lower, result.estimation
+            outcome = ABSTAINED if result.abstained else "certified"
+            samples, failures = result.selection.trials + votes.trials, result.selection.failures + votes.failures
+        name = ABSTAINED if label == ABSTAIN else self.class_name(label)
         return Answer(
-            label=found.prediction,
-            name=self._name(found.prediction),
-            radius=found.radius,
-            p_lower=found.p_lower,
-            outcome=ABSTAINED if found.abstained else "certified",
-            samples=found.selection.trials + found.estimation.trials,
-            failures=found.selection.failures + found.estimation.failures,
-            leading=found.estimation.leader,
-            votes=found.estimation.counts,
+            label, name, result.radius, p_lower, outcome, samples, failures, leading=votes.leader, votes=votes.counts
         )
-
-    def _decided(self, found: Decision) -> Answer:
-        robust = found.prediction != ABSTAIN
-        return Answer(
-            label=found.prediction,
-            name=self._name(found.prediction),
-            radius=found.radius,
-            p_lower=self.stated.probability(found.radius) if robust else 0.0,  # what being robust there means
-            outcome=found.outcomes[-1],
-            samples=found.drawn,
-            failures=found.votes.failures,
-            leading=found.votes.leader,
-            votes=found.votes.counts,
-        )
-
-    def _name(self, label: int) -> str:
-        return ABSTAINED if label == ABSTAIN else self.name_of(label)
-
-    def _failed(self, error: Exception) -> None:
-        self._broken = error if isinstance(error, ContractError) else None
-        for_good = isinstance(error, BudgetSpent | ContractError)
-        self._well_again = math.inf if for_good else time.monotonic() + _RECOVERY
-        _LOG.error("the classifier failed: %s", printable(in_words(error)))
 
     def _fail(self, error: Exception) -> None:
-        """Everything in work fails with what the classifier failed with; what waits is tried."""
-        self._failed(error)
-        for part in [*self._work, *(part.test for part in self._parts)]:
-            assert isinstance(part, _Part)
-            _deliver(part.image.answer, _fault(error))
-        self._work.clear()
-        self._parts.clear()
+        """Fail every image being sampled with the classifier's error; waiting images are tried."""
+        self._broken = error if isinstance(error, ContractError) else None
+        permanent = isinstance(error, BudgetSpent | ContractError)
+        self._healthy_from = math.inf if permanent else time.monotonic() + _RECOVERY
+        _LOG.error("the classifier failed: %s", printable(in_words(error)))
+        for test in [*self._sampled, *(opened.test for opened in self._opened)]:
+            assert isinstance(test, _StageTest)
+            _deliver(test.image.answer, _fault(error))
+        self._sampled.clear()
+        self._opened.clear()
 
 
 def _fault(error: Exception) -> Refused:
-    """What clients may know: the rest, such as a service's address or its reply, stands in the log."""
+    """Return what clients may know; the rest, such as a service's address or its reply, is in the log."""
     if isinstance(error, BudgetSpent):
         return Refused(503, "the query budget of this server is spent", "spent")
     if isinstance(error, ContractError):
@@ -378,15 +358,15 @@ def _fault(error: Exception) -> Refused:
     return Refused(500, "the classifier failed", "fault")
 
 
-def _deliver(answer: Future[Answer], what: Answer | Refused) -> None:
-    """Unless nobody waits any more."""
+def _deliver(answer: Future[Answer], result: Answer | Refused) -> None:
+    """Set the result of an answer, unless it is cancelled or set already."""
     with contextlib.suppress(InvalidStateError):
-        if isinstance(what, Refused):
-            answer.set_exception(what)
+        if isinstance(result, Refused):
+            answer.set_exception(result)
         else:
-            answer.set_result(what)
+            answer.set_result(result)
 
 
 def class_names(names: Sequence[Sequence[str]] | None) -> Callable[[int], str]:
-    """A class's number to its first name; the number where there are none."""
+    """Return a function from a class to its first name, or its number if it has none."""
     return lambda label: names[label][0] if names is not None and label < len(names) and names[label] else str(label)

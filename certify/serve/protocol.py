@@ -1,7 +1,6 @@
-"""Open Inference Protocol v2 as a server speaks it: bytes of a request -> images and wishes; answers -> bytes.
+"""The server's side of the Open Inference Protocol v2: requests of this model, its responses, its metadata.
 
-JSON tensors and the binary tensor extension; pure functions. Specification: the KServe project's
-``specification/protocol/inference_rest.md`` and Triton's ``extension_binary_data.md``.
+The wire format is :mod:`certify.blackbox.protocols.v2_codec`.
 """
 
 from __future__ import annotations
@@ -9,53 +8,59 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 
 from certify import __version__
-from certify.serve.limits import Limits, Refused, read_json
+from certify.blackbox.protocols.v2_codec import (
+    LENGTH_HEADER,
+    Tensor,
+    WireError,
+    binary_contents,
+    pack,
+    parameter,
+    split_message,
+    unpack,
+    write_message,
+)
+from certify.serve.admission import Limits, Refused
 from certify.smoothing.rounding import exact, times
 
-INPUT = "image"
-VERSION = "1"
-HEADER = "inference-header-content-length"
-"""How many bytes of the body are JSON; the rest are binary tensors."""
-
+INPUT, VERSION = "image", "1"
 EXTENSIONS = ("binary_tensor_data",)
 ABSTAINED = "abstained"
-"""The name in place of a class's name where the smoothed classifier abstains; its number is -1."""
+"""The class name if the smoothed classifier abstains; the label is -1."""
 
 _OUTPUTS: dict[str, tuple[str, str]] = {
-    "label": ("INT64", "class, or -1 where it abstains"),
-    "name": ("BYTES", f"the class's name, or {ABSTAINED}"),
-    "radius": ("FP64", "certified radius in [0, 1] pixels; 0 where it abstains"),
-    "p_lower": ("FP64", "lower bound of the class's probability under noise"),
+    "label": ("INT64", "class, or -1 for an abstention"),
+    "name": ("BYTES", f"name of the class, or {ABSTAINED}"),
+    "radius": ("FP64", "certified radius in [0, 1] pixels; 0 for an abstention"),
+    "p_lower": ("FP64", "lower bound of the probability of the class under noise"),
     "outcome": ("BYTES", "certified or abstained; robust, not certifiable or undecided at a radius"),
     "samples": ("INT64", "noise samples that were labelled"),
-    "failures": ("INT64", "samples that got no label"),
-    "leading": ("INT64", "class with most votes, about which nothing is claimed"),
-    "votes": ("INT64", "votes of each class; only where asked for"),
+    "failures": ("INT64", "samples without a label"),
+    "leading": ("INT64", "class with most votes; nothing is claimed about it"),
+    "votes": ("INT64", "votes of each class; only on request"),
 }
-_TYPES = {"INT64": np.dtype("<i8"), "FP64": np.dtype("<f8")}
-_INPUTS: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
-_WISHES = ("radius", "samples", "seed")
-_LONGEST_ID = 1000  # characters: it is sent back
-_CONVERTED = 2**16  # numbers that are converted at a time: no other thread runs meanwhile
+_INPUTS = {"FP32": np.float32, "UINT8": np.uint8}
+_MINIMA = {"radius": 0, "samples": 1, "seed": 0}
+_MAX_ID = 1000  # characters: the id is sent back
+_CHUNK = 2**16  # numbers converted at a time, during which no other thread runs
+_OVERHEAD = 1000  # maximum number of lists, objects and members of a request besides its tensor
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a request asks for in place of the server's own settings.
+class RequestOptions:
+    """Options of a request, in place of the server's settings.
 
     Attributes:
-        radius: decide at this one, in [0, 1] pixels.
-        samples: estimation samples of each image; the most of them with a radius.
-        seed: names another draw of the noise.
+        radius: decide at this radius, in [0, 1] pixels.
+        samples: estimation samples per image; the maximum with a radius.
+        seed: selects another draw of the noise.
     """
 
     radius: float | None = None
@@ -64,25 +69,25 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request as it was understood.
+class InferenceRequest:
+    """A parsed request.
 
     Attributes:
         images: ``(B, C, H, W)``, float32 in [0, 1] or uint8.
-        wishes: for each of them.
+        options: for each of them.
         id: to be sent back.
-        outputs: names of those that are wanted, and whether in binary.
+        outputs: names of the requested outputs -> True for binary.
     """
 
     images: np.ndarray
-    wishes: Wishes
-    id: str | None
-    outputs: Mapping[str, bool]
+    options: RequestOptions
+    id: str | None = None
+    outputs: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known about one image; the fields are the outputs of this server."""
+    """The answer for one image; its fields are the outputs of this server."""
 
     label: int
     name: str
@@ -95,67 +100,97 @@ class Answer:
     votes: tuple[int, ...] = field(repr=False)
 
 
-def wishes_from(given: Mapping[str, Any]) -> Wishes:
-    """The wishes among a request's parameters; numbers may come as text. Others are ignored, as the protocol has it.
+def parse_options(parameters: Mapping[str, Any]) -> RequestOptions:
+    """Read the options among the parameters of a request; numbers may be text. Other parameters are ignored.
 
     Raises:
         Refused: not a number of the right kind.
     """
-    found: dict[str, Any] = {}
-    for name in _WISHES:
-        value = given.get(name)
+    options: dict[str, Any] = {}
+    for name, minimum in _MINIMA.items():
+        value = parameters.get(name)
         if value is None:
             continue
-        least = {"radius": 0, "samples": 1, "seed": 0}[name]
-        kind, what = (float, "a number") if name == "radius" else (int, "a whole number")
+        kind, expected = (float, "a number") if name == "radius" else (int, "a whole number")
         try:
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise ValueError
             number = kind(value)
-            exact = isinstance(value, str) or number == value
-            if not exact or not math.isfinite(number) or number < least or number >= 2**63:
+            lossless = isinstance(value, str) or number == value
+            if not lossless or not math.isfinite(number) or not minimum <= number < 2**63:
                 raise ValueError
         except (ValueError, OverflowError):
-            raise Refused(400, f"parameter {name} {str(value)[:40]!r}: expected {what} from {least}") from None
-        found[name] = number
-    return Wishes(**found)
+            raise Refused(400, f"parameter {name} {str(value)[:40]!r}: expected {expected} from {minimum}") from None
+        options[name] = number
+    return RequestOptions(**options)
 
 
-def read_request(body: bytes, header_length: str | None, size: tuple[int, int, int], limits: Limits) -> Asked:
-    """The request of an inference.
+def read_request(
+    body: bytes, headers: Mapping[str, str], size: tuple[int, int, int], limits: Limits
+) -> InferenceRequest:
+    """Parse an inference request.
 
     Args:
-        body: all of it.
-        header_length: the header ``HEADER``, if it came.
+        body: the whole body.
+        headers: of HTTP.
         size: (C, H, W) of every image.
-        limits: on pixels and samples.
+        limits: on images and pixels.
 
     Raises:
-        Refused: anything that cannot be answered, with what was expected.
+        Refused: a request that cannot be answered, with what was expected.
     """
-    text, rest = _split(body, header_length)
-    given = read_json(text, size, limits)
-    if not isinstance(given, dict):
-        raise Refused(400, f"the request is a JSON {_kind(given)}; expected an object with 'inputs'")
-    inputs = given.get("inputs")
+    try:
+        text, tail = split_message(body, headers)
+        message = read_json(text, size, limits)
+        return _parse(message, tail, size, limits)
+    except WireError as error:
+        raise Refused(400, str(error)) from None
+
+
+def read_json(text: bytes, size: Sequence[int], limits: Limits) -> Any:
+    """Parse JSON that has no more values than the largest request to this server.
+
+    The parser creates an object per value and blocks all other threads meanwhile, so delimiters are counted first,
+    including those inside strings.
+
+    Args:
+        text: UTF-8.
+        size: (C, H, W) of the images.
+        limits: on the number of images.
+
+    Raises:
+        Refused: not JSON, nested too deeply for the parser (about 200 levels), or more values than a request needs.
+    """
+    channels, height, width = size
+    images = limits.most_images(size)
+    lists = images * (1 + channels * (1 + height)) + _OVERHEAD
+    for what, count, most in (
+        ("lists and objects", text.count(b"[") + text.count(b"{"), lists),
+        ("values", text.count(b","), images * channels * height * width + lists),
+        ("members of objects", text.count(b":"), _OVERHEAD),
+    ):
+        if count > most:
+            raise Refused(413, f"the JSON has more than {most:,} {what}, which no request needs here", "too large")
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON that can be read: {str(error)[:120]}") from None
+
+
+def _parse(message: Any, tail: bytes, size: tuple[int, int, int], limits: Limits) -> InferenceRequest:
+    if not isinstance(message, dict):
+        raise Refused(400, f"the request is a JSON {_kind(message)}; expected an object with 'inputs'")
+    inputs, identity = message.get("inputs"), message.get("id")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise Refused(400, f"'inputs' must be a list of one tensor, {INPUT!r} of shape {_shape(size)}")
-    identity = given.get("id")
     if identity is not None and not isinstance(identity, str):
         raise Refused(400, f"'id' is a {_kind(identity)}; expected a string")
-    if identity is not None and len(identity) > _LONGEST_ID:
-        raise Refused(400, f"'id' has {len(identity):,} characters; expected at most {_LONGEST_ID:,}")
-    parameters = _parameters(given, "the request")
-    images = _tensor(inputs[0], rest, size, limits)
-    return Asked(images, wishes_from(parameters), identity, _outputs(given.get("outputs"), parameters))
-
-
-def _split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
-    if header_length is None:
-        return body, b""
-    if not re.fullmatch("[0-9]{1,18}", header_length) or int(header_length) > len(body):
-        raise Refused(400, f"{HEADER} {header_length[:20]!r}: expected the JSON's length, at most that of the body")
-    return body[: int(header_length)], body[int(header_length) :]
+    if identity is not None and len(identity) > _MAX_ID:
+        raise Refused(400, f"'id' has {len(identity):,} characters; expected at most {_MAX_ID:,}")
+    for holder, whose in ((message, "the request"), (inputs[0], "the input")):
+        _check_parameters(holder, whose)
+    images = _images(inputs[0], tail, size, limits)
+    return InferenceRequest(images, parse_options(message.get("parameters") or {}), identity, _requested(message))
 
 
 def _kind(value: Any) -> str:
@@ -167,175 +202,156 @@ def _shape(size: Sequence[int]) -> str:
     return "[-1, " + ", ".join(map(str, size)) + "]"
 
 
-def _parameters(given: Mapping[str, Any], whose: str) -> Mapping[str, Any]:
-    found = given.get("parameters")
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
-        raise Refused(400, f"'parameters' of {whose} is a {_kind(found)}; expected an object")
-    return found
+def _check_parameters(holder: Mapping[str, Any], whose: str) -> None:
+    if not isinstance(parameters := holder.get("parameters"), dict | None):
+        raise Refused(400, f"'parameters' of {whose} is a {_kind(parameters)}; expected an object")
 
 
-def _tensor(tensor: Mapping[str, Any], rest: bytes, size: tuple[int, int, int], limits: Limits) -> np.ndarray:
-    """The one input as ``(B, C, H, W)``: float32 in [0, 1], or uint8."""
+def _images(tensor: Mapping[str, Any], tail: bytes, size: tuple[int, int, int], limits: Limits) -> np.ndarray:
+    """Return the input as ``(B, C, H, W)``: float32 in [0, 1], or uint8."""
     datatype, shape = tensor.get("datatype"), tensor.get("shape")
     if not isinstance(datatype, str) or datatype not in _INPUTS:
         raise Refused(400, f"datatype {str(datatype)[:20]!r}: expected FP32 in [0, 1] or UINT8")
-    whole = isinstance(shape, list) and len(shape) == 4 and all(type(n) is int and 0 < n < 2**31 for n in shape)
-    if not whole or tuple(shape[1:]) != size:  # type: ignore[index]
+    valid = isinstance(shape, list) and len(shape) == 4 and all(type(n) is int and 0 < n < 2**31 for n in shape)
+    if not isinstance(shape, list) or not valid or tuple(shape[1:]) != size:
         raise Refused(400, f"shape {str(shape)[:60]}: expected {_shape(size)}, at least one image")
-    assert isinstance(shape, list)
-    if shape[0] > limits.max_images and shape[0] * size[1] * size[2] <= limits.max_pixels:
-        raise Refused(413, f"{shape[0]:,} images; a request may have {limits.max_images:,}", "too large")
     if shape[0] * size[1] * size[2] > limits.max_pixels:
         raise Refused(413, f"{shape[0]:,} images have more than {limits.max_pixels:,} pixels, the limit", "too large")
-    expected = math.prod(shape)
-    binary = _parameters(tensor, "the input").get("binary_data_size")
-    values = _binary(binary, rest, tensor, datatype, expected) if binary is not None else None
-    if values is None:
-        if rest:
-            raise Refused(400, f"{len(rest):,} bytes follow the JSON, but the input has no 'binary_data_size'")
-        values = _listed(tensor.get("data"), datatype, expected, shape)
+    if shape[0] > limits.max_images:
+        raise Refused(413, f"{shape[0]:,} images; a request may have {limits.max_images:,}", "too large")
+    if parameter(tensor, "binary_data_size") is not None:
+        values = _binary_values(tensor, tail, datatype, math.prod(shape))
+    elif tail:
+        raise Refused(400, f"{len(tail):,} bytes follow the JSON, but the input has no 'binary_data_size'")
+    else:
+        values = _listed_values(tensor.get("data"), datatype, shape)
     if datatype == "FP32":
         low, high = float(values.min()), float(values.max())
-        if not (low >= 0.0 and high <= 1.0):  # NaN is refused too
+        if not (low >= 0.0 and high <= 1.0):  # refuses NaN, too
             raise Refused(400, f"values from {exact(low)} to {exact(high)}: expected [0, 1], before any normalisation")
     return values.reshape(shape)
 
 
-def _binary(stated: Any, rest: bytes, tensor: Mapping[str, Any], datatype: str, expected: int) -> np.ndarray:
-    length = expected * _INPUTS[datatype].itemsize
+def _binary_values(tensor: Mapping[str, Any], tail: bytes, datatype: str, count: int) -> np.ndarray:
     if "data" in tensor:
         raise Refused(400, "the input has both 'data' and 'binary_data_size'; expected one")
-    if type(stated) is not int or stated != length or len(rest) != length:
+    expected = count * np.dtype(_INPUTS[datatype]).itemsize
+    stated = parameter(tensor, "binary_data_size")
+    if type(stated) is not int or stated != expected or len(tail) != expected:
         raise Refused(
             400,
-            f"binary_data_size {str(stated)[:20]} with {len(rest):,} bytes after the JSON: the shape needs "
-            f"{length:,} bytes of {datatype} ({HEADER} says where they begin)",
+            f"binary_data_size {str(stated)[:20]} with {len(tail):,} bytes after the JSON: the shape needs "
+            f"{expected:,} bytes of {datatype} ({LENGTH_HEADER} says where they begin)",
         )
-    return np.frombuffer(rest, dtype=_INPUTS[datatype]).astype(np.float32 if datatype == "FP32" else np.uint8)
+    (content,) = binary_contents([tensor], tail)
+    return np.asarray(unpack(content or b"", datatype)).astype(_INPUTS[datatype])
 
 
-def _listed(data: Any, datatype: str, expected: int, shape: Sequence[int]) -> np.ndarray:
-    """The values of a JSON list, flat or nested as the shape.
+def _listed_values(data: Any, datatype: str, shape: Sequence[int]) -> np.ndarray:
+    """Return the values of a JSON list, flat or nested like the shape.
 
-    Looked at one by one: numpy would give every element the room of the longest string among them.
+    They are checked one by one: numpy would allocate the length of the longest string for every element.
     """
+    count = math.prod(shape)
     if not isinstance(data, list):
-        raise Refused(400, f"'data' is a {_kind(data)}; expected a list of {expected:,} numbers")
-    level, wanted = data, f"{expected:,} numbers of shape {list(shape)}"
+        raise Refused(400, f"'data' is a {_kind(data)}; expected a list of {count:,} numbers")
+    level, expected = data, f"{count:,} numbers of shape {list(shape)}"
     if data and isinstance(data[0], list):
         level = [data]
         for length in shape:
             if any(type(row) is not list or len(row) != length for row in level):
-                raise Refused(400, f"'data' is not one tensor; expected the {wanted}, flat or nested")
+                raise Refused(400, f"'data' is not one tensor; expected the {expected}, flat or nested")
             level = list(itertools.chain.from_iterable(level))
-    if len(level) != expected or any(type(value) not in (int, float) for value in level):
-        raise Refused(400, f"'data' is a list of {len(data):,} and holds other than the {wanted}")
+    if len(level) != count or any(type(value) not in (int, float) for value in level):
+        raise Refused(400, f"'data' is a list of {len(data):,} and holds other than the {expected}")
     if datatype == "UINT8":
         if any(type(value) is not int or not 0 <= value <= 255 for value in level):
             raise Refused(400, "UINT8 values: expected whole numbers from 0 to 255")
         return np.array(level, dtype=np.uint8)
-    values = np.empty(expected)
+    values = np.empty(count)
     try:
-        for start in range(0, expected, _CONVERTED):
-            values[start : start + _CONVERTED] = level[start : start + _CONVERTED]
+        for start in range(0, count, _CHUNK):
+            values[start : start + _CHUNK] = level[start : start + _CHUNK]
         with np.errstate(over="ignore"):  # becomes infinite, which is refused
             return values.astype(np.float32)
-    except OverflowError:  # a whole number of hundreds of digits
+    except OverflowError:  # a whole number with hundreds of digits
         raise Refused(400, "values beyond 1e308: expected [0, 1], before any normalisation") from None
 
 
-def _outputs(wanted: Any, parameters: Mapping[str, Any]) -> dict[str, bool]:
-    """The outputs that are wanted, and whether in binary."""
-    everywhere = parameters.get("binary_data_output") is True
-    if wanted is None or wanted == []:
+def _requested(message: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the names of the requested outputs -> True for binary."""
+    everywhere, outputs = parameter(message, "binary_data_output") is True, message.get("outputs")
+    if outputs is None or outputs == []:
         return {name: everywhere for name in _OUTPUTS if name != "votes"}
-    found: dict[str, bool] = {}
-    if not isinstance(wanted, list) or len(wanted) > len(_OUTPUTS):
+    if not isinstance(outputs, list) or len(outputs) > len(_OUTPUTS):
         raise Refused(400, f"'outputs': expected a list of some of {', '.join(_OUTPUTS)}")
-    for output in wanted:
+    requested: dict[str, bool] = {}
+    for output in outputs:
         name = output.get("name") if isinstance(output, dict) else None
         if not isinstance(name, str) or name not in _OUTPUTS:
             raise Refused(400, f"output {str(name)[:40]!r}: expected one of {', '.join(_OUTPUTS)}")
-        binary = _parameters(output, f"output {name}").get("binary_data")
-        found[name] = everywhere if binary is None else binary is True
-    return found
+        _check_parameters(output, f"output {name}")
+        binary = parameter(output, "binary_data")
+        requested[name] = everywhere if binary is None else binary is True
+    return requested
 
 
 def write_response(
-    model: str, asked: Asked, answers: Sequence[Answer], about: Mapping[str, Any]
+    model: str, request: InferenceRequest, answers: Sequence[Answer], about: Mapping[str, Any]
 ) -> tuple[bytes, dict[str, str]]:
     """Return the body of a response and its headers.
 
-    Its parameters give the totals of samples, failures and abstentions, the failure probability ``alpha`` of each
-    image's statement, and ``alpha_all``, that of all statements of this response together: at most ``alpha`` times the
-    number of images. Radius and p_lower stand there only where they are about the one image of the request; a number
-    about several images beside ``alpha`` would read as a joint statement at that level.
+    Its parameters are the totals of samples, failures and abstentions, the failure probability ``alpha`` of the
+    statement about each image, and ``alpha_all``, that of all statements of the response together: at most ``alpha``
+    times the number of images. Radius and p_lower are among them only for a request with one image; a number about
+    several images beside ``alpha`` would read as a joint statement at that level.
     """
-    outputs, tail = list[str](), bytearray()
-    for name, binary in asked.outputs.items():
-        datatype = _OUTPUTS[name][0]
-        values = [getattr(answer, name) for answer in answers]
-        shape = [len(answers), len(answers[0].votes)] if name == "votes" else [len(answers)]
-        rows = values if name == "votes" else [values]
-        head = json.dumps({"name": name, "datatype": datatype, "shape": shape})[:-1]
-        if binary:
-            raw = b"".join(_raw(row, datatype) for row in rows)
-            outputs.append(f'{head}, "parameters": {{"binary_data_size": {len(raw)}}}}}')
-            tail += raw
-        else:  # row by row, so that other threads run in between
-            outputs.append(f'{head}, "data": [{", ".join(json.dumps(row)[1:-1] for row in rows)}]}}')
     claimed = {
         **({"radius": answers[0].radius, "p_lower": answers[0].p_lower} if len(answers) == 1 else {}),
         "samples": sum(answer.samples for answer in answers),
         "failures": sum(answer.failures for answer in answers),
         "abstentions": sum(answer.label < 0 for answer in answers),
     }
-    response: dict[str, Any] = {"model_name": model, "model_version": VERSION}
-    response |= {"id": asked.id} if asked.id is not None else {}
     together = {"alpha_all": min(1.0, times(about["alpha"], len(answers)))}
-    response |= {"parameters": {**claimed, **about, **together}}
-    text = f'{json.dumps(response)[:-1]}, "outputs": [{", ".join(outputs)}]}}'.encode()
-    if not tail:
-        return text, {"content-type": "application/json"}
-    return text + bytes(tail), {"content-type": "application/octet-stream", HEADER: str(len(text))}
+    rest: dict[str, Any] = {"model_name": model, "model_version": VERSION}
+    rest |= {"id": request.id} if request.id is not None else {}
+    rest |= {"parameters": {**claimed, **about, **together}}
+    return write_message("outputs", _output_tensors(request.outputs, answers), rest)
 
 
-def _raw(values: Sequence[Any], datatype: str) -> bytes:
-    if datatype == "BYTES":
-        texts = [value.encode() for value in values]
-        return b"".join(struct.pack("<I", len(text)) + text for text in texts)
-    return np.asarray(values, dtype=_TYPES[datatype]).tobytes()
+def _output_tensors(outputs: Mapping[str, bool], answers: Sequence[Answer]) -> Iterator[Tensor]:
+    for name, binary in outputs.items():
+        datatype = _OUTPUTS[name][0]
+        values = [getattr(answer, name) for answer in answers]
+        rows, shape = ([values], [len(values)]) if name != "votes" else (values, [len(values), len(values[0])])
+        if binary:
+            yield Tensor(name, datatype, shape, b"".join(pack(row, datatype) for row in rows))
+        else:  # row by row, so that other threads run in between
+            yield Tensor(name, datatype, shape, f"[{', '.join(json.dumps(row)[1:-1] for row in rows)}]")
 
 
 def server_metadata() -> dict[str, Any]:
-    """What ``GET /v2`` says."""
+    """Return the response to ``GET /v2``."""
     return {"name": "certify", "version": __version__, "extensions": list(EXTENSIONS)}
 
 
 def model_metadata(model: str, size: Sequence[int], num_classes: int, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``GET /v2/models/NAME`` says."""
+    """Return the response to ``GET /v2/models/NAME``."""
+    content = "pixels in [0, 1] before normalisation; UINT8 from 0 to 255 is accepted, too"
+    outputs = [
+        {
+            "name": name,
+            "datatype": datatype,
+            "shape": [-1, num_classes] if name == "votes" else [-1],
+            "parameters": {"content": described},
+        }
+        for name, (datatype, described) in _OUTPUTS.items()
+    ]
     return {
         "name": model,
         "versions": [VERSION],
         "platform": "certify",
-        "inputs": [
-            {
-                "name": INPUT,
-                "datatype": "FP32",
-                "shape": [-1, *size],
-                "parameters": {"content": "pixels in [0, 1] before normalisation; UINT8 from 0 to 255 is taken too"},
-            }
-        ],
-        "outputs": [
-            {
-                "name": name,
-                "datatype": datatype,
-                "shape": [-1, num_classes] if name == "votes" else [-1],
-                "parameters": {"content": content},
-            }
-            for name, (datatype, content) in _OUTPUTS.items()
-        ],
+        "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *size], "parameters": {"content": content}}],
+        "outputs": outputs,
         "parameters": dict(about),
     }

@@ -1,4 +1,4 @@
-"""What the routes share: a request is read, answered by the service in time, or refused."""
+"""Shared by the routes: receive a request, parse it in a thread, answer it in time or refuse it; metrics."""
 
 from __future__ import annotations
 
@@ -12,27 +12,53 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from certify.serve.admission import Admission, client_key
+from certify.serve.admission import Admission, Refused, client_key
 from certify.serve.batching import Service
-from certify.serve.limits import Refused
-from certify.serve.metrics import Metrics
-from certify.serve.protocol import Answer, Asked
+from certify.serve.protocol import Answer, InferenceRequest
 
-_READERS = 2  # bodies that are parsed or decoded at a time: they take several times their size in memory
+_READERS = 2  # bodies parsed or decoded at the same time: each takes several times its size in memory
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
-class Front:
-    """What all routes share.
+class Metrics:
+    """Prometheus metrics of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "certify_requests", "Requests with a response, including refusals.", ["route", "status"], registry=registry
+        )
+        self.rejected = Counter("certify_rejected", "Refused requests.", ["reason"], registry=registry)
+        self.seconds = Histogram(
+            "certify_request_seconds", "Seconds per request.", ["route"], buckets=_SECONDS, registry=registry
+        )
+        self.images = Counter("certify_images", "Answered images.", ["outcome"], registry=registry)
+        self.samples = Counter("certify_samples", "Labelled noise samples.", registry=registry)
+        self.failures = Counter("certify_failures", "Noise samples without a label.", registry=registry)
+        self.abstentions = Counter("certify_abstentions", "Images about which nothing is claimed.", registry=registry)
+        self.beyond = Gauge(
+            "certify_labels_beyond", "Answers of the service with a label beyond --num-classes.", registry=registry
+        )
+        self.queue = Gauge("certify_queue_length", "Requests received, waiting or in progress.", registry=registry)
+
+    def text(self) -> bytes:
+        """Return the metrics in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+class RequestHandler:
+    """Answer requests of all routes.
 
     Args:
         service: running.
-        model: the name under which it is asked.
-        picture: bytes of an image file to ``(C, H, W)`` in [0, 1]; raises ``ImageError``.
-        metrics: to write to.
+        model: name of the model in URLs.
+        decode_picture: bytes of an image file -> ``(C, H, W)`` in [0, 1]; raises ``ImageError``.
+        metrics: to be updated.
         admission: of the requests that cost something.
         about: settings that every response states: numbers and strings.
     """
@@ -41,23 +67,31 @@ class Front:
         self,
         service: Service,
         model: str,
-        picture: Callable[[bytes], np.ndarray],
+        decode_picture: Callable[[bytes], np.ndarray],
         metrics: Metrics,
         admission: Admission,
         about: Mapping[str, Any],
     ) -> None:
-        self.service, self.model, self.picture = service, model, picture
+        self.service, self.model, self.decode_picture = service, model, decode_picture
         self.metrics, self.admission, self.about = metrics, admission, dict(about)
         metrics.queue.set_function(lambda: admission.inside)
         self._pool, self._readers = ThreadPoolExecutor(_READERS, "certify-read"), asyncio.Semaphore(_READERS)
-        self._stuck = 0  # readers of requests that nobody waits for any more
+        self._stuck = 0  # readers whose request has ended
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def answers(self, request: Request, read: Callable[[bytes], Asked]) -> tuple[Asked, list[Answer]]:
-        """Receive a request, read it with ``read`` in a thread, and return what it asked with the service's answers.
+    @property
+    def ready(self) -> bool:
+        """True if a request that arrives now would be accepted and parsed."""
+        service = self.service
+        return service.alive and service.healthy and not self.admission.closed and self._stuck < _READERS
+
+    async def answer(
+        self, request: Request, parse: Callable[[bytes], InferenceRequest]
+    ) -> tuple[InferenceRequest, list[Answer]]:
+        """Receive a request, parse its body in a thread, and return it with the answers for its images.
 
         Raises:
-            Refused: no slot is free, the request cannot be read, its time is up, or the client has gone.
+            Refused: no slot is free, the request is invalid, its time is up, or the client has disconnected.
         """
         client, admission = client_key(request.client.host if request.client else ""), self.admission
         end = time.monotonic() + admission.limits.timeout
@@ -65,30 +99,31 @@ class Front:
             try:
                 body = await admission.receive(client, request.stream(), request.headers.get("content-length"))
             except ClientDisconnect:
-                raise Refused(499, "the client went away", "gone") from None
-            work = asyncio.create_task(self._work(client, functools.partial(read, body)))
-            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may look at it
-            gone = asyncio.create_task(_gone(request))
+                raise Refused(499, "the client disconnected", "gone") from None
+            work = asyncio.create_task(self._work(client, functools.partial(parse, body)))
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # avoids a warning
+            disconnected = asyncio.create_task(_wait_for_disconnect(request))
             try:
-                await asyncio.wait({work, gone}, timeout=end - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+                left = end - time.monotonic()
+                await asyncio.wait({work, disconnected}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if work.done():
                     return work.result()
-                if gone.done():
-                    raise Refused(499, "the client went away", "gone")
+                if disconnected.done():
+                    raise Refused(499, "the client disconnected", "gone")
             except asyncio.CancelledError:
                 if not admission.closed:
                     raise
                 raise Refused(503, "the server is stopping", "stopping") from None
             finally:  # a thread that cannot be stopped keeps its slot
-                gone.cancel()
+                disconnected.cancel()
                 work.cancel()
         raise Refused(504, f"not done within {admission.limits.timeout:g} s; ask for fewer samples", "timeout")
 
-    async def _work(self, client: str, read: Callable[[], Asked]) -> tuple[Asked, list[Answer]]:
+    async def _work(self, client: str, parse: Callable[[], InferenceRequest]) -> tuple[InferenceRequest, list[Answer]]:
         with contextlib.ExitStack() as slot:
             slot.enter_context(self.admission.working.hold(client, self.admission.retry_after))
-            asked = await self._read(client, read, slot)
-            futures = [asyncio.wrap_future(future) for future in self.service.ask(asked.images, asked.wishes, client)]
+            parsed = await self._parse(client, parse, slot)
+            futures = [asyncio.wrap_future(f) for f in self.service.submit(parsed.images, parsed.options, client)]
             try:
                 answers = await asyncio.gather(*futures)
             finally:
@@ -98,20 +133,22 @@ class Front:
                 self.metrics.images.labels(answer.outcome).inc()
                 self.metrics.failures.inc(answer.failures)
                 self.metrics.abstentions.inc(answer.label < 0)
-            return asked, answers
+            return parsed, answers
 
-    async def _read(self, client: str, read: Callable[[], Asked], slot: contextlib.ExitStack) -> Asked:
-        """Read in a thread: one request of an address at a time, so that addresses take turns.
+    async def _parse(
+        self, client: str, parse: Callable[[], InferenceRequest], slot: contextlib.ExitStack
+    ) -> InferenceRequest:
+        """Parse in a thread: one request per address at a time, so that addresses take turns.
 
         A thread cannot be stopped. If the request is cancelled meanwhile, its slot and its turn stay taken until the
-        thread has ended: threads do not pile up behind a body that takes long.
+        thread has ended, so that threads do not pile up behind a body that takes long.
         """
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as turn:
             for lock in (self._turns.setdefault(client, asyncio.Lock()), self._readers):
                 await lock.acquire()
                 turn.callback(lock.release)
-            job = self._pool.submit(read)
+            job = self._pool.submit(parse)
             try:
                 return await asyncio.wrap_future(job)
             except asyncio.CancelledError:
@@ -130,38 +167,32 @@ class Front:
                 job.add_done_callback(release)
                 raise
 
-    @property
-    def ready(self) -> bool:
-        """True if a request that comes now would be accepted and read."""
-        service = self.service
-        return service.alive and service.well and not self.admission.closed and self._stuck < _READERS
 
-
-async def _gone(request: Request) -> None:
-    """Returns when the client has gone."""
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-class Counted:
-    """Middleware: count requests and seconds by route and status; forbid browsers to guess content types."""
+class MetricsMiddleware:
+    """Count requests and seconds by route and status, and forbid browsers to guess content types."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and note the status of its response."""
-        start, status = time.monotonic(), [500]
+        start, status = time.monotonic(), 500
 
-        async def noting(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                status[0] = message["status"]
+                status = message["status"]
                 MutableHeaders(scope=message).append("x-content-type-options", "nosniff")
             await send(message)
 
         try:
-            await self.app(scope, receive, noting)
+            await self.app(scope, receive, send_noted)
         finally:
             route = scope["route"].path if "route" in scope else "other"
-            self.metrics.requests.labels(route, str(status[0])).inc()
+            self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.monotonic() - start)

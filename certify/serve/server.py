@@ -1,4 +1,4 @@
-"""One process that serves until it is told to stop: then it finishes what it accepted, and refuses the rest."""
+"""Serve until a signal, then finish the accepted requests and refuse new ones; time limits of connections."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from certify.errors import RunFault, UserError
-from certify.serve.admission import Admission, client_key
-from certify.serve.limits import SLOWEST
+from certify.serve.admission import MIN_RATE, Admission, client_key
 
-_HEAD = 10.0  # seconds for the head of a request: its line and headers
-_TAKE = 10.0  # seconds to begin with for taking a response
-_PIECE = 2**14  # bytes that are parsed at a time: a head is measured only where it ends beyond them
-_LINGER = 2.0  # seconds after a refusal, in which the client may send what nobody reads
-_CHUNKS, _CHUNK = 1000, 256  # a body has so many chunks, and further ones of so many bytes on average
-_CONNECTIONS, _SPARE = 8, 64  # connections: for each request of an address that may be in work, and beyond
-_OTHER_FILES = 128  # of the process, beside connections but for the spare ones
+_HEAD = 10.0  # seconds for the head of a request
+_TAKE = 10.0  # seconds for receiving a response, besides those by its size
+_PIECE = 2**14  # bytes parsed at a time: the size of a head is checked only between them
+_LINGER = 2.0  # seconds after a refusal in which the client may still send
+_CHUNKS, _CHUNK = 1000, 256  # number of chunks of any size, and the average size from which more are accepted
+_CONNECTIONS, _SPARE = 8, 64  # connections per concurrent request of an address, and in addition
+_OTHER_FILES = 128  # open files of the process other than connections
 _FLUSH = 5  # seconds for the last bytes of responses
-_IDLE = 15  # seconds that an unused connection stays open
+_IDLE = 15  # seconds until an unused connection is closed
 
-_numbers = itertools.count()  # of connections, in the order of their coming
+_numbers = itertools.count()  # of connections, in order of arrival
 
 
 class _Parser(h11.Connection):
-    """An HTTP parser that refuses bodies in crumbs: each chunk costs it the same, however small."""
+    """An HTTP parser that refuses bodies in tiny chunks: each chunk costs the same, whatever its size."""
 
     _chunks = _bytes = 0
 
@@ -58,17 +57,17 @@ class _Parser(h11.Connection):
 
 
 class _Connection(H11Protocol):
-    """A connection that is cut when the client keeps it waiting; what is not HTTP is refused in JSON.
+    """A connection that is closed if the client is slow; what is not HTTP is refused in JSON.
 
-    Two clocks run: until the head of the first or next request is there, and while the client takes a response. The
-    body of a request is timed where it is read.
+    Two timers run: until the head of the next request is complete, and while the client receives a response. The body
+    of a request is timed where it is read.
     """
 
     limit = 0
-    """Connections that are kept open, of all clients together."""
+    """Maximum number of open connections of all clients."""
 
-    _late: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
+    _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
     _refused = False
 
     def __init__(self, config: uvicorn.Config, *more: Any, **named: Any) -> None:
@@ -76,42 +75,44 @@ class _Connection(H11Protocol):
         self.conn = _Parser(h11.SERVER)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock; make room if need be."""
+        """Start the timer of the head; close another connection if there are too many."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # says when the system takes no more bytes, and when all are gone
+        transport.set_write_buffer_limits(
+            high=0
+        )  # reports when the system accepts no more bytes, and when all are sent
         self._number, self._host = next(_numbers), client_key(self.client[0] if self.client else "")
-        self._look()
+        self._update_timer()
         if len(self.connections) > self.limit:
             self._make_room()
 
     def data_received(self, data: bytes) -> None:
-        """Stop the clock once a request is under way; what follows an answer starts it again."""
+        """Stop the timer once a request is in progress, and start it again for data after its response."""
         for start in range(0, len(data), _PIECE):
             if self._refused:
                 return
             super().data_received(data[start : start + _PIECE])
         if not self._refused:
-            self._look()
+            self._update_timer()
 
     def pause_writing(self) -> None:
-        """Give the client so long to take what is written."""
+        """Start the timer of the response that is being sent."""
         super().pause_writing()
         size = self.transport.get_write_buffer_size()
-        self._unread = self.loop.call_later(_TAKE + size / SLOWEST, self.transport.abort)
+        self._write_timer = self.loop.call_later(_TAKE + size / MIN_RATE, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stop the clock: all is taken."""
+        """Stop the timer: everything is sent."""
         super().resume_writing()
-        self._stop_unread()
+        self._stop_write_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks."""
-        self._stop()
+        """Stop the timers."""
+        self._stop_head_timer()
         super().connection_lost(exc)
-        self._stop_unread()
+        self._stop_write_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP, as everything else is refused."""
+        """Refuse what is not HTTP with a JSON body."""
         error = sys.exception()
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         body = json.dumps({"error": f"the request is not HTTP that can be read: {error or msg}"}).encode()
@@ -121,47 +122,47 @@ class _Connection(H11Protocol):
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self._refused = True
-        if self.cycle is not None:  # nobody waits for its answer
+        if self.cycle is not None:  # its answer would not be sent
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self._stop()
-        self._late = self.loop.call_later(_LINGER, self.transport.abort)
-        self.transport.write_eof()  # closed at once, what comes meanwhile would make the system drop the answer
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(_LINGER, self.transport.abort)
+        self.transport.write_eof()  # closing at once would make the system discard the answer if more data arrives
 
     @property
     def _idle(self) -> bool:
-        """Whether it waits for its client."""
+        """True if the connection waits for its client."""
         return self.cycle is None or self.cycle.response_complete or self.flow.write_paused
 
     def _make_room(self) -> None:
-        """Cut the oldest idle connection of the address that has most, so that a newcomer is heard."""
+        """Close the oldest idle connection of the address with most connections, in favour of the new one."""
         others = [other for other in self.connections if isinstance(other, _Connection)]
         hosts = Counter(other._host for other in others)
         idle = [other for other in others if other._idle and other is not self]
         if idle:
             oldest = min(idle, key=lambda other: (-hosts[other._host], other._number))
             oldest.transport.abort()
-            self.connections.discard(oldest)  # already now: more newcomers may be next
+            self.connections.discard(oldest)  # now: more new connections may follow before the loop reports it lost
 
-    def _look(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:  # from here on the request has its own limit
-            self._stop()
-        elif self._late is None:
-            self._late = self.loop.call_later(_HEAD, self.transport.abort)
+    def _update_timer(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # has a time limit of its own
+            self._stop_head_timer()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(_HEAD, self.transport.abort)
 
-    def _stop(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-    def _stop_unread(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
 
 class _Draining(uvicorn.Server):
-    """Goes on answering 503 until everybody inside was answered; every request has its own time limit."""
+    """A server that answers 503 after a signal until all accepted requests are answered; each has its time limit."""
 
     def __init__(
         self, config: uvicorn.Config, admission: Admission, on_start: Callable[[], None], on_stop: Callable[[int], None]
@@ -176,62 +177,62 @@ class _Draining(uvicorn.Server):
         self._on_stop(self._admission.inside)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Start to listen, and report it."""
         await super().startup(sockets)
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal closes admission, the second one does not wait; the process ends in any case."""
+        """Close admission at the first signal, exit at the second; the process ends in any case."""
         timeout = self._admission.limits.timeout
         if self._admission.closed:
             self.should_exit = self.force_exit = True
             timeout = 0.0
         self._admission.closed = True
         self._until = time.monotonic() + timeout
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # its threads are nobody's concern then
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # the tracebacks of its threads are not shown
         faulthandler.dump_traceback_later(timeout + 2 * _FLUSH, exit=True, file=nowhere)
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to leave."""
+        """Return True to exit; called ten times per second."""
         if self._admission.closed and (not self._admission.inside or time.monotonic() > self._until):
             self.should_exit = True
         return await super().on_tick(counter)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at this address, to listen on; port 0 takes a free one.
+    """Return a socket bound to this address; port 0 selects a free one.
 
     Raises:
-        UserError: no such address here.
-        RunFault: the port is taken.
+        UserError: not an address of this machine.
+        RunFault: the port is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise UserError(f"--host {host}: {error}; expected an address of this machine, such as 127.0.0.1") from None
-    found = socket.socket(family, kind, protocol)
+    listening = socket.socket(family, kind, protocol)
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
     except OSError as error:
-        found.close()
+        listening.close()
         raise RunFault(f"cannot listen on {host} port {port}: {error.strerror}; pass another --port, or 0") from None
-    return found
+    return listening
 
 
 def url_of(listening: socket.socket) -> str:
-    """Where it can be reached."""
+    """Return the URL of the server."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def is_loopback(listening: socket.socket) -> bool:
-    """Whether only this machine can reach it."""
+    """Return True if only this machine can reach the server."""
     return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
 
 
 def _open_files() -> int:
-    """Files and sockets that the system lets this process have."""
+    """Return the number of files and sockets that this process may open."""
     return os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 512
 
 
@@ -270,7 +271,7 @@ def serve(
         log_level="error",
         access_log=False,
         server_header=False,
-        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # uvicorn trusts this machine's clients otherwise
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # otherwise uvicorn trusts clients on this machine
         timeout_keep_alive=_IDLE,
         timeout_graceful_shutdown=_FLUSH,
     )

@@ -1,17 +1,13 @@
-"""Open Inference Protocol v2, as KServe, MLServer, Triton and ``certify serve`` speak it: tensors in JSON or binary.
+"""Open Inference Protocol v2 as a client of KServe, MLServer, Triton or ``certify serve``.
 
-https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol and its binary tensor extension;
-the classification extension is Triton's.
+The wire format is :mod:`certify.blackbox.protocols.v2_codec`; the classification extension is Triton's.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from certify.blackbox.protocols.parsing import (
     at,
@@ -26,14 +22,19 @@ from certify.blackbox.protocols.parsing import (
     versioned,
 )
 from certify.blackbox.protocols.tensors import DATATYPES, TensorInput, tensor_input
+from certify.blackbox.protocols.v2_codec import (
+    FLOATS,
+    INTEGERS,
+    Tensor,
+    WireError,
+    binary_contents,
+    parameter,
+    split_message,
+    unpack,
+    write_message,
+)
 from certify.blackbox.types import BadReply, Format, Picture, Ranked, Reply, Request
 from certify.errors import UserError
-
-_LENGTH = "Inference-Header-Content-Length"
-_FLOATS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
-_WHOLE = {
-    f"{sign}INT{bits}": f"<{letter}{bits // 8}" for sign, letter in (("", "i"), ("U", "u")) for bits in (8, 16, 32, 64)
-}
 
 
 def v2(
@@ -49,22 +50,23 @@ def v2(
     binary: bool = False,
     top: int = 0,
 ) -> Format:
-    """The format; :func:`options_from` finds names, datatype and layout in the model's metadata.
+    """Return the format; :func:`options_from` reads names, datatype and layout from the model's metadata.
 
     Args:
-        model: its name on the server.
-        version: of it; the server's choice where empty.
+        model: name on the server.
+        version: of the model; empty for the server's choice.
         input: name of the input tensor.
-        output: name of the output tensor; where empty, the answer must have one only.
-        datatype: ``FP32`` (pixels in [0, 1], less ``mean``, divided by ``std``) or ``UINT8``.
+        output: name of the output tensor; if empty, the reply must have exactly one.
+        datatype: ``FP32`` (pixels in [0, 1], minus ``mean``, divided by ``std``) or ``UINT8``.
         layout: ``NCHW`` or ``NHWC``.
-        mean: a number, or one a channel.
+        mean: one number, or one per channel.
         std: likewise.
-        binary: tensors as bytes after the JSON, both ways: smaller and faster where the server can.
-        top: ask for so many best classes by Triton's classification extension, with their names; 0: for the tensor.
+        binary: send and request tensors as bytes behind the JSON: smaller and faster if the server supports it.
+        top: number of best classes, with their names, to request by Triton's classification extension; 0 requests the
+            tensor.
 
     Raises:
-        UserError: an option that cannot be used.
+        UserError: an unusable option.
     """
     tensor = tensor_input(datatype, layout, mean, std)
     if top < 0 or (top and not output):
@@ -81,24 +83,24 @@ def v2(
 
 
 DESCRIBED = ("input", "output", "datatype", "layout")
-"""Options that a model's metadata gives where nobody else does."""
+"""Options that are read from the model's metadata unless given."""
 
 
 def metadata_request(model: str, version: str = "") -> Request:
-    """Asks what the model takes and gives. It is no inference and holds no picture: no query."""
+    """Return the request for the model's metadata. It is not a query: it holds no picture."""
     return Request(b"", f"v2/{versioned(model, version)}", "GET")
 
 
 def options_from(reply: Reply, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of :func:`v2`: those given, and what the metadata says about the others.
+    """Complete options of :func:`v2` with the model's metadata.
 
     Args:
         reply: to :func:`metadata_request`.
-        given: by the user; they win.
+        given: by the user; they take precedence.
 
     Raises:
         BadReply: not the metadata of a model.
-        UserError: the model takes or gives what this format cannot, or it is not clear which.
+        UserError: an input or output that this format does not support, or several to choose from.
     """
     body = read_json(reply)
     options = dict(given)
@@ -118,7 +120,7 @@ def options_from(reply: Reply, given: Mapping[str, Any]) -> dict[str, Any]:
     shape = about.get("shape")
     if "layout" not in options and isinstance(shape, list) and len(shape) >= 3:
         first, last = (shape[-3] in (1, 3)), (shape[-1] in (1, 3))
-        if first != last:  # else the shape does not tell
+        if first != last:  # else the shape is ambiguous
             options["layout"] = "NCHW" if first else "NHWC"
     return options
 
@@ -140,99 +142,76 @@ def _request(
     picture: Picture, path: str, tensor: TensorInput, name: str, output: str, binary: bool, top: int
 ) -> Request:
     array = tensor.array(picture)
-    head: dict[str, Any] = {"name": name, "shape": list(array.shape), "datatype": tensor.datatype}
-    wanted: dict[str, Any] = {"classification": top} if top else {}
-    if binary:
-        head["parameters"] = {"binary_data_size": array.nbytes}
-        wanted["binary_data"] = True
+    content = array.astype(array.dtype.newbyteorder("<")).tobytes() if binary else tensor.text(picture)
+    wanted = ({"classification": top} if top else {}) | ({"binary_data": True} if binary else {})
     rest: dict[str, Any] = {}
     if output:
         rest["outputs"] = [{"name": output} | ({"parameters": wanted} if wanted else {})]
     elif binary:
         rest["parameters"] = {"binary_data_output": True}
-    if binary:
-        header = json.dumps({"inputs": [head], **rest}).encode()
-        content = array.astype(array.dtype.newbyteorder("<")).tobytes()
-        headers = {"Content-Type": "application/octet-stream", _LENGTH: str(len(header))}
-        return Request(header + content, path, headers=headers)
-    text = json.dumps(head)[:-1] + f', "data": {tensor.text(picture)}}}'
-    tail = "".join(f', "{key}": {json.dumps(value)}' for key, value in rest.items())
-    return Request(f'{{"inputs": [{text}]{tail}}}'.encode(), path, headers={"Content-Type": "application/json"})
+    body, headers = write_message("inputs", [Tensor(name, tensor.datatype, array.shape, content)], rest)
+    return Request(body, path, headers=headers)
 
 
 def read_answer(reply: Reply, output: str = "", classified: bool = False) -> Ranked:
-    """The label of an inference reply.
+    """Return the labels of an inference reply, best first.
 
-    A tensor of one whole number or one text is a label; floating scores ``(1, K)`` rank the K classes. Where the
-    tensor or the reply has a parameter ``labels``, a list, class numbers become its names.
+    A tensor of one whole number or one text is a label; floating-point scores ``(1, K)`` rank the K classes. A
+    parameter ``labels`` of the tensor or the reply, a list, names the classes.
 
     Args:
         reply: of the server.
-        output: name of the tensor; empty where there is one only.
-        classified: whether elements are ``score:class:name`` of Triton's classification extension.
+        output: name of the tensor; empty if there is exactly one.
+        classified: True if elements are ``score:class:name`` of Triton's classification extension.
 
     Raises:
-        BadReply: no such thing.
+        BadReply: no such tensor, or not a message of the protocol.
     """
     check_status(reply)
-    body, tail = _split(reply)
-    tensors = at(body, "outputs")
-    if not isinstance(tensors, list) or not tensors:
-        raise BadReply("no outputs in the reply")
-    found, content = _chosen(tensors, tail, output)
-    datatype = label(at(found, "datatype"))
-    values = _values(found, datatype, content)
+    try:
+        found, content, names = _chosen(reply, output)
+        datatype = label(at(found, "datatype"))
+        values = _values(found, datatype, content)
+    except WireError as error:
+        raise BadReply(str(error)) from None
     if datatype == "BYTES":
         if classified:
             return _classified(values)
         if len(values) != 1:
             raise BadReply(f"{len(values)} texts; expected one label")
         return ranked(values)
-    names = _parameter(found, "labels") or _parameter(body, "labels")
-    if datatype in _FLOATS:
+    if datatype in FLOATS:
         return class_scores(values, names)
-    if datatype not in _WHOLE or len(values) != 1:
+    if datatype not in INTEGERS or len(values) != 1:
         raise BadReply(f"{len(values)} values of {datatype[:20]!r}; expected one whole number, one text, or scores")
     number(values[0])
     return ranked([at(names, values[0]) if isinstance(names, list) and values[0] >= 0 else values[0]])
 
 
-def _split(reply: Reply) -> tuple[Any, bytes]:
-    """The JSON, and the bytes after it."""
-    length = next((value for key, value in reply.headers.items() if key.lower() == _LENGTH.lower()), "")
-    if not length:
-        return parse(reply.body), b""
-    if not length.isascii() or not length.isdigit() or len(length) > 12 or int(length) > len(reply.body):
-        raise BadReply(f"{_LENGTH} is {length[:20]!r} and the reply has {len(reply.body)} bytes")
-    return parse(reply.body[: int(length)]), reply.body[int(length) :]
+def _chosen(reply: Reply, output: str) -> tuple[dict[str, Any], bytes | None, Any]:
+    """Return the requested tensor of a reply, its bytes unless it is in JSON, and the names of the classes if any.
 
-
-def _chosen(tensors: list[Any], tail: bytes, output: str) -> tuple[dict[str, Any], bytes | None]:
-    """The tensor that is meant, and its bytes: those of all tensors follow each other."""
-    start, found = 0, []
-    for tensor in tensors:
-        name, size = label(at(tensor, "name")), _parameter(tensor, "binary_data_size")
-        content = None
-        if size is not None:
-            if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(tail) - start:
-                raise BadReply(f"output {name[:40]!r}: binary data is cut off")
-            content = tail[start : start + size]
-            start += size
-        if name == output or not output:
-            found.append((tensor, content))
+    Raises:
+        BadReply: no such tensor.
+        WireError: not a message of the protocol.
+    """
+    text, tail = split_message(reply.body, reply.headers)
+    body = parse(text)
+    tensors = at(body, "outputs")
+    if not isinstance(tensors, list) or not tensors:
+        raise BadReply("no outputs in the reply")
+    names = [label(at(tensor, "name")) for tensor in tensors]
+    contents = binary_contents(tensors, tail)
+    found = [i for i, name in enumerate(names) if name == output or not output]
     if len(found) != 1:
-        names = ", ".join(repr(tensor["name"])[:40] for tensor in tensors[:8])
-        raise BadReply(f"outputs {names} in the reply; expected {output or 'one, or output=NAME'}")
-    return found[0]
-
-
-def _parameter(holder: dict[str, Any], key: str) -> Any:
-    parameters = holder.get("parameters")
-    return parameters.get(key) if isinstance(parameters, dict) else None
+        there = ", ".join(repr(name)[:40] for name in names[:8])
+        raise BadReply(f"outputs {there} in the reply; expected {output or 'one, or output=NAME'}")
+    tensor = tensors[found[0]]
+    return tensor, contents[found[0]], parameter(tensor, "labels") or parameter(body, "labels")
 
 
 def _values(tensor: dict[str, Any], datatype: str, content: bytes | None) -> list[Any]:
-    """Its elements, as many as its shape says, of a batch of one."""
+    """Return the elements of a tensor of a batch of one, as many as its shape says."""
     shape = at(tensor, "shape")
     if not isinstance(shape, list) or not all(isinstance(s, int) and 0 <= s < 2**31 for s in shape):
         raise BadReply("a tensor without a shape")
@@ -240,33 +219,14 @@ def _values(tensor: dict[str, Any], datatype: str, content: bytes | None) -> lis
         raise BadReply(f"a tensor of shape {shape[:8]}; expected a batch of one")
     if content is None:
         values = flat(at(tensor, "data"))
-        if datatype in _WHOLE and not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        if datatype in INTEGERS and not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             raise BadReply("a tensor of whole numbers that are none")
-    elif datatype == "BYTES":
-        values = _texts(content)
     else:
-        kind = (_FLOATS | _WHOLE).get(datatype)
-        if kind is None or len(content) % np.dtype(kind).itemsize:
-            raise BadReply(f"{len(content)} bytes of {datatype[:20]!r} cannot be read")
-        values = np.frombuffer(content, dtype=kind).tolist()
+        unpacked = unpack(content, datatype)
+        values = unpacked if isinstance(unpacked, list) else unpacked.tolist()
     if len(values) != math.prod(shape):
         raise BadReply(f"{len(values)} values in a tensor of shape {shape[:8]}")
     return values
-
-
-def _texts(content: bytes) -> list[str]:
-    """Elements of BYTES: four bytes of length, then the text."""
-    found, start = [], 0
-    while start < len(content):
-        end = start + 4 + int.from_bytes(content[start : start + 4], "little")
-        if end > len(content):
-            raise BadReply("a text that is cut off")
-        try:
-            found.append(content[start + 4 : end].decode("utf-8"))
-        except UnicodeDecodeError:
-            raise BadReply("a label that is no Unicode text") from None
-        start = end
-    return found
 
 
 def _classified(values: list[Any]) -> Ranked:

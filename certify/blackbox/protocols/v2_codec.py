@@ -1,0 +1,145 @@
+"""Wire format of the Open Inference Protocol v2, both directions: JSON, with tensors as JSON or as bytes behind it.
+
+https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol and its binary tensor extension.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LENGTH_HEADER = "Inference-Header-Content-Length"
+"""HTTP header with the number of bytes that are JSON; the rest of the body is binary tensors."""
+
+FLOATS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
+INTEGERS = {
+    f"{sign}INT{bits}": f"<{letter}{bits // 8}" for sign, letter in (("", "i"), ("U", "u")) for bits in (8, 16, 32, 64)
+}
+NUMBERS = FLOATS | INTEGERS
+"""numpy's names of the numeric datatypes."""
+
+
+class WireError(ValueError):
+    """A message that does not follow the protocol; one line says why."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named tensor of a message.
+
+    Attributes:
+        name: of the tensor.
+        datatype: of the protocol, such as ``FP32``.
+        shape: of the tensor.
+        content: its bytes (:func:`pack`), or the JSON text of its data.
+    """
+
+    name: str
+    datatype: str
+    shape: Sequence[int]
+    content: bytes | str
+
+
+def write_message(key: str, tensors: Iterable[Tensor], rest: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """Return the body of a request or a response, and its headers.
+
+    Args:
+        key: ``inputs`` or ``outputs``.
+        tensors: in their order.
+        rest: further members of the message.
+    """
+    heads, tail = list[str](), list[bytes]()
+    for tensor in tensors:
+        head: dict[str, Any] = {"name": tensor.name, "shape": list(tensor.shape), "datatype": tensor.datatype}
+        if isinstance(tensor.content, bytes):
+            tail.append(tensor.content)
+            heads.append(json.dumps({**head, "parameters": {"binary_data_size": len(tensor.content)}}))
+        else:
+            heads.append(f'{json.dumps(head)[:-1]}, "data": {tensor.content}}}')
+    members = [f'"{key}": [{", ".join(heads)}]', *(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rest.items())]
+    text = f"{{{', '.join(members)}}}".encode()
+    if not tail:
+        return text, {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(len(text))}
+    return b"".join([text, *tail]), headers
+
+
+def split_message(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """Return the JSON of a message, and the bytes behind it.
+
+    Raises:
+        WireError: ``LENGTH_HEADER`` is no length within the body.
+    """
+    length = next((value for name, value in headers.items() if name.lower() == LENGTH_HEADER.lower()), None)
+    if length is None:
+        return body, b""
+    if not re.fullmatch("[0-9]{1,18}", length) or int(length) > len(body):
+        raise WireError(f"{LENGTH_HEADER} {length[:20]!r}: expected the JSON's length, at most {len(body):,}")
+    return body[: int(length)], body[int(length) :]
+
+
+def parameter(holder: Any, name: str) -> Any:
+    """Return a parameter of a message or a tensor; None if it has none of this name."""
+    parameters = holder.get("parameters") if isinstance(holder, dict) else None
+    return parameters.get(name) if isinstance(parameters, dict) else None
+
+
+def binary_contents(tensors: Sequence[Any], tail: bytes) -> list[bytes | None]:
+    """Return the bytes of each tensor in the order of the message; None for a tensor in JSON.
+
+    Raises:
+        WireError: the tail is shorter than the tensors.
+    """
+    found, start = list[bytes | None](), 0
+    for tensor in tensors:
+        size = parameter(tensor, "binary_data_size")
+        if size is None:
+            found.append(None)
+            continue
+        if type(size) is not int or not 0 <= size <= len(tail) - start:
+            left = len(tail) - start
+            raise WireError(f"binary data is cut off: binary_data_size {str(size)[:20]} with {left:,} bytes left")
+        found.append(tail[start : start + size])
+        start += size
+    return found
+
+
+def pack(values: Sequence[Any], datatype: str) -> bytes:
+    """Return elements as bytes: numbers in little-endian order, texts each with its length in four bytes."""
+    if datatype == "BYTES":
+        texts = [value.encode() for value in values]
+        return b"".join(len(text).to_bytes(4, "little") + text for text in texts)
+    return np.asarray(values, dtype=NUMBERS[datatype]).tobytes()
+
+
+def unpack(content: bytes, datatype: str) -> np.ndarray | list[str]:
+    """Return the elements of a binary tensor: an array of numbers, or a list of texts.
+
+    Raises:
+        WireError: an unknown datatype, or bytes that are cut off or no Unicode text.
+    """
+    if datatype == "BYTES":
+        return _texts(content)
+    kind = NUMBERS.get(datatype)
+    if kind is None or len(content) % np.dtype(kind).itemsize:
+        raise WireError(f"{len(content):,} bytes of {datatype[:20]!r} cannot be read")
+    return np.frombuffer(content, dtype=kind)
+
+
+def _texts(content: bytes) -> list[str]:
+    found, start = [], 0
+    while start < len(content):
+        end = start + 4 + int.from_bytes(content[start : start + 4], "little")
+        if end > len(content):
+            raise WireError("a text that is cut off")
+        try:
+            found.append(content[start + 4 : end].decode("utf-8"))
+        except UnicodeDecodeError:
+            raise WireError("a text that is no Unicode") from None
+        start = end
+    return found
