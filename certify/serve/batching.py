@@ -1,8 +1,8 @@
 """A worker thread that owns the smoothed classifier and samples the images of all requests together.
 
 The noise depends on the image and the seed alone (:mod:`certify.smoothing.rng`), and each image has its own sequential
-test (:mod:`certify.engine.adaptive`). An answer depends on other requests only as far as the last bits of a score depend
-on the batch, which batches of a fixed shape exclude (compiled classifiers, exact noise).
+test (:mod:`certify.engine.adaptive`). An answer depends on other requests only as far as the last bits of a score
+depend on the batch, which batches of a fixed shape exclude (compiled classifiers, exact noise).
 """
 
 from __future__ import annotations
