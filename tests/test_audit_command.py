@@ -169,7 +169,7 @@ def test_audit_over_http(
     assert service.requests == 0
     assert not (tmp_path / "a").exists()
     assert "165 queries (6 clean, 3 probe, 30 selection, 120 estimation, 6 drift)" in said.err
-    assert "0.33 without retries, 0.80 if they take up the budget; at 2 per 1,000" in said.err
+    assert "0.33 without retries, 0.80 if they use up the budget; at 2 per 1,000" in said.err
     run(*command, "--dry-run", "--json")
     said = capsys.readouterr()
     found = json.loads(said.out)["plan"]
@@ -180,7 +180,7 @@ def test_audit_over_http(
     assert service.keys == {f"Bearer {KEY}"}
     said = capsys.readouterr()
     assert "165 of a budget of 400" in said.out
-    assert "4 answers about one clean image agree; asked again at the end, 6 of 6 clean images" in said.out
+    assert "4 queries of one clean image agree; at the end 6 of 6 clean images" in said.out
     same_as_a_local_run(tmp_path / "a", digits)
     assert not [p for p in (tmp_path / "a").rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
     assert KEY not in said.out + said.err
@@ -238,7 +238,7 @@ def test_a_model_describes_itself_once_beside_the_budget(
     command = ["audit", *address, "--protocol-option", "model=digits", *NUMBERS, "--budget", "165"]
     out = ["--out", str(tmp_path / "a")]
     run(*command, *out, "--dry-run")
-    assert "metadata   one request asks the model what it takes" in capsys.readouterr().err
+    assert "metadata   one request for the model's metadata" in capsys.readouterr().err
     service.description_status = 503
     run(*command, *out, code=1)
     assert "does not describe its model: HTTP 503" in capsys.readouterr().err

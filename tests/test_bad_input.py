@@ -393,7 +393,7 @@ CASES = [
     case("audit protocol", A + "--protocol jsn", "unknown protocol 'jsn'", "json"),
     case("audit endpoint", A + "--endpoint ftp://x", "'ftp://x'", "http://HOST"),
     case("audit budget", A + "--budget=-1", "--budget", "'-1'", "from 0"),
-    case("audit option", A + "--protocol-option label=x", "'label=...'", "json knows labels, scores"),
+    case("audit option", A + "--protocol-option label=x", "'label=...'", "options of json: labels, scores"),
     case("audit key", A + "--api-key-env NOT_THERE", "$NOT_THERE is not set", "export"),
     case("audit key of nothing", A + "--auth-header X-Key:{key}", "without --api-key-env"),
     case(
@@ -407,7 +407,9 @@ CASES = [
     case("audit labels", A + "--labels x.csv", "--labels without --reference given"),
     case("audit selection for a radius", A + "--radius 0.2", "--n0 with --radius"),
     case("audit attack on nothing", A + "--attacks square", "--attacks without --defences"),
-    case("audit attack with gradients", A + "--defences none --attacks blind-pgd", "a service can only be asked"),
+    case(
+        "audit attack with gradients", A + "--defences none --attacks blind-pgd", "an attack that needs queries alone"
+    ),
     case("audit data", A + "--data nowhere/", "no data at 'nowhere/'", "folder"),
     *(case(f"{v} nowhere", f"{v} nowhere", "nowhere", "certify audit") for v in ("report", "replay")),
     *(case(f"{v} of a file", f"{v} x.txt", "x.txt", "certify audit", x="hello") for v in ("report", "replay")),

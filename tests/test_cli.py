@@ -17,7 +17,7 @@ from scipy.stats import norm
 from certify import __version__, read_run
 from certify.cli.app import group
 from certify.cli.info import _installed
-from certify.cli.options import Count
+from certify.cli.parameter_types import Count
 
 DIGITS = ["--model", "digits", "--sigma", "0.25"]
 
@@ -120,7 +120,7 @@ def test_too_few_samples_are_warned_of(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(("sigma", "warned"), [("64", True), ("4", False)])
 def test_a_sigma_of_255_is_warned_of(sigma: str, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
     run("--model", "digits", "--sigma", sigma, "--n", "20", "--n0", "5", "--max", "1")
-    assert ("is it in pixels of 255? that is --sigma 0.251" in capsys.readouterr().err) == warned
+    assert ("did you mean --sigma 0.251" in capsys.readouterr().err) == warned
 
 
 def test_labels_in_another_order_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:

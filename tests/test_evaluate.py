@@ -221,7 +221,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (result["images"], result["available"], result["pictures"], result["certified"]) == (20, 500, None, False)
     lines = out.splitlines()
     assert lines[0] == "median on 20 of 500 images of digits (1x8x8), classifier digits"
-    assert "they certify nothing" in out
+    assert "not certificates" in out
     for line in result["results"]:
         (row,) = [text for text in lines if text.split()[:1] == [f"{line['sigma']:g}"]]
         assert f"{line['psnr_noisy']:.2f} -> {line['psnr_denoised']:.2f}" in row

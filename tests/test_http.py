@@ -29,7 +29,7 @@ from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import ledger_header, read_ledger
 from certify.blackbox.protocols.clarifai import clarifai
 from certify.blackbox.types import Answer, BadReply, Query, Reply, Request
-from certify.cli.service_options import query_limits
+from certify.cli.service_options import RequestLimits, ServiceOptions, query_limits
 from certify.errors import CertifyError, RunFault, UserError
 from certify.models.query_access import BudgetSpent
 
@@ -280,7 +280,7 @@ def test_a_consumer_that_stops_leaves_no_answer_behind(tmp_path: Path) -> None:
 
 def test_requests_are_waited_for_longer_than_they_may_take(tmp_path: Path) -> None:
     assert QueryLimits().grace > TIMEOUT
-    assert query_limits({"concurrency": 1, "rate": None, "retries": 4, "timeout": 120.0}).grace > 120
+    assert query_limits(ServiceOptions(), RequestLimits(1, 120.0)).grace > 120
     path, header, said = tmp_path / "ledger", ledger_header("http://x", RAW), list[str]()
     slow = picture(1).pixels.tobytes()  # by content: either request may arrive first
     with (

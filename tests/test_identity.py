@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections.abc import Callable, Iterator
@@ -284,18 +285,23 @@ def test_an_onnx_run_that_names_no_other_files_is_resumed_on_trust_alone(here: P
 def test_a_worker_with_other_files_is_refused(model: str, here: Path, digits: Any) -> None:
     """What a worker says of its pipeline, against the driver's, before it is given an image."""
     from certify.cli.load import load_smoothed
+    from certify.cli.option_groups import ComputeOptions, ModelOptions, NoiseOptions
     from certify.cluster.compatibility import other_weights
 
     named = dict(zip(model.split()[::2], model.split()[1::2], strict=True))
-    o = {"model": named["--model"], "denoiser": named.get("--denoiser", "none"), "sigma": 0.25, "probe_size": (1, 8, 8)}
-    o |= dict.fromkeys(("weights", "input_size", "mean", "std", "num_classes", "batch_size"))
-    o |= {"device": "cpu", "precision": "float32", "compile": "off", "trust_code": False}
-    mine = load_smoothed(o).base.record()
+    load = functools.partial(
+        load_smoothed,
+        ModelOptions(model=named["--model"]),
+        NoiseOptions(sigma=0.25, denoiser=named.get("--denoiser", "none")),
+        ComputeOptions(device="cpu", precision="float32", compile="off"),
+        probe_size=(1, 8, 8),
+    )
+    mine = load().base.record()
     worker = Worker()
-    steps, _ = worker.build(Order(lambda: SmoothedStation(lambda: load_smoothed(o)), str(here)))
+    steps, _ = worker.build(Order(lambda: SmoothedStation(load), str(here)))
     assert other_weights(mine, steps, "the worker on h") == ""
     retrain(1)
-    steps, _ = worker.build(Order(lambda: SmoothedStation(lambda: load_smoothed(o)), str(here)))
+    steps, _ = worker.build(Order(lambda: SmoothedStation(load), str(here)))
     kind, name = "denoiser" if "denoise" in model else "classifier", model.rpartition(" ")[2]
     assert other_weights(mine, steps, "the worker on h") == (
         f"the worker on h gives other answers of {kind} {name} to the same probe images than this driver: "

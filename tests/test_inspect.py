@@ -61,7 +61,7 @@ def test_defences_that_nothing_shows_are_not_built(
         built.append(text)
         return "not needed"
 
-    monkeypatch.setattr("certify.cli.attack_options.build", build)
+    monkeypatch.setattr("certify.cli.attack_context.build", build)
     wanted = ["--model", "digits", "--max", "2", "--attacks", "blind-pgd", "--steps", "1", "--defences", "gs,median"]
     command("inspect", *wanted)
     assert built == ["none"]
@@ -101,13 +101,13 @@ def test_the_command(
 
 def test_images_that_an_attack_left_alone_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     command("inspect", "--model", "digits", "--max", "2", "--attacks", "square", "--eps", "0.001", "--queries", "5")
-    assert "Images that an attack left as they were" in capsys.readouterr().out
+    assert "Images for which an attack found no change that helps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--attacks", "none"], "nothing to look at"),
+        (["--attacks", "none"], "nothing to measure"),
         (["--attacks", "transfer"], "needs surrogates"),
         (["--figure", "noise.txt"], "ending in .png, .svg, .pdf"),
         (["--defences", "gss"], "nearest: gs"),

@@ -57,7 +57,7 @@ def test_trainings_are_drawn_together_and_apart_from_runs(tmp_path, capsys):
 
     for wrong, reason in (
         (str(tmp_path / "run.jsonl"), "is no training, unlike the others"),
-        ("--no-band", "--no-band is for runs of certificates; leave it out for trainings"),
+        ("--no-band", "--no-band applies to runs of certificates; leave it out for trainings"),
     ):
         command("plot", str(one), wrong, "-o", str(figure), code=2)
         assert reason in capsys.readouterr().err

@@ -137,9 +137,12 @@ def test_speeds_show_the_last_of_each_name(tmp_path: Path, drawn: list[Any]) -> 
     ("command", "says"),
     [
         ("run.jsonl --image 1", "run.jsonl holds no image '1'; expected one of its ids, such as "),
-        ("run.jsonl run.jsonl --image 1", "the votes of an image are one run's; name one"),
-        ("run.jsonl --image 1 --samples", "--image and --samples are two pictures"),
-        ("run.jsonl --samples --envelope", "--envelope is for runs of certificates; leave it out for radius against"),
+        ("run.jsonl run.jsonl --image 1", "the votes of an image belong to one run; name one"),
+        ("run.jsonl --image 1 --samples", "--image and --samples are two figures"),
+        (
+            "run.jsonl --samples --envelope",
+            "--envelope applies to runs of certificates; leave it out for radius against",
+        ),
         ("decided.jsonl --samples", "has no votes at a fixed n; expected a run file of `certify --n N`"),
         ("log --samples", "log has no votes at a fixed n; expected a run file of `certify --n N`"),
         ("run.jsonl l1.jsonl --samples", "runs with radii in different norms (l1, l2); show them separately"),

@@ -144,7 +144,7 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path, sent: signal.Signals, code:
     assert process.returncode == code
     (line,) = err.strip().splitlines()
     assert line.startswith("certify: stopped after ")
-    assert line.endswith("the same command goes on from there")
+    assert line.endswith("the same command resumes there")
 
 
 @pytest.mark.parametrize(("option", "value"), [("--n", "3000"), ("--seed", "1"), ("--sigma", "0.5"), ("--max", "5")])

@@ -920,12 +920,12 @@ def test_a_service_in_one_place_needs_no_endpoint(
     wanted: list[Any] = []
 
     @contextlib.contextmanager
-    def opened(found: Any, o: dict[str, Any]) -> Iterator[Any]:
-        wanted.append((found.endpoint, o["timeout"]))
-        yield (lambda asks: None), found
+    def opened(service: Any, *, timeout: float, **_: Any) -> Iterator[Any]:
+        wanted.append((service.endpoint, timeout))
+        yield (lambda request: None), service
 
     monkeypatch.setattr("certify.serve.server.serve", instead)
-    monkeypatch.setattr("certify.cli.serve.open_service", opened)
+    monkeypatch.setattr("certify.blackbox.service_spec.open_sender", opened)
     run("serve", *SERVICE, "--port", "0", "--query-timeout", "7", "--timeout", "90", "--n0", "20", "--n", "100")
     assert wanted == [("https://vision.googleapis.com", 7.0)]
     said = capfd.readouterr().err

@@ -97,7 +97,7 @@ def test_missing_options_are_errors_before_the_images_are_read(
     command = [*UNET, *SHORT, "--objective", "stability", "--sigma", "25", "--out", "d"]
     run(*command, code=2)
     err = capsys.readouterr().err
-    assert "warning: sigma = 25 drowns images in [0, 1]; is it in pixels of 255? that is --sigma 0.098" in err
+    assert "warning: sigma = 25 is very large for images in [0, 1]; did you mean --sigma 0.098 (25/255)?" in err
     assert "--objective stability needs a frozen classifier" in err
 
 
@@ -159,7 +159,7 @@ D = "train --denoiser unet --data digits-train --out d --sigma "
         (D + "1 --option channels=[]", "architecture 'unet': list index out of range; its options"),
         (D + "1 --precision float16 --device cpu", "--precision float16 needs an accelerator"),
         (D + "1 --device tpu", "--device 'tpu' does not exist"),
-        (D + "1 --objective zeroth-order --surrogate digits", "asks the target itself"),
+        (D + "1 --objective zeroth-order --surrogate digits", "queries the target itself"),
         (D.replace("unet", "dncnn") + "1 --objective mse+classes", "needs a U-Net with a bottleneck"),
         ("train --train-classifier digits --sigma 1 --data digits-train --out d --surrogate digits", "belongs to"),
         ("train --train-classifier digits --objective mse --sigma 1 --data digits-train --out d", "classification"),

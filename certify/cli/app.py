@@ -1,4 +1,4 @@
-"""The command's frame: certifying is the default verb, errors are one line, Ctrl-C is not an error."""
+"""The ``certify`` command: verbs and help, exit codes, one-line errors, signals."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+import cloup
 
 from certify import __version__
-from certify.cli import audit, bench, compare, evaluate, info, inspect, options, plot, run, serve, show, train
-from certify.cli import distribute as spread
+from certify.cli import audit, bench, compare, distribute, evaluate, info, inspect, plot, run, serve, show, train
 from certify.cli.console import say, warn
+from certify.cli.options import MAIN
+from certify.cli.parameter_types import TYPED_ARGUMENTS
 from certify.errors import CertifyError, CertifyWarning, UserError
 
 
-class CertifyGroup(click.Group):
+class CertifyGroup(cloup.Group):
     """A group whose default verb is ``run``: ``certify --model ...`` means ``certify run --model ...``."""
 
     default = "run"
@@ -31,8 +33,8 @@ class CertifyGroup(click.Group):
         return {o for p in self.get_params(ctx) for o in (*p.opts, *p.secondary_opts)}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the default verb in front of options that are not the group's own; version and help are words, too."""
-        ctx.meta[options.TYPED] = args
+        """Insert the default verb before options that are not the group's own; accept version and help as verbs."""
+        ctx.meta[TYPED_ARGUMENTS] = args
         _refuse_empty(args)
         if args and (args[0] == "help" or args == ["version"]):
             args = [*args[1:], f"--{args[0]}"]
@@ -42,84 +44,80 @@ class CertifyGroup(click.Group):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
         """Complete the default verb's options too."""
-        found = super().shell_complete(ctx, incomplete)
+        completions = super().shell_complete(ctx, incomplete)
         if incomplete.startswith("-"):
-            found += self.commands[self.default].shell_complete(ctx, incomplete)
-        return found
+            completions += self.commands[self.default].shell_complete(ctx, incomplete)
+        return completions
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of use, not of the alphabet."""
+        """Return the verbs in the order of use."""
         return list(self.commands)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The verbs, then the default verb's options."""
-        super().format_commands(ctx, formatter)
-        rows = [r for p in self.commands[self.default].get_params(ctx) if (r := p.get_help_record(ctx))]
-        with formatter.section("Options of the default command (run)"):
-            formatter.write_dl([r for r in rows if "--help" not in r[0]])
+    def format_params(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the main options of the default verb before the verbs and the group's own options."""
+        default = self.commands[self.default]
+        assert isinstance(default, cloup.Command)
+        (main,) = (group for group in default.option_groups if group.title == MAIN)
+        assert isinstance(formatter, cloup.HelpFormatter)
+        formatter.write_section(
+            cloup.formatting.HelpSection("Main options of certify [run]", main.get_help_records(ctx))
+        )
+        formatter.write("\n")
+        formatter.write_text("`certify run --help` shows all options, `certify COMMAND --help` those of a command.")
+        super().format_params(ctx, formatter)
 
 
 def _refuse_empty(words: list[str]) -> None:
-    """Refuse an empty value, which is mostly a shell variable that is not set and would choose something else."""
+    """Refuse an empty value: usually a shell variable that is not set."""
     for before, word in itertools.pairwise(["an argument", *words]):
         option = before if not word else word[:-1] if word.startswith("--") and word.endswith("=") else ""
         if option and option != "--title":
             raise UserError(f"{option} is empty; write a value, or leave it out (is a shell variable not set?)")
 
 
-@click.group(
+SETTINGS = cloup.Context.settings(
+    help_option_names=["-h", "--help"],
+    max_content_width=110,
+    show_default=True,
+    formatter_settings=cloup.HelpFormatter.settings(
+        col1_max_width=26, theme=cloup.HelpTheme(heading=cloup.Style(bold=True), col1=cloup.Style(fg="cyan"))
+    ),
+)
+
+
+@cloup.group(
     cls=CertifyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
+    context_settings=SETTINGS,
     no_args_is_help=True,
+    sections=[
+        cloup.Section("Certify", [run.run, run.predict, audit.audit, serve.serve]),
+        cloup.Section(
+            "Denoisers and defences", [train.train, evaluate.evaluate_denoiser, compare.compare, inspect.inspect]
+        ),
+        cloup.Section("Results", [plot.plot, show.table, show.recompute, distribute.merge, audit.replay, show.report]),
+        cloup.Section("This machine", [info.list_, info.doctor, bench.bench]),
+    ],
 )
 @click.version_option(__version__, "-V", "--version", prog_name="certify")
 def group() -> None:
     """Certified robustness of a frozen image classifier, by (denoised) randomized smoothing.
 
     \b
-      certify --model digits --sigma 0.25             a certificate for each image, a table, a curve
+      certify --model digits --sigma 0.25             a certificate per image, a table, a curve
       certify --model resnet50 --sigma 0.25 --data D  your classifier on your images
-      certify ... --radius 0.25                       yes or no at a radius, with as few samples as it takes
-      certify ... --cluster auto                      the same on all devices of a cluster (or --shard, and merge)
+      certify ... --radius 0.25                       robust at this radius? with few samples
+      certify ... --cluster auto                      on all devices of a cluster
       certify plot RUN... -o curve.png                certified accuracy over radius
       certify table RUN... --radii 0,0.25,0.5         the same in numbers
-      certify table RUN --simultaneous                what holds for all images at once
-      certify train --denoiser unet --sigma 0.25 ...  a denoiser to put in front of it
-      certify evaluate-denoiser --denoiser D ...      its PSNR, SSIM, accuracy, and a picture
-      certify compare --model M --defences D,...      defences under attacks, beside certificates
-      certify audit --endpoint URL --protocol P ...   certify a service that can only be asked
-      certify serve --model M --sigma 0.25 ...        a server that answers with certificates
 
     sigma and radii are in pixels of images scaled to [0, 1].
     """  # noqa: D301
 
 
-for _command in (
-    run.run,
-    run.predict,
-    train.train,
-    evaluate.evaluate_denoiser,
-    compare.compare,
-    inspect.inspect,
-    plot.plot,
-    show.table,
-    show.recompute,
-    spread.merge,
-    show.report,
-    audit.audit,
-    audit.replay,
-    serve.serve,
-    bench.bench,
-    info.list_,
-    info.doctor,
-):
-    group.add_command(_command)
-
-
 def main(args: list[str] | None = None) -> None:
-    """Run the command and leave the process.
+    """Run the command and exit the process.
 
-    0 done, 1 a fault on the way, 2 the user's mistake, 130 stopped by Ctrl-C, 143 by SIGTERM (as batch systems do).
+    Exit codes: 0 success, 1 a fault during the work, 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM (as batch systems do).
     """
     terminated: list[int] = []
     try:
@@ -138,12 +136,12 @@ def main(args: list[str] | None = None) -> None:
         _complain("stopped")
         code = 130
     except BrokenPipeError:  # `certify table ... | head`
-        _give_up_stdout()
+        _discard_stdout()
         code = 0
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _give_up_stdout()  # which is where it may have come from; files say their own names
+        _discard_stdout()  # which may be what is full; errors of files name the file
         _complain(f"could not write: {error.strerror}; what was written before is kept")
         code = 1
     if terminated and code:
@@ -153,7 +151,7 @@ def main(args: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Show warnings of this package as one line each; those of others as Python does."""
+    """Show each warning of this package as one line, others as Python does."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", CertifyWarning)
         others = warnings.showwarning
@@ -170,7 +168,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminates_like_ctrl_c(terminated: list[int]) -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does: what was done is concluded; told once, in the process that was told."""
+    """Turn the first SIGTERM into KeyboardInterrupt, so that the work is concluded; only in this process."""
     own = os.getpid()
 
     def stop(number: int, _frame: Any) -> None:
@@ -190,8 +188,8 @@ def _terminates_like_ctrl_c(terminated: list[int]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _give_up_stdout() -> None:
-    """Nothing more can be written there, and python would try once more when it ends."""
+def _discard_stdout() -> None:
+    """Redirect stdout, to which nothing more can be written, and which Python would flush at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,164 +1,215 @@
-"""``certify audit`` and ``certify replay``: a service certified by queries alone, and its ledger read again."""
+"""``certify audit`` and ``certify replay``: certify a black-box API by queries, and recompute it from its ledger."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from certify.cli import options
-from certify.cli.audit_attacks import attack, attack_options, check_attacks, most_queries
-from certify.cli.audit_messages import show_plan, tell_attacks, tell_outcome, tell_replay, warn_of_drift, warn_of_probe
-from certify.cli.console import progress_bar, say, silent, speaker, tell, warn
-from certify.cli.load import check_procedure, chosen_images, denoiser_for, device_from, procedure_from
-from certify.cli.plan import first_shape
-from certify.cli.service_options import (
-    Wanted,
-    as_before,
-    asks_for_metadata,
-    open_service,
-    query_limits,
-    service_options,
-    wanted_service,
+from certify.cli.audit_attacks import AuditAttackOptions, attack_service, check_attacks, most_queries
+from certify.cli.audit_messages import (
+    print_attacks,
+    print_outcome,
+    print_replay,
+    show_plan,
+    warn_of_drift,
+    warn_of_probe,
 )
-from certify.errors import CertifyError, RunFault, Stopped, UserError, first_line
+from certify.cli.console import progress_bar, say, silent, speaker, tell, warn
+from certify.cli.load import denoiser_for, device_from, load_image_set, procedure_from
+from certify.cli.option_groups import (
+    DeviceOptions,
+    ImageOptions,
+    InputOptions,
+    JsonOptions,
+    NoiseOptions,
+    OutputOptions,
+    RecomputeOptions,
+    StatisticsOptions,
+)
+from certify.cli.options import command, command_line, flag, option, overridden
+from certify.cli.parameter_types import Count, Positive
+from certify.cli.plan import first_shape
+from certify.cli.service_options import RequestLimits, ServiceOptions, query_limits, service_from
+from certify.errors import RunFault, UserError, first_line
 
 if TYPE_CHECKING:
     from certify.blackbox.ledger import Ledger
     from certify.blackbox.ledger_contents import LedgerContents
     from certify.blackbox.plan import Audit
+    from certify.blackbox.service_spec import ServiceSpec
     from certify.blackbox.types import Answer, Client
+    from certify.cli.load import AnyProcedure
     from certify.images.dataset import ImageSet
 
-N0, N, N_AT_MOST = 20, 100, 1000
-"""The published protocol for services that cost; and the most samples where images stop by themselves."""
+SEQUENTIAL_N = 1000
+"""Samples per image at most, with --radius and --tolerance."""
 
 
-@click.command(short_help="Certify a service that can only be asked, and write everything down.")
-@service_options
-@options.image_options
-@click.option("--input-size", type=options.Size(), metavar="CxHxW", help="Bring images to this size (default: as is).")
-@options.noise_options
-@options.denoiser
-@options.trust_code
-@click.option("--n0", type=options.Count("a number of samples"), default=N0, help="Selection samples an image.")
-@click.option(
-    "--n",
-    type=options.Count("a number of samples"),
-    default=N,
-    help=f"Estimation samples an image; the most of them with --radius and --tolerance (default there: {N_AT_MOST}).",
-)
-@options.alpha
-@options.bound
-@click.option(
-    "--radius", type=options.Numbers(), help="Only decide at these radii, each image with as few queries as it takes."
-)
-@click.option(
-    "--tolerance", type=options.SHARE, help="Stop each image once its radius is known to this relative tolerance."
-)
-@options.rule
-@click.option(
-    "--budget",
-    type=options.Count("a number of requests", least=0),
-    required=True,
-    help="Requests with a picture that may be sent in all, retries included; never exceeded.",
-)
-@click.option(
-    "--reference",
-    type=click.Choice(["own", "given"]),
-    default="own",
-    help="What is right: the service's own answer to the clean image, or the data's label.",
-)
-@click.option("--labels", metavar="FILE", help="CSV of file,label, for --reference given without class folders.")
-@click.option(
-    "--class-map", metavar="FILE", help="CSV or JSON from the service's labels to classes; other labels are nobody's."
-)
-@click.option(
-    "--repeat-clean",
-    type=options.Count("repetitions", least=0),
-    default=3,
-    help="How often one clean image is asked about again at the start.",
-)
-@click.option(
-    "--price-per-1000", type=options.Positive("a price above 0"), help="Of 1,000 requests, to say what it costs."
-)
-@attack_options
-@options.seed("all noise; secret if an adversary may choose images")
-@click.option(
-    "--device", default="auto", help="Device of noise and denoiser: cpu, cuda, cuda:1, mps; auto takes an accelerator."
-)
-@options.trust_identity
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is sent.")
-@click.option("--out", metavar="DIR", required=True, help="Folder of the audit; the same command goes on in it.")
-@options.as_json("the table")
-@options.quiet
-def audit(**o: Any) -> None:
-    """Certify a service by queries alone: its own function, behind noise and perhaps a denoiser.
+@dataclass(frozen=True, kw_only=True)
+class AuditServiceOptions(ServiceOptions):
+    """The service, and limits on its requests."""
 
-    Every query counts against --budget each time it is sent, and is written into OUT/ledger.jsonl before; every answer
-    before it is used: nothing that was paid for is lost or asked twice. A query without an answer is a failed trial.
-    First comes the plan; --dry-run stops there. The certificates are in OUT/run.jsonl, the report in OUT/report.html;
-    `certify replay OUT` computes them again from the answers there. With --defences the service is then attacked by
-    queries too, out of the same budget (OUT/comparison.jsonl).
+    protocol: str = overridden(ServiceOptions, "protocol", required=True)
+    concurrency: int = option(type=Count("requests at a time"), default=4, help="Maximum number of requests in flight.")
+    timeout: float = option(
+        type=Positive("seconds above 0"),
+        default=60.0,
+        help="Seconds per request; for rekognition, seconds to connect and seconds without a byte.",
+    )
+    budget: int = option(
+        type=Count("a number of requests", least=0),
+        required=True,
+        help="Maximum number of requests with an image in total, retries included; never exceeded.",
+    )
+    price_per_1000: float | None = option(
+        type=Positive("a price above 0"), help="Price of 1,000 requests, to state the cost."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditNoiseOptions(NoiseOptions):
+    """Smoothing distribution, denoiser and seed."""
+
+    trust_code: bool = overridden(InputOptions, "trust_code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditImageOptions(ImageOptions):
+    """Images and reference labels."""
+
+    input_size: tuple[int, int, int] | None = overridden(
+        InputOptions, "input_size", help="Resize images to this size (default: as they are)."
+    )
+    reference: str = option(
+        type=click.Choice(["own", "given"]),
+        default="own",
+        help="Reference label: the service's own answer to the clean image, or the data's label.",
+    )
+    labels: str | None = option(metavar="FILE", help="CSV of file,label, for --reference given without class folders.")
+    class_map: str | None = option(
+        metavar="FILE", help="CSV or JSON that maps the service's labels to classes; other labels count for none."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditStatistics(StatisticsOptions):
+    """The question about each image, and the determinism probe."""
+
+    n0: int = overridden(StatisticsOptions, "n0", default=20)
+    n: int = overridden(
+        StatisticsOptions,
+        "n",
+        default=100,
+        help="Noise samples per image used to estimate the class probability; the maximum with --radius and "
+        f"--tolerance (default there: {SEQUENTIAL_N}).",
+    )
+    repeat_clean: int = option(
+        type=Count("repetitions", least=0),
+        default=3,
+        help="Repeated queries of one clean image at the start, which show whether the service is deterministic.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOutput(OutputOptions):
+    """Folder of the audit and terminal output."""
+
+    out: str = overridden(
+        OutputOptions,
+        "out",
+        required=True,
+        metavar="DIR",
+        help="Folder of the audit; the same command resumes an unfinished one.",
+    )
+    dry_run: bool = flag(help="Print the plan and stop; nothing is sent.")
+
+
+@dataclass(frozen=True)
+class AuditRequest:
+    """Everything that the options of an audit say."""
+
+    service: AuditServiceOptions
+    images: AuditImageOptions
+    noise: AuditNoiseOptions
+    procedure: AnyProcedure
+    repeat_clean: int
+    attacks: AuditAttackOptions
+    compute: DeviceOptions
+    output: AuditOutput
+
+
+@command(
+    "Certify a black-box API by queries; every reply is logged.",
+    main=("endpoint", "protocol", "extra", "api_key_env", "data", "sigma", "budget", "out"),
+)
+def audit(
+    service: AuditServiceOptions,
+    images: AuditImageOptions,
+    noise: AuditNoiseOptions,
+    statistics: AuditStatistics,
+    attacks: AuditAttackOptions,
+    compute: DeviceOptions,
+    output: AuditOutput,
+) -> None:
+    """Certify a black-box API by queries: the API as a function, behind noise and perhaps a denoiser.
+
+    Each request counts against --budget and is written to OUT/ledger.jsonl before it is sent; each reply before it is
+    used, so nothing that was paid for is lost or sent twice. A query without an answer is a failed trial. The plan
+    comes first; --dry-run stops there. Certificates are in OUT/run.jsonl, the report in OUT/report.html; `certify
+    replay OUT` recomputes the certificates from the logged replies. With --defences, the service is then attacked by
+    queries within the same budget (OUT/comparison.jsonl).
     """
     from certify.blackbox.ledger_contents import read_header
+    from certify.blackbox.service_spec import open_sender
 
-    if Path(o["out"]).exists() and not Path(o["out"]).is_dir():
-        raise UserError(f"--out {o['out']}: it is a file; expected a folder for the audit")
-    for name in ("radius", "tolerance"):
-        if o[name] is not None and not options.given_by_user("n"):
-            o["n"] = N_AT_MOST
-    check_procedure(o)
-    check_attacks(o)
-    wanted = wanted_service(o)
-    if o["data"] is None:
+    if Path(output.out).exists() and not Path(output.out).is_dir():
+        raise UserError(f"--out {output.out}: it is a file; expected a folder for the audit")
+    procedure = procedure_from(statistics, SEQUENTIAL_N)
+    check_attacks(attacks)
+    spec = service_from(service)
+    if images.data is None:
         raise UserError("--data is missing: expected images, such as a folder, a .zip or an .npz")
-    wanted = as_before(wanted, read_header(Path(o["out"]) / "ledger.jsonl"))
-    speak = speaker(quiet=o["quiet"] or o["as_json"])
-    if o["dry_run"]:
-        job, plan = _planned(o, wanted)
-        show_plan(job, plan, speak)
-        _compare_with_folder(job, o, speak)
-        if asks_for_metadata(wanted):
-            speak("metadata   one request asks the model what it takes, before the first query and beside the budget")
-        tell(json.dumps({"plan": plan}) if o["as_json"] else "dry run: nothing was sent")
+    spec = spec.as_recorded(read_header(Path(output.out) / "ledger.jsonl"))
+    show = speaker(quiet=output.quiet or output.as_json)
+    request = AuditRequest(service, images, noise, procedure, statistics.repeat_clean, attacks, compute, output)
+    if output.dry_run:
+        job, plan = _plan_audit(request, spec)
+        show_plan(job, plan, show)
+        _check_folder(job, request, show)
+        if spec.needs_metadata:
+            show("metadata   one request for the model's metadata, before the first query and not counted")
+        tell(json.dumps({"plan": plan}) if output.as_json else "dry run: nothing was sent")
         return
-    with open_service(wanted, o) as (send, known):
-        job, plan = _planned(o, known)
-        show_plan(job, plan, speak)
+    with open_sender(spec, insecure=service.insecure, timeout=service.timeout, connections=service.concurrency + 1) as (
+        send,
+        spec,
+    ):
+        job, plan = _plan_audit(request, spec)
+        show_plan(job, plan, show)
 
         @contextlib.contextmanager
-        def asking(ledger: Ledger, budget: int) -> Iterator[Client]:
+        def open_client(ledger: Ledger, budget: int) -> Iterator[Client]:
             from certify.blackbox.client.query_client import QueryClient
 
-            yield QueryClient(send, known.format, ledger, budget=budget, limits=query_limits(o), tell=say)
+            limits = query_limits(service, RequestLimits(service.concurrency, service.timeout))
+            yield QueryClient(send, spec.format, ledger, budget=budget, limits=limits, tell=say)
 
-        about = _work(o, job, plan, asking, known, speak)
-    tell_outcome(job.folder, about, as_json=o["as_json"])
-    if o["defences"] is not None and not o["as_json"]:
-        tell_attacks(job.folder)
-
-
-def _compare_with_folder(job: Audit, o: dict[str, Any], say: Callable[[str], None]) -> None:
-    """What a dry run can say of an audit that it would go on with, or why it could not."""
-    from certify.blackbox.ledger_contents import read_ledger
-    from certify.blackbox.plan import header_there, make_header
-    from certify.blackbox.results import LEDGER
-
-    header_there(job, make_header(job, data=o["data"], denoiser=o["denoiser"], command=""))
-    job.check_denoiser()
-    if (job.folder / LEDGER).exists():
-        say(f"ledger     {job.folder / LEDGER}: {read_ledger(job.folder / LEDGER).spent:,} requests are spent already")
+        about = _run(request, job, plan, open_client, spec, show)
+    warn_of_drift(about)
+    print_outcome(job.folder, about, as_json=output.as_json)
+    if attacks.defences is not None and not output.as_json:
+        print_attacks(job.folder)
 
 
-def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
-    """Everything that is known before anything is asked."""
+def _plan_audit(request: AuditRequest, spec: ServiceSpec) -> tuple[Audit, Mapping[str, Any]]:
+    """Load images and denoiser; return the audit and its plan, before any query."""
     import torch
 
     from certify.blackbox.label_index import read_class_map
@@ -167,120 +218,145 @@ def _planned(o: dict[str, Any], wanted: Wanted) -> tuple[Audit, dict[str, Any]]:
     from certify.runs.config import Settings
     from certify.smoothing.noise import make_noise
 
-    images = chosen_images({**o, "labels": "none", "class_map": None}, View.at(o["input_size"]))
-    class_map = read_class_map(o["class_map"]) if o["class_map"] else None
-    device = torch.device(device_from(o["device"]))
+    service, noise, data = request.service, request.noise, request.images
+    images = load_image_set(data, View.at(data.input_size))
+    class_map = read_class_map(data.class_map) if data.class_map else None
+    device = torch.device(device_from(request.compute.device))
     denoiser = None
-    if o["denoiser"] != "none":
-        denoiser = denoiser_for(o["denoiser"], o["sigma"], first_shape(images), trust_code=o["trust_code"]).eval()
-    form = wanted.format
-    service = Service(wanted.endpoint, form.name, form.about, str(form.about.get("encoding", "png")), o["input_size"])
-    service.probe_size = o["input_size"] or first_shape(images)
+    if noise.denoiser != "none":
+        denoiser = denoiser_for(noise.denoiser, noise.sigma, first_shape(images), trust_code=noise.trust_code).eval()
+    form = spec.format
+    target = Service(spec.endpoint, form.name, form.about, str(form.about.get("encoding", "png")), data.input_size)
+    target.probe_size = data.input_size or first_shape(images)
+    settings = {
+        "sigma": noise.sigma,
+        "seed": noise.seed,
+        "retries": service.retries,
+        "timeout": service.timeout,
+        "repeat_clean": request.repeat_clean,
+        "input_size": data.input_size,
+        "sdk": service.sdk,
+    }
     job = Audit(
-        Path(o["out"]),
-        service,
+        Path(request.output.out),
+        target,
         images,
-        Settings(procedure_from("certify", o), o["seed"]),
-        make_noise(o["noise"], o["sigma"], rounded=o["rounded"]),
-        o["budget"],
+        Settings(request.procedure, noise.seed),
+        make_noise(noise.noise, noise.sigma, rounded=noise.rounded),
+        service.budget,
         denoiser,
-        _given(o, images, class_map),
+        _reference_labels(data, images, class_map),
         class_map,
-        o["repeat_clean"],
-        o["concurrency"],
-        {"settings": {k: o[k] for k in ("sigma", "seed", "retries", "timeout", "repeat_clean", "input_size", "sdk")}},
+        request.repeat_clean,
+        service.concurrency,
+        {"settings": settings},
         device,
-        o["trust_identity"],
+        request.output.trust_identity,
     )
-    return job, plan(job, price=o["price_per_1000"], rate=o["rate"], attacks=most_queries(o, len(images)))
+    attack_queries = most_queries(request.attacks, len(images))
+    return job, plan(job, price=service.price_per_1000, rate=service.rate, attacks=attack_queries)
 
 
-def _given(o: dict[str, Any], images: ImageSet, class_map: Mapping[str, str] | None) -> dict[str, str] | None:
-    """The data's label of each image, by id; None where the service's own answers are the reference."""
+def _check_folder(job: Audit, request: AuditRequest, show: Callable[[str], None]) -> None:
+    """For a dry run: refuse a folder that belongs to another audit, and show what was spent in it."""
+    from certify.blackbox.ledger_contents import read_ledger
+    from certify.blackbox.plan import header_there, make_header
+    from certify.blackbox.results import LEDGER
+
+    header_there(job, make_header(job, data=str(request.images.data), denoiser=request.noise.denoiser, command=""))
+    job.check_denoiser()
+    if (job.folder / LEDGER).exists():
+        spent = read_ledger(job.folder / LEDGER).spent
+        show(f"ledger     {job.folder / LEDGER}: {spent:,} requests are spent already")
+
+
+def _reference_labels(
+    data: AuditImageOptions, images: ImageSet, class_map: Mapping[str, str] | None
+) -> dict[str, str] | None:
+    """Return the data's label of each image by id; None where the service's own answers are the reference.
+
+    Raises:
+        UserError: an image without a label, or a label that the class map does not have.
+    """
     from certify.models.labels import match_labels
 
-    if o["reference"] == "own":
-        if o["labels"]:
+    if data.reference == "own":
+        if data.labels:
             raise UserError("--labels without --reference given: the service's own answers are the labels")
         return None
     ids = [item.id for item in images.items]
-    if o["labels"]:
-        found, _ = match_labels(o["labels"], ids)
+    if data.labels:
+        labels, _ = match_labels(data.labels, ids)
     else:
-        found = {item.id: item.name for item in images.items if item.name is not None}
-    without = [i for i in ids if i not in found]
+        labels = {item.id: item.name for item in images.items if item.name is not None}
+    without = [i for i in ids if i not in labels]
     if without:
         raise UserError(f"--reference given: no label for {without[0]!r}; pass --labels FILE with lines file,label")
     classes = sorted(set((class_map or {}).values()))
-    strange = sorted(set(found.values()).difference(classes)) if class_map else []
-    if strange:
-        there = ", ".join(map(repr, classes[:3]))
+    unknown = sorted(set(labels.values()).difference(classes)) if class_map else []
+    if unknown:
+        known = ", ".join(map(repr, classes[:3]))
         raise UserError(
-            f"--class-map has no class {strange[0]!r}, a label of the data; add it to those it has: {there}"
+            f"--class-map has no class {unknown[0]!r}, a label of the data; add it to those it has: {known}"
         )
-    return found
+    return labels
 
 
-def _work(
-    o: dict[str, Any],
+def _run(
+    request: AuditRequest,
     job: Audit,
-    plan: dict[str, Any],
-    asking: Callable[[Ledger, int], contextlib.AbstractContextManager[Client]],
-    wanted: Wanted,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Ask, conclude and report, whatever ends the asking."""
-    from certify.blackbox.audit_loop import Patient, drive
+    plan: Mapping[str, Any],
+    open_client: Callable[[Ledger, int], contextlib.AbstractContextManager[Client]],
+    spec: ServiceSpec,
+    show: Callable[[str], None],
+) -> Mapping[str, Any]:
+    """Run the audit with a progress bar and warnings."""
+    from certify.blackbox.audit import run_audit
+    from certify.blackbox.audit_loop import Patient
     from certify.blackbox.client.credentials import redactor_for
     from certify.blackbox.determinism import probes
-    from certify.blackbox.ledger import Ledger
-    from certify.blackbox.ledger_contents import ledger_header
-    from certify.blackbox.plan import make_header, prepare
-    from certify.blackbox.remote_classifier import LedgerBudgetSpent, ServiceSilent
-    from certify.blackbox.results import LEDGER, SPENT, STOPPED, conclude
 
-    command, redactor = options.command_line(), redactor_for(wanted.credential)
-    command = command if redactor is None else redactor.text(command)
-    head = ledger_header(wanted.endpoint, wanted.format, encoding=job.service.encoding)
-    path = job.folder / LEDGER
-    with Ledger(path, head) as ledger:  # first of all: another process at work here must not be written over
-        header, about = prepare(job, make_header(job, data=o["data"], denoiser=o["denoiser"], command=command), plan)
-        status, reason = STOPPED, "the command was stopped"
+    typed, redactor = command_line(), redactor_for(spec.credential)
+    typed = typed if redactor is None else redactor.text(typed)
+    quiet = show is silent
+    with progress_bar(len(job.images), "images", hidden=quiet) as bar:
 
-        def probed(answers: Mapping[str, Answer]) -> None:
-            warn_of_probe(probes(answers, job.class_map))
+        def attack(client: Client, answers: Mapping[str, Answer]) -> None:
+            bar.close()
+            attack_service(
+                request.attacks,
+                job,
+                Patient(client),
+                answers,
+                data=str(request.images.data),
+                seed=request.noise.seed,
+                alpha=request.procedure.alpha,
+                trust_code=request.noise.trust_code,
+                trust_identity=request.output.trust_identity,
+                quiet=quiet,
+                command=typed,
+            )
 
-        try:
-            with progress_bar(len(job.images), "images", hidden=say is silent) as bar:
-                say(f"ledger     {path}: {ledger.spent:,} of {job.budget:,} requests are spent")
-                opened = functools.partial(asking, ledger)
-                ended = drive(job, header, about, opened, progress=bar.update, probed=probed)
-                bar.close()
-                if o["defences"] is not None:
-                    with asking(ledger, job.budget) as ask:
-                        attack(o, job, Patient(ask), ledger.contents.answers, say is silent, command)
-                status, reason = ended, ""
-        except LedgerBudgetSpent:
-            status, reason = SPENT, ""
-        except ServiceSilent as error:
-            reason = str(error)
-            raise RunFault(reason) from None
-        except KeyboardInterrupt:
-            raise Stopped(f"stopped; every answer is kept in {path}, the same command goes on from there") from None
-        except CertifyError as error:
-            reason = str(error)
-            raise
-        finally:
-            log = ledger.contents
-            sent = log.spent, log.queries
-            about = conclude(job.folder, header, about, log.answers, status=status, reason=reason, sent=sent)
-            _report(job.folder, log)
-    warn_of_drift(about)
-    return about
+        return run_audit(
+            job,
+            plan,
+            spec,
+            open_client,
+            data=str(request.images.data),
+            denoiser=request.noise.denoiser,
+            command=typed,
+            opened=lambda ledger: show(
+                f"ledger     {ledger.path}: {ledger.spent:,} of {job.budget:,} requests are spent"
+            ),
+            progress=bar.update,
+            probed=lambda answers: warn_of_probe(probes(answers, job.class_map)),
+            attack=attack if request.attacks.defences is not None else None,
+            report=_write_report,
+        )
 
 
-def _report(folder: Path, ledger: LedgerContents) -> None:
-    """The page; whatever keeps it from being made must not take with it what was paid for."""
+def _write_report(folder: Path, ledger: LedgerContents) -> None:
+    """Write the report; an error in it must not lose the results of the audit."""
     from analysis.report.page import write_report
 
     try:
@@ -289,30 +365,37 @@ def _report(folder: Path, ledger: LedgerContents) -> None:
         warn(f"no report: {type(error).__name__}: {first_line(error)}; `certify report {folder}` tries again")
 
 
-@click.command(short_help="Compute an audit's certificates again, from the answers in its folder.")
-@click.argument("folder", metavar="RUN")
-@options.alpha_and_bound("the audit's")
-@click.option("--out", metavar="FILE", help="Also write the certificates as a run file (.jsonl).")
-@options.as_json("the table")
-def replay(folder: str, alpha: float | None, bound: str | None, out: str | None, as_json: bool) -> None:
-    """Compute an audit's certificates again: no data, no model, no service.
+@dataclass(frozen=True, kw_only=True)
+class ReplayOutput(JsonOptions):
+    """Where the certificates go."""
 
-    Says whether they equal those of RUN/run.jsonl. With another --alpha or --bound the same answers are counted anew;
-    an image that had stopped by itself is settled with the answers that there are, or is undecided.
+    out: str | None = option(metavar="FILE", help="Also write the certificates as a run file (.jsonl).")
+
+
+@command("Recompute an audit's certificates from its logged replies.")
+@click.argument("folder", metavar="RUN")
+def replay(folder: str, options: RecomputeOptions, output: ReplayOutput) -> None:
+    """Recompute an audit's certificates from the replies in its ledger: no data, no model, no service.
+
+    States whether they equal those of RUN/run.jsonl. With another --alpha or --bound, the same replies are evaluated
+    anew; an image of a sequential test is then settled by the replies that exist, or is undecided.
     """
-    from certify.blackbox.replay import replay as read_again
+    from certify.blackbox.replay import replay as recompute
     from certify.runs.run_file import new_run_file, write_derived
 
-    target = None if out is None else new_run_file(out)
-    found = read_again(folder, alpha=alpha, bound=bound, command=options.command_line(), warn=warn)
+    target = None if output.out is None else new_run_file(output.out)
+    replayed = recompute(folder, alpha=options.alpha, bound=options.bound, command=command_line(), warn=warn)
     if target is not None:
-        found = dataclasses.replace(found, run=write_derived(target, found.run.header, found.run.images))
-    if as_json:
-        tell(json.dumps({"header": found.run.header, "images": found.run.images, "differing": found.differing}))
+        run = write_derived(target, replayed.run.header, replayed.run.images)
+        replayed = dataclasses.replace(replayed, run=run)
+    if output.as_json:
+        run = replayed.run
+        tell(json.dumps({"header": run.header, "images": run.images, "differing": replayed.differing}))
     else:
-        tell_replay(found, anew=alpha is not None or bound is not None)
-    if found.differing:
+        print_replay(replayed, anew=options.alpha is not None or options.bound is not None)
+    if replayed.differing:
         raise RunFault(
-            f"{len(found.differing)} of {len(found.run.images)} certificates differ from the run file's; first: "
-            f"{found.differing[0]}: run.jsonl or ledger.jsonl was changed, or an audit was killed: its command goes on"
+            f"{len(replayed.differing)} of {len(replayed.run.images)} certificates differ from the run file's; first: "
+            f"{replayed.differing[0]}: run.jsonl or ledger.jsonl was changed, or an audit was killed: its command "
+            "resumes it"
         )

@@ -1,94 +1,141 @@
-"""``certify audit --defences``: attacks by queries on the service, out of the same budget, into a comparison file."""
+"""``certify audit --defences``: query attacks on the service, within the same budget, into a comparison file."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from certify.cli import options
-from certify.cli.attack_options import build, check_names, distance_options, listed, one_size
+from certify.cli.attack_context import build, check_defence_names, one_size, split_names
 from certify.cli.console import progress_bar
+from certify.cli.option_groups import AttackOptions
+from certify.cli.options import option, overridden, refuse_given
 from certify.errors import UserError
 
 if TYPE_CHECKING:
+    from analysis.comparison.runner import Plan
     from certify.blackbox.plan import Audit
     from certify.blackbox.remote_classifier import RemoteClassifier
     from certify.blackbox.types import Answer, Client
     from certify.images.dataset import ImageSet
 
 COMPARISON = "comparison.jsonl"
-
-attack_options = options.together(
-    click.option("--defences", help="Also attack the service behind these: NAME:KEY=VALUE:..., `none` among them."),
-    click.option("--attacks", default="hopskipjump", help="With --defences: hopskipjump (labels), square (scores)."),
-    distance_options,
-    click.option(
-        "--queries", type=options.Count("queries"), default=200, help="Queries of an attack for an image, at most."
-    ),
-)
+_REPEATS = 5  # answers of a random defence per image
 
 
-def check_attacks(o: dict[str, Any]) -> None:
-    """Refuse what cannot work before anything is asked."""
-    if o["defences"] is None:
+@dataclass(frozen=True, kw_only=True)
+class AuditAttackOptions(AttackOptions):
+    """Attacks on the service by queries."""
+
+    defences: str | None = option(
+        help="Also attack the service behind these defences: NAME:KEY=VALUE:..., separated by commas; none is the "
+        "service alone."
+    )
+    attacks: str = overridden(
+        AttackOptions,
+        "attacks",
+        default="hopskipjump",
+        help="Attacks for --defences: hopskipjump (labels), square (scores).",
+    )
+    queries: int = overridden(AttackOptions, "queries", default=200)
+
+
+def check_attacks(options: AuditAttackOptions) -> None:
+    """Refuse attacks that cannot work on a service, before any query.
+
+    Raises:
+        UserError: an unknown name, an attack that needs more than queries, or options without --defences.
+    """
+    if options.defences is None:
         without = "without --defences: there is nothing to attack; add --defences none"
-        options.refuse_given(("attacks", "eps", "norm", "queries"), without)
+        refuse_given(("attacks", "eps", "norm", "queries"), without)
         return
     from analysis.attacks import check_attacks as check
     from analysis.attacks import find_attack
 
-    check_names(listed("--defences", o["defences"]))
-    names = listed("--attacks", o["attacks"])
-    check(names, norm=o["norm"])
-    blocked = [name for name in names if not find_attack(name, o["norm"]).asks]
+    check_defence_names(split_names("--defences", options.defences))
+    names = split_names("--attacks", options.attacks)
+    check(names, norm=options.norm)
+    blocked = [name for name in names if not find_attack(name, options.norm).asks]
     if blocked:
-        raise UserError(f"--attacks {blocked[0]}: it needs gradients or surrogates; a service can only be asked")
+        raise UserError(
+            f"--attacks {blocked[0]}: it needs gradients or surrogates; expected an attack that needs queries alone "
+            "(hopskipjump, square)"
+        )
 
 
-def most_queries(o: dict[str, Any], images: int) -> int:
-    """What attacks ask at most, if every defence passes an image once."""
-    if o["defences"] is None:
+def most_queries(options: AuditAttackOptions, images: int) -> int:
+    """Return the maximum number of queries of the attacks, if every defence passes an image once."""
+    if options.defences is None:
         return 0
-    defences, attacks = len(listed("--defences", o["defences"])), len(listed("--attacks", o["attacks"]))
-    each = attacks * ((1 + defences) * o["queries"] + 2 * defences) + 2 * defences
-    return int(images * each)
+    defences, attacks = (
+        len(split_names("--defences", options.defences)),
+        len(split_names("--attacks", options.attacks)),
+    )
+    return images * (attacks * ((1 + defences) * options.queries + 2 * defences) + 2 * defences)
 
 
-def attack(
-    o: dict[str, Any], job: Audit, asking: Client, answers: Mapping[str, Answer], quiet: bool, command: str
+def attack_service(
+    options: AuditAttackOptions,
+    job: Audit,
+    client: Client,
+    answers: Mapping[str, Answer],
+    *,
+    data: str,
+    seed: int,
+    alpha: float,
+    trust_code: bool,
+    trust_identity: bool,
+    quiet: bool,
+    command: str,
 ) -> Path:
-    """Attack whatever was not attacked yet; the comparison file.
+    """Attack the images that were not attacked yet.
+
+    Args:
+        options: attacks and defences.
+        job: the audit.
+        client: sends queries, within the audit's budget.
+        answers: recorded so far, by query name.
+        data: name of the images, for the record.
+        seed: of everything random.
+        alpha: recorded with the comparison.
+        trust_code: run code in model files.
+        trust_identity: resume a file that cannot show that the defences are still the same.
+        quiet: show no progress.
+        command: for the record.
+
+    Returns:
+        The comparison file.
 
     Raises:
-        LedgerBudgetSpent: the budget does not cover it; outcomes that are finished are in the file.
+        LedgerBudgetSpent: the budget is spent; finished outcomes are in the file.
         UserError: nothing to attack, or images of several sizes.
     """
     from analysis.comparison.runner import check_defences, compare, make_header
     from certify.runs.run_file import RunFile
     from denoisers.defences import undefended
 
-    classifier, images = _target(job, asking, answers)
-    service: Any = classifier  # a classifier to those who only ask
-    defences = {text: build(text, service, trust_code=o["trust_code"]) for text in listed("--defences", o["defences"])}
-    plan = _plan(o)
+    classifier, images = _target(job, client, answers)
+    service: Any = classifier  # a classifier to attacks that need queries alone
+    names = split_names("--defences", options.defences or "")
+    defences = {name: build(name, service, trust_code=trust_code) for name in names}
+    plan = _plan(options, seed, alpha)
     check_defences(defences, images, plan)
-    header = make_header(plan, defences, images, model=classifier.name, data=o["data"], command=command)
-    craft = _crafter(o, service, {id(defence): text for text, defence in defences.items()})
+    header = make_header(plan, defences, images, model=classifier.name, data=data, command=command)
+    craft = _crafter(options, seed, service, {id(defence): text for text, defence in defences.items()})
     path = job.folder / COMPARISON
     with (
-        RunFile(path, header, trust_identity=o["trust_identity"]) as file,
+        RunFile(path, header, trust_identity=trust_identity) as file,
         progress_bar(header["expected"], "outcomes", hidden=quiet) as bar,
     ):
         compare(defences, undefended(service), images, plan, file, craft, bar.update)
     return path
 
 
-def _target(job: Audit, asking: Client, answers: Mapping[str, Answer]) -> tuple[RemoteClassifier, ImageSet]:
-    """The service with the classes that its own answers name, and the images whose reference label is one of them."""
+def _target(job: Audit, client: Client, answers: Mapping[str, Answer]) -> tuple[RemoteClassifier, ImageSet]:
+    """Return the service as a classifier of the classes it has returned, and the images labelled with one of them."""
     from certify.blackbox.answer_rows import clean_answer
     from certify.blackbox.label_index import Vocabulary
     from certify.blackbox.remote_classifier import RemoteClassifier
@@ -112,41 +159,42 @@ def _target(job: Audit, asking: Client, answers: Mapping[str, Answer]) -> tuple[
             sizes.add(tuple(job.load(index).shape))
     size = one_size("--defences: the images with an answer", sizes)
     classifier = RemoteClassifier(
-        asking, vocabulary.names, size, job.service.describe, class_map=job.class_map, scored=scored
+        client, vocabulary.names, size, job.service.describe, class_map=job.class_map, scored=scored
     )
     own_input = dataclasses.replace(job.images.input, size=classifier.input.size)
     return classifier, dataclasses.replace(job.images, items=kept, labels=labels, input=own_input)
 
 
-def _plan(o: dict[str, Any]) -> Any:
+def _plan(options: AuditAttackOptions, seed: int, alpha: float) -> Plan:
     from analysis.comparison.results import Condition
     from analysis.comparison.runner import CLEAN, RANDOM, Plan
 
-    attacks = listed("--attacks", o["attacks"])
+    attacks = split_names("--attacks", options.attacks)
     conditions = [CLEAN, RANDOM, *(Condition(name, group) for group in ("blind", "adaptive") for name in attacks)]
-    eps, text = o["eps"]
-    settings = {"eps_text": text, "queries": o["queries"], "steps": 0, "eot": 1, "surrogates": []}
-    return Plan(conditions, eps, o["norm"], 5, o["seed"], 0, o["alpha"], settings)
+    settings = {"eps_text": options.eps.text, "queries": options.queries, "steps": 0, "eot": 1, "surrogates": []}
+    return Plan(conditions, options.eps.value, options.norm, _REPEATS, seed, 0, alpha, settings)
 
 
-def _crafter(o: dict[str, Any], classifier: Any, names: Mapping[int, str]) -> Any:
-    """Attacks image by image, so that their queries bear the image's name; ``names`` are the defences' by identity."""
+def _crafter(options: AuditAttackOptions, seed: int, classifier: Any, names: Mapping[int, str]) -> Any:
+    """Attack image by image, so that queries carry the image's id; ``names`` are those of the defences, by identity."""
     import torch
 
     from analysis.attacks import crafter
     from analysis.comparison.runner import Proposed
 
-    craft = crafter(classifier, eps=o["eps"][0], norm=o["norm"], queries=o["queries"], steps=1, eot=1, seed=o["seed"])
+    craft = crafter(
+        classifier, eps=options.eps.value, norm=options.norm, queries=options.queries, steps=1, eot=1, seed=seed
+    )
 
     def one_by_one(condition: Any, target: Any, images: Any, labels: Any, ids: Any) -> Proposed:
-        found = []
+        proposed = []
         for i, name in enumerate(ids):
             classifier.begin(name, f"attack {condition.name} {names.get(id(target), 'none')}")
             try:
-                found.append(craft(condition, target, images[i : i + 1], labels[i : i + 1], [name]))
+                proposed.append(craft(condition, target, images[i : i + 1], labels[i : i + 1], [name]))
             finally:
                 classifier.end()
-        moved = torch.cat([one.images for one in found])
-        return Proposed(moved, [n for one in found for n in one.queries], [n for one in found for n in one.notes])
+        moved = torch.cat([one.images for one in proposed])
+        return Proposed(moved, [n for one in proposed for n in one.queries], [n for one in proposed for n in one.notes])
 
     return one_by_one

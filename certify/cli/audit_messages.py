@@ -1,4 +1,4 @@
-"""An audit in words: the plan before it, warnings, and what came out."""
+"""Terminal output of an audit: plan, warnings and results."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """What will be asked, what that can prove, what it costs and how long it takes."""
+    """Show what will be queried, what it can certify, its cost and its duration."""
     procedure, noise = audit.settings.procedure, audit.noise
     early = procedure.sequential
     options = ", ".join(f"{k}={v}" for k, v in audit.service.options.items() if v not in ("", None, False))
     say(f"service    {audit.service.endpoint}: {audit.service.protocol} ({options})")
-    size = "x".join(map(str, audit.service.size)) if audit.service.size else "as it is"
+    size = "x".join(map(str, audit.service.size)) if audit.service.size else "unchanged"
     count = f"{len(audit.images):,} of {audit.images.available:,}"
     say(f"images     {audit.images.name}: {count}, size {size}{audit.images.omissions}")
     behind = "" if audit.denoiser is None else "then the denoiser, "
@@ -44,50 +44,50 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
         if not plan["covers"] and not early:
             warn(
                 f"--budget {audit.budget} finishes no image: one takes {plan['least']:,} requests, probes included; "
-                "what is asked now is kept, and a larger --budget goes on in the same folder"
+                "replies are kept, and a larger --budget resumes in the same folder"
             )
     else:
         say(f"budget     {audit.budget:,} requests, never exceeded")
     if plan["cost"] is not None:
         say(
-            f"cost       {most}{plan['cost']:.2f} without retries, {plan['cost_most']:.2f} if they take up the budget; "
+            f"cost       {most}{plan['cost']:.2f} without retries, {plan['cost_most']:.2f} if they use up the budget; "
             f"at {plan['price_per_1000']:g} per 1,000 requests"
         )
     if plan["seconds"] is None:
-        say(f"time       as fast as it answers, {plan['concurrency']} at a time (--rate limits it)")
+        say(f"time       limited by the service, {plan['concurrency']} requests in flight (--rate limits them)")
     else:
         long = "at most about" if early else "at least"
-        say(f"time       {long} {clock(plan['seconds'])} without retries, at {plan['rate']:g} requests a second")
+        say(f"time       {long} {clock(plan['seconds'])} without retries, at {plan['rate']:g} requests per second")
 
 
 def warn_of_probe(probes: Sequence[Probed]) -> None:
-    """Whether the service is a fixed function, as soon as that is known."""
+    """Warn if the determinism probe shows a service that is not deterministic."""
     for probe in probes:
         if len(probe.labels) > 1:
             answers = ", ".join(f"{label} {count} times" for label, count in probe.labels.items())
             warn(
-                f"NO FIXED FUNCTION: asked about the same image {probe.id} again and again, the service answered "
-                f"{answers}. A certificate presupposes a fixed function; these do not hold for a service that changes"
+                f"NON-DETERMINISTIC: repeated queries of image {probe.id} returned different labels: {answers}. "
+                "A certificate presupposes a fixed function; these do not hold for this service"
             )
         elif probe.spread:
-            warn(f"the scores of one image vary by {probe.spread:.3g} between answers; its label did not")
+            warn(f"the scores of one image vary by {probe.spread:.3g} between repeated queries; its label does not")
 
 
 def warn_of_drift(about: Mapping[str, Any]) -> None:
-    """Whether it still is the function that it was."""
+    """Warn if the service changed during the audit."""
     from certify.blackbox.determinism import Drifted
 
     compared = [one for one in (Drifted(**d) for d in about["drift"]) if one.compared]
     changed = [one.id for one in compared if one.changed]
     if changed:
         warn(
-            f"DRIFT: at the end the service answered otherwise about {len(changed)} of {len(compared)} clean "
-            f"images ({', '.join(changed[:3])}); the certificates are about no one function"
+            f"DRIFT: at the end the service returned other labels for {len(changed)} of {len(compared)} clean "
+            f"images ({', '.join(changed[:3])}); the certificates do not hold for any single function"
         )
 
 
-def tell_outcome(folder: Path, about: Mapping[str, Any], *, as_json: bool) -> None:
-    """The table, the counts, and where everything is."""
+def print_outcome(folder: Path, about: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the table, the counts and the paths, or one JSON object."""
     from certify.runs.run_file import read_run
 
     run = read_run(folder / "run.jsonl", allow_partial=True)
@@ -95,64 +95,64 @@ def tell_outcome(folder: Path, about: Mapping[str, Any], *, as_json: bool) -> No
         tell(json.dumps({"folder": str(folder), "audit": about, "images": run.images}))
         return
     tell(_table(run))
-    asked, plan = about["asked"], about["plan"]
-    failed = sum(asked["failures"].values())
+    queried, plan = about["asked"], about["plan"]
+    failed = sum(queried["failures"].values())
     tell(
-        f"requests           {asked['requests']:,} of a budget of {plan['budget']:,}: {asked['retries']:,} of them "
+        f"requests           {queried['requests']:,} of a budget of {plan['budget']:,}: {queried['retries']:,} of them "
         f"retries; {failed:,} queries failed"
     )
-    if asked["cost"] is not None:
-        tell(f"cost               {asked['cost']:.2f}, at {plan['price_per_1000']:g} per 1,000 requests")
-    if asked["seconds"]:
-        times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in asked["seconds"].items())
-        tell(f"answers after      {times}")
+    if queried["cost"] is not None:
+        tell(f"cost               {queried['cost']:.2f}, at {plan['price_per_1000']:g} per 1,000 requests")
+    if queried["seconds"]:
+        times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in queried["seconds"].items())
+        tell(f"response times     {times}")
     outside = sum(row.get("outside", 0) for row in run.usable)
     if outside:
-        tell(f"not in the answer  {outside:,} noisy copies: none of their labels is in the class map")
-    tell(f"fixed function     {_fixed(about)}")
+        tell(f"outside class map  {outside:,} noisy copies without a label of the class map")
+    tell(f"deterministic      {_determinism(about)}")
     if about["status"] != "finished":
-        tell(f"unfinished         {about['status']}: a larger --budget goes on in the same folder")
-    tell(f"\nrun file   {folder / 'run.jsonl'}\nreport     {folder / 'report.html'}\nagain      {about['replay']}")
+        tell(f"unfinished         {about['status']}: a larger --budget resumes in the same folder")
+    tell(f"\nrun file   {folder / 'run.jsonl'}\nreport     {folder / 'report.html'}\nreplay     {about['replay']}")
 
 
-def tell_attacks(folder: Path) -> None:
-    """The table of the attacks, as far as they came."""
+def print_attacks(folder: Path) -> None:
+    """Print the table of the attacks, if any were run."""
     from analysis.comparison.tables import tabulate_comparison
     from analysis.runs import read_comparison
     from certify.cli.audit_attacks import COMPARISON
 
     if (folder / COMPARISON).is_file():
-        found = read_comparison(folder / COMPARISON)
-        tell(f"\n{tabulate_comparison(found, 'text')}\n\nattacks    {folder / COMPARISON}")
+        comparison = read_comparison(folder / COMPARISON)
+        tell(f"\n{tabulate_comparison(comparison, 'text')}\n\nattacks    {folder / COMPARISON}")
 
 
-def _fixed(about: Mapping[str, Any]) -> str:
-    """What probe and drift check found, in one line."""
+def _determinism(about: Mapping[str, Any]) -> str:
+    """Return the results of determinism probe and drift check in one line."""
     from certify.blackbox.determinism import Drifted, Probed
 
     probes, drifts = [Probed(**d) for d in about["determinism"]], [Drifted(**d) for d in about["drift"]]
     again = sum(sum(probe.labels.values()) for probe in probes)
     agree = all(len(probe.labels) == 1 for probe in probes)
-    first = f"{again} answers about one clean image {'agree' if agree else 'DIFFER'}" if probes else "not probed"
+    first = f"{again} queries of one clean image {'agree' if agree else 'DIFFER'}" if probes else "not probed"
     drift = [one for one in drifts if one.compared]
     moved = sum(one.changed for one in drift)
     if not drift:
-        return f"{first}; not asked again at the end"
-    return f"{first}; asked again at the end, {len(drift) - moved} of {len(drift)} clean images have the same answer"
+        return f"{first}; no check at the end"
+    return f"{first}; at the end {len(drift) - moved} of {len(drift)} clean images have the same label"
 
 
-def tell_replay(found: Replayed, *, anew: bool) -> None:
-    """The table, and whether it is the run file's."""
-    tell(_table(found.run))
+def print_replay(replayed: Replayed, *, anew: bool) -> None:
+    """Print the table, and whether it equals that of the run file."""
+    tell(_table(replayed.run))
     if anew:
-        header = found.run.header
-        tell(f"from the ledger's answers, at alpha = {exact(header['alpha'])}, {header['bound']}")
-    elif not found.differing:
-        tell(f"equal: all {len(found.run.images)} certificates are those of {found.run.path}")
+        header = replayed.run.header
+        tell(f"recomputed from the ledger at alpha = {exact(header['alpha'])}, {header['bound']}")
+    elif not replayed.differing:
+        tell(f"equal: all {len(replayed.run.images)} certificates are those of {replayed.run.path}")
 
 
 def _table(run: Run) -> str:
-    """Certified accuracy over radius, or what there is."""
+    """Return the table of certified accuracy over radius."""
     from analysis.curves import curves
     from analysis.tables import one_run
 
@@ -160,16 +160,16 @@ def _table(run: Run) -> str:
     lines = [title(run)]
     left = int(header["expected"]) - len(rows)
     if left:
-        lines.append(f"{left:,} images are left out: not asked about, unfinished, or without a reference label")
+        lines.append(f"{left:,} images are left out: not queried, unfinished, or without a reference label")
     if not rows:
         return "\n".join(lines)
-    (found,) = curves([run])
-    lines += ["", one_run(found, table_radii(run)), ""]
-    right = "the service's own answer" if header["reference"]["labels"] == "service" else "the given label"
-    lines.append(f"right is           {right}")
+    (curve,) = curves([run])
+    lines += ["", one_run(curve, table_radii(run)), ""]
+    reference = "the service's own answer" if header["reference"]["labels"] == "service" else "the given label"
+    lines.append(f"reference label    {reference}")
     lines.append(f"abstained          {sum(row['prediction'] < 0 for row in rows):,} of {len(rows):,}")
     queries = sum(row["queries"] for row in rows)
     lines.append(
-        f"queries an image   {queries / len(rows):.1f} on average, {max(row['queries'] for row in rows):,} at most"
+        f"queries per image  {queries / len(rows):.1f} on average, {max(row['queries'] for row in rows):,} at most"
     )
     return "\n".join(lines)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from certify.cli import options
-from certify.cli.attack_options import Scene, attack_options, attacks_wanted, set_scene
+from certify.cli.attack_context import AttackContext, attack_names, load_attack_context
 from certify.cli.console import progress_bar, say, speaker, tell
+from certify.cli.option_groups import (
+    TABLE_FORMATS,
+    DataOptions,
+    GradientAttackOptions,
+    ModelOptions,
+    OutputOptions,
+    SampleOptions,
+)
+from certify.cli.options import Options, command, command_line, option, overridden
 from certify.cli.output_files import output_path, stoppable
+from certify.cli.parameter_types import Count
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,144 +31,179 @@ if TYPE_CHECKING:
 DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
 
 
-@click.command(short_help="Compare defences under attacks and beside certificates.")
-@options.classifier_options
-@options.data_options
-@click.option(
-    "--defences",
-    default=DEFENCES_BY_DEFAULT,
-    help="NAME:KEY=VALUE:..., separated by commas (`certify list defences`, `denoisers`).",
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions(Options):
+    """Defences and how they are compared."""
+
+    section = "Defences"
+
+    defences: str = option(
+        default=DEFENCES_BY_DEFAULT,
+        help="NAME:KEY=VALUE:..., separated by commas (`certify list defences`, `certify list denoisers`).",
+    )
+    group: str = option(
+        type=click.Choice(["both", "blind", "adaptive"]),
+        default="both",
+        help="Attack the classifier alone (blind), the whole defence (adaptive), or both; adaptive queries take the "
+        "defence's time.",
+    )
+    repeats: int = option(type=Count("repeats"), default=5, help="Answers of a random defence per image.")
+    eot: int = option(
+        type=Count("draws"),
+        default=10,
+        help="Forward passes per gradient of adaptive-pgd (EOT), where a defence is random.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifiedColumn(Options):
+    """Sampling for the certified column."""
+
+    section = "Statistics"
+
+    certify_n: int = option(
+        type=Count("samples", least=0),
+        default=1000,
+        help="Maximum number of noise samples per image for the certified column; 0 leaves the column out.",
+    )
+    alpha: float = overridden(SampleOptions, "alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOutput(OutputOptions):
+    """File of the outcomes, table and figure."""
+
+    out: str | None = overridden(OutputOptions, "out", help="File of outcomes (.jsonl), or a folder (default: runs/).")
+    style: str = option("--format", type=TABLE_FORMATS, default="text", help="Format of the table.")
+    figure: str | None = option(metavar="FILE", help="Figure to write: .png, .svg or .pdf.")
+    quiet: bool = overridden(OutputOptions, "quiet", help="Print no progress on stderr.")
+
+
+@command(
+    "Compare defences under attacks and beside certificates.",
+    main=("model", "data", "max_images", "defences", "attacks", "eps", "norm", "out"),
 )
-@attack_options
-@click.option(
-    "--group",
-    type=click.Choice(["both", "blind", "adaptive"]),
-    default="both",
-    help="Run attacks blind, on whole defences, or both where they can be: adaptive queries cost the defence's time.",
-)
-@click.option("--repeats", type=options.Count("repeats"), default=5, help="Answers of a random defence.")
-@click.option(
-    "--eot",
-    type=options.Count("draws"),
-    default=10,
-    help="Passes a gradient of adaptive-pgd, where a defence is random.",
-)
-@click.option(
-    "--certify-n",
-    type=options.Count("samples", least=0),
-    default=1000,
-    help="Samples an image for the certified column, at most; 0: no such column.",
-)
-@options.alpha
-@click.option("--out", metavar="PATH", help="File of the outcomes (.jsonl), or a folder for it (default: runs/).")
-@options.trust_identity
-@click.option(
-    "--format",
-    "style",
-    type=click.Choice(["text", "markdown", "latex", "csv"]),
-    default="text",
-    help="Form of the table.",
-)
-@click.option("--figure", metavar="FILE", help="Picture to write: .png, .svg or .pdf.")
-@options.as_json("the table")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def compare(**o: Any) -> None:
+def compare(
+    model: ModelOptions,
+    data: DataOptions,
+    defences: ComparisonOptions,
+    attack: GradientAttackOptions,
+    certified: CertifiedColumn,
+    output: ComparisonOutput,
+) -> None:
     """Compare defences of a frozen classifier on the same images.
 
     One table: accuracy on clean images, under random noise of the same size, under attacks that do not know the
-    purifier (blind), under attacks on the whole defended classifier (adaptive), and the certified share for denoised
-    smoothing. An accuracy under attack is what this attack left, not a guarantee; only the certified column is one.
-    The same command goes on where it stopped; `certify table` and `certify plot` show the file again.
+    defence (blind), under attacks on the whole defended classifier (adaptive), and certified accuracy for denoised
+    smoothing. Accuracy under an attack is an upper bound on robust accuracy; only the certified column is a guarantee.
+
+    The same command resumes an interrupted comparison; `certify table` and `certify plot` show its file again.
     """
-    if o["figure"]:
+    if output.figure:
         from analysis.figures import check_format
 
-        check_format(o["figure"])
-    path = _work(o)
+        check_format(output.figure)
+    path = _run_comparison(model, data, defences, attack, certified, output)
     from analysis.comparison.tables import records, tabulate_comparison
     from analysis.runs import read_comparison
 
-    found = read_comparison(path)
-    if o["as_json"]:
-        tell(json.dumps({"run_file": str(path), "results": records(found)}))
+    comparison = read_comparison(path)
+    if output.as_json:
+        tell(json.dumps({"run_file": str(path), "results": records(comparison)}))
     else:
-        tell(tabulate_comparison(found, o["style"]))
-    found.require_sound()
-    if o["figure"]:
+        tell(tabulate_comparison(comparison, output.style))
+    comparison.require_sound()
+    if output.figure:
         from analysis.comparison.plot import draw_comparison
 
-        draw_comparison(found, o["figure"])
-        if not o["as_json"]:
-            say(f"wrote {o['figure']}")
+        draw_comparison(comparison, output.figure)
+        if not output.as_json:
+            say(f"wrote {output.figure}")
 
 
-def _work(o: dict[str, Any]) -> Path:
-    """Build, compare, and say where the outcomes are."""
+def _run_comparison(
+    model: ModelOptions,
+    data: DataOptions,
+    options: ComparisonOptions,
+    attack: GradientAttackOptions,
+    certified: CertifiedColumn,
+    output: ComparisonOutput,
+) -> Path:
+    """Run or resume the comparison; return the file of its outcomes."""
     from analysis.comparison.runner import check_defences, make_header
     from analysis.comparison.runner import compare as run_all
     from certify.runs.run_file import RunFile
     from denoisers.defences import undefended
 
-    _check_groups(o)
-    scene = set_scene(o, digits=50, eot=o["eot"])
-    plan = _plan(o, scene)
-    bare = undefended(scene.classifier)
-    check_defences({"": bare, **scene.defences}, scene.images, plan)
-    header = make_header(
-        plan, scene.defences, scene.images, model=o["model"], data=o["data"], command=options.command_line()
-    )
-    path = output_path(o["out"], _words(header), header)
-    quiet = o["quiet"] or o["as_json"]
-    with RunFile(path, header, trust_identity=o["trust_identity"]) as file:
-        there = f": {len(file.done):,} of {header['expected']:,} outcomes are there already" if file.resumed else ""
-        speaker(quiet=quiet)(f"outcomes   {path}{there}")
+    groups = _check_groups(options.group, attack_names(attack.attacks))
+    quiet = output.quiet or output.as_json
+    context = load_attack_context(model, data, attack, options.defences, demo_images=50, eot=options.eot, quiet=quiet)
+    plan = _plan(groups, options, attack, certified, context)
+    bare = undefended(context.classifier)
+    check_defences({"": bare, **context.defences}, context.images, plan)
+    source = data.data or "digits"
+    header = make_header(plan, context.defences, context.images, model=model.model, data=source, command=command_line())
+    path = output_path(output.out, _file_words(header), header)
+    with RunFile(path, header, trust_identity=output.trust_identity) as file:
+        present = f": {len(file.done):,} of {header['expected']:,} outcomes are there already" if file.resumed else ""
+        speaker(quiet=quiet)(f"outcomes   {path}{present}")
         with (
             progress_bar(header["expected"], "outcomes", hidden=quiet) as bar,
             stoppable(file, header["expected"], "outcomes"),
         ):
-            run_all(scene.defences, bare, scene.images, plan, file, scene.craft, bar.update)
+            run_all(context.defences, bare, context.images, plan, file, context.craft, bar.update)
     return path
 
 
-def _groups(o: dict[str, Any]) -> tuple[str, ...]:
-    from analysis.attacks import BOTH
+def _check_groups(group: str, attacks: list[str]) -> tuple[str, ...]:
+    """Return the groups of conditions; refuse attacks that belong to none of them, before anything is loaded."""
+    from analysis.attacks import BOTH, find_attack
 
-    return BOTH if o["group"] == "both" else (o["group"],)
-
-
-def _check_groups(o: dict[str, Any]) -> None:
-    """Refuse attacks that ``--group`` leaves nothing to do, before anything is loaded."""
-    from analysis.attacks import find_attack
-
-    for name in attacks_wanted(o):
-        groups = find_attack(name).groups
-        if not set(_groups(o)) & set(groups):
-            raise UserError(f"--group {o['group']}: attack {name} is {groups[0]} only; leave it or --group out")
+    groups = BOTH if group == "both" else (group,)
+    for name in attacks:
+        possible = find_attack(name).groups
+        if not set(groups) & set(possible):
+            raise UserError(f"--group {group}: attack {name} is {possible[0]} only; leave it or --group out")
+    return groups
 
 
-def _plan(o: dict[str, Any], scene: Scene) -> Plan:
+def _plan(
+    groups: tuple[str, ...],
+    options: ComparisonOptions,
+    attack: GradientAttackOptions,
+    certified: CertifiedColumn,
+    context: AttackContext,
+) -> Plan:
     from analysis.attacks import find_attack
     from analysis.comparison.results import Condition
     from analysis.comparison.runner import CLEAN, RANDOM, SMOOTHING, Plan, applies
 
     conditions = [CLEAN, RANDOM]
-    for group in _groups(o):
-        conditions += [Condition(name, group) for name in scene.attacks if group in find_attack(name).groups]
-    if o["certify_n"] and any(applies(d, SMOOTHING) for d in scene.defences.values()):
+    for group in groups:
+        conditions += [Condition(name, group) for name in context.attacks if group in find_attack(name).groups]
+    if certified.certify_n and any(applies(d, SMOOTHING) for d in context.defences.values()):
         conditions.append(SMOOTHING)
-    eps, text = o["eps"]
     settings = {
-        "eps_text": text,
-        "queries": o["queries"],
-        "steps": o["steps"],
-        "eot": o["eot"],
-        "surrogates": [s.identity() for s in scene.surrogates],
+        "eps_text": attack.eps.text,
+        "queries": attack.queries,
+        "steps": attack.steps,
+        "eot": options.eot,
+        "surrogates": [s.identity() for s in context.surrogates],
     }
-    if any(not s.closed for s in scene.surrogates):
-        settings["surrogate_records"] = [s.record() for s in scene.surrogates]
-    return Plan(conditions, eps, o["norm"], o["repeats"], o["seed"], o["certify_n"], o["alpha"], settings)
+    if any(not s.closed for s in context.surrogates):
+        settings["surrogate_records"] = [s.record() for s in context.surrogates]
+    return Plan(
+        conditions,
+        attack.eps.value,
+        attack.norm,
+        options.repeats,
+        attack.seed,
+        certified.certify_n,
+        certified.alpha,
+        settings,
+    )
 
 
-def _words(header: dict[str, Any]) -> list[str]:
-    """What the file is called, where only its folder is named."""
+def _file_words(header: Mapping[str, Any]) -> list[str]:
+    """Return the words of the file's name."""
     return ["compare", Path(header["model"]).stem, Path(header["data"]).stem, header["norm"], header["eps_text"]]

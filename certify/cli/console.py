@@ -1,4 +1,4 @@
-"""Output on the terminal: lines on stderr and stdout without control characters, a progress bar, durations."""
+"""Terminal output: lines on stderr and stdout without control characters, a progress bar, durations."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """Print on stderr; characters that would act on the terminal are shown as escapes."""
+    """Print on stderr; control characters are shown as escapes."""
     click.echo(printable_lines(text), err=True)
 
 
 def tell(text: str) -> None:
-    """Print a result on stdout; characters that would act on the terminal are shown as escapes."""
+    """Print a result on stdout; control characters are shown as escapes."""
     click.echo(printable_lines(text))
 
 
 def silent(text: str) -> None:
-    """In place of :func:`say`: nothing."""
+    """Print nothing, in place of :func:`say`."""
 
 
 def speaker(*, quiet: bool) -> Callable[[str], None]:
-    """:func:`say`, or :func:`silent`."""
+    """Return :func:`say`, or :func:`silent`."""
     return silent if quiet else say
 
 
@@ -41,11 +41,11 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def few_warnings(where: str = "", most: int = 10) -> Iterator[Callable[[str], None]]:
-    """:func:`warn` for images that are left out: the first are named, the others counted at the end of the block.
+    """Yield :func:`warn` for images that are left out: the first are named, the others counted at the end.
 
     Args:
-        where: the end of the sentence about the others: what names them.
-        most: images that are named.
+        where: end of the line about the others, such as a file that lists them.
+        most: number of images named.
     """
     given = 0
 
@@ -62,24 +62,27 @@ def few_warnings(where: str = "", most: int = 10) -> Iterator[Callable[[str], No
             warn(f"{given - most:,} more images are left out{where}")
 
 
-_LARGE = 4.0  # sigma in [0, 1] pixels above which it was hardly meant; Cohen et al. use at most 1
+_LARGE = 4.0  # sigma in [0, 1] pixels above which the unit is in doubt; Cohen et al. use at most 1
 
 
 def warn_of_units(sigma: float) -> None:
-    """A noise level that drowns every image is one of 255."""
+    """Warn of a noise level that is probably meant in pixels of 255."""
     if sigma > _LARGE:
-        warn(f"sigma = {sigma:g} drowns images in [0, 1]; is it in pixels of 255? that is --sigma {sigma / 255:.3g}")
+        warn(
+            f"sigma = {sigma:g} is very large for images in [0, 1]; did you mean "
+            f"--sigma {sigma / 255:.3g} ({sigma:g}/255)?"
+        )
 
 
 def warn_of_precisions(runs: Sequence[Run]) -> None:
-    """Runs that are shown together are compared, and ``auto`` may have chosen otherwise for each."""
-    found = sorted({str(run.header["precision"]) for run in runs if run.header.get("precision")})
-    if len(found) > 1:
-        warn(f"these runs are of classifiers run in {' and '.join(found)}; --precision makes them alike")
+    """Warn if runs that are compared used different precisions, such as those that ``auto`` chose."""
+    precisions = sorted({str(run.header["precision"]) for run in runs if run.header.get("precision")})
+    if len(precisions) > 1:
+        warn(f"these runs used different precisions: {' and '.join(precisions)}; pass the same --precision to all")
 
 
 def clock(seconds: float) -> str:
-    """A duration in the unit a person would use."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     if seconds < 5400:
@@ -88,7 +91,7 @@ def clock(seconds: float) -> str:
 
 
 def progress_bar(total: int, unit: str, *, hidden: bool = False, scaled: bool = False) -> Any:
-    """A tqdm bar on stderr, shown on a terminal only and gone at its end; ``scaled`` writes 12k for 12,000."""
+    """Return a tqdm bar on stderr, on a terminal only; ``scaled`` writes 12k for 12,000."""
     from tqdm import tqdm
 
     return tqdm(total=total, unit=f" {unit}", unit_scale=scaled, disable=hidden or None, leave=False, file=sys.stderr)

@@ -6,42 +6,39 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import click
 
-from certify.cli import options
 from certify.cli.console import warn
 from certify.cli.load import load_smoothed
+from certify.cli.option_groups import (
+    ClusterOptions,
+    ComputeOptions,
+    JsonOptions,
+    ModelOptions,
+    NoiseOptions,
+    RadiiOptions,
+)
+from certify.cli.options import Options, check_radii, command, command_line, option
 from certify.cli.summary import summarise
 from certify.errors import UserError
-from certify.runs.shards import Shard, merge_files
 
 if TYPE_CHECKING:
     from certify.cluster.connect import Address
     from certify.cluster.driver import Crew
     from certify.cluster.worker_engine import SmoothedStation
+    from certify.runs.shards import Shard
     from certify.smoothed_classifier import SmoothedClassifier
-
-spread_options = options.together(
-    click.option(
-        "--cluster",
-        metavar="WHERE",
-        help="Run on the workers of a Ray cluster: local[:K] (K on this machine), auto, or ray://HOST:PORT.",
-    ),
-    click.option(
-        "--shard", metavar="I/N", help="Only part I of N of the images, into a file of its own; then `certify merge`."
-    ),
-)
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Where a run goes.
+class Distribution:
+    """Where a run is computed.
 
     Attributes:
-        shard: the part of it that this command does; None: all.
+        shard: the part of the run that this command processes; None: all of it.
         address: of the cluster; None: this process.
     """
 
@@ -49,32 +46,54 @@ class Spread:
     address: Address | None
 
     def places(self, images: int) -> Sequence[int]:
-        """The images that this command owes."""
+        """Return the indices of the images that this command processes."""
         return range(images) if self.shard is None else self.shard.places(images)
 
     def words(self) -> list[str]:
-        """For the name of the run file."""
+        """Return words for the name of the run file."""
         return [] if self.shard is None else [f"shard{self.shard.index}of{self.shard.of}"]
 
 
-def spread_from(o: dict[str, Any]) -> Spread:
-    """What the options say, refused before anything is loaded where it cannot work."""
-    shard = None if o["shard"] is None else Shard.parse(o["shard"])
-    if o["cluster"] is None:
-        return Spread(shard, None)
+def distribution_from(compute: ClusterOptions) -> Distribution:
+    """Parse --shard and --cluster, and refuse what cannot work before anything is loaded."""
+    from certify.runs.shards import Shard
+
+    shard = None if compute.shard is None else Shard.parse(compute.shard)
+    if compute.cluster is None:
+        return Distribution(shard, None)
     from certify.cluster.connect import Address, require_ray
 
-    address = Address.parse(o["cluster"])
-    if o["device"] not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {o['device']} with --cluster: Ray gives out devices; expected auto, cpu or cuda")
+    address = Address.parse(compute.cluster)
+    if compute.device not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"--device {compute.device} with --cluster: Ray assigns the devices; expected auto, cpu or cuda"
+        )
     require_ray(address)
-    return Spread(shard, address)
+    return Distribution(shard, address)
 
 
 @contextlib.contextmanager
-def crew_for(o: dict[str, Any], spread: Spread, smoothed: SmoothedClassifier, images: int) -> Iterator[Crew | None]:
-    """The workers of the cluster, no more than images; None without a cluster."""
-    if spread.address is None:
+def workers_for(
+    distribution: Distribution,
+    model: ModelOptions,
+    noise: NoiseOptions,
+    compute: ComputeOptions,
+    norm: str | None,
+    smoothed: SmoothedClassifier,
+    images: int,
+) -> Iterator[Crew | None]:
+    """Start the workers of the cluster, no more than images; yield None without a cluster.
+
+    Args:
+        distribution: where the run is computed.
+        model: options from which each worker builds the smoothed classifier; so are the next three.
+        noise: noise and denoiser.
+        compute: device and execution.
+        norm: of the radii.
+        smoothed: the smoothed classifier of this process, for its identity.
+        images: number of images to process.
+    """
+    if distribution.address is None:
         yield None
         return
     import torch
@@ -83,33 +102,39 @@ def crew_for(o: dict[str, Any], spread: Spread, smoothed: SmoothedClassifier, im
     from certify.cluster.driver import Crew
     from certify.cluster.worker import Order
 
-    with connected(
-        spread.address, device=o["device"], gpus=torch.cuda.device_count(), threads=torch.get_num_threads(), most=images
-    ) as slots:
+    address, gpus, threads = distribution.address, torch.cuda.device_count(), torch.get_num_threads()
+    with connected(address, device=compute.device, gpus=gpus, threads=threads, most=images) as slots:
         probe_size = smoothed.classifier.probe_size  # type: ignore[attr-defined]
-        there = {**o, "device": "cuda" if slots[0].gpus else "cpu", "probe_size": probe_size}
-        order = Order(functools.partial(station, there), os.getcwd())
+        on_worker = replace(compute, device="cuda" if slots[0].gpus else "cpu")
+        load = functools.partial(load_smoothed, model, noise, on_worker, norm=norm, probe_size=probe_size)
+        order = Order(functools.partial(worker_engine, load), os.getcwd())
         with contextlib.closing(Crew(slots, order, smoothed.base.record(), warn)) as crew:
             yield crew
 
 
-def station(o: dict[str, Any]) -> SmoothedStation:
-    """What a worker builds: the smoothed classifier that the options name."""
+def worker_engine(load: functools.partial[SmoothedClassifier]) -> SmoothedStation:
+    """Build the engine of a worker, which loads the smoothed classifier itself."""
     from certify.cluster.worker_engine import SmoothedStation
 
-    return SmoothedStation(functools.partial(load_smoothed, o))
+    return SmoothedStation(load)
 
 
-@click.command(short_help="Merge the shards of a run into its file.")
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(Options):
+    """File of the whole run."""
+
+    out: str = option("-o", "--out", required=True, metavar="RUN", help="Run file to write (.jsonl).")
+
+
+@command("Merge the shards of a run into one run file.")
 @click.argument("shards", nargs=-1, required=True, metavar="SHARD...")
-@click.option("-o", "--out", required=True, metavar="RUN", help="Run file to write (.jsonl).")
-@click.option("--radii", type=options.Numbers(), help="Radii of the table (default: round numbers).")
-@options.as_json("the table")
-def merge(shards: tuple[str, ...], out: str, radii: list[float] | None, as_json: bool) -> None:
+def merge(shards: tuple[str, ...], target: MergeOptions, table: RadiiOptions, output: JsonOptions) -> None:
     """Merge the files of all shards of a run (`--shard i/n`) into the file of the whole run, images in their order.
 
-    Shards that overlap, are missing, unfinished or another run's are refused by name. The shards stay.
+    Shards that overlap, are missing, unfinished or belong to another run are refused by name. The shards are kept.
     """
-    options.check_radii(radii)
-    run = merge_files(shards, out, command=options.command_line(), warn=warn)
-    summarise(run, radii, as_json=as_json)
+    from certify.runs.shards import merge_files
+
+    check_radii(table.radii)
+    run = merge_files(shards, target.out, command=command_line(), warn=warn)
+    summarise(run, table.radii, as_json=output.as_json)

@@ -1,164 +1,192 @@
-"""``certify evaluate-denoiser``: what a denoiser makes of noisy images, in numbers and in pictures."""
+"""``certify evaluate-denoiser``: a denoiser's PSNR and SSIM, and a classifier's accuracy behind it, with a figure."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
-
-from certify.cli import options
-from certify.cli.attack_options import readable
+from certify.cli.attack_context import readable_images
 from certify.cli.console import progress_bar, say, tell, warn_of_units
-from certify.cli.load import chosen_images, classifier_from, denoiser_for, device_from
-from certify.cli.output_files import telling_name
+from certify.cli.load import classifier_from, denoiser_for, device_from, load_image_set
+from certify.cli.option_groups import DataOptions, DeviceOptions, JsonOptions, OptionalModelOptions
+from certify.cli.options import Options, command, given_by_user, option, refuse_given
+from certify.cli.output_files import file_name
+from certify.cli.parameter_types import Count, Numbers
 from certify.cli.plan import first_shape, warn_near_chance
 
 if TYPE_CHECKING:
-    from certify.cli.denoiser_quality import Evaluated
+    from certify.cli.denoiser_quality import Evaluation
     from certify.images.dataset import ImageSet
     from certify.models.classifier import Classifier
     from training.evaluate import Outcome
 
-_MOST = 500
+MAX_IMAGES = 500
+"""Images at most, unless --max says otherwise."""
 
 
-@click.command("evaluate-denoiser", short_help="Measure a denoiser: PSNR, SSIM, accuracy behind it, pictures.")
-@click.option("--denoiser", required=True, help="The denoiser: a name (`certify list denoisers`) or a file.")
-@click.option(
-    "--sigma",
-    type=options.Numbers(),
-    required=True,
-    help="Standard deviation of the noise in [0, 1] pixels; several separated by commas.",
+@dataclass(frozen=True, kw_only=True)
+class EvaluationNoise(Options):
+    """Noise levels, denoiser and seed."""
+
+    section = "Noise"
+
+    denoiser: str = option(required=True, help="Denoiser to measure: a name (`certify list denoisers`) or a file.")
+    sigma: list[float] = option(
+        type=Numbers(),
+        required=True,
+        help="Standard deviation of the noise in [0, 1] pixels; several separated by commas.",
+    )
+    seed: int = option(type=Count("a seed", least=0), default=0, help="Seed of all noise.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureOptions(JsonOptions):
+    """The figure, and the form of the result on stdout."""
+
+    pictures: str | None = option(
+        metavar="FILE", help="Figure to write: .png, .svg or .pdf (default: a .png under runs/)."
+    )
+    rows: int = option(
+        "--images", type=Count("how many images to show", least=0), default=8, help="Rows of the figure; 0 draws none."
+    )
+
+
+@command(
+    "Measure a denoiser: PSNR, SSIM, accuracy, figure.",
+    name="evaluate-denoiser",
+    main=("denoiser", "sigma", "data", "max_images", "model", "pictures"),
 )
-@options.model_if_any
-@options.input_options
-@options.data_options
-@options.seed("all noise")
-@options.device
-@click.option("--pictures", metavar="FILE", help="Picture to write: .png, .svg or .pdf (default: a .png under runs/).")
-@click.option(
-    "--images",
-    "rows",
-    type=options.Count("how many images to show", least=0),
-    default=8,
-    help="Rows of the picture; 0 draws none.",
-)
-@options.as_json("the table")
-def evaluate_denoiser(**o: Any) -> None:
-    """Measure a denoiser on images plus Gaussian noise, once for each image: PSNR, SSIM, and a picture.
+def evaluate_denoiser(
+    noise: EvaluationNoise,
+    model: OptionalModelOptions,
+    data: DataOptions,
+    compute: DeviceOptions,
+    output: FigureOptions,
+) -> None:
+    """Measure a denoiser on images plus Gaussian noise, one noise draw per image: PSNR, SSIM, and a figure.
 
-    With --model also how often the classifier is right, and how often it says what it says without noise. Without
-    --model images keep their own size, or take that of --input-size. At most 500 images are taken (--max), spread over
-    the data (or every K-th: --skip). These are empirical figures; certificates come from `certify --denoiser`.
+    With --model also the accuracy, and how often the label is the one without noise. Without --model images keep their
+    own size, or are resized to --input-size. At most 500 images are used (--max), spread over the data (or every K-th:
+    --skip). These are empirical figures; for certificates see `certify --denoiser`.
     """
-    sigmas = _check_first(o)
-    classifier = classifier_from(o["model"], o) if o["model"] else None
-    chosen = _images(o, classifier)
-    images, device = readable(chosen, o), device_from(o["device"])
+    sigmas = _check_options(noise, model, output)
+    classifier = classifier_from(model.model, model) if model.model else None
+    chosen = _choose_images(model, data, classifier, quiet=output.as_json)
+    images = readable_images(chosen, strict=data.strict, quiet=output.as_json)
+    device = device_from(compute.device)
 
     import torch
 
-    from certify.cli.denoiser_quality import Evaluated, as_json, draw, in_words
+    from certify.cli.denoiser_quality import Evaluation, describe, draw, to_json
     from certify.models.pipeline import in_its_words
     from training.evaluate import Example, measure, summarise
 
     if device.startswith("cuda"):  # float32 means float32, as when certifying
         torch.backends.cudnn.allow_tf32 = False
+    size = images.input.size or first_shape(images)
     denoisers = {
-        sigma: denoiser_for(
-            o["denoiser"], sigma, images.input.size or first_shape(images), classifier, trust_code=o["trust_code"]
-        ).to(device)
+        sigma: denoiser_for(noise.denoiser, sigma, size, classifier, trust_code=model.trust_code).to(device)
         for sigma in sigmas
     }
     classifier = classifier.to(device) if classifier is not None else None
-    shown: dict[str, list[Outcome]] = {images.items[i].id: [] for i in _spread(len(images), o["rows"])}
+    shown: dict[str, list[Outcome]] = {images.items[i].id: [] for i in _spread(len(images), output.rows)}
     shapes = set[tuple[int, ...]]()
     reports = []
-    with progress_bar(len(images) * len(sigmas), "images", hidden=o["as_json"]) as bar:
+    with progress_bar(len(images) * len(sigmas), "images", hidden=output.as_json) as bar:
 
-        def watched(sigma: float) -> Iterator[Outcome]:
-            there = (Example(item.id, images.load(i), images.labels[i]) for i, item in enumerate(images.items))
-            for found in measure(denoisers[sigma], there, sigma, classifier=classifier, seed=o["seed"], device=device):
-                if found.example.id in shown:
-                    shown[found.example.id].append(_apart(found))
-                shapes.add(tuple(found.noisy.shape))
+        def outcomes(sigma: float) -> Iterator[Outcome]:
+            examples = (Example(item.id, images.load(i), images.labels[i]) for i, item in enumerate(images.items))
+            for outcome in measure(
+                denoisers[sigma], examples, sigma, classifier=classifier, seed=noise.seed, device=device
+            ):
+                if outcome.example.id in shown:
+                    shown[outcome.example.id].append(_copied(outcome))
+                shapes.add(tuple(outcome.noisy.shape))
                 bar.update()
-                yield found
+                yield outcome
 
         for sigma in sigmas:
-            reports.append(summarise(watched(sigma), sigma, o["seed"]))
+            reports.append(summarise(outcomes(sigma), sigma, noise.seed))
     clean = reports[0].clean_accuracy
     if clean and classifier:
         warn_near_chance(clean.count, clean.total, classifier.num_classes)
-    described = [in_its_words(denoisers[sigma]) for sigma in sigmas]
-    done = Evaluated(o["denoiser"], o["model"], chosen, shapes, reports, described, len(chosen) - len(images))
+    evaluation = Evaluation(
+        noise.denoiser,
+        model.model,
+        chosen,
+        shapes,
+        reports,
+        [in_its_words(denoisers[sigma]) for sigma in sigmas],
+        len(chosen) - len(images),
+    )
     kept = [outcomes for outcomes in shown.values() if outcomes]
-    picture = _picture(o, done) if kept else None
-    tell(json.dumps(as_json(done, picture)) if o["as_json"] else in_words(done))
+    picture = (Path(output.pictures) if output.pictures else _default_figure(evaluation)) if kept else None
+    tell(json.dumps(to_json(evaluation, picture)) if output.as_json else describe(evaluation))
     if picture is not None:
-        draw(done, kept, picture, classifier.class_names if classifier else None)  # last: the numbers are out already
-        if not o["as_json"]:
+        draw(evaluation, kept, picture, classifier.class_names if classifier else None)  # last: the numbers come first
+        if not output.as_json:
             tell(f"\npicture    {picture}")
 
 
-def _check_first(o: dict[str, Any]) -> list[float]:
-    """Everything that can be refused before torch is imported; the noise levels, each once."""
+def _check_options(noise: EvaluationNoise, model: OptionalModelOptions, output: FigureOptions) -> list[float]:
+    """Refuse what can be refused without importing torch; return the noise levels without duplicates."""
     from analysis.figures import check_format
-    from certify.models import resolve as hub
+    from certify.models import resolve
     from certify.smoothing.noise import make_noise
     from denoisers.names import require_trusted
 
-    require_trusted(o["denoiser"], trust_code=o["trust_code"])
-    sigmas = list(dict.fromkeys(o["sigma"]))
+    require_trusted(noise.denoiser, trust_code=model.trust_code)
+    sigmas = list(dict.fromkeys(noise.sigma))
     for sigma in sigmas:
         make_noise("gaussian", sigma)
     warn_of_units(max(sigmas))
-    if o["pictures"] is not None:
-        check_format(o["pictures"])
-    if o["model"]:
-        hub.require_weights(hub.find_source(o["model"], o["weights"]), o["weights"], trust_code=o["trust_code"])
-        return sigmas
-    without = "without --model: there is no classifier it could belong to; add --model NAME"
-    options.refuse_given(("weights", "mean", "std", "num_classes"), without)
+    if output.pictures is not None:
+        check_format(output.pictures)
+    if model.model:
+        source = resolve.find_source(model.model, model.weights)
+        resolve.require_weights(source, model.weights, trust_code=model.trust_code)
+    else:
+        without = "without --model: there is no classifier to apply it to; add --model NAME"
+        refuse_given(("weights", "mean", "std", "num_classes"), without)
     return sigmas
 
 
-def _images(o: dict[str, Any], classifier: Classifier | None) -> ImageSet:
-    """The images that the options choose: without --data those at hand, without --skip spread over the data."""
+def _choose_images(
+    model: OptionalModelOptions, data: DataOptions, classifier: Classifier | None, *, quiet: bool
+) -> ImageSet:
+    """Return the images to measure on: by default the demo images, spread over the data."""
     from certify.images.dataset import View
 
-    if o["data"] is None:
-        o["data"] = "digits" if o["model"] == "digits" else "photos"
-        if not o["as_json"]:
-            which = "the digits held out from training" if o["model"] == "digits" else "scikit-learn's two photographs"
+    if data.data is None:
+        data = dataclasses.replace(data, data="digits" if model.model == "digits" else "photos")
+        if not quiet:
+            which = "the digits held out from training" if data.data == "digits" else "scikit-learn's two photographs"
             say(f"demo       no --data: {which}; pass your own images with --data")
-    most = o["max_images"] or _MOST
     if classifier is None:
-        o["labels"] = "none"
-    found = chosen_images({**o, "max_images": None}, classifier or View.at(o["input_size"]))
-    chosen = range(len(found))[:most] if options.given_by_user("skip") else _spread(len(found), most)
-    return dataclasses.replace(found, items=[found.items[i] for i in chosen], labels=[found.labels[i] for i in chosen])
+        data = dataclasses.replace(data, labels="none")
+    most = data.max_images or MAX_IMAGES
+    images = load_image_set(dataclasses.replace(data, max_images=None), classifier or View.at(model.input_size))
+    chosen = range(len(images))[:most] if given_by_user("skip") else _spread(len(images), most)
+    items, labels = [images.items[i] for i in chosen], [images.labels[i] for i in chosen]
+    return dataclasses.replace(images, items=items, labels=labels)
 
 
 def _spread(total: int, most: int) -> list[int]:
-    """So many indices, evenly."""
+    """Return at most this many indices, evenly spaced."""
     count = min(most, total)
     return [i * total // count for i in range(count)]
 
 
-def _apart(found: Outcome) -> Outcome:
-    """The same in memory of its own, so that its batch can go."""
-    return dataclasses.replace(found, noisy=found.noisy.clone(), denoised=found.denoised.clone())
+def _copied(outcome: Outcome) -> Outcome:
+    """Copy the images, so that the batch they are part of can be freed."""
+    return dataclasses.replace(outcome, noisy=outcome.noisy.clone(), denoised=outcome.denoised.clone())
 
 
-def _picture(o: dict[str, Any], done: Evaluated) -> Path:
-    """Where the picture goes: as named, or a telling name under runs/."""
-    if o["pictures"] is not None:
-        return Path(o["pictures"])
-    levels = "sigma" + "_".join(f"{report.sigma:g}" for report in done.reports)
-    words = ["denoiser", done.denoiser_name, Path(done.images.name).stem, levels]
-    return Path("runs") / f"{telling_name(words)}.png"
+def _default_figure(evaluation: Evaluation) -> Path:
+    levels = "sigma" + "_".join(f"{report.sigma:g}" for report in evaluation.reports)
+    words = ["denoiser", evaluation.denoiser_name, Path(evaluation.images.name).stem, levels]
+    return Path("runs") / f"{file_name(words)}.png"

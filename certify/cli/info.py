@@ -1,4 +1,4 @@
-"""``certify list`` and ``certify doctor``: what there is, and whether it works here."""
+"""``certify list`` and ``certify doctor``: available components, and a self-test of the installation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from certify.cli import options
 from certify.cli.console import tell
+from certify.cli.option_groups import JsonOptions
+from certify.cli.options import command
 from certify.errors import RunFault
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ EXTRAS = {
 
 
 def _registered(where: str) -> Callable[[], Registry]:
-    """Loads the registry ``package.module:NAME`` when it is wanted: some import torch."""
+    """Return a loader of the registry ``package.module:NAME``; some import torch."""
     return functools.partial(pkgutil.resolve_name, where)
 
 
@@ -56,79 +57,79 @@ def _registries() -> dict[str, Callable[[], Registry]]:
 
 
 def _objectives() -> Registry:
-    """What ``certify train --objective`` takes."""
+    """Return the values of ``certify train --objective``."""
     from certify.registry import Registry
     from training.losses import OBJECTIVES, PHASES
 
-    found = Registry("objective")
+    objectives = Registry("objective")
     for name in OBJECTIVES:
-        found.add(name, "", OBJECTIVES.note(name))
+        objectives.add(name, "", OBJECTIVES.note(name))
     for name, parts in PHASES.items():
-        found.add(name, "", f"{parts[0]}, then fine-tuned for {parts[1]}")
-    return found
+        objectives.add(name, "", f"{parts[0]}, then fine-tuned for {parts[1]}")
+    return objectives
 
 
 def _denoisers() -> Registry:
-    """What ``--denoiser`` takes: those without weights, those shipped, and every other form."""
+    """Return the values of ``--denoiser``: denoisers without weights, those shipped, and every other form."""
     from certify.registry import Registry
     from denoisers import DENOISERS
     from denoisers.find import shipped
 
-    found = Registry("denoiser")
+    denoisers = Registry("denoiser")
     for name in DENOISERS:
-        found.add(name, "", DENOISERS.note(name))
+        denoisers.add(name, "", DENOISERS.note(name))
     for name, card in shipped().items():
         size = "x".join(map(str, card.image))
         through = f" through {', '.join(c['name'] for c in card.classifiers)}" if card.classifiers else ""
         use = f", for the defence {card.purifier}" if card.purifier else ""
         levels = f"sigma {card.levels()}" if card.sigmas else "no noise"
-        found.add(name, "", f"{card.architecture} for {size}, {levels}: {card.objective}{through}{use}")
+        denoisers.add(name, "", f"{card.architecture} for {size}, {levels}: {card.objective}{through}{use}")
     for form, note in FORMS.items():
-        found.add(form, "", note)
-    return found
+        denoisers.add(form, "", note)
+    return denoisers
 
 
 FORMS = {
-    "auto": "of the shipped ones the best for images, noise and classifier",
-    "FILE.safetensors": "what `certify train` wrote",
+    "auto": "the best shipped denoiser for these images, noise and classifier",
+    "FILE.safetensors": "weights written by `certify train`",
     "ARCH=CHECKPOINT": "weights without a card: dncnn=FILE, memnet=FILE, ...",
     "FILE.pt": "TorchScript",
     "module:callable": "any Python function or module",
     "deepinv:NAME[=FILE]": "a model of deepinv, such as deepinv:DRUNet (extra: denoisers)",
     "diffusers:FOLDER": "a diffusion model as one-shot denoiser (extra: denoisers)",
 }
-"""What ``--denoiser`` takes besides names."""
+"""Values of ``--denoiser`` besides names."""
 
 
-@click.command("list", short_help="List models, datasets, denoisers, objectives, bounds, ...")
+@command("List models, datasets, denoisers, objectives, ...", name="list")
 @click.argument("kind", required=False)
 @click.argument("pattern", required=False)
 def list_(kind: str | None, pattern: str | None) -> None:
-    """List what there is of a kind: models, datasets, denoisers, architectures, defences, attacks, objectives, ...
+    """List the available components of a KIND: models, datasets, denoisers, architectures, defences, attacks, ...
 
     Without KIND: all kinds with their names. PATTERN filters by part of the name.
     """
     from certify.registry import unknown_name
 
     if kind is None:
-        for name, load in _registries().items():
-            tell(f"{name:<13} {', '.join(load())}")
+        for name, load_registry in _registries().items():
+            tell(f"{name:<13} {', '.join(load_registry())}")
         tell("models        see `certify list models [PATTERN]`")
         return
     if kind in ("models", "model"):
         _list_models(pattern or "")
         return
     registries = _registries()
-    wanted = registries.get(kind) or registries.get(kind + "s")
-    if wanted is None:
+    load = registries.get(kind) or registries.get(kind + "s")
+    if load is None:
         raise unknown_name("kind", kind, ["models", *registries])
-    found = wanted()
-    shown = [name for name in found if (pattern or "") in name]
+    registry = load()
+    shown = [name for name in registry if (pattern or "") in name]
     if pattern and not shown:
-        raise unknown_name(found.kind, pattern, found)
+        raise unknown_name(registry.kind, pattern, registry)
     width = max([20, *map(len, shown)])
     for name in shown:
-        tell(f"{name:<{width}} {found.note(name)}")
+        tell(f"{name:<{width}} {registry.note(name)}")
 
 
 def _list_models(pattern: str) -> None:
@@ -149,10 +150,9 @@ def _list_models(pattern: str) -> None:
         tell(f"{name:<40} {note}")
 
 
-@click.command(short_help="Show versions, devices, extras; test the mathematics.")
-@options.as_json("the text")
-def doctor(as_json: bool) -> None:
-    """Show versions, devices, extras, the model hub, and test the mathematics against known values."""
+@command("Show versions, devices, extras; test the mathematics.")
+def doctor(output: JsonOptions) -> None:
+    """Show versions, devices, extras and the model hub, and test the mathematics against known values."""
     from certify.models import resolve as hub
 
     start = time.perf_counter()
@@ -170,17 +170,17 @@ def doctor(as_json: bool) -> None:
     report["extras"] = {extra: all(_installed(package) for package in packages) for extra, packages in EXTRAS.items()}
     report["checks"] = self_test()
     report["seconds"] = round(time.perf_counter() - start, 1)
-    if as_json:
+    if output.as_json:
         tell(json.dumps(report))
     else:
         _print(report)
     failed = [name for name, passed in report["checks"].items() if not passed]
     if failed:
-        raise RunFault(f"self-test failed: {'; '.join(failed)}; results of this installation cannot be trusted")
+        raise RunFault(f"self-test failed: {'; '.join(failed)}; do not use results of this installation")
 
 
 def _installed(package: str) -> bool:
-    """Whether there is such a package; nothing but the folders around a dotted name is imported."""
+    """Return True if the package is installed; imports nothing but the parents of a dotted name."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:
@@ -189,7 +189,7 @@ def _installed(package: str) -> bool:
 
 def _hub(hub: Any) -> str:
     if hub.offline():
-        return "not asked (HF_HUB_OFFLINE is set)"
+        return "not contacted (HF_HUB_OFFLINE is set)"
     address = hub.hub_address()
     return f"{address} answers" if hub.reachable(address) else f"{address} does not answer; use --weights FILE"
 
@@ -205,7 +205,7 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def self_test() -> dict[str, bool]:
-    """Known values of the mathematics and of the noise, and one certificate of a classifier whose radius is known."""
+    """Check known values of bound, radius and noise, and one certificate of a classifier whose radius is known."""
     import torch
 
     from certify.smoothed_classifier import SmoothedClassifier

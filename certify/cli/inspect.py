@@ -1,132 +1,154 @@
-"""``certify inspect``: what an attack adds to images, and what purifiers hand to the classifier, to look at."""
+"""``certify inspect``: statistics and pictures of adversarial noise, before and after purification."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from certify.cli import options
-from certify.cli.attack_options import Scene, attack_options, check_names, listed, set_scene
+from certify.cli.attack_context import AttackContext, check_defence_names, load_attack_context, split_names
 from certify.cli.console import say, tell
+from certify.cli.option_groups import DataOptions, GradientAttackOptions, JsonOptions, ModelOptions
+from certify.cli.options import Options, command, option
+from certify.cli.parameter_types import Count
 from certify.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from analysis.adversarial_noise import NoiseStatistics
-    from analysis.grid import Row
+    from analysis.grid import Panel, Row
+    from certify.models.defence import Defence
 
 _RANDOM = "random noise"
-_LOW = 0.2210  # cycles a pixel: the edge of the fifth of 16 rings
+_LOW = 0.2210  # cycles per pixel: the edge of the fifth of 16 rings
 
 
-@click.command(short_help="Look at what attacks add, and at what purifiers make of it.")
-@options.classifier_options
-@options.data_options
-@click.option(
-    "--defences",
-    default="gs,median,jpeg",
-    help="Whose purified images --pictures shows, NAME:KEY=VALUE:..., separated by commas.",
+@dataclass(frozen=True, kw_only=True)
+class DefenceOptions(Options):
+    """Purifiers whose images are shown."""
+
+    section = "Defences"
+
+    defences: str = option(
+        default="gs,median,jpeg",
+        help="Purifiers shown by --pictures: NAME:KEY=VALUE:..., separated by commas (`certify list defences`).",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectionOutput(JsonOptions):
+    """Figures to write."""
+
+    figure: str | None = option(
+        metavar="FILE", help="Figure of mean, skewness and spectrum of the noise: .png, .svg or .pdf."
+    )
+    pictures: str | None = option(
+        metavar="FILE", help="Figure of clean, attacked and purified images with labels: .png, .svg or .pdf."
+    )
+    rows: int = option("--images", type=Count("how many images to show"), default=6, help="Rows of --pictures.")
+
+
+@command(
+    "Measure what attacks add and what purifiers remove.",
+    main=("model", "data", "max_images", "attacks", "eps", "norm", "figure", "pictures"),
 )
-@attack_options
-@click.option("--figure", metavar="FILE", help="Mean, skewness and frequencies of the noise: .png, .svg or .pdf.")
-@click.option(
-    "--pictures", metavar="FILE", help="Clean, attacked and purified images, with labels: .png, .svg or .pdf."
-)
-@click.option("--images", "rows", type=options.Count("how many images to show"), default=6, help="Rows of --pictures.")
-@options.as_json("the table")
-def inspect(**o: Any) -> None:
-    """Attack the bare classifier and measure what was added.
+def inspect(
+    model: ModelOptions,
+    data: DataOptions,
+    defences: DefenceOptions,
+    attack: GradientAttackOptions,
+    output: InspectionOutput,
+) -> None:
+    """Attack the classifier without a defence, and measure the noise that the attacks add.
 
-    Smoothing as a defence rests on adversarial noise having nearly zero mean and a symmetric distribution. The table
-    says for each attack, beside random noise of the same size, what they are, and which part of the noise is left after
-    Gaussian smoothing (window 5, deviation 1), beside the part of the images themselves.
+    Smoothing as a defence assumes adversarial noise with nearly zero mean and a symmetric distribution. The table shows
+    both for each attack, next to random noise of the same size, and the fraction of the noise that Gaussian smoothing
+    (window 5, deviation 1) leaves, next to the fraction of the images' own texture.
     """
     from analysis.adversarial_noise import noise_statistics
     from analysis.figures import check_format
 
-    for name in ("figure", "pictures"):
-        if o[name]:
-            check_format(o[name])
-    if not o["pictures"]:  # which alone show defences: others need not be built, only be right
-        check_names(listed("--defences", o["defences"]))
-        o["defences"] = "none"
-    scene = set_scene(o, digits=50)
-    if not scene.attacks:
-        raise UserError("--attacks none: there is nothing to look at; name one or more (`certify list attacks`)")
-    clean, shown = _attacked(o, scene)
-    noises = {name: noise_statistics(images, clean) for name, images in shown.items()}
+    files = [path for path in (output.figure, output.pictures) if path]
+    for path in files:
+        check_format(path)
+    shown_defences = defences.defences
+    if not output.pictures:  # only pictures show defences; without them names are checked and nothing is built
+        check_defence_names(split_names("--defences", shown_defences))
+        shown_defences = "none"
+    context = load_attack_context(model, data, attack, shown_defences, demo_images=50, quiet=output.as_json)
+    if not context.attacks:
+        raise UserError("--attacks none: there is nothing to measure; name one or more (`certify list attacks`)")
+    clean, attacked = _attack_images(attack, context)
+    noises = {name: noise_statistics(images, clean) for name, images in attacked.items()}
     texture = noise_statistics(clean, clean.mean((2, 3), keepdim=True).expand_as(clean))
-    left = {name: _left(images - clean) for name, images in shown.items()}
-    rows = [_line(name, found, left[name]) for name, found in noises.items()]
+    rows = [_line(name, statistics, _left(attacked[name] - clean)) for name, statistics in noises.items()]
     images_left = _median(_left(clean - clean.mean((2, 3), keepdim=True)))
-    if o["as_json"]:
-        about = {"images": len(clean), "norm": o["norm"], "eps": o["eps"][0], "images_left_by_smoothing": images_left}
-        tell(json.dumps({**about, "noises": rows}, allow_nan=False))
+    if output.as_json:
+        about = {"images": len(clean), "norm": attack.norm, "eps": attack.eps.value}
+        result = {**about, "images_left_by_smoothing": images_left, "noises": rows}
+        tell(json.dumps(result, allow_nan=False))
     else:
         tell(_table(rows, len(clean), images_left))
-    title = f"{o['model']} on {scene.images.name}, {len(clean)} images, {o['norm']} {o['eps'][1]}"
-    if o["figure"]:
+    title = f"{model.model} on {context.images.name}, {len(clean)} images, {attack.norm} {attack.eps}"
+    if output.figure:
         from analysis.adversarial_noise import draw_noise
 
-        draw_noise(noises, texture, o["figure"], title=f"what attacks add to images: {title}")
-    if o["pictures"]:
-        _draw(o, scene, clean, shown, title)
-    if not o["as_json"]:
-        for name in ("figure", "pictures"):
-            if o[name]:
-                say(f"wrote {o[name]}")
+        draw_noise(noises, texture, output.figure, title=f"what attacks add to images: {title}")
+    if output.pictures:
+        _draw(context, clean, attacked, output.pictures, rows=output.rows, seed=attack.seed, title=title)
+    if not output.as_json:
+        for path in files:
+            say(f"wrote {path}")
 
 
-def _attacked(o: dict[str, Any], scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clean images, and by name what each attack makes of them; random noise is the first."""
+def _attack_images(attack: GradientAttackOptions, context: AttackContext) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the clean images and, by name, the images of each attack; random noise comes first."""
     import torch
 
     from analysis.comparison.results import Condition
     from analysis.comparison.runner import randomly_moved
     from denoisers.defences import undefended
 
-    ids = [item.id for item in scene.images.items]
-    clean = torch.stack([scene.images.load(i) for i in range(len(ids))])
-    labels = torch.tensor(scene.images.labels)
-    shown = {_RANDOM: randomly_moved(clean, ids, o["eps"][0], o["norm"], o["seed"])}
-    bare = undefended(scene.classifier)
-    for name in scene.attacks:
-        shown[name] = scene.craft(Condition(name, "blind"), bare, clean, labels, ids).images
-    return clean, shown
+    ids = [item.id for item in context.images.items]
+    clean = torch.stack([context.images.load(i) for i in range(len(ids))])
+    labels = torch.tensor(context.images.labels)
+    attacked = {_RANDOM: randomly_moved(clean, ids, attack.eps.value, attack.norm, attack.seed)}
+    bare = undefended(context.classifier)
+    for name in context.attacks:
+        attacked[name] = context.craft(Condition(name, "blind"), bare, clean, labels, ids).images
+    return clean, attacked
 
 
 def _left(noise: Tensor) -> Tensor:
-    """Which part of each noise's length Gaussian smoothing leaves, ``(B,)``; NaN where there is none."""
+    """Return the fraction of each noise's l2 norm left by Gaussian smoothing, ``(B,)``; NaN for zero noise."""
     from denoisers.classical import GaussianSmoothing
 
     smooth = GaussianSmoothing(kernel=5, std=1.0, iterations=1).smooth(noise)
-    found: Tensor = smooth.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
-    return found
+    left: Tensor = smooth.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
+    return left
 
 
-def _line(name: str, found: NoiseStatistics, left: Tensor) -> dict[str, Any]:
-    """Medians over the images that were changed at all."""
-    changed = found.std > 0
+def _line(name: str, statistics: NoiseStatistics, left: Tensor) -> dict[str, Any]:
+    """Return medians over the images that the attack changed."""
+    changed = statistics.std > 0
     if not changed.any():
         return {"noise": name, "changed": 0, **dict.fromkeys(_COLUMNS)}
-    low = (found.power[:, found.frequency <= _LOW].sum(1) / found.power.sum(1))[changed]
+    low = (statistics.power[:, statistics.frequency <= _LOW].sum(1) / statistics.power.sum(1))[changed]
     return {
         "noise": name,
         "changed": int(changed.sum()),
-        "mean": _median(255 * found.mean[changed].abs()),
-        "std": _median(255 * found.std[changed]),
-        "skewness": _median(found.skewness[changed].abs()),
+        "mean": _median(255 * statistics.mean[changed].abs()),
+        "std": _median(255 * statistics.std[changed]),
+        "skewness": _median(statistics.skewness[changed].abs()),
         "low_frequencies": _median(low),
         "left_by_smoothing": _median(left[changed.to(left.device)]),
     }
 
 
 def _median(values: Tensor) -> float | None:
-    """Of those that are numbers, between the middle two of an even number; None, which JSON has, where none is."""
+    """Return the median of the finite values, or None if there are none."""
     known = values[values.isfinite()]
     return float(known.double().quantile(0.5)) if len(known) else None
 
@@ -142,14 +164,14 @@ def _table(rows: list[dict[str, Any]], images: int, images_left: float | None) -
         headers=["noise", "images", *_COLUMNS.values()],
         floatfmt=("", "d", ".2f", ".2f", ".3f", ".2f", ".2f"),
     )
-    share = "an unknown part" if images_left is None else f"{images_left:.2f}"
+    share = "an unknown fraction" if images_left is None else f"{images_left:.2f}"
     below = (
-        f"Medians over the images that were changed, of {images}; mean and std in grey levels of 255.\n"
+        f"Medians over the changed images, of {images}; mean and std in grey levels of 255.\n"
         f"Smoothing (window 5, deviation 1) leaves {share} of the images' own texture.\n"
-        "White noise has 0.15 of its power below 0.22 cycles a pixel; clipping to [0, 1] skews that of dark images."
+        "White noise has 0.15 of its power below 0.22 cycles per pixel; clipping to [0, 1] skews that of dark images."
     )
     if any(row["changed"] < images for row in rows):
-        below += "\nImages that an attack left as they were, as it found nothing better, are not counted."
+        below += "\nImages for which an attack found no change that helps are not counted."
     return f"{text}\n\n{below}"
 
 
@@ -162,29 +184,38 @@ _COLUMNS = {
 }
 
 
-def _draw(o: dict[str, Any], scene: Scene, clean: Tensor, shown: dict[str, Tensor], title: str) -> None:
-    """One image a row: clean, attacked by the first attack, what was added, and what each purifier makes of it."""
+def _draw(
+    context: AttackContext,
+    clean: Tensor,
+    attacked: Mapping[str, Tensor],
+    path: str,
+    *,
+    rows: int,
+    seed: int,
+    title: str,
+) -> None:
+    """Draw one image per row: clean, under the first attack, the noise added, and each purifier's image."""
     from analysis.grid import RIGHT, WRONG, Panel, Row, draw_grid
     from certify.models.defence import Defence
     from certify.models.labels import readable
     from certify.smoothing.rng import block_generator, stream_key
     from denoisers.defences import undefended
 
-    first = scene.attacks[0]
-    defences = {name: found for name, found in scene.defences.items() if isinstance(found, Defence)}
-    bare = undefended(scene.classifier)
-    places = [i * len(clean) // min(o["rows"], len(clean)) for i in range(min(o["rows"], len(clean)))]
-    names = scene.classifier.class_names
+    first = context.attacks[0]
+    defences = {name: defence for name, defence in context.defences.items() if isinstance(defence, Defence)}
+    bare = undefended(context.classifier)
+    places = [i * len(clean) // min(rows, len(clean)) for i in range(min(rows, len(clean)))]
+    names = context.classifier.class_names
 
     def row(i: int) -> Row:
-        truth, image, moved = scene.images.labels[i], clean[i : i + 1], shown[first][i : i + 1]
-        key = stream_key(o["seed"], scene.images.items[i].id, "inspect")
+        truth, image, moved = context.images.labels[i], clean[i : i + 1], attacked[first][i : i + 1]
+        key = stream_key(seed, context.images.items[i].id, "inspect")
 
-        def panel(defence: Defence, given: Tensor) -> Panel:
-            label = int(defence(given, [key]))
-            seen = defence.purify(given, 0, [block_generator(key, 0)] if defence.random else None)
+        def panel(defence: Defence, images: Tensor) -> Panel:
+            label = int(defence(images, [key]))
+            purified = defence.purify(images, 0, [block_generator(key, 0)] if defence.random else None)
             text = readable(names, label) if label >= 0 else "no answer"
-            return Panel(seen[0].clamp(0, 1).numpy(), text, label == truth)
+            return Panel(purified[0].clamp(0, 1).numpy(), text, label == truth)
 
         added = (0.5 + (moved - image)[0] / (2 * (moved - image).abs().max().clamp_min(1e-9))).numpy()
         panels = [panel(bare, image), panel(bare, moved), Panel(added)]
@@ -193,7 +224,7 @@ def _draw(o: dict[str, Any], scene: Scene, clean: Tensor, shown: dict[str, Tenso
 
     columns = ["clean", f"{first}", "added,\nstretched", *(name.replace(":", "\n") for name in defences)]
     caption = (
-        f"Under each image what the classifier calls it: {RIGHT}\u00a0the true class, {WRONG}\u00a0another; behind a "
-        "purifier the answer of the whole defence, of which the picture shows the first pass."
+        f"Under each image the classifier's label: {RIGHT}\u00a0the true class, {WRONG}\u00a0another; behind a "
+        "purifier the label of the whole defence, of which the picture shows the first pass."
     )
-    draw_grid([row(i) for i in places], columns, o["pictures"], title=title, caption=caption, names="true class")
+    draw_grid([row(i) for i in places], columns, path, title=title, caption=caption, names="true class")

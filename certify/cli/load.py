@@ -1,125 +1,171 @@
-"""From the command's options to the objects they name; everything cheap is checked first."""
+"""Options -> the objects they name; what can be checked without importing torch is checked first."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from certify.cli import options
 from certify.cli.console import warn
-from certify.cli.options import check_radii
+from certify.cli.option_groups import (
+    ComputeOptions,
+    DataOptions,
+    DenoiserOptions,
+    ImageOptions,
+    InputOptions,
+    ModelOptions,
+    NoiseOptions,
+    StatisticsOptions,
+)
+from certify.cli.options import check_radii, given_by_user
 from certify.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from certify.images.dataset import ImageSet
+    from certify.images.dataset import ImageSet, View
     from certify.models.classifier import Classifier
     from certify.smoothed_classifier import SmoothedClassifier
-    from certify.smoothing.procedures import Procedure
+    from certify.smoothing.procedures import Certify, Decide, Measure, Predict
+
+    AnyProcedure = Certify | Decide | Measure | Predict
+
+DEMO_SAMPLES = 1000
+"""Samples per image at most, where no --data is given."""
 
 
-def check_first(o: dict[str, Any]) -> None:
-    """Everything that can be refused before torch is imported."""
-    from certify.models import resolve as hub
-    from certify.smoothing.noise import make_noise
+def check_classifier(model: ModelOptions, denoiser: str = "none") -> None:
+    """Refuse a classifier or denoiser that cannot be loaded, without importing torch.
 
-    make_noise(o.get("noise", "gaussian"), o["sigma"], rounded=o.get("rounded", False))
-    check_procedure(o)
-    source = hub.find_source(o["model"], o["weights"])
-    hub.require_weights(source, o["weights"], trust_code=o["trust_code"])
-    if o["denoiser"] != "none":
+    Raises:
+        UserError: no such model or denoiser, no weights, or code that may not be run.
+    """
+    from certify.models import resolve
+
+    source = resolve.find_source(model.model, model.weights)
+    resolve.require_weights(source, model.weights, trust_code=model.trust_code)
+    if denoiser != "none":
         from denoisers.names import require_trusted
 
-        require_trusted(o["denoiser"], trust_code=o["trust_code"])
-    check_radii(o.get("radii"))
+        require_trusted(denoiser, trust_code=model.trust_code)
 
 
-def check_procedure(o: dict[str, Any]) -> None:
-    """Refuse options that contradict each other; a tolerance fixes the bound."""
+def check_noise(noise: DenoiserOptions) -> None:
+    """Refuse a smoothing distribution that does not exist or does not fit its scale."""
+    from certify.smoothing.noise import make_noise
+
+    name, rounded = (noise.noise, noise.rounded) if isinstance(noise, NoiseOptions) else ("gaussian", False)
+    make_noise(name, noise.sigma, rounded=rounded)
+
+
+def procedure_from(statistics: StatisticsOptions, sequential_n: int | None = None) -> AnyProcedure:
+    """Return the procedure that the options ask for.
+
+    Args:
+        statistics: the options; --radius and --tolerance choose a sequential test.
+        sequential_n: default of --n for a sequential test; None: :data:`DEFAULT_CAP` for --radius, otherwise --n's own.
+
+    Raises:
+        UserError: options that contradict each other.
+    """
     from certify.smoothing.bounds import BOUNDS
-    from certify.smoothing.stopping_rules import DEFAULT_RULE, MEASURING_BOUND, RULES
+    from certify.smoothing.procedures import Certify, Decide, Measure
+    from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE, MEASURING_BOUND, RULES
 
-    BOUNDS.get(o.get("bound", "clopper-pearson"))
-    radii, tolerance, rule = o.get("radius"), o.get("tolerance"), o.get("rule")
-    o["rule"] = rule or DEFAULT_RULE
-    RULES.get(o["rule"])
+    BOUNDS.get(statistics.bound)
+    radii, tolerance, rule = statistics.radius, statistics.tolerance, statistics.rule
+    RULES.get(rule or DEFAULT_RULE)
     check_radii(radii, "--radius")
     if radii is not None and tolerance is not None:
         raise UserError("--radius and --tolerance: decide at a radius, or measure it to a tolerance; expected one")
     if radii is None and tolerance is None:
         if rule is not None:
             raise UserError(f"--rule {rule} without --radius: there is nothing to stop early; add --radius R")
-        return
+        return Certify(statistics.n0, statistics.n, statistics.alpha, statistics.bound)
     option = "--radius" if radii is not None else "--tolerance"
-    if options.given_by_user("n0"):
+    if given_by_user("n0"):
         raise UserError(f"--n0 with {option}: no selection samples are drawn there; leave it out")
-    if options.given_by_user("bound") and (radii is not None or o["bound"] != MEASURING_BOUND):
+    if given_by_user("bound") and (radii is not None or statistics.bound != MEASURING_BOUND):
         raise UserError(
-            f"--bound {o['bound']} with {option}: the votes are looked at while they come, which a bound for a fixed n "
-            "does not survive; leave --bound out" + (" (--rule names the stopping rule)" if radii is not None else "")
+            f"--bound {statistics.bound} with {option}: a bound for a fixed n is invalid under sequential stopping; "
+            "leave --bound out" + (" (--rule names the stopping rule)" if radii is not None else "")
         )
-    if tolerance is not None:
-        if rule not in (None, MEASURING_BOUND):
-            raise UserError(
-                f"--rule {rule} with --tolerance: expected {MEASURING_BOUND}, the rule that can look at any time"
-            )
-        o["bound"] = MEASURING_BOUND
+    n = statistics.n
+    if not given_by_user("n") and (radii is not None or sequential_n is not None):
+        n = sequential_n or DEFAULT_CAP
+    if radii is not None:
+        return Decide(tuple(radii), n, statistics.alpha, rule or DEFAULT_RULE)
+    assert tolerance is not None
+    if rule not in (None, MEASURING_BOUND):
+        raise UserError(
+            f"--rule {rule} with --tolerance: expected {MEASURING_BOUND}, the rule that is valid at any time"
+        )
+    return Measure(tolerance, n, statistics.alpha)
 
 
-def procedure_from(kind: str, o: dict[str, Any]) -> Procedure:
-    """Return the procedure that the options ask for: ``kind`` certify or predict, or by --radius and --tolerance."""
-    from certify.smoothing.procedures import Certify, Decide, Measure, Predict
+def load_smoothed(
+    model: ModelOptions,
+    noise: DenoiserOptions,
+    compute: ComputeOptions,
+    *,
+    norm: str | None = None,
+    probe_size: tuple[int, int, int] | None = None,
+) -> SmoothedClassifier:
+    """Load the smoothed classifier that the options name, with its denoiser, on its device.
 
-    if kind == Predict.kind:
-        return Predict(o["n"], o["alpha"])
-    if o["radius"] is not None:
-        return Decide(tuple(o["radius"]), o["n"], o["alpha"], o["rule"])
-    if o["tolerance"] is not None:
-        return Measure(o["tolerance"], o["n"], o["alpha"])
-    return Certify(o["n0"], o["n"], o["alpha"], o["bound"])
-
-
-def load_smoothed(o: dict[str, Any]) -> SmoothedClassifier:
-    """The smoothed classifier that the options name, with its denoiser, on its device."""
+    Args:
+        model: the base classifier.
+        noise: noise and denoiser.
+        compute: device and execution.
+        norm: of the radii; None: the noise's own.
+        probe_size: input size (C, H, W) for the identity of a classifier that takes any, where no image is at hand.
+    """
     from certify.smoothed_classifier import SmoothedClassifier
 
-    device = device_from(o["device"])
-    classifier = classifier_from(o["model"], o)
-    classifier.probe_size = o.get("probe_size") or classifier.probe_size  # on a worker, which sees no image yet
+    device = device_from(compute.device)
+    classifier = classifier_from(model.model, model)
+    classifier.probe_size = probe_size or classifier.probe_size
     size = classifier.input.size
     denoiser = None
-    if o["denoiser"] != "none":
-        denoiser = denoiser_for(o["denoiser"], o["sigma"], size, classifier, trust_code=o["trust_code"])
+    if noise.denoiser != "none":
+        denoiser = denoiser_for(noise.denoiser, noise.sigma, size, classifier, trust_code=model.trust_code)
+    name, rounded = (noise.noise, noise.rounded) if isinstance(noise, NoiseOptions) else ("gaussian", False)
     return SmoothedClassifier(
         classifier,
-        o["sigma"],
+        noise.sigma,
         denoiser=denoiser,
-        noise=o.get("noise", "gaussian"),
-        norm=o.get("norm"),
-        rounded=o.get("rounded", False),
+        noise=name,
+        norm=norm,
+        rounded=rounded,
         device=device,
-        precision=o["precision"],
-        compile=o["compile"],
-        batch_size=o["batch_size"],
+        precision=compute.precision,
+        compile=compute.compile,
+        batch_size=compute.batch_size,
     )
 
 
-def classifier_from(model: str, o: dict[str, Any]) -> Classifier:
-    """The classifier of this name, with the user's settings in place of its own."""
+def classifier_from(model: str, options: InputOptions) -> Classifier:
+    """Load the classifier of this name, with the user's settings in place of its own."""
     from certify.models.classifier import load_classifier
 
-    settings = {name: o[name] for name in ("weights", "input_size", "mean", "std", "num_classes", "trust_code")}
-    return load_classifier(model, **settings)
+    return load_classifier(
+        model,
+        weights=options.weights,
+        input_size=options.input_size,
+        mean=options.mean,
+        std=options.std,
+        num_classes=options.num_classes,
+        trust_code=options.trust_code,
+    )
 
 
-def surrogate_from(named: str, *, trust_code: bool = False) -> Classifier:
-    """The classifier of ``MODEL`` or ``MODEL=FILE``."""
+def surrogate_from(text: str, *, trust_code: bool = False) -> Classifier:
+    """Load the classifier of ``MODEL`` or ``MODEL=FILE``."""
     from certify.models.classifier import load_classifier
 
-    model, _, weights = named.partition("=")
+    model, _, weights = text.partition("=")
     return load_classifier(model, weights=weights or None, trust_code=trust_code)
 
 
@@ -131,16 +177,16 @@ def denoiser_for(
     *,
     trust_code: bool = False,
 ) -> nn.Module:
-    """The denoiser of this name for images (C, H, W); a warning where it was trained for other noise.
+    """Load the denoiser of this name for images (C, H, W); warn if it was trained for other noise.
 
     Raises:
-        UserError: no such denoiser, one for other images, or weights that cannot be told a noise level.
+        UserError: no such denoiser, one for other images, or weights without a noise level.
     """
     from denoisers.find import find_denoiser
     from denoisers.weights import Trained
 
-    own = classifier.identity() if classifier is not None else None
-    denoiser = find_denoiser(name, sigma=sigma, image=image, classifier=own, trust_code=trust_code)
+    identity = classifier.identity() if classifier is not None else None
+    denoiser = find_denoiser(name, sigma=sigma, image=image, classifier=identity, trust_code=trust_code)
     if isinstance(denoiser, Trained):
         denoiser.check_use(sigma)
         if not denoiser.card.covers(sigma):
@@ -148,64 +194,71 @@ def denoiser_for(
     return denoiser
 
 
-def device_from(wanted: str) -> str:
-    """Return the device of this name, or an accelerator for ``auto``.
+def device_from(name: str) -> str:
+    """Return the device of this name; ``auto`` is an accelerator if there is one.
 
     Raises:
         UserError: this machine has no such device.
     """
     from certify.engine.hardware import find_device
 
-    return str(find_device(wanted))
+    return str(find_device(name))
 
 
-def without_data(o: dict[str, Any]) -> str:
-    """Fill in images that are at hand, and so few of them or of their samples that an answer comes soon; in words."""
-    is_default = {name: not options.given_by_user(name) for name in ("n", "skip", "ids")}
+def demo_data(model: str, data: DataOptions, procedure: AnyProcedure) -> tuple[DataOptions, AnyProcedure, str]:
+    """Choose images, and few enough of them or of their samples for a quick answer, where no --data is given.
+
+    Args:
+        model: name of the classifier.
+        data: the options, without --data.
+        procedure: as the other options have it.
+
+    Returns:
+        The options with images, the procedure, and a line that states what was chosen.
+    """
     how = "pass your own images with --data FOLDER, FILE.zip, FILE.npz or IMAGE"
-    if o["model"] == "digits":
-        o["data"] = "digits"
-        if is_default["skip"] and is_default["ids"]:
-            o["skip"] = 5
-        return f"demo       no --data: the digits held out from training; {how}"
-    o["data"] = "photos"
-    if not is_default["n"]:
-        return f"demo       no --data: scikit-learn's two photographs; {how}"
-    o["n"] = min(o["n"], 1000)
-    few = f"n = {o['n']:,} for a quick answer (--n sets it)"
-    return f"demo       no --data: scikit-learn's two photographs, {few}; {how}"
+    if model == "digits":
+        every = data.skip if given_by_user("skip") or given_by_user("ids") else 5
+        data = dataclasses.replace(data, data="digits", skip=every)
+        return data, procedure, f"demo       no --data: the digits held out from training; {how}"
+    data = dataclasses.replace(data, data="photos")
+    if given_by_user("n"):
+        return data, procedure, f"demo       no --data: scikit-learn's two photographs; {how}"
+    procedure = dataclasses.replace(procedure, n=min(procedure.n, DEMO_SAMPLES))
+    few = f"n = {procedure.n:,} for a quick answer (--n sets it)"
+    return data, procedure, f"demo       no --data: scikit-learn's two photographs, {few}; {how}"
 
 
-def check_data(o: dict[str, Any]) -> None:
-    """Refuse a dataset's name that is a folder here too, unless ``--root`` says that the dataset is meant."""
+def check_data(data: str | None, root: str | None) -> None:
+    """Refuse a dataset's name that is also a folder here, unless --root says that the dataset is meant."""
     from certify.images.named_datasets import DATASETS
 
-    if options.given_by_user("data") and o["root"] is None and o["data"] in DATASETS and Path(o["data"]).is_dir():
-        named = o["data"]
+    if data is not None and given_by_user("data") and root is None and data in DATASETS and Path(data).is_dir():
         raise UserError(
-            f"--data {named} is a dataset's name and a folder here; write {named}/, or --root data for the dataset"
+            f"--data {data} is a dataset's name and a folder here; write {data}/, or --root data for the dataset"
         )
 
 
-def chosen_images(o: dict[str, Any], classifier: Any) -> ImageSet:
-    """The images that the options choose, with the classifier's labels for them."""
+def load_image_set(options: ImageOptions, classifier: Classifier | View) -> ImageSet:
+    """Return the images that the options choose, with the classifier's labels for them."""
+    from certify.cli.plan import first_shape
     from certify.images.dataset import load_images
 
-    check_data(o)
+    assert options.data is not None
+    check_data(options.data, options.root)
+    labelled = options if isinstance(options, DataOptions) else None
     images = load_images(
-        o["data"],
+        options.data,
         classifier,
-        skip=o["skip"],
-        start=o["start"],
-        max_images=o["max_images"],
-        ids=[i for row in csv.reader(io.StringIO(o["ids"], newline="")) for i in row] if o["ids"] else None,
-        labels=o["labels"],
-        class_map=o["class_map"],
-        root=o["root"],
-        download=o["download"],
+        skip=options.skip,
+        start=options.start,
+        max_images=options.max_images,
+        ids=[i for row in csv.reader(io.StringIO(options.ids, newline="")) for i in row] if options.ids else None,
+        labels=labelled.labels if labelled else "none",
+        class_map=labelled.class_map if labelled else None,
+        root=options.root,
+        download=options.download,
     )
     if getattr(classifier, "probe_size", False) is None:  # a classifier that takes any size
-        from certify.cli.plan import first_shape
-
-        classifier.probe_size = first_shape(images)
+        classifier.probe_size = first_shape(images)  # type: ignore[union-attr]
     return images

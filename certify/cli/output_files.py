@@ -1,4 +1,4 @@
-"""Where a command's file goes, and what is said when it is stopped."""
+"""Paths of output files, and the message of an interrupted command."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from certify.runs.run_file import RunFile
 
 
-def telling_name(words: Sequence[str]) -> str:
-    """The words as a part of a file's name."""
+def file_name(words: Sequence[str]) -> str:
+    """Join words to a part of a file's name."""
     return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
 
 
 def run_path(out: str | None, folder: Path, name: str) -> Path:
-    """Where ``--out`` puts a run file: there, if it ends in .jsonl, else as ``name`` in that folder, or in ``folder``.
+    """Return the path of a run file: ``out`` if it ends in .jsonl, else ``name`` in the folder ``out`` or ``folder``.
 
     Raises:
-        UserError: another suffix, and no folder of that name.
+        UserError: ``out`` has another suffix and is no folder.
     """
     target = Path(out or folder)
     if target.suffix == ".jsonl" and out:
@@ -33,17 +33,17 @@ def run_path(out: str | None, folder: Path, name: str) -> Path:
 
 
 def output_path(out: str | None, words: Sequence[str], header: Mapping[str, Any]) -> Path:
-    """Where a run goes: :func:`run_path` with a telling name, in ``runs/`` unless named."""
+    """Return :func:`run_path` for a name of these words and a digest of the settings, by default in ``runs/``."""
     from certify.runs.identity import identity_digest
 
-    return run_path(out, Path("runs"), f"{telling_name(words)}-{identity_digest(header)}.jsonl")
+    return run_path(out, Path("runs"), f"{file_name(words)}-{identity_digest(header)}.jsonl")
 
 
 @contextlib.contextmanager
 def stoppable(file: RunFile, expected: int, what: str) -> Iterator[None]:
-    """Ctrl-C ends the work in one line that says what is kept."""
+    """Turn Ctrl-C into an error of one line that says what is kept."""
     try:
         yield
     except KeyboardInterrupt:
         kept = f"stopped after {len(file.done):,} of {expected:,} {what}, which are in {file.path}"
-        raise Stopped(f"{kept}; the same command goes on from there") from None
+        raise Stopped(f"{kept}; the same command resumes there") from None

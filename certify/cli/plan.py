@@ -1,4 +1,4 @@
-"""Before a run: what was asked for, what it turned out to be, what it costs and what cannot work."""
+"""Plan of a run, shown before it starts: model, data, procedure, engine, and warnings of settings that cannot work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from certify.smoothing.procedures import Procedure
     from certify.types import Radii
 
-_TRIED = 50  # images without noise, at most, to see whether labels and classifier agree
+_TRIED = 50  # images without noise at most, to check that labels and classifier agree
 
 
 def show_plan(
@@ -31,7 +31,7 @@ def show_plan(
     header: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    """What was asked for and what it turned out to be; warn of what cannot work."""
+    """Show what the options were resolved to, and warn of settings that cannot work."""
     sigma = smoothed.noise.scale
     for step in header["pipeline"]:
         if step["step"] == "denoiser":
@@ -61,7 +61,7 @@ def show_plan(
 def show_prospects(
     procedure: Procedure, stated: Radii, sigma: float, say: Callable[[str], None], noise: str = "", implied: str = ""
 ) -> None:
-    """Show the sampling plan and what can come out of it; warn of what cannot."""
+    """Show the sampling plan and the largest radii it can certify; warn of radii that it cannot."""
     prospects = procedure.prospects(stated)
     say(f"procedure  {procedure.describe()}{noise}")
     for line in prospects.lines:
@@ -76,27 +76,27 @@ def show_prospects(
 
 
 class Engine(Protocol):
-    """What runs the base classifier: this process, or the workers of a cluster."""
+    """Runs the base classifier: in this process, or on the workers of a cluster."""
 
     execution: Execution | None
 
     def prepare(self, image: Tensor, samples: int, execution: Execution | None = None) -> Execution:
-        """Decide how to run it for so many samples, or run it as this says."""
+        """Choose how to run it for this number of samples, or run it with the given settings."""
         ...
 
     def base_labels(self, images: Sequence[Tensor]) -> list[int] | None:
-        """Labels of images without noise; None where that cannot be tried."""
+        """Return labels of images without noise; None if that is not possible here."""
         ...
 
     def measure_rate(self, image: Tensor) -> float | None:
-        """Samples a second of one device; None where that cannot be tried."""
+        """Return samples per second of one device; None if that is not possible here."""
         ...
 
 
 def show_engine(
     execution: Execution, smoothed: SmoothedClassifier, say: Callable[[str], None], where: str = ""
 ) -> None:
-    """How the base classifier is run, where (in this process, unless told), and why so."""
+    """Show how the base classifier is run, where (by default in this process), and why."""
     import torch
 
     from certify.engine.hardware import in_threads
@@ -108,7 +108,7 @@ def show_engine(
 
 
 def first_image(images: ImageSet) -> Tensor | None:
-    """The first image that can be read, for measuring."""
+    """Return the first image that can be read."""
     for i in range(len(images)):
         with contextlib.suppress(CertifyError):
             return images.load(i)
@@ -116,7 +116,7 @@ def first_image(images: ImageSet) -> Tensor | None:
 
 
 def first_shape(images: ImageSet) -> tuple[int, int, int] | None:
-    """(C, H, W) of the first image that can be read."""
+    """Return (C, H, W) of the first image that can be read."""
     first = first_image(images)
     if first is None:
         return None
@@ -125,7 +125,7 @@ def first_shape(images: ImageSet) -> tuple[int, int, int] | None:
 
 
 def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet) -> None:
-    """Warn when the classifier without noise does no better than guessing: labels or normalisation are wrong."""
+    """Warn if the classifier without noise is near chance: then labels or normalisation are probably wrong."""
     if not images.labelled:
         return
     loaded, truth = [], []
@@ -145,7 +145,7 @@ def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet) -
 
 
 def warn_near_chance(correct: int, total: int, classes: int, *, denoised: bool = False) -> None:
-    """Warn where so many right answers of so many are hardly more than guesses; ``denoised``: behind a denoiser."""
+    """Warn if this many correct labels are near chance; ``denoised``: the classifier is behind a denoiser."""
     from certify.runs.runner import near_chance
 
     if total and near_chance(correct, total, classes):

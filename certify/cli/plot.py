@@ -1,127 +1,114 @@
-"""``certify plot``: pictures out of what runs, comparisons, trainings and measurements left."""
+"""``certify plot``: figures of runs, comparisons, trainings and speed measurements."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import click
 
-from certify.cli import options
 from certify.cli.console import tell, warn
-from certify.cli.show import curves_of
+from certify.cli.option_groups import CurveOptions
+from certify.cli.options import command, flag, option, refuse_given
+from certify.cli.show import ONLY_CERTIFICATES, named_curves, refuse_beside_comparison
 from certify.errors import UserError
 
-_CURVES = ("no_band", "envelope", "given", "image", "samples")
+_CURVE_OPTIONS = ("no_band", "envelope", "names", "image", "samples")
 
 
-@click.command(short_help="Draw certified accuracy over radius.")
-@options.runs_argument
-@click.option("-o", "--out", metavar="FILE", default="curve.png", help="Picture to write: .png, .svg or .pdf.")
-@click.option("--title", help="Title above the axes.")
-@click.option("--no-band", is_flag=True, help="Leave out the shaded 95 % interval over images.")
-@options.envelope_option
-@options.name_option
-@click.option("--image", metavar="ID", help="The votes of this image of RUN instead, and the bounds they give.")
-@click.option(
-    "--samples", is_flag=True, help="Radius against samples instead: what fewer of the votes would have certified."
-)
-def plot(
-    runs: tuple[str, ...],
-    out: str,
-    title: str | None,
-    no_band: bool,
-    envelope: bool,
-    given: tuple[str, ...],
-    image: str | None,
-    samples: bool,
-) -> None:
-    """Draw certified accuracy over radius, one line a run.
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(CurveOptions):
+    """What a figure shows."""
+
+    out: str = option("-o", "--out", metavar="FILE", default="curve.png", help="Figure to write: .png, .svg or .pdf.")
+    title: str | None = option(help="Title above the axes.")
+    no_band: bool = flag(help="Leave out the shaded 95 % interval over images.")
+    image: str | None = option(metavar="ID", help="Show the votes of this image of RUN, and the bounds they give.")
+    samples: bool = flag(help="Show radius against samples: what fewer of the votes would have certified.")
+
+
+@command("Draw certified accuracy over radius.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+def plot(runs: tuple[str, ...], options: PlotOptions) -> None:
+    """Draw certified accuracy over radius, one line per run.
 
     RUN is a run file of certify, or a log with columns idx label predict radius correct time. The file of a comparison
-    gives the comparison's own figure, folders of trainings their learning curves, and lines of `certify bench --json`
-    the speeds.
+    gives a figure of the comparison, folders of trainings give learning curves, and lines of `certify bench --json`
+    give speeds.
     """
     from analysis.figures import check_format
     from analysis.learning import is_training
     from analysis.runs import is_comparison
     from analysis.speed_plot import is_speeds
 
-    check_format(out)
-    if image is not None and samples:
-        raise UserError("--image and --samples are two pictures; pass one of them")
+    check_format(options.out)
+    if options.image is not None and options.samples:
+        raise UserError("--image and --samples are two figures; pass one of them")
     if any(is_training(path) for path in runs):
-        _trainings(runs, out, title)
+        _plot_trainings(runs, options)
     elif any(is_speeds(path) for path in runs):
-        _speeds(runs, out, title)
+        _plot_speeds(runs, options)
     elif any(is_comparison(path) for path in runs):
-        _comparison(runs, out)
-    elif image is not None:
-        _votes(runs, image, out, title)
+        _plot_comparison(runs, options.out)
+    elif options.image is not None:
+        _plot_votes(runs, options.image, options)
     else:
-        _certificates(runs, out, title, given, band=not no_band, envelope=envelope, samples=samples)
-    tell(f"wrote {out}")
+        _plot_certificates(runs, options)
+    tell(f"wrote {options.out}")
 
 
-def _certificates(
-    runs: tuple[str, ...],
-    out: str,
-    title: str | None,
-    given: tuple[str, ...],
-    *,
-    band: bool,
-    envelope: bool,
-    samples: bool,
-) -> None:
+def _plot_certificates(runs: tuple[str, ...], options: PlotOptions) -> None:
     from analysis.runs import read_all
 
-    found = read_all(runs, warn)
-    if samples:
+    read = read_all(runs, warn)
+    if options.samples:
         from analysis.vote_plots import plot_samples
 
-        options.refuse_given(("no_band", "envelope", "given"), f"{options.FOR_CERTIFICATES} radius against samples")
-        plot_samples(found, out, title=title)
+        refuse_given(("no_band", "envelope", "names"), f"{ONLY_CERTIFICATES} radius against samples")
+        plot_samples(read, options.out, title=options.title)
         return
     from analysis.envelope import group
     from analysis.plots import plot_curves
 
-    lines = curves_of(found, given, envelope=envelope)
-    plot_curves(group(lines) if envelope else lines, out, title=title, band=band)
+    curves = named_curves(read, options)
+    lines = group(curves) if options.envelope else curves
+    plot_curves(lines, options.out, title=options.title, band=not options.no_band)
 
 
-def _votes(runs: tuple[str, ...], image: str, out: str, title: str | None) -> None:
+def _plot_votes(runs: tuple[str, ...], image: str, options: PlotOptions) -> None:
     from analysis.vote_plots import plot_votes
     from certify.runs.run_file import read_run
 
-    options.refuse_given(("no_band", "envelope", "given"), f"{options.FOR_CERTIFICATES} the votes of one image")
+    refuse_given(("no_band", "envelope", "names"), f"{ONLY_CERTIFICATES} the votes of one image")
     if len(runs) > 1:
-        raise UserError(f"--image {image} with {len(runs)} runs: the votes of an image are one run's; name one")
-    plot_votes(read_run(runs[0], allow_partial=True), image, out, title=title)
+        raise UserError(f"--image {image} with {len(runs)} runs: the votes of an image belong to one run; name one")
+    plot_votes(read_run(runs[0], allow_partial=True), image, options.out, title=options.title)
 
 
-def _comparison(runs: tuple[str, ...], out: str) -> None:
+def _plot_comparison(runs: tuple[str, ...], out: str) -> None:
     from analysis.comparison.plot import draw_comparison
     from analysis.runs import read_comparison
 
-    options.refuse_beside_comparison(runs, ("title", *_CURVES))
+    refuse_beside_comparison(runs, ("title", *_CURVE_OPTIONS))
     comparison = read_comparison(runs[0])
     comparison.require_sound()
     draw_comparison(comparison, out)
 
 
-def _trainings(folders: tuple[str, ...], out: str, title: str | None) -> None:
-    """Trainings are drawn together, and options for certificates say nothing about them."""
+def _plot_trainings(folders: tuple[str, ...], options: PlotOptions) -> None:
     from analysis.learning import is_training, plot_learning, read_learning
 
     for path in folders:
         if not is_training(path):
             raise UserError(f"{path} is no training, unlike the others; draw runs and trainings apart")
-    options.refuse_given(_CURVES, f"{options.FOR_CERTIFICATES} trainings")
-    plot_learning([read_learning(path) for path in folders], out, title=title)
+    refuse_given(_CURVE_OPTIONS, f"{ONLY_CERTIFICATES} trainings")
+    plot_learning([read_learning(path) for path in folders], options.out, title=options.title)
 
 
-def _speeds(files: tuple[str, ...], out: str, title: str | None) -> None:
+def _plot_speeds(files: tuple[str, ...], options: PlotOptions) -> None:
     from analysis.speed_plot import is_speeds, plot_speeds, read_speeds
 
     for path in files:
         if not is_speeds(path):
             raise UserError(f"{path} holds no lines of certify bench --json, unlike the others; draw them apart")
-    options.refuse_given(_CURVES, f"{options.FOR_CERTIFICATES} speeds")
-    plot_speeds([speed for path in files for speed in read_speeds(path)], out, title=title)
+    refuse_given(_CURVE_OPTIONS, f"{ONLY_CERTIFICATES} speeds")
+    plot_speeds([speed for path in files for speed in read_speeds(path)], options.out, title=options.title)

@@ -1,18 +1,22 @@
-"""``certify table``, ``recompute`` and ``report``: from what runs left to numbers and a page."""
+"""``certify table``, ``recompute`` and ``report``: tables, certificates and reports from recorded results."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from certify.cli import options
 from certify.cli.console import tell, warn, warn_of_precisions
+from certify.cli.option_groups import TABLE_FORMATS, CurveOptions, JsonOptions, RadiiOptions, RecomputeOptions
+from certify.cli.options import check_radii, command, command_line, flag, option, refuse_given
 from certify.cli.output_files import run_path
+from certify.cli.parameter_types import Positive
+from certify.cli.summary import summarise
 from certify.errors import RunFault, UserError
 from certify.smoothing.rounding import exact
 
@@ -21,58 +25,41 @@ if TYPE_CHECKING:
     from analysis.envelope import Line
     from certify.runs.run_file import Run
 
+ONLY_CERTIFICATES = "applies to runs of certificates; leave it out for"
+"""Reason of :func:`refuse_given` where something else is shown."""
 
-@click.command(short_help="Tabulate certified accuracy at given radii.")
-@options.runs_argument
-@click.option("--radii", type=options.Numbers(), help="Radii of the columns (default: round numbers).")
-@click.option(
-    "--format",
-    "style",
-    type=click.Choice(["text", "markdown", "latex", "csv"]),
-    default="text",
-    help="Form of the table.",
-)
-@click.option(
-    "--intervals",
-    is_flag=True,
-    help="Add the 95 % interval over images to each cell (csv and --simultaneous always have one).",
-)
-@options.envelope_option
-@options.name_option
-@click.option(
-    "--relative-to",
-    type=options.Positive("a number above 0 and at most 1, such as 0.832", below=math.nextafter(1.0, 2.0)),
-    help="Divide every accuracy by this one, such as that of the classifier without noise.",
-)
-@click.option(
-    "--simultaneous",
-    is_flag=True,
-    help="One line a radius, with the share that holds for all images at once and an interval that allows for wrong "
-    "certificates.",
-)
-@click.option(
-    "--correction",
-    type=click.Choice(["holm", "bonferroni"]),
-    help="For --simultaneous: holm (at one radius) or bonferroni (at all radii together). Default: holm, and "
-    "bonferroni where images stopped by themselves.",
-)
-@click.option("-o", "--out", metavar="FILE", help="Write to this file instead of stdout.")
-def table(
-    runs: tuple[str, ...],
-    radii: list[float] | None,
-    style: str,
-    intervals: bool,
-    envelope: bool,
-    given: tuple[str, ...],
-    relative_to: float | None,
-    simultaneous: bool,
-    correction: str | None,
-    out: str | None,
-) -> None:
-    """Tabulate certified accuracy at given radii, one line a run.
 
-    RUN is a run file of certify, or a log with columns idx label predict radius correct time. A certificate speaks for
-    its image alone; --simultaneous says from the votes what holds for all images of a run at once.
+@dataclass(frozen=True, kw_only=True)
+class TableOptions(CurveOptions):
+    """Form and statistics of a table."""
+
+    style: str = option("--format", type=TABLE_FORMATS, default="text", help="Format of the table.")
+    intervals: bool = flag(
+        help="Add the 95 % interval over images to each cell (csv and --simultaneous always have one)."
+    )
+    relative_to: float | None = option(
+        type=Positive("a number above 0 and at most 1, such as 0.832", below=math.nextafter(1.0, 2.0)),
+        help="Divide every accuracy by this one, such as that of the classifier without noise.",
+    )
+    simultaneous: bool = flag(
+        help="One line per radius: the share that holds for all images at once, with an interval that allows for wrong "
+        "certificates."
+    )
+    correction: str | None = option(
+        type=click.Choice(["holm", "bonferroni"]),
+        help="For --simultaneous: holm (at one radius) or bonferroni (at all radii together). Default: holm, and "
+        "bonferroni for runs of a sequential test.",
+    )
+    out: str | None = option("-o", "--out", metavar="FILE", help="File to write, in place of stdout.")
+
+
+@command("Tabulate certified accuracy at given radii.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+def table(runs: tuple[str, ...], columns: RadiiOptions, options: TableOptions) -> None:
+    """Tabulate certified accuracy at given radii, one line per run.
+
+    RUN is a run file of certify, or a log with columns idx label predict radius correct time. A certificate is a
+    statement about one image; --simultaneous derives from the votes what holds for all images of a run at once.
     """
     from analysis.curves import default_radii
     from analysis.envelope import group
@@ -80,39 +67,40 @@ def table(
     from analysis.tables import compare, compare_families
 
     if any(is_comparison(path) for path in runs):
-        _table_of_comparison(runs, style, out)
+        _show_comparison(runs, options)
         return
-    options.check_radii(radii)
-    if correction and not simultaneous:
-        raise UserError(f"--correction {correction} is for all images at once; pass --simultaneous too")
-    if simultaneous and envelope:
-        raise UserError("--simultaneous speaks for one run, --envelope chooses among several; pass one of them")
-    if simultaneous and relative_to is not None:
+    radii = columns.radii
+    check_radii(radii)
+    if options.correction and not options.simultaneous:
+        raise UserError(f"--correction {options.correction} is for all images at once; pass --simultaneous too")
+    if options.simultaneous and options.envelope:
+        raise UserError("--simultaneous is about one run, --envelope chooses among several; pass one of them")
+    if options.simultaneous and options.relative_to is not None:
         raise UserError("--relative-to divides accuracies, and --simultaneous shows more than those; pass one of them")
-    found = curves_of(read_all(runs, warn), given, envelope=envelope)
-    lines: Sequence[Line] = group(found) if envelope else found
+    curves = named_curves(read_all(runs, warn), options)
+    lines: Sequence[Line] = group(curves) if options.envelope else curves
     if radii is None:
-        asked = sorted({r for line in lines for r in line.decided}) if all(line.decided for line in lines) else []
-        radii = asked or default_radii(max((float(line.radii[-1]) for line in lines if len(line.radii)), default=0.0))
-    if simultaneous:
-        text = compare_families(found, radii, style, correction)
+        decided = sorted({r for line in lines for r in line.decided}) if all(line.decided for line in lines) else []
+        radii = decided or default_radii(max((float(line.radii[-1]) for line in lines if len(line.radii)), default=0.0))
+    if options.simultaneous:
+        text = compare_families(curves, radii, options.style, options.correction)
     else:
-        text = compare(lines, radii, style, intervals=intervals, relative_to=relative_to)
-    _put(text, out, runs)
+        text = compare(lines, radii, options.style, intervals=options.intervals, relative_to=options.relative_to)
+    _write(text, options.out, runs)
 
 
-def curves_of(runs: Sequence[Run], given: Sequence[str], *, envelope: bool) -> list[Curve]:
-    """The runs' curves under the names that were given, if any; warns where they hardly compare."""
+def named_curves(runs: Sequence[Run], options: CurveOptions) -> list[Curve]:
+    """Return the curves of these runs, under the names that were given; warn if precisions differ."""
     from analysis.curves import curves
 
-    if envelope and given:
+    if options.envelope and options.names:
         raise UserError("--name names runs, --envelope shows methods; pass one of them")
     warn_of_precisions(runs)
-    return curves(runs, given)
+    return curves(runs, options.names)
 
 
-def _put(text: str, out: str | None, runs: Sequence[str]) -> None:
-    """Print the text, or write it to a file that is none of these runs, and no run at all."""
+def _write(text: str, out: str | None, runs: Sequence[str]) -> None:
+    """Print the text, or write it to a file; refuse to replace a run file or one of the inputs."""
     if out is None:
         tell(text)
         return
@@ -127,55 +115,62 @@ def _put(text: str, out: str | None, runs: Sequence[str]) -> None:
     tell(f"wrote {out}")
 
 
-def _table_of_comparison(paths: tuple[str, ...], style: str, out: str | None) -> None:
-    """One file of `certify compare`, whose columns are its own."""
+def _show_comparison(paths: tuple[str, ...], options: TableOptions) -> None:
+    """Show the file of one `certify compare`, which has columns of its own."""
     from analysis.comparison.tables import tabulate_comparison
     from analysis.runs import read_comparison
 
-    options.refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "given", "relative_to", "simultaneous"))
-    found = read_comparison(paths[0], warn)
-    _put(tabulate_comparison(found, style), out, paths)
-    found.require_sound()
+    refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "names", "relative_to", "simultaneous"))
+    comparison = read_comparison(paths[0], warn)
+    _write(tabulate_comparison(comparison, options.style), options.out, paths)
+    comparison.require_sound()
 
 
-@click.command(short_help="Certify the votes of a run again, at another alpha or bound.")
+def refuse_beside_comparison(paths: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Refuse a comparison among other files, and options that do not apply to it."""
+    if len(paths) > 1:
+        raise UserError(f"{len(paths)} files, a comparison among them: a comparison is shown alone; name one")
+    refuse_given(names, f"{ONLY_CERTIFICATES} a comparison")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeTarget(JsonOptions):
+    """The new run file."""
+
+    out: str | None = option(metavar="PATH", help="New run file (.jsonl), or a folder for it (default: RUN's).")
+
+
+@command("Recompute a run's certificates at another alpha or bound.")
 @click.argument("run", metavar="RUN")
-@options.alpha_and_bound("the run's")
-@click.option("--out", metavar="PATH", help="New run file (.jsonl), or a folder for it (default: RUN's).")
-@click.option("--radii", type=options.Numbers(), help="Radii of the table (default: round numbers).")
-@options.as_json("the table")
-def recompute(
-    run: str, alpha: float | None, bound: str | None, out: str | None, radii: list[float] | None, as_json: bool
-) -> None:
-    """Certify the votes of RUN again, at another alpha or with another bound, into a new run file: no model, no images.
+def recompute(run: str, options: RecomputeOptions, columns: RadiiOptions, output: RecomputeTarget) -> None:
+    """Recompute certificates from the votes of RUN, at another alpha or with another bound: no model, no images.
 
-    Choose both before you look: the smallest of several tries has no guarantee. A bound that the run's design cannot
-    support is refused: fixed-n bounds where images stopped by themselves, or where no selection votes chose the class.
+    Choose both before you see results: the smallest of several radii has no guarantee. A bound that is invalid for
+    the run is refused: fixed-n bounds for a sequential test, or where no selection votes chose the class.
     """
-    from certify.cli.summary import summarise
     from certify.runs.recompute import recompute_file
     from certify.smoothing.bounds import BOUNDS
     from certify.smoothing.stopping_rules import RULES
 
+    alpha, bound = options.alpha, options.bound
     if bound is not None and bound not in RULES:
         BOUNDS.get(bound)
-    options.check_radii(radii)
+    check_radii(columns.radii)
     source = Path(run)
     words = [source.stem, *([f"alpha{exact(alpha)}"] if alpha is not None else []), *([bound] if bound else [])]
     if len(words) == 1:
         raise UserError("recompute without --alpha and --bound would change nothing; pass one of them")
-    name = "-".join(words) + ".jsonl"
-    target = run_path(out, source.parent, name)
-    renewed = recompute_file(source, target, alpha=alpha, bound=bound, command=options.command_line(), warn=warn)
-    summarise(renewed, radii, as_json=as_json)
+    target = run_path(output.out, source.parent, "-".join(words) + ".jsonl")
+    recomputed = recompute_file(source, target, alpha=alpha, bound=bound, command=command_line(), warn=warn)
+    summarise(recomputed, columns.radii, as_json=output.as_json)
 
 
-@click.command(short_help="Write an audit's report again, as one HTML file.")
+@command("Write an audit's report again, as one HTML file.")
 @click.argument("folder", metavar="RUN")
 def report(folder: str) -> None:
-    """Write RUN/report.html anew from the records in RUN, the folder of an audit, however far it came.
+    """Write RUN/report.html from the records in RUN, the folder of a finished or unfinished audit.
 
-    One file that loads nothing and runs no script: verdict, certified accuracy, every image, failures, cost, method.
+    One self-contained file without scripts: verdict, certified accuracy, every image, failures, cost, method.
     """
     from analysis.report.page import write_report
 

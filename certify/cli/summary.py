@@ -1,4 +1,4 @@
-"""The end of a run in words, numbers and a picture; every number by its full name."""
+"""Results of a run as text, as one JSON object and as a figure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMED = 5  # images that were set aside, by name
 def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float | None = None) -> None:
     """Print the table (or one JSON object) on stdout; for certificates, draw the curve beside the run file.
 
-    ``rate``, in samples a second, says what the samples that were not needed would have taken.
+    ``rate``, in samples per second, gives the time that the saved samples would have taken.
 
     Raises:
         UserError: no image could be used.
@@ -48,7 +48,7 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
     if as_json:
         tell(json.dumps(_as_json(run, curve, radii or [], picture, rate)))
     else:
-        tell(_in_words(run, curve, radii or [], rate))
+        tell(_describe(run, curve, radii or [], rate))
         tell(f"\nrun file   {run.path}" + (f"\ncurve      {picture}" if picture else ""))
     if curve is not None and picture is not None:
         from analysis.plots import plot_curves
@@ -57,7 +57,7 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
 
 
 def table_radii(run: Run) -> list[float]:
-    """The radii of its table: those that were asked for, or round numbers up to the largest possible."""
+    """Return the radii of a run's table: those decided, or round numbers up to the largest possible."""
     from analysis.curves import default_radii
     from certify.runs.image_rows import noise_of
     from certify.smoothing.certificates import largest_radius
@@ -73,28 +73,28 @@ def table_radii(run: Run) -> list[float]:
 def _warn_of_failures(rows: list[dict[str, Any]]) -> None:
     failures, trials = (sum(r[key] for r in rows) for key in ("failures", "trials"))
     if failures and failures == trials:
-        warn("every sample failed (NaN or no finite answer): the base classifier gives nothing to certify")
+        warn("every sample failed (NaN or no finite answer): the base classifier returns no usable scores")
     elif failures:
         warn(f"{failures:,} of {trials:,} samples failed (NaN or no finite answer); they count against every class")
 
 
 def _agreement(run: Run) -> tuple[int, int]:
-    """Labels that plain float32 gives too, and labels compared."""
-    found = [row["agreement"] for row in run.usable if "agreement" in row]
-    return sum(same for same, _ in found), sum(compared for _, compared in found)
+    """Return the number of labels that agree with plain float32, and of labels compared."""
+    pairs = [row["agreement"] for row in run.usable if "agreement" in row]
+    return sum(same for same, _ in pairs), sum(compared for _, compared in pairs)
 
 
 def _warn_of_disagreement(run: Run) -> None:
     same, compared = _agreement(run)
     if compared and same < 0.95 * compared:
         warn(
-            f"only {same:,} of {compared:,} labels are those of plain float32: the certificates are about the "
-            "classifier as it was run; pass --precision float32 for the other one"
+            f"only {same:,} of {compared:,} labels agree with plain float32: the certificates hold for the "
+            "classifier as it was run; pass --precision float32 to certify the float32 classifier"
         )
 
 
 def how_it_ran(header: dict[str, Any]) -> str:
-    """Precision, folding, compilation, batches and device in words."""
+    """Describe precision, folding, compilation, batch size and device."""
     from certify.engine.execution import Execution
 
     execution = Execution(*(header[k] for k in ("precision", "folded", "compiled", "batch_size")))
@@ -102,7 +102,7 @@ def how_it_ran(header: dict[str, Any]) -> str:
 
 
 def _count(rows: list[dict[str, Any]]) -> tuple[int, int, int]:
-    """Images right without noise, images right when smoothed, and abstentions."""
+    """Return the numbers of images correct without noise, correct when smoothed, and abstained."""
     return (
         sum(r["base"] == r["label"] for r in rows),
         sum(r["prediction"] == r["label"] for r in rows),
@@ -111,20 +111,20 @@ def _count(rows: list[dict[str, Any]]) -> tuple[int, int, int]:
 
 
 def _samples(run: Run) -> tuple[int, int]:
-    """Samples that were labelled, and samples that the same images take at the fixed n."""
+    """Return the samples that were labelled, and those that a fixed n takes for the same images."""
     rows, header = run.usable, run.header
     drawn = sum(row.get("drawn", row["trials"] + header["n0"]) for row in rows)
     return drawn, len(rows) * (header["n"] + header["n0"])
 
 
 def _outcomes(run: Run) -> dict[str, dict[str, int]]:
-    """How many images are robust, not certifiable and undecided at each radius."""
-    found: dict[str, dict[str, int]] = {}
+    """Count the images that are robust, not certifiable and undecided at each radius."""
+    outcomes: dict[str, dict[str, int]] = {}
     for row in run.usable:
         for decision in row.get("decisions", ()):
-            at = found.setdefault(exact(decision["radius"]), {"robust": 0, "not certifiable": 0, "undecided": 0})
+            at = outcomes.setdefault(exact(decision["radius"]), {"robust": 0, "not certifiable": 0, "undecided": 0})
             at[decision["outcome"]] += 1
-    return found
+    return outcomes
 
 
 def _as_json(
@@ -139,7 +139,7 @@ def _as_json(
         shares = {exact(r): float(a) for r, a in zip(known, curve.accuracy(known), strict=True)}
     labelled = rows[0]["label"] is not None
     base, smoothed, abstained = _count(rows)
-    deciding = run.header["procedure"] == "decide"  # which says nothing about the prediction alone
+    deciding = run.header["procedure"] == "decide"  # makes no statement about the prediction alone
     same, compared = _agreement(run)
     return {
         "run": str(run.path),
@@ -165,13 +165,13 @@ def _as_json(
 
 
 def title(run: Run) -> str:
-    """What was certified, in the first line of its table."""
+    """Return the first line of a run's table."""
     h = run.header
     model, data = printable(str(h["model"])), printable(str(h["data"]))
     return f"{model}, sigma = {exact(h['sigma'])} ([0, 1] pixels), {len(run.usable):,} images of {data}"
 
 
-def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | None) -> str:
+def _describe(run: Run, curve: Curve | None, radii: list[float], rate: float | None) -> str:
     from analysis.tables import one_run, share
     from certify.smoothing.norms import IN_WORDS
 
@@ -226,7 +226,7 @@ def _in_words(run: Run, curve: Curve | None, radii: list[float], rate: float | N
 
 
 def _saved(run: Run, rate: float | None) -> str:
-    """What stopping early was worth."""
+    """Describe the samples and time saved by stopping early."""
     (drawn, fixed), seconds = _samples(run), sum(row["seconds"] for row in run.usable)
     full = f"{fixed:,} (n = {run.header['n']:,} each)"
     text = f"{drawn:,} instead of {full}: {fixed / max(drawn, 1):,.0f} times fewer"
@@ -236,7 +236,7 @@ def _saved(run: Run, rate: float | None) -> str:
 
 
 def _each(rows: list[dict[str, Any]], norm: str) -> list[str]:
-    """Without labels there is no accuracy: the predictions themselves."""
+    """Return the predictions themselves, for images without labels."""
     from analysis.tables import render
     from certify.smoothing.norms import DECIMALS, IN_WORDS
 

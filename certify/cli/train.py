@@ -1,4 +1,4 @@
-"""``certify train``: a denoiser for a frozen classifier, or a classifier under noise."""
+"""``certify train``: train a denoiser for a frozen classifier, or a classifier under noise."""
 
 from __future__ import annotations
 
@@ -7,136 +7,121 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from certify.cli import options
 from certify.cli.console import progress_bar, speaker, tell, warn_of_units
 from certify.cli.load import check_data, classifier_from, device_from, surrogate_from
-from certify.cli.training_options import recipe_from, recipe_options, refuse_unused
+from certify.cli.options import command, command_line, refuse_given
+from certify.cli.training_options import (
+    FrozenOptions,
+    NetworkOptions,
+    RecipeOptions,
+    TrainingCompute,
+    TrainingDataOptions,
+    TrainingOutput,
+    recipe_from,
+    refuse_unused,
+)
 from certify.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from certify.models.classifier import Classifier
+    from training.data import TrainingData
     from training.loop import TrainerConfig, TrainingResult
     from training.recipe import Recipe
 
 
-@click.command(short_help="Train a denoiser for a frozen classifier.")
-@click.option("--denoiser", metavar="ARCHITECTURE", help="What to train (`certify list architectures`).")
-@click.option("--train-classifier", metavar="MODEL", help="Train this classifier instead, from --weights or afresh.")
-@click.option("--option", "extra", multiple=True, metavar="KEY=VALUE", help="Option of the architecture; repeatable.")
-@click.option(
-    "--classifier", "--model", metavar="MODEL", help="The frozen classifier; with --surrogate the target, never used."
+@command(
+    "Train a denoiser for a frozen classifier.",
+    main=("denoiser", "sigma", "objective", "classifier", "surrogate", "data", "epochs", "out"),
 )
-@options.input_options
-@click.option(
-    "--surrogate", multiple=True, metavar="MODEL[=FILE]", help="Query access: train through this one; repeatable."
-)
-@click.option("--init", metavar="DENOISER", help="Start from these weights (MSE first, then --objective stability).")
-@recipe_options
-@click.option("--data", required=True, help="Training images: a dataset's name, a folder, .zip or .npz.")
-@click.option("--root", metavar="DIR", help="Folder of torchvision's datasets (default: ./data).")
-@click.option("--download", is_flag=True, help="Download a missing torchvision dataset to --root.")
-@click.option(
-    "--max",
-    "max_images",
-    type=options.Count("the most images to take"),
-    help="Use at most so many images, spread over the data.",
-)
-@click.option(
-    "--held-out",
-    type=options.Count("a number of images"),
-    help="Images held out to choose weights by (default: a tenth).",
-)
-@click.option("--device", default="auto", help="Device: cpu, cuda; auto takes an accelerator.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    help="Arithmetic; auto takes bfloat16 where the machine multiplies it faster.",
-)
-@click.option("--compile", type=click.Choice(["on", "off"]), default="off", help="Compile the network.")
-@click.option(
-    "--validations", type=options.Count("a number"), default=20, help="How often the held-out images are looked at."
-)
-@click.option(
-    "--store", type=click.Choice(["float32", "float16"]), default="float32", help="Type of the stored numbers."
-)
-@click.option("--licence", default="MIT", help="Licence of the weights, for the card.")
-@click.option("--out", metavar="DIR", required=True, help="Folder for weights, checkpoint and metrics.")
-@options.trust_identity
-@options.as_json("the text")
-@options.quiet
-def train(**o: Any) -> None:
-    """Train a denoiser D so that f(D(x + noise)) is right; f stays frozen.
+def train(
+    network: NetworkOptions,
+    training: RecipeOptions,
+    frozen: FrozenOptions,
+    data: TrainingDataOptions,
+    compute: TrainingCompute,
+    output: TrainingOutput,
+) -> None:
+    """Train a denoiser D so that f(D(x + noise)) is right, with the classifier f frozen (Salman et al., 2020).
 
-    Salman et al. (2020). mse needs no classifier; stability and classification send gradients through --classifier, or
-    through one or many --surrogate (query access: the target itself is never used). The same command goes on where it
-    stopped. The result, OUT/denoiser.safetensors, goes to `certify --denoiser`; weights of a purifier (objectives dsm,
-    context, restore, complete, atop) go to `certify compare --defences NAME:weights=FILE`.
+    mse needs no classifier. stability and classification send gradients through --classifier, or through one or more
+    --surrogate, if the target may only be queried. The same command resumes an interrupted training. The result,
+    OUT/denoiser.safetensors, is for `certify --denoiser`; weights of a purifier (objectives dsm, context, restore,
+    complete, atop) are for `certify compare --defences NAME:weights=FILE`.
     """
-    if (o["denoiser"] is None) == (o["train_classifier"] is None):
+    if (network.denoiser is None) == (network.train_classifier is None):
         raise UserError("expected --denoiser ARCHITECTURE or --train-classifier MODEL, one of the two")
-    o["objective"] = o["objective"] or ("classification" if o["train_classifier"] else "mse")
-    o["sigma"] = o["sigma"] or ((), False)
-    recipe = recipe_from(o)
-    refuse_unused(o, recipe.objectives)
-    if o["denoiser"]:
+    recipe = recipe_from(training, training.objective or ("classification" if network.train_classifier else "mse"))
+    refuse_unused(recipe, network, frozen)
+    if network.denoiser:
         from denoisers import ARCHITECTURES
 
-        ARCHITECTURES.get(o["denoiser"])
-        if o["sigma"][0] and min(o["sigma"][0]) <= 0:
+        ARCHITECTURES.get(network.denoiser)
+        if recipe.sigmas and min(recipe.sigmas) <= 0:
             raise UserError("--sigma 0: a denoiser needs noise; expected levels above 0")
-    warn_of_units(max(o["sigma"][0], default=0.0))
-    if ":" in o["device"]:
-        raise UserError(f"--device {o['device']}: expected cuda; CUDA_VISIBLE_DEVICES chooses which")
-    check_data(o)
-    outcome = _train(o, recipe)
-    if int(os.environ.get("RANK", "0")) == 0:  # of several processes one speaks
-        _report(outcome, o)
+    warn_of_units(max(recipe.sigmas, default=0.0))
+    if ":" in compute.device:
+        raise UserError(f"--device {compute.device}: expected cuda; CUDA_VISIBLE_DEVICES chooses which")
+    check_data(data.data, data.root)
+    result = _train(recipe, network, training, frozen, data, compute, output)
+    if _is_first_process():
+        _report(result, network, output)
 
 
-def _train(o: dict[str, Any], recipe: Recipe) -> TrainingResult:
+def _is_first_process() -> bool:
+    """Return True in the one of several training processes that prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _train(
+    recipe: Recipe,
+    network: NetworkOptions,
+    training: RecipeOptions,
+    frozen: FrozenOptions,
+    data: TrainingDataOptions,
+    compute: TrainingCompute,
+    output: TrainingOutput,
+) -> TrainingResult:
     import torch
 
     from certify.images.dataset import View
     from training.data import count_classes, load_training_data
     from training.loop import TrainerConfig, make_accelerator
 
-    hidden = bool(o["quiet"] or o["as_json"] or int(os.environ.get("RANK", "0")))
+    hidden = output.quiet or output.as_json or not _is_first_process()
     say = speaker(quiet=hidden)
-    accelerator = make_accelerator(device_from(o["device"]).partition(":")[0], _precision(o), o["out"])
-    target = _target(o)
-    surrogates = [surrogate_from(s, trust_code=o["trust_code"]) for s in o["surrogate"]]
-    if o["denoiser"]:
+    precision = _precision(compute)
+    accelerator = make_accelerator(device_from(compute.device).partition(":")[0], precision, output.out)
+    target = _target(network, frozen)
+    surrogates = [surrogate_from(text, trust_code=frozen.trust_code) for text in frozen.surrogate]
+    if network.denoiser:
         from training.denoiser import check_objective
 
         check_objective(recipe, len(surrogates) or int(target is not None))  # before minutes of reading
-    say(f"data       reading {o['data']} ...")
+    say(f"data       reading {data.data} ...")
     spec = None
     viewer: Any = surrogates[0] if surrogates else target
-    if o["train_classifier"]:
+    if network.train_classifier:
         from certify.models.resolve import UNTRAINED
         from training.classifier import architecture
 
         torch.manual_seed(recipe.seed)
-        classes = count_classes(o["data"], o["root"], o["download"])
-        spec = architecture(o["train_classifier"], o["num_classes"] or classes, o["weights"] or UNTRAINED)
-        viewer = View(spec.input, o["num_classes"] or classes, spec.class_names)
-    data = load_training_data(
-        o["data"],
+        classes = frozen.num_classes or count_classes(data.data, data.root, data.download)
+        spec = architecture(network.train_classifier, classes, frozen.weights or UNTRAINED)
+        viewer = View(spec.input, classes, spec.class_names)
+    images = load_training_data(
+        data.data,
         viewer,
-        size=o["input_size"],
+        size=frozen.input_size,
         labelled=spec is not None or any(objective.labels for objective in recipe.objectives),
-        held_out=o["held_out"],
-        max_images=o["max_images"],
-        root=o["root"],
-        download=o["download"],
+        held_out=data.held_out,
+        max_images=data.max_images,
+        root=data.root,
+        download=data.download,
     )
-    steps = recipe.steps(len(data.train))
-    about = f"{len(data.train):,} images of {'x'.join(map(str, data.image))}, {len(data.held_out):,} held out"
-    say(f"data       {data.about['name']}: {about}{data.omissions}")
-    where = f"on {accelerator.device}, {_precision(o)}"
+    steps = recipe.steps(len(images.train))
+    about = f"{len(images.train):,} images of {'x'.join(map(str, images.image))}, {len(images.held_out):,} held out"
+    say(f"data       {images.about['name']}: {about}{images.omissions}")
+    where = f"on {accelerator.device}, {precision}"
     say(f"training   {recipe.objective}, {steps:,} steps of {recipe.batch_size}, {where}")
     with progress_bar(steps * recipe.batch_size, "images", hidden=hidden) as bar:
 
@@ -146,96 +131,98 @@ def _train(o: dict[str, Any], recipe: Recipe) -> TrainingResult:
 
         config = TrainerConfig(
             accelerator,
-            compile=o["compile"] == "on",
-            validations=o["validations"],
+            compile=compute.compile == "on",
+            validations=training.validations,
             progress=progress,
-            command=options.command_line(),
-            licence=o["licence"],
-            trust_identity=o["trust_identity"],
+            command=command_line(),
+            licence=output.licence,
+            trust_identity=output.trust_identity,
         )
         try:
-            return _run(o, data, recipe, spec, target, surrogates, config)
+            if spec is not None and network.train_classifier:
+                from training.classifier import train_classifier
+
+                return train_classifier(network.train_classifier, spec, images, recipe, output.out, config)
+            return _train_denoiser(recipe, network, images, target, surrogates, config, output, frozen.trust_code)
         except KeyboardInterrupt:
-            raise Stopped(f"stopped; the same command goes on from the last checkpoint in {o['out']}") from None
+            raise Stopped(f"stopped; the same command resumes from the last checkpoint in {output.out}") from None
 
 
-def _run(
-    o: dict[str, Any],
-    data: Any,
+def _train_denoiser(
     recipe: Recipe,
-    spec: Any,
+    network: NetworkOptions,
+    images: TrainingData,
     target: Classifier | None,
     surrogates: list[Classifier],
     config: TrainerConfig,
+    output: TrainingOutput,
+    trust_code: bool,
 ) -> TrainingResult:
-    if spec is not None:
-        from training.classifier import train_classifier
-
-        return train_classifier(o["train_classifier"], spec, data, recipe, o["out"], config)
     from denoisers.names import key_values
     from training.denoiser import train_denoiser
     from training.frozen_classifiers import FrozenClassifiers
 
-    given = surrogates or ([target] if target is not None else [])
+    assert network.denoiser is not None
+    available = surrogates or ([target] if target is not None else [])
     needed = any(objective.classifier for objective in recipe.objectives)
     for_target = target if surrogates and needed else None
-    frozen = FrozenClassifiers(given if needed else [], for_target, surrogates=bool(surrogates))
-    watched = [] if needed else given  # denoisers are shown with their accuracy; nothing of them goes into the weights
+    classifiers = FrozenClassifiers(available if needed else [], for_target, surrogates=bool(surrogates))
+    evaluators = [] if needed else available  # report accuracy behind the denoiser; no influence on the weights
     return train_denoiser(
-        o["denoiser"],
-        data,
+        network.denoiser,
+        images,
         recipe,
-        o["out"],
+        output.out,
         config,
-        classifiers=frozen,
-        evaluators=watched,
-        options=key_values("--option", o["extra"]),
-        init=o["init"],
-        trust_code=o["trust_code"],
-        stored=o["store"],
+        classifiers=classifiers,
+        evaluators=evaluators,
+        options=key_values("--option", network.extra),
+        init=network.init,
+        trust_code=trust_code,
+        stored=output.store,
     )
 
 
-def _target(o: dict[str, Any]) -> Classifier | None:
-    """The classifier that is named, with the user's settings in place of its own."""
-    if o["classifier"]:
-        return classifier_from(o["classifier"], o)
-    own = ("input_size", "num_classes", "weights") if o["train_classifier"] else ("input_size",)
+def _target(network: NetworkOptions, frozen: FrozenOptions) -> Classifier | None:
+    """Load the frozen classifier; without one, refuse the options that apply to it."""
+    if frozen.classifier:
+        return classifier_from(frozen.classifier, frozen)
+    own = {"input_size", "num_classes", "weights"} if network.train_classifier else {"input_size"}
     of_a_classifier = {"weights", "input_size", "mean", "std", "num_classes"}
-    options.refuse_given(of_a_classifier.difference(own), "without --classifier: there is nothing it could be of")
+    refuse_given(of_a_classifier - own, "without --classifier: there is no classifier to apply it to")
     return None
 
 
-def _precision(o: dict[str, Any]) -> str:
-    """The arithmetic: what was asked, or bfloat16 where products of it are faster."""
-    if o["precision"] != "auto":
-        return str(o["precision"])
+def _precision(compute: TrainingCompute) -> str:
+    """Return the dtype; ``auto`` is bfloat16 where the hardware accelerates it, otherwise float32."""
+    if compute.precision != "auto":
+        return compute.precision
     import torch
 
-    if o["device"] != "cpu" and torch.cuda.is_available():
+    if compute.device != "cpu" and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     cpu = torch.cpu
     fast = (getattr(cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return "bfloat16" if any(fast) else "float32"
 
 
-def _report(outcome: TrainingResult, o: dict[str, Any]) -> None:
+def _report(result: TrainingResult, network: NetworkOptions, output: TrainingOutput) -> None:
     from denoisers.weights import read_card
     from training import classifier, denoiser
 
-    path = Path(o["out"]) / (classifier.WEIGHTS if o["train_classifier"] else denoiser.WEIGHTS)
-    found = {
+    path = Path(output.out) / (classifier.WEIGHTS if network.train_classifier else denoiser.WEIGHTS)
+    summary = {
         "weights": str(path),
-        "steps": outcome.steps,
-        "chosen_at_step": outcome.best_step,
-        "images_per_second": round(outcome.images_per_second, 1),
-        "held_out": outcome.best,
+        "steps": result.steps,
+        "chosen_at_step": result.best_step,
+        "images_per_second": round(result.images_per_second, 1),
+        "held_out": result.best,
     }
-    if o["as_json"]:
-        tell(json.dumps(found))
+    if output.as_json:
+        tell(json.dumps(summary))
         return
-    figures = ", ".join(f"{k} {v:.4g}{' (lower is better)' if k == 'score' else ''}" for k, v in outcome.best.items())
-    tell(f"{path}: chosen at step {outcome.best_step:,} of {outcome.steps:,}; held-out images: {figures}")
-    purifier = read_card(path).purifier if o["denoiser"] and path.is_file() else ""
+    figures = ", ".join(f"{k} {v:.4g}{' (lower is better)' if k == 'score' else ''}" for k, v in result.best.items())
+    tell(f"{path}: chosen at step {result.best_step:,} of {result.steps:,}; held-out images: {figures}")
+    purifier = read_card(path).purifier if network.denoiser and path.is_file() else ""
     if purifier:
         tell(f"a purifier, not for --denoiser: certify compare ... --defences {purifier}:weights={path}")

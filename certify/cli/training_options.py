@@ -1,13 +1,16 @@
-"""The options that shape trained weights, and the recipe they make."""
+"""Options of ``certify train``, and the training recipe that they make."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
-from certify.cli import options
+from certify.cli.option_groups import PRECISIONS, DeviceOptions, ImageOptions, InputOptions, OutputOptions
+from certify.cli.options import Options, flag, option, overridden, refuse_given
+from certify.cli.parameter_types import Count, NoiseLevels, NoiseLevelsType, Positive
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,117 +18,174 @@ if TYPE_CHECKING:
     from training.recipe import Recipe
 
 
-class LevelsOption(options.ParamType):
-    """Noise levels: one, several with commas between them, or LOW:HIGH."""
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(Options):
+    """The network to train."""
 
-    name = "numbers|LOW:HIGH"
+    section = "Network"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[tuple[float, ...], bool]:
-        """``"0.1:1"`` to ``((0.1, 1.0), True)``."""
-        if isinstance(value, tuple):
-            return value
-        ranged = ":" in str(value)
-        try:
-            numbers = tuple(options.number(v) for v in str(value).split(":" if ranged else ","))
-            wrong = ranged and not (len(numbers) == 2 and 0 < numbers[0] < numbers[1])
-            if wrong or not all(0 <= v < float("inf") for v in numbers):
-                raise ValueError
-        except (ValueError, IndexError):
-            self.fail(f"{value!r}; expected levels in [0, 1] pixels: 0.25, or 0.12,0.25,0.5, or 0.1:1", param, ctx)
-        return numbers, ranged
-
-
-recipe_options = options.together(
-    click.option("--objective", help="What it is trained for (`certify list objectives`; default: mse)."),
-    click.option(
-        "--sigma",
-        type=LevelsOption(),
-        help="Standard deviation of the noise in [0, 1] pixels, where the objective has any: 0.25; 0.12,0.25; 0.1:1.",
-    ),
-    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the objective; repeatable."),
-    click.option("--epochs", type=float, default=10.0, help="Passes over the images; may be 0.5."),
-    click.option("--batch-size", type=options.Count("a batch size"), default=64, help="Images a step."),
-    click.option("--optimizer", default="adam", help="Optimizer: adam, sgd, adam-then-sgd, muon."),
-    click.option("--rate", type=options.Positive("a rate above 0"), default=1e-3, help="Learning rate at its peak."),
-    click.option("--weight-decay", type=float, default=1e-4, help="L2 penalty."),
-    click.option("--schedule", default="one-cycle", help="Schedule of the rate: one-cycle, step, constant."),
-    click.option(
-        "--switch-at", type=float, help="Share of the steps that are Adam's, for adam-then-sgd (default: 50/90)."
-    ),
-    click.option(
-        "--sgd-rate",
-        type=options.Positive("a rate above 0"),
-        default=1e-3,
-        help="Learning rate of SGD, for adam-then-sgd.",
-    ),
-    click.option(
-        "--first-share", type=float, default=0.5, help="Share of the steps that are mse's, for mse+stability."
-    ),
-    click.option(
-        "--temperature", type=float, default=1.0, help="Number that the frozen classifier's logits are divided by."
-    ),
-    click.option(
-        "--queries", type=options.Count("queries"), default=20, help="Queries an image and step, for zeroth-order."
-    ),
-    click.option(
-        "--ema", type=float, default=0.0, help="Decay of a running average of the weights, which is then kept; 0: none."
-    ),
-    click.option(
-        "--train-only",
-        metavar="PARTS",
-        help="Train these parts alone, by the beginnings of their parameters' names: up,tail. The others stay frozen.",
-    ),
-    click.option("--no-augment", is_flag=True, help="Do not move and mirror the images."),
-    options.seed("everything that is drawn"),
-)
-
-
-def recipe_from(o: dict[str, Any]) -> Recipe:
-    """The recipe that these options make."""
-    from denoisers.names import key_values
-    from training.recipe import Recipe
-
-    return Recipe(
-        objective=o["objective"],
-        sigmas=o["sigma"][0],
-        continuous=o["sigma"][1],
-        epochs=o["epochs"],
-        batch_size=o["batch_size"],
-        optimizer=o["optimizer"],
-        rate=o["rate"],
-        weight_decay=o["weight_decay"],
-        schedule=o["schedule"],
-        augment=not o["no_augment"],
-        switch_at=50 / 90 if o["switch_at"] is None else o["switch_at"],
-        sgd_rate=o["sgd_rate"],
-        first_share=o["first_share"],
-        temperature=o["temperature"],
-        queries=o["queries"],
-        ema=o["ema"],
-        only=tuple(part for part in (o["train_only"] or "").split(",") if part),
-        seed=o["seed"],
-        settings=key_values("--set", o["settings"]),
+    denoiser: str | None = option(metavar="ARCHITECTURE", help="Denoiser to train (`certify list architectures`).")
+    train_classifier: str | None = option(
+        metavar="MODEL", help="Train this classifier instead, from --weights or from scratch."
+    )
+    extra: tuple[str, ...] = option(
+        "--option", default=(), metavar="KEY=VALUE", help="Option of the architecture; repeatable."
+    )
+    init: str | None = option(
+        metavar="DENOISER", help="Start from these weights (MSE first, then --objective stability)."
     )
 
 
-def refuse_unused(o: dict[str, Any], objectives: Sequence[Objective]) -> None:
-    """Refuse options that would change nothing in a training for these objectives."""
-    by_classifier = o["denoiser"] and any(objective.classifier for objective in objectives)
-    of = {
-        "temperature": (by_classifier, "an objective with a classifier"),
+@dataclass(frozen=True, kw_only=True)
+class FrozenOptions(InputOptions):
+    """The frozen classifier, or surrogates for it."""
+
+    section = "Frozen classifier"
+
+    classifier: str | None = option(
+        "--classifier", "--model", metavar="MODEL", help="Frozen classifier; with --surrogate the target, unused."
+    )
+    surrogate: tuple[str, ...] = option(
+        default=(), metavar="MODEL[=FILE]", help="Train through this classifier instead (query access); repeatable."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingDataOptions(Options):
+    """Training images."""
+
+    section = "Data"
+
+    data: str = option(required=True, help="Training images: a dataset, a folder, a .zip or an .npz file.")
+    root: str | None = overridden(ImageOptions, "root")
+    download: bool = overridden(ImageOptions, "download")
+    max_images: int | None = overridden(
+        ImageOptions, "max_images", help="Maximum number of images, spread over the data (default: all)."
+    )
+    held_out: int | None = option(
+        type=Count("a number of images"), help="Number of images held out to choose the weights by (default: a tenth)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(Options):
+    """Hyperparameters."""
+
+    section = "Training"
+
+    objective: str | None = option(help="Training objective (`certify list objectives`; default: mse).")
+    sigma: NoiseLevels | None = option(
+        type=NoiseLevelsType(),
+        help="Standard deviation of the noise in [0, 1] pixels, for objectives with noise: 0.25; 0.12,0.25; 0.1:1.",
+    )
+    settings: tuple[str, ...] = option(
+        "--set", default=(), metavar="KEY=VALUE", help="Setting of the objective; repeatable."
+    )
+    epochs: float = option(type=float, default=10.0, help="Passes over the images; fractions such as 0.5 are possible.")
+    batch_size: int = option(type=Count("a batch size"), default=64, help="Images per step.")
+    optimizer: str = option(default="adam", help="Optimizer: adam, sgd, adam-then-sgd, muon.")
+    rate: float = option(type=Positive("a rate above 0"), default=1e-3, help="Peak learning rate.")
+    weight_decay: float = option(type=float, default=1e-4, help="L2 penalty.")
+    schedule: str = option(default="one-cycle", help="Learning rate schedule: one-cycle, step, constant.")
+    switch_at: float | None = option(
+        type=float, help="Fraction of the steps trained with Adam, for adam-then-sgd (default: 50/90)."
+    )
+    sgd_rate: float = option(
+        type=Positive("a rate above 0"), default=1e-3, help="Learning rate of SGD, for adam-then-sgd."
+    )
+    first_share: float = option(
+        type=float, default=0.5, help="Fraction of the steps trained for mse, for mse+stability."
+    )
+    temperature: float = option(
+        type=float, default=1.0, help="Temperature by which the frozen classifier's logits are divided."
+    )
+    queries: int = option(type=Count("queries"), default=20, help="Queries per image and step, for zeroth-order.")
+    ema: float = option(
+        type=float, default=0.0, help="Decay of the moving average of the weights, which is then saved; 0: none."
+    )
+    train_only: str | None = option(
+        metavar="PARTS", help="Train only parameters whose names begin with one of these: up,tail. Others stay frozen."
+    )
+    no_augment: bool = flag(help="Do not shift and flip the images.")
+    validations: int = option(type=Count("a number"), default=20, help="Number of evaluations on the held-out images.")
+    seed: int = option(type=Count("a seed", least=0), default=0, help="Seed of everything random.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCompute(Options):
+    """Device and precision."""
+
+    section = "Compute"
+
+    device: str = overridden(
+        DeviceOptions, "device", help="Device: cpu, cuda, or auto for an accelerator where there is one."
+    )
+    precision: str = option(
+        type=PRECISIONS, default="auto", help="Training dtype; auto is bfloat16 where the hardware accelerates it."
+    )
+    compile: str = option(type=click.Choice(["on", "off"]), default="off", help="Compile the network.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOutput(OutputOptions):
+    """Where the weights go, and what their card states."""
+
+    out: str = option(metavar="DIR", required=True, help="Folder for weights, checkpoint and metrics.")
+    store: str = option(
+        type=click.Choice(["float32", "float16"]), default="float32", help="Dtype of the saved weights."
+    )
+    licence: str = option(default="MIT", help="Licence of the weights, for their card.")
+
+
+def recipe_from(options: RecipeOptions, objective: str) -> Recipe:
+    """Return the recipe for an objective."""
+    from denoisers.names import key_values
+    from training.recipe import Recipe
+
+    levels = options.sigma or NoiseLevels()
+    return Recipe(
+        objective=objective,
+        sigmas=levels.values,
+        continuous=levels.continuous,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        optimizer=options.optimizer,
+        rate=options.rate,
+        weight_decay=options.weight_decay,
+        schedule=options.schedule,
+        augment=not options.no_augment,
+        switch_at=50 / 90 if options.switch_at is None else options.switch_at,
+        sgd_rate=options.sgd_rate,
+        first_share=options.first_share,
+        temperature=options.temperature,
+        queries=options.queries,
+        ema=options.ema,
+        only=tuple(part for part in (options.train_only or "").split(",") if part),
+        seed=options.seed,
+        settings=key_values("--set", options.settings),
+    )
+
+
+def refuse_unused(recipe: Recipe, network: NetworkOptions, frozen: FrozenOptions) -> None:
+    """Refuse options that have no effect on this training."""
+    objectives: Sequence[Objective] = recipe.objectives
+    needs_classifier = network.denoiser and any(objective.classifier for objective in objectives)
+    switches = recipe.optimizer == "adam-then-sgd"
+    effective = {
+        "temperature": (needs_classifier, "an objective with a classifier"),
         "sigma": (any(objective.noise for objective in objectives), "an objective that trains under noise"),
-        "queries": (o["objective"] == "zeroth-order", "--objective zeroth-order"),
-        "first_share": (o["objective"] == "mse+stability", "--objective mse+stability"),
-        "switch_at": (o["optimizer"] == "adam-then-sgd", "--optimizer adam-then-sgd"),
-        "sgd_rate": (o["optimizer"] == "adam-then-sgd", "--optimizer adam-then-sgd"),
+        "queries": (recipe.objective == "zeroth-order", "--objective zeroth-order"),
+        "first_share": (recipe.objective == "mse+stability", "--objective mse+stability"),
+        "switch_at": (switches, "--optimizer adam-then-sgd"),
+        "sgd_rate": (switches, "--optimizer adam-then-sgd"),
         **dict.fromkeys(
-            ("classifier", "surrogate", "init", "extra", "store", "train_only"), (o["denoiser"], "--denoiser")
+            ("classifier", "surrogate", "init", "extra", "store", "train_only"), (network.denoiser, "--denoiser")
         ),
     }
-    for name, (used, where) in of.items():
+    for name, (used, where) in effective.items():
         if not used:
-            options.refuse_given((name,), f"belongs to {where}; leave it out here")
-    if o["objective"] == "zeroth-order" and o["surrogate"]:
+            refuse_given((name,), f"belongs to {where}; leave it out here")
+    if recipe.objective == "zeroth-order" and frozen.surrogate:
         raise UserError(
-            "--objective zeroth-order asks the target itself; leave --surrogate out, or train for stability"
+            "--objective zeroth-order queries the target itself; leave --surrogate out, or train for stability"
         )

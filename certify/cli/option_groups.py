@@ -1,0 +1,291 @@
+"""Option groups that several commands share: model, noise, data, statistics, compute, output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import click
+
+from certify.cli.options import Options, flag, option
+from certify.cli.parameter_types import (
+    PROBABILITY,
+    SHARE,
+    BatchSize,
+    Count,
+    Distance,
+    DistanceType,
+    Numbers,
+    Positive,
+    Size,
+)
+
+PRECISIONS = click.Choice(["auto", "float32", "bfloat16", "float16"])
+TABLE_FORMATS = click.Choice(["text", "markdown", "latex", "csv"])
+_MODEL = (
+    "Frozen classifier: digits, cifar_resnet56, a timm or torchvision name, hf-hub:OWNER/NAME, a TorchScript or ONNX "
+    "file, a folder saved by timm, or package.module:callable."
+)
+_ALPHA = "Failure probability per image (confidence 1 - alpha)"
+_BOUND = "Confidence bound on the class probability (`certify list bounds`"
+SEED_ADVICE = "keep it secret if an adversary may choose the images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions(Options):
+    """How a frozen classifier is loaded and which input it expects, in place of its own settings."""
+
+    section: ClassVar[str] = "Model"
+
+    weights: str | None = option(
+        metavar="FILE[::PART]",
+        help="Checkpoint (.pth .pt .th .ckpt .safetensors) in place of the published weights; PART selects one of "
+        "several sets of weights in it.",
+    )
+    input_size: tuple[int, int, int] | None = option(
+        type=Size(), metavar="CxHxW", help="Input size, in place of the model's own."
+    )
+    mean: list[float] | None = option(type=Numbers(), help="Mean per channel for normalisation, in place of its own.")
+    std: list[float] | None = option(
+        type=Numbers(), help="Standard deviation per channel for normalisation, in place of its own."
+    )
+    num_classes: int | None = option(
+        type=Count("the number of classes"), help="Number of classes, if the model does not state it."
+    )
+    trust_code: bool = flag(
+        help="Run the code in a TorchScript file (model or denoiser); it can do anything that you can do."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(InputOptions):
+    """A frozen classifier."""
+
+    model: str = option(required=True, help=_MODEL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalModelOptions(InputOptions):
+    """A frozen classifier, or none."""
+
+    model: str | None = option(help=f"{_MODEL} Without it: no accuracies.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserOptions(Options):
+    """Noise level and denoiser."""
+
+    section: ClassVar[str] = "Noise"
+
+    sigma: float = option(
+        type=Positive("a number above 0, in [0, 1] pixels (0.25, not 64 of 255)"),
+        required=True,
+        help="Standard deviation of the noise, in pixels of images scaled to [0, 1].",
+    )
+    denoiser: str = option(
+        default="none", help="Denoiser between noise and classifier; auto chooses one (`certify list denoisers`)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseOptions(DenoiserOptions):
+    """Smoothing distribution, denoiser and seed."""
+
+    noise: str = option(default="gaussian", help="Smoothing distribution (`certify list noises`).")
+    rounded: bool = flag("--round", help="Round images to the 8-bit grid first; for --noise exact.")
+    seed: int = option(type=Count("a seed", least=0), default=0, help=f"Seed of all noise; {SEED_ADVICE}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(Options):
+    """Images, and which of them to take."""
+
+    section: ClassVar[str] = "Data"
+
+    data: str | None = option(
+        help="Images: a dataset (`certify list datasets`), an image, a folder, a .zip (or a folder in it: x.zip/test) "
+        "or an .npz file."
+    )
+    root: str | None = option(metavar="DIR", help="Folder of torchvision's datasets (default: ./data).")
+    download: bool = flag(help="Download a missing torchvision dataset to --root.")
+    skip: int = option(type=Count("K to take every K-th image"), default=1, help="Take every K-th image.")
+    start: int = option(
+        type=Count("the first image's place", least=0), default=0, help="Index of the first image, from 0."
+    )
+    max_images: int | None = option(
+        "--max", type=Count("the most images to take"), help="Maximum number of images (default: all)."
+    )
+    ids: str | None = option(
+        help="Take only these images: ids separated by commas, in double quotes where an id contains a comma."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(ImageOptions):
+    """Labelled images."""
+
+    labels: str | None = option(
+        metavar="FILE", help="CSV of file,label for images that are not in class folders; none ignores labels."
+    )
+    class_map: str | None = option(metavar="FILE", help="CSV or JSON that maps class folders to the model's classes.")
+    strict: bool = flag(help="Stop at the first image that cannot be read, instead of leaving it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(Options):
+    """Number of noise samples and failure probability."""
+
+    section: ClassVar[str] = "Statistics"
+
+    n: int = option(
+        type=Count("a number of samples"),
+        default=100_000,
+        help="Noise samples per image used to estimate the class probability; the maximum with --radius (default "
+        "there: 20000) and --tolerance.",
+    )
+    alpha: float = option(type=PROBABILITY, default=0.001, help=f"{_ALPHA}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsOptions(SampleOptions):
+    """The question about each image: a radius, a decision at given radii, or a radius to a tolerance."""
+
+    n0: int = option(
+        type=Count("a number of samples"), default=100, help="Noise samples per image used to choose the class."
+    )
+    bound: str = option(default="clopper-pearson", help=f"{_BOUND}).")
+    radius: list[float] | None = option(
+        type=Numbers(),
+        help="Only decide whether each image is robust at these radii, with as few samples as that takes, at most --n.",
+    )
+    tolerance: float | None = option(
+        type=SHARE, help="Stop each image once its radius is known to this relative tolerance, at most --n samples."
+    )
+    rule: str | None = option(help="Sequential test of --radius (`certify list rules`; default: one-sided).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeOptions(Options):
+    """Another alpha or bound for votes that are there already."""
+
+    section: ClassVar[str] = "Statistics"
+
+    alpha: float | None = option(type=PROBABILITY, help=f"{_ALPHA} (default: the run's).")
+    bound: str | None = option(help=f"{_BOUND}; default: the run's).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions(Options):
+    """Attacks and their norm ball."""
+
+    section: ClassVar[str] = "Attacks"
+
+    attacks: str = option(
+        default="blind-pgd,square", help="Attacks, separated by commas; none for no attack (`certify list attacks`)."
+    )
+    eps: Distance = option(
+        type=DistanceType(), default=Distance(8 / 255, "8/255"), help="Radius of the norm ball in [0, 1] pixels."
+    )
+    norm: str = option(type=click.Choice(["linf", "l2"]), default="linf", help="Norm of --eps.")
+    queries: int = option(
+        type=Count("queries"), default=1000, help="Maximum number of queries per image for each attack."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientAttackOptions(AttackOptions):
+    """Attacks by queries, gradients or surrogates."""
+
+    surrogate: tuple[str, ...] = option(
+        default=(), metavar="MODEL[=FILE]", help="Surrogate classifier for --attacks transfer; repeatable."
+    )
+    steps: int = option(type=Count("steps"), default=40, help="Steps of gradient attacks.")
+    seed: int = option(type=Count("a seed", least=0), default=0, help="Seed of everything random.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(Options):
+    """Device."""
+
+    section: ClassVar[str] = "Compute"
+
+    device: str = option(
+        default="auto", help="Device: cpu, cuda, cuda:1, mps, or auto for an accelerator where there is one."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(DeviceOptions):
+    """Device and execution of the base classifier."""
+
+    precision: str = option(
+        type=PRECISIONS,
+        default="auto",
+        help="Inference dtype; auto takes bfloat16 on hardware with instructions for it, else float32.",
+    )
+    compile: str = option(
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        help="Compile the base classifier; auto does so where the run is long enough for it to pay.",
+    )
+    batch_size: int | None = option(
+        type=BatchSize(), metavar="N", help="Samples per forward pass; does not affect the noise (default: auto)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions(ComputeOptions):
+    """Device and execution, on this machine or on a cluster."""
+
+    cluster: str | None = option(
+        metavar="WHERE",
+        help="Run on the workers of a Ray cluster: local[:K] (K on this machine), auto, or ray://HOST:PORT.",
+    )
+    shard: str | None = option(
+        metavar="I/N", help="Process only part I of N of the images, into a file of its own (see `certify merge`)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonOptions(Options):
+    """Form of the result on stdout."""
+
+    section: ClassVar[str] = "Output"
+
+    as_json: bool = flag("--json", help="Print one JSON object instead of text.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(JsonOptions):
+    """Run file and terminal output."""
+
+    out: str | None = option(metavar="PATH", help="Run file (.jsonl), or a folder for it (default: runs/).")
+    trust_identity: bool = flag(
+        help="Resume a file written without a fingerprint, which cannot show that the Python model is still the same."
+    )
+    quiet: bool = flag(help="Print no plan and no progress on stderr.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RadiiOptions(Options):
+    """Radii of a table."""
+
+    section: ClassVar[str] = "Output"
+
+    radii: list[float] | None = option(
+        type=Numbers(), help="Radii of the table, separated by commas (default: round numbers)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveOptions(Options):
+    """Lines of a figure or table of several runs."""
+
+    section: ClassVar[str] = "Options"
+
+    envelope: bool = flag(
+        help="One line per method: at each radius the best of its runs over sigma, chosen on the images they share."
+    )
+    names: tuple[str, ...] = option(
+        "--name", default=(), metavar="TEXT", help="Name of a run in the legend; once for each run, in their order."
+    )
