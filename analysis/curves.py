@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from certify.errors import UserError
+from certify.runs.records import RunHeader
 from certify.runs.run_file import Run
 from certify.smoothing.numeric import as_float
 from certify.smoothing.rounding import exact
@@ -68,18 +69,17 @@ class Curve:
     @property
     def norm(self) -> str:
         """Norm of the radii."""
-        return str(self.run.header.get("norm", "l2"))
+        return self.run.header.norm
 
     @property
     def decided(self) -> list[float]:
         """Radii at which the images were decided; empty if every radius is known."""
-        stopping = self.run.header.get("stopping") or {}
-        return list(stopping.get("radii", ()))
+        return list(self.run.header.radii)
 
     @property
     def stopped(self) -> bool:
         """True if sampling stopped early, so that true certified radii may be larger."""
-        return bool(self.run.header.get("stopping"))
+        return self.run.header.stopping is not None
 
     def at_least(self, radius: float) -> bool:
         """True if the accuracy at this radius is only a lower bound, because the images were not decided there."""
@@ -92,7 +92,7 @@ class Curve:
         if self.decided:
             parts.append("decided at r = " + ", ".join(map(exact, self.decided)))
         if self.run.partial:
-            parts.append(f"partial: {len(self.run.images)} of {self.run.header['expected']}")
+            parts.append(f"partial: {len(self.run.images)} of {self.run.header.expected}")
         left_out = len(self.run.images) - self.total
         if left_out:
             parts.append(f"{left_out} unreadable")
@@ -121,19 +121,19 @@ def curve(run: Run, name: str = "") -> Curve:
         UserError: no usable image; labels for some images only; or an unfinished run with early stopping, whose
             finished images are the easy ones (unless they were processed in order).
     """
-    if run.partial and run.header.get("stopping") and not run.header.get("in_order"):
+    if run.partial and run.header.stopping is not None and not run.header.in_order:
         raise UserError(
-            f"{run.path} is unfinished: {len(run.images)} of {run.header['expected']} images, and those "
+            f"{run.path} is unfinished: {len(run.images)} of {run.header.expected} images, and those "
             "decided with few samples come first, so their share would mislead; run its command again to resume"
         )
     rows = run.usable
     if not rows:
         raise UserError(f"{run.path} holds no finished image yet")
-    labelled = [row["label"] is not None for row in rows]
+    labelled = [row.label is not None for row in rows]
     if any(labelled) and not all(labelled):
         raise UserError(f"{run.path}: {sum(labelled)} of {len(rows)} images have labels; expected all or none")
-    certified = [row for row in rows if row["prediction"] >= 0]
-    radii = [row["radius"] for row in certified if row["label"] is None or row["prediction"] == row["label"]]
+    certified = [row for row in rows if not row.abstained]
+    radii = [row.radius for row in certified if row.label is None or row.prediction == row.label]
     return Curve(run, name, np.sort(np.asarray(radii, dtype=float)), len(rows), labelled[0])
 
 
@@ -143,7 +143,7 @@ def common_norm(runs: Sequence[Run]) -> str:
     Raises:
         UserError: the norms differ.
     """
-    norms: list[str] = sorted({run.header.get("norm", "l2") for run in runs})
+    norms = sorted({run.header.norm for run in runs})
     if len(norms) > 1:
         raise UserError(f"runs with radii in different norms ({', '.join(norms)}); show them separately")
     return norms[0]
@@ -177,11 +177,11 @@ def names(runs: Sequence[Run], keys: Sequence[str] = NAMING) -> list[str]:
 
     def name(run: Run) -> str:
         header = run.header
-        parts = [str(header.get("model", run.path.stem))]
-        if header.get("sigma") is not None:
-            parts.append(f"σ = {header['sigma']:g}")
-        if header.get("noise", "gaussian") != "gaussian" and "noise" not in differing:
-            parts.append(f"{header['noise']} noise")
+        parts = [header.model if header.has("model") else run.path.stem]
+        if header.has("sigma"):
+            parts.append(f"σ = {header.sigma:g}")
+        if header.has("noise") and header.noise != "gaussian" and "noise" not in differing:
+            parts.append(f"{header.noise} noise")
         for key in differing:
             value = _denoiser(header) if key == "denoiser" else header.get(key)
             if key == "data" and value is not None and short:
@@ -199,10 +199,10 @@ def _values(runs: Sequence[Run], key: str) -> set[str]:
     return {str(run.header[key]) for run in runs if run.header.get(key) is not None}
 
 
-def _denoiser(header: Mapping[str, Any]) -> Any:
+def _denoiser(header: RunHeader) -> Any:
     """Return the requested denoiser, or the one that ``auto`` chose."""
-    requested = header.get("denoiser")
-    steps = header.get("pipeline") or () if requested == "auto" else ()
+    requested = header.denoiser
+    steps = header.pipeline if requested == "auto" else ()
     return next((step.get("name", requested) for step in steps if step.get("step") == "denoiser"), requested)
 
 

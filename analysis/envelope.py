@@ -17,6 +17,7 @@ import numpy as np
 
 from analysis.curves import Curve, names
 from certify.errors import UserError
+from certify.runs.records import RunHeader
 from certify.runs.run_file import Run
 from certify.smoothing.numeric import as_float
 from certify.smoothing.rounding import exact
@@ -158,14 +159,14 @@ def group(curves: Sequence[Curve]) -> list[Envelope]:
             )
         groups.setdefault(same_recipe if peers else same_weights, []).append(c)
     # a method named like a run with its settings
-    runs = [Run(members[0].run.path, json.loads(key)) for key, members in groups.items()]
+    runs = [Run(members[0].run.path, RunHeader.from_json(json.loads(key))) for key, members in groups.items()]
     return [
         Envelope(tuple(sorted(members, key=_sigma)), name)
         for name, members in zip(names(runs, [k for k in METHOD if k != "rounded"]), groups.values(), strict=True)
     ]
 
 
-def method(header: Mapping[str, Any], *, own: bool = False) -> dict[str, Any]:
+def method(header: RunHeader, *, own: bool = False) -> dict[str, Any]:
     """Return the settings that define the method of a run: its header without sigma, seed and provenance.
 
     Args:
@@ -173,22 +174,22 @@ def method(header: Mapping[str, Any], *, own: bool = False) -> dict[str, Any]:
         own: weights differ per sigma: replace the run's sigma within names by "σ".
     """
     settings = {key: header[key] for key in METHOD if header.get(key) is not None}
-    settings["tolerance"] = (header.get("stopping") or {}).get("tolerance")
-    steps = []
-    for step in header.get("pipeline", ()):
+    settings["tolerance"] = None if header.stopping is None else header.stopping.tolerance
+    steps: list[dict[str, Any]] = []
+    for step in header.pipeline:
         role = "model" if step.get("step") == "classifier" else "denoiser"
         kept = {key: value for key, value in step.items() if key != "sigma"}
         if role == "denoiser" and header.get(role) == "auto":
             kept = {"step": role}
         elif own:
-            named = {key: _without_sigma(kept[key], header["sigma"]) for key in ("name", "weights") if key in kept}
-            if _without_sigma(header.get(role), header["sigma"]) != header.get(role) or {**kept, **named} != kept:
-                kept = {key: value for key, value in {**kept, **named}.items() if key not in _MADE_FOR_SIGMA}
+            named = kept | {key: _without_sigma(kept[key], header.sigma) for key in ("name", "weights") if key in kept}
+            if _without_sigma(header.get(role), header.sigma) != header.get(role) or named != kept:
+                kept = {key: value for key, value in named.items() if key not in _MADE_FOR_SIGMA}
         steps.append(kept)
     settings["pipeline"] = steps
     if own:
         roles = [role for role in ("model", "denoiser") if role in settings]
-        settings |= {role: _without_sigma(settings[role], header["sigma"]) for role in roles}
+        settings |= {role: _without_sigma(settings[role], header.sigma) for role in roles}
     return settings
 
 
@@ -204,10 +205,9 @@ def _key(described: Mapping[str, Any]) -> str:
 
 
 def _sigma(c: Curve) -> float:
-    sigma = c.run.header.get("sigma")
-    if sigma is None:
+    if not c.run.header.has("sigma"):
         raise UserError(f"{c.run.path} has no sigma; expected a run file, or a log named like sigma_0.25")
-    return float(sigma)
+    return c.run.header.sigma
 
 
 def _check_sigmas(runs: Sequence[Curve]) -> None:
@@ -223,9 +223,9 @@ def _check_images(runs: Sequence[Curve]) -> None:
     """Refuse runs over different images: ids, labels and, where known, contents; a partial run may have fewer."""
     whole = max(runs, key=lambda c: c.total)
     for c in runs:
-        digests = [(r.header.get("images") or {}).get("sha256") for r in (c.run, whole.run)]
+        digests = [r.header.images.get("sha256") for r in (c.run, whole.run)]
         (here, expected), (there, all_expected) = (
-            ({(row["id"], row["label"]) for row in r.usable}, r.header["expected"]) for r in (c.run, whole.run)
+            ({(row.id, row.label) for row in r.usable}, r.header.expected) for r in (c.run, whole.run)
         )
         alike = here <= there and expected == all_expected and (c.run.partial or here == there)
         if not alike or (None not in digests and digests[0] != digests[1]):

@@ -21,17 +21,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from analysis.curves import proportion_interval
 from certify.errors import UserError
-from certify.runs.image_rows import noise_of
+from certify.runs.records import ImageRow
 from certify.runs.run_file import Run
 from certify.smoothing.bounds import check_alpha, check_trials
 from certify.smoothing.numeric import as_float
-from certify.smoothing.procedures import votes_of
 from certify.smoothing.rounding import exact
 
 CORRECTIONS = {"holm": "Holm", "bonferroni": "Bonferroni"}
@@ -96,7 +94,7 @@ class Family:
     @property
     def right(self) -> np.ndarray:
         """Images whose class is their label, bool ``(m,)``."""
-        return np.array([c == row["label"] for c, row in zip(self.classes.tolist(), self.run.usable, strict=True)])
+        return np.array([c == row.label for c, row in zip(self.classes.tolist(), self.run.usable, strict=True)])
 
     def p_values(self, radius: float) -> np.ndarray:
         """Return each image's p-value for "its class has at most the probability that ``radius`` requires", ``(m,)``.
@@ -113,7 +111,7 @@ class Family:
         p = np.ones(self.successes.shape)
         for values in np.unique(self.values).tolist():
             same = self.values == values
-            p0 = noise_of(self.run.header, values or None).probability(radius) * (1.0 + _P0_OUTWARD)
+            p0 = self.run.header.radii_for(values or None).probability(radius) * (1.0 + _P0_OUTWARD)
             test = binomial_p if self.fixed else betting_p
             p[same] = test(self.successes[same], self.trials[same], p0)
         return np.asarray(p.min(axis=1, initial=1.0))
@@ -141,13 +139,13 @@ class Family:
         An unfinished run is corrected for all images that it was to hold: which of them it holds may depend on their
         votes (those that are settled soon come first, and a spent budget ends it), and so must not ease the level.
         """
-        alpha = check_alpha(self.run.header["alpha"] if alpha is None else alpha)
+        alpha = check_alpha(self.run.header.alpha if alpha is None else alpha)
         method = self.correction(method)
         if not len(self.classes):
             return np.zeros(0, dtype=bool)
         from statsmodels.stats.multitest import multipletests
 
-        pending = max(0, int(self.run.header["expected"]) - len(self.run.images))
+        pending = max(0, self.run.header.expected - len(self.run.images))
         p = np.concatenate([self.p_values(radius), np.ones(pending)])
         return np.asarray(multipletests(p, alpha=alpha, method=method)[0], dtype=bool)[: len(self.classes)]
 
@@ -159,30 +157,29 @@ def family(run: Run) -> Family:
         UserError: a run without counts (a published log), or without radii (predictions).
     """
     header, rows = run.header, run.usable
-    if header.get("noise") is None or any("votes" not in row or "selection" not in row for row in rows):
+    if not header.has("noise") or not all(row.has("votes") and row.has("selection") for row in rows):
         raise UserError(f"{run.path} holds no noise and votes, like published logs; expected a run file of certify")
-    if header.get("procedure", "certify") == "predict":
+    if header.kind == "predict":
         raise UserError(f"{run.path} holds predictions, which have no radius; expected a run of `certify --model ...`")
-    stopping = header.get("stopping")
-    stages = [votes_of(row) for row in rows]
-    fixed = stopping is None and all(selection.trials for selection, _ in stages)
+    stages = [(row.selection_votes, row.estimation_votes) for row in rows]
+    fixed = header.stopping is None and all(selection.trials for selection, _ in stages)
     classes, evaluations = [], []
     for row, (selection, estimation) in zip(rows, stages, strict=True):
         chosen = (selection if fixed else estimation).leader
-        if not fixed and row["prediction"] >= 0:  # the class decided last; any class may be tested
-            chosen = row["prediction"]
+        if not fixed and not row.abstained:  # the class decided last; any class may be tested
+            chosen = row.prediction
         classes.append(chosen)
         evaluations.append([(estimation.of(chosen), estimation.trials), *_earlier_votes(row, chosen)])
     width = max(map(len, evaluations), default=1)
     table = np.array([[*pairs, *[(0, 0)] * (width - len(pairs))] for pairs in evaluations]).reshape(-1, width, 2)
-    values = np.array([row.get("values", 0) for row in rows], dtype=np.int64)
+    values = np.array([row.size or 0 for row in rows], dtype=np.int64)
     return Family(run, np.array(classes, dtype=np.int64), table[..., 0], table[..., 1], values, fixed)
 
 
-def _earlier_votes(row: dict[str, Any], chosen: int) -> list[tuple[int, int]]:
+def _earlier_votes(row: ImageRow, chosen: int) -> list[tuple[int, int]]:
     """Return votes and samples at those decisions of a run with given radii at which the class led."""
-    looks = (decision["look"] for decision in row.get("decisions", ()))
-    return [(int(k), int(n)) for leader, k, n in looks if leader == chosen]
+    looks = (decision.look for decision in row.outcomes)
+    return [(k, n) for leader, k, n in looks if leader == chosen]
 
 
 def p_values(run: Run, radius: float) -> np.ndarray:

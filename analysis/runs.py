@@ -11,12 +11,12 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from analysis.comparison.results import Comparison
 from certify.errors import UserError
 from certify.runs.identity import unproven
-from certify.runs.run_file import COMPARISON, Run, peek_header, read_run, refuse_duplicates
+from certify.runs.records import ComparisonHeader, ImageRow, RunHeader
+from certify.runs.run_file import ComparisonRun, Run, peek_header, read_run, refuse_duplicates
 from certify.text import read_text
 
 
@@ -48,15 +48,14 @@ def read_any(path: str | Path) -> Run:
     if head.removeprefix(codecs.BOM_UTF8).split(b"\t")[0].strip() == b"idx":
         return _read_log(path)
     run = read_run(path, allow_partial=True)
-    if run.header.get("procedure", "certify") == "predict":
+    if run.header.kind == "predict":
         raise NoRadii(f"{path} holds predictions, which have no radius; expected a run of `certify --model ...`")
     return run
 
 
 def is_comparison(path: str | Path) -> bool:
     """Return True for a file of ``certify compare``."""
-    header = peek_header(path)
-    return header is not None and header["type"] == COMPARISON
+    return isinstance(peek_header(path), ComparisonHeader)
 
 
 def read_comparison(path: str | Path, warn: Callable[[str], None] | None = None) -> Comparison:
@@ -65,7 +64,7 @@ def read_comparison(path: str | Path, warn: Callable[[str], None] | None = None)
     Raises:
         UserError: another kind of file, or a damaged one.
     """
-    run = read_run(path, allow_partial=True, kind=COMPARISON)
+    run = ComparisonRun.read(path, allow_partial=True)
     if warn is not None and (doubt := unproven(run.header)):
         warn(f"{run.path}: {doubt}")
     return Comparison(run)
@@ -86,8 +85,8 @@ def read_all(paths: Sequence[str | Path], warn: Callable[[str], None]) -> list[R
                 raise
             warn(f"{error}; skipped")
     for run in runs:
-        if shard := run.header.get("shard"):
-            part = f"shard {shard['index']}/{shard['of']} of a run"
+        if shard := run.header.shard:
+            part = f"shard {shard.index}/{shard.of} of a run"
             warn(f"{run.path} is {part}, so it has only part of the images (see `certify merge`)")
         if doubt := unproven(run.header):
             warn(f"{run.path}: {doubt}")
@@ -108,37 +107,31 @@ def _read_log(path: Path) -> Run:
     if not images:
         raise UserError(f"{path} holds no images")
     refuse_duplicates(path, images)
-    return Run(path, {**_log_header(path), "expected": _expected(sorted(int(i["id"]) for i in images))}, images)
+    return Run(path, _log_header(path, _expected(sorted(int(row.id) for row in images))), images)
 
 
-def _log_image(row: list[str], number: int, path: Path) -> dict[str, Any]:
+def _log_image(row: list[str], number: int, path: Path) -> ImageRow:
     try:
         idx, label, predict, radius, correct, _ = row
         image = {"id": str(int(idx)), "label": int(label), "prediction": int(predict), "radius": float(radius)}
         if not 0 <= float(radius) < math.inf:
             raise ValueError(radius)
-        agrees = int(correct) == int(image["prediction"] == image["label"])
+        agrees = int(correct) == int(int(predict) == int(label))
     except ValueError:
         raise UserError(f"{path} is damaged at line {number}: {' '.join(row)[:60]!r}") from None
     if not agrees:
         raise UserError(
             f"{path}, line {number}: correct = {correct} contradicts label {label} and prediction {predict}"
         )
-    return image
+    return ImageRow.from_json(image, f"{path}, line {number},")
 
 
-def _log_header(path: Path) -> dict[str, Any]:
+def _log_header(path: Path, expected: int) -> RunHeader:
     """Make a header from the folder names; such logs hold neither sigma nor n nor alpha."""
     named = re.search(r"sigma_([\d.]+)", path.name) or re.search(r"sigma_([\d.]+)", str(path))
     folders = [p for p in path.resolve().parts[1:-1][-4:] if p not in ("test", "certify", "data")]
-    return {
-        "type": "run",
-        "model": "/".join(folders),
-        "norm": "l2",
-        "sigma": float(named[1].rstrip(".")) if named else None,
-        "n": None,
-        "alpha": None,
-    }
+    sigma = {"sigma": float(named[1].rstrip("."))} if named else {}
+    return RunHeader.from_json({"model": "/".join(folders), "norm": "l2", "expected": expected, **sigma}, str(path))
 
 
 def _expected(indices: list[int]) -> int:

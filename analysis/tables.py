@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from analysis.curves import Curve, number, proportion_interval
 from analysis.envelope import Envelope, Line
 from analysis.families import CORRECTIONS, Family, accuracy_interval, family
 from certify.errors import UserError
+from certify.runs.records import RunHeader
 from certify.smoothing.norms import DECIMALS, IN_WORDS
 from certify.smoothing.rounding import ceil_to, exact, floor_to
 from certify.text import printable, printable_lines
@@ -118,7 +119,7 @@ def _cells(line: Line, radii: Sequence[float], divisor: float, *, intervals: boo
         if isinstance(line, Envelope):
             best = line.winner(r)
             clean = _figure(best.accuracy([0.0])[0] / divisor, least=best.at_least(0.0))
-            cell += f" ({clean}; σ {best.run.header['sigma']:g})"
+            cell += f" ({clean}; σ {best.run.header.sigma:g})"
         cells.append(cell)
     return cells
 
@@ -144,11 +145,11 @@ def _caption(lines: Sequence[Line], relative_to: float | None, *, intervals: boo
     return caption
 
 
-def _procedure(headers: Sequence[Mapping[str, Any]]) -> list[str]:
+def _procedure(headers: Sequence[RunHeader]) -> list[str]:
     """Name the parameters that all runs share."""
     agreed = {key: headers[0].get(key) for key in ("n0", "n", "alpha", "bound")}
     shared = {k: v for k, v in agreed.items() if v not in (None, 0) and all(h.get(k) == v for h in headers)}
-    most = " at most" * any(h.get("stopping") for h in headers)
+    most = " at most" * any(h.stopping is not None for h in headers)
     words = [v if k == "bound" else f"{k} = {number(v)}" + most * (k == "n") for k, v in shared.items()]
     return [", ".join(words)] if words else []
 
@@ -170,7 +171,7 @@ def _csv(
         for r, *values in zip(radii, line.accuracy(radii), low, high, strict=True):
             c = line.winner(r) if isinstance(line, Envelope) else line
             row = [str(c.run.path), *(c.run.header.get(k) for k in keys)]
-            row += [c.total, c.run.header["expected"], abstained(c), c.average_radius if c.labelled else None]
+            row += [c.total, c.run.header.expected, abstained(c), c.average_radius if c.labelled else None]
             upper = " (upper envelope)" if c is not line else ""
             row += [c.quantity + upper + " (at least)" * line.at_least(r), r, *(float(v) / divisor for v in values)]
             if isinstance(line, Envelope):
@@ -223,7 +224,7 @@ def compare_families(
 
 def _joint_interval(c: Curve, radii: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Return the 95 % interval over images and noise; its upper end is 1 where the images were not decided."""
-    low, _ = accuracy_interval(c.successes(radii), c.total, c.run.header["alpha"])
+    low, _ = accuracy_interval(c.successes(radii), c.total, c.run.header.alpha)
     return low, c.interval(radii)[1]
 
 
@@ -234,7 +235,7 @@ def _at_once(c: Curve, f: Family, radius: float, correction: str | None) -> floa
 
 def _guarantees(curves: Sequence[Curve], methods: set[str]) -> tuple[str, list[str]]:
     """Return a title, and a note on the guarantee of each number."""
-    alphas = sorted({c.run.header["alpha"] for c in curves})
+    alphas = sorted({c.run.header.alpha for c in curves})
     alpha = f"alpha = {exact(alphas[0])}" if len(alphas) == 1 else "the alpha of its run"
     quantity, norm = curves[0].quantity, IN_WORDS[curves[0].norm]
     true = "truly correct and robust" if curves[0].labelled else "truly robust"
@@ -249,7 +250,7 @@ def _guarantees(curves: Sequence[Curve], methods: set[str]) -> tuple[str, list[s
         f"all at once: except with probability at most {alpha} over the noise, every image counted here is "
         f"robust at {norm} radius r with its class. " + " ".join(where[m] for m in CORRECTIONS if m in methods),
     ]
-    if any(c.run.header.get("procedure") == "decide" for c in curves):
+    if any(c.decided for c in curves):
         notes.append(
             "Sampling stopped as soon as an image was decided at alpha; to certify all m images jointly, decide at "
             "alpha/m with --rule betting, then run `certify recompute --alpha`."
@@ -274,12 +275,12 @@ def _families_csv(
 def _images(c: Curve) -> str:
     if not c.run.partial:
         return f"{c.total}" + (f" ({c.note})" if c.note else "")
-    return f"{c.total} of {c.run.header['expected']} (partial)"
+    return f"{c.total} of {c.run.header.expected} (partial)"
 
 
 def abstained(c: Curve) -> int:
     """Count the images without a prediction."""
-    return sum(1 for row in c.run.usable if row["prediction"] < 0)
+    return sum(1 for row in c.run.usable if row.abstained)
 
 
 def one_run(c: Curve, radii: Sequence[float]) -> str:

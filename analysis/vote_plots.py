@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from analysis.curves import common_norm, names
 from analysis.figures import COLOURS, LABEL, canvas, check_format, literal, log_ticks, save_figure, wrapped
 from certify.errors import UserError
-from certify.runs.image_rows import noise_of
+from certify.runs.records import ImageRow
 from certify.runs.run_file import Run
 from certify.smoothing.certificates import certificate_from_votes, largest_radius
 from certify.smoothing.norms import DECIMALS, IN_TEX
-from certify.smoothing.procedures import votes_of
 from certify.smoothing.rounding import ceil_to, exact, floor_to
 from certify.types import ABSTAIN, Votes
 
@@ -39,10 +37,10 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
     """
     check_format(path)
     row = _row(run, image_id)
-    _, votes = votes_of(row)
+    votes = row.estimation_votes
     counts = sorted(((count, label) for label, count in enumerate(votes.counts) if count), reverse=True)
     shown, rest = counts[:_MAX_BARS], counts[_MAX_BARS:]
-    bars = [(_name(row, label), count, label == row["prediction"]) for count, label in shown]
+    bars = [(_name(row, label), count, label == row.prediction) for count, label in shown]
     if rest:
         bars.append((f"{len(rest)} others", sum(count for count, _ in rest), False))
     if votes.failures:
@@ -52,7 +50,7 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
             share = count / votes.trials
             axes.barh(place, share, height=0.62, color=COLOURS[0] if leads else "#B8C4CE")
             axes.text(share + 0.01, place, f"{count:,}", va="center", fontsize=8)
-        lower, other = row.get("p_lower"), row.get("p_other")
+        lower, other = row.p_lower, row.p_other
         if lower:
             label = f"lower bound of the prediction: {floor_to(lower)}"
             axes.axvline(lower, color=COLOURS[1], lw=1.4, label=label)
@@ -67,37 +65,38 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
         save_figure(figure, Path(path))
 
 
-def _row(run: Run, image_id: str) -> dict[str, Any]:
-    row = next((row for row in run.images if row["id"] == image_id), None)
+def _row(run: Run, image_id: str) -> ImageRow:
+    row = next((row for row in run.images if row.id == image_id), None)
     if row is None:
-        some = ", ".join(row["id"] for row in run.images[:3])
+        some = ", ".join(row.id for row in run.images[:3])
         raise UserError(f"{run.path} holds no image {image_id!r}; expected one of its ids, such as {some}")
-    if "votes" not in row or "error" in row:
+    if not row.has("votes") or row.error is not None:
         raise UserError(
             f"{run.path} holds no votes for image {image_id}; expected an image that was certified without error"
         )
     return row
 
 
-def _name(row: dict[str, Any], label: int) -> str:
-    if label == row["prediction"] and row.get("class"):
-        return str(row["class"])
-    if label == row.get("base") and row.get("base_class"):
-        return str(row["base_class"])
-    numbered = str(label) if row.get("base_class") == str(row.get("base")) else f"class {label}"
-    return str(row.get("classes", {}).get(str(label), numbered))
+def _name(row: ImageRow, label: int) -> str:
+    base = row.base if row.has("base") else None
+    if label == row.prediction and row.class_name:
+        return row.class_name
+    if label == base and row.base_class:
+        return row.base_class
+    numbered = str(label) if row.base_class == str(base) else f"class {label}"
+    return (row.classes or {}).get(str(label), numbered)
 
 
-def _describe(run: Run, row: dict[str, Any]) -> str:
+def _describe(run: Run, row: ImageRow) -> str:
     header = run.header
-    if row["prediction"] == ABSTAIN:
+    if row.prediction == ABSTAIN:
         answer = "abstains"
     else:
-        digits = DECIMALS[header.get("norm", "l2")]
-        right = {True: "right", False: "wrong"}[row["prediction"] == row["label"]] if row["label"] is not None else ""
-        radius = f", radius {floor_to(row['radius'], digits)}" if row.get("radius") is not None else ""
-        answer = f"{_name(row, row['prediction'])}{f' ({right})' if right else ''}{radius}"
-    return f"image {row['id']}, sigma {exact(header['sigma'])}: {answer}"
+        digits = DECIMALS[header.norm]
+        right = {True: "right", False: "wrong"}[row.prediction == row.label] if row.label is not None else ""
+        radius = f", radius {floor_to(row.radius, digits)}" if row.radius is not None else ""
+        answer = f"{_name(row, row.prediction)}{f' ({right})' if right else ''}{radius}"
+    return f"image {row.id}, sigma {exact(header.sigma)}: {answer}"
 
 
 def sample_sizes(n: int) -> list[int]:
@@ -120,15 +119,15 @@ def radii_with(run: Run, size: int, seed: int = 0) -> np.ndarray:
     chance = np.random.default_rng([seed, size])
     radii = []
     for row in run.usable:
-        selection, votes = votes_of(row)
+        selection, votes = row.selection_votes, row.estimation_votes
         drawn = chance.multivariate_hypergeometric([*votes.counts, votes.failures], size)
         certificate = certificate_from_votes(
             selection,
             Votes(tuple(int(count) for count in drawn[:-1]), int(drawn[-1])),
-            noise=noise_of(header, row.get("values")),
-            alpha=header["alpha"],
-            bound=header["bound"],
-            uniform=row.get("uniform", 1.0),
+            noise=header.radii_for(row.size),
+            alpha=header.alpha,
+            bound=header.bound,
+            uniform=row.recorded.uniform,
         )
         radii.append(certificate.radius)
     return np.array(radii)
@@ -144,7 +143,7 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
     """
     check_format(path)
     for run in runs:
-        if run.header.get("procedure") != "certify" or run.header.get("stopping"):
+        if not run.header.has("kind") or run.header.kind != "certify" or run.header.stopping is not None:
             raise UserError(
                 f"{run.path} has no votes at a fixed n; expected a run file of `certify --n N`, without --radius and "
                 "--tolerance"
@@ -153,7 +152,7 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
     labels, more = wrapped([*map(literal, names(runs)), "largest radius that n samples can certify"])
     with canvas(4.8, 3.3 + more) as (figure, axes):
         for i, (run, name) in enumerate(zip(runs, labels, strict=False)):
-            sizes = sample_sizes(run.header["n"])
+            sizes = sample_sizes(run.header.n)
             radii = [radii_with(run, size) for size in sizes]
             if not radii[0].size:
                 raise UserError(f"{run.path} holds no usable image")
@@ -164,7 +163,7 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
             axes.plot(sizes, [largest_with(run, size) for size in sizes], color=colour, ls=":", lw=1.2)
         axes.plot([], [], color="#555555", ls=":", lw=1.2, label=labels[-1])
         axes.set(xscale="log", xlabel="samples n per image", ylim=(0, None))
-        many = max(run.header["n"] for run in runs) >= _MANY
+        many = max(run.header.n for run in runs) >= _MANY
         log_ticks(axes.xaxis, "{x:,.0f}", (1.0,) if many else (1.0, 2.0, 5.0))
         axes.set_ylabel(f"{IN_TEX[norm]} radius\n(median and middle half of images)")
         if title:
@@ -176,6 +175,5 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
 def largest_with(run: Run, size: int) -> float:
     """Return the radius of an image whose ``size`` votes are unanimous."""
     header = run.header
-    values = next((row["values"] for row in run.images if row.get("values")), None)
-    selected = bool(header["n0"])
-    return largest_radius(noise_of(header, values), size, header["alpha"], header["bound"], selected=selected)
+    values = next((row.size for row in run.images if row.size), None)
+    return largest_radius(header.radii_for(values), size, header.alpha, header.bound, selected=header.n0 > 0)

@@ -36,6 +36,7 @@ import certify.cluster.driver
 from certify.cluster.connect import Address, connected
 from certify.cluster.driver import Crew
 from certify.cluster.worker import Line, Order, Sent
+from certify.runs.records import ImageRow, RunHeader
 from certify.runs.run_file import RunFile, read_run
 
 
@@ -61,7 +62,8 @@ class Sleeper:
             (seconds,) = struct.unpack("d", image.raw)  # type: ignore[arg-type]
             time.sleep(seconds)
             empty = {"prediction": 0, "radius": 0.0, "p_lower": 0.5, "votes": {"0": 100}, "selection": {"0": 10}}
-            yield image.place, {"id": image.id, "label": 0, **empty, "trials": 100, "failures": 0, "seconds": seconds}
+            row = {"id": image.id, "label": 0, **empty, "trials": 100, "failures": 0, "seconds": seconds}
+            yield image.place, ImageRow.from_json(row)
 
 
 def greedy(costs: Sequence[float], workers: int) -> float:
@@ -103,7 +105,7 @@ def sleep(o: argparse.Namespace) -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run.jsonl"
-            with RunFile(path, {"type": "run", "schema": 1, "expected": o.images}) as file:
+            with RunFile(path, RunHeader.from_json({"schema": 1, "expected": o.images})) as file:
                 for _, line in crew.answers(range(o.images), read, SimpleNamespace(adaptive=False), depth=o.depth):  # type: ignore[arg-type]
                     file.append(line)
             took = time.perf_counter() - ready

@@ -22,11 +22,12 @@ from certify.engine.noisy_classifier import NoisyClassifier, image_digest
 from certify.images.dataset import ImageSet
 from certify.models.classifier import Classifier
 from certify.runs.config import Settings, run_header
-from certify.runs.image_rows import answer_row, unusable_row
+from certify.runs.records import ImageRow
 from certify.runs.run_file import RunFile
 from certify.smoothing.noise import make_noise
+from certify.smoothing.procedures import AnswerKeys, answer_keys
 from certify.smoothing.rng import stream_key
-from certify.types import FAILED
+from certify.types import FAILED, Votes
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -136,13 +137,14 @@ def make_audit(
         for name, image in list(zip(names, loaded, strict=True))[:3]:
             _again(service, name, "probe", image, 5)
         header = run_header(NoisyClassifier(digits, sigma), images, settings, model="v2", data="digits")
-        with RunFile(folder / "run.jsonl", {**header, "expected": len(images)}) as file:
+        with RunFile(folder / "run.jsonl", header.replace(expected=len(images))) as file:
             for index, line in _lines(service, loaded, names, clean, settings, noise):
                 base = clean[index] if clean[index] >= 0 else None
-                row = {"id": names[index], "label": base, "base": base, "class": None, "values": 64, "seconds": 0.1}
-                row |= {"image": image_digest(loaded[index]), **line}
-                row["class"] = words[row["prediction"]] if row["prediction"] >= 0 else None
-                file.append(row)
+                row = ImageRow.of(names[index], base, line, base=base, size=64, seconds=0.1)
+                name = None if row.abstained else words[row.prediction]
+                row = row.replace(class_name=name, image=image_digest(loaded[index]))
+                error = None if base is not None else "the service gave no label without noise"
+                file.append(row.replace(error=error))
         for name, image in zip(names, loaded, strict=True):
             _again(service, name, "drift", image, 1)
     for number, image in enumerate(loaded):
@@ -182,7 +184,7 @@ def _again(service: Service, name: str, stage: str, image: Tensor, times: int) -
 
 def _lines(
     service: Service, loaded: list[Tensor], names: list[str], clean: list[int], settings: Settings, noise: Any
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, AnswerKeys]]:
     """Each image's answer by the engine: at a fixed n, or as few samples as it takes."""
     procedure = settings.procedure
     usable = [i for i, label in enumerate(clean) if label >= 0]
@@ -199,7 +201,7 @@ def _lines(
             yield from count_votes(service, noise, [job], batch_size=64)
 
     for i in set(range(len(names))) - set(usable):
-        yield i, unusable_row(procedure.kind, "the service gave no label without noise")
+        yield i, answer_keys(-1, 0.0, 0.0, Votes(()))
     if procedure.sequential:
         (stage,) = procedure.stages
         queue = [
@@ -207,13 +209,13 @@ def _lines(
             for i in usable
         ]
         for settled in settle(label, queue, batch_size=64):
-            yield settled.tag[0], answer_row(settled.test.result()) | {"drawn": settled.test.drawn}
+            yield settled.tag[0], procedure.record(settled.test.result()) | AnswerKeys(drawn=settled.test.drawn)
         return
     for i in usable:
         stages = procedure.stages.items()
         tallies = label(Job(loaded[i], key(i, k), n, tag=(i, (names[i], k))) for k, n in stages)
         votes = {tally.tag[1][1]: tally.votes for tally in tallies}
-        yield i, answer_row(procedure.answer(votes, noise))
+        yield i, procedure.record(procedure.answer(votes, noise))
 
 
 def count_none() -> Any:

@@ -24,7 +24,8 @@ from certify.errors import RunFault, UserError
 from certify.images.dataset import ImageSet, load_images
 from certify.models.classifier import Classifier
 from certify.models.defence import Defence, Member
-from certify.runs.run_file import Run, RunFile, read_run
+from certify.runs.records import Outcome
+from certify.runs.run_file import ComparisonFile, ComparisonRun
 from certify.smoothing.rng import stream_key
 from denoisers.defences import build_defence, undefended
 
@@ -66,7 +67,7 @@ def run(path: Path, given: Any, digits: Classifier, images: ImageSet, craft: Any
     conditions = plan.pop("conditions", [CLEAN, RANDOM, BLIND, ADAPTIVE, SMOOTHING])
     numbers = Plan(conditions, 0.2, "linf", repeats=3, certify_n=200, settings={"eps_text": "0.2"}, **plan)
     header = make_header(numbers, given, images, model="digits", data="digits")
-    with RunFile(path, header) as file:
+    with ComparisonFile(path, header) as file:
         compare(given, undefended(digits), images, numbers, file, craft)
     return read_comparison(path)
 
@@ -100,7 +101,7 @@ def test_a_killed_comparison_goes_on_to_the_same_outcomes(
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b.jsonl", defences(digits), digits, images, killed)
-    before = read_run(tmp_path / "b.jsonl", allow_partial=True, kind="comparison")
+    before = ComparisonRun.read(tmp_path / "b.jsonl", allow_partial=True)
     assert 0 < len(before.images) < len(whole.run.images)
     again = run(tmp_path / "b.jsonl", defences(digits), digits, images)
     assert outcomes(again) == outcomes(whole)
@@ -191,9 +192,9 @@ def test_a_certificate_that_an_attack_refutes_is_an_error_that_names_the_image(
     """Certificates of radius 9 that nobody earned: the attack moves to another digit, which is nearer than that."""
     honest = engine._certified
 
-    def boast(*given: Any) -> dict[str, Any]:
+    def boast(*given: Any) -> Outcome:
         row = honest(*given)
-        return row | {"answers": [row["label"]], "radius": 9.0}
+        return row.replace(answers=[row.label], radius=9.0)
 
     def swap(condition: Condition, target: Defence, x: Tensor, labels: Tensor, ids: Sequence[str]) -> Proposed:
         return Proposed(x.roll(1, 0), [1] * len(x))
@@ -225,7 +226,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     shown, said = capsys.readouterr()
     assert "linf distance up to 1/10" in shown
     assert said.endswith("wrote c.png\n")
-    rows = read_run("c.jsonl", kind="comparison").images
+    rows = ComparisonRun.read("c.jsonl").images
     assert len(rows) == 4 * 2 * 5
     assert all(row["queries"] <= 20 for row in rows if "square" in row["condition"])
     assert all(row["linf"] <= 0.1 + 1e-6 for row in rows)
@@ -236,7 +237,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     command(
         *given, "--group", "blind", "--eps", "1/10", "--queries", "20", "--steps", "3", "--out", "b.jsonl", "--quiet"
     )
-    assert {r["condition"] for r in rows} - {r["condition"] for r in read_run("b.jsonl", kind="comparison").images} == {
+    assert {r["condition"] for r in rows} - {r["condition"] for r in ComparisonRun.read("b.jsonl").images} == {
         "adaptive: square"
     }
     command("table", "c.jsonl", "c.jsonl", code=2)
@@ -321,7 +322,7 @@ def test_the_worst_attack_is_found_image_by_image(digits: Classifier, images: Im
         """The worst while the attacks are on their way, each through with these images."""
         through = {ADAPTIVE.key: first, other.key: second}
         kept = [r for r in found.run.images if r["image"] in through.get(r["condition"], ())]
-        return Comparison(Run(found.run.path, found.run.header, kept)).cell("none", column)
+        return Comparison(ComparisonRun(found.run.path, found.run.header, kept)).cell("none", column)
 
     names = sorted({r["image"] for r in found.run.images})
     partial = unfinished(set(names), set(names[:1]))  # only one image has met both

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import run
+from command import run, run_of_json
 from scipy import stats
 from test_analysis import row, write
 
@@ -21,16 +21,16 @@ from analysis.plots import outline, plot_curves
 from analysis.runs import read_any
 from analysis.tables import compare
 from certify.errors import UserError
-from certify.runs.run_file import Run
 
 IMAGENET = "cohen_logs/certify/imagenet/resnet50"
 DIAGONAL = [f"noise_{s}/test/sigma_{s}" for s in ("0.25", "0.50", "1.00")]
 
 
-def made(radii: Sequence[float], sigma: float = 0.25, **header: Any) -> Curve:
+def made(radii: Sequence[float], sigma: float | None = 0.25, **header: Any) -> Curve:
     """A curve with one right image for each radius; a negative one is an abstention."""
     rows = [row(i, 1, 1 if r >= 0 else -1, max(r, 0.0)) for i, r in enumerate(radii)]
-    return curve(Run(Path(f"{sigma}.jsonl"), {"sigma": sigma, "expected": len(rows), **header}, rows))
+    known = {} if sigma is None else {"sigma": sigma}
+    return curve(run_of_json(f"{sigma}.jsonl", {**known, "expected": len(rows), **header}, rows))
 
 
 def enveloped(*runs: Sequence[float]) -> Envelope:
@@ -195,7 +195,7 @@ def test_other_images_are_refused() -> None:
     with pytest.raises(UserError, match="not over the same images"):  # another first half
         Envelope((made([0.5], 0.12), made([0.5], 0.25, expected=2)))
     broken = made([0.5, 0.1], 0.12).run
-    broken.images[1]["error"] = "is damaged"
+    broken.images[1] = broken.images[1].replace(error="is damaged")
     with pytest.raises(UserError, match="not over the same images"):  # read by one run alone
         Envelope((curve(broken), made([0.5, 0.1], 0.25)))
     unfinished = Envelope((made([0.5], 0.12, images=good, expected=2), made([0.5, -1], 0.25, images=good)))

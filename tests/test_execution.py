@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import run
+from command import run, run_of_json
 from servers import wait_for
 from small_networks import IMAGE, PLAIN, classifier, labels, network, trained
 from torch import Tensor, nn
@@ -225,13 +225,12 @@ def test_a_run_goes_on_as_it_began(tmp_path: Path) -> None:
 
 def test_disagreement_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     from certify.cli.summary import _warn_of_disagreement
-    from certify.runs.run_file import Run
 
     rows = [{"agreement": [94, 100]}, {"agreement": [95, 100]}, {}]
-    _warn_of_disagreement(Run(Path("r"), {}, rows))
+    _warn_of_disagreement(run_of_json("r", {}, rows))
     assert "only 189 of 200 labels" in (err := capsys.readouterr().err)
     assert "--precision float32" in err
-    _warn_of_disagreement(Run(Path("r"), {}, [{"agreement": [95, 100]}]))
+    _warn_of_disagreement(run_of_json("r", {}, [{"agreement": [95, 100]}]))
     assert capsys.readouterr().err == ""
 
 

@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from command import run as certify
+from command import run_of_json
 from flint import arb, ctx
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -21,10 +22,10 @@ from analysis.curves import proportion_interval
 from analysis.families import accuracy_interval, betting_p, binomial_p, family, p_values, simultaneous
 from analysis.runs import read_any
 from certify.errors import UserError
-from certify.runs.image_rows import certified_row, decided_row, recomputed_row
 from certify.runs.run_file import Run
 from certify.smoothing.certificates import certificate_from_votes, decision_from_counts
 from certify.smoothing.noise import Gaussian
+from certify.smoothing.procedures import Certify, Decide
 from certify.smoothing.rounding import ceil_to, floor_to
 from certify.smoothing.stopping_rules import thresholds
 from certify.types import Votes
@@ -43,7 +44,7 @@ def _no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_of(
-    counts: Sequence[int] | np.ndarray, n: int = 1000, rows: Sequence[dict[str, Any]] = (), **header: Any
+    counts: Sequence[int] | np.ndarray, n: int = 1000, rows: Sequence[Mapping[str, Any]] = (), **header: Any
 ) -> Run:
     """Images whose class 0 was selected and got so many of n votes, class 1 the others."""
     selection = {} if header.get("stopping") else {"0": 10}
@@ -56,7 +57,7 @@ def run_of(
         for i, k in enumerate(counts)
     ]  # fmt: skip
     found = [{**row, **(rows[i] if i < len(rows) else {})} for i, row in enumerate(found)]
-    return Run(Path("r.jsonl"), {**HEADER, "n": n, **header, "expected": len(found)}, found)
+    return run_of_json("r.jsonl", {**HEADER, "n": n, **header, "expected": len(found)}, found)
 
 
 def five_errors(rate: float, repeats: int) -> float:
@@ -112,8 +113,8 @@ def test_rejected_at_alpha_means_certified(noise: str, norm: str) -> None:
     n, alpha = 400, 0.05
     counts = range(n + 1)
     run = run_of(counts, n, alpha=alpha, noise=noise, norm=norm)
-    radii = np.array([recomputed_row(run.header, row)["radius"] for row in run.images])
-    certified = np.array([recomputed_row(run.header, row)["prediction"] for row in run.images]) == 0
+    radii = np.array([row.recomputed(run.header).radius for row in run.images])
+    certified = np.array([row.recomputed(run.header).prediction for row in run.images]) == 0
     assert 100 < certified.sum() < 300
     f = family(run)
     for radius in (0.0, *np.quantile(radii[certified], [0.1, 0.5, 0.9, 1.0]) * (1 - 1e-6)):
@@ -240,7 +241,7 @@ def test_votes_that_stopped_by_themselves() -> None:
     assert decision.outcomes == ("robust", "robust")
     stopping = {"rule": "betting", "radii": radii, "tolerance": None}
     decided = {**ALONE, "procedure": "decide", "stopping": stopping, "alpha": alpha}
-    run = run_of([0], rows=[decided_row(decision)], **decided)
+    run = run_of([0], rows=[Decide(tuple(radii), alpha=alpha).record(decision)], **decided)
     f = family(run)
     assert (f.classes.tolist(), f.fixed) == ([1], False)
     assert alpha / 10 < f.p_values(0.5)[0] <= alpha
@@ -256,7 +257,7 @@ def test_votes_that_stopped_by_themselves() -> None:
     assert not family(run_of([1], rows=[{"selection": {"0": 10}}], **ALONE)).fixed
     votes = Votes((10, 290, 0))
     certificate = certificate_from_votes(Votes(()), votes, noise=noise, alpha=alpha, bound="betting")
-    run = run_of([0], rows=[certified_row(certificate)], **{**ALONE, "alpha": alpha})
+    run = run_of([0], rows=[Certify().record(certificate)], **{**ALONE, "alpha": alpha})
     assert p_values(run, certificate.radius)[0] <= alpha < p_values(run, 1.3 * certificate.radius)[0]
     assert p_values(run_of([1, 1], 1, **ALONE), 0.0).tolist() == [1.0, 1.0]
 
@@ -295,7 +296,7 @@ def test_an_unfinished_run_is_corrected_for_all_its_images(votes: int, how: dict
     """The first of fifty images to be settled is the likeliest to be wrong: alone it must not have all of alpha."""
     for expected, marked in ((1, [True]), (50, [False])):
         run = run_of([votes], **{**how, "alpha": 0.01})
-        run = Run(run.path, {**run.header, "expected": expected}, run.images)
+        run = Run(run.path, run.header.replace(expected=expected), run.images)
         assert 0.01 / 50 < p_values(run, 0.0)[0] <= 0.01
         assert simultaneous(run, 0.0).tolist() == marked
         assert simultaneous(run, 0.0, method="bonferroni").tolist() == marked
@@ -344,7 +345,7 @@ def test_interval_covers_from_votes_on() -> None:
 
 
 def write(path: Path, run: Run) -> str:
-    path.write_text("".join(json.dumps(line) + "\n" for line in (run.header, *run.images)))
+    path.write_text("".join(json.dumps(line.to_json()) + "\n" for line in (run.header, *run.images)))
     return str(path)
 
 
@@ -355,7 +356,7 @@ def example(**header: Any) -> Run:
     rows = []
     for i, k in enumerate(counts):
         found = certificate_from_votes(Votes((10,)), Votes((k, 1000 - k)), noise=noise, alpha=1e-4)
-        rows.append({**certified_row(found), "label": int(i == 8)})
+        rows.append({**Certify().record(found), "label": int(i == 8)})
     return run_of(counts, rows=rows, alpha=1e-4, **header)
 
 
@@ -387,7 +388,7 @@ def test_the_table_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_table_of_a_family_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = example()
-    path = write(tmp_path / "a.jsonl", Run(run.path, run.header, [{**row, "label": None} for row in run.images]))
+    path = write(tmp_path / "a.jsonl", Run(run.path, run.header, [row.replace(label=None) for row in run.images]))
     certify("table", path, "--simultaneous", "--radii", "0")
     out = capsys.readouterr().out
     assert "certified fraction" in out

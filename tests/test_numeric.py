@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import run_of_json
 from scipy.stats import binom
 
 from analysis.comparison.runner import Plan
@@ -30,7 +31,7 @@ from certify import (
 )
 from certify.runs.config import Settings
 from certify.runs.recompute import recompute
-from certify.runs.run_file import Run, read_run
+from certify.runs.run_file import read_run
 from certify.serve.batching import Defaults
 from certify.smoothing.bounds import BOUNDS, Evidence, clopper_pearson_upper, randomized_lower, two_classes
 from certify.smoothing.certificates import decision_from_counts, largest_radius, needed
@@ -76,7 +77,7 @@ ROWS = [
     }
     for k in (940, 720)
 ]  # fmt: skip
-RUN = Run(Path("r.jsonl"), HEADER, ROWS)
+RUN = run_of_json("r.jsonl", HEADER, ROWS)
 LOOKS = [(0, 930, 1000), (0, 931, 1001)]
 TRIALS = np.arange(300)
 
@@ -294,7 +295,7 @@ def test_a_run_is_recomputed_at_alpha_of_any_type(alpha: Any, tmp_path: Path) ->
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (HEADER, *ROWS)))
     header, rows = recompute(read_run(path), alpha=alpha)
-    assert json.loads(json.dumps(header))["alpha"] == float(alpha)
+    assert json.loads(json.dumps(header.to_json()))["alpha"] == float(alpha)
     assert rows == recompute(read_run(path), alpha=float(alpha))[1]
 
 

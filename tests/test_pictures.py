@@ -109,7 +109,7 @@ def test_bounds_are_shown_on_their_safe_side(folder: Path, drawn: list[Any]) -> 
     from analysis.vote_plots import plot_votes
 
     run = read_run(folder / "run.jsonl")
-    row = {**run.images[0], "p_lower": 0.001 ** (1 / 100_000), "p_other": 3e-5, "radius": 0.95279}
+    row = run.images[0].replace(p_lower=0.001 ** (1 / 100_000), p_other=3e-5, radius=0.95279)
     plot_votes(Run(run.path, run.header, [row]), row["id"], "v.svg")
     (axes,) = drawn[0].axes
     shown = [line.get_label().rpartition(" ")[2] for line in axes.lines]
@@ -173,7 +173,7 @@ def test_long_names_wrap_below_the_samples(folder: Path, drawn: list[Any]) -> No
     from analysis.vote_plots import plot_samples
 
     run = read_run(folder / "run.jsonl")
-    plot_samples([Run(run.path, {**run.header, "model": "a long name " * 12}, run.images)], "s.svg")
+    plot_samples([Run(run.path, run.header.replace(model="a long name " * 12), run.images)], "s.svg")
     (legend,) = drawn[0].legends
     name = legend.get_texts()[0].get_text()
     assert max(map(len, name.split("\n"))) <= 66

@@ -12,7 +12,6 @@ from command import run
 
 from certify import read_run
 from certify.errors import UserError
-from certify.runs.image_rows import recomputed_row
 from certify.runs.recompute import recompute, recompute_file
 from certify.smoothing.bounds import BOUNDS
 from certify.smoothing.stopping_rules import RULES
@@ -48,7 +47,7 @@ def test_each_line_follows_from_its_votes_and_the_header(name: str, runs: dict[s
     found = read_run(runs[name])
     assert len(found.usable) == 8
     for row in found.usable:
-        assert {**row, **recomputed_row(found.header, row)} == row
+        assert row.recomputed(found.header) == row
 
 
 @pytest.mark.parametrize("bound", list(BOUNDS))

@@ -20,7 +20,8 @@ from servers import wait_for
 from certify import Votes, certificate_from_votes, read_run
 from certify.errors import UserError
 from certify.runs.identity import identity
-from certify.runs.run_file import IMAGE_KEYS, RunFile
+from certify.runs.records import ImageRow, RunHeader
+from certify.runs.run_file import RunFile
 from certify.smoothing.noise import NOISES
 
 COMMAND = ["--model", "digits", "--sigma", "0.25", "--n", "2000", "--max", "6", "--quiet"]
@@ -47,7 +48,7 @@ def test_keys_that_others_rely_on(finished: Path) -> None:
     assert (found.header["model"], found.header["sigma"], found.header["n"]) == ("digits", 0.25, 2000)
     assert found.header["expected"] == len(found.images) == 6
     for row in found.images:
-        assert set(IMAGE_KEYS) <= row.keys()
+        assert not ImageRow.fault(row)
         assert row["type"] == "image"
         assert sum(row["votes"].values()) + row["failures"] == row["trials"] == 2000
         assert sum(row["selection"].values()) == 100
@@ -208,7 +209,7 @@ def test_changed_images_are_not_taken_for_the_old_ones(
 
 
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
-    header = {"type": "run", "schema": 1, "expected": 2}
+    header = RunHeader.from_json({"schema": 1, "expected": 2})
     with RunFile(tmp_path / "r.jsonl", header), pytest.raises(UserError, match="another process"):
         RunFile(tmp_path / "r.jsonl", header)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import run_of_json
 
 from analysis.adversarial_noise import noise_statistics
 from analysis.comparison.sandwich import Crossing, contradictions, crossing, require_none
@@ -22,7 +22,7 @@ CLEAN = torch.full(SHAPE, 0.45)
 
 def run_of(*rows: tuple[str, int, float], norm: str = "l2", **header: Any) -> Run:
     images = [{"type": "image", "id": i, "label": 0, "prediction": p, "radius": r} for i, p, r in rows]
-    return Run(Path("run.jsonl"), {"norm": norm, "alpha": 0.001, "expected": len(rows), **header}, images)
+    return run_of_json("run.jsonl", {"norm": norm, "alpha": 0.001, "expected": len(rows), **header}, images)
 
 
 def at(distance: float, prediction: int = 1, image: str = "a", norm: str = "l2") -> Crossing:

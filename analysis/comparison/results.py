@@ -7,13 +7,13 @@ the purifier (``blind``), attacks on the whole defended classifier (``adaptive``
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from analysis.comparison.sandwich import Crossing, require_none
-from certify.runs.run_file import Run
+from certify.runs.records import ImageRow, Outcome, RunHeader
+from certify.runs.run_file import ComparisonRun, Run
 
 GROUPS = {"plain": "no attack", "blind": "purifier-blind", "adaptive": "adaptive", "certified": "certified"}
 """Groups of conditions, in the order of the table, in words."""
@@ -117,23 +117,23 @@ class Comparison:
         run: header and outcomes.
     """
 
-    run: Run
+    run: ComparisonRun
 
     @property
     def defences(self) -> list[str]:
         """In the order they were named."""
-        return [str(d["named"]) for d in self.run.header["defences"]]
+        return [d.named for d in self.run.header.defences]
 
     @property
     def conditions(self) -> list[Condition]:
         """In the order of the table."""
-        return [Condition(c["name"], c["group"]) for c in self.run.header["conditions"]]
+        return [Condition(c.name, c.group) for c in self.run.header.conditions]
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    def _rows(self) -> dict[tuple[str, str], list[Outcome]]:
+        found: dict[tuple[str, str], list[Outcome]] = {}
         for row in self.run.images:
-            found.setdefault((row["defence"], row["condition"]), []).append(row)
+            found.setdefault((row.defence, row.condition), []).append(row)
         return found
 
     def cell(self, defence: str, condition: Condition) -> Cell | None:
@@ -143,17 +143,17 @@ class Comparison:
         rows = self._rows.get((defence, condition.key), [])
         if not rows:
             return None
-        usable = [row for row in rows if "error" not in row]
-        failed = next((str(row["error"]) for row in rows if "error" in row), "")
+        usable = [row for row in rows if row.error is None]
+        failed = next((row.error for row in rows if row.error is not None), "")
         shares = [_share(row) for row in usable]
         return Cell(
             images=len(usable),
             right=sum(shares),
             worst=sum(share == 1 for share in shares),
-            repeats=max((len(row["answers"]) for row in usable), default=0),
+            repeats=max((len(row.answers) for row in usable), default=0),
             failed=failed,
-            queries=_mean(row.get("queries", 0) for row in usable),
-            seconds=_mean(row.get("seconds", 0.0) for row in usable),
+            queries=_mean(row.queries or 0 for row in usable),
+            seconds=_mean(row.seconds or 0.0 for row in usable),
         )
 
     @property
@@ -175,8 +175,8 @@ class Comparison:
         for c in self.conditions:
             if c.group == "adaptive":
                 for row in self._rows[defence, c.key]:
-                    if "error" not in row:
-                        shares.setdefault(row["image"], []).append(_share(row))
+                    if row.error is None:
+                        shares.setdefault(row.image, []).append(_share(row))
         least = [min(given) for given in shares.values() if len(given) == len(found)]  # attacked by all of them
         failed = next((cell.failed for cell in cells if cell.failed), "")
         if not least and not failed:
@@ -188,7 +188,7 @@ class Comparison:
 
         Not that it found nothing, which is the figure itself, nor how far away an image was, another text for each.
         """
-        notes = (str(row.get("note", "")) for row in self._rows.get((defence, condition.key), []))
+        notes = (row.note or "" for row in self._rows.get((defence, condition.key), []))
         return Counter(note for note in notes if "gradients" in note)
 
     def pair(self, first: str, second: str, condition: Condition) -> Pair | None:
@@ -209,21 +209,21 @@ class Comparison:
 
     def _certificates(self) -> Iterator[tuple[Run, list[Crossing]]]:
         """For each defence that has certificates: those, and what was found inside of them."""
-        about = {"norm": "l2", "alpha": self.run.header["alpha"]}
         for (defence, condition), rows in self._rows.items():
             if not condition.startswith("certified: "):
                 continue
             held = [
-                {"id": r["image"], "prediction": r["answers"][0], "radius": r["radius"]}
-                for r in rows
-                if "error" not in r
+                ImageRow.from_json({"id": row.image, "prediction": row.answers[0], "radius": row.radius})
+                for row in rows
+                if row.error is None
             ]
             met = [
-                Crossing(row["image"], "l2", **row["crossing"])
+                Crossing(row.image, "l2", row.crossing.distance, row.crossing.prediction, row.crossing.alpha)
                 for row in self.run.images
-                if row["defence"] == defence and "crossing" in row
+                if row.defence == defence and row.crossing is not None
             ]
-            yield Run(self.run.path, about, held), met
+            about = {"norm": "l2", "alpha": self.run.header.alpha, "expected": len(held)}
+            yield Run(self.run.path, RunHeader.from_json(about), held), met
 
     def require_sound(self) -> None:
         """Stop where an attack refutes a certificate: no picture of such figures.
@@ -236,12 +236,11 @@ class Comparison:
 
     def _most(self, defence: str, condition: Condition) -> dict[str, bool]:
         rows = self._rows.get((defence, condition.key), [])
-        return {row["image"]: _share(row) > 0.5 for row in rows if "error" not in row}
+        return {row.image: _share(row) > 0.5 for row in rows if row.error is None}
 
 
-def _share(row: dict[str, Any]) -> float:
-    answers: Sequence[int] = row["answers"]
-    return answers.count(row["label"]) / len(answers)
+def _share(row: Outcome) -> float:
+    return row.answers.count(row.label) / len(row.answers)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -23,7 +23,8 @@ from certify.errors import RunFault, UserError, in_words
 from certify.images.dataset import ImageSet
 from certify.models.defence import Defence
 from certify.runs.config import versions
-from certify.runs.run_file import COMPARISON, SCHEMA, RunFile
+from certify.runs.records import SCHEMA, ComparisonHeader, ConditionRecord, Crossed, DefenceRecord, Outcome
+from certify.runs.run_file import ComparisonFile
 from certify.smoothed_classifier import SmoothedClassifier
 from certify.smoothing.certificates import check_counts
 from certify.smoothing.numeric import as_float, as_int
@@ -106,7 +107,7 @@ class Plan:
 
 def make_header(
     plan: Plan, defences: Mapping[str, Defence | str], images: ImageSet, *, model: str, data: str, command: str = ""
-) -> dict[str, Any]:
+) -> ComparisonHeader:
     """Everything that shapes a comparison, and how many outcomes it owes."""
     size = images.input.size
     if size is None:
@@ -116,26 +117,24 @@ def make_header(
         for named, d in defences.items()
     ]
     cells = sum(applies(d, c) for d in defences.values() for c in plan.conditions)
-    return {
-        "type": COMPARISON,
-        "schema": SCHEMA,
-        "model": model,
-        "data": data,
-        "norm": plan.norm,
-        "eps": plan.eps,
-        "l2_radius": plan.l2_radius(size[0] * size[1] * size[2]),
-        "repeats": plan.repeats,
-        "seed": plan.seed,
-        "certify_n": plan.certify_n,
-        "alpha": plan.alpha,
-        **plan.settings,
-        "conditions": [{"name": c.name, "group": c.group} for c in plan.conditions],
-        "defences": about,
-        "expected": cells * len(images),
-        "images": {**images.describe(), "chosen": len(images)},
-        "versions": versions(),
-        "command": command,
-    }
+    settings = ComparisonHeader.from_json({"expected": cells * len(images), **plan.settings}, "the comparison")
+    return settings.replace(
+        schema=SCHEMA,
+        model=model,
+        data=data,
+        norm=plan.norm,
+        eps=plan.eps,
+        l2_radius=plan.l2_radius(size[0] * size[1] * size[2]),
+        repeats=plan.repeats,
+        seed=plan.seed,
+        certify_n=plan.certify_n,
+        alpha=plan.alpha,
+        conditions=[ConditionRecord(name=c.name, group=c.group) for c in plan.conditions],
+        defences=[DefenceRecord.from_json(one) for one in about],
+        images={**images.describe(), "chosen": len(images)},
+        versions=versions(),
+        command=command,
+    )
 
 
 def applies(defence: Defence | str, condition: Condition) -> bool:
@@ -166,7 +165,7 @@ def compare(
     bare: Defence,
     images: ImageSet,
     plan: Plan,
-    file: RunFile,
+    file: ComparisonFile,
     craft: Craft,
     progress: Callable[[int], None] = lambda outcomes: None,
 ) -> None:
@@ -187,7 +186,7 @@ def compare(
     check_defences({"": bare, **defences}, images, plan)
     progress(len(file.done))
     # what failed once is not tried on the next images, nor when the run goes on
-    broken = {(r["defence"], r["condition"]): str(r["error"]) for r in file.done.values() if "error" in r}
+    broken = {(row.defence, row.condition): row.error for row in file.done.values() if row.error is not None}
     for chunk in _chunks(images):
         for condition in sorted(plan.conditions, key=lambda c: c.group != "certified"):  # attacks are held against it
             shown = functools.cache(functools.partial(_shown, condition, bare, chunk, plan, craft))
@@ -202,33 +201,45 @@ def compare(
                         why = why or _hold_against_certificates(defence, rows, file, plan)
                 if why:
                     broken[named, condition.key] = why
-                    rows = [_row(chunk, i, named, condition, [], error=why) for i in todo]
+                    rows = [_Judged(_row(chunk, i, named, condition, [], error=why)) for i in todo]
                 for row in rows:
-                    file.append({k: v for k, v in row.items() if k not in _PICTURES})
+                    file.append(row.outcome)
                 progress(len(rows))
 
 
-_PICTURES = ("clean", "attacked")
+@dataclass
+class _Judged:
+    """An outcome with the images that it is about."""
+
+    outcome: Outcome
+    clean: Tensor | None = None
+    attacked: Tensor | None = None
 
 
-def _hold_against_certificates(defence: Defence, rows: list[dict[str, Any]], file: RunFile, plan: Plan) -> str:
+def _hold_against_certificates(defence: Defence, rows: list[_Judged], file: ComparisonFile, plan: Plan) -> str:
     """Add what the smoothed classifier says about images attacked inside of their certified radius, if votes changed.
 
     Returns:
         Why that could not be found out, or "".
     """
     smoothed = None  # made once, and only where it is asked
-    for row in rows:
-        held = file.done.get(_key(row["image"], row["defence"], SMOOTHING))
-        if held is None or "error" in held or row["l2"] >= held["radius"] or row["answers"] == held["answers"]:
+    for judged in rows:
+        row = judged.outcome
+        held = file.done.get(_key(row.image, row.defence, SMOOTHING))
+        if held is None or held.error is not None or row.l2 is None or row.l2 >= (held.radius or 0.0):
             continue
-        name, n = row["image"], plan.certify_n
+        if row.answers == held.answers:
+            continue
+        assert judged.clean is not None
+        assert judged.attacked is not None
+        n, seed = plan.certify_n, plan.seed
         try:
             smoothed = smoothed or _smoothed(defence)
-            found = crossing(smoothed, name, row["clean"], row["attacked"], n=n, alpha=plan.alpha, seed=plan.seed)
+            found = crossing(smoothed, row.image, judged.clean, judged.attacked, n=n, alpha=plan.alpha, seed=seed)
         except Exception as error:
             return in_words(error)
-        row["crossing"] = {"distance": found.distance, "prediction": found.prediction, "alpha": found.alpha}
+        crossed = Crossed(distance=found.distance, prediction=found.prediction, alpha=found.alpha)
+        judged.outcome = row.replace(crossing=crossed)
     return ""
 
 
@@ -247,7 +258,7 @@ def _attempt(
     shown: Callable[[], Proposed],
     plan: Plan,
     craft: Craft,
-) -> tuple[list[dict[str, Any]], str]:
+) -> tuple[list[_Judged], str]:
     """One defence's outcomes on these images; or none, and why: its own fault must not take the table with it."""
     try:
         own = condition.group == "adaptive"  # else the same for every defence
@@ -312,11 +323,11 @@ def _craft(craft: Craft, condition: Condition, target: Defence, chunk: _Chunk) -
 
 def _outcomes(
     defence: Defence, named: str, condition: Condition, chunk: _Chunk, shown: Proposed, plan: Plan
-) -> list[dict[str, Any]]:
+) -> list[_Judged]:
     """The defence's answers about these images, one line each."""
     if condition.group == "certified":
         smoothed = _smoothed(defence)
-        return [_certified(smoothed, named, condition, chunk, i, plan) for i in range(len(chunk.ids))]
+        return [_Judged(_certified(smoothed, named, condition, chunk, i, plan)) for i in range(len(chunk.ids))]
     keys = chunk.keys(plan.seed, f"judge {named} {condition.key}")
     turns = plan.repeats if defence.random else 1
     began = time.perf_counter()
@@ -328,46 +339,57 @@ def _outcomes(
     rows = []
     for i, given in enumerate(zip(*answers, strict=True)):
         distance = shown.images[i] - chunk.images[i]
-        about = {
-            "l2": float(distance.norm()),
-            "linf": float(distance.abs().max()),
-            "queries": int(shown.queries[i]),
-            "note": shown.notes[i],
-            "seconds": seconds,
-            "clean": chunk.images[i],
-            "attacked": shown.images[i],
-        }
-        rows.append(_row(chunk, i, named, condition, list(given), **about))
+        outcome = _row(
+            chunk,
+            i,
+            named,
+            condition,
+            list(given),
+            l2=float(distance.norm()),
+            linf=float(distance.abs().max()),
+            queries=int(shown.queries[i]),
+            note=shown.notes[i],
+            seconds=seconds,
+        )
+        rows.append(_Judged(outcome, chunk.images[i], shown.images[i]))
     return rows
 
 
 def _certified(
     smoothed: SmoothedClassifier, named: str, condition: Condition, chunk: _Chunk, i: int, plan: Plan
-) -> dict[str, Any]:
+) -> Outcome:
     """Whether the smoothed classifier is certifiably robust at the plan's radius, decided with few samples."""
     image = chunk.images[i]
     radius = plan.l2_radius(image.numel())
     began = time.perf_counter()
     if smoothed.noise.probability(radius) >= 1:  # as far as numbers reach: no vote is that sure
-        about = {"radius": 0.0, "outcome": NOT_CERTIFIABLE, "queries": 0}
-        return _row(chunk, i, named, condition, [ABSTAIN], **about, seconds=0.0)
+        return _row(chunk, i, named, condition, [ABSTAIN], radius=0.0, outcome=NOT_CERTIFIABLE, queries=0, seconds=0.0)
     found = smoothed.decide(
         image, radius=radius, alpha=plan.alpha, n=plan.certify_n, seed=plan.seed, image_id=chunk.ids[i]
     )
-    about = {"radius": found.radius, "outcome": found.outcomes[-1], "queries": found.drawn}
-    return _row(chunk, i, named, condition, [found.prediction], **about, seconds=time.perf_counter() - began)
+    return _row(
+        chunk,
+        i,
+        named,
+        condition,
+        [found.prediction],
+        radius=found.radius,
+        outcome=found.outcomes[-1],
+        queries=found.drawn,
+        seconds=time.perf_counter() - began,
+    )
 
 
-def _row(chunk: _Chunk, i: int, named: str, condition: Condition, answers: list[int], **more: Any) -> dict[str, Any]:
-    return {
-        "id": _key(chunk.ids[i], named, condition),
-        "image": chunk.ids[i],
-        "defence": named,
-        "condition": condition.key,
-        "label": int(chunk.labels[i]),
-        "answers": answers,
+def _row(chunk: _Chunk, i: int, named: str, condition: Condition, answers: list[int], **more: Any) -> Outcome:
+    return Outcome(
+        id=_key(chunk.ids[i], named, condition),
+        image=chunk.ids[i],
+        defence=named,
+        condition=condition.key,
+        label=int(chunk.labels[i]),
+        answers=answers,
         **more,
-    }
+    )
 
 
 def _key(image: str, named: str, condition: Condition) -> str:

@@ -114,8 +114,8 @@ def contradictions(run: Run, found: Sequence[Crossing]) -> list[Contradiction]:
     Raises:
         UserError: an image that the run does not hold, or a distance in another norm than its radii.
     """
-    rows = {str(row["id"]): row for row in run.usable}
-    norm, alpha = run.header.get("norm", "l2"), run.header.get("alpha") or 0.0
+    rows = {row.id: row for row in run.usable}
+    norm, alpha = run.header.norm, run.header.alpha if run.header.has("alpha") else 0.0
     wrong = []
     for one in found:
         if one.norm != norm:
@@ -123,7 +123,7 @@ def contradictions(run: Run, found: Sequence[Crossing]) -> list[Contradiction]:
         if one.id not in rows:
             raise UserError(f"image {one.id!r} was attacked, and {run.path} does not hold it")
         row = rows[one.id]
-        certified, radius = int(row["prediction"]), float(row["radius"] or 0.0)
+        certified, radius = row.prediction, row.radius or 0.0
         if certified != ABSTAIN and one.prediction not in (ABSTAIN, certified) and one.distance < radius:
             chance = alpha + one.alpha
             wrong.append(Contradiction(one.id, norm, radius, one.distance, certified, one.prediction, chance))

@@ -28,12 +28,12 @@ def tabulate_comparison(found: Comparison, style: str = "text") -> str:
 def caption_of(found: Comparison) -> list[str]:
     """What was compared, and how the figures are to be read."""
     h = found.run.header
-    drawn = any(len(row["answers"]) > 1 for row in found.run.images)
-    images = h["images"].get("chosen", h["expected"])
+    drawn = any(len(row.answers) > 1 for row in found.run.images)
+    images = h.images.get("chosen", h.expected)
     lines = [
-        f"{h['model']} on {images} images of {h['data']}; {h['norm']} distance up to {h['eps_text']} in [0, 1] pixels",
+        f"{h.model} on {images} images of {h.data}; {h.norm} distance up to {h.eps_text} in [0, 1] pixels",
         "accuracy [Wilson's 95 % interval over images]"
-        + (f"; of a defence that draws random numbers the mean of {h['repeats']} fresh answers" if drawn else ""),
+        + (f"; of a defence that draws random numbers the mean of {h.repeats} fresh answers" if drawn else ""),
     ]
     groups = {c.group for c in found.conditions}
     if "blind" in groups:
@@ -43,13 +43,13 @@ def caption_of(found: Comparison) -> list[str]:
             "adaptive: crafted on the whole defended classifier: what these attacks left; others may leave less"
         )
     if "certified" in groups:
-        radius, alpha = floor_to(h["l2_radius"]), exact(h["alpha"])
-        where = f"l2 radius {radius} (alpha {alpha}, at most {h['certify_n']:,} samples)"
+        radius, alpha = floor_to(h.l2_radius), exact(h.alpha)
+        where = f"l2 radius {radius} (alpha {alpha}, at most {h.certify_n:,} samples)"
         lines.append(f"certified: share that is right and provably robust at {where}; undecided counts as not")
-    if any(not d["frozen"] for d in h["defences"]):
+    if any(not d.frozen for d in h.defences):
         lines.append("*: fine-tunes its classifiers; the others leave the classifier frozen")
     if found.run.partial:
-        lines.append(f"unfinished: {len(found.run.images)} of {h['expected']} outcomes; run its command again")
+        lines.append(f"unfinished: {len(found.run.images)} of {h.expected} outcomes; run its command again")
     return lines
 
 
@@ -62,7 +62,7 @@ def title(condition: Condition, style: str = "text") -> str:
 
 
 def _name(found: Comparison, defence: str) -> str:
-    frozen = next(d["frozen"] for d in found.run.header["defences"] if d["named"] == defence)
+    frozen = next(d.frozen for d in found.run.header.defences if d.named == defence)
     return printable(defence) + " *" * (not frozen)
 
 
@@ -93,12 +93,12 @@ def _costs(found: Comparison, style: str) -> tuple[list[str], list[list[str]]]:
     header += [f"images sent{between}{title(c, style)}" for c in asked]
     rows = []
     for d in found.defences:
-        about = next(a for a in found.run.header["defences"] if a["named"] == d)
+        about = next(a for a in found.run.header.defences if a.named == d)
         clean = found.cell(d, found.conditions[0])
         ms = f"{1000 * clean.seconds:.2g}" if clean and clean.images else "-"
         cells = [found.cell(d, c) for c in asked]
         queries = [f"{cell.queries:.0f}" if cell and cell.images else "-" for cell in cells]
-        rows.append([_name(found, d), ms, str(about.get("passes", "-")), *queries])
+        rows.append([_name(found, d), ms, "-" if about.passes is None else str(about.passes), *queries])
     return header, rows
 
 

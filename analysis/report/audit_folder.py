@@ -19,6 +19,7 @@ from certify.blackbox.query_votes import CLEAN, ESTIMATION, SELECTION, parts_of
 from certify.blackbox.results import ABOUT, LEDGER, RUN, read_about
 from certify.blackbox.types import Answer
 from certify.errors import UserError
+from certify.runs.records import ImageRow, RunHeader
 from certify.runs.run_file import Run, read_run
 
 
@@ -70,12 +71,12 @@ class AuditFolder:
     faults: tuple[str, ...] = ()
 
     @property
-    def header(self) -> Mapping[str, Any]:
-        """Header of the run file; empty without one."""
-        return self.run.header if self.run else {}
+    def header(self) -> RunHeader:
+        """Header of the run file; without one, a header that says nothing."""
+        return self.run.header if self.run else RunHeader.from_json({}, str(self.folder))
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[ImageRow]:
         """Finished images of the run file."""
         return self.run.images if self.run else []
 
@@ -85,14 +86,9 @@ class AuditFolder:
         return self.about.get("plan") or {}
 
     @property
-    def stopping(self) -> Mapping[str, Any]:
-        """Stopping rule of the run file; empty if the number of samples is fixed."""
-        return self.header.get("stopping") or {}
-
-    @property
     def expected(self) -> int:
         """Number of images the audit is to certify."""
-        return int(self.header.get("expected") or len(self.about.get("images") or ()))
+        return self.run.header.expected if self.run else len(self.about.get("images") or ())
 
     @property
     def spent(self) -> int:
@@ -143,8 +139,8 @@ class AuditFolder:
     @property
     def denoiser(self) -> str:
         """Name of the denoiser in front of the service, also if it was chosen automatically; empty without one."""
-        requested = str(self.about.get("denoiser") or self.header.get("denoiser") or "none")
-        steps = self.header.get("pipeline") or ()
+        requested = str(self.about.get("denoiser") or self.header.denoiser or "none")
+        steps = self.header.pipeline
         name = next((str(step.get("name", requested)) for step in steps if step.get("step") == "denoiser"), requested)
         return "" if name == "none" else name
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from analysis.report.audit_folder import AuditFolder
+from certify.runs.records import RunHeader
 from certify.smoothing.norms import IN_WORDS
 from certify.smoothing.rounding import complement, exact, times
 
@@ -24,11 +22,11 @@ def method(audit: AuditFolder) -> list[str]:
     if audit.run is None:
         return []
     header = audit.run.header
-    norm = IN_WORDS[header.get("norm", "l2")]
+    norm = IN_WORDS[header.norm]
     paragraphs = [_protocol(audit), _counting(header), *_radius(header, norm)]
     paragraphs.append(
         "The claim, for each image separately: with probability at least "
-        f"{complement(header['alpha'])} over the noise draws, either nothing is certified, or the smoothed service "
+        f"{complement(header.alpha)} over the noise draws, either nothing is certified, or the smoothed service "
         f"returns the certified label at every point whose {norm} distance from the image is below the certified "
         "radius. Failed queries are trials without a vote, so they can only reduce a radius; they were not replaced by "
         "new noise draws."
@@ -42,22 +40,22 @@ def _protocol(audit: AuditFolder) -> str:
     encoding = about.get("encoding") or "image"
     name = str(encoding.get("name", "image") if isinstance(encoding, dict) else encoding).upper()
     return (
-        f"Each noisy copy is the image plus {header['noise']} noise of sigma = {header['sigma']:g} (in units of the "
+        f"Each noisy copy is the image plus {header.noise} noise of sigma = {header.sigma:g} (in units of the "
         f"full pixel range), drawn independently{denoised}, clipped to [0, 1], rounded to 8 bits and sent as {name}. "
         "The function that is smoothed consists of all these steps and the service, so none of them weakens the "
         f"certificate. The vote is the service's first label{' in the class map' if about.get('class_map') else ''}."
     )
 
 
-def _compares_rival(header: Mapping[str, Any]) -> bool:
+def _compares_rival(header: RunHeader) -> bool:
     """True if the bound also uses the votes of the strongest other class."""
-    return header["bound"] in ("runner-up", "best")
+    return header.bound in ("runner-up", "best")
 
 
-def _counting(header: Mapping[str, Any]) -> str:
-    stopping, alpha, n = header.get("stopping"), exact(header["alpha"]), f"{header['n']:,}"
+def _counting(header: RunHeader) -> str:
+    stopping, alpha, n = header.stopping, exact(header.alpha), f"{header.n:,}"
     rival = _compares_rival(header)
-    if not stopping:
+    if stopping is None:
         bounds = f"a lower bound p, which exceeds the label's true probability with probability at most {alpha}"
         if rival:
             bounds = (
@@ -65,31 +63,31 @@ def _counting(header: Mapping[str, Any]) -> str:
                 f"large or q too small with probability at most {alpha}"
             )
         return (
-            f"{header['n0']:,} noisy copies choose a label; its votes are counted on {n} new ones. From k votes out of "
-            f"n, the bound {header['bound']} computes {bounds}. An image is undecided if p is at most "
+            f"{header.n0:,} noisy copies choose a label; its votes are counted on {n} new ones. From k votes out of "
+            f"n, the bound {header.bound} computes {bounds}. An image is undecided if p is at most "
             f"{'q' if rival else 'one half'}. (Cohen, Rosenfeld and Kolter, ICML 2019.)"
         )
-    if stopping.get("radii"):
+    if stopping.radii:
         until = (
             "each requested radius is decided: some label has the required probability, or no label has it (a failed "
             "query counts against every label)"
         )
     else:
-        share = exact(times(stopping["tolerance"], 100))
+        share = exact(times(stopping.tolerance or 0.0, 100))
         until = f"the certified radius is within {share}% of the largest that is still possible"
     return (
-        f"Noisy copies are sent until {until}; at most {n} per image. The rule {stopping['rule']} is evaluated after "
+        f"Noisy copies are sent until {until}; at most {n} per image. The rule {stopping.rule} is evaluated after "
         "every answer. The probability that it ever decides wrongly, over all evaluations and labels, is at most "
         f"{alpha}, so stopping early costs no confidence. (Ville 1939; Voracek, NeurIPS 2024.)"
     )
 
 
-def _radius(header: Mapping[str, Any], norm: str) -> list[str]:
+def _radius(header: RunHeader, norm: str) -> list[str]:
     """Return the paragraph on the formula of the radius, where there is one."""
-    setting = str(header.get("noise")), str(header.get("norm", "l2"))
+    setting = header.noise, header.norm
     formula = _RADIUS.get(setting)
     condition = "that has at least probability p > 1/2"
-    noise = f"{header['noise']} noise of sigma = {header['sigma']:g}"
+    noise = f"{header.noise} noise of sigma = {header.sigma:g}"
     if _compares_rival(header):
         condition = "that has at least probability p, while every other has at most q < p,"
         formula = "half of sigma times the difference of the standard normal quantiles of p and q"

@@ -27,6 +27,7 @@ from certify.blackbox.query_votes import CLEAN, DRIFT, ESTIMATION, PROBE, SELECT
 from certify.errors import RunFault, UserError
 from certify.runs.files import replacing
 from certify.runs.identity import identity
+from certify.runs.records import ImageRow
 from certify.smoothing.norms import DECIMALS, IN_WORDS
 from certify.smoothing.rounding import ceil_to, exact, floor_to
 from certify.text import printable
@@ -115,7 +116,7 @@ def page(audit: AuditFolder) -> dict[str, Any]:
         "curve": curve_svg(plot) if plot else None,
         "no_curve": why_none,
         "curve_rows": _curve_rows(plot) if plot else [],
-        "norm": IN_WORDS[audit.header.get("norm", "l2")],
+        "norm": IN_WORDS[audit.header.norm],
         "groups": _groups(audit, thumbnails),
         "rows_left_out": max(0, len(audit.rows) - MAX_ROWS),
         "thumbnails": thumbnails,
@@ -127,8 +128,8 @@ def page(audit: AuditFolder) -> dict[str, Any]:
         "quantiles": _quantiles(audit.seconds),
         "method": method(audit),
         "settings": _settings(audit),
-        "versions": audit.about.get("versions") or audit.header.get("versions") or {},
-        "command": public(str(audit.about.get("command") or audit.header.get("command") or "")),
+        "versions": audit.about.get("versions") or audit.header.versions,
+        "command": public(str(audit.about.get("command") or audit.header.command)),
         "replay": public(str(audit.about.get("replay") or f"certify replay {folder}")),
         "rewrite": f"certify report {folder}",
     }
@@ -158,8 +159,8 @@ def _decided(audit: AuditFolder) -> list[tuple[str, Counter[str]]]:
     """Count the outcomes at each requested radius."""
     counts: dict[float, Counter[str]] = {}
     for row in audit.rows:
-        for decision in row.get("decisions", ()):
-            counts.setdefault(decision["radius"], Counter())[decision["outcome"]] += 1
+        for decision in row.outcomes:
+            counts.setdefault(decision.radius, Counter())[decision.outcome] += 1
     return [(exact(radius), outcomes) for radius, outcomes in sorted(counts.items())]
 
 
@@ -170,12 +171,12 @@ def _tiles(audit: AuditFolder) -> list[tuple[str, str, str]]:
         kept = sum(words.outcome(row) == words.KEEPS for row in audit.rows)
         low, high = proportion_interval(kept, len(audit.rows))
         about = f"95 % interval over images: {floor_to(float(low), 3)} to {ceil_to(float(high), 3)}"
-        nothing = sum("error" in row for row in audit.rows)
+        nothing = sum(row.error is not None for row in audit.rows)
         about += f"; {nothing:,} of them with nothing to certify, which the curve leaves out" if nothing else ""
         tiles.append(("keep their label", f"{kept:,} of {len(audit.rows):,}", about))
-    radii = sorted(row["radius"] for row in audit.rows if words.outcome(row) == words.KEEPS)
-    if radii and not audit.stopping.get("radii"):
-        digits = DECIMALS[audit.header.get("norm", "l2")]
+    radii = sorted(row.radius or 0.0 for row in audit.rows if words.outcome(row) == words.KEEPS)
+    if radii and not audit.header.radii:
+        digits = DECIMALS[audit.header.norm]
         median, largest = (floor_to(r, digits) for r in (radii[(len(radii) - 1) // 2], radii[-1]))
         cap = plan.get("radius_cap")
         possible = f"; at most {ceil_to(cap, digits)} with this many samples" if cap else ""
@@ -211,9 +212,9 @@ def _cost(audit: AuditFolder) -> list[tuple[str, str]]:
         cost += [("budget", f"{budget:,}"), ("remaining budget", f"{budget - audit.spent:,}")]
     if _price(audit):
         cost.append(("cost of the requests", _price(audit)))
-    if audit.stopping and audit.noisy:
-        n = audit.header["n"]
-        fixed = n * sum("error" not in row for row in audit.rows)
+    if audit.header.stopping is not None and audit.noisy:
+        n = audit.header.n
+        fixed = n * sum(row.error is None for row in audit.rows)
         cost += [("noisy copies queried", f"{len(audit.noisy):,}"), (f"with a fixed n = {n:,}", f"{fixed:,}")]
     return cost
 
@@ -278,7 +279,7 @@ class ImageEntry:
         others: number of the other labels, and of their votes.
     """
 
-    row: Mapping[str, Any]
+    row: ImageRow
     pictures: Mapping[str, str]
     own: str | None
     score: str | None
@@ -298,35 +299,35 @@ def _groups(audit: AuditFolder, thumbnails: Thumbnails) -> dict[str, list[ImageE
     order = [words.OTHER, words.NOT, words.OPEN, words.NOTHING, words.KEEPS]
     groups: dict[str, list[ImageEntry]] = {}
     for row in sorted(audit.rows, key=lambda row: order.index(words.outcome(row)))[:MAX_ROWS]:
-        index, entry = entries.get(row["id"], (None, {}))
+        index, entry = entries.get(row.id, (None, {}))
         prefix = str(entry.get("pictures") or ("" if index is None else f"{index:03d}"))
         groups.setdefault(words.outcome(row), []).append(_image(audit, row, thumbnails.of(prefix)))
     return groups
 
 
-def _image(audit: AuditFolder, row: Mapping[str, Any], pictures: Mapping[str, str]) -> ImageEntry:
-    clean = audit.clean_answers.get(row["id"])
+def _image(audit: AuditFolder, row: ImageRow, pictures: Mapping[str, str]) -> ImageEntry:
+    clean = audit.clean_answers.get(row.id)
     score = clean.answer.ranked[0].score if clean else None
-    votes = sorted(((_named(audit, row, c), int(k)) for c, k in row["votes"].items()), key=lambda v: (-v[1], v[0]))
-    rest, certified = votes[_TOP:], row["prediction"] >= 0
-    digits = DECIMALS[audit.header.get("norm", "l2")]
+    votes = sorted(((_named(audit, row, c), int(k)) for c, k in row.votes.items()), key=lambda v: (-v[1], v[0]))
+    rest, certified = votes[_TOP:], not row.abstained
+    digits = DECIMALS[audit.header.norm]
     return ImageEntry(
         row,
         pictures,
         own=clean.label if clean else None,
         score=None if score is None else f"{score:.3g}",
-        reference=None if row["label"] is None else _named(audit, row, row["label"]),
-        label=(row.get("class") or _named(audit, row, row["prediction"])) if certified else None,
-        radius=floor_to(row["radius"], digits) if certified and row["radius"] else None,
-        p_lower=floor_to(row["p_lower"]) if certified and row["p_lower"] is not None else None,
+        reference=None if row.label is None else _named(audit, row, row.label),
+        label=(row.class_name or _named(audit, row, row.prediction)) if certified else None,
+        radius=floor_to(row.radius, digits) if certified and row.radius else None,
+        p_lower=floor_to(row.p_lower) if certified and row.p_lower is not None else None,
         votes=votes[:_TOP],
         others=(len(rest), sum(k for _, k in rest)),
     )
 
 
-def _named(audit: AuditFolder, row: Mapping[str, Any], number: int | str) -> str:
+def _named(audit: AuditFolder, row: ImageRow, number: int | str) -> str:
     """Return the service's name of a class."""
-    known = row.get("classes") or {}
+    known = row.classes or {}
     vocabulary: Sequence[str] = audit.about.get("vocabulary") or ()
     if str(number) in known:
         return str(known[str(number)])

@@ -6,11 +6,11 @@ import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from analysis.report.audit_folder import AuditFolder
 from certify.blackbox.client.credentials import public
 from certify.blackbox.results import FINISHED, RUNNING, SPENT, STOPPED
+from certify.runs.records import ImageRow
 from certify.smoothing.norms import DECIMALS, IN_WORDS
 from certify.smoothing.rounding import complement, exact, floor_to, times
 from certify.types import NOT_CERTIFIABLE, UNDECIDED
@@ -26,16 +26,16 @@ _MEANS_NOT = (
 )
 
 
-def outcome(row: dict[str, Any]) -> str:
+def outcome(row: ImageRow) -> str:
     """Return the outcome of an image of the run file, at the largest requested radius."""
-    if "error" in row:
+    if row.error is not None:
         return NOTHING
-    decided = [decision["outcome"] for decision in row.get("decisions", ())]
+    decided = [decision.outcome for decision in row.outcomes]
     if decided and decided[-1] in (NOT_CERTIFIABLE, UNDECIDED):
         return NOT if decided[-1] == NOT_CERTIFIABLE else OPEN
-    if row["prediction"] < 0:
+    if row.abstained:
         return OPEN
-    return KEEPS if row["label"] is None or row["prediction"] == row["label"] else OTHER
+    return KEEPS if row.label is None or row.prediction == row.label else OTHER
 
 
 def outcomes(audit: AuditFolder) -> dict[str, str]:
@@ -59,7 +59,7 @@ def _is_own(audit: AuditFolder) -> bool:
 
 def _against(audit: AuditFolder) -> str:
     """Count the failures of images that are not certifiable, which might be certifiable without them."""
-    failed = sum(row["failures"] - row.get("outside", 0) for row in audit.rows if outcome(row) == NOT)
+    failed = sum(row.failures - (row.outside or 0) for row in audit.rows if outcome(row) == NOT)
     queries = "query as a vote" if failed == 1 else "queries as votes"
     return f", counting {failed:,} failed {queries} against" if failed else ""
 
@@ -90,12 +90,12 @@ def verdict(audit: AuditFolder) -> Verdict | None:
     header, rows = audit.run.header, audit.rows
     counts = Counter(outcome(row) for row in rows)
     keeps = "keeps the service's own label" if _is_own(audit) else "returns the given label"
-    if any(row["label"] is None for row in rows if "error" not in row):
+    if any(row.label is None for row in rows if row.error is None):
         keeps = "keeps one label"
     images = f"{len(rows):,} image{'s' * (len(rows) > 1)}" + " so far" * (len(rows) < audit.expected)
     parts = [
         f"Of {images}, the smoothed service {keeps} on {counts[KEEPS]:,} under every change of "
-        f"{IN_WORDS[header.get('norm', 'l2')]} size below {_size(audit)}, at {complement(header['alpha'], 100)} % "
+        f"{IN_WORDS[header.norm]} size below {_size(audit)}, at {complement(header.alpha, 100)} % "
         "confidence per image"
     ]
     be = {kind: "is" if count == 1 else "are" for kind, count in counts.items()}
@@ -111,10 +111,10 @@ def verdict(audit: AuditFolder) -> Verdict | None:
 
 def _size(audit: AuditFolder) -> str:
     """Return the requested radius, or describe those of the images."""
-    if radii := audit.stopping.get("radii"):
+    if radii := audit.header.radii:
         return exact(radii[-1])
-    kept = sorted(row["radius"] for row in audit.rows if outcome(row) == KEEPS)
-    digits = DECIMALS[audit.header.get("norm", "l2")]
+    kept = sorted(row.radius or 0.0 for row in audit.rows if outcome(row) == KEEPS)
+    digits = DECIMALS[audit.header.norm]
     if not kept:
         return "an image-specific radius"
     return (
@@ -124,7 +124,7 @@ def _size(audit: AuditFolder) -> str:
 
 
 def _means(audit: AuditFolder) -> str:
-    alpha, total = audit.header["alpha"], len(audit.rows)
+    alpha, total = audit.header.alpha, len(audit.rows)
     system = f"the denoiser {audit.denoiser} cleans each copy, the service" if audit.denoiser else "the service"
     return (
         "No change of the image below that size, whoever chooses it, changes the answer of the smoothed service (noise "
@@ -136,9 +136,9 @@ def _means(audit: AuditFolder) -> str:
 
 def _scale(audit: AuditFolder) -> str:
     """Describe the largest radius by changes that a reader can imagine; empty without an l2 radius."""
-    values = next((row["values"] for row in audit.rows if row.get("values")), None)
-    radius = max(row["radius"] or 0.0 for row in audit.rows)
-    if not values or not radius or audit.header.get("norm", "l2") != "l2":
+    values = next((row.size for row in audit.rows if row.size), None)
+    radius = max(row.radius or 0.0 for row in audit.rows)
+    if not values or not radius or audit.header.norm != "l2":
         return ""
     return (
         f"For scale: a change of l2 size {floor_to(radius)} can change one value of the image by "
@@ -182,7 +182,7 @@ def _unfinished(audit: AuditFolder) -> list[Notice]:
     reason = f" ({public(str(audit.about['reason']))})" if audit.about.get("reason") else ""
     count = f"{done:,} of {audit.expected:,} images are done" if audit.expected else f"{done:,} images are done"
     biased = ""
-    if done and audit.stopping and done < audit.expected and not audit.header.get("in_order"):
+    if done and audit.header.stopping is not None and done < audit.expected and not audit.header.in_order:
         biased = " Images that are decided with few queries come first, so shares among them would flatter the service."
     text = f"It {how}{reason}; {count}.{biased} Run the same command again to resume."
     return [Notice(True, "The audit is not finished", text)]
@@ -225,7 +225,7 @@ def _drift(audit: AuditFolder) -> list[Notice]:
 
 
 def _failures(audit: AuditFolder) -> list[Notice]:
-    trials, failures = sum(row["trials"] for row in audit.rows), sum(row["failures"] for row in audit.rows)
+    trials, failures = sum(row.trials for row in audit.rows), sum(row.failures for row in audit.rows)
     if audit.noisy:
         trials, failures = len(audit.noisy), sum(query.label is None for query in audit.noisy)
     if not failures or failures < SOME_FAILURES * trials:

@@ -38,6 +38,7 @@ from certify.engine.adaptive import Sampling, settle
 from certify.engine.monte_carlo import Job
 from certify.errors import RunFault
 from certify.models.query_access import BudgetSpent
+from certify.runs.records import RunHeader
 from certify.smoothing.rng import stream_key
 
 PATIENCE = 10
@@ -83,7 +84,7 @@ class Patient:
 
 def drive(
     audit: Audit,
-    header: Mapping[str, Any],
+    header: RunHeader,
     about: Mapping[str, Any],
     open_asking: Callable[[int], AbstractContextManager[Client]],
     *,
@@ -183,7 +184,7 @@ def _ask_again(audit: Audit, ask: Patient, chunk: Sequence[int]) -> None:
     list(ask([Query(query_name(name, PROBE, k), picture) for k in range(audit.repeat_clean)]))
 
 
-def _sample(audit: Audit, ask: Patient, header: Mapping[str, Any], chunk: Sequence[int]) -> None:
+def _sample(audit: Audit, ask: Patient, header: RunHeader, chunk: Sequence[int]) -> None:
     """Noisy copies of these images, until each is settled or at n."""
     procedure, vocabulary = audit.settings.procedure, Vocabulary(audit.class_map)
     pipeline = audit.pipeline

@@ -21,11 +21,12 @@ from certify.engine.noisy_classifier import image_digest
 from certify.errors import ImageError
 from certify.images.dataset import ImageSet
 from certify.models.pipeline import Pipeline
-from certify.runs.config import Settings, circumstances
+from certify.runs.config import Settings
+from certify.runs.config import make_header as run_header
 from certify.runs.identity import refuse_other_run
-from certify.runs.run_file import SCHEMA, now, peek_header
+from certify.runs.records import SCHEMA, Reference, RunHeader
+from certify.runs.run_file import peek_header
 from certify.smoothing.procedures import samples
-from certify.smoothing.rng import STREAM
 from certify.types import Noise
 
 DRIFT_IMAGES = 20
@@ -142,30 +143,29 @@ class Audit:
         return self.noise.input(self.images.load(index)).to(self.device)
 
 
-def make_header(audit: Audit, *, data: str, denoiser: str = "none", command: str = "") -> dict[str, Any]:
-    """The run file's header: everything that shapes the certificates."""
-    return {
-        "type": "run",
-        "schema": SCHEMA,
-        "model": audit.service.endpoint,
-        "data": data,
-        "denoiser": denoiser,
-        **audit.settings.header_keys(audit.noise, audit.noise.norm),
-        "in_order": True,  # the images of an unfinished run are the first ones, not the easy ones
-        "precision": "float32",
-        "compiled": False,
-        "folded": False,
-        **circumstances(audit.device),
-        "expected": len(audit.images),
-        "images": audit.images.describe(),
-        "reference": {"labels": OWN if audit.given is None else GIVEN, "sha256": _digest(audit.given)},
-        "class_map": audit.class_map and dict(audit.class_map),
-        "pipeline": audit.pipeline.record(),
-        "stream": STREAM,
-        "batch_size": TOGETHER,
-        "created": now(),
-        "command": command,
-    }
+def make_header(audit: Audit, *, data: str, denoiser: str = "none", command: str = "") -> RunHeader:
+    """Return the run file's header: everything that shapes the certificates."""
+    header = run_header(
+        audit.settings,
+        audit.noise,
+        audit.noise.norm,
+        audit.images,
+        audit.pipeline,
+        audit.device,
+        model=audit.service.endpoint,
+        data=data,
+        denoiser=denoiser,
+        precision="float32",
+        compiled=False,
+        folded=False,
+        batch_size=TOGETHER,
+        command=command,
+    )
+    return header.replace(
+        in_order=True,  # the images of an unfinished run are the first ones, not the easy ones
+        reference=Reference(labels=OWN if audit.given is None else GIVEN, sha256=_digest(audit.given)),
+        class_map=audit.class_map and dict(audit.class_map),
+    )
 
 
 def _digest(given: Mapping[str, str] | None) -> str | None:
@@ -215,19 +215,21 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
     }
 
 
-def header_there(audit: Audit, header: Mapping[str, Any]) -> dict[str, Any] | None:
+def header_there(audit: Audit, header: RunHeader) -> RunHeader | None:
     """The run file's header in the folder, which must mean the same; None where there is none yet.
 
     Raises:
         UserError: the folder holds an audit with other settings.
     """
     known = peek_header(audit.folder / RUN)
-    if known is not None:
-        refuse_other_run(audit.folder / RUN, known, header, trust_identity=audit.trust_identity)
+    if known is None:
+        return None
+    refuse_other_run(audit.folder / RUN, known, header, trust_identity=audit.trust_identity)
+    assert isinstance(known, RunHeader)  # another kind of file differs
     return known
 
 
-def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def prepare(audit: Audit, header: RunHeader, planned: Mapping[str, Any]) -> tuple[RunHeader, dict[str, Any]]:
     """Make the folder and write what is known beforehand into it, or go on with what is there.
 
     Returns:
@@ -241,7 +243,8 @@ def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) ->
     known = header_there(audit, header)
     audit.check_denoiser()
     if known is not None:
-        header = {**header, "created": known["created"], "pipeline": known.get("pipeline", header["pipeline"])}
+        pipeline = known.pipeline if known.has("pipeline") else header.pipeline
+        header = header.replace(created=known.created, pipeline=pipeline)
     images: list[dict[str, Any]] = []
     for index, item in enumerate(audit.images.items):
         entry: dict[str, Any] = {"id": item.id, "pictures": f"{index:03d}", "values": None, "image": None, "error": ""}
@@ -255,27 +258,27 @@ def prepare(audit: Audit, header: dict[str, Any], planned: Mapping[str, Any]) ->
     about = {
         "type": "audit",
         "schema": SCHEMA,
-        "created": header["created"],
+        "created": header.created,
         "finished": None,
         "status": RUNNING,
         "reason": "",
-        "command": header["command"],
+        "command": header.command,
         "endpoint": audit.service.endpoint,
         "protocol": audit.service.protocol,
         "format": audit.service.options,
         "encoding": audit.service.encoding,
         "size": list(sizes.pop()) if len(sizes) == 1 else None,
-        "denoiser": header["denoiser"],
-        "pipeline": header["pipeline"],
-        "labels": header["reference"]["labels"],
-        "class_map": header["class_map"],
+        "denoiser": header.denoiser,
+        "pipeline": header.pipeline,
+        "labels": OWN if audit.given is None else GIVEN,
+        "class_map": header.class_map,
         "vocabulary": [],
         "plan": dict(planned),
         "images": images,
         "fixed_function": None,
         "determinism": [],
         "drift": [],
-        "versions": header["versions"],
+        "versions": header.versions,
         "replay": f"certify replay {shlex.quote(str(audit.folder))}",
         **audit.about,
     }

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from certify.blackbox.answer_rows import rows_of
 from certify.blackbox.label_index import Vocabulary
@@ -21,8 +20,8 @@ from certify.blackbox.types import Answer
 from certify.errors import UserError
 from certify.runs.identity import differences, unproven
 from certify.runs.recompute import recomputed_header
+from certify.runs.records import ImageRow
 from certify.runs.run_file import Run, read_run
-from certify.smoothing.procedures import procedure_of
 
 _LOG = logging.getLogger("certify")
 
@@ -69,14 +68,13 @@ def replay(
     about = read_about(folder)
     there = read_run(folder / RUN, allow_partial=True)
     header, same = there.header, alpha is None and bound is None
-    if other := differences(
-        {"pipeline": about.get("pipeline", header.get("pipeline"))}, {"pipeline": header.get("pipeline")}
-    ):
+    pipeline = list(header.pipeline) if header.has("pipeline") else None
+    if other := differences({"pipeline": about.get("pipeline", pipeline)}, {"pipeline": pipeline}):
         raise UserError(
             f"{folder / ABOUT} and {folder / RUN} are of different audits ({other}); expected the files of one audit"
         )
     if same:
-        procedure_of(header).changed(header["alpha"], header["bound"], there.path)  # refuses an unsupported bound
+        header.procedure.changed(header.alpha, header.bound, there.path)  # refuses an unsupported bound
     else:
         header = recomputed_header(there, {"run": str(folder)}, alpha=alpha, bound=bound, command=command)
     if doubt := unproven(header):
@@ -84,37 +82,39 @@ def replay(
     if answers is None:
         answers = read_ledger(folder / LEDGER).answers
     rows = rows_of(header, about["images"], answers, Vocabulary(about.get("class_map")))
-    before, now = ({row["id"]: row for row in some} for some in (there.images, rows))
+    before, now = ({row.id: row for row in some} for some in (there.images, rows))
     differing = [i for i in before | now if same and not _equal(before.get(i), now.get(i))]
     return Replayed(Run(there.path, header, rows), tuple(differing))
 
 
-_DERIVED = ("radius", "p_lower", "p_other", "p_value")
-"""Numbers that follow from the votes: versions may round them differently, by less than a millionth."""
+def _equal(before: ImageRow | None, now: ImageRow | None) -> bool:
+    """True if both rows hold the same certificate."""
+    if before is None or now is None:
+        return before is now
+    a, b = _comparable(before), _comparable(now)
+    numbers = zip(_derived(before), _derived(now), strict=True)
+    return a == b and all(
+        old == new or bool(old and new and math.isclose(old, new, rel_tol=1e-6)) for old, new in numbers
+    )
 
 
-def _equal(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
-    """True if both lines hold the same certificate."""
-    a, b = _by_name(before), _by_name(now)
-    if a is None or b is None:
-        return a is b
-    for key in _DERIVED:
-        old, new = a.pop(key, None), b.pop(key, None)
-        if old != new and not (old and new and math.isclose(old, new, rel_tol=1e-6)):
-            return False
-    return a | {"image": str(a.get("image"))[:16]} == b | {"image": str(b.get("image"))[:16]}  # hashes were shorter
+def _derived(row: ImageRow) -> tuple[float | None, ...]:
+    """Numbers that follow from the votes: versions may round them differently, by less than a millionth."""
+    return row.radius, row.p_lower, row.p_other, row.p_value
 
 
-def _by_name(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A line with names for class numbers, which depend on the lines before it."""
-    if row is None or "classes" not in row:
-        return None if row is None else dict(row)
-    names = {int(c): name for c, name in row["classes"].items()}
-    votes = {key: {names[int(c)]: count for c, count in row[key].items()} for key in ("votes", "selection")}
-    looks = [{**d, "look": [names.get(d["look"][0]), *d["look"][1:]]} for d in row.get("decisions", ())]
-    return {
-        **{key: value for key, value in row.items() if key != "classes"},
-        **votes,
-        **{key: names.get(row[key]) for key in ("label", "prediction", "base")},
-        "decisions": looks,
-    }
+def _comparable(row: ImageRow) -> ImageRow:
+    """The rest of a row, with names for class numbers, which depend on the rows before it."""
+    row = row.replace(radius=None, p_lower=None, p_other=None, p_value=None, image=str(row.image)[:16])
+    if row.classes is None:
+        return row
+    names = {int(c): name for c, name in row.classes.items()}
+    return row.replace(
+        classes=None,
+        votes={names[int(c)]: count for c, count in row.votes.items()},
+        selection={names[int(c)]: count for c, count in row.selection.items()},
+        decisions=[outcome.replace(look=[names.get(outcome.look[0]), *outcome.look[1:]]) for outcome in row.outcomes],
+        label=names.get(-1 if row.label is None else row.label),
+        prediction=names.get(row.prediction),
+        base=names.get(-1 if row.base is None else row.base),
+    )

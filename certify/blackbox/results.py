@@ -19,6 +19,7 @@ from certify.blackbox.query_votes import stage_of
 from certify.blackbox.types import Answer
 from certify.errors import RunFault, UserError
 from certify.runs.files import replacing
+from certify.runs.records import ImageRow, RunHeader
 from certify.runs.run_file import now, write_run
 from certify.runs.schema import AMOUNT, COUNT, OBJECT, TEXT, Record, fault, parse_object, record
 
@@ -76,7 +77,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def conclude(
     folder: Path,
-    header: Mapping[str, Any],
+    header: RunHeader,
     about: Mapping[str, Any],
     answers: Mapping[str, Answer],
     *,
@@ -148,7 +149,7 @@ def _reference(
     }
 
 
-def write_rows(folder: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(folder: Path, header: RunHeader, rows: Sequence[ImageRow]) -> None:
     """Write the run file anew.
 
     Raises:

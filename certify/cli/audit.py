@@ -390,7 +390,8 @@ def replay(folder: str, options: RecomputeOptions, output: ReplayOutput) -> None
         replayed = dataclasses.replace(replayed, run=run)
     if output.as_json:
         run = replayed.run
-        tell(json.dumps({"header": run.header, "images": run.images, "differing": replayed.differing}))
+        rows = [row.to_json() for row in run.images]
+        tell(json.dumps({"header": run.header.to_json(), "images": rows, "differing": replayed.differing}))
     else:
         print_replay(replayed, anew=options.alpha is not None or options.bound is not None)
     if replayed.differing:

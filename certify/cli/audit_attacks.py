@@ -114,7 +114,7 @@ def attack_service(
         UserError: nothing to attack, or images of several sizes.
     """
     from analysis.comparison.runner import check_defences, compare, make_header
-    from certify.runs.run_file import RunFile
+    from certify.runs.run_file import ComparisonFile
     from denoisers.defences import undefended
 
     classifier, images = _target(job, client, answers)
@@ -127,8 +127,8 @@ def attack_service(
     craft = _crafter(options, seed, service, {id(defence): text for text, defence in defences.items()})
     path = job.folder / COMPARISON
     with (
-        RunFile(path, header, trust_identity=trust_identity) as file,
-        progress_bar(header["expected"], "outcomes", hidden=quiet) as bar,
+        ComparisonFile(path, header, trust_identity=trust_identity) as file,
+        progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
     ):
         compare(defences, undefended(service), images, plan, file, craft, bar.update)
     return path

@@ -92,7 +92,7 @@ def print_outcome(folder: Path, about: Mapping[str, Any], *, as_json: bool) -> N
 
     run = read_run(folder / "run.jsonl", allow_partial=True)
     if as_json:
-        tell(json.dumps({"folder": str(folder), "audit": about, "images": run.images}))
+        tell(json.dumps({"folder": str(folder), "audit": about, "images": [row.to_json() for row in run.images]}))
         return
     tell(_table(run))
     queried, plan = about["asked"], about["plan"]
@@ -106,7 +106,7 @@ def print_outcome(folder: Path, about: Mapping[str, Any], *, as_json: bool) -> N
     if queried["seconds"]:
         times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in queried["seconds"].items())
         tell(f"response times     {times}")
-    outside = sum(row.get("outside", 0) for row in run.usable)
+    outside = sum(row.outside or 0 for row in run.usable)
     if outside:
         tell(f"outside class map  {outside:,} noisy copies without a label of the class map")
     tell(f"deterministic      {_determinism(about)}")
@@ -146,7 +146,7 @@ def print_replay(replayed: Replayed, *, anew: bool) -> None:
     tell(_table(replayed.run))
     if anew:
         header = replayed.run.header
-        tell(f"recomputed from the ledger at alpha = {exact(header['alpha'])}, {header['bound']}")
+        tell(f"recomputed from the ledger at alpha = {exact(header.alpha)}, {header.bound}")
     elif not replayed.differing:
         tell(f"equal: all {len(replayed.run.images)} certificates are those of {replayed.run.path}")
 
@@ -158,18 +158,19 @@ def _table(run: Run) -> str:
 
     header, rows = run.header, run.usable
     lines = [title(run)]
-    left = int(header["expected"]) - len(rows)
+    left = header.expected - len(rows)
     if left:
         lines.append(f"{left:,} images are left out: not queried, unfinished, or without a reference label")
     if not rows:
         return "\n".join(lines)
     (curve,) = curves([run])
     lines += ["", one_run(curve, table_radii(run)), ""]
-    reference = "the service's own answer" if header["reference"]["labels"] == "service" else "the given label"
+    own = header.reference is None or header.reference.labels == "service"
+    reference = "the service's own answer" if own else "the given label"
     lines.append(f"reference label    {reference}")
-    lines.append(f"abstained          {sum(row['prediction'] < 0 for row in rows):,} of {len(rows):,}")
-    queries = sum(row["queries"] for row in rows)
+    lines.append(f"abstained          {sum(row.abstained for row in rows):,} of {len(rows):,}")
+    queries = sum(row.queries or 0 for row in rows)
     lines.append(
-        f"queries per image  {queries / len(rows):.1f} on average, {max(row['queries'] for row in rows):,} at most"
+        f"queries per image  {queries / len(rows):.1f} on average, {max(row.queries or 0 for row in rows):,} at most"
     )
     return "\n".join(lines)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -27,6 +26,7 @@ from certify.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.comparison.runner import Plan
+    from certify.runs.records import ComparisonHeader
 
 DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
 
@@ -132,7 +132,7 @@ def _run_comparison(
     """Run or resume the comparison; return the file of its outcomes."""
     from analysis.comparison.runner import check_defences, make_header
     from analysis.comparison.runner import compare as run_all
-    from certify.runs.run_file import RunFile
+    from certify.runs.run_file import ComparisonFile
     from denoisers.defences import undefended
 
     groups = _check_groups(options.group, attack_names(attack.attacks))
@@ -144,12 +144,12 @@ def _run_comparison(
     source = data.data or "digits"
     header = make_header(plan, context.defences, context.images, model=model.model, data=source, command=command_line())
     path = output_path(output.out, _file_words(header), header)
-    with RunFile(path, header, trust_identity=output.trust_identity) as file:
-        present = f": {len(file.done):,} of {header['expected']:,} outcomes are there already" if file.resumed else ""
+    with ComparisonFile(path, header, trust_identity=output.trust_identity) as file:
+        present = f": {len(file.done):,} of {header.expected:,} outcomes are there already" if file.resumed else ""
         speaker(quiet=quiet)(f"outcomes   {path}{present}")
         with (
-            progress_bar(header["expected"], "outcomes", hidden=quiet) as bar,
-            stoppable(file, header["expected"], "outcomes"),
+            progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
+            stoppable(file, header.expected, "outcomes"),
         ):
             run_all(context.defences, bare, context.images, plan, file, context.craft, bar.update)
     return path
@@ -204,6 +204,6 @@ def _plan(
     )
 
 
-def _file_words(header: Mapping[str, Any]) -> list[str]:
+def _file_words(header: ComparisonHeader) -> list[str]:
     """Return the words of the file's name."""
-    return ["compare", Path(header["model"]).stem, Path(header["data"]).stem, header["norm"], header["eps_text"]]
+    return ["compare", Path(header.model).stem, Path(header.data).stem, header.norm, header.eps_text]

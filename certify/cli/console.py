@@ -76,7 +76,7 @@ def warn_of_units(sigma: float) -> None:
 
 def warn_of_precisions(runs: Sequence[Run]) -> None:
     """Warn if runs that are compared used different precisions, such as those that ``auto`` chose."""
-    precisions = sorted({str(run.header["precision"]) for run in runs if run.header.get("precision")})
+    precisions = sorted({run.header.precision for run in runs if run.header.has("precision")})
     if len(precisions) > 1:
         warn(f"these runs used different precisions: {' and '.join(precisions)}; pass the same --precision to all")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from certify.errors import Stopped, UserError
 
 if TYPE_CHECKING:
-    from certify.runs.run_file import RunFile
+    from certify.runs.run_file import RecordFile
 
 
 def file_name(words: Sequence[str]) -> str:
@@ -40,7 +40,7 @@ def output_path(out: str | None, words: Sequence[str], header: Mapping[str, Any]
 
 
 @contextlib.contextmanager
-def stoppable(file: RunFile, expected: int, what: str) -> Iterator[None]:
+def stoppable(file: RecordFile[Any, Any], expected: int, what: str) -> Iterator[None]:
     """Turn Ctrl-C into an error of one line that says what is kept."""
     try:
         yield

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from certify.engine.execution import Execution
     from certify.images.dataset import ImageSet
     from certify.runs.config import Settings
+    from certify.runs.records import RunHeader
     from certify.smoothed_classifier import SmoothedClassifier
     from certify.smoothing.procedures import Procedure
     from certify.types import Radii
@@ -25,15 +26,11 @@ _TRIED = 50  # images without noise at most, to check that labels and classifier
 
 
 def show_plan(
-    smoothed: SmoothedClassifier,
-    images: ImageSet,
-    settings: Settings,
-    header: dict[str, Any],
-    say: Callable[[str], None],
+    smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, header: RunHeader, say: Callable[[str], None]
 ) -> None:
     """Show what the options were resolved to, and warn of settings that cannot work."""
     sigma = smoothed.noise.scale
-    for step in header["pipeline"]:
+    for step in header.pipeline:
         if step["step"] == "denoiser":
             about = f" ({step['objective']}, trained for sigma {step['trained_for']})" if "trained_for" in step else ""
             say(f"denoiser   {step['name']}{about}, between the noise and the classifier")
@@ -43,7 +40,7 @@ def show_plan(
         say(f"model      {step['name']}: {step['num_classes']} classes, input {size}, weights: {step['weights']}")
         say(f"input      {step['transform']}; the noise is added there; then normalisation: {norm}")
     count = f"{len(images):,} of {images.available:,} images"
-    say(f"data       {header['data']}: {count}; labels: {images.rule}{images.omissions}")
+    say(f"data       {header.data}: {count}; labels: {images.rule}{images.omissions}")
     classes = {label for label in images.labels if label is not None}
     if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
         warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")

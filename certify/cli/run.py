@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from certify.engine.execution import Execution
     from certify.images.dataset import ImageSet
     from certify.runs.config import Settings
+    from certify.runs.records import RunHeader
     from certify.runs.run_file import RunFile
     from certify.smoothed_classifier import SmoothedClassifier
 
@@ -127,6 +128,7 @@ def _execute(
     places = distribution.places(len(images))
 
     from certify.runs.config import Settings, execution_of, run_header, with_execution
+    from certify.runs.records import RunHeader
     from certify.runs.run_file import RunFile, peek_header, read_run
     from certify.smoothing.procedures import expected_samples
 
@@ -141,16 +143,16 @@ def _execute(
         command=command_line(),
     )
     first = first_image(images)
-    if first is not None and any("fingerprint" in step for step in header["pipeline"]):
+    if first is not None and any("fingerprint" in step for step in header.pipeline):
         smoothed.check_contract(first)  # before fingerprints are compared: randomness would look like another model
     with workers_for(distribution, model, noise, compute, norm, smoothed, len(places)) as crew:
-        header |= crew.facts() if crew is not None else {}
+        header = header if crew is None else header.replace(**crew.facts())
         header = header if distribution.shard is None else distribution.shard.header(header)
         path = output_path(output.out, [*_file_words(header), *distribution.words()], header)
         show_plan(smoothed, images, settings, header, say)
         begun = peek_header(path)
         engine: Engine = smoothed if crew is None else crew
-        if begun:
+        if isinstance(begun, RunHeader):
             execution = execution_of(begun, smoothed.options)
         else:
             parts = distribution.shard.of if distribution.shard is not None else 1  # the same work, so the same choice
@@ -236,7 +238,7 @@ def _process(
             process_on(crew, images, settings, file, places=places, strict=strict, progress=bar.update, warn=left_out)
 
 
-def _file_words(header: Mapping[str, Any]) -> list[str]:
+def _file_words(header: RunHeader) -> list[str]:
     """Return the words of a run file's name."""
-    words = [Path(header["model"]).stem, Path(header["data"]).stem, f"sigma{header['sigma']:g}", f"n{header['n']}"]
-    return words if header["procedure"] == "certify" else [header["procedure"], *words]
+    words = [Path(header.model).stem, Path(header.data).stem, f"sigma{header.sigma:g}", f"n{header.n}"]
+    return words if header.kind == "certify" else [header.kind, *words]

@@ -14,6 +14,7 @@ from certify.text import printable
 
 if TYPE_CHECKING:
     from analysis.curves import Curve
+    from certify.runs.records import ImageRow, RunHeader
     from certify.runs.run_file import Run
 
 
@@ -33,13 +34,11 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
     rows = run.usable
     if not rows:
         first = run.images[0]
-        raise UserError(
-            f"none of the {len(run.images)} images could be used; the first, {first['id']}: {first['error']}"
-        )
+        raise UserError(f"none of the {len(run.images)} images could be used; the first, {first.id}: {first.error}")
     _warn_of_failures(rows)
     _warn_of_disagreement(run)
     curve, picture = None, None
-    if run.header["procedure"] != "predict":
+    if run.header.kind != "predict":
         from analysis.curves import curves
 
         (curve,) = curves([run])
@@ -59,19 +58,17 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
 def table_radii(run: Run) -> list[float]:
     """Return the radii of a run's table: those decided, or round numbers up to the largest possible."""
     from analysis.curves import default_radii
-    from certify.runs.image_rows import noise_of
     from certify.smoothing.certificates import largest_radius
 
     header = run.header
-    if header["procedure"] == "decide":
-        return list(header["stopping"]["radii"])
-    noise = noise_of(header, run.usable[0].get("values"))
-    selected = not header.get("stopping")
-    return default_radii(largest_radius(noise, header["n"], header["alpha"], header["bound"], selected=selected))
+    if header.radii:
+        return list(header.radii)
+    noise, selected = header.radii_for(run.usable[0].size), header.stopping is None
+    return default_radii(largest_radius(noise, header.n, header.alpha, header.bound, selected=selected))
 
 
-def _warn_of_failures(rows: list[dict[str, Any]]) -> None:
-    failures, trials = (sum(r[key] for r in rows) for key in ("failures", "trials"))
+def _warn_of_failures(rows: list[ImageRow]) -> None:
+    failures, trials = sum(row.failures for row in rows), sum(row.trials for row in rows)
     if failures and failures == trials:
         warn("every sample failed (NaN or no finite answer): the base classifier returns no usable scores")
     elif failures:
@@ -80,7 +77,7 @@ def _warn_of_failures(rows: list[dict[str, Any]]) -> None:
 
 def _agreement(run: Run) -> tuple[int, int]:
     """Return the number of labels that agree with plain float32, and of labels compared."""
-    pairs = [row["agreement"] for row in run.usable if "agreement" in row]
+    pairs = [row.agreement for row in run.usable if row.agreement is not None]
     return sum(same for same, _ in pairs), sum(compared for _, compared in pairs)
 
 
@@ -93,37 +90,37 @@ def _warn_of_disagreement(run: Run) -> None:
         )
 
 
-def how_it_ran(header: dict[str, Any]) -> str:
+def how_it_ran(header: RunHeader) -> str:
     """Describe precision, folding, compilation, batch size and device."""
     from certify.engine.execution import Execution
 
-    execution = Execution(*(header[k] for k in ("precision", "folded", "compiled", "batch_size")))
-    return f"{execution.describe()}, on {header['accelerator'] or header['device']}"
+    execution = Execution(header.precision, header.folded, header.compiled, header.batch_size)  # type: ignore[arg-type]
+    return f"{execution.describe()}, on {header.accelerator or header.device}"
 
 
-def _count(rows: list[dict[str, Any]]) -> tuple[int, int, int]:
+def _count(rows: list[ImageRow]) -> tuple[int, int, int]:
     """Return the numbers of images correct without noise, correct when smoothed, and abstained."""
     return (
-        sum(r["base"] == r["label"] for r in rows),
-        sum(r["prediction"] == r["label"] for r in rows),
-        sum(r["prediction"] < 0 for r in rows),
+        sum(row.base == row.label for row in rows),
+        sum(row.prediction == row.label for row in rows),
+        sum(row.abstained for row in rows),
     )
 
 
 def _samples(run: Run) -> tuple[int, int]:
     """Return the samples that were labelled, and those that a fixed n takes for the same images."""
     rows, header = run.usable, run.header
-    drawn = sum(row.get("drawn", row["trials"] + header["n0"]) for row in rows)
-    return drawn, len(rows) * (header["n"] + header["n0"])
+    drawn = sum(row.trials + header.n0 if row.drawn is None else row.drawn for row in rows)
+    return drawn, len(rows) * (header.n + header.n0)
 
 
 def _outcomes(run: Run) -> dict[str, dict[str, int]]:
     """Count the images that are robust, not certifiable and undecided at each radius."""
     outcomes: dict[str, dict[str, int]] = {}
     for row in run.usable:
-        for decision in row.get("decisions", ()):
-            at = outcomes.setdefault(exact(decision["radius"]), {"robust": 0, "not certifiable": 0, "undecided": 0})
-            at[decision["outcome"]] += 1
+        for decision in row.outcomes:
+            at = outcomes.setdefault(exact(decision.radius), {"robust": 0, "not certifiable": 0, "undecided": 0})
+            at[decision.outcome] += 1
     return outcomes
 
 
@@ -132,19 +129,19 @@ def _as_json(
 ) -> dict[str, Any]:
     rows = run.usable
     drawn, fixed = _samples(run)
-    seconds = sum(r["seconds"] for r in rows)
+    seconds = sum(row.seconds for row in rows)
     shares = None
     if curve is not None:
         known = [r for r in radii if not curve.at_least(r)]
         shares = {exact(r): float(a) for r, a in zip(known, curve.accuracy(known), strict=True)}
-    labelled = rows[0]["label"] is not None
+    labelled = rows[0].label is not None
     base, smoothed, abstained = _count(rows)
-    deciding = run.header["procedure"] == "decide"  # makes no statement about the prediction alone
+    deciding = bool(run.header.radii)  # makes no statement about the prediction alone
     same, compared = _agreement(run)
     return {
         "run": str(run.path),
         "images": len(rows),
-        "norm": run.header["norm"],
+        "norm": run.header.norm,
         "certified_accuracy": shares if labelled else None,
         "certified_fraction": None if labelled else shares,
         "decisions": _outcomes(run) or None,
@@ -160,15 +157,15 @@ def _as_json(
         "seconds": round(seconds, 3),
         "seconds_at_fixed_n": round(fixed / rate, 1) if rate else None,
         "curve": str(picture) if picture else None,
-        "results": [{k: row[k] for k in _EACH if k in row} for row in run.images],
+        "results": [{k: v for k, v in row.to_json().items() if k in _EACH} for row in run.images],
     }
 
 
 def title(run: Run) -> str:
     """Return the first line of a run's table."""
     h = run.header
-    model, data = printable(str(h["model"])), printable(str(h["data"]))
-    return f"{model}, sigma = {exact(h['sigma'])} ([0, 1] pixels), {len(run.usable):,} images of {data}"
+    model, data = printable(str(h.model)), printable(str(h.data))
+    return f"{model}, sigma = {exact(h.sigma)} ([0, 1] pixels), {len(run.usable):,} images of {data}"
 
 
 def _describe(run: Run, curve: Curve | None, radii: list[float], rate: float | None) -> str:
@@ -179,34 +176,34 @@ def _describe(run: Run, curve: Curve | None, radii: list[float], rate: float | N
     lines = [title(run)]
     if len(rows) < len(run.images):
         lines.append(f"{len(run.images) - len(rows)} images could not be used and are left out")
-        aside = [row for row in run.images if str(row.get("error", "")).startswith(SET_ASIDE)]
-        lines += [f"image {printable(row['id'])} {printable(row['error'])}" for row in aside[:_NAMED]]
+        aside = [row for row in run.images if (row.error or "").startswith(SET_ASIDE)]
+        lines += [f"image {printable(row.id)} {printable(row.error or '')}" for row in aside[:_NAMED]]
     lines.append("")
     if curve is not None:
         lines += [one_run(curve, radii), ""]
-    deciding = header["procedure"] == "decide"
+    deciding = bool(header.radii)
     for radius, outcomes in _outcomes(run).items():
         counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
         lines.append(f"{f'decided at {radius}':<26} {counts}")
     base, smoothed, abstained = _count(rows)
-    if rows[0]["label"] is not None:
-        denoised = header["denoiser"] not in (None, "none")
+    if rows[0].label is not None:
+        denoised = header.denoiser not in (None, "none")
         which = "base accuracy (denoised)" if denoised else "base accuracy (no noise)"
         lines.append(f"{which}   {share(base, len(rows))}")
         if not deciding:
             lines.append(f"smoothed accuracy          {share(smoothed, len(rows))}")
     else:
-        lines += _each(rows, header["norm"])
+        lines += _each(rows, header.norm)
     if not deciding:
         lines.append(f"abstained                  {abstained} of {len(rows)}")
-    if header.get("stopping"):
+    if header.stopping is not None:
         lines.append(f"samples                    {_saved(run, rate)}")
     lines.append(f"ran as                     {how_it_ran(header)}")
     same, compared = _agreement(run)
     if compared:
         lines.append(f"labels as in plain float32 {floor_to(100 * same / compared, 2)}% of {compared:,} compared")
-    error = f"wrong with probability at most {exact(header['alpha'])}"
-    norm = IN_WORDS[header["norm"]]
+    error = f"wrong with probability at most {exact(header.alpha)}"
+    norm = IN_WORDS[header.norm]
     if deciding:
         lines.append(
             f"\nRobust at r: no change of {norm} norm below r alters the smoothed classifier's prediction.\n"
@@ -227,23 +224,23 @@ def _describe(run: Run, curve: Curve | None, radii: list[float], rate: float | N
 
 def _saved(run: Run, rate: float | None) -> str:
     """Describe the samples and time saved by stopping early."""
-    (drawn, fixed), seconds = _samples(run), sum(row["seconds"] for row in run.usable)
-    full = f"{fixed:,} (n = {run.header['n']:,} each)"
+    (drawn, fixed), seconds = _samples(run), sum(row.seconds for row in run.usable)
+    full = f"{fixed:,} (n = {run.header.n:,} each)"
     text = f"{drawn:,} instead of {full}: {fixed / max(drawn, 1):,.0f} times fewer"
     if rate is None or 2 * seconds > fixed / rate:
         return text
     return f"{text}; {clock(seconds)} instead of about {clock(fixed / rate)}"
 
 
-def _each(rows: list[dict[str, Any]], norm: str) -> list[str]:
+def _each(rows: list[ImageRow], norm: str) -> list[str]:
     """Return the predictions themselves, for images without labels."""
     from analysis.tables import render
     from certify.smoothing.norms import DECIMALS, IN_WORDS
 
-    def radius(row: dict[str, Any]) -> str:
-        return "-" if row["radius"] is None else floor_to(row["radius"], DECIMALS[norm])
+    def radius(row: ImageRow) -> str:
+        return "-" if row.radius is None else floor_to(row.radius, DECIMALS[norm])
 
-    shown = [[r["id"], _class_or_outcome(r), radius(r), r["base_class"]] for r in rows[:_LISTED]]
+    shown = [[row.id, _class_or_outcome(row), radius(row), row.base_class] for row in rows[:_LISTED]]
     more = [f"... and {len(rows) - _LISTED} more, in the run file"] if len(rows) > _LISTED else []
     return [
         render(["image", "smoothed class", f"{IN_WORDS[norm]} radius", "class without noise"], shown, "text"),
@@ -252,8 +249,8 @@ def _each(rows: list[dict[str, Any]], norm: str) -> list[str]:
     ]
 
 
-def _class_or_outcome(row: dict[str, Any]) -> str:
-    if row["prediction"] >= 0:
-        return str(row["class"])
-    outcomes = [decision["outcome"] for decision in row.get("decisions", ())]
+def _class_or_outcome(row: ImageRow) -> str:
+    if not row.abstained:
+        return str(row.class_name)
+    outcomes = [decision.outcome for decision in row.outcomes]
     return outcomes[0] if outcomes else "abstains"

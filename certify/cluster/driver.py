@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from certify.engine.execution import Execution
     from certify.runs.config import Settings
+    from certify.runs.records import ImageRow
 
 PATIENCE = 600.0
 """Seconds without any news from any worker until the run is given up."""
@@ -148,8 +149,8 @@ class Crew:
 
     def answers(
         self, places: Sequence[int], read: Callable[[int], Sent], settings: Settings, *, depth: int
-    ) -> Iterator[Line]:
-        """The lines of these images as they are finished; an image that was set aside has ``error`` alone.
+    ) -> Iterator[tuple[int, ImageRow | str]]:
+        """The rows of these images as they are finished; the reason alone for an image that was set aside.
 
         Args:
             places: of the images.
@@ -176,7 +177,7 @@ class Crew:
                     for place in handing.lost(member):
                         self._deaths = 0
                         reason = f"{SET_ASIDE}: its worker failed {TRIES} times on it alone ({member.why})"
-                        yield place, {"error": reason}
+                        yield place, reason
 
     def _hand_out(self, handing: Handing, reader: _Reader, settings: Settings) -> None:
         for member in self._members:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from certify.cluster.worker import Sent
 from certify.errors import ImageError
-from certify.runs.image_rows import unusable_row
+from certify.runs.records import ImageRow
 from certify.runs.runner import owed, refuse_unusable, store
 from certify.smoothing.procedures import samples
 from certify.smoothing.sequential_tests import LEAST
@@ -46,7 +46,7 @@ def process_on(
     unusable = [place for place, task in tasks.items() if task.id in file.done]  # only with strict
     if unusable:
         task = tasks[unusable[0]]
-        raise refuse_unusable(task, file.done[task.id]["error"])
+        raise refuse_unusable(task, file.done[task.id].error)
 
     def read(place: int) -> Sent:
         task = tasks[place]
@@ -55,12 +55,14 @@ def process_on(
         except ImageError as error:
             return Sent(place, task.id, task.label, None, str(error))
 
-    for place, line in crew.answers(list(tasks), read, settings, depth=depth(crew, settings)):
+    for place, found in crew.answers(list(tasks), read, settings, depth=depth(crew, settings)):
         task = tasks[place]
-        if strict and "error" in line:
-            raise refuse_unusable(task, line["error"])
-        nobody = {"id": task.id, "label": task.label, **unusable_row(settings.procedure.kind, ""), "seconds": 0.0}
-        store(file, place, line if "id" in line else nobody | line, warn)
+        row = found
+        if isinstance(row, str):  # the image was set aside
+            row = ImageRow.unusable(settings.procedure, task.id, task.label, row)
+        if strict and row.error is not None:
+            raise refuse_unusable(task, row.error)
+        store(file, place, row, warn)
         progress(1)
 
 

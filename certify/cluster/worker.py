@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
     from certify.engine.execution import Execution
     from certify.runs.config import Settings
+    from certify.runs.records import ImageRow
 
 Result = TypeVar("Result")
 
-Line = tuple[int, dict[str, Any]]
-"""An image's place, and its line of the run file."""
+Line = tuple[int, "ImageRow"]
+"""An image's place, and its row of the run file."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,7 @@ class SmoothedStation:
 
     def facts(self) -> dict[str, Any]:
         """Device, versions and machine."""
-        return circumstances(self._smoothed.device)
+        return vars(circumstances(self._smoothed.device))
 
     def prepare(self, image: np.ndarray, samples: int, execution: Execution | None) -> Execution:
         """As :meth:`certify.engine.noisy_classifier.NoisyClassifier.prepare`."""

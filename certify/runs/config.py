@@ -1,12 +1,10 @@
-"""What shapes a run: its numbers, and the run file's header that says all of it."""
+"""The settings of a run, and the run file's header that records them."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
@@ -15,10 +13,13 @@ from certify.engine.hardware import machine_name
 from certify.engine.noisy_classifier import KEPT, NoisyClassifier
 from certify.engine.policy import EngineOptions
 from certify.images.dataset import ImageSet
+from certify.models.pipeline import Pipeline
 from certify.registry import PLUGINS
-from certify.runs.run_file import SCHEMA, now
+from certify.runs.records import SCHEMA, Circumstances, RunHeader, Stopping
+from certify.runs.run_file import now
+from certify.runs.schema import MissingKey
 from certify.smoothing.numeric import as_int
-from certify.smoothing.procedures import Procedure, expected_samples, header_keys
+from certify.smoothing.procedures import SELECTION, Procedure, expected_samples
 from certify.smoothing.rng import STREAM
 from certify.types import Noise
 
@@ -45,16 +46,54 @@ class Settings:
         """
         return index % -(-1000 * KEPT // expected_samples(self.procedure)) == 0
 
-    def header_keys(self, noise: Noise, norm: str) -> dict[str, Any]:
-        """Return the header's keys about the noise, the norm of the radii, and the procedure."""
-        return {
-            "noise": noise.name,
-            "rounded": bool(getattr(noise, "rounded", False)),
-            "norm": norm,
-            "sigma": noise.scale,
-            **header_keys(self.procedure),
-            "seed": self.seed,
-        }
+
+def make_header(
+    settings: Settings,
+    noise: Noise,
+    norm: str,
+    images: ImageSet,
+    pipeline: Pipeline,
+    device: torch.device,
+    *,
+    model: str,
+    data: str,
+    denoiser: str,
+    precision: str,
+    compiled: bool | str,
+    folded: bool | str,
+    batch_size: int | str,
+    command: str,
+) -> RunHeader:
+    """Return the header that live runs and audits have in common."""
+    procedure = settings.procedure
+    return RunHeader(
+        schema=SCHEMA,
+        model=model,
+        data=data,
+        denoiser=denoiser,
+        noise=noise.name,
+        rounded=bool(getattr(noise, "rounded", False)),
+        norm=norm,
+        sigma=noise.scale,
+        kind=procedure.kind,
+        n0=procedure.stages.get(SELECTION, 0),
+        n=procedure.n,
+        alpha=procedure.alpha,
+        bound=procedure.bound,
+        stopping=None if procedure.stopping is None else Stopping(**vars(procedure.stopping)),
+        seed=settings.seed,
+        precision=precision,
+        compiled=compiled,
+        folded=folded,
+        **vars(circumstances(device)),
+        expected=len(images),
+        images=images.describe(),
+        pipeline=pipeline.record(),
+        stream=STREAM,
+        batch_size=batch_size,
+        created=now(),
+        command=command,
+    )
 
 
 def run_header(
@@ -66,44 +105,37 @@ def run_header(
     data: str,
     denoiser: str = "none",
     command: str = "",
-) -> dict[str, Any]:
-    """Everything that shaped the run, and how many images it owes.
-
-    How the base classifier is run stands there as it was asked for, until :func:`with_execution` says what ran.
-    """
-    asked = smoothed.options
-    return {
-        "type": "run",
-        "schema": SCHEMA,
-        "model": model,
-        "data": data,
-        "denoiser": denoiser,
-        **settings.header_keys(smoothed.noise, smoothed.norm),
-        "precision": asked.precision,
-        "compiled": asked.compile,
-        "folded": "auto",
-        **circumstances(smoothed.device),
-        "expected": len(images),
-        "images": images.describe(),
-        "unread": list(images.unread),
-        "pipeline": smoothed.base.record(),
-        "stream": STREAM,
-        "batch_size": asked.batch_size or "auto",
-        "execution": {"asked": asdict(asked)},
-        "created": now(),
-        "command": command,
-    }
+) -> RunHeader:
+    """Return the header of a run, with the requested engine settings (:func:`with_execution` sets the actual ones)."""
+    options = smoothed.options
+    header = make_header(
+        settings,
+        smoothed.noise,
+        smoothed.norm,
+        images,
+        smoothed.base,
+        smoothed.device,
+        model=model,
+        data=data,
+        denoiser=denoiser,
+        precision=options.precision,
+        compiled=options.compile,
+        folded="auto",
+        batch_size=options.batch_size or "auto",
+        command=command,
+    )
+    return header.replace(unread=list(images.unread), execution={"asked": asdict(options)})
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
-    """What the header says of the device and the machine on which the base classifier runs."""
-    return {
-        "device": device.type,
-        "accelerator": machine_name(device) if device.type != "cpu" else None,
-        "torch": ".".join(torch.__version__.split(".")[:2]),
-        "versions": versions(),
-        "machine": {"processor": machine_name(torch.device("cpu")), "threads": torch.get_num_threads()},
-    }
+def circumstances(device: torch.device) -> Circumstances:
+    """Return what the header says about the device and the machine that run the base classifier."""
+    return Circumstances(
+        device=device.type,
+        accelerator=machine_name(device) if device.type != "cpu" else None,
+        torch=".".join(torch.__version__.split(".")[:2]),
+        versions=versions(),
+        machine={"processor": machine_name(torch.device("cpu")), "threads": torch.get_num_threads()},
+    )
 
 
 def versions() -> dict[str, str]:
@@ -117,19 +149,22 @@ def versions() -> dict[str, str]:
     return found | PLUGINS
 
 
-def with_execution(header: dict[str, Any], execution: Execution) -> dict[str, Any]:
-    """The header, saying how the base classifier is really run and why."""
-    asked = header["execution"]["asked"]
-    how = {key: getattr(execution, key) for key in ("precision", "folded", "compiled", "batch_size")}
-    return {**header, **how, "execution": {"asked": asked, "why": list(execution.why)}}
+def with_execution(header: RunHeader, execution: Execution) -> RunHeader:
+    """Return the header with the actual engine settings and the reasons for them."""
+    return header.replace(
+        precision=execution.precision,
+        folded=execution.folded,
+        compiled=execution.compiled,
+        batch_size=execution.batch_size,
+        execution={**(header.execution or {}), "why": list(execution.why)},
+    )
 
 
-def execution_of(header: Mapping[str, Any], options: EngineOptions) -> Execution | None:
-    """How the run of this header was run, unless the user asks for something else now; None if it does not say."""
-    try:
-        found = Execution(*(header[key] for key in ("precision", "folded", "compiled", "batch_size")))
-        asked = header["execution"]["asked"]
-    except (KeyError, TypeError):
+def execution_of(header: RunHeader, options: EngineOptions) -> Execution | None:
+    """Return the engine settings of a run's header, changed where the user asks for others; None if it has none."""
+    found = recorded_execution(header)
+    asked = (header.execution or {}).get("asked")
+    if found is None or asked is None:
         return None
     found = replace(found, why=("as the run file says",))
     if asked == asdict(options):
@@ -139,3 +174,11 @@ def execution_of(header: Mapping[str, Any], options: EngineOptions) -> Execution
     if options.compile != "auto":
         found = replace(found, compiled=options.compile == "on")
     return replace(found, batch_size=options.batch_size or found.batch_size)
+
+
+def recorded_execution(header: RunHeader) -> Execution | None:
+    """Return the engine settings that a header states; None if it lacks one of them."""
+    try:
+        return Execution(header.precision, header.folded, header.compiled, header.batch_size)  # type: ignore[arg-type]
+    except MissingKey:
+        return None

@@ -1,84 +1,75 @@
-"""Another alpha or another bound from the votes of a run file: no model, no images, a new file."""
+"""Recompute a run at another alpha or bound from its votes alone, into a new file."""
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from certify.errors import UserError
 from certify.runs.identity import unproven
-from certify.runs.image_rows import recomputed_row
+from certify.runs.records import ImageRow, RunHeader
 from certify.runs.run_file import Run, new_run_file, now, read_run, write_derived
 from certify.smoothing.bounds import check_alpha
-from certify.smoothing.procedures import procedure_of
+from certify.smoothing.rng import bound_draw
 
 _LOG = logging.getLogger("certify")
 
 
 def recompute(
     run: Run, *, alpha: float | None = None, bound: str | None = None, command: str = ""
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and image lines of the same votes at another alpha or bound.
+) -> tuple[RunHeader, list[ImageRow]]:
+    """Return header and rows of the same votes at another alpha or bound.
 
-    Every certificate is again wrong with probability at most the new alpha, provided that alpha and bound were not
-    chosen by looking at the results. What the run's design cannot support is refused.
+    Each certificate fails with probability at most the new alpha, provided that alpha and bound were chosen without
+    looking at the results. What the run's design cannot support is refused.
 
     Args:
         run: as it was read.
-        alpha: probability of error for each image; None keeps it.
+        alpha: failure probability per image; None keeps it.
         bound: name of a bound; None keeps it.
         command: for the record.
 
     Raises:
         UserError: alpha out of range, an unknown bound, or one that these votes cannot support.
     """
-    header = run.header
-    if "procedure" not in header or "noise" not in header:
+    if not run.header.has("kind") or not run.header.has("noise"):
         raise UserError(f"{run.path} names no procedure or noise; expected a run file of certify")
     changed = recomputed_header(run, run.origin, alpha=alpha, bound=bound, command=command)
-    return changed, [_line(changed, row) for row in run.images]
+    return changed, [_renewed(changed, row) for row in run.images]
 
 
 def recomputed_header(
     run: Run, origin: Mapping[str, str], *, alpha: float | None, bound: str | None, command: str
-) -> dict[str, Any]:
-    """The run's header at another alpha or bound (None keeps it), with what it was and where its votes are from.
+) -> RunHeader:
+    """Return the run's header at another alpha or bound (None keeps it), with the origin of its votes.
 
     Raises:
         UserError: as :func:`recompute`.
     """
     header = run.header
-    alpha = header["alpha"] if alpha is None else alpha
-    bound = header["bound"] if bound is None else bound
-    alpha = check_alpha(alpha)
-    procedure_of(header).changed(alpha, bound, run.path)  # refuses what these votes cannot support
+    alpha = check_alpha(header.alpha if alpha is None else alpha)
+    bound = header.bound if bound is None else bound
+    header.procedure.changed(alpha, bound, run.path)  # refuses what these votes cannot support
     kept = {key: header[key] for key in ("alpha", "bound", "created", "command")}
-    said = {"recomputed": {**origin, "from": kept}, "created": now(), "command": command}
-    changed = copy.copy(header)
-    changed.update({"alpha": alpha, "bound": bound, **said})
-    return changed
+    return header.replace(alpha=alpha, bound=bound, recomputed={**origin, "from": kept}, created=now(), command=command)
 
 
-def _line(header: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """An image's line with its answer renewed; an unusable image stays as it is."""
-    if "error" in row:
+def _renewed(header: RunHeader, row: ImageRow) -> ImageRow:
+    """Return a row with its answer recomputed; an unusable image stays as it is."""
+    if row.error is not None:
         return row
-    if header["bound"] == "randomized" and "uniform" not in row:
-        from certify.smoothing.rng import bound_draw
-
-        row = copy.copy(row)
-        row["uniform"] = bound_draw(header["seed"], row["id"])
-    renewed = copy.copy(row)
-    renewed.update(recomputed_row(header, row))
-    if renewed["prediction"] != row["prediction"]:  # the name of a class that was an abstention may not be known
-        renewed["class"] = row["base_class"] if renewed["prediction"] == row["base"] else None
-        if renewed["prediction"] >= 0 and renewed["class"] is None:
-            number = str(renewed["prediction"])
-            renewed["class"] = row.get("classes", {}).get(number, number)
-    return renewed
+    if header.bound == "randomized" and row.uniform is None:
+        row = row.replace(uniform=bound_draw(header.seed, row.id))
+    renewed = row.recomputed(header)
+    if renewed.prediction == row.prediction:
+        return renewed
+    # the name of a class that was an abstention may be unknown
+    name = row.base_class if renewed.prediction == row.base else None
+    if not renewed.abstained and name is None:
+        number = str(renewed.prediction)
+        name = (row.classes or {}).get(number, number)
+    return renewed.replace(class_name=name)
 
 
 def recompute_file(

@@ -1,9 +1,7 @@
-"""The run file: JSON Lines, a header and then one line an image; written so that nothing that was done is lost.
+"""Files of records: JSON Lines, a header and then one line per result, appended so that no finished work is lost.
 
-Header keys that others rely on: ``type`` ("run"), ``schema``, ``model``, ``data``, ``denoiser``, ``noise``, ``sigma``,
-``n0``, ``n``, ``alpha``, ``bound``, ``seed``, ``precision``, ``device``, ``expected``. Image keys: ``type`` ("image"),
-``id``, ``label``, ``prediction`` (-1 abstains), ``radius``, ``p_lower``, ``votes``, ``selection``, ``trials``,
-``failures``, ``seconds``. ``docs/run-file.md`` explains all of them.
+Run files hold images (:class:`Run`, :class:`RunFile`); comparisons hold one outcome per image, defence and condition
+(:class:`ComparisonRun`, :class:`ComparisonFile`). ``docs/run-file.md`` explains the keys.
 """
 
 from __future__ import annotations
@@ -13,232 +11,261 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from certify.errors import RunFault, UserError
 from certify.runs.files import open_to_append, replacing, write_all
 from certify.runs.identity import refuse_other_run
-from certify.runs.schema import Record, header_fault, image_fault, outcome_fault, parse_object
-
-SCHEMA = 1
+from certify.runs.records import SCHEMA, ComparisonHeader, Header, ImageRow, Outcome, Row, RunHeader
+from certify.runs.schema import parse_object
 
 _HEADER_START = b'{"type": "'
 
-COMPARISON = "comparison"
-"""The other kind of file that is written this way: a header, then one line for each image, defence and condition."""
-
-_OUTCOME_KEYS = ("id", "image", "defence", "condition", "label", "answers")
 SET_ASIDE = "is set aside"
-"""How the ``error`` of an image begins that can be read, but that no worker survives."""
+"""Start of the ``error`` of an image that can be read, but that no worker survives."""
 
-IMAGE_KEYS = ("id", "label", "prediction", "radius", "p_lower", "votes", "selection", "trials", "failures", "seconds")
+AnyHeader = TypeVar("AnyHeader", bound=Header)
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 def now() -> str:
-    """The time in UTC to the second, as headers say when they were made."""
+    """Return the time in UTC, to the second, in ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run file as it was read.
+class Records(Generic[AnyHeader, AnyRow]):
+    """A file of records as it was read.
 
     Attributes:
         path: of the file.
         header: its first line.
         images: its other lines, in file order.
-        torn: whether the last line was cut off (and left out).
+        torn: True if the last line was cut off (it is left out).
     """
 
     path: Path
-    header: dict[str, Any]
-    images: list[dict[str, Any]] = field(default_factory=list)
+    header: AnyHeader
+    images: list[AnyRow] = field(default_factory=list)
     torn: bool = False
+
+    header_class: ClassVar[type[Header]]
+    row_class: ClassVar[type[Row]]
 
     @property
     def partial(self) -> bool:
-        """Whether images are still owed."""
-        return len(self.images) < int(self.header["expected"])
+        """True if lines are missing."""
+        return len(self.images) < self.header.expected
 
     @property
-    def usable(self) -> list[dict[str, Any]]:
-        """The images that could be read; the others carry ``error`` and prove nothing."""
-        return [row for row in self.images if "error" not in row]
+    def usable(self) -> list[AnyRow]:
+        """The lines with a result; the others carry ``error`` and prove nothing."""
+        return [row for row in self.images if row.error is None]
 
     @property
-    def origin(self) -> dict[str, Any]:
-        """The file's name and hash, for the record of what is made of it."""
+    def origin(self) -> dict[str, str]:
+        """Name and hash of the file, for the record of what is derived from it."""
         return {"run": self.path.name, "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
 
+    @classmethod
+    def read(cls, path: str | Path, *, allow_partial: bool = False) -> Self:
+        """Read a file of this kind.
 
-def peek_header(path: str | Path) -> dict[str, Any] | None:
-    """The header of a run file; None when there is no such file, or no whole header in it."""
-    try:
-        with Path(path).open("rb") as file:
-            line = file.readline(2**24)
-        header = parse_object(line) if line.endswith(b"\n") else None
-    except OSError:
-        return None
-    if header is None or str(header.get("type")) not in _ROWS:
-        return None
-    return Record(header, f"{path}, line 1,")
+        Args:
+            path: of the file.
+            allow_partial: accept a file with missing lines.
+
+        Raises:
+            UserError: another file, one of a newer version, a damaged line, a line twice, more lines than expected,
+                or an unfinished file (unless ``allow_partial``).
+        """
+        path = Path(path)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        lines = content.split(b"\n")
+        torn = lines.pop() != b""  # a whole file ends in a newline
+        if not lines:
+            if not content or content.startswith(_HEADER_START):
+                raise UserError(f"{path} holds no header: it was cut off at once; delete it and run the command again")
+            raise UserError(f"{path} is not a run file of certify")
+        header = _parse_header(lines[0], path, cls.header_class)
+        rows = [_parse(line, number, path, header, cls.row_class) for number, line in enumerate(lines[1:], 2)]
+        run = cls(path, header, rows, torn)  # type: ignore[arg-type]
+        refuse_duplicates(path, run.images)
+        if len(run.images) > header.expected:
+            raise UserError(f"{path} holds {len(run.images)} images, but its header owes {header.expected}")
+        if run.partial and not allow_partial:
+            raise UserError(
+                f"{path} is unfinished: {len(run.images)} of {header.expected} images; run its command again"
+            )
+        return run
 
 
-def read_run(path: str | Path, *, allow_partial: bool = False, kind: str = "run") -> Run:
+class Run(Records[RunHeader, ImageRow]):
+    """A run file as it was read; ``images`` are its rows, ``usable`` those without an error."""
+
+    header_class = RunHeader
+    row_class = ImageRow
+
+
+class ComparisonRun(Records[ComparisonHeader, Outcome]):
+    """A comparison as it was read."""
+
+    header_class = ComparisonHeader
+    row_class = Outcome
+
+
+def read_run(path: str | Path, *, allow_partial: bool = False) -> Run:
     """Read a run file.
 
     Args:
         path: of the file.
-        allow_partial: whether it may owe images.
-        kind: what its header says it is: ``"run"`` or ``COMPARISON``.
+        allow_partial: accept an unfinished run.
 
     Raises:
         UserError: not a run file, written by a newer version, torn in the middle, an image twice, more images than the
-            run owes, or unfinished (unless ``allow_partial``).
+            header expects, or unfinished (unless ``allow_partial``).
     """
-    path = Path(path)
+    return Run.read(path, allow_partial=allow_partial)
+
+
+_HEADERS: dict[str, type[Header]] = {kind.type_name: kind for kind in (RunHeader, ComparisonHeader)}
+
+
+def peek_header(path: str | Path) -> Header | None:
+    """Return the header of a run file or comparison; None if there is no such file, or no whole header in it.
+
+    Raises:
+        UserError: a damaged header, or one of a newer version.
+    """
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    lines = content.split(b"\n")
-    torn = lines.pop() != b""  # a whole file ends in a newline
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        rows.append(_parse_header(line, path, kind) if not rows else _parse(line, number, path, rows[0]))
-    if not rows:
-        if not content or content.startswith(_HEADER_START):
-            raise UserError(f"{path} holds no header: it was cut off at once; delete it and run the command again")
-        raise UserError(f"{path} is not a run file of certify")
-    run = Run(path, rows[0], rows[1:], torn)
-    _check(run)
-    if run.partial and not allow_partial:
-        raise UserError(
-            f"{path} is unfinished: {len(run.images)} of {run.header['expected']} images; run its command again"
-        )
-    return run
+        with Path(path).open("rb") as file:
+            line = file.readline(2**24)
+        content = parse_object(line) if line.endswith(b"\n") else None
+    except OSError:
+        return None
+    kind = None if content is None else _HEADERS.get(str(content.get("type")))
+    if content is None or kind is None:
+        return None
+    return _parse_header(line, Path(path), kind)
 
 
-def _parse_header(line: bytes, path: Path, kind: str) -> dict[str, Any]:
-    row = parse_object(line)
-    if row is None or str(row.get("type")) not in _ROWS or not isinstance(row.get("expected"), int):
+def _parse_header(line: bytes, path: Path, kind: type[Header]) -> Header:
+    content = parse_object(line)
+    named = None if content is None else str(content.get("type"))
+    if content is None or named not in _HEADERS or type(content.get("expected")) is not int:
         log = "; a published log holds no votes: `certify table` and `certify plot` read it" * line.startswith(b"idx\t")
         raise UserError(f"{path} is not a run file of certify: its first line is no header{log}")
-    if row["type"] != kind:
-        raise UserError(f"{path} is a {row['type']}, not a {kind}; `certify table` shows both")
-    if type(schema := row.get("schema", 0)) is int and schema > SCHEMA:
+    if named != kind.type_name:
+        raise UserError(f"{path} is a {named}, not a {kind.type_name}; `certify table` shows both")
+    if type(schema := content.get("schema", 0)) is int and schema > SCHEMA:
         raise UserError(f"{path} was written by a newer version (schema {schema}); update certify-toolkit")
-    if found := header_fault(row):
-        raise UserError(f"{path} has a damaged header: {found}; put back a copy of it, or name another file")
-    return Record(row, f"{path}, line 1,")
+    if wrong := kind.fault(content):
+        raise UserError(f"{path} has a damaged header: {wrong}; put back a copy of it, or name another file")
+    return kind.from_json(content, f"{path}, line 1,")
 
 
-def _parse(line: bytes, number: int, path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    row = parse_object(line)
-    name, needed, fault_of = _ROWS[header["type"]]
-    if row is not None and row.get("type") in _ROWS:
+def _parse(line: bytes, number: int, path: Path, header: Header, kind: type[Row]) -> Row:
+    content = parse_object(line)
+    if content is not None and content.get("type") in _HEADERS:
         name = shlex.quote(str(path))
         raise UserError(
             f"{path} holds several runs: line {number} is another header; put each run in a file of its own (head -n "
             f"{number - 1} {name} > first.jsonl; tail -n +{number} {name} > second.jsonl); `certify merge` joins shards"
         )
-    if row is None:
-        found = "no JSON object"
-    elif row.get("type") != name:
-        found = f"its type is not {name!r}"
+    if content is None:
+        wrong = "no JSON object"
+    elif content.get("type") != kind.type_name:
+        wrong = f"its type is not {kind.type_name!r}"
     else:
-        found = next((f"it has no {key!r}" for key in needed if key not in row), "") or fault_of(row, header)
-    if found or row is None:
-        raise UserError(
-            f"{path} is damaged at line {number}: {found}; delete that line and run the command again to redo its image"
-        )
-    return Record(row, f"{path}, line {number},")
+        wrong = kind.fault(content)
+    if content is not None and not wrong:
+        row = kind.from_json(content, f"{path}, line {number},")
+        wrong = row.fault_in(header)
+        if not wrong:
+            return row
+    raise UserError(
+        f"{path} is damaged at line {number}: {wrong}; delete that line and run the command again to redo its image"
+    )
 
 
-_ROWS = {"run": ("image", IMAGE_KEYS, image_fault), COMPARISON: ("outcome", _OUTCOME_KEYS, outcome_fault)}
-"""The type of the lines after a header, the keys that they all have, and what else may be wrong with one."""
-
-
-def _check(run: Run) -> None:
-    refuse_duplicates(run.path, run.images)
-    if len(run.images) > run.header["expected"]:
-        raise UserError(f"{run.path} holds {len(run.images)} images, but its header owes {run.header['expected']}")
-
-
-def refuse_duplicates(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
+def refuse_duplicates(path: Path, rows: Sequence[Row]) -> None:
     """Refuse results in which one image would be counted twice.
 
     Raises:
         UserError: two lines with the same ``id``.
     """
     seen = set[str]()
-    for row in images:
-        if row["id"] in seen:
-            raise UserError(f"{path} holds image {row['id']!r} twice; expected one line per image: delete the repeats")
-        seen.add(row["id"])
+    for row in rows:
+        if row.id in seen:
+            raise UserError(f"{path} holds image {row.id!r} twice; expected one line per image: delete the repeats")
+        seen.add(row.id)
 
 
-class RunFile:
-    """A run file being written: created with its header, or continued where it stopped.
+class RecordFile(Generic[AnyHeader, AnyRow]):
+    """A file being written: created with its header, or resumed where it stopped.
 
-    Every image is appended and flushed at once, so a kill loses at most the images in work, those that share a
-    batch. Use as a context manager.
+    Every line is appended and flushed at once, so a kill loses only the images in progress. Use as a context manager.
 
     Args:
         path: of the file.
-        header: what this command means; a file that is there already must mean the same.
+        header: of the command; an existing file must belong to the same run.
         trust_identity: resume a file although it cannot prove that its model is still the same.
 
     Raises:
-        UserError: the file is another run's, damaged, in use, or cannot be written.
+        UserError: the file belongs to another run, is damaged, in use, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, header: dict[str, Any], *, trust_identity: bool = False) -> None:
+    reader: ClassVar[type[Records[Any, Any]]]
+
+    def __init__(self, path: str | Path, header: AnyHeader, *, trust_identity: bool = False) -> None:
         self.path = Path(path)
         self.header = header
         self._trust_identity = trust_identity
-        self.done: dict[str, dict[str, Any]] = {}
+        self.done: dict[str, AnyRow] = {}
         self._file = open_to_append(self.path)  # locked from here on: what is read next cannot change any more
         try:
             whole = self._resume()
             self.resumed = whole > 0
             self._file.truncate(whole)
             if not self.resumed:
-                self._append(self.header)
+                self._append(self.header.to_json())
         except BaseException:
             self._file.close()
             raise
 
     def _resume(self) -> int:
-        """Take over what is there; how many bytes of it stay, which leaves out a line torn by a kill."""
+        """Take over an existing file; return the number of bytes to keep, without a line torn by a kill."""
         try:
             content = self.path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}; name another --out") from None
         if not content or (b"\n" not in content and content.startswith(_HEADER_START)):
             return 0  # new, or killed while the header was written
-        run = read_run(self.path, allow_partial=True, kind=self.header["type"])
-        refuse_other_run(self.path, run.header, self.header, trust_identity=self._trust_identity)
+        run = self.reader.read(self.path, allow_partial=True)
+        old, new = run.header.to_json(), self.header.to_json()
+        refuse_other_run(self.path, old, new, trust_identity=self._trust_identity)
         self.header = run.header
-        self.done = {row["id"]: row for row in run.images}
+        self.done = {row.id: row for row in run.images}
         return content.rfind(b"\n") + 1
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one image's line; it is on its way to the disk when this returns.
+    def append(self, row: AnyRow) -> None:
+        """Write one line; it is on its way to the disk when this returns.
 
         Raises:
             RunFault: the disk is full or gone; what was written before stays.
         """
-        line = {"type": _ROWS[self.header["type"]][0], **row}
-        self._append(line)
-        self.done[row["id"]] = line
+        self._append(row.to_json())
+        self.done[row.id] = row
 
-    def _append(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+    def _append(self, content: dict[str, Any]) -> None:
+        line = json.dumps(content, allow_nan=False).encode() + b"\n"
         try:
             write_all(self._file, line)
         except OSError as error:
@@ -247,7 +274,7 @@ class RunFile:
                 "make room and run the same command to go on"
             ) from None
 
-    def __enter__(self) -> RunFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -262,21 +289,33 @@ class RunFile:
             self._file.close()
 
 
-def write_run(path: str | Path, header: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a run file whole or not at all; one that is there is replaced.
+class RunFile(RecordFile[RunHeader, ImageRow]):
+    """A run file being written."""
+
+    reader = Run
+
+
+class ComparisonFile(RecordFile[ComparisonHeader, Outcome]):
+    """A comparison being written."""
+
+    reader = ComparisonRun
+
+
+def write_run(path: str | Path, header: RunHeader, rows: Iterable[ImageRow]) -> None:
+    """Write a run file whole or not at all; an existing one is replaced.
 
     Raises:
-        OSError: it cannot be written; what was there is untouched.
+        OSError: it cannot be written; an existing file is untouched.
     """
     with replacing(path, sync=True) as beside, beside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in (header, *rows))
+        file.writelines(json.dumps(line.to_json(), allow_nan=False) + "\n" for line in (header, *rows))
 
 
 def new_run_file(path: str | Path) -> Path:
-    """Where a run that is made from others may be written: before anything is read or computed for it.
+    """Return the path of a derived run file, checked before anything is read or computed for it.
 
     Raises:
-        UserError: not a name of a run file, or something is there already.
+        UserError: not the name of a run file, or the file exists.
     """
     target = Path(path)
     if target.suffix != ".jsonl":
@@ -286,8 +325,8 @@ def new_run_file(path: str | Path) -> Path:
     return target
 
 
-def write_derived(target: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> Run:
-    """Write a run that was made from others, whole or not at all.
+def write_derived(target: Path, header: RunHeader, rows: list[ImageRow]) -> Run:
+    """Write a run that was derived from others, whole or not at all.
 
     Raises:
         RunFault: it cannot be written.

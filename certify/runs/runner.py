@@ -11,9 +11,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +21,9 @@ from certify.errors import ImageError
 from certify.images.dataset import ImageSet
 from certify.models.labels import readable
 from certify.runs.config import Settings
-from certify.runs.image_rows import answer_row, unusable_row
+from certify.runs.records import ImageRow
 from certify.runs.run_file import RunFile
-from certify.smoothing.procedures import samples
+from certify.smoothing.procedures import AnswerKeys, samples
 from certify.smoothing.rng import bound_draw
 from certify.smoothing.sequential_tests import SequentialTest
 from certify.types import Certificate, Radii
@@ -82,21 +81,21 @@ def owed(
     for place in range(len(images)) if places is None else places:
         item = images.items[place]
         known = file.done.get(item.id)
-        if known is not None and not (strict and "error" in known):
+        if known is not None and not (strict and known.error is not None):
             continue
         load = functools.partial(images.load, place) if known is None else functools.partial(_unusable_again, known)
         yield Task(place, item.id, images.labels[place], load)
 
 
-def _unusable_again(known: Mapping[str, Any]) -> Tensor:
-    raise ImageError(known["error"])
+def _unusable_again(known: ImageRow) -> Tensor:
+    raise ImageError(known.error or "")
 
 
-def store(file: RunFile, place: int, line: Mapping[str, Any], warn: Callable[[str], None]) -> None:
-    """Append one image's line; in a shard it says which place among all chosen images it has."""
-    if "error" in line:
-        warn(f"image {line['id']} {line['error']}; it is left out")
-    file.append({**line, "place": place} if "shard" in file.header else line)
+def store(file: RunFile, place: int, row: ImageRow, warn: Callable[[str], None]) -> None:
+    """Append one image's row, in a shard with its place among all chosen images."""
+    if row.error is not None:
+        warn(f"image {row.id} {row.error}; it is left out")
+    file.append(row if file.header.shard is None else row.replace(place=place))
 
 
 def refuse_unusable(task: Task, reason: object) -> ImageError:
@@ -111,7 +110,7 @@ def answered(
     *,
     strict: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, ImageRow]]:
     """The lines of these images, each with its place: in their order at a fixed n, else as images are settled.
 
     What a line says depends on its image alone, its ``seconds`` apart: not on the others, their order or the process.
@@ -144,32 +143,30 @@ def answered(
 
     start = time.perf_counter()
 
-    def line(task: Task, row: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    def since_last() -> float:
         nonlocal start
-        now = time.perf_counter()
-        seconds = round(now - start, 6)
-        start = now
-        return task.place, {"id": task.id, "label": task.label, **row, "seconds": seconds}
+        before, start = start, time.perf_counter()
+        return round(start - before, 6)
 
-    def unusable_before(order: float) -> Iterator[tuple[int, dict[str, Any]]]:
+    def unusable_before(order: float) -> Iterator[tuple[int, ImageRow]]:
         while unusable and unusable[0][0] <= order:
             _, task, error = unusable.popleft()
             if strict:
                 raise refuse_unusable(task, error) from None
-            yield line(task, unusable_row(procedure.kind, str(error)))
+            yield task.place, ImageRow.unusable(procedure, task.id, task.label, str(error), since_last())
             tell(1 if procedure.sequential else samples(procedure))
 
     answers = _sequential if procedure.sequential else _fixed
-    for target, clean, row, labels in answers(smoothed, usable(), settings, tell):
+    for target, clean, keys, labels in answers(smoothed, usable(), settings, tell):
         task, image = target.tag.task, target.image
         assert isinstance(image, Tensor)
         yield from unusable_before(target.tag.order)
-        found = row | _about(smoothed, image, clean, row["prediction"])
+        row = _with_provenance(ImageRow.of(task.id, task.label, keys), smoothed, image, clean)
         if settings.compared(task.place) and smoothed.execution is not None and not smoothed.execution.plain:
             stage = next(iter(procedure.stages))
             same = smoothed.agreement(image, labels, stage=stage, seed=settings.seed, image_id=task.id)
-            found["agreement"] = [same, len(labels)]  # with plain float32, of the first stage's first labels
-        yield line(task, found)
+            row = row.replace(agreement=[same, len(labels)])  # with plain float32, of the first stage's first labels
+        yield task.place, row.replace(seconds=since_last())
     yield from unusable_before(math.inf)
 
 
@@ -181,20 +178,20 @@ class _Pulled:
     task: Task
 
 
-def _about(smoothed: NoisyClassifier, image: Tensor, clean: int, prediction: int) -> dict[str, Any]:
-    """The keys that say which image it was, and what its classes are called."""
+def _with_provenance(row: ImageRow, smoothed: NoisyClassifier, image: Tensor, clean: int) -> ImageRow:
+    """Add the fields that identify the image and name its classes."""
     names = getattr(smoothed.classifier, "class_names", None)
-    return {
-        "base": clean,
-        "class": None if prediction < 0 else readable(names, prediction),
-        "base_class": readable(names, clean),
-        "image": image_digest(image),
-        "values": image.numel(),
-    }
+    return row.replace(
+        base=clean,
+        class_name=None if row.abstained else readable(names, row.prediction),
+        base_class=readable(names, clean),
+        image=image_digest(image),
+        size=image.numel(),
+    )
 
 
-Answered = tuple[Target, int, dict[str, Any], Tensor]
-"""An image, its label without noise, the keys of its line, and its first labels."""
+Answered = tuple[Target, int, AnswerKeys, Tensor]
+"""An image, its label without noise, the keys of its answer, and its first labels."""
 
 
 def _fixed(
@@ -209,8 +206,10 @@ def _fixed(
         uniform = bound_draw(seed, target.name)
         votes = {stage: tallies[stage].votes for stage in procedure.stages}
         answer = procedure.answer(votes, smoothed.stated(target.image.numel()), uniform)
-        row = answer_row(answer) | ({"uniform": uniform} if isinstance(answer, Certificate) else {})
-        yield target, int(tallies["clean"].labels[0]), row, tallies[next(iter(procedure.stages))].labels
+        keys = procedure.record(answer)
+        if isinstance(answer, Certificate):
+            keys |= AnswerKeys(uniform=uniform)
+        yield target, int(tallies["clean"].labels[0]), keys, tallies[next(iter(procedure.stages))].labels
 
 
 def _sequential(
@@ -227,7 +226,8 @@ def _sequential(
         target = settled.tag
         answer = procedure.answer({stage: settled.test.result()}, smoothed.stated(target.image.numel()))
         assert settled.clean is not None
-        yield target, settled.clean, answer_row(answer) | {"drawn": settled.test.drawn}, settled.labels
+        keys = procedure.record(answer) | AnswerKeys(drawn=settled.test.drawn)
+        yield target, settled.clean, keys, settled.labels
         tell(1)
 
 

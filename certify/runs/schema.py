@@ -1,18 +1,20 @@
-"""Shapes of the JSON in run files and comparisons, checked when they are read.
+"""JSON records as frozen dataclasses: each key is spelled once, as a field with its kind of value.
 
-A key that is there must have a value of its kind; a key that is not there may belong to an older version. Whoever needs
-it gets an error of one line (:class:`Record`), not a traceback.
+A key that is there must have a value of its kind. A key that is not there may belong to an older version: where its
+value is needed and has no default, the reader gets an error of one line (:class:`MissingKey`), not a traceback.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from certify.errors import UserError
-from certify.smoothing.norms import IN_WORDS
 
 _LARGEST = 2**53  # counts up to here are exact as floats
 _CLASSES = 1_000_000  # class numbers are below: votes become a list over classes
@@ -22,6 +24,10 @@ class MissingKey(UserError, KeyError):
     """A record lacks a key that is needed."""
 
     __str__ = Exception.__str__
+
+
+def _missing(where: str, key: str) -> MissingKey:
+    return MissingKey(f"{where} has no {key!r}, which is needed here; expected a file that certify wrote")
 
 
 class Record(dict[str, Any]):
@@ -40,7 +46,7 @@ class Record(dict[str, Any]):
                 self[name] = Record(inner, f"{name!r} of {where}")
 
     def __missing__(self, key: str) -> Any:
-        raise MissingKey(f"{self.where} has no {key!r}, which is needed here; expected a file that certify wrote")
+        raise _missing(self.where, key)
 
 
 def parse_object(content: bytes) -> dict[str, Any] | None:
@@ -59,23 +65,29 @@ def _refuse_constant(name: str) -> float:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value.
+    """A kind of JSON value.
 
     Attributes:
-        what: in words.
+        what: description for error messages.
         fits: True for a value of this kind.
+        model: dataclass of an object, or of the objects in a list; None for plain values.
     """
 
     what: str
     fits: Callable[[Any], bool]
+    model: type[JsonRecord] | None = None
 
     def or_null(self) -> Kind:
         """Return this kind, or null."""
-        return Kind(f"{self.what} or null", lambda value: value is None or self.fits(value))
+        return Kind(f"{self.what} or null", lambda value: value is None or self.fits(value), self.model)
 
     def list(self) -> Kind:
         """Return lists of this kind."""
-        return Kind(f"a list, each {self.what}", lambda value: isinstance(value, list) and all(map(self.fits, value)))
+        return Kind(
+            f"a list, each {self.what}",
+            lambda value: isinstance(value, list) and all(map(self.fits, value)),
+            self.model,
+        )
 
     def by_name(self) -> Kind:
         """Return objects with values of this kind."""
@@ -88,7 +100,7 @@ Fields = Mapping[str, Kind]
 
 
 def fault(value: Mapping[str, Any], fields: Fields) -> str:
-    """Return which key has a value of another kind, in words; empty where none has."""
+    """Describe the first key whose value is of another kind; empty if there is none."""
     for key, kind in fields.items():
         if key in value and not kind.fits(value[key]):
             return f"{key!r} is not {kind.what}"
@@ -128,110 +140,163 @@ SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= va
 ALPHA = Kind("a number between 0 and 1", lambda value: _is_number(value) and 0 < value < 1)
 CLASS = Kind(f"a class below {_CLASSES:,}, or -1", lambda value: type(value) is int and -1 <= value < _CLASSES)
 COUNTS = Kind("a count for each class", _counts)
-_CHOSEN = Kind("true, false or text", lambda value: FLAG.fits(value) or TEXT.fits(value))
-_ANYTHING = Kind("anything", lambda value: True)
-_LOOK = Kind(
-    "class, votes and trials",
-    lambda v: isinstance(v, list) and len(v) == 3 and CLASS.fits(v[0]) and COUNT.list().fits(v[1:]) and v[1] <= v[2],
-)
-
-RUN_HEADER: Fields = {
-    **dict.fromkeys(("procedure", "model", "data", "noise", "bound", "precision", "device", "torch", "stream"), TEXT),
-    **dict.fromkeys(("created", "command"), TEXT),
-    **dict.fromkeys(("denoiser", "accelerator"), TEXT.or_null()),
-    **dict.fromkeys(("schema", "n0", "n", "expected"), COUNT),
-    **dict.fromkeys(("versions", "machine", "recomputed"), OBJECT),
-    **dict.fromkeys(("compiled", "folded"), _CHOSEN),
-    **dict.fromkeys(("rounded", "in_order"), FLAG),
-    **dict.fromkeys(("pipeline", "merged"), OBJECT.list()),
-    "norm": one_of(*IN_WORDS),
-    "sigma": POSITIVE,
-    "alpha": ALPHA,
-    "stopping": record(
-        "an object", {}, {"rule": TEXT, "radii": AMOUNT.list(), "tolerance": POSITIVE.or_null()}
-    ).or_null(),
-    "seed": Kind("a whole number from 0", lambda value: type(value) is int and value >= 0),
-    "images": OBJECT,
-    "unread": TEXT.list(),
-    "batch_size": Kind("a whole number or text", lambda value: COUNT.fits(value) or TEXT.fits(value)),
-    "execution": record("an object", {}, {"why": TEXT.list(), "asked": OBJECT}),
-    "shard": record("index, of and images", {"index": COUNT, "of": COUNT, "images": COUNT}),
-    "reference": record("labels", {"labels": TEXT}),
-    "class_map": TEXT.by_name().or_null(),
-}
-
-IMAGE: Fields = {
-    **dict.fromkeys(("id", "error"), TEXT),
-    **dict.fromkeys(("class", "base_class", "image"), TEXT.or_null()),
-    **dict.fromkeys(("prediction",), CLASS),
-    **dict.fromkeys(("label", "base"), CLASS.or_null()),
-    **dict.fromkeys(("radius", "p_lower", "p_other", "p_value"), AMOUNT.or_null()),
-    **dict.fromkeys(("trials", "failures", "selection_failures", "drawn", "place", "outside", "queries"), COUNT),
-    **dict.fromkeys(("votes", "selection"), COUNTS),
-    "uniform": SHARE,
-    "values": COUNT,
-    "seconds": AMOUNT,
-    "unfinished": FLAG,
-    "agreement": Kind("two counts", lambda value: COUNT.list().fits(value) and len(value) == 2),
-    "classes": Kind("a name for each class", lambda v: TEXT.by_name().fits(v) and _counts(dict.fromkeys(v, 0))),
-    "decisions": record(
-        "a radius, an outcome and a look",
-        {"radius": AMOUNT, "outcome": one_of("robust", "not certifiable", "undecided"), "look": _LOOK},
-    ).list(),
-}
-
-COMPARISON_HEADER: Fields = {
-    **dict.fromkeys(("model", "data", "eps_text", "command"), TEXT),
-    **dict.fromkeys(("schema", "expected", "repeats", "certify_n", "queries"), COUNT),
-    **dict.fromkeys(("eps", "l2_radius"), AMOUNT),
-    "norm": one_of(*IN_WORDS),
-    "alpha": ALPHA,
-    "images": record("an object", {}, {"chosen": COUNT}),
-    "conditions": record(
-        "a name and a group", {"name": TEXT, "group": one_of("plain", "blind", "adaptive", "certified")}
-    ).list(),
-    "defences": record("an object with named and frozen", {"named": TEXT, "frozen": FLAG}).list(),
-}
-
-OUTCOME: Fields = {
-    **dict.fromkeys(("id", "image", "defence", "condition", "note", "error", "outcome"), TEXT),
-    **dict.fromkeys(("l2", "linf", "queries", "seconds"), AMOUNT),
-    "label": CLASS,
-    "radius": AMOUNT,
-    "answers": CLASS.list(),
-    "crossing": record("distance, prediction and alpha", {"distance": AMOUNT, "prediction": CLASS, "alpha": ALPHA}),
-}
 
 
-def header_fault(header: Mapping[str, Any]) -> str:
-    """Return what is wrong with the header of a run or a comparison, in words; empty where nothing is."""
-    if header.get("type") != "run":
-        return fault(header, COMPARISON_HEADER)
-    if found := fault(header, RUN_HEADER):
+@dataclass(frozen=True)
+class Key:
+    """The JSON key of a field, where it differs from the field's name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Absent:
+    """The value of a field that a file does not have, because an older version wrote it."""
+
+    value: Any
+
+
+REQUIRED = "required"
+"""Mark of a field that every file has: a record without it is damaged."""
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A field of a record: its name, kind, marks and default."""
+
+    name: str
+    kind: Kind
+    required: bool
+    absent: Absent | None
+    default: Any
+
+    def read(self, value: Any, where: str) -> Any:
+        model = self.kind.model
+        if model is None or value is None:
+            return value
+        return [model.from_json(v, where) for v in value] if isinstance(value, list) else model.from_json(value, where)
+
+    def write(self, value: Any) -> Any:
+        if self.kind.model is None or value is None:
+            return list(value) if isinstance(value, tuple) else value
+        return value.to_json() if isinstance(value, JsonRecord) else [v.to_json() for v in value]
+
+
+class JsonRecord(Mapping[str, Any]):
+    """Base of the frozen, keyword-only dataclasses that are JSON objects in a file.
+
+    Fields are ``Annotated`` with their :class:`Kind` and, if need be, :class:`Key`, :class:`Absent` or ``REQUIRED``. A
+    field without a default is written by this version; one with a default is written where its value differs from it.
+    Keys that no field names are kept. A record can also be read by JSON key, as a mapping: ``row["radius"]``.
+    """
+
+    type_name: ClassVar[str] = ""
+    """Value of the key ``type``, which is written first; empty for objects that have none."""
+
+    def __init_subclass__(cls, *, type_name: str = "") -> None:
+        cls.type_name = type_name
+
+    @classmethod
+    def fault(cls, value: Mapping[str, Any]) -> str:
+        """Describe what is wrong with a JSON object of this kind; empty if nothing is."""
+        fields = _fields(cls)
+        lacking = next(
+            (f"it has no {key!r}" for key, field in fields.items() if field.required and key not in value), ""
+        )
+        return lacking or fault(value, {key: field.kind for key, field in fields.items()})
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str = "the record") -> Self:
+        """Return the record of a JSON object, in which :meth:`fault` finds nothing.
+
+        Args:
+            value: the object.
+            where: its place, for errors about missing keys: ``run.jsonl, line 3,``.
+        """
+        made = object.__new__(cls)
+        fields, more, content = _fields(cls), {}, vars(made)
+        for key, given in value.items():
+            field = fields.get(key)
+            if field is not None:
+                content[field.name] = field.read(given, f"{key!r} of {where}")
+            elif key != "type":
+                more[key] = given
+        content |= {"_where": where} | ({"_more": more} if more else {})
+        return made
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        content = vars(self)
+        found: dict[str, Any] = {"type": self.type_name} if self.type_name else {}
+        for key, field in _fields(type(self)).items():
+            if field.name in content and content[field.name] != field.default:
+                found[key] = field.write(content[field.name])
+        found |= content.get("_more", {})
         return found
-    stopping = header.get("stopping") or {}
-    if header.get("procedure") == "decide" and not stopping.get("radii"):
-        return "'stopping' has no radii, at which its images were decided"
-    return "'n0' is not 0 although images stopped by themselves" if stopping and header.get("n0") else ""
+
+    def has(self, name: str) -> bool:
+        """Return True if the record has a field of this name, rather than the default of older files."""
+        return name in vars(self)
+
+    def replace(self, **values: Any) -> Self:
+        """Return a copy with other values of some fields."""
+        unknown = values.keys() - {field.name for field in _fields(type(self)).values()}
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
+        made = object.__new__(type(self))
+        vars(made).update(vars(self) | values)
+        return made
+
+    def updated(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with other values of some JSON keys."""
+        return self.from_json({**self.to_json(), **values}, vars(self).get("_where", "the record"))
+
+    if not typing.TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return the default of older files for a field that the file does not have."""
+            for key, field in _fields(type(self)).items():
+                if field.name == name:
+                    if field.absent is None:
+                        raise _missing(vars(self).get("_where", "the record"), key)
+                    return field.absent.value
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __getitem__(self, key: str) -> Any:
+        content, field = vars(self), _fields(type(self)).get(key)
+        if key == "type" and self.type_name:
+            return self.type_name
+        if field is not None and field.name in content and content[field.name] != field.default:
+            return field.write(content[field.name])
+        more = content.get("_more", {})
+        if key in more:
+            return more[key]
+        raise _missing(content.get("_where", "the record"), key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_json())
+
+    def __len__(self) -> int:
+        return len(self.to_json())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_json()})"
 
 
-def image_fault(row: Mapping[str, Any], header: Mapping[str, Any]) -> str:
-    """Return what is wrong with an image's line of the run with this header, in words; empty where nothing is."""
-    if found := fault(row, IMAGE):
-        return found
-    if row["radius"] is None and header.get("procedure", "certify") in ("certify", "decide"):
-        return "'radius' is null in a run of certificates"
-    if sum(row["votes"].values()) + row["failures"] != row["trials"]:
-        return "'votes' and 'failures' do not add up to 'trials'"
-    names = row.get("classes")
-    if names is not None and not {*row["votes"], *row["selection"]} <= names.keys():
-        return "'classes' does not name all classes of the votes"
-    radii = (header.get("stopping") or {}).get("radii", [])
-    if "decisions" in row and [decision["radius"] for decision in row["decisions"]] != radii:
-        return "'decisions' are not about the radii in the header"
-    return ""
+@functools.cache
+def _fields(cls: type[JsonRecord]) -> dict[str, _Field]:
+    """Return the fields of a record by JSON key."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        marks = hints[field.name].__metadata__
+        kind = next(mark for mark in marks if isinstance(mark, Kind))
+        key = next((mark.name for mark in marks if isinstance(mark, Key)), field.name)
+        absent = next((mark for mark in marks if isinstance(mark, Absent)), None)
+        found[key] = _Field(field.name, kind, REQUIRED in marks, absent, field.default)
+    return found
 
 
-def outcome_fault(row: Mapping[str, Any], header: Mapping[str, Any]) -> str:
-    """Return what is wrong with a line of a comparison, in words; empty where nothing is."""
-    return fault(row, OUTCOME) or ("" if row["answers"] or "error" in row else "it has neither answers nor an error")
+def object_of(model: type[JsonRecord], what: str = "an object") -> Kind:
+    """Return JSON objects that are records of this class."""
+    return Kind(what, lambda value: isinstance(value, dict) and not model.fault(value), model)

@@ -7,16 +7,16 @@ that a single process would have written.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from certify.errors import UserError
 from certify.runs.identity import differences, unproven
+from certify.runs.records import ImageRow, RunHeader, ShardPlace
 from certify.runs.run_file import Run, new_run_file, now, read_run, write_derived
 
 _LOG = logging.getLogger("certify")
@@ -64,105 +64,105 @@ class Shard:
             )
         return range(self.index - 1, images, self.of)
 
-    def header(self, whole: Mapping[str, Any]) -> dict[str, Any]:
-        """The header of this part of a run."""
-        places = self.places(whole["expected"])
-        return {**whole, "expected": len(places), "shard": {**asdict(self), "images": whole["expected"]}}
+    def header(self, whole: RunHeader) -> RunHeader:
+        """Return the header of this part of a run."""
+        place = ShardPlace(index=self.index, of=self.of, images=whole.expected)
+        return whole.replace(expected=len(self.places(whole.expected)), shard=place)
 
 
-def whole_header(part: Mapping[str, Any]) -> dict[str, Any]:
-    """The header of the run that this is a part of; its own if it is none."""
-    shard = part.get("shard")
-    if shard is None:
-        return dict(part)
-    whole = copy.copy(part) if isinstance(part, dict) else dict(part)
-    del whole["shard"]
-    whole["expected"] = shard["images"]
-    return whole
+def whole_header(part: RunHeader) -> RunHeader:
+    """Return the header of the run that this is a shard of; its own if it is none."""
+    return part if part.shard is None else part.replace(expected=part.shard.images, shard=None)
 
 
 def merge_shards(
     paths: Sequence[str | Path], *, command: str = "", warn: Callable[[str], None] = _LOG.warning
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and image lines of the run whose shards these files hold, the images in the order of their selection.
+) -> tuple[RunHeader, list[ImageRow]]:
+    """Return header and rows of the run whose shards these files hold, the images in the order of their selection.
 
     A shard that cannot prove which model it met is merged with a warning; the merged file cannot prove it either.
 
     Raises:
         UserError: a file that is no shard, one of another run, one twice, one missing, or one unfinished; by name.
     """
-    runs = sorted((_read(path) for path in paths), key=lambda run: int(run.header["shard"]["index"]))
-    first = next((run for run in runs if not unproven(run.header)), runs[0])
-    whole = whole_header(first.header)
-    for run in runs:
-        other = differences(whole, whole_header(run.header))
-        of, wanted = run.header["shard"]["of"], first.header["shard"]["of"]
-        if of != wanted:
-            other = f"one of {wanted} shards there, of {of} here" + (f", {other}" if other else "")
+    parts = sorted((_read(path) for path in paths), key=lambda part: part.place.index)
+    first = next((part for part in parts if not unproven(part.run.header)), parts[0])
+    whole = whole_header(first.run.header)
+    for part in parts:
+        other = differences(whole, whole_header(part.run.header))
+        if part.place.of != first.place.of:
+            count = f"one of {first.place.of} shards there, of {part.place.of} here"
+            other = f"{count}, {other}" if other else count
         if other:
-            raise UserError(f"{run.path} is a shard of another run than {first.path} ({other}); leave it out")
-    _complete(runs)
-    for run in runs:
-        if doubt := unproven(run.header):
-            warn(f"{run.path}: {doubt}")
-            whole = whole_header(run.header)
-    rows = [_placed(run, row) for run in runs for row in run.images]
-    rows.sort(key=lambda placed: placed[0])
-    names = [row["id"] for _, row in rows]
-    if len(set(names)) < len(names):
-        raise UserError(f"{first.path} and the others hold an image twice; they are damaged: run one of them again")
-    whole.update({"created": now(), "command": command, "merged": [_origin(run) for run in runs]})
-    return whole, [row for _, row in rows]
+            raise UserError(f"{part.run.path} is a shard of another run than {first.run.path} ({other}); leave it out")
+    _complete(parts)
+    for part in parts:
+        if doubt := unproven(part.run.header):
+            warn(f"{part.run.path}: {doubt}")
+            whole = whole_header(part.run.header)
+    rows = sorted((_placed(part, row) for part in parts for row in part.run.images), key=lambda placed: placed[0])
+    if len({row.id for _, row in rows}) < len(rows):
+        raise UserError(f"{first.run.path} and the others hold an image twice; they are damaged: run one of them again")
+    merged = [_origin(part.run) for part in parts]
+    return whole.replace(created=now(), command=command, merged=merged), [row for _, row in rows]
 
 
-def _read(path: str | Path) -> Run:
+@dataclass(frozen=True)
+class _Part:
+    """A run file with its place among the shards."""
+
+    run: Run
+    place: ShardPlace
+
+
+def _read(path: str | Path) -> _Part:
     run = read_run(path, allow_partial=True)
-    shard = run.header.get("shard")
-    if not isinstance(shard, Mapping) or not all(type(shard.get(k)) is int for k in ("index", "of", "images")):
+    if run.header.shard is None:
         raise UserError(f"{path} is a whole run, not a shard of one; expected files written with --shard i/n")
-    Shard(shard["index"], shard["of"])
-    if "recomputed" in run.header:
+    Shard(run.header.shard.index, run.header.shard.of)
+    if run.header.recomputed is not None:
         raise UserError(f"{path} was recomputed; merge the shards it came from, and recompute what comes out")
-    return run
+    return _Part(run, run.header.shard)
 
 
-def _complete(runs: Sequence[Run]) -> None:
+def _complete(parts: Sequence[_Part]) -> None:
     """Refuse shards that are there twice, missing or unfinished."""
-    of = runs[0].header["shard"]["of"]
-    found: dict[int, Run] = {}
-    for run in runs:
-        index = run.header["shard"]["index"]
-        if index in found:
-            raise UserError(f"{found[index].path} and {run.path} are both shard {index}/{of}; leave one of them out")
-        found[index] = run
-    missing = of - len(found)
+    of = parts[0].place.of
+    known: dict[int, Run] = {}
+    for part in parts:
+        index = part.place.index
+        if index in known:
+            raise UserError(
+                f"{known[index].path} and {part.run.path} are both shard {index}/{of}; leave one of them out"
+            )
+        known[index] = part.run
+    missing = of - len(known)
     if missing:
-        named = list(itertools.islice((index for index in range(1, of + 1) if index not in found), 5))
+        named = list(itertools.islice((index for index in range(1, of + 1) if index not in known), 5))
         shown = ", ".join(f"{index}/{of}" for index in named) + (", ..." if missing > len(named) else "")
         raise UserError(
             f"{missing} of {of} shards are missing: {shown}; name their files too, or run the command of "
-            f"{runs[0].path} with --shard {named[0]}/{of}"
+            f"{parts[0].run.path} with --shard {named[0]}/{of}"
         )
-    for run in runs:
+    for index, run in known.items():
         if run.partial:
             raise UserError(
-                f"{run.path} (shard {run.header['shard']['index']}/{of}) is unfinished: {len(run.images)} of "
-                f"{run.header['expected']} images; go on with: {run.header.get('command') or 'its command'}"
+                f"{run.path} (shard {index}/{of}) is unfinished: {len(run.images)} of {run.header.expected} images; "
+                f"go on with: {run.header.command or 'its command'}"
             )
 
 
-def _placed(run: Run, row: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """An image's place among all, and its line as a single run has it."""
-    shard, place = run.header["shard"], row.get("place")
-    if type(place) is not int or place not in Shard(shard["index"], shard["of"]).places(shard["images"]):
-        raise UserError(f"{run.path} is damaged: image {row['id']!r} has no place in its shard; run its command again")
-    without = copy.copy(row)
-    del without["place"]
-    return place, without
+def _placed(part: _Part, row: ImageRow) -> tuple[int, ImageRow]:
+    """Return an image's place among all, and its row as a single run has it."""
+    if row.place is None or row.place not in Shard(part.place.index, part.place.of).places(part.place.images):
+        raise UserError(
+            f"{part.run.path} is damaged: image {row.id!r} has no place in its shard; run its command again"
+        )
+    return row.place, row.replace(place=None)
 
 
 def _origin(run: Run) -> dict[str, Any]:
-    """Where a part came from, for the record."""
+    """Return where a part came from, for the record."""
     return run.origin | {key: run.header.get(key) for key in ("created", "command", "machine")}
 
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypedDict
 
 from certify.errors import UserError
 from certify.smoothing.bounds import BOUNDS, Bound
@@ -46,6 +46,8 @@ USUAL_SAMPLES = 1000
 
 Answer = Certificate | Decision | Prediction
 
+_NO_VOTES = Votes(())
+
 
 @dataclass(frozen=True)
 class Prospects:
@@ -62,6 +64,110 @@ class Prospects:
     earliest: int | None = None
     lines: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """How images stop early.
+
+    Attributes:
+        rule: name of the stopping rule or anytime-valid bound.
+        radii: to decide; empty for other questions.
+        tolerance: relative tolerance of a measured radius, else None.
+    """
+
+    rule: str
+    radii: tuple[float, ...] = ()
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class ProcedureSettings:
+    """The parameters of a procedure, as the header of a run file holds them.
+
+    Attributes:
+        kind: name of the question.
+        n0: selection samples; 0 where there are none.
+        n: samples of the main stage; the maximum where images stop early.
+        alpha: failure probability per image.
+        bound: name of the bound, test or stopping rule.
+        stopping: how images stop early; None: at n.
+    """
+
+    kind: str
+    n0: int
+    n: int
+    alpha: float
+    bound: str
+    stopping: Stopping | None
+
+
+@dataclass(frozen=True)
+class RecordedVotes:
+    """The votes of one image, as its row of a run file holds them.
+
+    Attributes:
+        selection: votes that chose the class; of no samples where there were none.
+        estimation: votes of the main stage.
+        uniform: the draw of a randomized bound.
+        looks: for each radius to decide, leading class, its votes and all samples when it was settled.
+        drawn: samples that were labelled.
+    """
+
+    selection: Votes
+    estimation: Votes
+    uniform: float = 1.0
+    looks: Sequence[tuple[int, int, int]] = ()
+    drawn: int = 0
+
+
+class AnswerKeys(TypedDict, total=False):
+    """The keys of an image's row that its answer determines."""
+
+    prediction: int
+    radius: float | None
+    p_lower: float | None
+    p_other: float
+    votes: dict[str, int]
+    selection: dict[str, int]
+    trials: int
+    failures: int
+    selection_failures: int
+    p_value: float
+    decisions: list[SettledRadius]
+    drawn: int
+    uniform: float
+    unfinished: bool
+
+
+class SettledRadius(TypedDict):
+    """The outcome at one radius, with the look that settled it."""
+
+    radius: float
+    outcome: str
+    look: list[int]
+
+
+def answer_keys(
+    prediction: int, radius: float | None, p_lower: float | None, estimation: Votes, selection: Votes = _NO_VOTES
+) -> AnswerKeys:
+    """Return the keys that the answers of all procedures have."""
+    return AnswerKeys(
+        prediction=prediction,
+        radius=radius,
+        p_lower=p_lower,
+        votes=estimation.as_dict(),
+        selection=selection.as_dict(),
+        trials=estimation.trials,
+        failures=estimation.failures,
+        selection_failures=selection.failures,
+    )
+
+
+def certificate_keys(answer: Certificate) -> AnswerKeys:
+    """Return the keys of a certificate."""
+    keys = answer_keys(answer.prediction, answer.radius, answer.p_lower, answer.estimation, answer.selection)
+    return keys | AnswerKeys(p_other=answer.p_other)
 
 
 class Procedure(Protocol):
@@ -98,8 +204,8 @@ class Procedure(Protocol):
         ...
 
     @property
-    def stopping(self) -> dict[str, Any] | None:
-        """How images stop early, for the run file; None: at n."""
+    def stopping(self) -> Stopping | None:
+        """How images stop early; None: at n."""
         ...
 
     def tests(self, num_classes: int, noise: Radii, piece: int) -> dict[str, SequentialTest]:
@@ -116,8 +222,12 @@ class Procedure(Protocol):
         """
         ...
 
-    def recompute(self, row: Mapping[str, Any], noise: Radii) -> Answer:
-        """Return the answer from an image's line of a run file."""
+    def recompute(self, votes: RecordedVotes, noise: Radii) -> Answer:
+        """Return the answer from the recorded votes of an image."""
+        ...
+
+    def record(self, answer: Any) -> AnswerKeys:
+        """Return the keys of an image's row that the answer determines."""
         ...
 
     def describe(self) -> str:
@@ -149,12 +259,6 @@ def samples(procedure: Procedure) -> int:
 def expected_samples(procedure: Procedure) -> int:
     """Return the samples of one image, approximately."""
     return min(procedure.n, USUAL_SAMPLES) if procedure.sequential else samples(procedure)
-
-
-def votes_of(row: Mapping[str, Any]) -> tuple[Votes, Votes]:
-    """Return the selection and estimation votes of an image's line of a run file."""
-    selection = Votes.from_dict(row["selection"], row.get("selection_failures", 0))
-    return selection, Votes.from_dict(row["votes"], row["failures"])
 
 
 @dataclass(frozen=True)
@@ -202,10 +306,13 @@ class Certify:
             selection, estimation, noise=noise, alpha=self.alpha, bound=self.bound, uniform=uniform
         )
 
-    def recompute(self, row: Mapping[str, Any], noise: Radii) -> Certificate:
-        """Return the certificate again from an image's line."""
-        selection, estimation = votes_of(row)
-        return self.answer({SELECTION: selection, ESTIMATION: estimation}, noise, row.get("uniform", 1.0))
+    def recompute(self, votes: RecordedVotes, noise: Radii) -> Certificate:
+        """Return the certificate again from the recorded votes."""
+        return self.answer({SELECTION: votes.selection, ESTIMATION: votes.estimation}, noise, votes.uniform)
+
+    def record(self, answer: Certificate) -> AnswerKeys:
+        """Return the keys of a certificate."""
+        return certificate_keys(answer)
 
     def describe(self) -> str:
         """Describe the sampling plan in one phrase."""
@@ -262,9 +369,9 @@ class Measure:
         return {ESTIMATION: self.n}
 
     @property
-    def stopping(self) -> dict[str, Any]:
-        """How images stop early, for the run file."""
-        return {"rule": MEASURING_BOUND, "radii": [], "tolerance": self.tolerance}
+    def stopping(self) -> Stopping:
+        """How images stop early."""
+        return Stopping(MEASURING_BOUND, tolerance=self.tolerance)
 
     def tests(self, num_classes: int, noise: Radii, piece: int) -> dict[str, SequentialTest]:
         """Return the sequential test of the radius."""
@@ -276,10 +383,13 @@ class Measure:
         certificate: Certificate = results[ESTIMATION]
         return certificate
 
-    def recompute(self, row: Mapping[str, Any], noise: Radii) -> Certificate:
-        """Return the certificate again from an image's line."""
-        _, votes = votes_of(row)
-        return certificate_from_votes(Votes(()), votes, noise=noise, alpha=self.alpha, bound=self.bound)
+    def recompute(self, votes: RecordedVotes, noise: Radii) -> Certificate:
+        """Return the certificate again from the recorded votes."""
+        return certificate_from_votes(Votes(()), votes.estimation, noise=noise, alpha=self.alpha, bound=self.bound)
+
+    def record(self, answer: Certificate) -> AnswerKeys:
+        """Return the keys of a certificate."""
+        return certificate_keys(answer)
 
     def describe(self) -> str:
         """Describe the sampling plan in one phrase."""
@@ -344,9 +454,9 @@ class Decide:
         return self.rule
 
     @property
-    def stopping(self) -> dict[str, Any]:
-        """How images stop early, for the run file."""
-        return {"rule": self.rule, "radii": list(self.radii), "tolerance": None}
+    def stopping(self) -> Stopping:
+        """How images stop early."""
+        return Stopping(self.rule, self.radii)
 
     def tests(self, num_classes: int, noise: Radii, piece: int) -> dict[str, SequentialTest]:
         """Return the sequential test at all radii."""
@@ -358,13 +468,26 @@ class Decide:
         decision: Decision = results[ESTIMATION]
         return decision
 
-    def recompute(self, row: Mapping[str, Any], noise: Radii) -> Decision:
-        """Return the decision again from an image's line."""
-        checks = [(int(leader), int(k), int(n)) for leader, k, n in (d["look"] for d in row["decisions"])]
-        _, votes = votes_of(row)
+    def recompute(self, votes: RecordedVotes, noise: Radii) -> Decision:
+        """Return the decision again from the recorded votes."""
         return decision_from_counts(
-            checks, votes, radii=self.radii, noise=noise, alpha=self.alpha, rule=self.rule, drawn=row["drawn"]
+            votes.looks,
+            votes.estimation,
+            radii=self.radii,
+            noise=noise,
+            alpha=self.alpha,
+            rule=self.rule,
+            drawn=votes.drawn,
         )
+
+    def record(self, answer: Decision) -> AnswerKeys:
+        """Return the keys of a decision; its radius is the largest robust one."""
+        settled = [
+            SettledRadius(radius=radius, outcome=outcome, look=list(look))
+            for radius, outcome, look in zip(answer.radii, answer.outcomes, answer.looks, strict=True)
+        ]
+        keys = answer_keys(answer.prediction, answer.radius, None, answer.votes)
+        return keys | AnswerKeys(decisions=settled, drawn=answer.drawn)
 
     def describe(self) -> str:
         """Describe the sampling plan in one phrase."""
@@ -433,9 +556,13 @@ class Predict:
         """Return the prediction that the votes prove."""
         return prediction_from_votes(results[PREDICTION], alpha=self.alpha)
 
-    def recompute(self, row: Mapping[str, Any], noise: Radii) -> Prediction:
-        """Return the prediction again from an image's line."""
-        return prediction_from_votes(votes_of(row)[1], alpha=self.alpha)
+    def recompute(self, votes: RecordedVotes, noise: Radii) -> Prediction:
+        """Return the prediction again from the recorded votes."""
+        return prediction_from_votes(votes.estimation, alpha=self.alpha)
+
+    def record(self, answer: Prediction) -> AnswerKeys:
+        """Return the keys of a prediction."""
+        return answer_keys(answer.prediction, None, None, answer.votes) | AnswerKeys(p_value=answer.p_value)
 
     def describe(self) -> str:
         """Describe the sampling plan in one phrase."""
@@ -456,31 +583,21 @@ class Predict:
         return Predict(self.n, alpha)
 
 
-def procedure_of(header: Mapping[str, Any]) -> Procedure:
-    """Return the procedure of a run from its header: the inverse of :func:`header_keys`."""
-    kind, n, alpha, bound = header["procedure"], header["n"], header["alpha"], header["bound"]
-    stopping = header.get("stopping") or {}
+def procedure_of(settings: ProcedureSettings) -> Procedure:
+    """Return the procedure with these settings."""
+    kind, n, alpha, bound, stopping = settings.kind, settings.n, settings.alpha, settings.bound, settings.stopping
     if kind == Predict.kind:
         return Predict(n, alpha)
     if kind == Decide.kind:
-        return Decide(tuple(stopping["radii"]), n, alpha, stopping["rule"])
+        if stopping is None:
+            raise UserError("a run of decisions without radii; expected a header with `stopping`")
+        return Decide(stopping.radii, n, alpha, stopping.rule)
     if kind != Certify.kind:
         raise UserError(f"procedure {kind!r}; expected one of certify, decide, predict")
-    if stopping and bound == MEASURING_BOUND:
-        return Measure(stopping["tolerance"], n, alpha)
-    return Certify(header["n0"], n, alpha, bound)
-
-
-def header_keys(procedure: Procedure) -> dict[str, Any]:
-    """Return the procedure's keys of the run file."""
-    return {
-        "procedure": procedure.kind,
-        "n0": procedure.stages.get(SELECTION, 0),
-        "n": procedure.n,
-        "alpha": procedure.alpha,
-        "bound": procedure.bound,
-        "stopping": procedure.stopping,
-    }
+    if stopping is not None and bound == MEASURING_BOUND:
+        assert stopping.tolerance is not None
+        return Measure(stopping.tolerance, n, alpha)
+    return Certify(settings.n0, n, alpha, bound)
 
 
 def _is_anytime(bound: str) -> bool:
