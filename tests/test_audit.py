@@ -1,4 +1,4 @@
-"""Audits by queries alone: votes are a local run's, answers decide everything, nothing paid for is lost."""
+"""Audits by queries alone: their votes equal a local run's, and no answer that was paid for is lost."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from small_audit import WORDS
 
 from certify import SmoothedClassifier, load_images
-from certify.blackbox.audit_loop import PATIENCE, drive
+from certify.blackbox.audit_loop import MAX_DOWN, send_queries
 from certify.blackbox.determinism import Probed, probes
 from certify.blackbox.encoding import to_tensor
-from certify.blackbox.label_index import OUTSIDE, Vocabulary, read_class_map
+from certify.blackbox.label_index import OUTSIDE, LabelIndex, read_class_map
 from certify.blackbox.plan import Audit, Service, make_header, plan, prepare
 from certify.blackbox.query_votes import AsSent, stage_of
 from certify.blackbox.replay import replay
@@ -115,7 +115,7 @@ def run_audit(audit: Audit, fake: Fake) -> dict[str, Any]:
     header, about = prepare(audit, make_header(audit, data="digits"), plan(audit))
     status, reason = "stopped", ""
     try:
-        status = drive(audit, header, about, fake.open)
+        status = send_queries(audit, header, about, fake.open)
     except RunFault as error:
         reason = str(error)
         raise
@@ -256,8 +256,8 @@ def test_class_map_files(tmp_path: Path) -> None:
         read_class_map(tmp_path / "b.json")
 
 
-def test_vocabulary() -> None:
-    free, mapped = Vocabulary(), Vocabulary({"tabby": "cat", "pug": "dog", "lynx": "cat"})
+def test_label_index() -> None:
+    free, mapped = LabelIndex(), LabelIndex({"tabby": "cat", "pug": "dog", "lynx": "cat"})
     assert [free.vote((Scored(w),)) for w in ("b", "a", "b")] == [0, 1, 0]
     assert free.names == ["b", "a"]
     assert mapped.names == ["cat", "dog"]
@@ -278,7 +278,7 @@ def test_given_labels(tmp_path: Path, digits: Classifier) -> None:
 
 
 @pytest.mark.parametrize("settings", [FIXED, DECIDING, MEASURING], ids=["fixed", "deciding", "measuring"])
-def test_a_spent_budget_keeps_what_is_finished_and_a_larger_one_goes_on(
+def test_a_spent_budget_keeps_finished_images_and_a_larger_one_resumes(
     tmp_path: Path, digits: Classifier, settings: Settings
 ) -> None:
     run_audit(set_up(tmp_path / "whole", settings), whole := Fake(digits))
@@ -324,7 +324,7 @@ def test_an_empty_budget_sends_nothing(tmp_path: Path, digits: Classifier) -> No
 
 
 @pytest.mark.parametrize("settings", [FIXED, DECIDING], ids=["fixed", "deciding"])
-def test_interrupted_anywhere_an_audit_ends_the_same(tmp_path: Path, digits: Classifier, settings: Settings) -> None:
+def test_an_interrupted_audit_gives_the_same_results(tmp_path: Path, digits: Classifier, settings: Settings) -> None:
     images = some_images(4, skip=31)
     run_audit(set_up(tmp_path / "whole", settings, images=images, concurrency=3), whole := Fake(digits))
     for stop in (1, 5, 9, len(whole.sent) // 2, len(whole.sent) - 2):
@@ -341,7 +341,7 @@ def test_interrupted_anywhere_an_audit_ends_the_same(tmp_path: Path, digits: Cla
 
 
 @pytest.mark.parametrize("settings", [FIXED, DECIDING, MEASURING], ids=["fixed", "deciding", "measuring"])
-def test_replay_equals_and_another_alpha_equals_the_run_made_with_it(
+def test_replay_reproduces_the_run_and_runs_at_another_alpha(
     tmp_path: Path, digits: Classifier, settings: Settings
 ) -> None:
     import dataclasses
@@ -369,7 +369,7 @@ def test_replay_equals_and_another_alpha_equals_the_run_made_with_it(
             replay(tmp_path / "a", bound="clopper-pearson", answers=fake.answers)
 
 
-def test_replay_tells_which_certificates_differ(tmp_path: Path, digits: Classifier) -> None:
+def test_replay_names_the_certificates_that_differ(tmp_path: Path, digits: Classifier) -> None:
     fake = Fake(digits)
     run_audit(set_up(tmp_path), fake)
     name = lines(tmp_path)[3]["id"]
@@ -394,7 +394,7 @@ def test_replay_accepts_the_rounding_and_the_shorter_hashes_of_older_versions(
     assert certified
 
 
-def test_a_random_service_is_refused_before_noise_is_paid_for(tmp_path: Path, digits: Classifier) -> None:
+def test_a_random_service_is_refused_before_any_noisy_copy(tmp_path: Path, digits: Classifier) -> None:
     """It adds noise of its own; the probe asks where that shows first, and stays silent about the plain one."""
     generator = torch.Generator().manual_seed(5)
 
@@ -445,8 +445,8 @@ def test_drift_is_detected(tmp_path: Path, digits: Classifier) -> None:
     assert "new" not in about["vocabulary"]  # no certificate counts it
 
 
-def test_a_silent_service_stops_the_audit(tmp_path: Path, digits: Classifier) -> None:
-    """At once where the first answer fails, after a while where all do; what failed cleanly is asked again later."""
+def test_a_service_that_is_down_stops_the_audit(tmp_path: Path, digits: Classifier) -> None:
+    """At once if the first answer fails, after some queries if all do; a failed clean query is sent again later."""
     down = Fake(digits, lambda name, image: failed(name, "HTTP 401 Unauthorized"))
     with pytest.raises(RunFault, match="no label for the first image: HTTP 401 Unauthorized"):
         run_audit(set_up(tmp_path / "a"), down)
@@ -457,39 +457,39 @@ def test_a_silent_service_stops_the_audit(tmp_path: Path, digits: Classifier) ->
     broken = Fake(digits, lambda name, image: failed(name) if "estimation" in name else None)
     with pytest.raises(RunFault, match="10 queries in a row got no answer"):
         run_audit(set_up(tmp_path / "b"), broken)
-    assert sum("estimation" in name for name in broken.sent) == PATIENCE
+    assert sum("estimation" in name for name in broken.sent) == MAX_DOWN
     broken.respond = lambda name, image: None
     assert run_audit(set_up(tmp_path / "b"), broken)["status"] == FINISHED
-    assert lines(tmp_path / "b")[0]["failures"] == PATIENCE  # they stay failed trials
+    assert lines(tmp_path / "b")[0]["failures"] == MAX_DOWN  # they stay failed trials
 
 
-def test_a_service_that_sees_nothing_in_noise_is_not_down(tmp_path: Path, digits: Classifier) -> None:
+def test_a_service_without_labels_for_noise_is_not_down(tmp_path: Path, digits: Classifier) -> None:
     def respond(name: str, image: torch.Tensor) -> Answer | None:
         return failed(name, "an answer without labels") if "tion" in name else None
 
     assert run_audit(set_up(tmp_path / "a"), Fake(digits, respond))["status"] == FINISHED
     assert [(row["prediction"], row["failures"]) for row in lines(tmp_path / "a")] == [(-1, FIXED.procedure.n)] * COUNT
     nothing = Fake(digits, lambda name, image: failed(name, "an answer without labels"))
-    with pytest.raises(RunFault, match="for this image alone, begin behind it: --start"):
+    with pytest.raises(RunFault, match="for this image alone, start after it with --start"):
         run_audit(set_up(tmp_path / "b"), nothing)
 
 
-def test_labels_do_nothing_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     warn_of_probe([Probed("a", {"cat\x1b]0;x\x07": 2, "dög\r": 1}, 0, None)])
     said = capsys.readouterr().err
     assert "cat\\x1b]0;x\\x07 2 times, dög\\r 1 times" in said
     assert said[:-1].isprintable()
 
 
-def test_the_command_to_replay_can_be_pasted(tmp_path: Path, digits: Classifier) -> None:
+def test_the_replay_command_can_be_pasted(tmp_path: Path, digits: Classifier) -> None:
     about = run_audit(set_up(tmp_path / "my audit"), Fake(digits))
     assert shlex.split(about["replay"]) == ["certify", "replay", str(tmp_path / "my audit")]
 
 
-def test_the_probe_is_told_before_noise_is_paid_for(tmp_path: Path, digits: Classifier) -> None:
+def test_the_probe_is_reported_before_any_noisy_copy(tmp_path: Path, digits: Classifier) -> None:
     audit, fake, told = set_up(tmp_path), Fake(digits), list[dict[str, Answer]]()
     header, about = prepare(audit, make_header(audit, data="digits"), plan(audit))
-    drive(audit, header, about, fake.open, probed=lambda answers: told.append(dict(answers)))
+    send_queries(audit, header, about, fake.open, probed=lambda answers: told.append(dict(answers)))
     (known,) = told
     assert [stage_of(name) for name in known] == ["clean"] * COUNT + ["probe"] * 3
     (found,) = probes(known)

@@ -202,7 +202,7 @@ def test_audit_over_http(
     assert "certificates differ" in capsys.readouterr().err
 
 
-def test_a_small_budget_is_kept_and_a_larger_one_goes_on(
+def test_a_small_budget_is_kept_and_a_larger_one_resumes(
     tmp_path: Path, service: Service, digits: Classifier, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["audit", *service.arguments, *NUMBERS, "--out", str(tmp_path), "--quiet"]
@@ -276,7 +276,7 @@ def test_deciding_with_a_denoiser_and_given_labels(
     assert (tmp_path / "a" / "pictures" / "000-denoised.png").is_file()
 
 
-def test_what_was_declined_last_is_spent_too(tmp_path: Path, service: Service) -> None:
+def test_requests_without_an_answer_count_as_spent(tmp_path: Path, service: Service) -> None:
     """A request that was refused when the budget ended has no answer: it was paid for all the same."""
     command = [
         "audit",
@@ -301,7 +301,7 @@ def test_what_was_declined_last_is_spent_too(tmp_path: Path, service: Service) -
     assert (sum(row.open for row in stages), sum(row.lost for row in stages)) == (1, 0)
 
 
-def test_a_second_process_writes_nothing_over(
+def test_a_second_process_overwrites_nothing(
     tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["audit", *service.arguments, *NUMBERS, "--out", str(tmp_path), "--quiet", "--budget", "400"]
@@ -317,7 +317,7 @@ def test_a_second_process_writes_nothing_over(
 def test_attacks_stop_when_the_service_is_down(
     tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("certify.blackbox.audit_loop.PATIENCE", 3)
+    monkeypatch.setattr("certify.blackbox.audit_loop.MAX_DOWN", 3)
     numbers = ["--data", "digits", "--skip", "250", "--sigma", "0.25", "--n0", "2", "--n", "8", "--quiet"]
     attacks = ["--defences", "none", "--attacks", "square", "--queries", "60", "--eps", "0.3"]
     service.decline = 2 * 11 + 3 + 2  # of two images all but the attacks

@@ -16,7 +16,7 @@ import torch
 from fastapi.testclient import TestClient
 from vision_stubs import cloud_app, noisy_digits
 
-from certify.blackbox.encoding import encode, from_bytes, media_type, seen, to_pictures, to_tensor
+from certify.blackbox.encoding import encode, from_bytes, media_type, round_trip, to_pictures, to_tensor
 from certify.blackbox.protocols import ENDPOINTS, FORMATS, KEY_HEADERS
 from certify.blackbox.protocols.parsing import safe_text
 from certify.blackbox.protocols.v2 import metadata_request, options_from
@@ -72,13 +72,13 @@ def test_a_picture_keeps_every_level_through_tensor_and_png() -> None:
     picture = to_pictures(levels)[0]
     assert torch.equal(to_tensor(picture), levels[0])  # float32 pixels / 255, as torchvision gives them
     assert to_pictures(to_tensor(picture)[None])[0].sha256 == picture.sha256
-    assert seen(picture).sha256 == picture.sha256
+    assert round_trip(picture).sha256 == picture.sha256
     assert from_bytes(encode(picture), 3).sha256 == picture.sha256
     assert (media_type("png"), media_type("jpeg80")) == ("image/png", "image/jpeg")
 
 
-def test_jpeg_is_what_pillow_makes_of_it(photo: Picture) -> None:
-    sharp, coarse = seen(photo, "jpeg100"), seen(photo, "jpeg20")
+def test_jpeg_files_are_decoded_as_they_were_encoded(photo: Picture) -> None:
+    sharp, coarse = round_trip(photo, "jpeg100"), round_trip(photo, "jpeg20")
     errors = [np.abs(p.pixels.astype(int) - photo.pixels).mean() for p in (sharp, coarse)]
     assert 0 < errors[0] < errors[1]
     assert encode(photo, "jpeg") == encode(photo, "jpeg95") != encode(photo, "jpeg94")
@@ -89,7 +89,7 @@ def test_jpeg_is_what_pillow_makes_of_it(photo: Picture) -> None:
         from_bytes(b"GIF89a nothing", 3)
 
 
-def test_digest_tells_shapes_apart() -> None:
+def test_the_digest_depends_on_the_shape() -> None:
     pixels = np.arange(12, dtype=np.uint8)
     assert len({Picture(pixels.reshape(s)).sha256 for s in ((2, 6, 1), (6, 2, 1), (2, 2, 3))}) == 3
 
@@ -167,7 +167,7 @@ def test_binary_requests_name_their_length(photo: Picture) -> None:
     assert head["outputs"] == [{"name": "p", "parameters": {"classification": 3, "binary_data": True}}]
 
 
-def test_forms_are_read_by_another_reader(photo: Picture) -> None:
+def test_forms_are_parsed_by_an_independent_parser(photo: Picture) -> None:
     from email import message_from_bytes
 
     sent = built("json", send="multipart", key="photo").request(photo)
@@ -188,8 +188,8 @@ def test_forms_are_read_by_another_reader(photo: Picture) -> None:
         ("v2", {"mean": "a,b"}, "expected a number"),
         ("v2", {"mean": 0.5, "datatype": "UINT8"}, "FP32"),
         ("v2", {"top": 3}, "output that is named"),
-        ("json", {"labels": "a[", "scores": ""}, "no JMESPath"),
-        ("json", {"labels": "", "scores": ""}, "where is the label"),
+        ("json", {"labels": "a[", "scores": ""}, "not a JMESPath expression"),
+        ("json", {"labels": "", "scores": ""}, "needs --protocol-option labels=<JMESPath>"),
         ("json", {"send": "put"}, "raw, multipart, base64"),
         ("json", {"path": "x?size=5&api_token=abc"}, "query of path holds 'api_token'"),
         ("json", {"key": 'a"b'}, "without quotation marks"),
@@ -198,7 +198,7 @@ def test_forms_are_read_by_another_reader(photo: Picture) -> None:
         ("clarifai", {"encoding": "tiff"}, "expected png"),
     ],
 )
-def test_options_that_cannot_be_used(name: str, options: dict[str, Any], says: str) -> None:
+def test_invalid_options_are_refused(name: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         built(name, **options)
 
@@ -463,7 +463,7 @@ def test_wrong_labels_and_scores(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*sorted(WHERE), "v2", "tf-serving"])
-def test_anything_replaced_anywhere_is_an_answer_or_a_bad_reply(name: str) -> None:
+def test_a_mutated_reply_is_an_answer_or_a_bad_reply(name: str) -> None:
     made = built(name)
     tensors = {"outputs": [V2_SCORES | {"parameters": {"labels": ["a", "b", "c"], "binary_data_size": None}}]}
     predictions = {"predictions": [{"p": [0.1, 0.9]}]}
@@ -482,7 +482,7 @@ def test_anything_replaced_anywhere_is_an_answer_or_a_bad_reply(name: str) -> No
     assert tried > 30
 
 
-def test_expressions_that_meet_other_types_are_bad_replies() -> None:
+def test_type_errors_of_expressions_are_bad_replies() -> None:
     for expression in ("max_by(labels, &score).name", "labels[?score > `0.5`].name | [0]", "length(labels)"):
         made = built("json", labels=expression, scores="")
         for body in ({"labels": None}, {"labels": 5}, {"labels": [{"name": None, "score": "x"}, {"score": 1}]}, {}):
@@ -522,7 +522,7 @@ def test_services_that_fail_with_status_200() -> None:
             built(name).reply(reply(body))
 
 
-def test_errors_say_what_the_service_says_and_no_secret() -> None:
+def test_errors_quote_the_service_without_secrets() -> None:
     secret = "sk-live-51H8x" + "A9b8C7d6E5f4" * 3
     texts = {
         json.dumps({"error": {"code": 403, "message": f"API key {secret} is not valid"}}): "API key [...] is not valid",
@@ -549,7 +549,7 @@ def test_errors_say_what_the_service_says_and_no_secret() -> None:
 # The registry
 
 
-def test_formats_say_what_shapes_a_vote(photo: Picture) -> None:
+def test_formats_record_the_options_that_affect_votes(photo: Picture) -> None:
     for name in FORMATS:
         about = built(name).about
         assert json.loads(json.dumps(about)) == about

@@ -1,4 +1,4 @@
-"""Client a service that misbehaves: the budget is exact, the ledger complete, and the key stays where it belongs."""
+"""Queries to a faulty service: the budget is exact, the ledger complete, and the key goes to the service alone."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ask(
     limits: QueryLimits = SOON,
     timeout: float = 20.0,
 ) -> tuple[list[Answer], CertifyError | None]:
-    """What was handed out, and what ended it."""
+    """Return the answers, and the error that ended the call."""
     found: list[Answer] = []
     with (
         HttpSender(server.url, timeout=timeout, max_bytes=100_000) as send,
@@ -72,7 +72,7 @@ def lines(path: Path, kind: str) -> list[dict[str, object]]:
     return [row for row in map(json.loads, path.read_text().splitlines()) if row["type"] == kind]
 
 
-FAULTS = {  # and whether another attempt may bring the answer
+FAULTS = {  # fault -> True if another attempt may bring the answer
     "later:0": True,
     "date:0": True,
     "status:500": True,
@@ -143,7 +143,7 @@ def test_everything_at_once_and_the_same_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("concurrency", [1, 8])
 @pytest.mark.parametrize("budget", [0, 1, 17, 40])
 def test_the_budget_is_never_exceeded(budget: int, concurrency: int, tmp_path: Path) -> None:
-    """Under concurrency and retries; what was handed out is a gapless beginning, and a larger budget goes on there."""
+    """Under concurrency and retries; the answers are a prefix without gaps, and a larger budget resumes there."""
     wanted = queries(40)
     limits = QueryLimits(concurrency, first_wait=0.005, longest_wait=0.05)
 
@@ -173,7 +173,7 @@ def test_retries_end(tmp_path: Path) -> None:
     assert found[0].down
 
 
-def test_a_busy_service_that_says_so_with_status_200_is_asked_again(tmp_path: Path) -> None:
+def test_a_busy_service_that_answers_with_status_200_is_retried(tmp_path: Path) -> None:
     bodies = [{"status": {"code": 11005, "description": "Throttled"}}, CLARIFAI]
     form = clarifai()
 
@@ -185,7 +185,7 @@ def test_a_busy_service_that_says_so_with_status_200_is_asked_again(tmp_path: Pa
     assert (found.attempts, found.ranked[0].label) == (2, "cat")
 
 
-def test_what_is_about_the_service_is_told_from_what_is_about_a_picture(tmp_path: Path) -> None:
+def test_failures_of_the_service_differ_from_failures_of_a_picture(tmp_path: Path) -> None:
     faults = ["", "status:400", "empty", "reset", "page"]
     with FaultServer(faults) as server:
         found, _ = ask(server, tmp_path / "ledger", queries(5), limits=QueryLimits(1, attempts=1))
@@ -216,7 +216,7 @@ def test_known_answers_cost_nothing_and_need_the_same_picture(tmp_path: Path) ->
         ("redirect:https://elsewhere.example/x", "it points to 'https://elsewhere.example/x'"),
     ],
 )
-def test_a_service_that_turns_down_the_first_query_stops_the_run(fault: str, remedy: str, tmp_path: Path) -> None:
+def test_a_service_that_refuses_the_first_query_stops_the_run(fault: str, remedy: str, tmp_path: Path) -> None:
     with FaultServer([fault, "", "", fault]) as server:
         found, error = ask(server, tmp_path / "ledger", queries(50), budget=50, limits=QueryLimits(1, grace=5))
         assert type(error) is RunFault
@@ -236,7 +236,7 @@ def test_a_service_that_turns_down_the_first_query_stops_the_run(fault: str, rem
     assert found[0].attempts == 2
 
 
-def test_a_service_that_asks_for_a_long_pause_is_left_alone(tmp_path: Path) -> None:
+def test_a_request_for_a_long_pause_stops_the_run(tmp_path: Path) -> None:
     with FaultServer(["", "later:3600"]) as server:
         found, error = ask(server, tmp_path / "ledger", queries(4), limits=QueryLimits(1, grace=5))
         assert type(error) is RunFault
@@ -257,14 +257,14 @@ def test_a_burst_of_refusals_stops_at_once(tmp_path: Path) -> None:
     assert len(server.seen) == read_ledger(tmp_path / "ledger").spent <= 8
 
 
-def test_an_answer_is_in_the_ledger_before_it_is_used(tmp_path: Path) -> None:
+def test_an_answer_is_logged_before_it_is_used(tmp_path: Path) -> None:
     header = ledger_header("http://x", RAW)
     with FaultServer() as server, HttpSender(server.url) as send, Ledger(tmp_path / "ledger", header) as ledger:
         for answer in QueryClient(send, RAW, ledger, limits=SOON)(queries(12)):
             assert read_ledger(tmp_path / "ledger").answers[answer.name].ranked == answer.ranked
 
 
-def test_a_consumer_that_stops_leaves_no_answer_behind(tmp_path: Path) -> None:
+def test_answers_in_flight_are_logged_when_the_consumer_stops(tmp_path: Path) -> None:
     """Requests that are under way are waited for and recorded; queries that were only pulled are not sent."""
     path, header = tmp_path / "ledger", ledger_header("http://x", RAW)
     with FaultServer(delay=0.1) as server, HttpSender(server.url) as send, Ledger(path, header) as ledger:
@@ -278,7 +278,7 @@ def test_a_consumer_that_stops_leaves_no_answer_behind(tmp_path: Path) -> None:
         assert sum(1 for _ in client(queries(20))) == 20  # the budget of those not sent is there again
 
 
-def test_requests_are_waited_for_longer_than_they_may_take(tmp_path: Path) -> None:
+def test_the_grace_period_is_longer_than_a_request_may_take(tmp_path: Path) -> None:
     assert QueryLimits().grace > TIMEOUT
     assert query_limits(ServiceOptions(), RequestLimits(1, 120.0)).grace > 120
     path, header, said = tmp_path / "ledger", ledger_header("http://x", RAW), list[str]()
@@ -400,7 +400,7 @@ def test_retry_after_counts_from_the_date_of_the_reply(retry: str, date: str, se
     assert retry_after(Reply(429, b"", {"retry-after": retry, "date": date}), noon) == seconds
 
 
-def test_retry_after_is_honoured_for_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_holds_back_all_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paused, pause = list[float](), RateLimiter.pause
 
     def spy(limiter: RateLimiter, seconds: float) -> None:
@@ -436,7 +436,7 @@ def test_no_server() -> None:
         run_async(send(Request(b"x")))
 
 
-def test_a_sender_closed_meanwhile_lets_go() -> None:
+def test_closing_a_sender_aborts_requests_in_flight() -> None:
     with FaultServer(["hang"]) as server:
         send = HttpSender(server.url)
         threading.Timer(0.3, send.close).start()
@@ -444,7 +444,7 @@ def test_a_sender_closed_meanwhile_lets_go() -> None:
             run_async(send(Request(b"x")))
 
 
-def test_what_a_request_looks_like(key: str) -> None:
+def test_paths_queries_and_keys_of_requests(key: str) -> None:
     with FaultServer() as server:
         with HttpSender(f"{server.url}/v1/base?version=3", read_credential(key)) as send:
             run_async(send(Request(b"x", "models/m:label?top=5", headers={"content-type": "image/png"})))
@@ -502,14 +502,14 @@ def test_no_part_of_a_password_is_displayed_whatever_signs_it_holds(sign: str) -
     assert "secret3" not in str(refused.value)
 
 
-def test_what_is_no_key_may_stand_in_an_endpoint() -> None:
+def test_an_endpoint_may_hold_a_query_without_a_key() -> None:
     url = "https://host/x?sigma=0.25&version=3&postcode=1"
     assert check_endpoint(url) == url
     found = public("certify audit --endpoint 'https://me:abcdefgh@host/x?a=abcdefgh#abcdefgh' --data d")
     assert found == "certify audit --endpoint 'https://host/x' --data d"
 
 
-def test_a_key_goes_over_plain_http_to_loopback_alone(key: str) -> None:
+def test_a_key_is_sent_over_plain_http_to_loopback_alone(key: str) -> None:
     for url in ("http://localhost:1/x", "http://127.9.9.9/", "http://[::1]:8/", "https://host/"):
         assert check_endpoint(url, key=True) == url
     for url in ("http://host/", "http://10.0.0.1/", "http://localhost.example/", "http://127.0.0.1.example/"):
@@ -520,7 +520,7 @@ def test_a_key_goes_over_plain_http_to_loopback_alone(key: str) -> None:
         HttpSender("http://host/", read_credential(key))
 
 
-def test_where_a_key_may_come_from(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_keys_come_from_environment_variables_alone(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     with pytest.raises(UserError, match=r"\$NOT_THERE is not set"):
         read_credential("NOT_THERE")
     with pytest.raises(UserError) as caught:
@@ -543,7 +543,7 @@ def test_where_a_key_may_come_from(monkeypatch: pytest.MonkeyPatch, key: str) ->
 
 
 @pytest.mark.parametrize("place", ["header", "query"])
-def test_nothing_that_is_written_or_raised_holds_the_key(
+def test_no_file_log_or_error_holds_the_key(
     place: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Against a service that repeats it in errors, labels and headers, with every logger at its loudest."""
@@ -578,7 +578,7 @@ def test_nothing_that_is_written_or_raised_holds_the_key(
         assert form not in shown
 
 
-def test_a_reply_without_end() -> None:
+def test_replies_have_a_size_limit() -> None:
     why = "HTTP 200: a reply of more than 2,000 bytes"
     with FaultServer(["huge:3000"]) as server, HttpSender(server.url, max_bytes=2000) as send:
         with pytest.raises(BadReply, match=why):
@@ -608,7 +608,7 @@ def query_child(tmp_path: Path, interruptible: None) -> Iterator[tuple[subproces
             child.communicate()
 
 
-def test_ctrl_c_waits_for_what_is_under_way(query_child: tuple[subprocess.Popen[str], FaultServer, Path]) -> None:
+def test_ctrl_c_waits_for_requests_in_flight(query_child: tuple[subprocess.Popen[str], FaultServer, Path]) -> None:
     child, server, path = query_child
     assert child.stdout is not None
     child.stdout.readline()

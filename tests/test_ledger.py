@@ -1,4 +1,4 @@
-"""The ledger: nothing that was paid for is lost or asked for again, whenever the program is killed."""
+"""The ledger: no answer that was paid for is lost or queried again, whenever the program is killed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def log(*lines: Coroutine[Any, Any, None]) -> None:
     asyncio.run(write())
 
 
-def test_lines(tmp_path: Path) -> None:
+def test_the_format_of_the_lines(tmp_path: Path) -> None:
     """What other programs may rely on."""
     header, *rows = [json.loads(line) for line in kept(tmp_path / "ledger").read_text().splitlines()]
     assert (header["type"], header["endpoint"], header["encoding"]) == ("ledger", "http://127.0.0.1:9/v2", "png")
@@ -74,7 +74,7 @@ def test_lines(tmp_path: Path) -> None:
     assert rows[6] == {"type": "refused", "name": "image 0 | estimation | 3", "attempt": 1, "why": "HTTP 503"}
 
 
-def test_what_is_found_again(tmp_path: Path) -> None:
+def test_a_ledger_is_read_back(tmp_path: Path) -> None:
     path = kept(tmp_path / "ledger")
     first, second, third, fourth = queries(4)
     answers = {
@@ -100,7 +100,7 @@ def test_what_is_found_again(tmp_path: Path) -> None:
     assert read_ledger(path).spent == 5
 
 
-def test_a_line_cut_anywhere_is_left_out(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_ignored(tmp_path: Path) -> None:
     """A ledger cut off at every byte: it opens, holds a beginning of what it held, and can be continued."""
     whole = kept(tmp_path / "whole").read_bytes()
     path, fifth = tmp_path / "cut", queries(5)[4]
@@ -136,7 +136,7 @@ def damage(rows: list[Any], where: int, **keys: Any) -> list[Any]:
         (lambda rows: damage(rows, 7, attempt=2), 8),
     ],
 )
-def test_damage_is_refused_by_name(spoil: Any, line: int, tmp_path: Path) -> None:
+def test_a_damaged_line_is_named(spoil: Any, line: int, tmp_path: Path) -> None:
     path = kept(tmp_path / "ledger")
     rows = spoil([json.loads(row) for row in path.read_text().splitlines()])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -161,7 +161,7 @@ def test_another_service_or_format_is_refused_with_both_names(tmp_path: Path) ->
     assert path.read_bytes() == content
 
 
-def test_what_is_no_ledger(tmp_path: Path) -> None:
+def test_other_files_are_not_ledgers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         read_ledger(tmp_path / "none")
     for content in (b"hello\n", b'{"type": "run", "expected": 5}\n', b"\x00" * 50):
@@ -225,7 +225,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     Ledger(path, HEADER).close()
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_complete_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, query = kept(tmp_path / "ledger"), queries(6)[5]
     before = path.read_bytes()
 
@@ -294,7 +294,7 @@ def test_a_failed_flush_fails_every_writer(tmp_path: Path, monkeypatch: pytest.M
 
 
 def kill_again_and_again(folder: Path, kills: int, seed: int) -> None:
-    """See ``asking_child.py``: the same queries are asked by one process after another, each killed at some moment."""
+    """Send the same queries from one process after another, each killed at a random moment (``query_child.py``)."""
     folder.mkdir()
     path, used, budget = folder / "ledger", folder / "used", 100_000
     first: set[bytes] = set()
@@ -305,7 +305,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int) -> None:
         return "" if again else {1: "later:0", 3: "status:503", 5: "reset", 6: "empty"}.get(kind, "")
 
     with FaultServer(plan, delay=0.003) as server:
-        child = [sys.executable, Path(__file__).with_name("asking_child.py"), server.url]
+        child = [sys.executable, Path(__file__).with_name("query_child.py"), server.url]
         done = subprocess.run(
             [*child, path, used, str(budget), str(kills), str(seed)],
             capture_output=True,

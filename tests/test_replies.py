@@ -1,4 +1,4 @@
-"""What the command makes of replies that are no answers."""
+"""Replies without an answer: what the command reports, and how long it waits."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LABELS = ["--protocol", "json", "--protocol-option", "labels=labels"]
 
 
 @pytest.mark.parametrize("hours", [1, -1])
-def test_a_wait_counts_from_the_clock_of_the_service(tmp_path: Path, hours: int) -> None:
-    """An hour slow or fast, this machine still waits as long as it was asked to: not at all."""
+def test_retry_after_counts_from_the_clock_of_the_service(tmp_path: Path, hours: int) -> None:
+    """With a clock that is an hour slow or fast, too: here the requested wait is zero."""
 
     def answer(number: int, headers: Mapping[str, str]) -> Reply:
         there = formatdate(time.time() + 3600 * hours, usegmt=True)
@@ -49,7 +49,7 @@ def test_a_reply_without_labels_is_quoted(tmp_path: Path, capsys: pytest.Capture
         where = ["--endpoint", url, "--budget", "30", "--out", str(tmp_path / "a")]
         run("audit", *where, *LABELS, *NUMBERS, code=1)
     why = WITHOUT_LABELS[body]
-    assert f"certify: the service gave no label for the first image: {why}; nothing else" in capsys.readouterr().err
+    assert f"certify: the service gave no label for the first image: {why}; no other query" in capsys.readouterr().err
     assert json.loads((tmp_path / "a" / "audit.json").read_text())["asked"]["failures"] == {why: 1}
 
 
@@ -62,10 +62,10 @@ def test_a_reply_without_labels_is_quoted(tmp_path: Path, capsys: pytest.Capture
         (["google-vision"], "no responses in the reply"),
     ],
 )
-def test_every_protocol_quotes_it(
+def test_every_protocol_quotes_a_reply_without_labels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], protocol: list[str], why: str
 ) -> None:
     with service(lambda number, headers: (200, '{"message": "Over the limit."}', {})) as url:
         where = ["--endpoint", url, "--budget", "30", "--out", str(tmp_path / "a")]
         run("audit", *where, "--protocol", *protocol, *NUMBERS, code=1)
-    assert f"first image: {why}, which says 'Over the limit.'; nothing else was asked" in capsys.readouterr().err
+    assert f"first image: {why}, which says 'Over the limit.'; no other query was sent" in capsys.readouterr().err

@@ -142,7 +142,7 @@ def clean(found: dict[str, str]) -> None:
 JSON = ["--protocol", "json", "--protocol-option", "labels=labels"]
 
 
-def test_keys_in_labels_and_errors(audit: Callable[..., dict[str, str]]) -> None:
+def test_keys_in_labels_and_errors_are_hidden(audit: Callable[..., dict[str, str]]) -> None:
     echoes = list(ECHOES.values())
 
     def answer(number: int, headers: Mapping[str, str]) -> Reply:
@@ -163,7 +163,7 @@ def test_keys_in_labels_and_errors(audit: Callable[..., dict[str, str]]) -> None
     assert all("[key]" in label and label.startswith("label ") for label in labels)
 
 
-def test_the_search_for_keys_reads_every_encoding() -> None:
+def test_the_key_search_of_these_tests_covers_every_encoding() -> None:
     for name, echo in ECHOES.items():
         assert leaks(f'{{"error": "bad {echo} key"}}'), name
 
@@ -188,7 +188,7 @@ def test_keys_in_names_of_objects_and_whole_numbers(
     assert answers[0]["ranked"] == [["cat [key]", 0.8204716359], ["[key]", 0.5]]  # fractions are scores, and stay
 
 
-def test_what_is_no_part_of_the_key_stays_as_it_is(audit: Callable[..., dict[str, str]]) -> None:
+def test_text_without_the_key_is_unchanged(audit: Callable[..., dict[str, str]]) -> None:
     labels = ["sk-4f9a", "k-4F9A/", "Qw&7<pL", "zero \U0001f600 \\u0041 %41 &amp; =41\n", "c2stNGY5"]
     body = json.dumps({"labels": labels, "scores": [0.1 + 0.2, 1e-7, 0.1, 0.0, 0.0]})
     option = [*JSON, "--protocol-option", "scores=scores"]
@@ -199,7 +199,7 @@ def test_what_is_no_part_of_the_key_stays_as_it_is(audit: Callable[..., dict[str
 
 
 @pytest.mark.parametrize("status", [200, 401])
-def test_keys_in_what_a_model_says_about_itself(audit: Callable[..., dict[str, str]], status: int) -> None:
+def test_keys_in_model_metadata_are_hidden(audit: Callable[..., dict[str, str]], status: int) -> None:
     echo = ECHOES["solidus and plus sign"]
     tensor = f'{{"name": "pixels {echo}", "datatype": "FP32", "shape": [1, 1, 8, 8]}}'
     output = f'{{"name": "label {echo}", "datatype": "BYTES", "shape": [1], "data": ["zero {echo}"]}}'
@@ -279,7 +279,7 @@ def test_a_key_among_the_options_is_not_repeated(
     assert not (tmp_path / "audit").exists()
 
 
-def test_the_command_that_is_kept_holds_no_key(audit: Callable[..., dict[str, str]]) -> None:
+def test_the_recorded_command_holds_no_key(audit: Callable[..., dict[str, str]]) -> None:
     numbers = ["--n0", "1", "--n", "5", "--budget", "20", "--max", "2"]
     found = audit(
         lambda number, headers: (200, '{"labels": ["zero"]}', {}), *JSON, *numbers, typed=["--name", KEY[2:20]]
@@ -288,7 +288,7 @@ def test_the_command_that_is_kept_holds_no_key(audit: Callable[..., dict[str, st
     clean(found)
 
 
-def test_no_command_that_is_kept_holds_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_recorded_command_holds_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every verb that records its command takes it from one function."""
     words = ["certify", "--cluster", "ray://user:secret1@host:10001", "--endpoint=https://host/x?token=secret2#secret3"]
     monkeypatch.setattr("sys.argv", [*words, "--name", "a b"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from certify.blackbox.label_index import OUTSIDE, Vocabulary
+from certify.blackbox.label_index import OUTSIDE, LabelIndex
 from certify.blackbox.query_votes import CLEAN, query_name, votes_of
 from certify.blackbox.types import Answer
 from certify.runs.records import ImageRow, RunHeader
@@ -23,7 +23,7 @@ from certify.types import ABSTAIN, Radii
 
 
 def numbered(answers: Mapping[str, Answer], image: str, stage: str) -> Iterator[Answer]:
-    """The answers of one image and stage, from number 0 up to the first that is not there."""
+    """Yield the answers of one image and stage, from number 0 up to the first that is missing."""
     for number in itertools.count():
         found = answers.get(query_name(image, stage, number))
         if found is None:
@@ -32,9 +32,9 @@ def numbered(answers: Mapping[str, Answer], image: str, stage: str) -> Iterator[
 
 
 def clean_answer(answers: Mapping[str, Answer], image: str) -> Answer | None:
-    """The service's own answer: the first with a label, else the last; None if it was not asked for.
+    """Return the service's answer to the clean image: the first with a label, else the last; None without any.
 
-    It votes for nothing, so one that failed may be asked for again when an audit goes on.
+    It is not a vote, so a failed one may be queried again when an audit is resumed.
     """
     last = None
     for last in numbered(answers, image, CLEAN):
@@ -44,7 +44,7 @@ def clean_answer(answers: Mapping[str, Answer], image: str) -> Answer | None:
 
 
 def rows_of(
-    header: RunHeader, images: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], vocabulary: Vocabulary
+    header: RunHeader, images: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], index: LabelIndex
 ) -> list[ImageRow]:
     """Return the rows that the answers prove, in the order of the images.
 
@@ -56,14 +56,14 @@ def rows_of(
         images: for each ``id``, ``values`` and ``image`` (number and hash of its pixels), ``given`` (its label, where
             labels are given) and ``error`` (why it cannot be used).
         answers: by name.
-        vocabulary: numbers the classes, in the order of these rows.
+        index: numbers the classes, in the order of these rows.
     """
-    rows = (_row(header, image, answers, vocabulary) for image in images)
+    rows = (_row(header, image, answers, index) for image in images)
     return [row for row in rows if row is not None]
 
 
 def _row(
-    header: RunHeader, image: Mapping[str, Any], answers: Mapping[str, Answer], vocabulary: Vocabulary
+    header: RunHeader, image: Mapping[str, Any], answers: Mapping[str, Answer], index: LabelIndex
 ) -> ImageRow | None:
     name, given, procedure = image["id"], image.get("given"), header.procedure
     if image.get("error"):
@@ -71,17 +71,17 @@ def _row(
     clean = clean_answer(answers, name)
     if clean is None:
         return None
-    base = vocabulary.vote(clean.ranked)
+    base = index.vote(clean.ranked)
     if given is None and base < 0:
-        why = clean.failure or "no label of the class map is in it"
+        why = clean.failure or "it has no label of the class map"
         reason = f"the service's own answer gives no reference label: {why}"
         return ImageRow.unusable(procedure, name, None, reason, clean.seconds)
-    label = base if given is None else vocabulary.number(given)
-    trials = _Trials(procedure, header.seed, name, answers, vocabulary, header.radii_for(image.get("values")))
+    label = base if given is None else index.number(given)
+    trials = _Trials(procedure, header.seed, name, answers, index, header.radii_for(image.get("values")))
     keys = trials.sequential() if procedure.sequential else trials.fixed()
     if keys is None:
         return None
-    row, names, used = ImageRow.of(name, label, keys), vocabulary.names, [clean, *trials.used]
+    row, names, used = ImageRow.of(name, label, keys), index.names, [clean, *trials.used]
     numbers = sorted({int(c) for c in (*row.votes, *row.selection)} | {c for c in (base, label) if c >= 0})
     return row.replace(
         outside=trials.labels[: row.trials].count(OUTSIDE),
@@ -105,7 +105,7 @@ class _Trials:
         seed: of the run.
         name: id of the image.
         answers: by name.
-        vocabulary: numbers the classes.
+        index: numbers the classes.
         noise: states radii in its norm.
         used: the answers that counted, in their order.
         labels: the labels of the last stage.
@@ -115,7 +115,7 @@ class _Trials:
     seed: int
     name: str
     answers: Mapping[str, Answer]
-    vocabulary: Vocabulary
+    index: LabelIndex
     noise: Radii
     used: list[Answer] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -124,7 +124,7 @@ class _Trials:
         """Use the next answers, at most so many; return their labels."""
         piece = list(itertools.islice(coming, count))
         self.used += piece
-        return [self.vocabulary.vote(answer.ranked) for answer in piece]
+        return [self.index.vote(answer.ranked) for answer in piece]
 
     def fixed(self) -> AnswerKeys | None:
         """Answer from the procedure's fixed number of samples; None if some are missing."""

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from certify.blackbox.audit_loop import drive
+from certify.blackbox.audit_loop import send_queries
 from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import LedgerContents, ledger_header
 from certify.blackbox.plan import Audit, make_header, prepare
@@ -71,7 +71,7 @@ def run_audit(
         status, reason = STOPPED, "the command was stopped"
         opened(ledger)
         try:
-            ended = drive(
+            ended = send_queries(
                 audit, header, about, functools.partial(open_client, ledger), progress=progress, probed=probed
             )
             if attack is not None:

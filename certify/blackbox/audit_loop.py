@@ -1,10 +1,10 @@
-"""What an audit asks, in which order, and when it stops.
+"""Send the queries of an audit, in order, until every image is finished or the budget is spent.
 
-The order is that of the images: of a few at a time the service's own answers, then the noisy copies of one image after
-another, of a second one only where the first does not keep all threads busy. So when the budget is spent, the images
-before are finished, and little went into others. The same clean image is asked about several times at the start (a
-certificate presupposes a fixed function), and some clean images once more at the end. Nothing is concluded here: that
-follows from the answers alone (:mod:`certify.blackbox.results`).
+Images are queried in order: the clean images of a chunk, then the noisy copies of one image after another, of the next
+one only if the current one leaves concurrency unused. So when the budget is spent, earlier images are finished and
+little was spent on others. One clean image is queried repeatedly at the start (a certificate requires a fixed
+function), and some clean images again at the end. Certificates follow from the answers alone
+(:mod:`certify.blackbox.results`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from certify.blackbox.answer_rows import clean_answer
 from certify.blackbox.determinism import probes, require_deterministic
 from certify.blackbox.encoding import encode, to_pictures
-from certify.blackbox.label_index import Vocabulary
+from certify.blackbox.label_index import LabelIndex
 from certify.blackbox.plan import CHUNK, DRIFT_IMAGES, Audit
 from certify.blackbox.query_votes import (
     CLEAN,
@@ -41,91 +41,94 @@ from certify.models.query_access import BudgetSpent
 from certify.runs.records import RunHeader
 from certify.smoothing.rng import stream_key
 
-PATIENCE = 10
-"""Queries in a row without a reply, or with an error status, after which an audit stops: the service is down, and each
-costs a trial. A reply without a label is an answer, however many there are."""
+MAX_DOWN = 10
+"""Consecutive queries without a reply, or with an error status, after which an audit stops: the service is down, and
+each would cost a trial. A reply without a label is an answer, however many there are."""
 
 
-class Patient:
-    """Keeps all answers so far, by name, and gives up when a service has gone silent.
+class AuditClient:
+    """Collect all answers by name, and stop when the service is down.
 
     Args:
-        asking: what asks; may be set later.
+        client: that answers the queries; may be set later.
+
+    Attributes:
+        answers: so far, by name.
     """
 
-    def __init__(self, asking: Client | None = None) -> None:
+    def __init__(self, client: Client | None = None) -> None:
         self.answers: dict[str, Answer] = {}
-        self.asking = asking
-        self._silent = 0
+        self.client = client
+        self._down = 0
 
     @property
     def spent(self) -> int:
         """Requests sent so far."""
-        assert self.asking is not None
-        return self.asking.spent
+        assert self.client is not None
+        return self.client.spent
 
     def __call__(self, queries: Iterable[Query]) -> Iterator[Answer]:
-        """Their answers, in the order of the queries.
+        """Yield the answers in the order of the queries.
 
         Raises:
-            RunFault: ``PATIENCE`` of them in a row got no reply, or an error status.
+            RunFault: ``MAX_DOWN`` consecutive queries had no reply, or an error status.
         """
-        assert self.asking is not None
-        for answer in self.asking(queries):
+        assert self.client is not None
+        for answer in self.client(queries):
             self.answers[answer.name] = answer
-            self._silent = self._silent + 1 if answer.down and not answer.known else 0
+            self._down = self._down + 1 if answer.down and not answer.known else 0
             yield answer
-            if self._silent >= PATIENCE:
+            if self._down >= MAX_DOWN:
                 raise RunFault(
-                    f"{PATIENCE} queries in a row got no answer (the last: {answer.failure}); the audit stopped, every "
-                    "answer is kept: the same command goes on when the service answers again"
+                    f"{MAX_DOWN} queries in a row got no answer (the last: {answer.failure}); the audit stopped, every "
+                    "answer is kept: the same command resumes when the service answers again"
                 )
 
 
-def drive(
+def send_queries(
     audit: Audit,
     header: RunHeader,
     about: Mapping[str, Any],
-    open_asking: Callable[[int], AbstractContextManager[Client]],
+    open_client: Callable[[int], AbstractContextManager[Client]],
     *,
     progress: Callable[[int], None] = lambda images: None,
     probed: Callable[[Mapping[str, Answer]], None] = lambda answers: None,
 ) -> str:
-    """Ask whatever is not answered yet, within the budget.
+    """Send all queries that have no answer yet, within the budget.
 
     Args:
-        audit: what is to be done.
+        audit: the audit.
         header: of the run file.
-        about: of :func:`prepare`.
-        open_asking: opens the ledger, with this budget.
-        progress: told how many further images are done with.
-        probed: gets the answers once the determinism probe is over, before most of the budget is spent.
+        about: of :func:`~certify.blackbox.plan.prepare`.
+        open_client: opens a client with the given budget.
+        progress: called with the number of images that were finished since the last call.
+        probed: called with the answers after the determinism probe, before most of the budget is spent.
 
     Returns:
-        ``FINISHED``, or ``SPENT`` where the budget did not cover everything.
+        ``FINISHED``, or ``SPENT`` if the budget did not cover all queries.
 
     Raises:
         ContractError: the determinism probe got different labels; no noisy copy was queried.
         RunFault: the service does not answer.
     """
-    asked, usable = Patient(), [i for i, image in enumerate(about["images"]) if not image["error"]]
-    kept, status = min(len(usable), DRIFT_IMAGES), FINISHED
+    client, usable = AuditClient(), [i for i, image in enumerate(about["images"]) if not image["error"]]
+    reserved, status = min(len(usable), DRIFT_IMAGES), FINISHED
     try:
-        with open_asking(max(0, audit.budget - kept)) as asked.asking:
+        with open_client(max(0, audit.budget - reserved)) as client.client:
             for start in range(0, len(usable), CHUNK):
                 chunk = usable[start : start + CHUNK]
-                _ask_clean(audit, asked, chunk, alone=not start)
+                _query_clean(audit, client, chunk, alone=not start)
                 if not start:
-                    _ask_again(audit, asked, chunk)
-                    require_deterministic(probes(asked.answers, audit.class_map))
-                    probed(asked.answers)
-                _sample(audit, asked, header, chunk)
+                    _probe(audit, client, chunk)
+                    require_deterministic(probes(client.answers, audit.class_map))
+                    probed(client.answers)
+                _sample(audit, client, chunk)
                 progress(len(chunk))
     except BudgetSpent:
         status = SPENT
     try:
-        with open_asking(audit.budget) as asked.asking:
-            _ask_at_the_end(audit, asked, usable)
+        with open_client(audit.budget) as client.client:
+            _check_drift(audit, client, usable)
     except BudgetSpent:
         status = SPENT
     return status
@@ -142,8 +145,8 @@ def _save(audit: Audit, index: int, kind: str, picture: Picture) -> None:
             path.write_bytes(encode(picture))
 
 
-def _ask_clean(audit: Audit, ask: Patient, chunk: Sequence[int], *, alone: bool) -> None:
-    """The service's own answers; what failed in an earlier run is asked once more. The first is asked alone."""
+def _query_clean(audit: Audit, ask: AuditClient, chunk: Sequence[int], *, alone: bool) -> None:
+    """Query clean images, and those that failed in an earlier run again; with ``alone`` the first one by itself."""
     groups = [chunk[:1], chunk[1:]] if alone else [chunk]
     for group in groups:
         todo, number = list(group), 0
@@ -155,23 +158,23 @@ def _ask_clean(audit: Audit, ask: Patient, chunk: Sequence[int], *, alone: bool)
                 queries.append(Query(query_name(audit.images.items[i].id, CLEAN, number), picture))
             answers = list(ask(queries))
             if alone and group is groups[0] and not answers[0].ranked and not answers[0].known:
-                skip = "; where it has none for this image alone, begin behind it: --start, and another --out"
+                skip = "; if it has none for this image alone, start after it with --start and another --out"
                 raise RunFault(
-                    f"the service gave no label for the first image: {answers[0].failure}; nothing else was asked. The "
-                    f"same command tries again{'' if answers[0].down else skip}"
+                    f"the service gave no label for the first image: {answers[0].failure}; no other query was sent. "
+                    f"The same command tries again{'' if answers[0].down else skip}"
                 )
             todo = [i for i, answer in zip(todo, answers, strict=True) if not answer.ranked and answer.known]
             number += 1
 
 
-def _ask_again(audit: Audit, ask: Patient, chunk: Sequence[int]) -> None:
-    """The determinism probe, on the image whose two best scores are nearest: there a wavering service shows first."""
+def _probe(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
+    """Query the image whose two best scores are closest again: there randomness changes the label most easily."""
 
     def margin(index: int) -> float:
-        found = clean_answer(ask.answers, audit.images.items[index].id)
-        if found is None or not found.ranked:
+        answer = clean_answer(ask.answers, audit.images.items[index].id)
+        if answer is None or not answer.ranked:
             return float("inf")
-        first, *others = found.ranked
+        first, *others = answer.ranked
         if first.score is None or not others or others[0].score is None:
             return float("1e300")
         return first.score - others[0].score
@@ -184,9 +187,9 @@ def _ask_again(audit: Audit, ask: Patient, chunk: Sequence[int]) -> None:
     list(ask([Query(query_name(name, PROBE, k), picture) for k in range(audit.repeat_clean)]))
 
 
-def _sample(audit: Audit, ask: Patient, header: RunHeader, chunk: Sequence[int]) -> None:
-    """Noisy copies of these images, until each is settled or at n."""
-    procedure, vocabulary = audit.settings.procedure, Vocabulary(audit.class_map)
+def _sample(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
+    """Query noisy copies of these images, until each is settled or has n samples."""
+    procedure, label_index = audit.settings.procedure, LabelIndex(audit.class_map)
     pipeline = audit.pipeline
     places = {audit.images.items[i].id: i for i in chunk}
 
@@ -202,20 +205,20 @@ def _sample(audit: Audit, ask: Patient, header: RunHeader, chunk: Sequence[int])
     def key(name: str, stage: str) -> bytes:
         return stream_key(audit.settings.seed, name, stage)
 
-    def referred(index: int) -> bool:
-        """Whether there is a label to certify it for."""
+    def has_reference(index: int) -> bool:
+        """True if there is a label to certify the image for."""
         clean = clean_answer(ask.answers, audit.images.items[index].id)
-        return audit.given is not None or (clean is not None and vocabulary.vote(clean.ranked) >= 0)
+        return audit.given is not None or (clean is not None and label_index.vote(clean.ranked) >= 0)
 
     label = partial(
         label_remotely,
         ask=ask,
         noise=audit.noise,
-        vocabulary=vocabulary,
+        index=label_index,
         purify=purify if audit.denoiser is not None else None,
         show=show,
     )
-    names = [(i, audit.images.items[i].id) for i in chunk if referred(i)]
+    names = [(i, audit.images.items[i].id) for i in chunk if has_reference(i)]
     if not procedure.sequential:
         stages = procedure.stages.items()
         jobs = (Job(audit.load(i), key(name, k), n, tag=(name, k)) for i, name in names for k, n in stages)
@@ -231,8 +234,8 @@ def _sample(audit: Audit, ask: Patient, header: RunHeader, chunk: Sequence[int])
         pass
 
 
-def _ask_at_the_end(audit: Audit, ask: Patient, usable: Sequence[int]) -> None:
-    """Clean images once more, spread over those that were begun; anew whenever further noise was asked about."""
+def _check_drift(audit: Audit, ask: AuditClient, usable: Sequence[int]) -> None:
+    """Query some of the clean images again, evenly spaced; once more whenever further noisy copies were queried."""
     ids = [(i, audit.images.items[i].id) for i in usable]
     begun = [(i, name) for i, name in ids if (a := clean_answer(ask.answers, name)) is not None and a.ranked]
     number = sum(stage_of(name) in (SELECTION, ESTIMATION) for name in ask.answers)

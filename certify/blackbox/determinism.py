@@ -1,6 +1,6 @@
-"""Whether a service is a fixed function, which a certificate presupposes: answers about the same picture, compared.
+"""Check that a service is a fixed function, which a certificate requires: compare its answers about the same picture.
 
-Said once, for the warnings of the command, ``audit.json`` and the report alike: from the answers by name.
+The warnings of the command, ``audit.json`` and the report all use these functions of the answers by name.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from certify.blackbox.query_votes import DRIFT, PROBE, parts_of
 from certify.blackbox.types import Answer
 from certify.errors import ContractError
 
-_ROUNDING = 0.01  # of the larger score: what arithmetic in 16 bits leaves of a tie
+_ROUNDING = 0.01  # of the larger score: 16-bit arithmetic may break a tie by that much
 
 NO_LABEL = "no label of the class map"
-"""Stands for the class of an answer whose labels are all outside of the class map."""
+"""The class of an answer whose labels are all outside the class map."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """One image that was sent again at once.
+    """One image of the determinism probe, which was queried repeatedly at the start.
 
     Attributes:
         id: of the image.
-        labels: how often each class was answered, the most frequent first; answers without a label are not among them.
+        labels: number of answers for each class, the most frequent first; without answers that have no label.
         failures: repetitions without a label.
-        spread: largest minus smallest score of the first label; None unless it has one label and always a score.
-        tie: whether the classes that were answered have equal scores, up to rounding, in every answer.
+        spread: largest minus smallest score of the class; None unless all answers have the same class and a score.
+        tie: True if the classes of the answers have equal scores, up to rounding, in every answer.
     """
 
     id: str
@@ -42,12 +42,12 @@ class Probed:
 
 @dataclass(frozen=True)
 class Drifted:
-    """One image at the start and at the end.
+    """One image of the drift check, which was queried at the start and at the end.
 
     Attributes:
         id: of the image.
-        before: the class that was answered first; None: no label.
-        after: the class that was answered at the end, if several times the last; None: no label.
+        before: class of the first answer; None without a label.
+        after: class of the latest answer at the end; None without a label.
     """
 
     id: str
@@ -56,17 +56,17 @@ class Drifted:
 
     @property
     def compared(self) -> bool:
-        """Whether there is a label at both times."""
+        """True if there is a label at both times."""
         return self.before is not None and self.after is not None
 
     @property
     def changed(self) -> bool:
-        """Whether they differ."""
+        """True if the two labels differ."""
         return self.compared and self.before != self.after
 
 
 def fixed(probed: Sequence[Probed], drifted: Sequence[Drifted]) -> bool | None:
-    """Whether the service answered as a fixed function would; None where no picture was answered twice."""
+    """Return True if the service answered like a fixed function; None if no picture was answered twice."""
     labelled = [probe for probe in probed if sum(probe.labels.values()) > 1]
     compared = [one for one in drifted if one.compared]
     if not labelled and not compared:
@@ -75,10 +75,10 @@ def fixed(probed: Sequence[Probed], drifted: Sequence[Drifted]) -> bool | None:
 
 
 def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Probed]:
-    """The determinism probe: the clean answer of each image that was sent again, and its repetitions.
+    """Return the outcome of the determinism probe: the clean answer of each probed image against its repetitions.
 
     Args:
-        answers: by name, in the order of their first sending.
+        answers: by name, in the order of their first requests.
         class_map: from labels to classes, or None.
     """
     found = []
@@ -96,14 +96,14 @@ def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
 
 
 def _tied(answer: Answer, classes: Collection[str], class_map: Mapping[str, str] | None) -> bool:
-    """Whether an answer gives these classes scores that are equal up to rounding."""
+    """True if an answer gives these classes scores that are equal up to rounding."""
     scores = [one.score for one in answer.ranked if class_of((one,), class_map) in classes]
     known = [score for score in scores if score is not None]
     return len(known) == len(scores) >= len(classes) and max(known) - min(known) <= _ROUNDING * max(map(abs, known))
 
 
 def require_deterministic(probed: Sequence[Probed]) -> None:
-    """Refuse a service that gave other labels when it was queried again; differences at a tie do not count.
+    """Raise an error if repeated queries returned different labels; differences at a tie do not count.
 
     Raises:
         ContractError: names the image and the labels.
@@ -118,10 +118,10 @@ def require_deterministic(probed: Sequence[Probed]) -> None:
 
 
 def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Drifted]:
-    """The drift check: clean images at the end, the latest time they were asked about, beside their first answers."""
+    """Return the outcome of the drift check: the latest answers about clean images against their first."""
     found = []
-    for image, asked in _of_stage(answers, DRIFT).items():
-        clean, last = clean_answer(answers, image), asked[max(asked)]
+    for image, later in _of_stage(answers, DRIFT).items():
+        clean, last = clean_answer(answers, image), later[max(later)]
         before, after = (
             class_of(a.ranked, class_map) or NO_LABEL if a is not None and a.ranked else None for a in (clean, last)
         )
@@ -130,7 +130,7 @@ def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
 
 
 def _of_stage(answers: Mapping[str, Answer], stage: str) -> dict[str, dict[int, Answer]]:
-    """Answers of a stage by image and number."""
+    """Return the answers of a stage by image and number."""
     found: dict[str, dict[int, Answer]] = {}
     for name, answer in answers.items():
         image, there, number = parts_of(name)

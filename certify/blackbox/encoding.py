@@ -1,11 +1,12 @@
-"""A tensor to the picture that a service gets, and that to bytes: clipped, rounded to 8 bits, then PNG or JPEG.
+"""Convert tensors to the pictures that a service receives: clipped, rounded to 8 bits, then encoded as PNG or JPEG.
 
-What is certified is the service behind this step: a label is a function of the tensor, rounding included, so a
-certificate needs no extra term for it.
+This step belongs to the certified function: a label is a function of the tensor, rounding included, so a certificate
+needs no extra term for it.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 
@@ -24,24 +25,24 @@ _BEST, _USUAL = 100, 95  # JPEG qualities
 
 
 def to_pictures(images: Tensor) -> list[Picture]:
-    """Images ``(B, C, H, W)``, floating, meant for [0, 1], clipped to it and rounded to the nearest of 256 levels.
+    """Clip images ``(B, C, H, W)``, floating-point, to [0, 1] and round them to the nearest of 256 levels.
 
     Raises:
-        RunFault: a value that is no number, which no rounding makes a pixel.
+        RunFault: a value that is not finite, which has no nearest level.
     """
     if not bool(torch.isfinite(images).all()):
-        raise RunFault("an image to be sent has values that are not finite; nothing of it was sent")
+        raise RunFault("an image to be sent has values that are not finite; it was not sent")
     levels = (images.detach().clamp(0, 1) * _LEVELS).round().to(torch.uint8)
     return [Picture(one) for one in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 def to_tensor(picture: Picture) -> Tensor:
-    """The picture as ``(C, H, W)``, float32 in [0, 1]: what a service computes on if it divides pixels by 255."""
+    """Return a picture as ``(C, H, W)``, float32 in [0, 1]: the pixels divided by 255."""
     return torch.from_numpy(picture.pixels.transpose(2, 0, 1).astype(np.float32)) / _LEVELS
 
 
 def encode(picture: Picture, encoding: str = "png") -> bytes:
-    """The bytes of an image file.
+    """Return a picture as the bytes of an image file.
 
     Args:
         picture: to encode.
@@ -61,31 +62,36 @@ def encode(picture: Picture, encoding: str = "png") -> bytes:
     return out.getvalue()
 
 
-def seen(picture: Picture, encoding: str = "png") -> Picture:
-    """The picture after it was encoded and decoded again: itself for PNG."""
+def encode_base64(picture: Picture, encoding: str = "png") -> str:
+    """Return an image file of :func:`encode` in base64, as JSON carries it."""
+    return base64.b64encode(encode(picture, encoding)).decode()
+
+
+def round_trip(picture: Picture, encoding: str = "png") -> Picture:
+    """Return the picture as a service decodes it; with PNG the picture itself."""
     return from_bytes(encode(picture, encoding), picture.pixels.shape[2])
 
 
 def from_bytes(content: bytes, channels: int) -> Picture:
-    """An image file as a picture.
+    """Decode an image file.
 
     Raises:
-        ImageError: it cannot be read, or is larger than the limits of :mod:`certify.images.decode`.
+        ImageError: it cannot be decoded, or exceeds the limits of :mod:`certify.images.decode`.
     """
     pixels = np.array(decode(content, channels), dtype=np.uint8)
     return Picture(pixels.reshape(*pixels.shape[:2], channels))
 
 
 def media_type(encoding: str) -> str:
-    """Of HTTP's content type."""
+    """Return the HTTP content type of an encoding."""
     return f"image/{read_encoding(encoding)[0]}"
 
 
 def read_encoding(encoding: str) -> tuple[str, int]:
-    """``png`` or ``jpeg``, and the quality, which PNG ignores.
+    """Parse an encoding into ``png`` or ``jpeg``, and the quality, which PNG ignores.
 
     Raises:
-        UserError: neither.
+        UserError: another encoding.
     """
     found = re.fullmatch(r"(png)|(jpeg)(\d{1,3})?", str(encoding))
     quality = int(found[3] or _USUAL) if found else 0

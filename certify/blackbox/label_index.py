@@ -1,8 +1,9 @@
-"""What a service calls things -> class numbers: by first appearance, or through a class map.
+"""Number the labels of a service: by first appearance, or through a class map.
 
-Nobody says beforehand which labels a service knows. Votes are counted over whatever comes back: every label is a class,
-and certificates that hold for any number of classes hold for a number that grows. With a class map several labels may
-mean one class, and an answer without any of them is an outcome of its own: a trial that is nobody's vote.
+The labels that a service knows are not known beforehand. Votes are counted over the labels that it returns: every label
+is a class, and a certificate that holds for any number of classes holds for a number that grows. With a class map
+several labels may belong to one class, and an answer without any of them is a separate outcome: a trial that votes for
+no class.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from certify.models import labels
 from certify.types import FAILED
 
 OUTSIDE = -2
-"""The outcome of an answer in which no label is in the class map; negative, so that it is no class."""
+"""The outcome of an answer without a label in the class map; negative, so that it is not a class number."""
 
 
 def class_of(ranked: Ranked, class_map: Mapping[str, str] | None = None) -> str | None:
-    """The class that an answer votes for: its best label, or the best that is in the class map; None: nobody's vote."""
+    """Return the class that an answer votes for: its best label, or the best in the class map; None for no vote."""
     names = (one.label if class_map is None else class_map.get(one.label) for one in ranked)
     return next((name for name in names if name is not None), None)
 
 
-class Vocabulary:
-    """Names of classes and their numbers.
+class LabelIndex:
+    """Number the classes of a service in the order of their appearance.
 
     Args:
-        class_map: from the service's labels to classes; None: every label is a class of its own.
+        class_map: from the service's labels to classes; None if every label is a class.
     """
 
     def __init__(self, class_map: Mapping[str, str] | None = None) -> None:
@@ -44,11 +45,11 @@ class Vocabulary:
         return list(self._numbers)
 
     def number(self, name: str) -> int:
-        """The number of a class; a new one for a name that was not seen before."""
+        """Return the number of a class; a name that is new gets the next one."""
         return self._numbers.setdefault(name, len(self._numbers))
 
     def vote(self, ranked: Ranked) -> int:
-        """The number of :func:`class_of`: ``OUTSIDE`` where the class map knows no label, ``FAILED`` without labels."""
+        """Return the number of :func:`class_of`; ``OUTSIDE`` if the class map has none, ``FAILED`` without one."""
         name = class_of(ranked, self.class_map)
         if name is None:
             return OUTSIDE if ranked else FAILED
@@ -56,10 +57,10 @@ class Vocabulary:
 
 
 def read_class_map(path: str | Path) -> dict[str, str]:
-    """A class map: JSON ``{"label": "class"}``, or lines ``label,class``.
+    """Read a class map: JSON ``{"label": "class"}``, or lines ``label,class``.
 
     Raises:
-        UserError: unreadable, or not of that form.
+        UserError: it cannot be read, or has another form.
     """
     found = labels.read_class_map(path)
     if not found or not all(isinstance(v, str | int) for v in found.values()):

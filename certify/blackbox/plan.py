@@ -1,4 +1,4 @@
-"""An audit before anything is asked: what is audited, what it will cost, and the folder that it starts with."""
+"""Plan an audit before any query: what is audited, what it costs, and the folder that it starts with."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from certify.smoothing.procedures import samples
 from certify.types import Noise
 
 DRIFT_IMAGES = 20
-"""Clean images that are asked about once more at the end, at most; that much of the budget is kept for it."""
+"""Clean images that are queried again at the end, at most; that much of the budget is reserved for them."""
 
 CHUNK = 16
-"""Images whose clean answers are asked for together."""
+"""Images whose clean copies are queried together."""
 
 OWN, GIVEN = "service", "given"
-"""Where reference labels come from: the service's own clean answers, or the data."""
+"""Sources of reference labels: the service's answers to the clean images, or the data."""
 
 
 class Service:
-    """What stands at the end of the pipeline, for the record: a function that is reached by queries alone.
+    """Describe the last step of the pipeline for the record: a function that is reached by queries alone.
 
     Args:
         endpoint: its address, without credentials.
         protocol: name of the format.
-        options: of the format that shape votes.
+        options: of the format that affect the votes.
         encoding: of the pictures.
-        size: (C, H, W) that images are brought to, or None: as they are.
+        size: (C, H, W) to which images are resized; None leaves them as they are.
     """
 
-    num_classes = 0  # nobody says
+    num_classes = 0  # unknown
 
     def __init__(
         self,
@@ -65,11 +65,11 @@ class Service:
         self.probe_size = size
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Refused: queries go through the ledger."""
-        raise RuntimeError("a service is asked by queries, which a ledger records")
+        """Not supported: queries go through the ledger."""
+        raise RuntimeError("a service is queried through a client, which logs every request")
 
     def describe(self) -> dict[str, Any]:
-        """Everything that is known of the function."""
+        """Return everything that is known about the function."""
         return {
             "step": "service",
             "name": self.endpoint,
@@ -82,23 +82,23 @@ class Service:
 
 @dataclass(frozen=True)
 class Audit:
-    """What is to be done, before anything is asked.
+    """The inputs of an audit.
 
     Attributes:
-        folder: where it is left.
-        service: what is audited.
+        folder: of the results.
+        service: the audited service.
         images: as they are sent without noise.
-        settings: numbers of the run.
+        settings: of the run.
         noise: the smoothing distribution.
-        denoiser: ``forward(noisy, sigma)``, on ``device``, or None.
-        given: the reference label of each image by id; None: the service's own answers.
-        class_map: from its labels to classes, or None.
-        repeat_clean: how often one clean image is asked about again at the start.
         budget: requests, retries included.
-        concurrency: queries at a time.
-        about: what else ``audit.json`` says: manners, prices, the command. Nothing secret.
-        device: where noise is drawn and denoised.
-        trust_identity: resume although the folder cannot prove that the denoiser is still the same.
+        denoiser: ``forward(noisy, sigma)``, on ``device``, or None.
+        given: the reference label of each image by id; None takes the service's answers.
+        class_map: from the service's labels to classes, or None.
+        repeat_clean: repetitions of one clean image at the start.
+        concurrency: requests in flight at a time.
+        about: further keys of ``audit.json``, such as prices and limits; no secrets.
+        device: for noise and denoiser.
+        trust_identity: resume although the folder does not prove that the denoiser is still the same.
     """
 
     folder: Path
@@ -118,11 +118,11 @@ class Audit:
 
     @property
     def pipeline(self) -> Pipeline:
-        """Denoiser and service."""
+        """The denoiser and the service."""
         return Pipeline(self.service, self.denoiser, self.noise.scale).to(self.device)
 
     def check_denoiser(self) -> None:
-        """Check the denoiser on noisy copies of the first usable image, here and without a query.
+        """Check the denoiser on noisy copies of the first usable image, without a query.
 
         Raises:
             ContractError: it is not a fixed function of one image.
@@ -135,7 +135,7 @@ class Audit:
                 return
 
     def load(self, index: int) -> Tensor:
-        """The image as it is certified, on the device.
+        """Return the image as it is certified, on the device.
 
         Raises:
             ImageError: it cannot be used.
@@ -173,25 +173,25 @@ def _digest(given: Mapping[str, str] | None) -> str | None:
 
 
 def plan(audit: Audit, *, price: float | None = None, rate: float | None = None, attacks: int = 0) -> dict[str, Any]:
-    """What an audit costs at most, and what can come out of it.
+    """Return the largest cost of an audit and the largest radius it can certify.
 
     Args:
-        audit: what is to be done.
+        audit: the audit.
         price: of 1,000 requests, or None.
-        rate: requests a second that are allowed, or None.
-        attacks: queries of attacks, at most, which come last.
+        rate: requests per second at most, or None.
+        attacks: queries of attacks at most, which are sent last.
 
     Returns:
-        ``images``; ``queries`` by stage and ``most`` of them; ``budget`` and ``covers``, the images that it finishes
-        if each takes all its samples, and ``least``, the budget that finishes one; ``radius_cap``;
-        ``price_per_1000``, ``cost`` without retries and ``cost_most`` if they take up the budget; ``rate``,
-        ``concurrency`` and ``seconds`` at that rate, without retries; ``earliest``: samples that settle an image at
-        the least.
+        ``images``; ``queries`` by stage and ``most``, their sum; ``budget``; ``covers``, the number of images it
+        finishes if each takes all its samples; ``least``, the budget that finishes one image; ``radius_cap``;
+        ``price_per_1000``; ``cost`` without retries and ``cost_most`` if retries use up the budget; ``rate``;
+        ``concurrency``; ``seconds`` at that rate, without retries; ``earliest``, the smallest number of samples that
+        can settle an image.
     """
     procedure, count = audit.settings.procedure, len(audit.images)
     each, prospects = samples(procedure), procedure.prospects(audit.noise)
     beside = audit.repeat_clean + min(count, DRIFT_IMAGES)
-    clean = tuple(min(count, -(-k // CHUNK) * CHUNK) for k in range(1, count + 1))  # a chunk's come before its noise
+    clean = tuple(min(count, -(-k // CHUNK) * CHUNK) for k in range(1, count + 1))  # all of a chunk come first
     queries = {CLEAN: count, PROBE: audit.repeat_clean, **{k: count * n for k, n in procedure.stages.items()}}
     queries[DRIFT] = min(count, DRIFT_IMAGES)
     queries |= {"attacks": attacks} if attacks else {}
@@ -215,8 +215,8 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
     }
 
 
-def header_there(audit: Audit, header: RunHeader) -> RunHeader | None:
-    """The run file's header in the folder, which must mean the same; None where there is none yet.
+def existing_header(audit: Audit, header: RunHeader) -> RunHeader | None:
+    """Return the header of the folder's run file, which must have the same settings; None if there is no run file.
 
     Raises:
         UserError: the folder holds an audit with other settings.
@@ -230,17 +230,17 @@ def header_there(audit: Audit, header: RunHeader) -> RunHeader | None:
 
 
 def prepare(audit: Audit, header: RunHeader, planned: Mapping[str, Any]) -> tuple[RunHeader, dict[str, Any]]:
-    """Make the folder and write what is known beforehand into it, or go on with what is there.
+    """Create the audit's folder with an empty run file and ``audit.json``, or resume an existing one.
 
     Returns:
-        The run file's header, and what ``audit.json`` says.
+        The run file's header, and the contents of ``audit.json``.
 
     Raises:
         UserError: the folder holds an audit with other settings.
         ContractError: the denoiser is not a fixed function of one image; nothing is written.
         RunFault: it cannot be written.
     """
-    known = header_there(audit, header)
+    known = existing_header(audit, header)
     audit.check_denoiser()
     if known is not None:
         pipeline = known.pipeline if known.has("pipeline") else header.pipeline

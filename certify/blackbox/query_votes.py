@@ -1,8 +1,8 @@
-"""Noise jobs -> queries -> votes: the remote counterpart of :func:`certify.engine.monte_carlo.count_votes`.
+"""Sample votes by queries: the remote counterpart of :func:`certify.engine.monte_carlo.count_votes`.
 
-The noise is drawn by the same blocks as for a local classifier, so a service that computes what a local classifier
-computes gives the same votes. Between denoiser and service there is one more step, which belongs to what is certified:
-clipping and rounding to 8 bits. :class:`AsSent` puts that step in front of a local classifier.
+The noise is drawn in the same blocks as for a local classifier, so a service gives the same votes as a local classifier
+that computes the same function. Between denoiser and service there is one more step, which belongs to the certified
+function: clipping and rounding to 8 bits. :class:`AsSent` puts that step in front of a local classifier.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify.blackbox.encoding import seen, to_pictures, to_tensor
-from certify.blackbox.label_index import Vocabulary
+from certify.blackbox.encoding import round_trip, to_pictures, to_tensor
+from certify.blackbox.label_index import LabelIndex
 from certify.blackbox.types import Answer, Picture, Query
 from certify.engine.monte_carlo import Job, Tally, noisy_copies
 from certify.errors import RunFault
@@ -23,10 +23,10 @@ from certify.models.query_access import BudgetSpent
 from certify.types import BaseClassifier, Noise, Votes
 
 CLEAN, PROBE, DRIFT, SELECTION, ESTIMATION = "clean", "probe", "drift", "selection", "estimation"
-"""Stages: the service's own answer, the same again at once, the same again at the end; and the two of the noise."""
+"""Stages: the clean image, its repetitions at the start and at the end, and the two of the noisy copies."""
 
 TOGETHER = 32
-"""Copies that are denoised at once: always as many, so that rounding does not depend on how many there are."""
+"""Copies per batch of the denoiser: always as many, so that rounding does not depend on how many are left."""
 
 Ask = Callable[[Iterable[Query]], Iterator[Answer]]
 Purify = Callable[[Tensor], Tensor]
@@ -34,18 +34,18 @@ Show = Callable[[str, Picture, Picture], None]
 
 
 def query_name(image: str, stage: str, number: int | str) -> str:
-    """The name of a query, unique within an audit."""
+    """Return the name of a query, unique within an audit."""
     return f"{image} | {stage} | {number}"
 
 
 def parts_of(name: str) -> tuple[str, str, str]:
-    """Image, stage and number that a query's name says; empty where it says none."""
+    """Return image, stage and number of a query's name, each empty if the name has none."""
     image, stage, number = [*name.rsplit(" | ", 2), "", ""][:3]
     return image, stage, number
 
 
 def stage_of(name: str) -> str:
-    """The stage that a query's name says."""
+    """Return the stage of a query's name."""
     return parts_of(name)[1]
 
 
@@ -54,37 +54,38 @@ def label_remotely(
     *,
     ask: Ask,
     noise: Noise,
-    vocabulary: Vocabulary,
+    index: LabelIndex,
     purify: Purify | None = None,
     show: Show = lambda image, noisy, sent: None,
 ) -> Iterator[Tally]:
-    """Ask about the noisy copies of all jobs; their tallies, in the order of the jobs, with every label.
+    """Query the service on the noisy copies of all jobs; yield their tallies, with labels, in the order of the jobs.
 
-    When the budget is spent, what came of the job in work is handed out as a shorter tally before the error is raised:
-    an anytime-valid rule may use it.
+    When the budget is spent, the answers of the current job are yielded as a shorter tally before the error is raised,
+    because an anytime-valid rule may use them.
 
     Args:
-        jobs: with noise; pulled ahead of the answers. The tag is the image and the stage, which name the queries.
-        ask: within the budget, in order.
+        jobs: with noise; pulled ahead of the answers. The tag is image and stage, which name the queries.
+        ask: answers queries in order, within the budget.
         noise: the smoothing distribution.
-        vocabulary: grows with the answers.
-        purify: noisy copies ``(B, C, H, W)`` to what is sent, before clipping and rounding; None: the noisy ones.
-        show: called with image, first noisy copy and what was sent of it, once a stream.
+        index: numbers the labels; grows with the answers.
+        purify: maps noisy copies ``(B, C, H, W)`` to the images that are sent, before clipping and rounding; None sends
+            the noisy copies.
+        show: called once per stream with the image's id, its first noisy copy, and that copy as sent.
 
     Raises:
         BudgetSpent: the budget does not cover the next query.
-        RunFault: a draw of the noise failed, which no query can stand for.
+        RunFault: a draw of the noise failed, which no query can represent.
     """
-    due: deque[Job] = deque()
+    pending: deque[Job] = deque()
 
-    def noted() -> Iterator[Job]:
+    def started() -> Iterator[Job]:
         for job in jobs:
-            due.append(job)
+            pending.append(job)
             yield job
 
     def queries() -> Iterator[Query]:
-        at: dict[bytes, int] = {}  # samples of each stream so far
-        for job, noisy, failed in noisy_copies(noted(), noise):
+        numbers: dict[bytes, int] = {}  # samples of each stream so far
+        for job, noisy, failed in noisy_copies(started(), noise):
             assert job.key is not None
             image, stage = job.tag
             if failed is not None and bool(failed.any()):
@@ -92,11 +93,11 @@ def label_remotely(
                     f"image {image}: a draw of the noise failed (less than once in 1e9 images); pass a --seed"
                 )
             for part in noisy.split(TOGETHER):
-                for i, picture in enumerate(to_pictures(_whole(part, purify))):
-                    number = at.setdefault(job.key, job.start)
+                for i, picture in enumerate(to_pictures(_purified(part, purify))):
+                    number = numbers.setdefault(job.key, job.start)
                     if number == 0:
                         show(image, to_pictures(part[i : i + 1])[0], picture)
-                    at[job.key] = number + 1
+                    numbers[job.key] = number + 1
                     yield Query(query_name(image, stage, number), picture)
 
     answers = ask(queries())
@@ -110,15 +111,15 @@ def label_remotely(
             if labels:
                 yield _tally(labels)
             raise
-        labels.append(vocabulary.vote(answer.ranked))
-        if len(labels) == due[0].trials:
-            due.popleft()
+        labels.append(index.vote(answer.ranked))
+        if len(labels) == pending[0].trials:
+            pending.popleft()
             yield _tally(labels)
             labels = []
 
 
-def _whole(part: Tensor, purify: Purify | None) -> Tensor:
-    """What is sent of these copies, purified in batches of one size."""
+def _purified(part: Tensor, purify: Purify | None) -> Tensor:
+    """Purify copies in batches of one size."""
     if purify is None:
         return part
     filled = torch.cat([part, part[-1:].expand(TOGETHER - len(part), -1, -1, -1)]) if len(part) < TOGETHER else part
@@ -131,14 +132,14 @@ def _tally(labels: list[int]) -> Tally:
 
 
 def votes_of(labels: Iterable[int]) -> Votes:
-    """The votes that labels are; those below 0 are trials for nobody."""
+    """Count labels as votes; negative ones are trials that vote for no class."""
     found = torch.tensor(list(labels), dtype=torch.int64)
     counts = torch.bincount(found[found >= 0])
     return Votes(tuple(counts.tolist()), int((found < 0).sum()))
 
 
 class AsSent:
-    """A local classifier as a service meets it: behind clipping, rounding to 8 bits, and the encoding.
+    """A local classifier behind the steps before a service: clipping, rounding to 8 bits, and the encoding.
 
     A local run of it and an audit of a service that computes the same function give the same votes on the same noise.
 
@@ -157,9 +158,9 @@ class AsSent:
         """Labels ``(B,)`` of images ``(B, C, H, W)``."""
         pictures = to_pictures(images)
         if self.encoding != "png":
-            pictures = [seen(picture, self.encoding) for picture in pictures]
+            pictures = [round_trip(picture, self.encoding) for picture in pictures]
         return self.classifier(torch.stack([to_tensor(picture) for picture in pictures]).to(images.device))
 
     def describe(self) -> dict[str, Any]:
-        """The classifier, and how it is reached."""
+        """Return the classifier's description, and the encoding."""
         return {**self.classifier.describe(), "picture": {"bits": 8, "encoding": self.encoding}}

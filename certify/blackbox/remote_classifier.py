@@ -1,6 +1,6 @@
-"""A service as a classifier among defences: what an attack by queries meets, every query in the ledger.
+"""Present a service as a classifier to attacks by queries; every query is logged.
 
-The classes are closed here, as attacks want them: those that are known when it begins, and one more for anything else.
+Attacks need a fixed set of classes: those known at the start, and one more for any other label.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from certify.models.classifier import InputSpec
 from certify.models.query_access import BudgetSpent
 from certify.types import FAILED
 
-_NOTHING = 1e-12  # score of a class that is not in the answer
+_ABSENT = 1e-12  # score of a class that is not in the answer
 
 
 class LedgerBudgetSpent(BaseException):
-    """The audit's budget is spent. No exception that an attack may take for the end of its own budget."""
+    """The audit's budget is spent. Not an ``Exception``, so that no attack takes it for the end of its own budget."""
 
 
 class ServiceSilent(BaseException):
-    """The service does not answer, or turns the key down: nothing about the image or the attack, as above."""
+    """The service does not answer or refuses the key; not an ``Exception`` for the same reason."""
 
 
 class RemoteClassifier:
-    """Labels and scores of a service; in a :class:`certify.models.defence.Defence` it stands for a frozen classifier.
+    """Labels and scores of a service; takes the place of the classifier in :class:`certify.models.defence.Defence`.
 
     Args:
-        ask: within the budget.
+        ask: answers queries within the budget.
         classes: by number; number ``len(classes)`` is any other label.
         size: (C, H, W) of the images.
-        describe: of the service.
-        class_map: from labels to classes; labels outside of it count only where an answer has no others.
-        scored: whether answers have scores.
+        describe: returns the service's description.
+        class_map: from labels to classes; labels outside it count only if an answer has no others.
+        scored: True if answers have scores.
     """
 
     one_by_one = True
-    """Each image is a query of its own; whether the answers agree was found out by the audit's probe."""
+    """Each image is a query of its own; the audit's probe checks that the service is deterministic."""
 
     def __init__(
         self,
@@ -65,34 +65,34 @@ class RemoteClassifier:
         self.input = InputSpec(size)
         self.probe_size = size
         self.stream: tuple[str, str] | None = None
-        """Image and stage that name the next queries; None: they are named by their pictures."""
+        """Image and stage that name the next queries; None names them by their pictures."""
         self._number = 0
 
     def begin(self, image: str, stage: str) -> None:
-        """Name the queries from here on: image, stage, and a number from 0."""
+        """Name the following queries by image, stage, and a number from 0."""
         self.stream, self._number = (image, stage), 0
 
     def end(self) -> None:
-        """Name queries by their pictures: who asks about the same one again gets the same answer, and pays once."""
+        """Name queries by their pictures, so that the same picture is paid for once."""
         self.stream = None
 
     def identity(self) -> str:
-        """What tells it from another."""
+        """Return a name that distinguishes the service from others."""
         return self.name
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Labels ``(B,)`` of images ``(B, C, H, W)``."""
+        """Return labels ``(B,)`` of images ``(B, C, H, W)``."""
         labels = [self._label(answer.ranked) for answer in self._answers(images)]
         return torch.tensor(labels, dtype=torch.int64, device=images.device)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logarithms of scores ``(B, K)``, NaN where a query failed.
+        """Return the logarithms of scores ``(B, K)``, NaN where a query failed.
 
         Raises:
-            UserError: the service gives labels only.
+            UserError: the service returns labels without scores.
         """
         if not self._scored:
-            raise UserError(f"{self.name} gives labels without scores; expected an attack that needs labels alone")
+            raise UserError(f"{self.name} returns labels without scores; expected an attack that needs labels alone")
         rows = [self._weights(answer.ranked) for answer in self._answers(images)]
         return torch.tensor(rows, dtype=torch.float64, device=images.device).log()
 
@@ -108,12 +108,12 @@ class RemoteClassifier:
     def _weights(self, ranked: Ranked) -> list[float]:
         if not ranked:
             return [float("nan")] * self.num_classes
-        weights = [_NOTHING] * self.num_classes
+        weights = [_ABSENT] * self.num_classes
         for one in ranked:
             c = self._class(one.label)
-            weights[c] = max(weights[c], one.score or _NOTHING)
+            weights[c] = max(weights[c], one.score or _ABSENT)
         if self._class_map is not None:
-            weights[-1] = _NOTHING if self._label(ranked) < len(self._numbers) else 1.0
+            weights[-1] = _ABSENT if self._label(ranked) < len(self._numbers) else 1.0
         return weights
 
     def _answers(self, images: Tensor) -> list[Answer]:

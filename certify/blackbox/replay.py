@@ -1,7 +1,7 @@
-"""An audit's certificates again, from what is in its folder: the ledger's answers, and the settings beside them.
+"""Recompute the certificates of an audit from its folder: the answers in the ledger and the recorded settings.
 
-Which images, which labels are right and what the numbers of the run are stands in ``audit.json`` and in the run file's
-header; every vote comes from the ledger. No data, no model, no service.
+Images, reference labels and settings are in ``audit.json`` and in the run file's header; every vote comes from the
+ledger. No data, no model, no service.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from certify.blackbox.answer_rows import rows_of
-from certify.blackbox.label_index import Vocabulary
+from certify.blackbox.label_index import LabelIndex
 from certify.blackbox.ledger_contents import read_ledger
 from certify.blackbox.results import ABOUT, LEDGER, RUN, read_about
 from certify.blackbox.types import Answer
@@ -28,11 +28,12 @@ _LOG = logging.getLogger("certify")
 
 @dataclass(frozen=True)
 class Replayed:
-    """What the answers in a folder say.
+    """The certificates that follow from the answers in a folder.
 
     Attributes:
         run: the certificates, with the path of the run file that they were compared with.
-        differing: images whose certificate there is another one; of a replay at the run's own alpha and bound.
+        differing: ids of images whose certificate in the run file differs; compared at the run's own alpha and bound
+            only.
     """
 
     run: Run
@@ -48,21 +49,21 @@ def replay(
     command: str = "",
     warn: Callable[[str], None] = _LOG.warning,
 ) -> Replayed:
-    """The certificates of an audit's folder, from its ledger, ``audit.json`` and the run file's header.
+    """Recompute the certificates of an audit from its ledger, ``audit.json`` and the run file's header.
 
-    At another alpha an image that stopped by itself is settled with the samples that are there, or is undecided.
+    At another alpha an image with early stopping is settled by the samples that it has, or undecided.
 
     Args:
         folder: of the audit.
-        alpha: probability of error for each image; None keeps it.
-        bound: name of a bound; None keeps it.
-        answers: by name, where they were read already.
-        command: for the record.
-        warn: called with a sentence where the run file cannot prove that all its answers are one denoiser's.
+        alpha: failure probability per image; None keeps the audit's.
+        bound: name of a bound; None keeps the audit's.
+        answers: by name, if they were read already.
+        command: for the header.
+        warn: called with a sentence if the run file does not prove that one denoiser was used throughout.
 
     Raises:
         UserError: no such folder, a damaged file, a run file and an ``audit.json`` of different denoisers, or a bound
-            that the way the votes came about does not support.
+            that is invalid for the way the votes were sampled.
     """
     folder = Path(folder)
     about = read_about(folder)
@@ -81,7 +82,7 @@ def replay(
         warn(f"{there.path}: {doubt}")
     if answers is None:
         answers = read_ledger(folder / LEDGER).answers
-    rows = rows_of(header, about["images"], answers, Vocabulary(about.get("class_map")))
+    rows = rows_of(header, about["images"], answers, LabelIndex(about.get("class_map")))
     before, now = ({row.id: row for row in some} for some in (there.images, rows))
     differing = [i for i in before | now if same and not _equal(before.get(i), now.get(i))]
     return Replayed(Run(there.path, header, rows), tuple(differing))
@@ -99,7 +100,7 @@ def _equal(before: ImageRow | None, now: ImageRow | None) -> bool:
 
 
 def _derived(row: ImageRow) -> tuple[float | None, ...]:
-    """Numbers that follow from the votes: versions may round them differently, by less than a millionth."""
+    """Numbers that follow from the votes; versions may round them differently, by less than one millionth."""
     return row.radius, row.p_lower, row.p_other, row.p_value
 
 

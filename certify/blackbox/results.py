@@ -1,4 +1,4 @@
-"""What an audit leaves in its folder, made from its answers alone: run file and ``audit.json``."""
+"""Write the results of an audit, run file and ``audit.json``, from its answers alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from certify.blackbox.answer_rows import clean_answer, rows_of
 from certify.blackbox.determinism import drifts, fixed, probes
-from certify.blackbox.label_index import Vocabulary, class_of
+from certify.blackbox.label_index import LabelIndex, class_of
 from certify.blackbox.query_votes import stage_of
 from certify.blackbox.types import Answer
 from certify.errors import RunFault, UserError
@@ -24,10 +24,10 @@ from certify.runs.run_file import now, write_run
 from certify.runs.schema import AMOUNT, COUNT, OBJECT, TEXT, Record, fault, parse_object, record
 
 RUN, ABOUT, LEDGER = "run.jsonl", "audit.json", "ledger.jsonl"
-"""What an audit's folder holds, beside pictures and the report."""
+"""Files in an audit's folder, beside the pictures and the report."""
 
 RUNNING, FINISHED, SPENT, STOPPED = "running", "finished", "budget spent", "stopped"
-"""How far an audit came: under way (or killed), and how it ended."""
+"""Status of an audit: running (or killed), or how it ended."""
 
 _IMAGE = record(
     "an object with an id",
@@ -55,14 +55,14 @@ _ABOUT = {
         },
     ),
 }
-"""Keys of ``audit.json`` that are used again; each may be missing."""
+"""Keys of ``audit.json`` that are read; each may be missing."""
 
 
 def read_about(folder: Path) -> dict[str, Any]:
     """Read the ``audit.json`` of an audit's folder.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: it is missing or damaged.
     """
     path = folder / ABOUT
     try:
@@ -85,22 +85,22 @@ def conclude(
     reason: str = "",
     sent: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Write run file and ``audit.json`` from what was answered; the latter is returned.
+    """Write run file and ``audit.json`` from the answers, and return the latter.
 
     Args:
         folder: of the audit.
         header: of the run file.
         about: of :func:`~certify.blackbox.plan.prepare`.
         answers: by name.
-        status: how it ended.
-        reason: why, where that needs words.
-        sent: requests and queries that went out, those without an answer yet included; None: those of the answers.
+        status: how the audit ended.
+        reason: why, if there is more to say.
+        sent: requests and queries that were sent, those without an answer yet included; None counts the answers.
 
     Raises:
         RunFault: they cannot be written.
     """
-    vocabulary = Vocabulary(about["class_map"])
-    rows = rows_of(header, about["images"], answers, vocabulary)
+    index = LabelIndex(about["class_map"])
+    rows = rows_of(header, about["images"], answers, index)
     write_rows(folder, header, rows)
     price = about["plan"]["price_per_1000"]
     probed, drifted = probes(answers, about["class_map"]), drifts(answers, about["class_map"])
@@ -110,7 +110,7 @@ def conclude(
         "finished": now(),
         "status": status,
         "reason": reason,
-        "vocabulary": vocabulary.names,
+        "vocabulary": index.names,
         "images": [{**image, **_reference(image, answers, about["class_map"])} for image in about["images"]],
         "fixed_function": fixed(probed, drifted),
         "determinism": [dataclasses.asdict(one) for one in probed],
@@ -129,7 +129,7 @@ def conclude(
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Of the time that answers took."""
+    """Return quantiles of the response times."""
     if not seconds:
         return {}
     return {name: float(np.quantile(seconds, q)) for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
@@ -150,7 +150,7 @@ def _reference(
 
 
 def write_rows(folder: Path, header: RunHeader, rows: Sequence[ImageRow]) -> None:
-    """Write the run file anew.
+    """Write the run file, replacing an earlier one.
 
     Raises:
         RunFault: it cannot be written.
@@ -161,18 +161,16 @@ def write_rows(folder: Path, header: RunHeader, rows: Sequence[ImageRow]) -> Non
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Makes the folder of what is written in the block; a full disk is a fault that says what is kept."""
+    """Make the folder of a file that the block writes; an error such as a full disk is a ``RunFault``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield path
     except OSError as error:
-        raise RunFault(
-            f"could not write {path}: {error.strerror}; what was asked before is kept in the ledger"
-        ) from None
+        raise RunFault(f"could not write {path}: {error.strerror}; all answers so far are kept in the ledger") from None
 
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write ``audit.json`` anew, whole or not at all.
+    """Write ``audit.json`` atomically, replacing an earlier one.
 
     Raises:
         RunFault: it cannot be written.

@@ -260,10 +260,10 @@ def _plan_audit(request: AuditRequest, spec: ServiceSpec) -> tuple[Audit, Mappin
 def _check_folder(job: Audit, request: AuditRequest, show: Callable[[str], None]) -> None:
     """For a dry run: refuse a folder that belongs to another audit, and show what was spent in it."""
     from certify.blackbox.ledger_contents import read_ledger
-    from certify.blackbox.plan import header_there, make_header
+    from certify.blackbox.plan import existing_header, make_header
     from certify.blackbox.results import LEDGER
 
-    header_there(job, make_header(job, data=str(request.images.data), denoiser=request.noise.denoiser, command=""))
+    existing_header(job, make_header(job, data=str(request.images.data), denoiser=request.noise.denoiser, command=""))
     job.check_denoiser()
     if (job.folder / LEDGER).exists():
         spent = read_ledger(job.folder / LEDGER).spent
@@ -312,7 +312,7 @@ def _run(
 ) -> Mapping[str, Any]:
     """Run the audit with a progress bar and warnings."""
     from certify.blackbox.audit import run_audit
-    from certify.blackbox.audit_loop import Patient
+    from certify.blackbox.audit_loop import AuditClient
     from certify.blackbox.client.credentials import redactor_for
     from certify.blackbox.determinism import probes
 
@@ -326,7 +326,7 @@ def _run(
             attack_service(
                 request.attacks,
                 job,
-                Patient(client),
+                AuditClient(client),
                 answers,
                 data=str(request.images.data),
                 seed=request.noise.seed,

@@ -137,10 +137,10 @@ def attack_service(
 def _target(job: Audit, client: Client, answers: Mapping[str, Answer]) -> tuple[RemoteClassifier, ImageSet]:
     """Return the service as a classifier of the classes it has returned, and the images labelled with one of them."""
     from certify.blackbox.answer_rows import clean_answer
-    from certify.blackbox.label_index import Vocabulary
+    from certify.blackbox.label_index import LabelIndex
     from certify.blackbox.remote_classifier import RemoteClassifier
 
-    vocabulary = Vocabulary(job.class_map)
+    vocabulary = LabelIndex(job.class_map)
     kept, labels, scored = [], [], True
     sizes: set[tuple[int, ...]] = set()
     for index, item in enumerate(job.images.items):

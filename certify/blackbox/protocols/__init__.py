@@ -1,4 +1,4 @@
-"""How services are asked and how they answer, by name: one protocol a file, each a pair of pure functions.
+"""Wire formats of services, by name: one file each, with a pair of pure functions.
 
 ``FORMATS.get(NAME)(**options)`` is a :class:`~certify.blackbox.types.Format`. Listing the names imports none of them.
 """
@@ -25,7 +25,7 @@ ENDPOINTS: Mapping[str, str] = {
     "google-vision": "https://vision.googleapis.com",
     "clarifai": "https://api.clarifai.com",
 }
-"""Where a service is, if it is in one place. Azure's URL has the name of the resource, AWS's the region."""
+"""URLs of services that have one address for everybody; Azure's contains the name of the resource, AWS's the region."""
 
 KEY_HEADERS: Mapping[str, str] = {
     "hugging-face": "Authorization: Bearer {key}",
@@ -33,5 +33,5 @@ KEY_HEADERS: Mapping[str, str] = {
     "azure-vision": "Ocp-Apim-Subscription-Key: {key}",
     "clarifai": "Authorization: Key {key}",
 }
-"""The header that carries the API key, as :func:`~certify.blackbox.client.credentials.read_credential` takes it. AWS
+"""The header that carries the API key, as :func:`~certify.blackbox.client.credentials.read_credential` expects it. AWS
 needs a signature instead."""

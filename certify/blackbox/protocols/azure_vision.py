@@ -1,4 +1,4 @@
-"""Azure AI Vision's Image Analysis 4.0, tags. The service wants images of at least 50 x 50 pixels.
+"""Azure AI Vision, Image Analysis 4.0: tags of images of at least 50 x 50 pixels.
 
 https://learn.microsoft.com/azure/ai-services/computer-vision/how-to/call-analyze-image-40
 """
@@ -15,15 +15,15 @@ API_VERSION = "2023-10-01"
 
 
 def azure_vision(*, language: str = "en", model_version: str = "latest", encoding: str = "png") -> Format:
-    """The format.
+    """Return the format.
 
     Args:
         language: of the tags.
-        model_version: ``latest``, or a date; a fixed one keeps the service from changing on the way.
-        encoding: ``png``, ``jpeg`` or ``jpegQ``.
+        model_version: ``latest``, or a date; a date keeps the service from changing during an audit.
+        encoding: of pictures: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
-        UserError: an option that cannot be used.
+        UserError: an invalid option.
     """
     read_encoding(encoding)
     query = urlencode(
@@ -39,9 +39,9 @@ def azure_vision(*, language: str = "en", model_version: str = "latest", encodin
 
 
 def read_answer(reply: Reply) -> Ranked:
-    """The tags of an answer.
+    """Return the tags of a reply.
 
     Raises:
-        BadReply: there are none.
+        BadReply: it has none.
     """
     return ranked_entries(at(read_json(reply), "tagsResult", "values"), "name", "confidence")

@@ -1,15 +1,14 @@
-"""Google Cloud Vision's label detection.
+"""Google Cloud Vision, label detection.
 
 https://docs.cloud.google.com/vision/docs/reference/rest/v1/images/annotate
 """
 
 from __future__ import annotations
 
-import base64
 import json
 
-from certify.blackbox.encoding import encode, read_encoding
-from certify.blackbox.protocols.parsing import at, ranked_entries, read_json, safe_text
+from certify.blackbox.encoding import encode_base64, read_encoding
+from certify.blackbox.protocols.parsing import at, json_request, ranked_entries, read_json, safe_text
 from certify.blackbox.types import BadReply, Busy, Format, Picture, Ranked, Reply, Request
 from certify.errors import UserError
 
@@ -17,14 +16,14 @@ _AGAIN = (4, 8, 13, 14)  # google.rpc.Code: DEADLINE_EXCEEDED, RESOURCE_EXHAUSTE
 
 
 def google_vision(*, max_labels: int = 10, encoding: str = "png") -> Format:
-    """The format.
+    """Return the format.
 
     Args:
-        max_labels: at most so many labels.
-        encoding: ``png``, ``jpeg`` or ``jpegQ``.
+        max_labels: labels per reply at most, from 1.
+        encoding: of pictures: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
-        UserError: an option that cannot be used.
+        UserError: an invalid option.
     """
     read_encoding(encoding)
     if max_labels < 1:
@@ -32,21 +31,20 @@ def google_vision(*, max_labels: int = 10, encoding: str = "png") -> Format:
 
     def request(picture: Picture) -> Request:
         one = {
-            "image": {"content": base64.b64encode(encode(picture, encoding)).decode()},
+            "image": {"content": encode_base64(picture, encoding)},
             "features": [{"type": "LABEL_DETECTION", "maxResults": max_labels}],
         }
-        body = json.dumps({"requests": [one]}).encode()
-        return Request(body, "v1/images:annotate", headers={"Content-Type": "application/json"})
+        return json_request("v1/images:annotate", {"requests": [one]})
 
     return Format("google-vision", request, read_answer, {"max_labels": max_labels, "encoding": encoding})
 
 
 def read_answer(reply: Reply) -> Ranked:
-    """The labels of an answer.
+    """Return the labels of a reply.
 
     Raises:
-        BadReply: there are none; an image that the service could not use is named in a reply of status 200.
-        Busy: the service could not just now.
+        BadReply: it has none; a picture that the service could not use also gives a reply of status 200.
+        Busy: the service is temporarily unavailable.
     """
     one = at(read_json(reply), "responses", 0)
     if isinstance(one, dict) and "error" in one:

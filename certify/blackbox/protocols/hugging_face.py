@@ -1,7 +1,7 @@
-"""Hugging Face's image classification: the bytes of an image in, a list of label and score out.
+"""Hugging Face image classification: an image file in, a list of labels and scores out.
 
-https://huggingface.co/docs/inference-providers/tasks/image-classification; Inference Endpoints answer the same at their
-own URL.
+https://huggingface.co/docs/inference-providers/tasks/image-classification; Inference Endpoints use the same format at
+their own URLs.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from certify.blackbox.types import Format, Picture, Ranked, Reply, Request
 
 
 def hugging_face(*, model: str = "", encoding: str = "png") -> Format:
-    """The format.
+    """Return the format.
 
     Args:
-        model: such as ``google/vit-base-patch16-224``; empty where the endpoint's URL is the model's.
-        encoding: ``png``, ``jpeg`` or ``jpegQ``.
+        model: such as ``google/vit-base-patch16-224``; empty if the endpoint's URL is that of a model.
+        encoding: of pictures: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
-        UserError: an option that cannot be used.
+        UserError: an invalid option.
     """
     kind = media_type(encoding)
     path = f"models/{in_path(model)}" if model else ""
@@ -31,12 +31,12 @@ def hugging_face(*, model: str = "", encoding: str = "png") -> Format:
 
 
 def read_answer(reply: Reply) -> Ranked:
-    """The labels of an answer.
+    """Return the labels of a reply.
 
     Raises:
-        BadReply: there are none.
+        BadReply: it has none.
     """
     body = read_json(reply)
     if isinstance(body, list) and len(body) == 1 and isinstance(body[0], list):
-        body = body[0]  # some servers answer a list for each image
+        body = body[0]  # some servers return a list for each image
     return ranked_entries(body, "label", "score")

@@ -1,6 +1,6 @@
-"""Replies to labels, for every protocol: status, JSON, the way down to a field, the ranking.
+"""Parse replies into labels, for every protocol: status, JSON, fields, ranking; and build JSON requests.
 
-A reply is written by a stranger. Whatever is wrong with it becomes ``BadReply`` with one line that says what.
+Replies are untrusted. Anything wrong with one becomes a ``BadReply`` with a one-line reason.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-from certify.blackbox.types import MAX_REPLY_BYTES, BadReply, Ranked, Reply, Scored
+from certify.blackbox.types import MAX_REPLY_BYTES, BadReply, Ranked, Reply, Request, Scored
 from certify.errors import UserError
 
 _LONGEST_LABEL = 1000
@@ -23,20 +23,20 @@ _MESSAGES = (*_ERRORS, "description", "details", "title", "text", "status", "__t
 
 
 def read_json(reply: Reply) -> Any:
-    """What a reply's JSON says.
+    """Parse the JSON of a reply.
 
     Raises:
-        BadReply: an error status, too long, or no JSON.
+        BadReply: an error status, too long a body, or not JSON.
     """
     check_status(reply)
     return parse(reply.body)
 
 
 def check_status(reply: Reply) -> None:
-    """Refuse what is not an answer.
+    """Raise an error unless a reply is an answer.
 
     Raises:
-        BadReply: a status outside 200 to 299, with what the service says about it; or a body too long to read.
+        BadReply: a status outside 200 to 299, with the service's message; or too long a body.
     """
     if len(reply.body) > MAX_REPLY_BYTES:
         raise BadReply(f"HTTP {reply.status}: a reply of {len(reply.body):,} bytes; the limit is {MAX_REPLY_BYTES:,}")
@@ -46,16 +46,16 @@ def check_status(reply: Reply) -> None:
 
 
 def parse(body: bytes) -> Any:
-    """JSON in UTF-8, without the NaN and Infinity that Python would accept.
+    """Parse JSON in UTF-8, without the NaN and Infinity that Python would accept.
 
     Raises:
-        BadReply: anything else, nested too deeply included.
+        BadReply: anything else, too deeply nested JSON included.
     """
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_no_number)
     except RecursionError:
         raise BadReply("JSON nested too deeply") from None
-    except ValueError:  # also bytes that are not UTF-8, and whole numbers of thousands of digits
+    except ValueError:  # also bytes that are not UTF-8, and integers of thousands of digits
         begins = safe_text(body)[:40]
         raise BadReply(f"not JSON: begins {begins!r}" if begins else "not JSON: nothing in it") from None
 
@@ -65,7 +65,7 @@ def _no_number(text: str) -> NoReturn:
 
 
 def safe_text(body: bytes) -> str:
-    """What an error reply says, in one short line without markup or anything that looks like a key."""
+    """Return the message of an error reply, in one short line without markup or anything that looks like a key."""
     text = ""
     try:
         text = _message(json.loads(body.decode("utf-8")), 4)
@@ -77,14 +77,14 @@ def safe_text(body: bytes) -> str:
 
 
 def _short(text: str) -> str:
-    """One line of printable text. A service may repeat the key that it refuses: long runs that are no words go."""
+    """Return one line of printable text, without long runs of characters: a service may repeat the key it refuses."""
     text = "".join(c if c.isprintable() else " " for c in text[:5000])
     text = re.sub(r"[^\s\"'`,;()<>]{20,}", lambda run: run[0] if _WORDS.fullmatch(run[0]) else "[...]", text)
     return " ".join(text.split())[:_LONGEST_MESSAGE]
 
 
 def _message(value: Any, depth: int, names: Sequence[str] = _MESSAGES) -> str:
-    """The first text under a name that errors use, a few levels down."""
+    """Return the first text under a name that errors use, up to a few levels deep."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -96,7 +96,7 @@ def _message(value: Any, depth: int, names: Sequence[str] = _MESSAGES) -> str:
 
 
 def quoting(why: str, body: bytes) -> str:
-    """Add to why a reply holds no label what it says instead: its error, or the names in its object."""
+    """Append to a reason the reply's error message, or else the names in its object."""
     try:
         found = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -109,11 +109,16 @@ def quoting(why: str, body: bytes) -> str:
     return f"{why}, which holds {names}" if names else why
 
 
+def json_request(path: str, value: Any) -> Request:
+    """Return a request with a JSON body."""
+    return Request(json.dumps(value).encode(), path, headers={"Content-Type": "application/json"})
+
+
 def at(value: Any, *path: str | int) -> Any:
-    """What lies at a path of keys and indices.
+    """Return the value at a path of keys and indices.
 
     Raises:
-        BadReply: it is not there.
+        BadReply: the path does not exist.
     """
     for n, step in enumerate(path):
         inside = (isinstance(step, str) and isinstance(value, dict) and step in value) or (
@@ -126,7 +131,7 @@ def at(value: Any, *path: str | int) -> Any:
 
 
 def number(value: Any) -> float:
-    """A score.
+    """Return a score as a float.
 
     Raises:
         BadReply: not a number, or not a finite one.
@@ -140,10 +145,10 @@ def number(value: Any) -> float:
 
 
 def label(value: Any) -> str:
-    """A label: a name, or the number of a class.
+    """Return a label: a name, or the number of a class.
 
     Raises:
-        BadReply: neither, an empty name, one far too long, or one that is no Unicode text.
+        BadReply: neither, or a name that is empty, far too long or not valid Unicode.
     """
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else value
     if not isinstance(text, str) or not text.strip() or len(text) > _LONGEST_LABEL:
@@ -151,7 +156,7 @@ def label(value: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadReply("a label that is no Unicode text (half of a surrogate pair)") from None
+        raise BadReply("a label that is not valid Unicode (half of a surrogate pair)") from None
     return text
 
 
@@ -162,19 +167,19 @@ def _shown(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
-    return "an enormous whole number"
+    return "an enormous integer"
 
 
 def ranked(labels: Sequence[Any], scores: Sequence[Any] | None = None, percent: bool = False) -> Ranked:
-    """Labels best first, each once: by score where there are scores, else in the order given.
+    """Return labels best first, without duplicates: by score if there are scores, else in the order given.
 
     Args:
         labels: names or class numbers.
-        scores: one for each; equal ones keep the order given.
-        percent: whether scores are percentages, to be divided by 100.
+        scores: one per label; equal ones keep the order given.
+        percent: True if scores are percentages, to be divided by 100.
 
     Raises:
-        BadReply: no labels, or something else among labels or scores.
+        BadReply: no labels, or an invalid label or score.
     """
     if not labels:
         raise BadReply("an answer without labels")
@@ -195,16 +200,16 @@ def _each_once(found: Iterable[Scored]) -> Ranked:
 
 
 def ranked_entries(entries: Any, name: str, score: str, percent: bool = False) -> Ranked:
-    """The same from a list of objects, as most services answer.
+    """Return ranked labels from a list of objects, as most services return them.
 
     Args:
         entries: the list.
-        name: the key of the label.
-        score: the key of the score.
+        name: key of the label.
+        score: key of the score.
         percent: as in :func:`ranked`.
 
     Raises:
-        BadReply: no such list, or as :func:`ranked`.
+        BadReply: not such a list, or an error of :func:`ranked`.
     """
     if not isinstance(entries, list):
         raise BadReply(f"{_shown(entries)} where a list of labels was expected")
@@ -212,15 +217,15 @@ def ranked_entries(entries: Any, name: str, score: str, percent: bool = False) -
 
 
 def class_scores(scores: Sequence[Any], names: Any = None, percent: bool = False) -> Ranked:
-    """Scores of all classes to a ranking.
+    """Rank the classes by their scores.
 
     Args:
-        scores: one a class.
-        names: a name for each class, or None: then labels are class numbers from 0.
+        scores: one per class.
+        names: one per class; None labels classes by their numbers from 0.
         percent: as in :func:`ranked`.
 
     Raises:
-        BadReply: fewer than two classes, names that do not fit, or no finite numbers.
+        BadReply: fewer than two classes, names that do not match, or scores that are not finite.
     """
     if len(scores) < 2:
         raise BadReply("a single score: neither a label nor the scores of two classes")
@@ -230,10 +235,10 @@ def class_scores(scores: Sequence[Any], names: Any = None, percent: bool = False
 
 
 def flat(value: Any) -> list[Any]:
-    """The elements of nested lists, row by row; a lone value as a list of one.
+    """Flatten nested lists, row by row; a single value becomes a list of one.
 
     Raises:
-        BadReply: lists and values side by side.
+        BadReply: a list mixes lists and values.
     """
     found = value if isinstance(value, list) else [value]
     while found and isinstance(found[0], list):
@@ -246,7 +251,7 @@ def flat(value: Any) -> list[Any]:
 
 
 def one_of(option: str, value: Any, choices: Sequence[str]) -> str:
-    """An option of a protocol that has few values.
+    """Check an option with a few possible values.
 
     Raises:
         UserError: another value.
@@ -257,10 +262,10 @@ def one_of(option: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def in_path(value: Any) -> str:
-    """A name as part of a URL's path; slashes stay, as model names have them."""
+    """Return a name as part of a URL's path; slashes stay, since model names contain them."""
     return quote(str(value).strip("/"), safe="/-._~")
 
 
 def versioned(model: Any, version: Any) -> str:
-    """``models/NAME``, with the version where one is given; the protocols of servers agree on this."""
+    """Return ``models/NAME``, with ``/versions/VERSION`` if one is given, as several protocols have it."""
     return f"models/{in_path(model)}" + (f"/versions/{in_path(version)}" if str(version) else "")

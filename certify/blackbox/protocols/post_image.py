@@ -1,10 +1,9 @@
-"""Plain "POST an image, get JSON": the image as the body, a form's file or base64 in JSON; labels found by JMESPath."""
+"""Post an image, get JSON: the image as the body, as a file of a form or as base64 in JSON; labels by JMESPath."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +11,11 @@ from urllib.parse import urlsplit
 
 from certify.blackbox.client.credentials import secret_name
 from certify.blackbox.encoding import encode, media_type
-from certify.blackbox.protocols.parsing import class_scores, one_of, ranked, read_json
+from certify.blackbox.protocols.parsing import class_scores, json_request, one_of, ranked, read_json
 from certify.blackbox.types import BadReply, Format, Picture, Ranked, Reply, Request
 from certify.errors import UserError, first_line
 
-_WAYS = ("raw", "multipart", "base64")
+_ENCODINGS = ("raw", "multipart", "base64")
 
 
 def post_image(
@@ -29,24 +28,24 @@ def post_image(
     percent: bool = False,
     encoding: str = "png",
 ) -> Format:
-    """The format.
+    """Return the format.
 
     Args:
-        labels: JMESPath expression (jmespath.org) for the label, a text or a whole number, or a list of them, best
-            first; where empty, labels are the numbers of the scores.
-        scores: expression for as many scores; then they make the order.
+        labels: JMESPath expression (jmespath.org) for the label, a text or an integer, or for a list of them, best
+            first; if empty, the labels are the indices of the scores.
+        scores: expression for as many scores, which then determine the order.
         send: ``raw`` (the body is the image file), ``multipart`` (a form with one file) or ``base64`` (in JSON).
         key: of the file in the form, or of the base64 text in the JSON object.
-        path: below the endpoint's URL; like that, it is written down.
-        percent: whether scores are percentages.
-        encoding: ``png``, ``jpeg`` or ``jpegQ``.
+        path: appended to the endpoint's URL; stored in the ledger like it.
+        percent: True if scores are percentages.
+        encoding: of pictures: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
-        UserError: no expression, one that cannot be read, or another option that cannot be used.
+        UserError: no expression, one that cannot be parsed, or another invalid option.
     """
-    one_of("send", send, _WAYS)
+    one_of("send", send, _ENCODINGS)
     if not labels and not scores:
-        raise UserError("where is the label? give labels=EXPRESSION, in JMESPath, such as labels=predictions[0].name")
+        raise UserError("--protocol json needs --protocol-option labels=<JMESPath>, such as labels=predictions[0].name")
     if not re.fullmatch(r"[^\"\\\r\n]+", key):
         raise UserError(f"key {key!r}; expected a name without quotation marks, such as image")
     if (named := secret_name(urlsplit(path).query)) is not None:
@@ -62,8 +61,7 @@ def post_image(
             return Request(content, path, headers={"Content-Type": kind})
         if send == "multipart":
             return _form(content, path, key, kind)
-        text = json.dumps({key: base64.b64encode(content).decode()})
-        return Request(text.encode(), path, headers={"Content-Type": "application/json"})
+        return json_request(path, {key: base64.b64encode(content).decode()})
 
     def reply(reply: Reply) -> Ranked:
         body = read_json(reply)
@@ -75,7 +73,7 @@ def post_image(
 
 
 def _finder(option: str, expression: str) -> Callable[[Any], list[Any] | None]:
-    """What finds a list, a lone value as a list of one, in JSON; None where there is no expression."""
+    """Return a function that evaluates an expression to a list; it returns None if there is no expression."""
     if not expression:
         return lambda body: None
     try:
@@ -88,13 +86,13 @@ def _finder(option: str, expression: str) -> Callable[[Any], list[Any] | None]:
     try:
         compiled = jmespath.compile(expression)
     except JMESPathError as error:
-        raise UserError(f"{option} {expression!r} is no JMESPath expression: {first_line(error)}") from None
+        raise UserError(f"{option} {expression!r} is not a JMESPath expression: {first_line(error)}") from None
 
     def find(body: Any) -> list[Any] | None:
         try:
             found = compiled.search(body)
         except (JMESPathError, TypeError, ValueError, RecursionError, ArithmeticError) as error:
-            # A function of the expression met a value of another type than it takes.
+            # A function of the expression got a value of a type that it does not accept.
             raise BadReply(f"{option} {expression!r} does not fit the reply ({type(error).__name__})") from None
         if found is None:
             raise BadReply(f"{option} {expression!r} finds nothing in the reply")
@@ -104,7 +102,7 @@ def _finder(option: str, expression: str) -> Callable[[Any], list[Any] | None]:
 
 
 def _form(content: bytes, path: str, key: str, kind: str) -> Request:
-    """A form with one file (RFC 7578); the boundary depends on the content only, as all of a request does."""
+    """Return a form with one file (RFC 7578); the boundary depends on the content alone, as requests must."""
     boundary = hashlib.sha256(content).hexdigest()
     head = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="{key}"; filename="image.{kind.partition("/")[2]}"\r\n'

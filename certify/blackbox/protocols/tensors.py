@@ -1,4 +1,4 @@
-"""A picture as the tensor that model servers take: numbers, layout, and its text in JSON."""
+"""Convert pictures to the tensors of model servers: numbers, layout, and their JSON text."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LAYOUTS = ("NCHW", "NHWC")
 
 @dataclass(frozen=True)
 class TensorInput:
-    """How pixels become a tensor: ``(pixel / 255 - mean) / std`` in float32, or the bytes themselves.
+    """The conversion of pixels to a tensor: ``(pixel / 255 - mean) / std`` in float32, or the bytes unchanged.
 
     Attributes:
         datatype: ``FP32`` or ``UINT8``.
         layout: ``NCHW`` or ``NHWC``.
-        mean: to subtract, one number or one a channel; FP32 only.
-        std: to divide by, likewise.
+        mean: subtracted, one number or one per channel; FP32 only.
+        std: divisor, one number or one per channel; FP32 only.
     """
 
     datatype: str = "FP32"
@@ -34,11 +34,11 @@ class TensorInput:
     std: tuple[float, ...] = (1.0,)
 
     def array(self, picture: Picture) -> np.ndarray:
-        """The tensor ``(1, C, H, W)`` or ``(1, H, W, C)``."""
+        """Return the tensor ``(1, C, H, W)`` or ``(1, H, W, C)``."""
         return self._laid_out(picture, self.levels(picture.pixels.shape[2])[0])
 
     def text(self, picture: Picture, nested: bool = False) -> str:
-        """Its JSON: one flat list, or nested lists. A pixel has 256 values, so their texts are looked up."""
+        """Return its JSON: one flat list, or nested lists. A pixel has 256 values, so their texts are looked up."""
         texts = self._laid_out(picture, self.levels(picture.pixels.shape[2])[1])
         return _written(texts if nested else texts.reshape(-1))
 
@@ -47,34 +47,34 @@ class TensorInput:
         return np.ascontiguousarray((found if self.layout == "NHWC" else found.transpose(2, 0, 1))[None])
 
     def levels(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
-        """What each of 256 pixel values becomes, ``(C, 256)``: as numbers, and as text that reads back as the same."""
+        """Return the tensor value of each of 256 pixel values, ``(C, 256)``: as numbers, and as exact text."""
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise UserError(
-                    f"{name} has {len(values)} numbers; expected 1, or {channels} as pictures have channels"
+                    f"{name} has {len(values)} numbers; expected 1, or {channels}, one per channel of the pictures"
                 )
         return _levels(self, channels)
 
     @property
     def about(self) -> dict[str, Any]:
-        """For the ledger."""
+        """The options in the form that the ledger stores."""
         return {"datatype": self.datatype, "layout": self.layout, "mean": list(self.mean), "std": list(self.std)}
 
 
 def tensor_input(datatype: str, layout: str, mean: Any, std: Any) -> TensorInput:
-    """As options give it: numbers may be one, a list, or text such as ``0.5,0.5,0.5``.
+    """Return the conversion that options describe; ``mean`` and ``std`` may be a number, a list, or ``0.5,0.5,0.5``.
 
     Raises:
-        UserError: an unknown datatype or layout, or numbers that cannot be used.
+        UserError: an unknown datatype or layout, or invalid numbers.
     """
     one_of("datatype", datatype, DATATYPES)
     one_of("layout", layout, LAYOUTS)
-    made = TensorInput(datatype, layout, _numbers("mean", mean), _numbers("std", std))
-    if any(s <= 0 for s in made.std):
+    tensor = TensorInput(datatype, layout, _numbers("mean", mean), _numbers("std", std))
+    if any(s <= 0 for s in tensor.std):
         raise UserError(f"std {std!r}; expected numbers above 0")
-    if datatype == "UINT8" and (made.mean, made.std) != ((0.0,), (1.0,)):
+    if datatype == "UINT8" and (tensor.mean, tensor.std) != ((0.0,), (1.0,)):
         raise UserError("mean and std are for datatype FP32; UINT8 sends the bytes as they are")
-    return made
+    return tensor
 
 
 def _numbers(name: str, given: Any) -> tuple[float, ...]:
@@ -86,7 +86,7 @@ def _numbers(name: str, given: Any) -> tuple[float, ...]:
     except (TypeError, ValueError):
         found = ()
     if not found or not all(np.isfinite(found)):
-        raise UserError(f"{name} {given!r}; expected a number, or one a channel, such as 0.485,0.456,0.406")
+        raise UserError(f"{name} {given!r}; expected a number, or one per channel, such as 0.485,0.456,0.406")
     return found
 
 

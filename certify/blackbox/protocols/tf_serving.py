@@ -1,15 +1,14 @@
-"""TensorFlow Serving's REST predict, which KServe v1 and others speak too: one instance in, one prediction out.
+"""TensorFlow Serving's REST predict, which KServe v1 and others use too: one instance in, one prediction out.
 
 https://www.tensorflow.org/tfx/serving/api_rest
 """
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
 
-from certify.blackbox.encoding import encode, read_encoding
+from certify.blackbox.encoding import encode_base64, read_encoding
 from certify.blackbox.protocols.parsing import at, class_scores, flat, ranked, read_json, versioned
 from certify.blackbox.protocols.tensors import tensor_input
 from certify.blackbox.types import BadReply, Format, Picture, Ranked, Reply, Request
@@ -30,31 +29,31 @@ def tf_serving(
     b64: bool = False,
     encoding: str = "png",
 ) -> Format:
-    """The format.
+    """Return the format.
 
     Args:
         model: its name on the server.
-        version: of it; the newest where empty.
-        signature: of the model; the server's default where empty.
-        input: name of the input, where the signature has several.
-        output: key of the label or the scores, where a prediction is an object with several.
-        labels: key of the names of classes beside the scores, where a prediction has them.
-        datatype: of numbers: ``FP32`` (pixels in [0, 1], less ``mean``, divided by ``std``) or ``UINT8``.
+        version: of the model; empty for the newest.
+        signature: of the model; empty for the server's default.
+        input: name of the input, if the signature has several.
+        output: key of the label or the scores, if a prediction is an object with several keys.
+        labels: key of the class names beside the scores, if a prediction has them.
+        datatype: of numbers: ``FP32`` (pixels in [0, 1], minus ``mean``, divided by ``std``) or ``UINT8``.
         layout: ``NHWC`` or ``NCHW``.
-        mean: a number, or one a channel.
-        std: likewise.
+        mean: a number, or one per channel.
+        std: a number, or one per channel.
         b64: send an image file in base64 instead of numbers, for models that decode it.
         encoding: of that file: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
-        UserError: an option that cannot be used.
+        UserError: an invalid option.
     """
     tensor = tensor_input(datatype, layout, mean, std)
     read_encoding(encoding)
 
     def request(picture: Picture) -> Request:
         if b64:
-            instance = json.dumps({"b64": base64.b64encode(encode(picture, encoding)).decode()})
+            instance = json.dumps({"b64": encode_base64(picture, encoding)})
         else:
             instance = tensor.text(picture, nested=True)[1:-1]  # without the batch
         if input:
@@ -69,30 +68,30 @@ def tf_serving(
 
 
 def read_answer(reply: Reply, output: str = "", labels: str = "") -> Ranked:
-    """The label of a prediction: a text or a whole number is one, a list of numbers ranks the classes.
+    """Return the labels of a prediction: a text or an integer is a label, a list of numbers ranks the classes.
 
     Args:
         reply: of the server.
-        output: key of either in a prediction that is an object.
-        labels: key of names for the classes of the list.
+        output: key of the label or list in a prediction that is an object.
+        labels: key of the names of the list's classes.
 
     Raises:
-        BadReply: no such thing.
+        BadReply: neither a label nor scores.
     """
     predictions = at(read_json(reply), "predictions")
     if not isinstance(predictions, list) or len(predictions) != 1:
         raise BadReply("no single prediction for the single instance in the reply")
-    found: Any = predictions[0]
+    prediction: Any = predictions[0]
     names = None
-    if isinstance(found, dict):
+    if isinstance(prediction, dict):
         if labels:
-            names = flat(at(found, labels))
-        if not output and len(found) != 1:
+            names = flat(at(prediction, labels))
+        if not output and len(prediction) != 1:
             raise BadReply(
-                f"a prediction of {', '.join(map(repr, list(found)[:8]))[:140]}; expected one, or output=KEY"
+                f"a prediction of {', '.join(map(repr, list(prediction)[:8]))[:140]}; expected one, or output=KEY"
             )
-        found = at(found, output) if output else next(iter(found.values()))
-    values = flat(found)
+        prediction = at(prediction, output) if output else next(iter(prediction.values()))
+    values = flat(prediction)
     if len(values) == 1 and isinstance(values[0], str | int):
         return ranked(values)
     return class_scores(values, names)

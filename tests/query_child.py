@@ -1,6 +1,6 @@
-"""Asks a service from processes that are killed at random moments, until enough of them were; then one finishes.
+"""Query a service from processes that are killed at random moments; after enough kills one finishes.
 
-``python asking_child.py URL LEDGER USED BUDGET KILLS SEED``. The processes are forked, so that each costs milliseconds.
+``python query_child.py URL LEDGER USED BUDGET KILLS SEED``. The processes are forked, so that each costs milliseconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FURTHER = 16  # queries that are new to a process
 
 
 def ask(url: str, path: Path, used: Path, budget: int, count: int) -> None:
-    """Ask the first ``count`` queries; note what is handed out."""
+    """Send the first ``count`` queries and note the answers that are yielded."""
     with (
         HttpSender(url, timeout=20) as send,
         Ledger(path, ledger_header("http://service", RAW)) as ledger,
@@ -41,7 +41,7 @@ def ask(url: str, path: Path, used: Path, budget: int, count: int) -> None:
 
 
 def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -> None:
-    """Kill, and look whether what stood in the ledger still does."""
+    """Kill processes, and check that the ledger keeps every line."""
     draw, done, count, before = random.Random(seed), 0, FURTHER, b""
     lasts = 0.0  # a little more than the first one needed, which is left alone: later ones read more first
     while True:
