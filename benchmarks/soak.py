@@ -35,7 +35,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from certify import load_classifier
-from certify.models.pipeline import tensors_digest
+from certify.models.identity import tensors_digest
 
 Command = list[str]
 OF_VOTES = (

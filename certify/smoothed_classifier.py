@@ -126,7 +126,7 @@ class SmoothedClassifier(NoisyClassifier):
     def check(self, image: Image) -> torch.Tensor:
         """Return the image as it is certified, as :meth:`NoisyClassifier.check`."""
         if self._waiting is not None:
-            from certify.images.dataset import as_image
+            from certify.images.preprocess import as_image
 
             channels, height, width = as_image(image, None).shape
             self.adapt_to((channels, height, width))

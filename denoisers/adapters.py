@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import RunFault, UserError, first_line
+from certify.models.callables import build_object, code_digest
 from certify.models.checkpoints import load_weights
-from certify.models.external import build_object, code_digest, file_digest
 from certify.models.file_kind import split_part
-from certify.models.pipeline import in_its_words
+from certify.models.identity import describe_module, file_digest
 from certify.models.resolve import UNTRAINED, is_file
 from certify.models.torchscript import open_torchscript
 from certify.registry import unknown_name
@@ -157,7 +157,7 @@ def adapt(denoiser: Any) -> nn.Module:
             f"denoiser = {kind}: expected a module or a function f(noisy, sigma), or the name of a denoiser"
         )
     if isinstance(denoiser, nn.Module):
-        return denoiser if _takes_level(denoiser) else Adapted(denoiser, in_its_words(denoiser), closed=False)
+        return denoiser if _takes_level(denoiser) else Adapted(denoiser, describe_module(denoiser), closed=False)
     own = denoiser if hasattr(denoiser, "__qualname__") else type(denoiser)
     facts = {"name": str(own.__qualname__), "code_sha256": code_digest(own.__module__)}
     return Adapted(denoiser, facts, closed=False)

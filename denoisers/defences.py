@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from certify.errors import UserError, first_line
 from certify.models.classifier import Classifier
 from certify.models.defence import Defence, Member
-from certify.models.pipeline import recorded
+from certify.models.identity import record_module
 from denoisers import DEFENCES, DENOISERS, SHIPPED, load_denoiser
 from denoisers.classical import GaussianBlur, check_positive_int
 from denoisers.find import find_denoiser, shipped
@@ -89,7 +89,7 @@ class Noisy(nn.Module):
 
     def describe(self) -> dict[str, object]:
         """Return noise level and denoiser, for the record."""
-        denoiser = None if self.denoiser is None else recorded(self.denoiser, self.sigma, self.shape)
+        denoiser = None if self.denoiser is None else record_module(self.denoiser, self.sigma, self.shape)
         return {"name": "noise, then denoiser", "noise": self.sigma, "denoiser": denoiser}
 
 

@@ -19,7 +19,7 @@ from certify.errors import UserError, first_line
 from certify.models.checkpoints import load_weights
 from certify.models.classifier import Classifier, ClassifierSpec
 from certify.models.defence import Defence, Member
-from certify.models.pipeline import state_digest
+from certify.models.identity import state_digest
 from denoisers.jpeg import from_record, from_tables
 from denoisers.quantisation import find_tables
 from denoisers.weights import stored_card

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from certify.errors import UserError
 from certify.models.classifier import Classifier
 from certify.models.defence import Defence, Member
-from certify.models.pipeline import in_its_words
+from certify.models.identity import describe_module
 from denoisers.defences import trained
 from denoisers.randomness import Generators, normal, permutations
 from denoisers.unet import UNet
@@ -163,7 +163,7 @@ class RandomTransformPurifier(nn.Module):
         """Return transform and network, for the record."""
         noise = 0.0 if self.transform == "rt1" else NOISE
         about = {"name": "atop", "transform": self.transform, "noise": noise, "missing": 1 / PARTS}
-        return {**about, "net": in_its_words(self.net)}
+        return {**about, "net": describe_module(self.net)}
 
 
 def atop(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import UserError, first_line
-from certify.models.pipeline import tensors_digest
+from certify.models.identity import tensors_digest
 from certify.runs.files import replacing
 
 FORMAT = 1

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from certify.errors import UserError
 from certify.models.checkpoints import read_state_dict
 from certify.models.classifier import Classifier, ClassifierSpec
-from certify.models.pipeline import state_digest
+from certify.models.identity import state_digest
 from certify.smoothing.rng import block_generator, stream_key
 from denoisers.defences import build_defence
 from denoisers.masked import GREY, NOISE, MaskedUNet, RandomTransformPurifier, block_masks, complete, random_transform

@@ -32,7 +32,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from certify.cli.app import group, main
 from certify.images.decode import decode
-from certify.models.cifar_resnet import CifarResNet
+from certify.models.builtin import CifarResNet
 from certify.runs.run_file import read_run
 
 Capture = pytest.CaptureFixture[str]

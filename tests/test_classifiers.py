@@ -22,8 +22,8 @@ from torchvision.models.resnet import BasicBlock
 from certify import SmoothedClassifier, load_classifier
 from certify.errors import UserError
 from certify.models import resolve as hub
+from certify.models.builtin import CifarResNet
 from certify.models.checkpoints import read_state_dict
-from certify.models.cifar_resnet import CifarResNet
 from certify.models.classifier import Classifier
 from certify.types import FAILED
 
@@ -93,7 +93,7 @@ def test_digits_labels_and_description() -> None:
 def test_shipped_digits_weights_carry_a_card() -> None:
     from safetensors import safe_open
 
-    from certify.models.digits import SHIPPED
+    from certify.models.builtin import SHIPPED
 
     with safe_open(SHIPPED, "pt") as file:
         card = file.metadata()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import random
@@ -212,6 +213,21 @@ def test_two_runs_in_one_file_are_told_apart(command: str, sound: Path, tmp_path
     )
     subprocess.run(line.partition("own (")[2].partition(")")[0], shell=True, check=True, cwd=tmp_path)
     assert (tmp_path / "first.jsonl").read_text() == (tmp_path / "second.jsonl").read_text() == content
+
+
+def test_other_files_are_named_in_place_of_run_files(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    for content, says in (
+        (gzip.compress(b'{"type": "run"}'), "is compressed by gzip, not a run file of certify"),
+        (b"\x89PNG\r\n", "is a PNG image, not a run file of certify"),
+        (
+            b"idx,label,predict,radius,correct,time\n0,1,1,0.5,1,0:00:01\n",
+            "the columns of a published log are separated by tabs",
+        ),
+    ):
+        path.write_bytes(content + b"\n")
+        code, (line,) = outcome("table FILE", tmp_path, FILE=str(path))
+        assert (code, line.endswith(says)) == (2, True), line
 
 
 @pytest.mark.parametrize(("name", "line", "change", "says"), WRONG, ids=[f"{w[0]} {w[2]:.20}" for w in WRONG])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from certify import UserError, load_classifier, load_images, read_run
 from certify.errors import CertifyWarning
 from certify.images.files import open_zip
-from certify.models.cifar_resnet import CifarResNet
+from certify.models.builtin import CifarResNet
 from certify.models.file_kind import file_kind
 from denoisers import load_denoiser
 
@@ -338,6 +338,42 @@ def test_a_choice_among_several_sets_is_said_and_left_to_the_user(key: str, caps
     assert error(capsys, WEIGHTS + "c.pth::emma") == f"certify: c.pth has no part 'emma'; it has state_dict, {key}"
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: (t * 100).to(torch.int8), "int8"),
+        (lambda t: torch.complex(t, t), "complex64"),
+        (lambda t: t.to("meta"), "without values"),
+        (lambda t: t.to_sparse(), "sparse_coo"),
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(
+    change: Callable[[Tensor], Tensor], said: str, capsys: Capture
+) -> None:
+    """Integers would be taken for values and imaginary parts dropped; the rest cannot be copied."""
+    torch.save({**resnet(), "conv1.weight": change(resnet()["conv1.weight"])}, "c.pth")
+    assert error(capsys, WEIGHTS + "c.pth") == (
+        "certify: c.pth does not fit cifar_resnet20: 1 not plain floating-point numbers (conv1.weight "
+        f"{said}); save the weights as dense float32 tensors"
+    )
+    torch.save({k: t.half() if t.is_floating_point() else t for k, t in resnet().items()}, "c.pth")
+    assert load_classifier("cifar_resnet20", weights="c.pth").num_classes == 10
+
+
+def test_checkpoints_without_weights_are_named(capsys: Capture) -> None:
+    from safetensors.torch import save_file
+
+    save_file({}, "c.safetensors")
+    said = "holds no tensors; expected a state dict, bare or under a key"
+    assert error(capsys, WEIGHTS + "c.safetensors") == f"certify: c.safetensors {said}"
+    Path("mine").mkdir()
+    Path("mine/model-00001-of-00002.safetensors").write_bytes(b"...")
+    assert error(capsys, WEIGHTS + "mine") == (
+        "certify: mine keeps its weights in several files (model-00001-of-00002.safetensors, ...); save them in one "
+        "file"
+    )
+
+
 def test_a_usual_key_is_chosen_below_others(capsys: Capture) -> None:
     torch.save({"trainer": {"old": {"teacher": other()}, "best": {"model": resnet()}}}, "c.pth")
     line = warning(capsys, WEIGHTS + "c.pth")
@@ -606,6 +642,24 @@ def test_a_folder_of_the_hub_says_size_mean_std_and_classes(named_as: str, capsy
     assert torch.equal(classifier.net.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
     assert classifier.class_names is not None
     assert [names[0] for names in classifier.class_names][:2] == ["zero", "one"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"architecture": "no_such_net"},
+            "cannot build the model that mine/config.json describes (RuntimeError: Unknown",
+        ),
+        ({"num_classes": "ten"}, "cannot build the model that mine/config.json describes (TypeError: "),
+        ({"num_classes": 11}, "mine does not fit test_resnet: 2 of another shape (fc.weight 10x"),
+    ],
+)
+def test_a_configuration_that_cannot_be_built_is_named(change: dict[str, Any], said: str, capsys: Capture) -> None:
+    hub_folder("mine")
+    config = json.loads(Path("mine/config.json").read_text())
+    Path("mine/config.json").write_text(json.dumps({**config, **change}))
+    assert error(capsys, RUN + "--model mine").startswith(f"certify: {said}")
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "resnet50"])

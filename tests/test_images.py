@@ -16,8 +16,7 @@ from PIL import Image
 from certify import load_classifier, load_images
 from certify.errors import ImageError, UserError
 from certify.images.decode import decode
-from certify.images.named_datasets import DATASETS
-from certify.images.sources import open_source
+from certify.images.sources import DATASETS, open_source
 from certify.models.classifier import Classifier
 from certify.models.labels import imagenet_classes, map_names
 

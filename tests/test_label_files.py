@@ -17,6 +17,7 @@ from certify import load_classifier, load_images
 from certify.cli.app import main
 from certify.errors import UserError
 from certify.models.classifier import Classifier
+from certify.models.labels import map_names, read_labels
 
 D = "--model digits --sigma 0.25 --n 100 --n0 10 --quiet --out x.jsonl "
 Capture = pytest.CaptureFixture[str]
@@ -121,7 +122,7 @@ def test_files_that_fit_nothing_show_both_sides(capfd: Capture) -> None:
     Path("labels.csv").write_text("1.png,1\n2.png,2\n3.png,3\n4.png,4\n")
     assert certify(capfd, D + "--data d --labels labels.csv") == (
         2,
-        "certify: --labels labels.csv names none of the 4 images: its first column has '1.png', '2.png', '3.png', "
+        "certify: --labels labels.csv names none of the 4 images: it has '1.png', '2.png', '3.png', "
         "the data has 'cat/a.png', 'cow/c.png', 'dog/b.png'",
     )
     for name, content in {
@@ -131,7 +132,7 @@ def test_files_that_fit_nothing_show_both_sides(capfd: Capture) -> None:
         Path(name).write_text(content)
         assert certify(capfd, D + f"--data d --class-map {name}") == (
             2,
-            f"certify: --class-map {name} names none of the 4 class names: its first column has '0', '1', '2', "
+            f"certify: --class-map {name} names none of the 4 class names: it has '0', '1', '2', "
             "the data has 'cat', 'cow', 'dog'",
         )
 
@@ -144,13 +145,45 @@ def test_an_audits_files_that_fit_nothing_show_both_sides(capfd: Capture) -> Non
     code, line = certify(capfd, audit + "--labels labels.csv")
     assert (code, line) == (
         2,
-        "certify: --labels labels.csv names none of the 2 images: its first column has '1.png', the data has "
+        "certify: --labels labels.csv names none of the 2 images: it has '1.png', the data has "
         "'cat/a.png', 'dog/b.png'",
     )
     Path("map.csv").write_text("tabby,feline\npug,canine\n")
     code, line = certify(capfd, audit + "--class-map map.csv")
     assert code == 2
     assert line.endswith("no class 'cat', a label of the data; add it to those it has: 'canine', 'feline'")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("map.txt", '{"cat": 1, "dog": 2}'), ("map.json", "cat,1\ndog,2\n"), ("map.JSON", '\ufeff {"cat": 1, "dog": 2}')],
+)
+def test_a_class_map_is_recognised_by_its_content(name: str, content: str) -> None:
+    Path(name).write_text(content)
+    mapping, rule = map_names(["cat", "dog"], None, 10, name)
+    assert (mapping, rule) == ({"cat": 1, "dog": 2}, f"class map {name}")
+
+
+def test_what_is_wrong_with_a_class_map_is_named() -> None:
+    for content, said in (
+        ('{"cat": NaN, "dog": 2}', "map.json: class 'nan'; expected 0 to 9"),
+        ("{}", "names none of the 2 class names: it has nothing, the data has 'cat', 'dog'"),
+        ('{"cat": 1, "cat": 2, "dog": 3}', "'cat' stands there twice with different classes"),
+    ):
+        Path("map.json").write_text(content)
+        with pytest.raises(UserError, match=re.escape(said)):
+            map_names(["cat", "dog"], None, 10, "map.json")
+
+
+def test_a_spreadsheet_is_no_label_file(capfd: Capture) -> None:
+    Path("l.xlsx").write_bytes(b"PK\3\4" + bytes([0xA3]) * 99)
+    with pytest.raises(
+        UserError, match=re.escape("(it is a zip archive, as spreadsheet programs write; save the table")
+    ):
+        read_labels("l.xlsx")
+    Path("l.csv").write_bytes("a.png,Köln\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"invalid .*; save it in UTF-8\)"):
+        read_labels("l.csv")
 
 
 def test_a_class_map_is_not_chosen_silently() -> None:

@@ -279,12 +279,49 @@ def test_other_content_under_the_names_of_archives(content: bytes, what: str, ca
         assert refused(capfd, D + f"--data {name}").startswith(f"certify: {name} is {what}, not {expected}")
 
 
+def test_an_encrypted_archive_is_refused_as_a_whole(capfd: Capture) -> None:
+    archive("x.zip", "1/a.png", "2/b.png")
+    content = bytearray(Path("x.zip").read_bytes())
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        for place in re.finditer(signature, content):
+            content[place.start() + flags] |= 1
+    Path("x.zip").write_bytes(content)
+    assert refused(capfd, D + "--data x.zip") == (
+        "certify: x.zip is encrypted with a password; unpack it (unzip x.zip) and name the folder"
+    )
+
+
+def test_an_archive_that_is_cut_off_or_holds_another_is_named(capfd: Capture) -> None:
+    archive("x.zip", "1/a.png", "2/b.png")
+    with zipfile.ZipFile("outer.zip", "w") as out:
+        out.write("x.zip")
+    assert refused(capfd, D + "--data outer.zip").endswith("; it holds 1 .zip file (x.zip)")
+    assert refused(capfd, D + "--data outer.zip/x.zip").endswith("no folder 'x.zip' in outer.zip; it holds no folders")
+    Path("x.zip").write_bytes(Path("x.zip").read_bytes()[:150])
+    assert "it is cut off: the list of its files, at its end, is missing" in refused(capfd, D + "--data x.zip")
+
+
 def test_one_array_is_no_npz(capfd: Capture) -> None:
     np.save("x.npy", np.zeros((2, 8, 8), np.uint8))
     advice = "save images and labels with numpy.savez(FILE, x=images, y=labels)"
     assert refused(capfd, D + "--data x.npy").endswith(f"x.npy is a NumPy array, not {KINDS}; {advice}")
     Path("x.npy").rename("x.npz")
     assert refused(capfd, D + "--data x.npz").endswith(f"x.npz is a NumPy array, not an .npz file; {advice}")
+
+
+def test_odd_members_of_an_npz(capfd: Capture, digits: Classifier) -> None:
+    with zipfile.ZipFile("x.npz", "w") as out:
+        out.writestr("x", "text")
+    assert refused(capfd, D + "--data x.npz") == "certify: x.npz holds x; expected x (images) and y (labels)"
+    member = io.BytesIO()
+    np.save(member, np.zeros((2, 8, 8), np.uint8))
+    with zipfile.ZipFile("x.npz", "w") as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            out.writestr("x.npy", member.getvalue())
+    assert refused(capfd, D + "--data x.npz") == "certify: x.npz holds x 2 times; save each array once"
+    np.savez("x.npz", x=np.full((2, 8, 8), 0.25, np.longdouble))
+    assert (load_images("x.npz", digits).load(0) == 0.25).all()
 
 
 def test_pictures_in_formats_that_are_not_read_are_named(capfd: Capture) -> None:

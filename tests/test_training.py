@@ -18,7 +18,7 @@ from certify import load_classifier
 from certify.errors import RunFault, UserError
 from certify.models.checkpoints import read_state_dict
 from certify.models.classifier import Classifier, ClassifierSpec, InputSpec
-from certify.models.pipeline import state_digest
+from certify.models.identity import state_digest
 from denoisers.unet import PooledUNet, UNet
 from denoisers.weights import read_denoiser
 from training import loop
@@ -185,7 +185,7 @@ class Forbidden(Classifier):
 
 def other_digits(seed: int) -> Classifier:
     """The digits architecture with other weights: another classifier of the same task."""
-    from certify.models.digits import digits_net
+    from certify.models.builtin import digits_net
 
     torch.manual_seed(seed)
     own = load_classifier("digits")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from certify.errors import UserError
 from certify.models import resolve as hub
 from certify.models.classifier import ClassifierSpec
-from certify.models.pipeline import state_digest
+from certify.models.identity import state_digest
 from certify.runs.config import versions
 from denoisers.jpeg import Codec, jpeg
 from denoisers.quantisation import QUALITIES, read_tables

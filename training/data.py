@@ -13,8 +13,7 @@ from torch.nn.functional import pad
 
 from certify.errors import ImageError, UserError
 from certify.images.dataset import ImageSet, View, Viewer, load_images
-from certify.images.named_datasets import DATASETS
-from certify.images.sources import open_source
+from certify.images.sources import DATASETS, open_source
 from certify.models.classifier import InputSpec, square_input
 from certify.models.labels import UnclearLabels
 

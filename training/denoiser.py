@@ -13,7 +13,7 @@ from torch import nn
 
 from certify.errors import RunFault, UserError
 from certify.models.classifier import Classifier
-from certify.models.pipeline import state_digest
+from certify.models.identity import state_digest
 from certify.runs.config import versions
 from denoisers import ARCHITECTURES
 from denoisers.adapters import Adapted

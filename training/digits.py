@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from certify.models.digits import SHIPPED, TRAIN_IMAGES, digits_net
+from certify.models.builtin import SHIPPED, TRAIN_IMAGES, digits_net
 
 EPOCHS, BATCH, PEAK_RATE = 60, 64, 5e-3
 

@@ -82,7 +82,7 @@ def evaluate_denoiser(
     import torch
 
     from certify.cli.denoiser_quality import Evaluation, describe, draw, to_json
-    from certify.models.pipeline import in_its_words
+    from certify.models.identity import describe_module
     from training.evaluate import Example, measure, summarise
 
     if device.startswith("cuda"):  # float32 means float32, as when certifying
@@ -120,7 +120,7 @@ def evaluate_denoiser(
         chosen,
         shapes,
         reports,
-        [in_its_words(denoisers[sigma]) for sigma in sigmas],
+        [describe_module(denoisers[sigma]) for sigma in sigmas],
         len(chosen) - len(images),
     )
     kept = [outcomes for outcomes in shown.values() if outcomes]

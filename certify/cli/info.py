@@ -42,7 +42,7 @@ def _registered(where: str) -> Callable[[], Registry]:
 
 def _registries() -> dict[str, Callable[[], Registry]]:
     return {
-        "datasets": _registered("certify.images.named_datasets:DATASETS"),
+        "datasets": _registered("certify.images.sources:DATASETS"),
         "denoisers": _denoisers,
         "architectures": _registered("denoisers:ARCHITECTURES"),
         "defences": _registered("denoisers:DEFENCES"),

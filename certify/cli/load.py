@@ -231,7 +231,7 @@ def demo_data(model: str, data: DataOptions, procedure: AnyProcedure) -> tuple[D
 
 def check_data(data: str | None, root: str | None) -> None:
     """Refuse a dataset's name that is also a folder here, unless --root says that the dataset is meant."""
-    from certify.images.named_datasets import DATASETS
+    from certify.images.sources import DATASETS
 
     if data is not None and given_by_user("data") and root is None and data in DATASETS and Path(data).is_dir():
         raise UserError(

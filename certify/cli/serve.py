@@ -364,11 +364,11 @@ def _show(name: str, service: Service, noise: NoiseOptions, *, remote: bool, bud
 
 def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:
     """Decode an image file to the classifier's input, ``(C, H, W)`` in [0, 1]."""
-    from certify.images.dataset import fitted
     from certify.images.decode import DecodeLimits, decode
+    from certify.images.preprocess import resize_to_input
 
     limits = DecodeLimits(max_pixels, max_aspect=_MAX_ASPECT)
-    return fitted(decode(content, spec.size[0] if spec.size is not None else 3, limits), spec, limits).numpy()
+    return resize_to_input(decode(content, spec.size[0] if spec.size is not None else 3, limits), spec, limits).numpy()
 
 
 def _require_extra() -> None:

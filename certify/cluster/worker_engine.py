@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from certify.errors import ImageError
-from certify.images.dataset import as_seen
+from certify.images.preprocess import preprocess
 from certify.runs.config import circumstances
 from certify.runs.runner import Task, answered
 
@@ -63,7 +63,7 @@ class SmoothedStation:
                 if image.raw is None:
                     raise ImageError(image.error)
                 raw = image.raw if isinstance(image.raw, bytes) else np.array(image.raw)  # what Ray gives is read-only
-                return self._smoothed.check(as_seen(raw, self._smoothed.classifier.input))  # type: ignore[attr-defined]
+                return self._smoothed.check(preprocess(raw, self._smoothed.classifier.input))  # type: ignore[attr-defined]
             except ImageError:
                 unusable += 1
                 raise

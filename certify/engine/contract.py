@@ -25,7 +25,7 @@ from certify.engine.monte_carlo import out_of_memory
 from certify.errors import CertifyError, ContractError, RunFault, UserError, first_line
 from certify.models.classifier import Classifier, labels_from_logits
 from certify.models.defence import Defence
-from certify.models.pipeline import in_its_words
+from certify.models.identity import describe_module
 from certify.smoothing.rng import block_generator, stream_key
 from certify.types import FAILED, BaseClassifier, Noise
 
@@ -248,7 +248,7 @@ def _name(part: Any) -> str:
     inner = getattr(part, "denoiser", None)
     found = inner if isinstance(inner, nn.Module) else part
     own = getattr(found, "name", None)
-    return own if isinstance(own, str) else str(in_its_words(found).get("name", type(found).__name__))
+    return own if isinstance(own, str) else str(describe_module(found).get("name", type(found).__name__))
 
 
 def _kind(output: Any) -> str:

@@ -352,7 +352,7 @@ class NoisyClassifier:
         Raises:
             UserError: wrong shape, type or range, or an image that the noise is not defined around.
         """
-        from certify.images.dataset import as_image
+        from certify.images.preprocess import as_image
 
         spec = getattr(self.classifier, "input", None)
         return self.noise.input(as_image(image, spec.size if spec is not None else None))

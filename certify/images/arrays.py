@@ -1,4 +1,4 @@
-"""Images in arrays: each read when it is asked for, so that a few out of many cost little time and memory."""
+"""Images in arrays, each read when it is needed, so that a few out of many cost little time and memory."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ import numpy as np
 
 from certify.errors import ImageError, UserError, first_line
 from certify.images.items import Item, Source, Unread
-from certify.models.placeholders import describe_other_kind
+from certify.models.signatures import describe_other_kind
 
 MAX_UNPACKED = 16 * 2**30
-"""Bytes of a compressed array."""
+"""Most bytes of a compressed array."""
 
 _CHECKED = 256 * 2**20  # bytes up to which a stored array is read at once and compared with its checksum
-_PIECE = 2**24  # bytes that are unpacked at a time
+_PIECE = 2**24  # bytes that are unpacked at once
 _FAULTS = (OSError, ValueError, zipfile.BadZipFile, EOFError, MemoryError, RuntimeError, zlib.error)
 
 
 class Items(Sequence[Item]):
-    """Items over an array, made when they are looked at.
+    """Items over an array, each made when it is needed.
 
     Args:
-        images: anything that gives image i for an index i.
+        images: any sequence of images.
         ids: of the images.
-        name: gives the class of image i, or None where there are no classes.
-        places: indices of the images that these items are, all of them unless given.
+        name: returns the class of image i, or is None where there are no classes.
+        places: indices of the images, all of them by default.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Items(Sequence[Item]):
     def __getitem__(self, index: slice) -> Items: ...
 
     def __getitem__(self, index: int | slice) -> Item | Items:
-        """One item, or a view of several."""
+        """Return one item, or a view of several."""
         if isinstance(index, slice):
             return Items(self._images, self._ids, self._name, self._places[index])
         place = self._places[index]
@@ -69,12 +69,12 @@ class ArraySource(Source):
     ids: Sequence[int] = ()
 
     def by_id(self, ids: Sequence[str]) -> dict[str, Item]:
-        """The items of these ids, those that exist."""
+        """Return the items with these ids, as far as they exist."""
         numbers = {i: int(i) for i in ids if i.isascii() and i.isdecimal() and str(int(i)) == i}
         return {i: self.items[self.ids.index(number)] for i, number in numbers.items() if number in self.ids}
 
     def ids_with_comma(self) -> list[str]:
-        """None: they are numbers."""
+        """Return none, as ids are numbers."""
         return []
 
 
@@ -85,7 +85,15 @@ def indexed(
     ids: Sequence[int] | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> Source:
-    """A source over images in memory, with the class name of each, or None."""
+    """Return a source over images in memory.
+
+    Args:
+        name: of the source.
+        images: array of N images.
+        names: class name of each image, or None.
+        ids: of the images, 0 to N - 1 by default.
+        classes: order of the classes, where the dataset defines one.
+    """
     ids = range(len(images)) if ids is None else ids
     items = Items(images, ids, None if names is None else names.__getitem__)
     of_items = None if names is None else tuple(sorted(set(names)))
@@ -93,19 +101,23 @@ def indexed(
 
 
 def open_npz(path: Path) -> Source:
-    """The images ``x`` and class indices ``y`` of an ``.npz``.
+    """Open the images ``x`` and class indices ``y`` of an ``.npz`` file.
 
-    Compressed images are unpacked up to the last one that is wanted; stored ones of more than 256 MiB are read from the
-    file as they are wanted, without a look at the archive's checksum.
+    Compressed images are unpacked up to the last one that is needed; stored ones of more than 256 MiB are read from
+    the file as they are needed, without verifying the archive's checksum.
 
     Raises:
         UserError: another file, damaged, or arrays of other types or shapes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            keys = [name.removesuffix(".npy") for name in archive.namelist()]
+            members = archive.namelist()
+            keys = [name.removesuffix(".npy") for name in members if name.endswith(".npy")]
             if "x" not in keys:
-                raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; expected x (images) and y (labels)")
+                held = ", ".join(keys or members) or "nothing"
+                raise UserError(f"{path} holds {held}; expected x (images) and y (labels)")
+            if double := next((key for key in ("x", "y") if keys.count(key) > 1), None):
+                raise UserError(f"{path} holds {double} {keys.count(double)} times; save each array once")
             x = _array(archive, path, "x")
             y = _array(archive, path, "y", at_once=True) if "y" in keys else None
             _check(path, x, y)
@@ -125,7 +137,7 @@ def open_npz(path: Path) -> Source:
 
 
 def _check(path: Path, x: Any, y: np.ndarray | None) -> None:
-    """Refuse what cannot be images and labels; images that are not read at once are looked at when they are loaded."""
+    """Refuse arrays that cannot be images and labels; images that are not read at once are checked when loaded."""
     if len(x.shape) not in (3, 4) or 0 in x.shape:
         raise UserError(f"{path}: x has shape {x.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)")
     if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
@@ -134,14 +146,14 @@ def _check(path: Path, x: Any, y: np.ndarray | None) -> None:
         raise UserError(f"{path}: x has type {x.dtype}; expected uint8, or floating point in [0, 1]")
     if x.dtype == np.uint8:
         return
-    looked = x if type(x) is np.ndarray else np.asarray(x[0])
-    if not (looked.min() >= -1e-6 and looked.max() <= 1 + 1e-6):
-        values = f"x has values from {looked.min():g} to {looked.max():g}"
-        raise UserError(f"{path}: {values}; expected [0, 1], or uint8")
+    values = x if type(x) is np.ndarray else np.asarray(x[0])
+    if not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):
+        extremes = f"{values.min():g} to {values.max():g}"
+        raise UserError(f"{path}: x has values from {extremes}; expected [0, 1], or uint8")
 
 
 def _array(archive: zipfile.ZipFile, path: Path, key: str, *, at_once: bool = False) -> Any:
-    """An array of an archive: in memory, mapped from the file, or unpacked as it is read."""
+    """Open an array of an archive: in memory, mapped from the file, or unpacked as it is read."""
     info = archive.getinfo(f"{key}.npy")
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
@@ -174,7 +186,7 @@ def _array(archive: zipfile.ZipFile, path: Path, key: str, *, at_once: bool = Fa
 
 
 class _Unpacked:
-    """A compressed array, unpacked as far as it was asked for."""
+    """A compressed array, unpacked up to the last image that was read."""
 
     def __init__(
         self, path: Path, info: zipfile.ZipInfo, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]
@@ -183,7 +195,7 @@ class _Unpacked:
         self._array: np.ndarray[Any, Any] = np.empty(shape, dtype)  # takes memory as it is filled
         self._bytes = self._array.reshape(-1).view(np.uint8)
         self._filled = 0
-        archive = zipfile.ZipFile(path)  # stays open; its checksum is looked at when all is read
+        archive = zipfile.ZipFile(path)  # stays open; its checksum is verified once all is read
         self._member = archive.open(info)
         self._member.read(start)
         weakref.finalize(self, self._member.close)

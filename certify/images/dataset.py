@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from certify.errors import ImageError, UserError
-from certify.images.decode import LIMITS, DecodeLimits, decode
+from certify.errors import UserError
 from certify.images.items import Item, Source, Unread
+from certify.images.preprocess import channels_of, preprocess
 from certify.images.sources import open_source
 from certify.models.labels import OR_NONE, ClassNames, UnclearLabels, class_index, map_names, match_labels, name_index
 
@@ -56,9 +54,6 @@ class View:
         from certify.models.classifier import InputSpec, square_input
 
         return cls(InputSpec(None) if size is None else square_input(size))
-
-
-_SLACK = 1e-6  # float32 arithmetic leaves values like -3e-8; they are clamped, anything further out is refused
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ class ImageSet:
         Raises:
             ImageError: this image cannot be used.
         """
-        return as_seen(self.items[index].read(), self.input)
+        return preprocess(self.items[index].read(), self.input)
 
     def digest(self) -> str:
         """Hash over ids, labels and contents of the chosen images: what a resumed run must find again."""
@@ -180,7 +175,7 @@ def _check_channels(source: Source, spec: InputSpec, data: str) -> None:
     if source.image_shape is None:
         fits, what = channels in (1, 3), "pictures in grey or colour"
     else:
-        own, _ = _channels(source.image_shape, channels)
+        own, _ = channels_of(source.image_shape, channels)
         fits, what = own == channels or {own, channels} == {1, 3}, f"arrays of {own} channels"
     if not fits:
         raise UserError(
@@ -252,105 +247,3 @@ def _labels_from_file(
     found: list[int | None] = [class_index(given[i.id], index, num_classes, f"--labels {path}") for i in chosen]
     unread = Unread({f"row{{s}} of {path.name} without an image": others} if others else {})
     return found, f"from {path.name}", unread.summary()
-
-
-def as_seen(raw: bytes | np.ndarray, spec: InputSpec) -> Tensor:
-    """What a source gives, a file's bytes or an array, as the classifier wants to see it: ``(C, H, W)`` in [0, 1].
-
-    Raises:
-        ImageError: this image cannot be used.
-    """
-    channels = spec.size[0] if spec.size else None
-    if isinstance(raw, bytes):
-        return fitted(decode(raw, channels or 3), spec)
-    array = np.asarray(raw)
-    image = _array_to_tensor(array, channels)
-    if spec.size is None or tuple(image.shape) == spec.size:
-        return image
-    if array.dtype == np.uint8 and channels in (1, 3):  # the same way as a file of the same picture
-        from torchvision.transforms.functional import to_pil_image
-
-        return fitted(to_pil_image(image), spec)
-    return fitted(image, spec)
-
-
-def fitted(picture: Any, spec: InputSpec, limits: DecodeLimits = LIMITS) -> Tensor:
-    """A PIL image, or a tensor ``(C, H, W)`` in [0, 1], as the classifier wants to see it: ``(C, H, W)`` in [0, 1].
-
-    Raises:
-        ImageError: too long and thin to be resized.
-    """
-    if spec.transform is None:
-        from torchvision.transforms.functional import to_tensor
-
-        return as_image(to_tensor(picture), None)
-    height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.size[::-1]
-    limits.check_aspect(width, height)
-    return as_image(spec.transform(picture).clamp(0.0, 1.0), spec.size)  # bicubic overshoots
-
-
-def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> Tensor:
-    """``image`` as float32 ``(C, H, W)`` in [0, 1], checked.
-
-    Args:
-        image: ``(C, H, W)`` float in [0, 1], or uint8.
-        size: the shape that is expected, or None.
-
-    Raises:
-        ImageError: another shape, type or range; the message shows what came.
-    """
-    try:
-        if isinstance(image, Tensor):
-            tensor = image.detach()
-        else:  # a copy, as arrays of PIL images cannot be written to; in this machine's byte order
-            tensor = torch.from_numpy(np.array(image, np.asarray(image).dtype.newbyteorder("="), order="C"))
-    except (TypeError, ValueError):
-        raise ImageError(f"image of type {type(image).__name__}; expected an array or tensor (C, H, W)") from None
-    if tensor.ndim != 3 or (size is not None and tuple(tensor.shape) != size):
-        wanted = "(C, H, W)" if size is None else str(size)
-        raise ImageError(
-            f"image of shape {tuple(tensor.shape)}; expected {wanted}, one image at the classifier's input size"
-        )
-    if tensor.dtype == torch.uint8:
-        return tensor.to(torch.float32) / 255.0
-    if not tensor.is_floating_point():
-        raise ImageError(f"image of type {tensor.dtype}; expected floating point in [0, 1] or uint8")
-    tensor = tensor.to(torch.float32)
-    low, high = float(tensor.min()), float(tensor.max())
-    if not (low >= -_SLACK and high <= 1.0 + _SLACK):  # NaN is refused too
-        raise ImageError(
-            f"image with values from {low:.4g} to {high:.4g}; expected [0, 1], before normalisation, or uint8"
-        )
-    return tensor.clamp(0.0, 1.0) + 0.0  # -0.0 is 0.0: equal images have equal bits, and so the same noise
-
-
-def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
-    """Convert an array (H, W), (H, W, C) or (C, H, W) to ``(C, H, W)`` in [0, 1] with the classifier's channels.
-
-    Raises:
-        ImageError: other channels, or values that :func:`as_image` refuses.
-    """
-    if array.ndim in (2, 3):
-        own, last = _channels(array.shape, channels)
-        if channels is not None and own != channels and {own, channels} != {1, 3}:
-            raise ImageError(f"has {own} channels; the classifier takes {channels}")
-        array = array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)[:own] if last else array
-    image = as_image(array, None)
-    if channels == 3 and image.shape[0] == 1:
-        return image.expand(3, -1, -1).contiguous()
-    if channels == 1 and image.shape[0] == 3:
-        weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R 601, as PIL converts
-        return (image * weights).sum(0, keepdim=True).clamp(0.0, 1.0)
-    return image
-
-
-def _channels(shape: Sequence[int], wanted: int | None) -> tuple[int, bool]:
-    """Return the channels of an array (H, W), (H, W, C) or (C, H, W), and whether they are its last dimension.
-
-    The fourth channel of an array with channels last is transparency, which is dropped unless the classifier takes it.
-    """
-    if len(shape) == 2:
-        return 1, False
-    if shape[0] not in (1, 3, wanted) and shape[2] in (1, 3, 4, wanted):
-        return (shape[2] if shape[2] == wanted else min(shape[2], 3)), True
-    return shape[0], False

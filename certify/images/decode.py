@@ -1,6 +1,6 @@
-"""Bytes of an image file -> an 8-bit PIL image, with limits.
+"""Decode image files to 8-bit PIL images, within limits.
 
-Defined behaviour: the first frame; EXIF orientation and colour profiles are not applied and an alpha channel is dropped
+Of a file the first frame is read; EXIF orientation and colour profiles are not applied and an alpha channel is dropped
 (as timm and torchvision load images); 16-bit grey becomes 8-bit by rounding v / 257, of 16-bit colour the high byte is
 kept; grey and palette images become RGB for an RGB classifier, and colour becomes grey (ITU-R 601) for a grey one.
 Metadata is not read, so that no fault in it makes a sound image unusable.
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from certify.errors import ImageError
-from certify.models.placeholders import mistaken_for, name_content
+from certify.models.signatures import HEAD, mistaken_for, name_content
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
@@ -27,7 +27,7 @@ MAX_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Limits of one picture, checked before the work that they bound.
+    """Limits of one picture, each checked before the work that it bounds.
 
     Attributes:
         max_pixels: width times height, as the file declares them.
@@ -57,7 +57,7 @@ LIMITS = DecodeLimits()
 
 
 def decode(content: bytes, channels: int = 3, limits: DecodeLimits = LIMITS) -> Image.Image:
-    """A PIL image of mode RGB (3 channels) or L (1 channel).
+    """Decode an image file to a PIL image of mode RGB (3 channels) or L (1 channel).
 
     Args:
         content: of the file.
@@ -73,7 +73,7 @@ def decode(content: bytes, channels: int = 3, limits: DecodeLimits = LIMITS) -> 
         raise ImageError("is empty (0 bytes)")
     if len(content) > MAX_BYTES:
         raise ImageError(f"is a file of {len(content):,} bytes; the limit is {MAX_BYTES:,}")
-    if (mistake := mistaken_for(content[:512], "an image")) is not None:
+    if (mistake := mistaken_for(content[:HEAD], "an image")) is not None:
         raise ImageError(mistake)
     if content.startswith(_PNG):
         content = _critical_chunks(content)
@@ -90,7 +90,7 @@ def decode(content: bytes, channels: int = 3, limits: DecodeLimits = LIMITS) -> 
     except Image.DecompressionBombError:
         raise ImageError(f"claims more than the limit of {limits.max_pixels:,} pixels (a decompression bomb)") from None
     except UnidentifiedImageError:
-        kind = name_content(content[:512])
+        kind = name_content(content[:HEAD])
         formats = ", ".join(f.lower() for f in FORMATS)
         if kind in ("a PNG image", "a JPEG image", "a GIF image"):
             raise ImageError(f"is damaged: {kind} whose header cannot be read") from None
@@ -107,7 +107,7 @@ _ANCILLARY = 0x20  # bit of a chunk type's first letter: lower case
 
 
 def _critical_chunks(content: bytes) -> bytes:
-    """The PNG file without its ancillary chunks: text, profiles, times; also transparency, which is dropped anyway."""
+    """Remove a PNG file's ancillary chunks: text, profiles, times, and transparency, which is dropped anyway."""
     kept, at = [_PNG], len(_PNG)
     while at + 8 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, at)
@@ -145,13 +145,20 @@ def _has_more_scans(content: bytes, limit: int) -> bool:
 
 
 def _to_eight_bits(image: Image.Image, channels: int) -> Image.Image:
+    """Convert to 8 bits per channel and the classifier's number of channels.
+
+    Raises:
+        ImageError: pixels whose scale or colours are not defined.
+    """
     if image.mode == "F":
-        raise ImageError("has floating-point pixels, whose scale nobody can tell; expected 8 or 16 bits a channel")
+        raise ImageError("has floating-point pixels of unknown scale; expected 8 or 16 bits per channel")
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         if values.min() < 0 or values.max() > 65_535:
-            raise ImageError(f"has values from {values.min():g} to {values.max():g}; expected 8 or 16 bits a channel")
+            raise ImageError(f"has values from {values.min():g} to {values.max():g}; expected 8 or 16 bits per channel")
         image = Image.fromarray(np.round(values / 257.0).astype(np.uint8), "L" if values.ndim == 2 else None)
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
+    if image.mode == "LAB":
+        raise ImageError("has LAB colours, which are not converted; expected grey or RGB")
     return image.convert("L" if channels == 1 else "RGB")

@@ -1,4 +1,4 @@
-"""What every source of images is: a list of items with stable ids and class names, each read when it is asked for."""
+"""Sources of images: lists of items with stable ids and class names, each read when it is needed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Item:
 
     Attributes:
         id: stable name, unique in the source.
-        read: gives the file's bytes, or an array (H, W), (H, W, C) or (C, H, W).
+        read: returns the file's bytes, or an array (H, W), (H, W, C) or (C, H, W).
         name: the class as the data names it, or None.
-        checksum: of the content, where the source knows one; else :meth:`stamp` hashes what ``read`` gives.
+        checksum: of the content, where the source knows one; else :meth:`stamp` hashes what ``read`` returns.
     """
 
     id: str
@@ -31,7 +31,7 @@ class Item:
     checksum: str = ""
 
     def stamp(self) -> str:
-        """What changes when the content changes: a resumed run must find the same."""
+        """Return a checksum of the content, which must be the same when a run is resumed."""
         if self.checksum:
             return self.checksum
         try:
@@ -47,13 +47,13 @@ class Source:
     """A list of items.
 
     Attributes:
-        name: what it is called in the record.
+        name: of the source in the record.
         items: in a stable order.
-        classes: the order of its classes, where it has one of its own.
+        classes: the order of its classes, where the source defines one.
         names: of the classes of its items, sorted; None where items have no class.
-        wrapped: all items lie in one folder of an archive, which may be a class or only a wrapper.
-        strays: why class folders cannot be used: images lie beside them. Empty when nothing is wrong.
-        unread: what the source holds besides its items, as phrases such as ``"3 .heic files (a.heic, ...)"``.
+        wrapped: whether all items lie in one folder of an archive, which may be a class or only a wrapper.
+        strays: why class folders cannot be used: images lie beside them. Empty where they can.
+        unread: other content of the source, as phrases such as ``"3 .heic files (a.heic, ...)"``.
         image_shape: of every image, where they are arrays of one shape.
     """
 
@@ -67,27 +67,27 @@ class Source:
     image_shape: tuple[int, ...] | None = None
 
     def by_id(self, ids: Sequence[str]) -> dict[str, Item]:
-        """The items of these ids, those that exist."""
-        wanted = set(ids)
-        return {item.id: item for item in self.items if item.id in wanted}
+        """Return the items with these ids, as far as they exist."""
+        chosen = set(ids)
+        return {item.id: item for item in self.items if item.id in chosen}
 
     def ids_with_comma(self) -> list[str]:
-        """Ids that have to be quoted in a list."""
+        """Return the ids that have to be quoted in a list."""
         return [item.id for item in self.items if "," in item.id]
 
 
 @dataclass
 class Unread:
-    """What a source holds but does not give, by reason."""
+    """Content of a source that is not read, by reason."""
 
     reasons: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
-        """Count one more; ``reason`` is a noun such as ``"dangling link{s}"``."""
+        """Count one more file; ``reason`` is a noun such as ``"dangling link{s}"``."""
         self.reasons.setdefault(reason, []).append(name)
 
     def summary(self) -> tuple[str, ...]:
-        """One phrase for each reason: how many and the first, as in ``"3 .heic files (a.heic, ...)"``."""
+        """Return one phrase per reason, with the count and the first name: ``"3 .heic files (a.heic, ...)"``."""
         by_count = sorted(self.reasons.items(), key=lambda reason: -len(reason[1]))
         phrases = [
             f"{len(names):,} {reason.replace('{s}', 's' * (len(names) > 1))} ({names[0]}{', ...' * (len(names) > 1)})"

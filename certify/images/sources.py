@@ -1,27 +1,32 @@
-"""Where images come from: a dataset's name, an image, a folder, an archive, an array.
+"""Sources of images: a dataset's name, an image, a folder, an archive, an array.
 
-Listing reads no pixels. An item's id does not depend on the machine, the order or the selection; it names the image's
-noise stream.
+Listing reads no pixels. The id of an item does not depend on the machine, the order or the selection; it names the
+noise of the image.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
-from certify.errors import UserError
-from certify.images.arrays import open_npz
+import numpy as np
+
+from certify.errors import RunFault, UserError, shorten
+from certify.images.arrays import indexed, open_npz
 from certify.images.decode import SUFFIXES
 from certify.images.files import open_folder, open_zip, read_file
 from certify.images.items import Item, Source
-from certify.images.named_datasets import DATASETS
-from certify.models.placeholders import describe_other_kind
 from certify.models.resolve import is_file
-from certify.registry import unknown_name
+from certify.models.signatures import describe_other_kind
+from certify.registry import Registry, unknown_name
+
+DATASETS = Registry("dataset")
 
 
 def open_source(data: str, *, root: str | Path | None = None, download: bool = False) -> Source:
-    """The source that ``--data`` names.
+    """Open the source that ``--data`` names.
 
     Args:
         data: a dataset's name, an image file, a folder, a zip or a folder in one (``photos.zip/test``), or an ``.npz``
@@ -61,3 +66,68 @@ def _is_folder(path: Path) -> bool:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except OSError:  # a name too long for the file system
         return False
+
+
+def _digits(name: str, train: bool) -> Callable[..., Source]:
+    def open_dataset(root: Path, download: bool) -> Source:
+        from sklearn.datasets import load_digits
+
+        from certify.models.builtin import TRAIN_IMAGES
+
+        digits = load_digits()
+        ids = range(TRAIN_IMAGES) if train else range(TRAIN_IMAGES, len(digits.images))
+        images = (digits.images[ids.start : ids.stop] / 16.0).astype(np.float32)
+        labels = [str(int(t)) for t in digits.target[ids.start : ids.stop]]
+        return indexed(name, images, labels, ids)
+
+    return open_dataset
+
+
+def _photos(root: Path, download: bool) -> Source:
+    from sklearn.datasets import load_sample_images
+
+    photos = load_sample_images()
+    items = [
+        Item(Path(name).name, functools.partial(np.asarray, image))
+        for name, image in zip(photos.filenames, photos.images, strict=True)
+    ]
+    return Source("photos", items)
+
+
+def _torchvision(name: str, train: bool) -> Callable[..., Source]:
+    def open_dataset(root: Path, download: bool) -> Source:
+        import torchvision.datasets as library
+
+        kind = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}[name]
+        try:
+            dataset = getattr(library, kind)(str(root), train=train, download=download)
+        except (RuntimeError, OSError) as error:
+            if download:
+                raise RunFault(f"could not download {name} to {root}: {shorten(str(error), 160)}") from None
+            raise UserError(f"no {name} under {root}; pass its folder with --root, or --download") from None
+        names = [str(c) for c in dataset.classes]
+        if name == "mnist":
+            names = [c.partition(" ")[0] for c in names]
+        images = dataset.data.numpy() if hasattr(dataset.data, "numpy") else dataset.data
+        shown = f"{name}-train" if train else name
+        return indexed(shown, images, [names[int(t)] for t in dataset.targets], classes=tuple(names))
+
+    return open_dataset
+
+
+def _imagenet(root: Path, download: bool) -> Source:
+    folder = root / "val" if (root / "val").is_dir() else root
+    if not folder.is_dir():
+        raise UserError(
+            f"no imagenet under {root}; ImageNet cannot be downloaded: pass --root DIR that holds val/<wnid>/*.JPEG"
+        )
+    return dataclasses.replace(open_folder(folder), name="imagenet")
+
+
+DATASETS.add("digits", _digits("digits", False), "scikit-learn's 8x8 digits: the 500 held out (in the package)")
+DATASETS.add("digits-train", _digits("digits-train", True), "the 1,297 digits before them, for training")
+DATASETS.add("photos", _photos, "two photographs without labels (in the package)")
+for _name in ("cifar10", "cifar100", "mnist", "fashion_mnist"):
+    DATASETS.add(_name, _torchvision(_name, False), "torchvision's test set, under --root")
+    DATASETS.add(f"{_name}-train", _torchvision(_name, True), "torchvision's training set, under --root")
+DATASETS.add("imagenet", _imagenet, "the validation set as val/<wnid>/ under --root")

@@ -1,8 +1,7 @@
-"""Checkpoints as people have them -> a state dict that fits, or a reason.
+"""Read checkpoints in every common layout, safely: choose a set of weights, match its names, load all of it.
 
-No code of a file is run: ``torch.load`` with ``weights_only=True`` reads tensors and plain values, to which numpy's
-numbers and the ``Namespace`` of parsed options are added here, as training scripts leave them beside the weights.
-Nothing is loaded partially.
+No code of a file is run: ``torch.load`` with ``weights_only=True`` reads tensors and plain values. NumPy's numbers and
+the ``Namespace`` of parsed options, which training scripts leave beside the weights, are allowed here, too.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import argparse
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from certify.errors import CertifyWarning, UserError, first_line
 from certify.models.file_kind import SAFETENSORS, split_part, weights_kind
 from certify.models.resolve import UNTRAINED
-from certify.models.state_dicts import choose_state, covering_parts, match_names
 
 _NUMBERS = ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")
 _PLAIN: list[Any] = [
@@ -33,78 +31,100 @@ _PLAIN: list[Any] = [
 ]
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, out of a bare state dict or one under a key.
+_USUAL = ("state_dict", "model", "model_state", "model_state_dict", "net", "params_ema", "params")
+_OTHERS = ("network", "weights", "ema", "model_ema", "state_dict_ema", "ema_state_dict", "generator", "backbone")
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that DataParallel, torch.compile, FSDP and activation checkpoints leave."""
 
-    Where there are several sets of weights the usual one is taken, with a warning that names the others:
-    ``FILE::KEY`` chooses among them.
+_COUNTER = "n_averaged"  # of models averaged by torch.optim.swa_utils, beside their weights
+_DEPTH = 8  # keys around a set of weights
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint by name, from a bare state dict or one under a key.
+
+    Of several sets of weights the usual one is taken, with a warning that names the others; ``FILE::KEY`` chooses.
 
     Raises:
-        UserError: not a checkpoint (and what it is instead), damaged, or a pickle that would run code.
+        UserError: not a checkpoint (the message says what it is), damaged, or a pickle that would run code.
     """
     file, part = split_part(path)
-    found = _load(file, weights_kind(file))
-    if not isinstance(found, Mapping) or not found:
-        raise UserError(f"{file} holds {type(found).__name__}; expected a state dict, bare or under a key")
-    state, choice = choose_state(found, file, part)
-    if choice:
-        warnings.warn(choice, CertifyWarning, stacklevel=2)
-    return state
+    content = _load(file, weights_kind(file))
+    if not isinstance(content, Mapping) or not content:
+        what = "no tensors" if isinstance(content, Mapping) else type(content).__name__
+        raise UserError(f"{file} holds {what}; expected a state dict, bare or under a key")
+    return _choose_state(content, file, part)
 
 
 def load_weights(net: nn.Module, path: str | Path, architecture: str) -> str:
     """Load a checkpoint into ``net``, every key or none; ``untrained`` leaves it as it was built.
 
-    What DataParallel, torch.compile, FSDP and activation checkpoints leave in names is taken off, wherever it stands,
-    and so is one prefix of all names, such as Lightning's ``model.`` or the number of ``nn.Sequential``.
+    What DataParallel, torch.compile, FSDP and activation checkpoints leave in names is removed wherever it stands, and
+    so is one prefix of all names, such as Lightning's ``model.`` or the number of ``nn.Sequential``.
 
     Returns:
-        What was loaded, for the record: the file's name and what was taken off.
+        A description for the record: the file's name and what was removed from the names.
 
     Raises:
-        UserError: keys or shapes that do not fit; the first few are listed.
+        UserError: keys, shapes or types that do not fit; the first few are listed.
     """
     return UNTRAINED if path == UNTRAINED else fit_weights(net, read_state_dict(path), path, architecture)
 
 
 def fit_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path, architecture: str) -> str:
-    """:func:`load_weights` of a checkpoint that was read already."""
+    """Load the tensors of :func:`read_state_dict` as :func:`load_weights` does."""
     own = net.state_dict()
-    stripped, taken = match_names(state, own)
-    for key in own.keys() - stripped.keys():
+    matched, removed = _match_names(state, own)
+    for key in own.keys() - matched.keys():
         if key.endswith("num_batches_tracked"):  # absent from checkpoints of torch before 0.4.1, unused in evaluation
-            stripped[key] = own[key]
-    _refuse_misfit(own, stripped, state, path, architecture)
-    net.load_state_dict(stripped)
-    return Path(path).name + (f" (without {', '.join(taken)} in its names)" if taken else "")
+            matched[key] = own[key]
+    if (misfit := _describe_misfit(own, matched)) and (parts := _covering_parts(state, own)):
+        raise UserError(
+            f"{path} holds more than {architecture}, whose names begin with {'. or '.join(parts)}. there; "
+            f"write {path}::{parts[0]} for that part"
+        )
+    if misfit:
+        raise UserError(f"{path} does not fit {architecture}: {misfit}")
+    net.load_state_dict(matched)
+    return Path(path).name + (f" (without {', '.join(removed)} in its names)" if removed else "")
 
 
-def _refuse_misfit(
-    own: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    whole: Mapping[str, Tensor],
-    path: str | Path,
-    architecture: str,
-) -> None:
-    missing = [k for k in own if k not in state]
-    extra = [k for k in state if k not in own]
-    shapes = [
-        f"{k} {_shape(state[k])} for {_shape(own[k])}" for k in own if k in state and state[k].shape != own[k].shape
-    ]
+def _describe_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Return the tensors of a checkpoint that do not fit a network's own, with a hint; empty where all fit."""
+    both = [key for key in own if key in state]
+    missing = [key for key in own if key not in state]
+    extra = [key for key in state if key not in own]
+    shapes = [f"{k} {_shape(state[k])} for {_shape(own[k])}" for k in both if state[k].shape != own[k].shape]
+    types = [f"{k} {kind}" for k in both if (kind := _unusable_type(own[k], state[k]))]
     parts = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for names, what in ((missing, "missing"), (extra, "unexpected"), (shapes, "of another shape"))
+        for names, what in (
+            (missing, "missing"),
+            (extra, "unexpected"),
+            (shapes, "of another shape"),
+            (types, "not plain floating-point numbers"),
+        )
         if names
     ]
-    if parts:
-        if parts_of := covering_parts(whole, own):
-            raise UserError(
-                f"{path} holds more than {architecture}, whose names begin with {'. or '.join(parts_of)}. there; "
-                f"write {path}::{parts_of[0]} for that part"
-            )
-        head_only = not missing and not extra and len(shapes) <= 2
-        hint = "; another number of classes? pass --num-classes" if head_only else "; is it another architecture's?"
-        raise UserError(f"{path} does not fit {architecture}: {'; '.join(parts)}{hint}")
+    if not parts:
+        return ""
+    if types and not (missing or extra or shapes):
+        return f"{parts[0]}; save the weights as dense float32 tensors"
+    head_only = shapes and not (missing or extra or types) and len(shapes) <= 2
+    return "; ".join(parts) + (
+        "; another number of classes? pass --num-classes" if head_only else "; is it another architecture's?"
+    )
+
+
+def _unusable_type(own: Tensor, given: Tensor) -> str:
+    """Return the type of a tensor that cannot be copied into a floating-point parameter as it is; else empty."""
+    if given.is_meta:
+        return "without values"
+    if given.layout != torch.strided:
+        return str(given.layout).removeprefix("torch.")
+    if own.is_floating_point() and not given.is_floating_point():  # quantized, or complex
+        return str(given.dtype).removeprefix("torch.")
+    return ""
 
 
 def _shape(tensor: Tensor) -> str:
@@ -112,6 +132,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _load(path: Path, kind: str) -> Any:
+    """Read what a file holds, without running code of it."""
     if kind == SAFETENSORS:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -135,6 +156,7 @@ def _load(path: Path, kind: str) -> Any:
 
 
 def _refused_pickle(path: Path, reason: str) -> str:
+    """Return why a pickle was refused, by the reason that torch gave."""
     with path.open("rb") as file:
         is_pickle = file.read(2) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
     if not is_pickle:
@@ -145,3 +167,119 @@ def _refused_pickle(path: Path, reason: str) -> str:
         f"{path} asks for {what} when it is unpickled, which can run code: refused; "
         "expected tensors only (save the state dict alone, best as .safetensors)"
     )
+
+
+def _choose_state(content: Mapping[Any, Any], path: Path, part: str) -> dict[str, Tensor]:
+    """Choose a set of weights in a checkpoint; warn where there are others.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+        part: the key that the user chose, or the beginning of the tensors' names; empty: the usual one.
+
+    Raises:
+        UserError: no tensors, or no such part.
+    """
+    sets = dict(_sets(content))
+    if not sets:
+        keys = ", ".join(list(map(str, content))[:4])
+        raise UserError(f"{path} holds no weights (keys: {keys}); expected a state dict, bare or under a key")
+    if part in sets:
+        return sets[part]
+    order = ["", *_USUAL, *_OTHERS]
+
+    def rank(key: str) -> int:
+        return order.index(key) if key in order else len(order)
+
+    chosen = min(sets, key=lambda key: (rank(key), rank(key.rpartition(".")[2])))
+    if part:
+        inner = {name: value for name, value in sets[chosen].items() if name.startswith(f"{part}.")}
+        if not inner:
+            prefixes = dict.fromkeys(f"{name.partition('.')[0]}." for name in sets[chosen] if "." in name)
+            there = ", ".join([key for key in sets if key] or list(prefixes)[:6])
+            raise UserError(f"{path} has no part {part!r}; it has {there}")
+        return inner
+    others = [key for key in sets if key != chosen]
+    if others:
+        named = chosen or "the one without a key"
+        text = f"{path} holds several sets of weights: {named} is used, not {', '.join(others)}"
+        warnings.warn(f"{text}; write {path}::{others[0]} for another", CertifyWarning, stacklevel=3)
+    return sets[chosen]
+
+
+def _sets(
+    content: Mapping[Any, Any], prefix: str = "", depth: int = 0, seen: set[int] | None = None
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield sets of weights by their keys, nested ones joined by dots; an optimizer's numbered tensors are no set."""
+    seen = set() if seen is None else seen
+    new = id(content) not in seen  # a pickle may hold one mapping many times, itself too
+    seen.add(id(content))
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    inner = [(key, value) for key, value in content.items() if isinstance(value, Mapping) and isinstance(key, str)]
+    nested = []
+    if new and depth < _DEPTH:
+        nested = [one for key, value in inner for one in _sets(value, f"{prefix}.{key}".lstrip("."), depth + 1, seen)]
+    known = prefix.rpartition(".")[2] in (*_USUAL, *_OTHERS) or not prefix
+    if any("." in name for name in tensors) or (known and tensors and not nested):
+        yield prefix, tensors
+    yield from nested
+
+
+def _match_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Rename tensors to the network's own names, as far as wrappers and one common prefix explain the difference.
+
+    Args:
+        state: of a checkpoint.
+        own: of the network.
+
+    Returns:
+        The tensors, and what was removed from their names.
+
+    Raises:
+        UserError: two of them get the same name.
+    """
+    if state.keys() <= own.keys():
+        return dict(state), []
+    state = {key: value for key, value in state.items() if key.rpartition(".")[2] != _COUNTER or key in own}
+    wrappers = {part for key in state for part in key.split(".")} & {*_WRAPPERS}
+    names = {key: ".".join(part for part in key.split(".") if part not in wrappers) for key in state}
+    prefix = _common_prefix(list(names.values()), own)
+    stripped: dict[str, Tensor] = {}
+    for key, name in names.items():
+        short = name.removeprefix(prefix)
+        if short in stripped:
+            raise UserError(f"the checkpoint holds {short!r} twice, with and without a wrapper prefix; save it once")
+        stripped[short] = state[key]
+    return stripped, [*([prefix] if prefix else []), *(f"{part}." for part in sorted(wrappers))]
+
+
+def _common_prefix(names: list[str], own: Mapping[str, Tensor]) -> str:
+    """Return the prefix of all names without which some are the network's, if none is the network's with it."""
+    if not names or own.keys() & set(names):
+        return ""
+    first = names[0].split(".")
+    for length in range(1, len(first)):
+        prefix = ".".join(first[:length]) + "."
+        if not all(name.startswith(prefix) for name in names):
+            return ""
+        if any(name.removeprefix(prefix) in own for name in names):
+            return prefix
+    return ""
+
+
+def _covering_parts(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Return the beginnings of names under which a checkpoint holds the whole network, beside other tensors."""
+    parts = []
+    for part in dict.fromkeys(name.partition(".")[0] for name in state if "." in name):
+        inner = {name: value for name, value in state.items() if name.startswith(f"{part}.")}
+        if len(inner) < len(state):
+            matched, _ = _match_names(inner, own)
+            if {k for k in own if not k.endswith("num_batches_tracked")} <= matched.keys() <= own.keys():
+                parts.append(part)
+    return parts
+
+
+def refuse_weights(name: str, weights: str | Path | None) -> None:
+    """Refuse ``--weights`` beside a file that holds its own."""
+    if weights is not None:
+        raise UserError(f"{name} carries its weights; drop --weights")

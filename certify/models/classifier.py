@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from certify.errors import CertifyError, CertifyWarning, UserError, first_line
 from certify.models import resolve as hub
-from certify.models.fingerprint import classifier_fingerprint
-from certify.models.pipeline import state_digest
+from certify.models.identity import classifier_fingerprint, state_digest
 from certify.types import FAILED
 
 
@@ -322,9 +321,9 @@ def load_classifier(
         consent = {"trust_code": trust_code} if source.kind == "torchscript" else {}
         name, spec = model, hub.BUILDERS.get(source.kind)(source.name, weights, num_classes, **consent)
     else:
-        from certify.models.external import spec_of_object
+        from certify.models.callables import build_from_object
 
-        name, spec = spec_of_object(model, weights, num_classes)
+        name, spec = build_from_object(model, weights, num_classes)
         if input_size is not None and input_size[1] != input_size[2]:  # of tensors, which nobody resizes
             spec, input_size = replace(spec, input=replace(spec.input, size=input_size, transform=None)), None
     if mean is not None and spec.eight_bits:

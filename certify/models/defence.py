@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from certify.errors import RunFault, UserError
 from certify.models.classifier import Classifier, labels_from_logits
-from certify.models.pipeline import recorded
+from certify.models.identity import record_module
 from certify.smoothing.rng import block_generator
 from certify.types import FAILED
 
@@ -167,7 +167,7 @@ class Defence(nn.Module):
         """Every step with its options, hashes and fingerprints, for the record."""
         steps = []
         for (purifier, bare), classifier, sigma in zip(self._pairs(), self.classifiers, self.sigmas, strict=True):
-            named = None if bare else {**recorded(purifier, sigma, classifier.probe_size), "sigma": sigma}
+            named = None if bare else {**record_module(purifier, sigma, classifier.probe_size), "sigma": sigma}
             described = getattr(classifier, "record", classifier.describe)()  # a service stands there, too
             steps.append({"purifier": named, "classifier": described})
         return {

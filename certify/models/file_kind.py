@@ -1,38 +1,27 @@
-"""What a model's file holds, by its content: names mislead, and downloads fail."""
+"""Recognise models and weights by their content: names mislead, and downloads fail."""
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
-import lzma
 import mmap
 import os
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from certify.errors import UserError
-from certify.models.placeholders import mistaken_for
+from certify.models.signatures import COMPRESSED, HDF5, HEAD, PICKLE, TAR, TFLITE, ZIP, mistaken_for, name_content
 
 CHECKPOINT, SAFETENSORS, TORCHSCRIPT, ONNX, UNKNOWN = "checkpoint", "safetensors", "TorchScript", "ONNX", "unknown"
-"""What can be used; :func:`file_kind` refuses everything else that it recognises."""
+"""Kinds of files that can be used; :func:`file_kind` refuses everything else that it recognises."""
 
 _WEIGHTS = (".pth", ".pt", ".th", ".safetensors", ".onnx", ".ckpt", ".bin", ".torchscript")
 _HUB_NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 _LISTED = 3  # members of an archive that a message names
-_MEMBERS = 1000  # of an archive that are looked at
-_HEADER = 100_000_000  # bytes of a safetensors header at most, as its library has it
-
-_FIELD = 2**20  # bytes that the reader of a tar archive may ask for at once: a name, not a file's content
-_MARK = slice(257, 262)  # where the first header of a tar archive says ustar
-
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_OTHERS = {b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive", b"Rar!": "a RAR archive", b"\x93NUMPY": "a NumPy array"}
-_OPENERS: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+_MEMBERS = 1000  # members of an archive that are searched
+_HEADER = 100_000_000  # most bytes of a safetensors header, as in its library
+_FIELD = 2**20  # most bytes that the reader of a tar archive may read at once: a name, not a file's content
 _UNPACK = {"gzip": "gunzip -k", "bzip2": "bunzip2 -k", "xz": "unxz -k", "zstd": "unzstd"}
 _OWN_CODE = "load it in a function of your own and name that: --model package.module:function"
 
@@ -49,30 +38,46 @@ def file_kind(path: str | Path) -> str:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            head = file.read(512)
+            head = file.read(HEAD)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not head:
         raise UserError(f"{path} is empty; expected a model or its weights (download it again)")
-    if stand_in := mistaken_for(head, "a model"):
-        raise UserError(f"{path} {stand_in}")
-    if head.startswith(b"PK\x03\x04"):
-        return _zip_kind(path)
-    if what := _foreign(path, head):
-        raise UserError(f"{path} is {what}")
-    if head[8:9] == b"{" and path.suffix.lower() != ".onnx":
-        length = int.from_bytes(head[:8], "little")
-        if length > min(_HEADER, path.stat().st_size):
-            raise UserError(
-                f"{path} is not a whole safetensors file: its header would have {length:,} bytes, the file has "
-                f"{path.stat().st_size:,} (a header at most {_HEADER:,}); download it again"
-            )
+    if mistake := mistaken_for(head, "a model"):
+        raise UserError(f"{path} {mistake}")
+    named_onnx = path.suffix.lower() == ".onnx"
+    header, size = int.from_bytes(head[:8], "little"), path.stat().st_size  # of safetensors: the header's length first
+    safetensors = head[8:9] == b"{" and not named_onnx
+    if safetensors and header <= min(_HEADER, size):
         return SAFETENSORS
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":  # a pickle, as torch wrote before 1.6
+    kind = name_content(head, path)
+    if kind == ZIP:
+        return _zip_kind(path)
+    if kind not in ("", PICKLE):
+        raise UserError(f"{path} is {kind}{_remedy(path, kind)}")
+    if safetensors:
+        raise UserError(
+            f"{path} is not a whole safetensors file: its header would have {header:,} bytes, the file has "
+            f"{size:,} (a header at most {_HEADER:,}); download it again"
+        )
+    if kind == PICKLE:  # as torch wrote checkpoints before 1.6
         return CHECKPOINT
     if path.suffix.lower() == ".safetensors":
         raise UserError(f"{path} is not a safetensors file: it begins with {head[:16]!r}; download it again")
-    return ONNX if path.suffix.lower() == ".onnx" or _is_onnx(path, head) else UNKNOWN
+    return ONNX if named_onnx or _is_onnx(path, head) else UNKNOWN
+
+
+def _remedy(path: Path, kind: str) -> str:
+    """Return the end of a message about a file of another kind: how to get at the model."""
+    if kind in (TFLITE, HDF5):
+        return f"{', as Keras writes them' * (kind == HDF5)}; {_OWN_CODE}, or export it to ONNX"
+    if kind == TAR:
+        names = _tar_names(path)
+        return f": unpack it (tar -xf {path}) and name {_member(names) if names else 'the file in it'}"
+    packer = kind.removeprefix(COMPRESSED)
+    if packer in _UNPACK:
+        return f": unpack it ({_UNPACK[packer]} {path}) and name the file that comes out"
+    return "; expected weights as torch.save or safetensors writes them"
 
 
 def _is_onnx(path: Path, head: bytes) -> bool:
@@ -126,7 +131,7 @@ def _varint(content: mmap.mmap, at: int) -> tuple[int, int]:
 
 
 def split_part(named: str | Path) -> tuple[Path, str]:
-    """``FILE::PART`` as a file and a part of what it holds; for a folder of the model hub the weights in it.
+    """Split ``FILE::PART`` into a file and a part of its content; find the weights in a folder of the model hub.
 
     Raises:
         UserError: a folder that holds no weights.
@@ -135,14 +140,20 @@ def split_part(named: str | Path) -> tuple[Path, str]:
     path = Path(file)
     if not os.path.isdir(path):  # of a name that is too long, pathlib complains
         return path, part
-    found = next((path / name for name in _HUB_NAMES if (path / name).is_file()), None)
-    if found is None:
+    weights = next((path / name for name in _HUB_NAMES if (path / name).is_file()), None)
+    if weights is None:
+        if shards := sorted(entry.name for entry in path.glob("*-00001-of-*")):
+            raise UserError(f"{path} keeps its weights in several files ({shards[0]}, ...); save them in one file")
         raise UserError(f"{path} is a folder without weights; expected a file, or one of {', '.join(_HUB_NAMES)} in it")
-    return found, part
+    return weights, part
 
 
 def _zip_kind(path: Path) -> str:
-    """A checkpoint and a TorchScript program are zip archives; what else there is in one is no model."""
+    """Return ``CHECKPOINT`` or ``TORCHSCRIPT``, which are zip archives.
+
+    Raises:
+        UserError: an archive of something else.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -163,33 +174,6 @@ def _zip_kind(path: Path) -> str:
     raise UserError(f"{path} is a zip archive: unpack it (unzip {path}) and name {_member(names)}")
 
 
-def _foreign(path: Path, head: bytes) -> str:
-    """Other formats that are often taken for weights, with the remedy."""
-    if head.startswith(b"\x89HDF") or head[4:8] == b"TFL3":
-        what = "a TensorFlow Lite model" if head[4:8] == b"TFL3" else "an HDF5 file, as Keras writes them"
-        return f"{what}; {_OWN_CODE}, or export it to ONNX"
-    if what := next((what for mark, what in _OTHERS.items() if head.startswith(mark)), ""):
-        return f"{what}; expected weights as torch.save or safetensors writes them"
-    if packed := next((name for mark, name in _COMPRESSED.items() if head.startswith(mark)), ""):
-        if _is_compressed_tar(path, packed):
-            return f"a tar archive: unpack it (tar -xf {path}) and name the file in it"
-        return f"compressed by {packed}: unpack it ({_UNPACK[packed]} {path}) and name the file that comes out"
-    if head[_MARK] == b"ustar":
-        return f"a tar archive: unpack it (tar -xf {path}) and name {_member(_tar_names(path))}"
-    return ""
-
-
-def _is_compressed_tar(path: Path, packed: str) -> bool:
-    """True if the first block of a compressed file is the header of a tar archive; unpacks that block alone."""
-    if packed not in _OPENERS:
-        return False
-    try:
-        with _OPENERS[packed](path, "rb") as file:
-            return bytes(file.read(512))[_MARK] == b"ustar"
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
-        return False
-
-
 class _ShortReads(io.FileIO):
     """A file that refuses long reads: a tar archive may call a header what would fill the memory."""
 
@@ -201,7 +185,7 @@ class _ShortReads(io.FileIO):
 
 
 def _tar_names(path: Path) -> list[str]:
-    """Return the names of the first members of a tar archive, up to where it is damaged."""
+    """Return the names of the first members of a tar archive that is not compressed, up to where it is damaged."""
     names: list[str] = []
     try:
         with _ShortReads(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -213,7 +197,7 @@ def _tar_names(path: Path) -> list[str]:
 
 
 def _member(names: list[str]) -> str:
-    """The files of an archive that may hold the model, in words."""
+    """Name the files of an archive that may hold the model."""
     weights = [name for name in names if name.lower().endswith(_WEIGHTS)]
     more = ", ..." if len(weights) > _LISTED else ""
     if weights:
@@ -222,7 +206,7 @@ def _member(names: list[str]) -> str:
 
 
 def weights_kind(path: str | Path, option: str = "--model") -> str:
-    """:func:`file_kind` of a file that should hold weights alone.
+    """Return :func:`file_kind` of a file that should hold weights alone.
 
     Args:
         path: of the file.

@@ -1,8 +1,8 @@
-"""From the names that data gives its classes to the indices that the classifier means.
+"""Match the class names of the data with the classifier's class indices.
 
 The field's most common silent error is an index by sorted folder name where the classifier was trained on another
-order: accuracy near zero and no hint. Names are matched; sorted order is used only when there is nothing else and the
-numbers agree; anything doubtful is an error that asks for a map.
+order: accuracy near zero and no hint. Names are matched; sorted order is used only where there is nothing else and the
+numbers of classes agree; anything doubtful is an error that asks for a class map.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from certify.errors import UserError
+from certify.models.signatures import HEAD, ZIP, name_content
 from certify.text import read_text
 
 ClassNames = tuple[tuple[str, ...], ...]
-"""For each class index, every name it goes by."""
+"""For each class index, all its names."""
 
 
 class UnclearLabels(UserError):
     """Labels of the data that cannot be matched with classes.
 
     Args:
-        cause: what is wrong with them.
-        advice: options of the commands that certify, which settle it.
+        cause: of the mismatch.
+        advice: options of the certifying commands that resolve it.
     """
 
     def __init__(self, cause: str, advice: str) -> None:
@@ -40,7 +41,7 @@ class UnclearLabels(UserError):
 
 @functools.cache
 def imagenet_classes() -> ClassNames:
-    """The 1,000 ImageNet classes in the order of the classifiers: WordNet id, then its words."""
+    """Return the 1,000 ImageNet classes in the classifiers' order: WordNet id, then its words."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
@@ -50,6 +51,11 @@ def imagenet_classes() -> ClassNames:
     )
 
 
+def default_class_names(num_classes: int | None) -> ClassNames | None:
+    """Return ImageNet's names for 1,000 classes, else None."""
+    return imagenet_classes() if num_classes == 1000 else None
+
+
 def map_names(
     names: Sequence[str],
     class_names: ClassNames | None,
@@ -57,11 +63,21 @@ def map_names(
     class_map: str | Path | None = None,
     order: Sequence[str] | None = None,
 ) -> tuple[dict[str, int], str]:
-    """The class index of every name the data uses, and the rule that gave it, in words.
+    """Map each class name of the data to a class index.
 
-    In this order: ``class_map``; the classifier's own class names (WordNet ids and words for ImageNet), and if it has
-    any, only indices beside them; ``order``, the data set's own order of K classes; names that are the integers
-    0 .. K-1 themselves; sorted order when there are exactly K names.
+    Rules in this order: ``class_map``; the classifier's own class names (WordNet ids and words for ImageNet), and if it
+    has any, otherwise indices alone; ``order``, the dataset's own order of K classes; names that are the integers
+    0 .. K-1; sorted order where there are exactly K names.
+
+    Args:
+        names: of the data's classes.
+        class_names: of the classifier, or None.
+        num_classes: K.
+        class_map: file from names to classes.
+        order: of the dataset's classes, where it defines one.
+
+    Returns:
+        The index of each name, and a description of the rule.
 
     Raises:
         UnclearLabels: no rule applies; the message asks for a class map and says how to write one.
@@ -71,19 +87,19 @@ def map_names(
     if class_map is not None:
         return _from_map(names, class_names, num_classes, Path(class_map)), f"class map {Path(class_map).name}"
     if class_names is not None:
-        index = _index(class_names)
-        found = {name: index.get(_plain(name), []) for name in names}
-        missing = [name for name, hits in found.items() if not hits]
-        twofold = [name for name, hits in found.items() if len(hits) > 1]
-        if not missing and not twofold:
-            mapping = {name: hits[0] for name, hits in found.items()}
+        index = name_index(class_names)
+        matches = {name: index.get(_plain(name), []) for name in names}
+        missing = [name for name, indices in matches.items() if not indices]
+        ambiguous = [name for name, indices in matches.items() if len(indices) > 1]
+        if not missing and not ambiguous:
+            mapping = {name: indices[0] for name, indices in matches.items()}
             return mapping, f"by name ({len(set(mapping.values()))} of {num_classes} classes)"
         if not all(name.isdecimal() for name in names):  # numbers may still be indices
             bad = f"{len(missing)} of {len(names)} class names are not the classifier's ({_few(missing)})"
             if len(missing) == len(names):
                 bad += f", which are called {_few([each[0] for each in class_names])}"
             if not missing:
-                bad = f"class names that mean several classes: {_few(twofold)}"
+                bad = f"class names that mean several classes: {_few(ambiguous)}"
             raise UnclearLabels(bad, f"{_HOW}, {OR_NONE}")
     count = Counter(map(_plain, names))
     if alike := sorted((name for name in names if count[_plain(name)] > 1), key=_plain):
@@ -120,7 +136,7 @@ _HOW = 'pass --class-map FILE: JSON {"name": class} or lines "name,class"'
 
 
 def read_labels(path: str | Path) -> dict[str, str]:
-    """``file,label`` rows of a CSV with or without a heading, by file name.
+    """Read ``file,label`` rows of a CSV with or without a heading, by file name.
 
     Raises:
         UserError: unreadable, or several columns that could hold the label.
@@ -130,7 +146,7 @@ def read_labels(path: str | Path) -> dict[str, str]:
 
 
 def match_labels(path: str | Path, ids: Sequence[str], every: Iterable[str] = ()) -> tuple[dict[str, str], list[str]]:
-    """The label of each image in a file of labels, by path or else by file name.
+    """Return the label of each image in a file of labels, by path or else by file name.
 
     Args:
         path: of the CSV.
@@ -157,6 +173,7 @@ def match_labels(path: str | Path, ids: Sequence[str], every: Iterable[str] = ()
 
 
 def _rows_of(ids: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    """Return the key of each image's row, by path or else by file name, as far as there is one."""
     by_path = find_keys(ids, given)
     by_name = find_keys([i.rpartition("/")[2] for i in ids], given)
     found = {i: by_path.get(i, by_name.get(i.rpartition("/")[2])) for i in ids}
@@ -164,9 +181,9 @@ def _rows_of(ids: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_keys(names: Iterable[str], given: Iterable[str]) -> dict[str, str]:
-    """For each name that is given its key: itself, or one that differs in surrounding spaces or spelling of characters.
+    """Return the key of each name that has one: the same, or one that differs in spaces around it or in encoding.
 
-    File names are the same with backslashes, and accented letters with the accent apart, as macOS writes them.
+    Backslashes count as slashes, and an accented letter as the letter with its accent apart, as macOS writes it.
     """
     known = set(given)
     alike = {_same(key): key for key in known}
@@ -179,36 +196,47 @@ def _same(name: str) -> str:
 
 
 def _mismatch(where: str, what: str, names: Sequence[str], missing: Sequence[str], given: Iterable[str]) -> str:
-    """One line about names that a file lacks; where it has none of them, with entries of both sides."""
+    """Describe names that a file lacks; if it has none of them, with entries of both sides."""
     if len(missing) < len(names):
         return f"{where} misses {len(missing)} of {len(names)} {what}: {_few(missing)}; add them"
-    there, here = (", ".join(map(repr, list(side)[:3])) for side in (given, names))
-    return f"{where} names none of the {len(names)} {what}: its first column has {there}, the data has {here}"
+    there, here = (", ".join(map(repr, list(side)[:3])) or "nothing" for side in (given, names))
+    return f"{where} names none of the {len(names)} {what}: it has {there}, the data has {here}"
 
 
 def read_class_map(path: str | Path) -> dict[str, Any]:
-    """A class map as it is written: JSON ``{"name": class}``, or lines ``name,class``.
+    """Read a class map: JSON ``{"name": class}``, recognised by its first character, or lines ``name,class``.
 
     Raises:
         UserError: unreadable, not of that form, or a name twice with different classes.
     """
     path = Path(path)
-    if path.suffix.lower() != ".json":
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--class-map {path}: cannot be read ({error.strerror})") from None
+    start = content[:1000].replace(b"\0", b"").lstrip(_BYTE_ORDER_MARKS + b" \t\r\n")[:1]
+    if start not in (b"{", b"["):
         return dict(read_rows(path, "--class-map"))
     try:
-        given: Any = json.loads(path.read_bytes(), object_pairs_hook=_unique)  # bytes: any byte-order mark is right
-    except (OSError, ValueError, RecursionError) as error:
+        given: Any = json.loads(content, object_pairs_hook=_unique)  # bytes: any byte-order mark is right
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--class-map {path}: not readable as JSON ({error})") from None
     if not isinstance(given, dict):
         raise UserError(f'--class-map {path}: expected an object {{"name": class}}, got {type(given).__name__}')
     return given
 
 
+_BYTE_ORDER_MARKS = b"\xef\xbb\xbf\xff\xfe"
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    double = next((key for key, value in pairs if dict(pairs)[key] != value), None)
-    if double is not None:
-        raise ValueError(f"{double!r} stands there twice with different classes")
-    return dict(pairs)
+    """Return the members of a JSON object; refuse a name that occurs twice with different values."""
+    members: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in members and members[key] != value:
+            raise ValueError(f"{key!r} stands there twice with different classes")
+        members[key] = value
+    return members
 
 
 def _from_map(names: Sequence[str], class_names: ClassNames | None, num_classes: int, path: Path) -> dict[str, int]:
@@ -222,7 +250,7 @@ def _from_map(names: Sequence[str], class_names: ClassNames | None, num_classes:
 
 
 def class_index(value: Any, index: Mapping[str, list[int]], num_classes: int, where: str) -> int:
-    """A class given as an index or as one of the classifier's names.
+    """Return the index of a class that is given as an index or as one of the classifier's names.
 
     Raises:
         UserError: neither.
@@ -239,29 +267,25 @@ def class_index(value: Any, index: Mapping[str, list[int]], num_classes: int, wh
 
 
 def readable(class_names: ClassNames | None, label: int) -> str:
-    """What a person calls this class: its name, or its index where the classifier has no names."""
+    """Return a class's name for display, or its index where the classifier has no names."""
     if class_names is None or not 0 <= label < len(class_names):
         return str(label)
     names = class_names[label]
     return names[1] if len(names) > 1 and re.fullmatch(r"n\d{8}", names[0]) else names[0]
 
 
-def name_index(class_names: ClassNames | None) -> dict[str, list[int]]:
-    """Every class index by each plain name; several where the name is ambiguous."""
-    return _index(class_names) if class_names else {}
-
-
 @functools.cache
-def _index(class_names: ClassNames) -> dict[str, list[int]]:
+def name_index(class_names: ClassNames | None) -> dict[str, list[int]]:
+    """Return the class indices of each plain name; several where the name is ambiguous."""
     index: dict[str, list[int]] = {}
-    for i, synonyms in enumerate(class_names):
+    for i, synonyms in enumerate(class_names or ()):
         for name in {_plain(s) for s in synonyms}:
             index.setdefault(name, []).append(i)
     return index
 
 
 def _plain(name: str) -> str:
-    """A name as it is compared: without regard to case, spaces, hyphens and underscores, unless it is a number."""
+    """Normalise a name for comparison: case, spaces, hyphens and underscores do not count, unless it is a number."""
     plain = re.sub(r"[\s_\-]+", " ", unicodedata.normalize("NFC", name)).strip().lower()
     return name.strip() if _NUMBER.fullmatch(plain.replace(" ", "")) else plain  # -1 is not 1
 
@@ -270,12 +294,22 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
+def _why_no_text(path: Path, error: Exception) -> str:
+    """Return why a file is not text: what it is instead, where its first bytes say so."""
+    if not isinstance(error, UnicodeDecodeError):
+        return str(error)
+    with path.open("rb") as file:
+        kind = name_content(file.read(HEAD))
+    spreadsheet = ", as spreadsheet programs write" if kind == ZIP else ""
+    return f"it is {kind}{spreadsheet}; save the table as CSV" if kind else f"{error}; save it in UTF-8"
+
+
 _FILE_HEADINGS = ("file", "filename", "file_name", "filepath", "image", "path", "id", "name")
 _LABEL_HEADINGS = ("label", "class", "target", "category", "y")
 
 
 def read_rows(path: Path, option: str) -> list[tuple[str, str]]:
-    """The two columns of a CSV: all that it has, or those that its heading names a file (or name) and a label.
+    """Read two columns of a CSV: the only ones, or those that its heading calls a file (or name) and a label.
 
     Raises:
         UserError: unreadable, no lines, fewer columns, more columns without a heading that says which two are meant, or
@@ -285,7 +319,7 @@ def read_rows(path: Path, option: str) -> list[tuple[str, str]]:
         lines = csv.reader(io.StringIO(read_text(path), newline=""))
         rows = [row for row in ([cell.strip() for cell in line] for line in lines) if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{option} {path}: not readable as CSV ({error})") from None
+        raise UserError(f"{option} {path}: not readable as CSV ({_why_no_text(path, error)})") from None
     first = [cell.lower() for cell in rows[0]] if rows else []
     keys, values = ([i for i, cell in enumerate(first) if cell in known] for known in (_FILE_HEADINGS, _LABEL_HEADINGS))
     headed = len(keys) == len(values) == 1

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import UserError, shorten
+from certify.models.checkpoints import refuse_weights
 from certify.models.classifier import ClassifierSpec, InputSpec, square_input
-from certify.models.external import class_names, file_digest, refuse_weights
 from certify.models.file_kind import protobuf_fields
+from certify.models.identity import file_digest
+from certify.models.labels import default_class_names
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 _BYTES = "tensor(uint8)"
@@ -138,7 +140,7 @@ def build(name: str, weights: str | Path | None, num_classes: int | None) -> Cla
     return ClassifierSpec(
         net,
         square_input(net.size) if net.size else InputSpec(None),
-        class_names(net.width if isinstance(net.width, int) else num_classes),
+        default_class_names(net.width if isinstance(net.width, int) else num_classes),
         num_classes,
         Path(path).name,
         file_digest(path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from certify.models.resolve import LOCAL, UNTRAINED, cannot_fetch
 
 
 def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """A timm model (``hf-hub:`` names too); input size, crop, interpolation, mean and std from its configuration.
+    """Build a timm model (``hf-hub:`` names, too) with the input size, transform, mean and std of its configuration.
 
-    A ``config.json`` beside the weights, as timm saves it, takes the place of the architecture's own configuration.
+    A ``config.json`` beside the weights, as timm saves it, replaces the architecture's own configuration.
+
+    Raises:
+        UserError: no such model, or a configuration or weights that do not fit.
+        RunFault: weights that cannot be downloaded.
     """
     import timm
     from timm.data import create_transform, resolve_data_config
@@ -37,7 +42,7 @@ def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -
     )
     loaded = f"published ({net.pretrained_cfg.get('hf_hub_id') or net.pretrained_cfg.get('tag') or name})"
     if weights is not None:
-        loaded = load_weights(net, weights, name)
+        loaded = load_weights(net, weights, str(net.pretrained_cfg.get("architecture") or name))
     config = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
     channels, height, width = config["input_size"]
     transform = create_transform(
@@ -71,7 +76,12 @@ def _config_beside(name: str, weights: str | Path | None) -> ConfigFile | None:
 
 
 def build_torchvision(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """A torchvision classifier; its transform from the published weights of that file name, else from the default."""
+    """Build a torchvision classifier, with the transform of the published weights of that file name, or the default.
+
+    Raises:
+        UserError: not a classifier, or weights that do not fit.
+        RunFault: weights that cannot be downloaded.
+    """
     import torchvision
 
     try:
@@ -98,11 +108,15 @@ def build_torchvision(name: str, weights: str | Path | None, num_classes: int | 
     return ClassifierSpec(net, spec, names, None, loaded, closed=True)
 
 
-def _create(name: str, create: Any, *, fetches: bool) -> Any:
-    """Build a model; failures to download and contradictions become one line."""
+def _create(name: str, create: Callable[[], Any], *, fetches: bool) -> Any:
+    """Build a model; a failed download or a contradiction becomes an error of one line."""
     try:
         return create()
     except Exception as error:  # the hub client and its HTTP library have their own trees of errors
+        if name.startswith(LOCAL):
+            file = Path(name.removeprefix(LOCAL)) / "config.json"
+            reason = f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
+            raise UserError(f"cannot build the model that {file} describes ({reason})") from error
         reason = first_line(error)
         contradiction = isinstance(error, RuntimeError | ValueError | KeyError | AssertionError)
         if fetches and (isinstance(error, OSError) or not contradiction):

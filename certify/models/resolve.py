@@ -33,10 +33,12 @@ from certify.models.file_kind import (
 from certify.registry import Registry, unknown_name
 
 BUILT_IN = Registry("model")
-BUILT_IN.add("digits", "certify.models.digits:build", "8x8 handwritten digits, weights in the package")
+BUILT_IN.add("digits", "certify.models.builtin:build_digits", "8x8 handwritten digits, weights in the package")
 for _depth in (20, 32, 44, 56, 110):
     BUILT_IN.add(
-        f"cifar_resnet{_depth}", "certify.models.cifar_resnet:build", "CIFAR-10, He et al. 2016; needs --weights"
+        f"cifar_resnet{_depth}",
+        "certify.models.builtin:build_cifar_resnet",
+        "CIFAR-10 (He et al. 2016); needs --weights",
     )
 
 LOCAL = "local-dir:"
@@ -51,7 +53,7 @@ BUILDERS.add("timm", "certify.models.pretrained:build_timm", "timm:NAME")
 BUILDERS.add("torchvision", "certify.models.pretrained:build_torchvision", "torchvision:NAME")
 BUILDERS.add("torchscript", "certify.models.torchscript:build", "a TorchScript file; with --trust-code")
 BUILDERS.add("onnx", "certify.models.onnx_graph:build", "FILE.onnx")
-BUILDERS.add("python", "certify.models.external:build_callable", "package.module:callable")
+BUILDERS.add("python", "certify.models.callables:build_callable", "package.module:callable")
 
 _LIBRARIES = ("timm", "torchvision")
 _BY_FORM = ("built-in", "torchscript", "onnx", "python")

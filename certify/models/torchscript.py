@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import UserError, last_line
+from certify.models.checkpoints import refuse_weights
 from certify.models.classifier import ClassifierSpec, InputSpec
-from certify.models.external import class_names, file_digest, refuse_weights
 from certify.models.file_kind import require_consent
+from certify.models.identity import file_digest
+from certify.models.labels import default_class_names
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -77,7 +79,7 @@ def build(name: str, weights: str | Path | None, num_classes: int | None, *, tru
     """A TorchScript file; the input size comes from ``--input-size``."""
     refuse_weights(name, weights)
     net = open_torchscript(name, trust_code=trust_code)
-    names, digest = class_names(num_classes), file_digest(name)
+    names, digest = default_class_names(num_classes), file_digest(name)
     return ClassifierSpec(net, InputSpec(None), names, num_classes, Path(name).name, digest, native=False, closed=True)
 
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from certify.errors import RunFault, UserError
+from certify.models.signatures import HEAD, name_content
 from certify.runs.files import open_to_append, replacing, write_all
 from certify.runs.identity import refuse_other_run
 from certify.runs.records import SCHEMA, ComparisonHeader, Header, ImageRow, Outcome, Row, RunHeader
@@ -160,7 +161,10 @@ def _parse_header(line: bytes, path: Path, kind: type[Header]) -> Header:
     content = parse_object(line)
     named = None if content is None else str(content.get("type"))
     if content is None or named not in _HEADERS or type(content.get("expected")) is not int:
+        if other := name_content(line[:HEAD]):
+            raise UserError(f"{path} is {other}, not a run file of certify")
         log = "; a published log holds no votes: `certify table` and `certify plot` read it" * line.startswith(b"idx\t")
+        log = log or "; the columns of a published log are separated by tabs" * line.startswith(b"idx")
         raise UserError(f"{path} is not a run file of certify: its first line is no header{log}")
     if named != kind.type_name:
         raise UserError(f"{path} is a {named}, not a {kind.type_name}; `certify table` shows both")
