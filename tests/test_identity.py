@@ -285,13 +285,14 @@ def test_an_onnx_run_that_names_no_other_files_is_resumed_on_trust_alone(here: P
 def test_a_worker_with_other_files_is_refused(model: str, here: Path, digits: Any) -> None:
     """What a worker says of its pipeline, against the driver's, before it is given an image."""
     from certify.cli.load import load_smoothed
-    from certify.cli.option_groups import ComputeOptions, ModelOptions, NoiseOptions
+    from certify.cli.option_groups import ComputeOptions, InputOptions, NoiseOptions
     from certify.cluster.compatibility import other_weights
 
     named = dict(zip(model.split()[::2], model.split()[1::2], strict=True))
     load = functools.partial(
         load_smoothed,
-        ModelOptions(model=named["--model"]),
+        named["--model"],
+        InputOptions(),
         NoiseOptions(sigma=0.25, denoiser=named.get("--denoiser", "none")),
         ComputeOptions(device="cpu", precision="float32", compile="off"),
         probe_size=(1, 8, 8),

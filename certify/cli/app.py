@@ -94,7 +94,7 @@ SETTINGS = cloup.Context.settings(
         cloup.Section(
             "Denoisers and defences", [train.train, evaluate.evaluate_denoiser, compare.compare, inspect.inspect]
         ),
-        cloup.Section("Results", [plot.plot, show.table, show.recompute, distribute.merge, audit.replay, show.report]),
+        cloup.Section("Results", [plot.plot, show.table, show.recompute, distribute.merge, show.replay, show.report]),
         cloup.Section("This machine", [info.list_, info.doctor, bench.bench]),
     ],
 )

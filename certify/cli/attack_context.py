@@ -68,7 +68,7 @@ def load_attack_context(
     Raises:
         UserError: a name, a number or a file that is wrong.
     """
-    check_classifier(model)
+    check_classifier(model.model, model)
     names, attacks = split_names("--defences", defences), attack_names(attack.attacks)
     check_defence_names(names)
     if data.data is None:

@@ -1,9 +1,8 @@
-"""``certify audit`` and ``certify replay``: certify a black-box API by queries, and recompute it from its ledger."""
+"""``certify audit``: certify a black-box API by queries."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,31 +12,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from certify.cli.audit_attacks import AuditAttackOptions, attack_service, check_attacks, most_queries
-from certify.cli.audit_messages import (
-    print_attacks,
-    print_outcome,
-    print_replay,
-    show_plan,
-    warn_of_drift,
-    warn_of_probe,
-)
+from certify.cli.audit_messages import print_attacks, print_outcome, show_plan, warn_of_drift, warn_of_probe
 from certify.cli.console import progress_bar, say, silent, speaker, tell, warn
 from certify.cli.load import denoiser_for, device_from, load_image_set, procedure_from
 from certify.cli.option_groups import (
     DeviceOptions,
     ImageOptions,
     InputOptions,
-    JsonOptions,
     NoiseOptions,
     OutputOptions,
-    RecomputeOptions,
     StatisticsOptions,
 )
 from certify.cli.options import command, command_line, flag, option, overridden
 from certify.cli.parameter_types import Count, Positive
 from certify.cli.plan import first_shape
 from certify.cli.service_options import RequestLimits, ServiceOptions, query_limits, service_from
-from certify.errors import RunFault, UserError, first_line
+from certify.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from certify.blackbox.ledger import Ledger
@@ -52,7 +42,6 @@ SEQUENTIAL_N = 1000
 """Samples per image at most, with --radius and --tolerance."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class AuditServiceOptions(ServiceOptions):
     """The service, and limits on its requests."""
 
@@ -73,14 +62,12 @@ class AuditServiceOptions(ServiceOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class AuditNoiseOptions(NoiseOptions):
     """Smoothing distribution, denoiser and seed."""
 
     trust_code: bool = overridden(InputOptions, "trust_code")
 
 
-@dataclass(frozen=True, kw_only=True)
 class AuditImageOptions(ImageOptions):
     """Images and reference labels."""
 
@@ -98,7 +85,6 @@ class AuditImageOptions(ImageOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class AuditStatistics(StatisticsOptions):
     """The question about each image, and the determinism probe."""
 
@@ -117,7 +103,6 @@ class AuditStatistics(StatisticsOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class AuditOutput(OutputOptions):
     """Folder of the audit and terminal output."""
 
@@ -187,10 +172,10 @@ def audit(
             show("metadata   one request for the model's metadata, before the first query and not counted")
         tell(json.dumps({"plan": plan}) if output.as_json else "dry run: nothing was sent")
         return
-    with open_sender(spec, insecure=service.insecure, timeout=service.timeout, connections=service.concurrency + 1) as (
-        send,
-        spec,
-    ):
+    connection = open_sender(
+        spec, insecure=service.insecure, timeout=service.timeout, connections=service.concurrency + 1
+    )
+    with connection as (send, spec):
         job, plan = _plan_audit(request, spec)
         show_plan(job, plan, show)
 
@@ -329,10 +314,7 @@ def _run(
                 AuditClient(client),
                 answers,
                 data=str(request.images.data),
-                seed=request.noise.seed,
-                alpha=request.procedure.alpha,
                 trust_code=request.noise.trust_code,
-                trust_identity=request.output.trust_identity,
                 quiet=quiet,
                 command=typed,
             )
@@ -363,40 +345,3 @@ def _write_report(folder: Path, ledger: LedgerContents) -> None:
         write_report(folder, ledger=ledger)
     except Exception as error:
         warn(f"no report: {type(error).__name__}: {first_line(error)}; `certify report {folder}` tries again")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayOutput(JsonOptions):
-    """Where the certificates go."""
-
-    out: str | None = option(metavar="FILE", help="Also write the certificates as a run file (.jsonl).")
-
-
-@command("Recompute an audit's certificates from its logged replies.")
-@click.argument("folder", metavar="RUN")
-def replay(folder: str, options: RecomputeOptions, output: ReplayOutput) -> None:
-    """Recompute an audit's certificates from the replies in its ledger: no data, no model, no service.
-
-    States whether they equal those of RUN/run.jsonl. With another --alpha or --bound, the same replies are evaluated
-    anew; an image of a sequential test is then settled by the replies that exist, or is undecided.
-    """
-    from certify.blackbox.replay import replay as recompute
-    from certify.runs.run_file import new_run_file, write_derived
-
-    target = None if output.out is None else new_run_file(output.out)
-    replayed = recompute(folder, alpha=options.alpha, bound=options.bound, command=command_line(), warn=warn)
-    if target is not None:
-        run = write_derived(target, replayed.run.header, replayed.run.images)
-        replayed = dataclasses.replace(replayed, run=run)
-    if output.as_json:
-        run = replayed.run
-        rows = [row.to_json() for row in run.images]
-        tell(json.dumps({"header": run.header.to_json(), "images": rows, "differing": replayed.differing}))
-    else:
-        print_replay(replayed, anew=options.alpha is not None or options.bound is not None)
-    if replayed.differing:
-        raise RunFault(
-            f"{len(replayed.differing)} of {len(replayed.run.images)} certificates differ from the run file's; first: "
-            f"{replayed.differing[0]}: run.jsonl or ledger.jsonl was changed, or an audit was killed: its command "
-            "resumes it"
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ COMPARISON = "comparison.jsonl"
 _REPEATS = 5  # answers of a random defence per image
 
 
-@dataclass(frozen=True, kw_only=True)
 class AuditAttackOptions(AttackOptions):
     """Attacks on the service by queries."""
 
@@ -84,10 +82,7 @@ def attack_service(
     answers: Mapping[str, Answer],
     *,
     data: str,
-    seed: int,
-    alpha: float,
     trust_code: bool,
-    trust_identity: bool,
     quiet: bool,
     command: str,
 ) -> Path:
@@ -99,10 +94,7 @@ def attack_service(
         client: sends queries, within the audit's budget.
         answers: recorded so far, by query name.
         data: name of the images, for the record.
-        seed: of everything random.
-        alpha: recorded with the comparison.
         trust_code: run code in model files.
-        trust_identity: resume a file that cannot show that the defences are still the same.
         quiet: show no progress.
         command: for the record.
 
@@ -121,13 +113,14 @@ def attack_service(
     service: Any = classifier  # a classifier to attacks that need queries alone
     names = split_names("--defences", options.defences or "")
     defences = {name: build(name, service, trust_code=trust_code) for name in names}
-    plan = _plan(options, seed, alpha)
+    seed = job.settings.seed
+    plan = _plan(options, seed, job.settings.procedure.alpha)
     check_defences(defences, images, plan)
     header = make_header(plan, defences, images, model=classifier.name, data=data, command=command)
     craft = _crafter(options, seed, service, {id(defence): text for text, defence in defences.items()})
     path = job.folder / COMPARISON
     with (
-        ComparisonFile(path, header, trust_identity=trust_identity) as file,
+        ComparisonFile(path, header, trust_identity=job.trust_identity) as file,
         progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
     ):
         compare(defences, undefended(service), images, plan, file, craft, bar.update)

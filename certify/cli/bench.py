@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from certify.cli.console import say, tell
 from certify.cli.load import check_classifier, check_noise, load_smoothed
@@ -12,18 +12,14 @@ from certify.cli.options import Options, command, option, overridden
 from certify.cli.parameter_types import Count, Positive
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchNoise(DenoiserOptions):
     """Noise level and denoiser of the measurement."""
 
     sigma: float = overridden(DenoiserOptions, "sigma", default=0.25, required=False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions(Options):
+class BenchOptions(Options, section="Measurement"):
     """What is measured, and for how long."""
-
-    section = "Measurement"
 
     n: int = option(
         type=Count("a number of samples"),
@@ -52,8 +48,8 @@ def bench(
     its weights.
     """
     check_noise(noise)
-    check_classifier(model, noise.denoiser)
-    smoothed = load_smoothed(model, noise, compute)
+    check_classifier(model.model, model, noise.denoiser)
+    smoothed = load_smoothed(model.model, model, noise, compute)
 
     from analysis.bench import compare, in_words
     from certify.images.dataset import load_images

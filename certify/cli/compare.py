@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +30,8 @@ if TYPE_CHECKING:
 DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComparisonOptions(Options):
+class ComparisonOptions(Options, section="Defences"):
     """Defences and how they are compared."""
-
-    section = "Defences"
 
     defences: str = option(
         default=DEFENCES_BY_DEFAULT,
@@ -55,11 +51,8 @@ class ComparisonOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CertifiedColumn(Options):
+class CertifiedColumn(Options, section="Statistics"):
     """Sampling for the certified column."""
-
-    section = "Statistics"
 
     certify_n: int = option(
         type=Count("samples", least=0),
@@ -69,7 +62,6 @@ class CertifiedColumn(Options):
     alpha: float = overridden(SampleOptions, "alpha")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ComparisonOutput(OutputOptions):
     """File of the outcomes, table and figure."""
 

@@ -106,7 +106,7 @@ def workers_for(
     with connected(address, device=compute.device, gpus=gpus, threads=threads, most=images) as slots:
         probe_size = smoothed.classifier.probe_size  # type: ignore[attr-defined]
         on_worker = replace(compute, device="cuda" if slots[0].gpus else "cpu")
-        load = functools.partial(load_smoothed, model, noise, on_worker, norm=norm, probe_size=probe_size)
+        load = functools.partial(load_smoothed, model.model, model, noise, on_worker, norm=norm, probe_size=probe_size)
         order = Order(functools.partial(worker_engine, load), os.getcwd())
         with contextlib.closing(Crew(slots, order, smoothed.base.record(), warn)) as crew:
             yield crew
@@ -119,7 +119,6 @@ def worker_engine(load: functools.partial[SmoothedClassifier]) -> SmoothedStatio
     return SmoothedStation(load)
 
 
-@dataclass(frozen=True, kw_only=True)
 class MergeOptions(Options):
     """File of the whole run."""
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from certify.cli.attack_context import readable_images
 from certify.cli.console import progress_bar, say, tell, warn_of_units
-from certify.cli.load import classifier_from, denoiser_for, device_from, load_image_set
+from certify.cli.load import check_classifier, classifier_from, denoiser_for, device_from, load_image_set
 from certify.cli.option_groups import DataOptions, DeviceOptions, JsonOptions, OptionalModelOptions
 from certify.cli.options import Options, command, given_by_user, option, refuse_given
 from certify.cli.output_files import file_name
@@ -28,11 +27,8 @@ MAX_IMAGES = 500
 """Images at most, unless --max says otherwise."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationNoise(Options):
+class EvaluationNoise(Options, section="Noise"):
     """Noise levels, denoiser and seed."""
-
-    section = "Noise"
 
     denoiser: str = option(required=True, help="Denoiser to measure: a name (`certify list denoisers`) or a file.")
     sigma: list[float] = option(
@@ -43,7 +39,6 @@ class EvaluationNoise(Options):
     seed: int = option(type=Count("a seed", least=0), default=0, help="Seed of all noise.")
 
 
-@dataclass(frozen=True, kw_only=True)
 class FigureOptions(JsonOptions):
     """The figure, and the form of the result on stdout."""
 
@@ -135,7 +130,6 @@ def evaluate_denoiser(
 def _check_options(noise: EvaluationNoise, model: OptionalModelOptions, output: FigureOptions) -> list[float]:
     """Refuse what can be refused without importing torch; return the noise levels without duplicates."""
     from analysis.figures import check_format
-    from certify.models import resolve
     from certify.smoothing.noise import make_noise
     from denoisers.names import require_trusted
 
@@ -147,8 +141,7 @@ def _check_options(noise: EvaluationNoise, model: OptionalModelOptions, output: 
     if output.pictures is not None:
         check_format(output.pictures)
     if model.model:
-        source = resolve.find_source(model.model, model.weights)
-        resolve.require_weights(source, model.weights, trust_code=model.trust_code)
+        check_classifier(model.model, model)
     else:
         without = "without --model: there is no classifier to apply it to; add --model NAME"
         refuse_given(("weights", "mean", "std", "num_classes"), without)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.attack_context import AttackContext, check_defence_names, load_attack_context, split_names
@@ -25,11 +24,8 @@ _RANDOM = "random noise"
 _LOW = 0.2210  # cycles per pixel: the edge of the fifth of 16 rings
 
 
-@dataclass(frozen=True, kw_only=True)
-class DefenceOptions(Options):
+class DefenceOptions(Options, section="Defences"):
     """Purifiers whose images are shown."""
-
-    section = "Defences"
 
     defences: str = option(
         default="gs,median,jpeg",
@@ -37,7 +33,6 @@ class DefenceOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class InspectionOutput(JsonOptions):
     """Figures to write."""
 

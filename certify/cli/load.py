@@ -15,7 +15,6 @@ from certify.cli.option_groups import (
     DenoiserOptions,
     ImageOptions,
     InputOptions,
-    ModelOptions,
     NoiseOptions,
     StatisticsOptions,
 )
@@ -36,7 +35,7 @@ DEMO_SAMPLES = 1000
 """Samples per image at most, where no --data is given."""
 
 
-def check_classifier(model: ModelOptions, denoiser: str = "none") -> None:
+def check_classifier(model: str, options: InputOptions, denoiser: str = "none") -> None:
     """Refuse a classifier or denoiser that cannot be loaded, without importing torch.
 
     Raises:
@@ -44,12 +43,12 @@ def check_classifier(model: ModelOptions, denoiser: str = "none") -> None:
     """
     from certify.models import resolve
 
-    source = resolve.find_source(model.model, model.weights)
-    resolve.require_weights(source, model.weights, trust_code=model.trust_code)
+    source = resolve.find_source(model, options.weights)
+    resolve.require_weights(source, options.weights, trust_code=options.trust_code)
     if denoiser != "none":
         from denoisers.names import require_trusted
 
-        require_trusted(denoiser, trust_code=model.trust_code)
+        require_trusted(denoiser, trust_code=options.trust_code)
 
 
 def check_noise(noise: DenoiserOptions) -> None:
@@ -106,7 +105,8 @@ def procedure_from(statistics: StatisticsOptions, sequential_n: int | None = Non
 
 
 def load_smoothed(
-    model: ModelOptions,
+    model: str,
+    options: InputOptions,
     noise: DenoiserOptions,
     compute: ComputeOptions,
     *,
@@ -116,7 +116,8 @@ def load_smoothed(
     """Load the smoothed classifier that the options name, with its denoiser, on its device.
 
     Args:
-        model: the base classifier.
+        model: name of the base classifier.
+        options: its weights and input.
         noise: noise and denoiser.
         compute: device and execution.
         norm: of the radii; None: the noise's own.
@@ -125,12 +126,12 @@ def load_smoothed(
     from certify.smoothed_classifier import SmoothedClassifier
 
     device = device_from(compute.device)
-    classifier = classifier_from(model.model, model)
+    classifier = classifier_from(model, options)
     classifier.probe_size = probe_size or classifier.probe_size
     size = classifier.input.size
     denoiser = None
     if noise.denoiser != "none":
-        denoiser = denoiser_for(noise.denoiser, noise.sigma, size, classifier, trust_code=model.trust_code)
+        denoiser = denoiser_for(noise.denoiser, noise.sigma, size, classifier, trust_code=options.trust_code)
     name, rounded = (noise.noise, noise.rounded) if isinstance(noise, NoiseOptions) else ("gaussian", False)
     return SmoothedClassifier(
         classifier,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import click
 
 from certify.cli.options import Options, flag, option
@@ -31,11 +28,8 @@ _BOUND = "Confidence bound on the class probability (`certify list bounds`"
 SEED_ADVICE = "keep it secret if an adversary may choose the images"
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputOptions(Options):
+class InputOptions(Options, section="Model"):
     """How a frozen classifier is loaded and which input it expects, in place of its own settings."""
-
-    section: ClassVar[str] = "Model"
 
     weights: str | None = option(
         metavar="FILE[::PART]",
@@ -57,25 +51,20 @@ class InputOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ModelOptions(InputOptions):
     """A frozen classifier."""
 
     model: str = option(required=True, help=_MODEL)
 
 
-@dataclass(frozen=True, kw_only=True)
 class OptionalModelOptions(InputOptions):
     """A frozen classifier, or none."""
 
     model: str | None = option(help=f"{_MODEL} Without it: no accuracies.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DenoiserOptions(Options):
+class DenoiserOptions(Options, section="Noise"):
     """Noise level and denoiser."""
-
-    section: ClassVar[str] = "Noise"
 
     sigma: float = option(
         type=Positive("a number above 0, in [0, 1] pixels (0.25, not 64 of 255)"),
@@ -87,7 +76,6 @@ class DenoiserOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class NoiseOptions(DenoiserOptions):
     """Smoothing distribution, denoiser and seed."""
 
@@ -96,11 +84,8 @@ class NoiseOptions(DenoiserOptions):
     seed: int = option(type=Count("a seed", least=0), default=0, help=f"Seed of all noise; {SEED_ADVICE}.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageOptions(Options):
+class ImageOptions(Options, section="Data"):
     """Images, and which of them to take."""
-
-    section: ClassVar[str] = "Data"
 
     data: str | None = option(
         help="Images: a dataset (`certify list datasets`), an image, a folder, a .zip (or a folder in it: x.zip/test) "
@@ -120,7 +105,6 @@ class ImageOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class DataOptions(ImageOptions):
     """Labelled images."""
 
@@ -131,11 +115,8 @@ class DataOptions(ImageOptions):
     strict: bool = flag(help="Stop at the first image that cannot be read, instead of leaving it out.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions(Options):
+class SampleOptions(Options, section="Statistics"):
     """Number of noise samples and failure probability."""
-
-    section: ClassVar[str] = "Statistics"
 
     n: int = option(
         type=Count("a number of samples"),
@@ -146,7 +127,6 @@ class SampleOptions(Options):
     alpha: float = option(type=PROBABILITY, default=0.001, help=f"{_ALPHA}.")
 
 
-@dataclass(frozen=True, kw_only=True)
 class StatisticsOptions(SampleOptions):
     """The question about each image: a radius, a decision at given radii, or a radius to a tolerance."""
 
@@ -164,21 +144,15 @@ class StatisticsOptions(SampleOptions):
     rule: str | None = option(help="Sequential test of --radius (`certify list rules`; default: one-sided).")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecomputeOptions(Options):
+class RecomputeOptions(Options, section="Statistics"):
     """Another alpha or bound for votes that are there already."""
-
-    section: ClassVar[str] = "Statistics"
 
     alpha: float | None = option(type=PROBABILITY, help=f"{_ALPHA} (default: the run's).")
     bound: str | None = option(help=f"{_BOUND}; default: the run's).")
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttackOptions(Options):
+class AttackOptions(Options, section="Attacks"):
     """Attacks and their norm ball."""
-
-    section: ClassVar[str] = "Attacks"
 
     attacks: str = option(
         default="blind-pgd,square", help="Attacks, separated by commas; none for no attack (`certify list attacks`)."
@@ -192,7 +166,6 @@ class AttackOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class GradientAttackOptions(AttackOptions):
     """Attacks by queries, gradients or surrogates."""
 
@@ -203,18 +176,14 @@ class GradientAttackOptions(AttackOptions):
     seed: int = option(type=Count("a seed", least=0), default=0, help="Seed of everything random.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeviceOptions(Options):
+class DeviceOptions(Options, section="Compute"):
     """Device."""
-
-    section: ClassVar[str] = "Compute"
 
     device: str = option(
         default="auto", help="Device: cpu, cuda, cuda:1, mps, or auto for an accelerator where there is one."
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ComputeOptions(DeviceOptions):
     """Device and execution of the base classifier."""
 
@@ -233,7 +202,6 @@ class ComputeOptions(DeviceOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ClusterOptions(ComputeOptions):
     """Device and execution, on this machine or on a cluster."""
 
@@ -246,16 +214,12 @@ class ClusterOptions(ComputeOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class JsonOptions(Options):
+class JsonOptions(Options, section="Output"):
     """Form of the result on stdout."""
-
-    section: ClassVar[str] = "Output"
 
     as_json: bool = flag("--json", help="Print one JSON object instead of text.")
 
 
-@dataclass(frozen=True, kw_only=True)
 class OutputOptions(JsonOptions):
     """Run file and terminal output."""
 
@@ -266,22 +230,16 @@ class OutputOptions(JsonOptions):
     quiet: bool = flag(help="Print no plan and no progress on stderr.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RadiiOptions(Options):
+class RadiiOptions(Options, section="Output"):
     """Radii of a table."""
-
-    section: ClassVar[str] = "Output"
 
     radii: list[float] | None = option(
         type=Numbers(), help="Radii of the table, separated by commas (default: round numbers)."
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CurveOptions(Options):
+class CurveOptions(Options, section="Options"):
     """Lines of a figure or table of several runs."""
-
-    section: ClassVar[str] = "Options"
 
     envelope: bool = flag(
         help="One line per method: at each radius the best of its runs over sigma, chosen on the images they share."

@@ -16,7 +16,7 @@ import functools
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, ClassVar, TypeVar, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, dataclass_transform, get_origin, get_type_hints
 
 import click
 import cloup
@@ -28,12 +28,20 @@ T = TypeVar("T")
 MAIN = "Main options"
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of all option groups."""
+    """Base of all option groups; subclasses are frozen dataclasses with keyword arguments.
+
+    ``section``, an argument of the class, is the heading of its options in the help; by default that of its base.
+    """
 
     section: ClassVar[str] = "Options"
-    """Heading of these options in the help."""
+
+    def __init_subclass__(cls, section: str | None = None) -> None:
+        """Make the subclass a dataclass."""
+        cls.section = section or cls.section
+        dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)  # unused, and slow to import
 
 
 def option(*flags: str, help: str, default: Any = dataclasses.MISSING, **settings: Any) -> Any:

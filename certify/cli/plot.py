@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import click
 
 from certify.cli.console import tell, warn
@@ -15,7 +13,6 @@ from certify.errors import UserError
 _CURVE_OPTIONS = ("no_band", "envelope", "names", "image", "samples")
 
 
-@dataclass(frozen=True, kw_only=True)
 class PlotOptions(CurveOptions):
     """What a figure shows."""
 

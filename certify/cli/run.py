@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from certify.smoothed_classifier import SmoothedClassifier
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunStatistics(StatisticsOptions):
     """The question about each image, and the norm of its radius."""
 
@@ -76,7 +75,7 @@ def run(
     """
     check_noise(noise)
     procedure = procedure_from(statistics)
-    check_classifier(model, noise.denoiser)
+    check_classifier(model.model, model, noise.denoiser)
     check_radii(table.radii)
     _execute(procedure, model, noise, data, compute, output, norm=statistics.norm, radii=table.radii)
 
@@ -101,7 +100,7 @@ def predict(
     from certify.smoothing.procedures import Predict
 
     check_noise(noise)
-    check_classifier(model, noise.denoiser)
+    check_classifier(model.model, model, noise.denoiser)
     _execute(Predict(statistics.n, statistics.alpha), model, noise, data, compute, output)
 
 
@@ -123,7 +122,7 @@ def _execute(
     if data.data is None:
         data, procedure, demonstration = demo_data(model.model, data, procedure)
     local = compute if distribution.address is None else replace(compute, device="cpu")
-    smoothed = load_smoothed(model, noise, local, norm=norm)
+    smoothed = load_smoothed(model.model, model, noise, local, norm=norm)
     images = load_image_set(data, smoothed.classifier)  # type: ignore[arg-type]
     places = distribution.places(len(images))
 

@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -14,14 +13,7 @@ import click
 from certify.cli.console import say, warn
 from certify.cli.info import EXTRAS
 from certify.cli.load import check_classifier, check_noise, denoiser_for, device_from, load_smoothed
-from certify.cli.option_groups import (
-    ComputeOptions,
-    InputOptions,
-    ModelOptions,
-    NoiseOptions,
-    SampleOptions,
-    StatisticsOptions,
-)
+from certify.cli.option_groups import ComputeOptions, InputOptions, NoiseOptions, SampleOptions, StatisticsOptions
 from certify.cli.options import Options, command, given_by_user, option, overridden, refuse_given
 from certify.cli.parameter_types import Count, Positive
 from certify.cli.plan import show_engine
@@ -50,14 +42,12 @@ _OF_SERVICES = (
 _ONE_OF = "certify serve: expected --model NAME or --endpoint URL, one of them"
 
 
-@dataclass(frozen=True, kw_only=True)
 class ServedModelOptions(InputOptions):
     """The frozen classifier, unless a service is one."""
 
     model: str | None = option(help="Frozen classifier (as for `certify run`); this or --endpoint.")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ServedServiceOptions(ServiceOptions):
     """A black-box API as the classifier."""
 
@@ -79,7 +69,6 @@ class ServedServiceOptions(ServiceOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ServerNoiseOptions(NoiseOptions):
     """Smoothing distribution, denoiser and seed."""
 
@@ -88,7 +77,6 @@ class ServerNoiseOptions(NoiseOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ServerStatistics(SampleOptions):
     """The question about each image, unless its request asks another one."""
 
@@ -111,11 +99,8 @@ class ServerStatistics(SampleOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions(Options):
+class ServerOptions(Options, section="Server"):
     """Address and limits of the server."""
-
-    section = "Server"
 
     host: str = option(default="127.0.0.1", help="Address to listen on.")
     port: int = option(type=click.IntRange(0, 65_535), default=8080, help="Port to listen on; 0: a free one.")
@@ -195,7 +180,7 @@ def _check_options(
             raise UserError(_ONE_OF)
         refuse_given(_OF_SERVICES, "without --endpoint: it applies to an API, not to a model; leave it out")
         check_noise(noise)
-        check_classifier(_model_options(model), noise.denoiser)
+        check_classifier(model.model, model, noise.denoiser)
         return None
     if service.endpoint is None and service.protocol is None:
         raise UserError(_ONE_OF)
@@ -211,19 +196,6 @@ def _check_options(
     return service_from(service)
 
 
-def _model_options(model: ServedModelOptions) -> ModelOptions:
-    assert model.model is not None
-    return ModelOptions(
-        model=model.model,
-        weights=model.weights,
-        input_size=model.input_size,
-        mean=model.mean,
-        std=model.std,
-        num_classes=model.num_classes,
-        trust_code=model.trust_code,
-    )
-
-
 @contextlib.contextmanager
 def _open_classifier(
     spec: ServiceSpec | None,
@@ -235,8 +207,8 @@ def _open_classifier(
     """Yield the smoothed classifier, and a function from its labels to class names."""
     from certify.serve.batching import class_names
 
-    if spec is None:
-        smoothed = load_smoothed(_model_options(model), noise, compute)
+    if model.model is not None:
+        smoothed = load_smoothed(model.model, model, noise, compute)
         yield smoothed, class_names(smoothed.classifier.class_names)  # type: ignore[attr-defined]
         return
     from certify.blackbox import service_spec
@@ -246,6 +218,7 @@ def _open_classifier(
     from certify.smoothed_classifier import SmoothedClassifier
 
     limits = RequestLimits(service.query_concurrency, service.query_timeout)
+    assert spec is not None
     assert model.input_size is not None
     with service_spec.open_sender(
         spec, insecure=service.insecure, timeout=limits.timeout, connections=limits.concurrency + 1

@@ -19,11 +19,8 @@ if TYPE_CHECKING:
     from certify.blackbox.service_spec import ServiceSpec
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServiceOptions(Options):
+class ServiceOptions(Options, section="Service"):
     """A service, its protocol and its key."""
-
-    section = "Service"
 
     endpoint: str | None = option(metavar="URL", help="URL of the service; protocols with a fixed URL need none.")
     protocol: str | None = option(help="Protocol of the service (`certify list protocols`).")

@@ -1,16 +1,18 @@
-"""``certify table``, ``recompute`` and ``report``: tables, certificates and reports from recorded results."""
+"""``certify table``, ``recompute``, ``replay`` and ``report``: tables, certificates and reports from saved results."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from certify.cli.audit_messages import print_replay
 from certify.cli.console import tell, warn, warn_of_precisions
 from certify.cli.option_groups import TABLE_FORMATS, CurveOptions, JsonOptions, RadiiOptions, RecomputeOptions
 from certify.cli.options import check_radii, command, command_line, flag, option, refuse_given
@@ -29,7 +31,6 @@ ONLY_CERTIFICATES = "applies to runs of certificates; leave it out for"
 """Reason of :func:`refuse_given` where something else is shown."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class TableOptions(CurveOptions):
     """Form and statistics of a table."""
 
@@ -133,7 +134,6 @@ def refuse_beside_comparison(paths: tuple[str, ...], names: tuple[str, ...]) -> 
     refuse_given(names, f"{ONLY_CERTIFICATES} a comparison")
 
 
-@dataclass(frozen=True, kw_only=True)
 class RecomputeTarget(JsonOptions):
     """The new run file."""
 
@@ -163,6 +163,42 @@ def recompute(run: str, options: RecomputeOptions, columns: RadiiOptions, output
     target = run_path(output.out, source.parent, "-".join(words) + ".jsonl")
     recomputed = recompute_file(source, target, alpha=alpha, bound=bound, command=command_line(), warn=warn)
     summarise(recomputed, columns.radii, as_json=output.as_json)
+
+
+class ReplayOutput(JsonOptions):
+    """Where the certificates go."""
+
+    out: str | None = option(metavar="FILE", help="Also write the certificates as a run file (.jsonl).")
+
+
+@command("Recompute an audit's certificates from its logged replies.")
+@click.argument("folder", metavar="RUN")
+def replay(folder: str, options: RecomputeOptions, output: ReplayOutput) -> None:
+    """Recompute an audit's certificates from the replies in its ledger: no data, no model, no service.
+
+    States whether they equal those of RUN/run.jsonl. With another --alpha or --bound, the same replies are evaluated
+    anew; an image of a sequential test is then settled by the replies that exist, or is undecided.
+    """
+    from certify.blackbox.replay import replay as recompute
+    from certify.runs.run_file import new_run_file, write_derived
+
+    target = None if output.out is None else new_run_file(output.out)
+    replayed = recompute(folder, alpha=options.alpha, bound=options.bound, command=command_line(), warn=warn)
+    if target is not None:
+        run = write_derived(target, replayed.run.header, replayed.run.images)
+        replayed = dataclasses.replace(replayed, run=run)
+    if output.as_json:
+        run = replayed.run
+        rows = [row.to_json() for row in run.images]
+        tell(json.dumps({"header": run.header.to_json(), "images": rows, "differing": replayed.differing}))
+    else:
+        print_replay(replayed, anew=options.alpha is not None or options.bound is not None)
+    if replayed.differing:
+        raise RunFault(
+            f"{len(replayed.differing)} of {len(replayed.run.images)} certificates differ from the run file's; first: "
+            f"{replayed.differing[0]}: run.jsonl or ledger.jsonl was changed, or an audit was killed: its command "
+            "resumes it"
+        )
 
 
 @command("Write an audit's report again, as one HTML file.")

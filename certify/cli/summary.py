@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from certify.cli.console import clock, tell, warn
 from certify.errors import UserError
-from certify.runs.run_file import SET_ASIDE
 from certify.smoothing.rounding import exact, floor_to
 from certify.text import printable
 
@@ -170,6 +169,7 @@ def title(run: Run) -> str:
 
 def _describe(run: Run, curve: Curve | None, radii: list[float], rate: float | None) -> str:
     from analysis.tables import one_run, share
+    from certify.runs.run_file import SET_ASIDE
     from certify.smoothing.norms import IN_WORDS
 
     rows, header = run.usable, run.header

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -18,11 +17,8 @@ if TYPE_CHECKING:
     from training.recipe import Recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class NetworkOptions(Options):
+class NetworkOptions(Options, section="Network"):
     """The network to train."""
-
-    section = "Network"
 
     denoiser: str | None = option(metavar="ARCHITECTURE", help="Denoiser to train (`certify list architectures`).")
     train_classifier: str | None = option(
@@ -36,11 +32,8 @@ class NetworkOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrozenOptions(InputOptions):
+class FrozenOptions(InputOptions, section="Frozen classifier"):
     """The frozen classifier, or surrogates for it."""
-
-    section = "Frozen classifier"
 
     classifier: str | None = option(
         "--classifier", "--model", metavar="MODEL", help="Frozen classifier; with --surrogate the target, unused."
@@ -50,11 +43,8 @@ class FrozenOptions(InputOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingDataOptions(Options):
+class TrainingDataOptions(Options, section="Data"):
     """Training images."""
-
-    section = "Data"
 
     data: str = option(required=True, help="Training images: a dataset, a folder, a .zip or an .npz file.")
     root: str | None = overridden(ImageOptions, "root")
@@ -67,11 +57,8 @@ class TrainingDataOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecipeOptions(Options):
+class RecipeOptions(Options, section="Training"):
     """Hyperparameters."""
-
-    section = "Training"
 
     objective: str | None = option(help="Training objective (`certify list objectives`; default: mse).")
     sigma: NoiseLevels | None = option(
@@ -111,11 +98,8 @@ class RecipeOptions(Options):
     seed: int = option(type=Count("a seed", least=0), default=0, help="Seed of everything random.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingCompute(Options):
+class TrainingCompute(Options, section="Compute"):
     """Device and precision."""
-
-    section = "Compute"
 
     device: str = overridden(
         DeviceOptions, "device", help="Device: cpu, cuda, or auto for an accelerator where there is one."
@@ -126,7 +110,6 @@ class TrainingCompute(Options):
     compile: str = option(type=click.Choice(["on", "off"]), default="off", help="Compile the network.")
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingOutput(OutputOptions):
     """Where the weights go, and what their card states."""
 
