@@ -23,7 +23,7 @@ from analysis.attacks import (
     crafter,
     find_attack,
 )
-from analysis.attacks.gradients import _expected, passing_by
+from analysis.attacks.gradients import _expected, differentiable
 from analysis.comparison.attacked import SLACK, Attacked, Proposal, Task, _measured, attack, seeded
 from certify import load_classifier, load_images
 from certify.errors import UserError
@@ -243,7 +243,7 @@ def test_hopskipjump_stops_at_the_ball() -> None:
     small = attack("hopskipjump", GREY, ZERO, IDS, norm="l2", eps=0.29, access=asked(linear(), "labels", 300))
     assert small.success == (False, False)
     assert torch.equal(small.images, GREY)
-    assert "outside of the ball of 0.29" in small.notes[0]
+    assert "outside the ball of 0.29" in small.notes[0]
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -290,7 +290,7 @@ def test_every_attack_keeps_to_the_rules_whatever_the_batch(name: str, norm: str
     assert both.l2 == pytest.approx(moved.norm(dim=1).tolist())
     assert both.linf == pytest.approx(moved.abs().amax(1).tolist())
     assert max(both.distance) <= eps + SLACK
-    if found.asks:
+    if found.by_queries:
         assert [both.queries, second.queries] == spent  # what it says it asked is what was asked
         assert max(both.queries) <= 120
     else:
@@ -304,8 +304,8 @@ def test_what_leaves_the_ball_or_the_range_has_failed() -> None:
     proposals = [Proposal(image, 1, 7) for image in proposed]
     found = _measured("x", "linf", 0.15, clean, torch.zeros(4, dtype=torch.long), proposals)
     assert found.success == (True, False, False, False)
-    assert "linf 0.200000, outside of the ball of 0.15" in found.notes[1]
-    assert found.notes[2] == found.notes[3] == "proposed values outside of [0, 1]"
+    assert "linf 0.200000, outside the ball of 0.15" in found.notes[1]
+    assert found.notes[2] == found.notes[3] == "proposed values outside [0, 1]"
     assert torch.equal(found.images[1:], clean[1:])
     assert found.linf == pytest.approx((0.1, 0, 0, 0))
 
@@ -342,7 +342,7 @@ def test_a_purifier_with_a_twin_is_climbed_by_the_twins_gradients() -> None:
     found = attack("adaptive-pgd", GREY, ZERO, IDS, norm="linf", eps=0.1, steps=10, defence=exact)
     assert found.success == (True, True)
     assert exact(found.images, [stream_key(0, i, "judge") for i in IDS]).tolist() == [1, 1]
-    soft = passing_by(behind(jpeg(60), net))
+    soft = differentiable(behind(jpeg(60), net))
     assert soft.differentiable
     images = torch.rand((2, *SHAPE), generator=torch.Generator().manual_seed(0))
     assert torch.equal(soft.purify(images), jpeg(60).twin()(images))
@@ -410,17 +410,17 @@ def test_an_attack_is_handed_what_it_needs_and_nothing_else(name: str, monkeypat
             "gradients of the defence": task.defence is not None,
             "surrogates": task.surrogates != (),
         }
-        assert [what for what, there in given.items() if there] == ["asks" if found.asks else found.needs]
+        assert [what for what, there in given.items() if there] == ["asks" if found.by_queries else found.needs]
 
 
 @pytest.mark.parametrize("combine", ["vote", "logits", "probabilities"])
-def test_passing_by_leaves_the_answers(combine: str) -> None:
+def test_differentiable_leaves_the_answers(combine: str) -> None:
     digits = load_classifier("digits")
     members = [Member(p, digits) for p in (Rounded(honest=True), Jitter(), None)]
     defence = Defence("test", members, draws=2, combine=combine)
     images = torch.rand((3, *SHAPE), generator=torch.Generator().manual_seed(0))
     keys = [stream_key(0, str(i), "t") for i in range(3)]
-    assert torch.equal(passing_by(defence).passes_of(images, keys, 4), defence.passes_of(images, keys, 4))
+    assert torch.equal(differentiable(defence).passes_of(images, keys, 4), defence.passes_of(images, keys, 4))
     found = attack(
         "adaptive-pgd", images, ZERO[:1].expand(3), "xyz", norm="l2", eps=0.5, defence=defence, steps=2, eot=2
     )
@@ -472,14 +472,14 @@ def test_a_second_library_agrees() -> None:
     [
         ("sqare", {}, "unknown attack 'sqare'; nearest: square"),
         ("square", {"norm": "l1"}, "norm 'l1'; expected one of linf, l2"),
-        ("square", {"access": ("labels", 10)}, "needs scores, and this access answers labels; .* hopskipjump"),
+        ("square", {"access": ("labels", 10)}, "needs scores, but this access returns labels; .* hopskipjump"),
         ("square", {}, r"needs scores: 0 accesses for 2 images; .*QueryAccess\(defence, 'scores', budget=1000\)"),
-        ("square", {"access": ("scores", None)}, "give the access a budget"),
-        ("hopskipjump", {"access": ("labels", None)}, "give the access a budget"),
-        ("square", {"eps": None, "access": ("scores", 10)}, "works inside a ball; give eps="),
-        ("blind-pgd", {}, "needs gradients of the classifier; give classifier="),
-        ("adaptive-pgd", {}, "needs gradients of the defence; give defence="),
-        ("transfer", {}, "needs surrogates; give surrogates="),
+        ("square", {"access": ("scores", None)}, "needs a query budget"),
+        ("hopskipjump", {"access": ("labels", None)}, "needs a query budget"),
+        ("square", {"eps": None, "access": ("scores", 10)}, "works within a ball; pass eps="),
+        ("blind-pgd", {}, "needs gradients of the classifier; pass classifier="),
+        ("adaptive-pgd", {}, "needs gradients of the defence; pass defence="),
+        ("transfer", {}, "needs surrogates; pass surrogates="),
         ("transfer", {"classifier": linear(), "surrogates": [linear()]}, "a surrogate is the target itself"),
         (
             "blind-pgd",
@@ -515,7 +515,7 @@ def test_square_refuses_what_it_would_not_see(norm: str) -> None:
     with pytest.raises(UserError, match="expected probabilities"):
         attack("square", GREY, ZERO, IDS, norm=norm, eps=0.5, access=access)
     nameless = [QueryAccess(linear().logits, "scores", budget=100) for _ in IDS]
-    with pytest.raises(UserError, match="give num_classes="):
+    with pytest.raises(UserError, match="num_classes=K"):
         attack("square", GREY, ZERO, IDS, norm=norm, eps=0.5, access=nameless)
 
 

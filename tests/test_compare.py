@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from analysis.comparison import runner as engine
 from analysis.comparison.plot import draw_comparison
-from analysis.comparison.results import Cell, Comparison, Condition, wilson
+from analysis.comparison.results import Cell, Comparison, Condition, Outcome, wilson
 from analysis.comparison.runner import CLEAN, RANDOM, SMOOTHING, Plan, Proposed, compare, make_header
 from analysis.comparison.tables import records, tabulate_comparison
 from analysis.runs import read_comparison
@@ -163,7 +163,7 @@ def test_a_defence_that_breaks_fails_its_own_row(digits: Classifier, images: Ima
     assert not found.run.partial
     for name, why in {
         "half": "made (12, 1, 8, 4) of (12, 1, 8, 8)",
-        "nothing": "no finite answer about 12 of 12 images",
+        "nothing": "no finite answer for 12 of 12 images",
         "crash": "ZeroDivisionError: a fault of its own",
         "absent": "no weights at hand",
     }.items():

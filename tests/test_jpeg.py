@@ -19,7 +19,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from analysis.attacks.gradients import passing_by
+from analysis.attacks.gradients import differentiable
 from certify import load_classifier
 from certify.errors import UserError
 from certify.models.classifier import Classifier, ClassifierSpec, square_input
@@ -375,7 +375,7 @@ def test_ensembles_of_the_original_classifier(digits: Classifier, measured: Tabl
     same = build_defence(f"jpeg:tables={path}:quality=30", digits)
     assert torch.equal(one.purify(images), same.purify(images))
     assert one.describe()["members"][0]["purifier"]["luma"] == list(measured.steps("nn", 30).luma)
-    soft = passing_by(whole)
+    soft = differentiable(whole)
     assert soft.differentiable
     images.requires_grad_(True)
     (up,) = torch.autograd.grad(soft.scores(images, keys)[:, 0].sum(), images)

@@ -60,7 +60,7 @@ def test_the_error_names_image_radius_and_distance() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(UserError, match=r"image 'c' was attacked, and run.jsonl does not hold it"):
+    with pytest.raises(UserError, match=r"image 'c' was attacked, but run.jsonl does not contain it"):
         contradictions(run_of(("a", 0, 0.5)), [at(0.1, image="c")])
     with pytest.raises(UserError, match=r"distance of image a is in linf, radii of run.jsonl in l2"):
         contradictions(run_of(("a", 0, 0.5)), [at(0.1, norm="linf")])

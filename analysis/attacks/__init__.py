@@ -1,6 +1,6 @@
-"""Attacks by name, and what each may use; listing them imports neither torch nor a library of attacks.
+"""Attacks by name, and what each may use; listing them imports neither torch nor an attack library.
 
-An attack only proposes an image. What that image is worth is measured in :mod:`analysis.comparison.attacked`.
+An attack only proposes images. They are measured in :mod:`analysis.comparison.attacked`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ NORMS = ("linf", "l2")
 
 @dataclass(frozen=True)
 class Attack:
-    """What an attack needs and knows; a call runs it on one image.
+    """An attack and its requirements; a call runs it on one image.
 
     Attributes:
         run: ``module:function``, ``(image (C, H, W), label, task, **options)`` to a proposal.
-        needs: ``LABELS`` or ``SCORES`` of a target that is only asked, ``CLASSIFIER``, ``DEFENCE`` or ``SURROGATES``.
-        groups: ``blind`` where it may be run without the purifier, ``adaptive`` where it may be run on the whole
-            defended classifier; an attack that only asks may be either.
-        norms: it can work in.
-        ball: whether it works inside a ball; without one it looks for the nearest wrong image, if it is not given any.
-        library: whether it needs the library of attacks.
+        needs: queries for ``LABELS`` or ``SCORES``, or ``CLASSIFIER``, ``DEFENCE`` or ``SURROGATES``.
+        groups: ``blind`` if it can attack the classifier without purifier, ``adaptive`` if it can attack the whole
+            defended classifier; attacks by queries can do both.
+        norms: supported norms.
+        ball: True if it needs a ball; otherwise it can also find the nearest misclassified image.
+        library: True if it needs adversarial-robustness-toolbox.
     """
 
     run: str
@@ -50,22 +50,22 @@ class Attack:
     library: bool = True
 
     def __call__(self, *given: Any, **options: Any) -> Any:
-        """Run it on one image; see :mod:`analysis.comparison.attacked`."""
+        """Attack one image; see :mod:`analysis.comparison.attacked`."""
         return self.function(*given, **options)
 
     @property
     def function(self) -> Any:
-        """What ``run`` names."""
+        """The function that ``run`` names."""
         return pkgutil.resolve_name(self.run)
 
     @property
     def options(self) -> list[str]:
-        """Names of its own options."""
+        """Names of the attack's options."""
         return list(inspect.signature(self.function).parameters)[3:]
 
     @property
-    def asks(self) -> bool:
-        """Whether it works by queries alone."""
+    def by_queries(self) -> bool:
+        """True if it works by queries alone."""
         return self.needs in (LABELS, SCORES)
 
 
@@ -74,12 +74,12 @@ ATTACKS = Registry("attack", "certify.attacks")
 ATTACKS.add(
     "hopskipjump",
     Attack("analysis.attacks.queries:hopskipjump", LABELS, BOTH, ball=False),
-    "labels alone, the nearest wrong image; Chen, Jordan, Wainwright 2020",
+    "labels only, finds the nearest misclassified image; Chen, Jordan, Wainwright 2020",
 )
 ATTACKS.add(
     "square",
     Attack("analysis.attacks.queries:square", SCORES, BOTH),
-    "scores alone, random squares; Andriushchenko et al. 2020",
+    "scores only, random squares; Andriushchenko et al. 2020",
 )
 ATTACKS.add(
     "transfer",
@@ -89,64 +89,64 @@ ATTACKS.add(
 ATTACKS.add(
     "blind-pgd",
     Attack("analysis.attacks.gradients:blind_pgd", CLASSIFIER, ("blind",)),
-    "gradients of the classifier, which is all it knows; Madry et al. 2018",
+    "gradients of the classifier, without knowledge of a defence; Madry et al. 2018",
 )
 ATTACKS.add(
     "adaptive-pgd",
     Attack("analysis.attacks.gradients:adaptive_pgd", DEFENCE, ("adaptive",)),
-    "gradients of the whole defence, averaged over its draws; BPDA where it has none; Athalye et al. 2018",
+    "gradients of the whole defence, averaged over its draws; BPDA if it has none; Athalye et al. 2018",
 )
 
 
 def find_attack(name: str, norm: str | None = None) -> Attack:
-    """The attack of this name, if it can work in this norm (None: in any).
+    """Return an attack by name.
 
     Raises:
-        UserError: no such attack or norm.
+        UserError: no such attack, or it does not support the norm (None: any).
     """
-    found = ATTACKS.get(name)
-    assert isinstance(found, Attack)
-    if norm is not None and norm not in found.norms:
-        raise UserError(f"attack {name}: norm {norm!r}; expected one of {', '.join(found.norms)}")
-    return found
+    attack = ATTACKS.get(name)
+    assert isinstance(attack, Attack)
+    if norm is not None and norm not in attack.norms:
+        raise UserError(f"attack {name}: norm {norm!r}; expected one of {', '.join(attack.norms)}")
+    return attack
 
 
 def check_attacks(names: Sequence[str], *, norm: str, surrogates: int = 0) -> None:
-    """Refuse before anything is loaded: unknown attacks, a norm or surrogates that are missing, no library.
+    """Refuse unknown attacks, unsupported norms, missing surrogates or a missing library, before anything is loaded.
 
     Raises:
         UserError: any of these.
     """
     for name in names:
         if find_attack(name, norm).needs == SURROGATES and not surrogates:
-            raise UserError(f"attack {name} needs surrogates: classifiers of the same task that stand for the target")
+            raise UserError(f"attack {name} needs surrogates: other classifiers of the same task")
     for name in names:
         need_extra(name)
 
 
 def check_surrogates(classifier: Classifier, surrogates: Sequence[Classifier]) -> None:
-    """Refuse surrogates that cannot stand for this classifier.
+    """Refuse surrogates of another task than the classifier's.
 
     Raises:
-        UserError: one of them knows another number of classes, or takes images of another size.
+        UserError: another number of classes or another input size.
     """
     for one in surrogates:
-        for what, found, wanted in (
+        for what, own, expected in (
             ("classes", one.num_classes, classifier.num_classes),
             ("input size", one.input.size, classifier.input.size),
         ):
-            if found != wanted and None not in (found, wanted):  # None takes any size
+            if own != expected and None not in (own, expected):  # None: any size
                 raise UserError(
-                    f"surrogate {one.name}: {what} {found}; expected {wanted}, as {classifier.name} has: it must be a "
-                    "classifier of the same task"
+                    f"surrogate {one.name}: {what} {own}; expected {expected}, like {classifier.name}: a classifier of "
+                    "the same task"
                 )
 
 
 def need_extra(name: str) -> None:
-    """Refuse where the attack needs the library of attacks, and that is not installed.
+    """Refuse an attack whose library is not installed.
 
     Raises:
-        UserError: how to install it.
+        UserError: with the command that installs it.
     """
     if find_attack(name).library and importlib.util.find_spec("art") is None:
         raise UserError(
@@ -166,21 +166,21 @@ def crafter(
     seed: int = 0,
     surrogates: Sequence[Classifier] = (),
 ) -> Callable[[Any, Defence, Tensor, Tensor, Sequence[str]], Any]:
-    """Attacks under one set of numbers, for a table of defences.
+    """Return a function that runs attacks with fixed parameters, for a table of defences.
 
     Args:
         classifier: without its purifier.
         eps: radius of the ball in [0, 1] pixels.
         norm: ``linf`` or ``l2``.
-        queries: images that an attack by queries may send, for each image.
+        queries: query budget per image.
         steps: of attacks by gradients.
-        eot: passes a gradient, of a random defence.
+        eot: forward passes per gradient of a random defence.
         seed: of all attacks.
         surrogates: for transfer.
 
     Returns:
-        ``craft(condition, target, images, labels, ids)``, where ``condition.name`` names the attack and ``target`` is
-        the defence that it meets (the classifier alone where the attack is blind), to an ``Attacked``.
+        ``craft(condition, target, images, labels, ids)``, which returns an ``Attacked``. ``condition.name`` names the
+        attack; ``target`` is the attacked defence (the classifier alone for a blind attack).
 
     Raises:
         UserError: surrogates of another task.
@@ -194,10 +194,10 @@ def crafter(
 
     def craft(condition: Any, target: Defence, images: Tensor, labels: Tensor, ids: Sequence[str]) -> Attacked:
         name = condition.name
-        found = find_attack(name, norm)
+        chosen = find_attack(name, norm)
         access = []
-        if found.asks:
-            answers: Answers = "labels" if found.needs == LABELS else "scores"
+        if chosen.by_queries:
+            answers: Answers = "labels" if chosen.needs == LABELS else "scores"
             keys = [stream_key(seed, i, f"queries {name} {target.name}") for i in ids]
             access = [QueryAccess(target, answers, budget=queries, key=key) for key in keys]
         return attack(
@@ -212,7 +212,7 @@ def crafter(
             classifier=classifier,
             defence=target,
             surrogates=surrogates,
-            **{option: value for option, value in numbers.items() if option in found.options},
+            **{option: value for option, value in numbers.items() if option in chosen.options},
         )
 
     return craft

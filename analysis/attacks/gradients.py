@@ -1,7 +1,7 @@
-"""Attacks by gradients: of the bare classifier, of surrogates that stand for it, or of the whole defence.
+"""Attacks by gradients: of the bare classifier, of surrogates for it, or of the whole defence.
 
-The steps are ART's projected gradient; what they climb is made here. Every function that is climbed returns logarithms
-of probabilities ``(B, K)`` whose entry at the label, with the sign turned, is the loss.
+ART does the projected gradient ascent; the functions it maximises are defined here. Each returns log-probabilities
+``(B, K)``; the loss is their negative entry at the label.
 """
 
 from __future__ import annotations
@@ -25,80 +25,80 @@ from certify.models.defence import Defence, Member
 from certify.smoothing.rng import block_generator
 
 
-class _Found(Exception):
-    """The attack has what it came for: an image of the ball that a deterministic model certainly gets wrong."""
+class _Finished(Exception):
+    """The attack is done: a deterministic model misclassifies an image in the ball."""
 
 
-class _Climbed(nn.Module):
-    """A loss as the library wants it: counts images, and notices gradients that are zero.
+class _Objective(nn.Module):
+    """The function to maximise, as a module for ART; counts images and zero gradients, and keeps the best image.
 
     Args:
-        log_scores: images ``(B, C, H, W)`` to logarithms of probabilities ``(B, K)``.
-        each: answers of the attacked model for one image here.
-        sure: an image ``(1, C, H, W)`` to the label that a deterministic model gives it, where that is not what the
-            largest of the log scores says and the first wrong answer ends the attack.
+        log_scores: images ``(B, C, H, W)`` to log-probabilities ``(B, K)``.
+        each: passes of the attacked model per image.
+        judge: a deterministic model's label of an image ``(1, C, H, W)``. If given, it is used in place of the largest
+            log-probability, and the first misclassification ends the attack.
     """
 
     def __init__(
-        self, log_scores: Callable[[Tensor], Tensor], each: int, sure: Callable[[Tensor], Tensor] | None = None
+        self, log_scores: Callable[[Tensor], Tensor], each: int, judge: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.log_scores, self.each, self.sure = log_scores, each, sure
-        self.sent = self.steps = self.flat = 0
+        self.log_scores, self.each, self.judge = log_scores, each, judge
+        self.sent = self.gradients = self.zero_gradients = 0
         self.best: Tensor | None = None
         self.rank = (False, -math.inf)
-        self.aim: tuple[Tensor, int, str, float] | None = None
+        self.goal: tuple[Tensor, int, str, float] | None = None
 
     def keep(self, image: Tensor, label: int, task: Task) -> None:
-        """From now on keep the best of what is seen in the ball: a wrong answer first, then the highest loss."""
+        """Keep the best image in the ball from now on: misclassified ones first, then the highest loss."""
         assert task.eps is not None
-        self.aim = image[None], label, task.norm, task.eps
+        self.goal = image[None], label, task.norm, task.eps
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logarithms of probabilities ``(B, K)``.
+        """Return log-probabilities ``(B, K)``.
 
         Raises:
-            UserError: nothing to climb.
-            _Found: the attack may end.
+            UserError: they have no gradient.
+            _Finished: the attack is done.
         """
         self.sent += len(images) * self.each
-        found = self.log_scores(images)
+        log_scores = self.log_scores(images)
         if images.requires_grad:
-            if not found.requires_grad:
+            if not log_scores.requires_grad:
                 raise UserError(
-                    "what is attacked gives no gradients (labels only, or a runtime without them); expected torch "
-                    "modules, or an attack that only asks, such as hopskipjump"
+                    "the attacked model gives no gradients (labels only, or a runtime without them); expected torch "
+                    "modules, or an attack by queries, such as hopskipjump"
                 )
-            images.register_hook(self._look)
-        if self.aim is not None:
-            self._weigh(images.detach(), found.detach(), *self.aim)
-        return found
+            images.register_hook(self._count_gradient)
+        if self.goal is not None:
+            self._keep_best(images.detach(), log_scores.detach(), *self.goal)
+        return log_scores
 
-    def _weigh(self, images: Tensor, found: Tensor, clean: Tensor, label: int, norm: str, eps: float) -> None:
-        for image, scores in zip(images, found, strict=True):
+    def _keep_best(self, images: Tensor, log_scores: Tensor, clean: Tensor, label: int, norm: str, eps: float) -> None:
+        for image, scores in zip(images, log_scores, strict=True):
             if float(distances(image[None].cpu(), clean, norm)) > eps + SLACK:
                 continue
             wrong = int(scores.argmax()) != label
-            if self.sure is not None:
+            if self.judge is not None:
                 self.sent += 1
                 with torch.no_grad():
-                    wrong = int(self.sure(image[None])) != label
+                    wrong = int(self.judge(image[None])) != label
             rank = wrong, -float(scores[label].nan_to_num(math.inf))
             if self.best is None or rank > self.rank:
                 self.best, self.rank = image.cpu().clone(), rank
-            if wrong and self.sure is not None:
-                raise _Found
+            if wrong and self.judge is not None:
+                raise _Finished
 
-    def _look(self, gradient: Tensor) -> None:
-        self.steps += 1
-        self.flat += int(not bool(gradient.any()))
+    def _count_gradient(self, gradient: Tensor) -> None:
+        self.gradients += 1
+        self.zero_gradients += int(not bool(gradient.any()))
 
 
-def _climb(
+def _ascend(
     image: Tensor,
     label: int,
     task: Task,
-    loss: _Climbed,
+    objective: _Objective,
     judge: Callable[[Tensor], Tensor],
     classifier: Classifier,
     *,
@@ -108,9 +108,9 @@ def _climb(
     decay: float | None = None,
     last: bool = False,
 ) -> Proposal:
-    """ART's projected gradient; ``step`` in parts of eps, ``decay`` of the momentum; classes as ``classifier`` has.
+    """Run ART's projected gradient ascent, and propose the best image on its path, or the ``last`` one.
 
-    The library returns the last image; unless ``last`` is wanted, what is proposed is the best that it went through.
+    ``step`` is relative to eps, ``decay`` that of the momentum; ``classifier`` defines classes and device.
     """
     from art.attacks.evasion.projected_gradient_descent.projected_gradient_descent_pytorch import (
         ProjectedGradientDescentPyTorch,
@@ -118,11 +118,11 @@ def _climb(
     from art.estimators.classification import PyTorchClassifier
 
     if steps < 1 or not step > 0:
-        raise UserError(f"steps {steps}, step {step}: expected 1 or more, and a part of eps above 0, such as 0.25")
+        raise UserError(f"steps {steps}, step {step}: expected 1 or more, and a share of eps above 0, such as 0.25")
     assert task.eps is not None
     classes, device = classifier.num_classes, classifier.mean.device
     model = PyTorchClassifier(
-        loss,
+        objective,
         loss=nn.NLLLoss(),
         input_shape=tuple(image.shape),
         nb_classes=classes,
@@ -140,43 +140,46 @@ def _climb(
         verbose=False,
     )
     if not last:
-        loss.keep(image, label, task)
+        objective.keep(image, label, task)
     moved = image[None]
-    with suppress(_Found):
+    with suppress(_Finished):
         moved = torch.from_numpy(library.generate(image[None].numpy(), y=np.eye(classes, dtype=np.float32)[[label]]))
-    if loss.best is not None:
-        moved = loss.best[None]
-    proposed = moved.clamp(0, 1)  # adding the projected step rounds, and may leave [0, 1] by 1e-7
-    note = f"all {loss.steps} gradients were zero" if loss.flat == loss.steps > 0 else ""
+    if objective.best is not None:
+        moved = objective.best[None]
+    proposed = moved.clamp(0, 1)  # rounding may leave [0, 1] by 1e-7
+    all_zero = objective.zero_gradients == objective.gradients > 0
+    note = f"all {objective.gradients} gradients were zero" if all_zero else ""
     with torch.no_grad():
         answer = int(judge(proposed.to(device)))
-    return Proposal(proposed[0], answer, loss.sent, note)
+    return Proposal(proposed[0], answer, objective.sent, note)
 
 
 def blind_pgd(
     image: Tensor, label: int, task: Task, *, steps: int = 40, step: float = 0.25, random_start: bool = True
 ) -> Proposal:
-    """PGD (Madry et al. 2018) on the cross entropy of the bare classifier; it knows of no purifier.
+    """PGD (Madry et al. 2018) on the cross entropy of the bare classifier, without knowledge of a purifier.
 
-    It does not end with the first wrong answer: of the images on its way that the classifier gets wrong it proposes the
-    one of the highest loss, which a purifier is least likely to bring back.
+    It does not end with the first misclassification: among the misclassified images on its path it proposes the one
+    with the highest loss, which a purifier is least likely to correct.
 
     Args:
         image: clean, ``(C, H, W)``.
-        label: the right one.
+        label: the true class.
         task: with a classifier and a ball.
-        steps: gradients.
-        step: length of one, in parts of eps.
-        random_start: from a random point of the ball.
+        steps: number of gradients.
+        step: step size as a share of eps.
+        random_start: start at a random point of the ball.
     """
     classifier = task.classifier
     assert classifier is not None
-    loss = _Climbed(lambda images: classifier.logits(images).log_softmax(1), 1)
-    return _climb(image, label, task, loss, classifier, classifier, steps=steps, step=step, random_start=random_start)
+    objective = _Objective(lambda images: classifier.logits(images).log_softmax(1), 1)
+    return _ascend(
+        image, label, task, objective, classifier, classifier, steps=steps, step=step, random_start=random_start
+    )
 
 
-class _PassedBy(nn.Module):
-    """A purifier whose gradient is taken to be that of the identity (BPDA); its output is exactly its own."""
+class _StraightThrough(nn.Module):
+    """A purifier with the gradient of the identity (BPDA); its output is unchanged."""
 
     def __init__(self, purifier: nn.Module) -> None:
         super().__init__()
@@ -184,40 +187,40 @@ class _PassedBy(nn.Module):
 
     def forward(self, images: Tensor, sigma: float | None = None, *, generator: Any = None) -> Tensor:
         with torch.no_grad():
-            seen: Tensor = self.purifier(images.detach(), sigma, generator=generator)
-        return seen + (images - images.detach())  # + 0
+            purified: Tensor = self.purifier(images.detach(), sigma, generator=generator)
+        return purified + (images - images.detach())  # adds 0
 
 
-def passing_by(defence: Defence, draws: int | None = None) -> Defence:
-    """The defence as its attacker climbs it: with a gradient where a purifier has none of its own.
+def differentiable(defence: Defence, draws: int | None = None) -> Defence:
+    """Return a version of the defence with gradients, for its attacker.
 
-    Backward pass differentiable approximation (BPDA; Athalye, Carlini and Wagner 2018). A purifier with a ``twin()``, a
-    differentiable one that nearly does the same, is replaced by it in both passes, so that answers differ a little from
-    the defence's. Any other keeps its output and gets the identity's gradient: it returns an image near to the one it
-    got. That is an approximation, which may mislead where a purifier moves images far.
+    Backward pass differentiable approximation (BPDA; Athalye, Carlini and Wagner 2018): a purifier with a ``twin()``, a
+    differentiable approximation, is replaced by it in both passes, so that answers differ slightly from the defence's.
+    Any other non-differentiable purifier keeps its output and gets the gradient of the identity, because it returns an
+    image close to its input. The approximation can mislead if a purifier moves images far.
 
     Args:
-        defence: attacked.
-        draws: through each member, in place of the defence's own.
+        defence: to be attacked.
+        draws: passes through each member; None: the defence's own.
     """
 
-    def around(purifier: nn.Module) -> nn.Module | None:
-        if isinstance(purifier, nn.Identity):  # stands for none
+    def with_gradient(purifier: nn.Module) -> nn.Module | None:
+        if isinstance(purifier, nn.Identity):  # no purifier
             return None
         if getattr(purifier, "differentiable", True):
             return purifier
         twin = getattr(purifier, "twin", None)
-        return twin() if callable(twin) else _PassedBy(purifier)
+        return twin() if callable(twin) else _StraightThrough(purifier)
 
-    purifiers = [around(purifier) for purifier in defence.purifiers]
+    purifiers = [with_gradient(purifier) for purifier in defence.purifiers]
     members = [Member(*parts) for parts in zip(purifiers, defence.classifiers, defence.sigmas, strict=True)]
     return Defence(defence.name, members, draws=draws or defence.draws, combine=defence.combine)
 
 
 def _expected(defence: Defence, key: bytes, answers: int) -> Callable[[Tensor], Tensor]:
-    """Mean over ``answers``, new ones at each call, of the logarithm of the defence's own combination.
+    """Return a function that averages the defence's log-probabilities over ``answers`` new answers at each call.
 
-    Votes have no gradient; the logarithm of the mean softmax over passes stands in their place, as in SmoothAdv (Salman
+    Votes have no gradient; they are replaced by the logarithm of the mean softmax over passes, as in SmoothAdv (Salman
     et al. 2019).
     """
     turns = itertools.count()
@@ -245,28 +248,30 @@ def adaptive_pgd(
     random_start: bool = True,
     eot: int = 10,
 ) -> Proposal:
-    """PGD on the whole defence, which the attacker knows.
+    """PGD on the whole defence, with full knowledge of it.
 
-    Gradients are autograd's, with votes replaced by the mean softmax. They are true ones for a purifier that says it is
-    differentiable, its twin's for one that has a twin, and the identity's for any other (BPDA, :func:`passing_by`).
+    Gradients are computed by autograd, with votes replaced by the mean softmax. They are exact for differentiable
+    purifiers, those of the twin for purifiers that have one, and those of the identity otherwise
+    (BPDA, :func:`differentiable`).
 
     The loss of a random defence is an expectation over ``eot`` passes (expectation over transformation, Athalye et al.
-    2018), other ones at every step and never those of its judge. A defence of P passes an answer is asked for
-    ceil(eot / P) answers a gradient, and one of many draws runs through each of its M members at most ceil(eot / M)
-    times an answer: of a smoothed classifier's n votes a few estimate the scores that it expects. All passes of a
+    2018), new ones at every step and never those of the final evaluation. A defence with P passes per answer gives
+    ceil(eot / P) answers per gradient, and one with many draws runs at most ceil(eot / M) times per answer through each
+    of its M members: a few of a smoothed classifier's n votes suffice to estimate its expected scores. All passes of a
     gradient, fewer than 2 eot or one of each member, are in memory at once.
 
-    A deterministic defence ends the attack with the first image that the defence itself, not its stand-in, gets wrong.
-    Of a random one the image of the highest estimated loss is proposed, those that the estimate gets wrong first.
+    Against a deterministic defence the attack ends with the first image that the defence itself (not its approximation)
+    misclassifies. Against a random one, the image with the highest estimated loss is proposed, misclassified ones
+    first.
 
     Args:
         image: clean, ``(C, H, W)``.
-        label: the right one.
+        label: the true class.
         task: with a defence and a ball.
-        steps: gradients.
-        step: length of one, in parts of eps.
-        random_start: from a random point of the ball.
-        eot: passes a gradient; nothing is repeated where nothing is random.
+        steps: number of gradients.
+        step: step size as a share of eps.
+        random_start: start at a random point of the ball.
+        eot: passes per gradient of a random defence; a deterministic one needs a single pass.
 
     Raises:
         UserError: fewer than one pass.
@@ -274,7 +279,7 @@ def adaptive_pgd(
     defence = task.defence
     assert defence is not None
     if eot < 1:
-        raise UserError(f"eot {eot}: expected 1 or more passes a gradient")
+        raise UserError(f"eot {eot}: expected 1 or more passes per gradient")
     members = len(defence.classifiers)
     draws = min(defence.draws, -(-eot // members)) if defence.random else 1
     answers = -(-eot // (members * draws)) if defence.random else 1
@@ -284,9 +289,9 @@ def adaptive_pgd(
         answer: Tensor = defence(images, [own])
         return answer
 
-    log_scores = _expected(passing_by(defence, draws), task.key, answers)
-    loss, first = _Climbed(log_scores, answers, None if defence.random else judge), defence.classifiers[0]
-    return _climb(image, label, task, loss, judge, first, steps=steps, step=step, random_start=random_start)
+    log_scores = _expected(differentiable(defence, draws), task.key, answers)
+    objective, first = _Objective(log_scores, answers, None if defence.random else judge), defence.classifiers[0]
+    return _ascend(image, label, task, objective, judge, first, steps=steps, step=step, random_start=random_start)
 
 
 def transfer(
@@ -300,20 +305,20 @@ def transfer(
     diversity: float = 0.5,
     smallest: float = 0.9,
 ) -> Proposal:
-    """Momentum (MI-FGSM, Dong et al. 2018) on the mean logits of surrogates that see diverse inputs (Xie et al. 2019).
+    """Momentum (MI-FGSM, Dong et al. 2018) on the mean logits of surrogates with diverse inputs (Xie et al. 2019).
 
-    The diverse input is our reading for classifiers of one size: the image shrunk to between ``smallest`` and all of
-    its side, and put at a random place on black.
+    Our version of diverse inputs, for classifiers with a fixed input size: the image is shrunk to between ``smallest``
+    and all of its side, and placed at random on black.
 
     Args:
         image: clean, ``(C, H, W)``.
-        label: the right one.
+        label: the true class.
         task: with surrogates and a ball.
         steps: gradients.
         step: length of one, in parts of eps.
         decay: of the momentum.
-        diversity: probability that a step's input is a diverse one.
-        smallest: side of the smallest image, in parts of the whole.
+        diversity: probability of a diverse input at each step.
+        smallest: side of the smallest image as a share of the original.
 
     Raises:
         UserError: surrogates of different tasks, settings out of range.
@@ -334,15 +339,15 @@ def transfer(
     def judge(images: Tensor) -> Tensor:
         return labels_from_logits(logits(images))
 
-    loss = _Climbed(log_scores, 0)  # the target is not asked
-    # The last image, as published: what the surrogates get wrong first is not what transfers best.
-    return _climb(
-        image, label, task, loss, judge, first, steps=steps, step=step, random_start=False, decay=decay, last=True
+    objective = _Objective(log_scores, 0)  # no queries to the target
+    # the last image, as published: the first one that the surrogates misclassify transfers worse
+    return _ascend(
+        image, label, task, objective, judge, first, steps=steps, step=step, random_start=False, decay=decay, last=True
     )
 
 
 def _diverse(images: Tensor, generator: torch.Generator, probability: float, smallest: float) -> Tensor:
-    """Images ``(B, C, H, W)``, shrunk and put at a random place with this probability; all in the same way."""
+    """Shrink images ``(B, C, H, W)`` and place them at random, all in the same way, with this probability."""
     chance, size, down, right = torch.rand(4, generator=generator).tolist()
     height, width = images.shape[-2:]
     scale = smallest + (1 - smallest) * size

@@ -1,8 +1,8 @@
-"""Attacks that only ask: HopSkipJump by labels, Square by scores, both of ART, both ended by the budget.
+"""Attacks by queries: HopSkipJump by labels, Square by scores, both from ART, within a query budget.
 
-The libraries keep no budget (ART's Square sends three images an iteration) and lose what they had found when they are
-stopped. So every image goes through :class:`Chase`, which keeps the nearest image that was answered wrongly; of a
-random target, one that is mostly answered wrongly when it is asked about again.
+ART keeps no budget (its Square sends three images per iteration) and loses its result when it is stopped. Therefore
+every image goes through a :class:`QuerySearch`, which keeps the nearest misclassified image; for a random target, one
+that is misclassified in most repeated queries.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from certify.models.query_access import BudgetSpent, QueryAccess
 
 _TINY = 1e-30
 _NEVER = 100.0
-"""Above the logarithm of any ratio of scores: added to the right class it keeps the library from stopping by itself."""
+"""Exceeds the logarithm of any ratio of scores; added to the true class, it keeps ART from stopping by itself."""
 
 CONFIRM = 5
-"""Further answers about an image that a random target got wrong; most of them must be wrong for the attack to end."""
+"""Repeated queries for an image that a random target misclassified; most must be wrong for the attack to end."""
 
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
-"""Parts of the budget after which Square's squares shrink to half their area, as in the paper."""
+"""Shares of the budget after which the area of Square's squares is halved, as in the paper."""
 
 
-class _Found(Exception):
-    """The attack has what it came for: a wrong answer inside of the ball, or about the clean image itself."""
+class _Finished(Exception):
+    """The attack is done: an image in the ball, or the clean image, is misclassified."""
 
 
-class Chase:
-    """What an attack by queries is given to ask: it counts on, and keeps the nearest image that got a wrong answer.
+class QuerySearch:
+    """Query interface of an attack, which keeps the nearest misclassified image.
 
-    One answer of a random target says little. There, an image in the ball that got a wrong answer (the nearest one of a
-    batch, and the clean image like any other) is asked about ``CONFIRM`` times more, out of the same budget, and each
-    image once; only mostly wrong answers count. If none is found, the image in the ball with the most wrong answers is
-    kept, of several the one with the lowest margin, where there are scores; the clean one only if there is no such
-    image. Without a ball, an image is asked about again if it would be the nearest one.
+    A single wrong answer of a random target proves little. Therefore the nearest misclassified image of a batch that
+    lies in the ball (the clean image included) is queried ``CONFIRM`` times more, within the same budget and once per
+    image; only mostly wrong answers count. If there are none, the image in the ball with the most wrong answers is
+    kept, ties broken by the lowest margin if there are scores; the clean image only if there is no other. Without a
+    ball, an image is queried again if it would be the nearest one.
 
     Args:
         access: to the target.
         image: clean, ``(C, H, W)``.
-        label: the right one; any other answer is a wrong one, ``FAILED`` among them.
-        task: norm, and the ball at whose edge the attack ends.
+        label: the true class; any other answer is wrong, including ``FAILED``.
+        task: norm and ball.
     """
 
     def __init__(self, access: QueryAccess, image: Tensor, label: int, task: Task) -> None:
@@ -60,63 +60,66 @@ class Chase:
         self.before = access.spent
         self.best, self.answer, self.nearest = image, label, float("inf")
         self.rank = (0, False, -float("inf"))
-        self.weighed: set[bytes] = set()
+        self.repeated: set[bytes] = set()
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        """Images to scores, or to 1 at the label: what ART calls predictions ``(B, K)``.
+        """Return ART's predictions ``(B, K)`` of images: scores, or one-hot labels.
 
         Raises:
             BudgetSpent: nothing was sent.
-            _Found: the attack may end.
+            _Finished: the attack is done.
         """
         images = torch.from_numpy(np.ascontiguousarray(batch)).float()
         answers = self.access(images)
         labels = self._labels(answers)
-        all_far = distances(images, self.image[None], self.task.norm)
-        far = all_far.masked_fill(labels == self.label, float("inf"))
+        distance = distances(images, self.image[None], self.task.norm)
+        far = distance.masked_fill(labels == self.label, float("inf"))
         if self.access.random:
-            answers = self._weigh(images, answers, labels, all_far)
-            labels = labels.masked_fill(all_far == 0, self.label)  # the library must not take chance for its start
+            answers = self._confirm(images, answers, labels, distance)
+            labels = labels.masked_fill(distance == 0, self.label)  # a chance error on the clean image is no start
         elif far.min() < self.nearest:
             nearest = int(far.argmin())
-            self._take(images[nearest], int(labels[nearest]), float(far[nearest]))
+            self._keep(images[nearest], int(labels[nearest]), float(far[nearest]))
         if self.access.answers == LABELS:
-            return _one_hot(labels.masked_fill(labels < 0, self.label + 1), self.access)  # no class: any wrong one
+            return _one_hot(
+                labels.masked_fill(labels < 0, self.label + 1), self.access
+            )  # a failure counts as any wrong class
         return answers.float().numpy()
 
     def _labels(self, answers: Tensor) -> Tensor:
         return answers if self.access.answers == LABELS else labels_from_logits(answers)
 
-    def _take(self, image: Tensor, answer: int, far: float) -> None:
-        """Keep a wrong image; the attack ends where it is near enough."""
+    def _keep(self, image: Tensor, answer: int, far: float) -> None:
+        """Keep a misclassified image; end the attack if it is within the ball."""
         self.best, self.answer, self.nearest = image.clone(), answer, far
         if far <= (self.task.eps + SLACK if self.task.eps is not None else 0.0):
-            raise _Found
+            raise _Finished
 
-    def _weigh(self, images: Tensor, answers: Tensor, labels: Tensor, far: Tensor) -> Tensor:
-        """Answers of a random target: ask again about the nearest wrong image, and keep what comes nearest to one.
+    def _confirm(self, images: Tensor, answers: Tensor, labels: Tensor, far: Tensor) -> Tensor:
+        """Repeat the query for the nearest misclassified image of a random target, and keep the best image.
 
-        Returns the answers, with the mean of the further scores in place of those that were chosen for being wrong: a
-        search that held on to them would be stuck at a chance.
+        Returns:
+            The answers. Scores that were selected for being wrong are replaced by the mean of the repeated ones;
+            otherwise the search would hold on to a chance error.
         """
         ball = float("inf") if self.task.eps is None else self.task.eps + SLACK
         wrong = labels != self.label
         digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
-        new = torch.tensor([digest not in self.weighed for digest in digests])
+        new = torch.tensor([digest not in self.repeated for digest in digests])
         doubtful = wrong & new & (far <= ball) & (far < self.nearest)
-        asked = int(far.masked_fill(~doubtful, float("inf")).argmin()) if bool(doubtful.any()) else -1
+        chosen = int(far.masked_fill(~doubtful, float("inf")).argmin()) if bool(doubtful.any()) else -1
         counts = [0] * len(images)
-        if asked >= 0:
-            self.weighed.add(digests[asked])
-            again = self._again(images[asked])
-            found = self._labels(again) if len(again) else again
-            others = found[found != self.label]
-            counts[asked] = len(others)
+        if chosen >= 0:
+            self.repeated.add(digests[chosen])
+            again = self._repeat(images[chosen])
+            labels_again = self._labels(again) if len(again) else again
+            others = labels_again[labels_again != self.label]
+            counts[chosen] = len(others)
             if 2 * len(others) > CONFIRM:
-                self._take(images[asked], int(others.mode().values), float(far[asked]))
+                self._keep(images[chosen], int(others.mode().values), float(far[chosen]))
             if self.access.answers != LABELS and len(again):
                 answers = answers.clone()
-                answers[asked] = again.mean(0)
+                answers[chosen] = again.mean(0)
         margins = far + float("inf") if self.access.answers == LABELS else self._margins(answers)
         for i, (image, counted) in enumerate(zip(images, counts, strict=True)):
             rank = counted, bool(wrong[i]), -float(margins[i])
@@ -124,21 +127,21 @@ class Chase:
                 self.best, self.rank = image.clone(), rank
         return answers
 
-    def _again(self, image: Tensor) -> Tensor:
-        """Further answers about an image, as many as the budget has left: perhaps none."""
+    def _repeat(self, image: Tensor) -> Tensor:
+        """Query an image repeatedly, as far as the budget allows; the result may be empty."""
         assert self.access.budget is not None
         many = min(CONFIRM, self.access.budget - self.access.spent)
         return self.access(image.expand(many, *image.shape)) if many else torch.empty(0, dtype=torch.long)
 
     def _margins(self, scores: Tensor) -> Tensor:
-        """Of the right class over the best other ``(B,)``, of scores ``(B, K)``."""
+        """Return the true class's score minus the highest other one, ``(B,)``."""
         others = scores.clone()
         others[:, self.label] = -float("inf")
         return scores[:, self.label] - others.amax(1)
 
     def proposal(self, attack: Callable[[], Any]) -> Proposal:
-        """What was found when the attack had ended, by itself or not."""
-        with suppress(_Found, BudgetSpent):
+        """Run the attack until it ends or the budget is spent, and return the best image."""
+        with suppress(_Finished, BudgetSpent):
             self(self.image[None].numpy())
             attack()
         note = "" if self.nearest < float("inf") else "no wrong answer found"
@@ -148,42 +151,42 @@ class Chase:
 
 
 def _one_hot(labels: Tensor, access: QueryAccess) -> np.ndarray:
-    """1 at each label ``(B,)``, taken modulo K, float32 ``(B, K)``."""
+    """Return one-hot vectors of labels ``(B,)`` modulo K, float32 ``(B, K)``."""
     assert access.num_classes is not None
-    found: np.ndarray = one_hot(labels % access.num_classes, access.num_classes).float().numpy()
-    return found
+    vectors: np.ndarray = one_hot(labels % access.num_classes, access.num_classes).float().numpy()
+    return vectors
 
 
 def _logarithms(scores: np.ndarray) -> np.ndarray:
-    """Of probabilities ``(B, K)``.
+    """Return the logarithms of probabilities ``(B, K)``.
 
     Raises:
-        UserError: they are none; logits would all count as 0, and the search would see nothing.
+        UserError: values outside [0, 1], such as logits.
     """
     if scores.min() < 0 or scores.max() > 1 + 1e-3:
-        raise UserError("attack square: scores outside of 0 to 1; expected probabilities, such as logits.softmax(1)")
-    found: np.ndarray = np.log(np.maximum(scores, _TINY))
-    return found
+        raise UserError("attack square: scores outside [0, 1]; expected probabilities, such as logits.softmax(1)")
+    logarithms: np.ndarray = np.log(np.maximum(scores, _TINY))
+    return logarithms
 
 
 def hopskipjump(image: Tensor, label: int, task: Task, *, init: int = 100, directions: int = 100) -> Proposal:
-    """HopSkipJump (Chen, Jordan and Wainwright 2020), untargeted: along the boundary to the nearest wrong label.
+    """HopSkipJump (Chen, Jordan and Wainwright 2020), untargeted: find the nearest misclassified image.
 
-    It ends with the budget, or with the first wrong label inside of the ball where there is one; of a random target,
-    with the first that is confirmed (:class:`Chase`).
+    It ends with the budget, or with the first misclassified image within the ball, if there is a ball; for a random
+    target, with the first confirmed one (:class:`QuerySearch`).
 
     Args:
         image: clean, ``(C, H, W)``.
-        label: the right one.
+        label: the true class.
         task: with an access that has a budget.
-        init: uniform random images that are tried as a start.
-        directions: of the first gradient estimate; their number grows with the root of the iteration.
+        init: number of uniform random images tried as a start.
+        directions: of the first gradient estimate; their number grows with the square root of the iteration.
     """
     from art.attacks.evasion import HopSkipJump
     from art.estimators.classification import BlackBoxClassifier
 
     class Seeded(HopSkipJump):  # type: ignore[misc]
-        """With the start from the seeded generator; the library's own comes from the system's entropy."""
+        """HopSkipJump with a start from the seeded generator; ART draws it from the system's entropy."""
 
         def _init_sample(self, x: np.ndarray, y: int, y_p: int, *rest: Any) -> tuple[np.ndarray, int] | None:
             for _ in range(self.init_size):
@@ -203,33 +206,33 @@ def hopskipjump(image: Tensor, label: int, task: Task, *, init: int = 100, direc
 
     assert task.access is not None
     assert task.access.budget is not None
-    chase = Chase(task.access, image, label, task)
-    model = BlackBoxClassifier(chase, tuple(image.shape), task.access.num_classes, clip_values=(0.0, 1.0))
+    search = QuerySearch(task.access, image, label, task)
+    model = BlackBoxClassifier(search, tuple(image.shape), task.access.num_classes, clip_values=(0.0, 1.0))
     library = Seeded(
         model,
         norm=2 if task.norm == "l2" else np.inf,
-        max_iter=task.access.budget,  # more than it can afford
+        max_iter=task.access.budget,  # more than the budget allows
         init_eval=directions,
         init_size=init,
         verbose=False,
     )
     right = _one_hot(torch.tensor([label]), task.access)
-    return chase.proposal(lambda: library.generate(image[None].numpy(), y=right))
+    return search.proposal(lambda: library.generate(image[None].numpy(), y=right))
 
 
 def square(image: Tensor, label: int, task: Task, *, fraction: float = 0.8) -> Proposal:
-    """Square (Andriushchenko, Croce, Flammarion and Hein 2020): random squares that lower the right class's margin.
+    """Square (Andriushchenko, Croce, Flammarion and Hein 2020): random squares that reduce the true class's margin.
 
-    The margin is that of logarithms of the scores, so that a confident classifier's still moves. Each iteration asks
-    about one new image, as in the paper; what ART asks again about the image it holds is answered from notes, for
-    random defences too. In l-infinity the search is ART's. In l2 it is ours, after the paper: ART 1.20 divides by the
-    norm that a new window shall have, which ruins what was found before and makes images of NaN.
+    The margin is that of log-scores, so that it also moves for a confident classifier. Each iteration queries one new
+    image, as in the paper; ART's repeated queries for its current image are answered from a cache, for random defences
+    too. In l-infinity the search is ART's. In l2 it is ours, after the paper: ART 1.20 divides by the desired norm of a
+    new window, which destroys earlier progress and produces NaN images.
 
     Args:
         image: clean, ``(C, H, W)``.
-        label: the right one.
+        label: the true class.
         task: with an access to probabilities that has a budget, and a ball.
-        fraction: of the pixels that the first squares cover; less where squares must fit.
+        fraction: share of the pixels that the first squares cover; less if the square would not fit.
 
     Raises:
         UserError: a fraction out of range, or images that are too small.
@@ -240,27 +243,27 @@ def square(image: Tensor, label: int, task: Task, *, fraction: float = 0.8) -> P
     height, width = image.shape[1:]
     if not 0 < fraction <= 1 or min(height, width) < 3:
         raise UserError(f"attack square: fraction {fraction}, {height}x{width} pixels; expected 0 to 1, 3x3 or more")
-    chase = Chase(task.access, image, label, task)
+    search = QuerySearch(task.access, image, label, task)
     if task.norm == "l2":
-        return chase.proposal(lambda: _square_l2(chase, fraction))
+        return search.proposal(lambda: _square_l2(search, fraction))
     from art.attacks.evasion import SquareAttack
     from art.estimators.classification.blackbox import BlackBoxClassifierNeuralNetwork
 
-    notes: dict[bytes, np.ndarray] = {}
+    cache: dict[bytes, np.ndarray] = {}
 
-    def noted(batch: np.ndarray) -> np.ndarray:
-        about = hashlib.sha256(batch.tobytes()).digest()
-        found = notes.pop(about, None)
-        if found is None:
-            found = _logarithms(chase(batch))
-            if chase.access.random:  # the library would stop at one wrong answer; that is for the chase to say
-                found[:, label] += _NEVER
-        notes[about] = found  # the latest last
-        while len(notes) > 2:  # the image it holds, and the one it tries
-            del notes[next(iter(notes))]
-        return found
+    def cached(batch: np.ndarray) -> np.ndarray:
+        key = hashlib.sha256(batch.tobytes()).digest()
+        scores = cache.pop(key, None)
+        if scores is None:
+            scores = _logarithms(search(batch))
+            if search.access.random:  # ART must not stop at one wrong answer
+                scores[:, label] += _NEVER
+        cache[key] = scores  # the latest last
+        while len(cache) > 2:  # the current image, and the one it tries
+            del cache[next(iter(cache))]
+        return scores
 
-    model = BlackBoxClassifierNeuralNetwork(noted, tuple(image.shape), task.access.num_classes, clip_values=(0.0, 1.0))
+    model = BlackBoxClassifierNeuralNetwork(cached, tuple(image.shape), task.access.num_classes, clip_values=(0.0, 1.0))
     library = SquareAttack(
         model,
         norm=np.inf,
@@ -270,12 +273,12 @@ def square(image: Tensor, label: int, task: Task, *, fraction: float = 0.8) -> P
         verbose=False,
     )
     right = _one_hot(torch.tensor([label]), task.access)
-    return chase.proposal(lambda: library.generate(image[None].numpy(), y=right))
+    return search.proposal(lambda: library.generate(image[None].numpy(), y=right))
 
 
-def _square_l2(chase: Chase, fraction: float) -> None:
-    """The l2 version (algorithms 1 and 3 of the paper): mass moves from one window to another, the norm stays eps."""
-    clean, label, task = chase.image.numpy(), chase.label, chase.task
+def _square_l2(search: QuerySearch, fraction: float) -> None:
+    """Run the l2 version (algorithms 1 and 3 of the paper): move mass between windows at a constant norm eps."""
+    clean, label, task = search.image.numpy(), search.label, search.task
     assert task.access is not None
     assert task.access.budget is not None
     assert task.eps is not None
@@ -287,7 +290,7 @@ def _square_l2(chase: Chase, fraction: float) -> None:
         return slice(None), slice(top, top + size), slice(left, left + size)
 
     def bump(size: int) -> np.ndarray:
-        """A positive and a negative hill, for each channel with a sign of its own, of l2 norm 1."""
+        """Return a positive and a negative hill with a random sign per channel, of l2 norm 1."""
         flat = _hills(size).T if rng.random() < 0.5 else _hills(size)
         signed: np.ndarray = flat * rng.choice([-1.0, 1.0], size=(channels, 1, 1))
         return signed
@@ -297,7 +300,7 @@ def _square_l2(chase: Chase, fraction: float) -> None:
         return image
 
     def margin(image: np.ndarray) -> float:
-        scores = _logarithms(chase(image[None]))[0]
+        scores = _logarithms(search(image[None]))[0]
         return float(scores[label] - np.delete(scores, label).max())
 
     tile = max(3, min(height, width) // 5)
@@ -316,7 +319,7 @@ def _square_l2(chase: Chase, fraction: float) -> None:
         there = delta[to]
         either = np.zeros(clean.shape, dtype=bool)
         either[to] = either[emptied] = True
-        free = max(0.0, eps**2 - float((delta**2).sum())) / channels  # what clipping left unused
+        free = max(0.0, eps**2 - float((delta**2).sum())) / channels  # lost by clipping
         mass = np.sqrt(free + (delta**2 * either).sum((1, 2), keepdims=True))
         new = bump(size) + there / np.maximum(1e-10, np.sqrt((there**2).sum((1, 2), keepdims=True)))
         new *= mass / np.maximum(1e-10, np.sqrt((new**2).sum((1, 2), keepdims=True)))
@@ -325,13 +328,13 @@ def _square_l2(chase: Chase, fraction: float) -> None:
         if not delta.any():
             continue
         tried = moved(delta)
-        found = margin(tried)
-        if found < lowest:
-            held, lowest = tried, found
+        tried_margin = margin(tried)
+        if tried_margin < lowest:
+            held, lowest = tried, tried_margin
 
 
 def _hills(size: int) -> np.ndarray:
-    """The paper's eta ``(size, size)``: concentric rectangles of falling height, the lower half negative, norm 1."""
+    """Return the paper's eta ``(size, size)``: concentric rectangles, falling outward, lower half negative."""
 
     def half(rows: int) -> np.ndarray:
         hill: np.ndarray = np.zeros((rows, size))

@@ -1,12 +1,12 @@
-"""Attacks run and measured: the library proposes an image, what it is worth is computed here.
+"""Run attacks, and measure the images they propose.
 
-Distances, the ball, [0, 1] and success are never taken from an attack. Nothing is projected either: a proposal outside
-of the ball or of [0, 1] is a failure that says so.
+Distances, norm ball, [0, 1] range and success are never taken from an attack. Nothing is projected either: a proposal
+outside the ball or [0, 1] is a failure, and says so.
 
-Images are attacked one by one. The libraries draw from numpy's, Python's and torch's global generators; these are
-seeded from (seed, image id, attack) around each image and put back as they were, so that what an image gets does not
-depend on the others, on their order, or on where a run was stopped. A library that seeds itself from the system would
-be an exception; the one place where ART does (the start of HopSkipJump) is replaced.
+Images are attacked one by one. The libraries draw from the global generators of numpy, Python and torch. These are
+seeded from (seed, image id, attack) for each image and restored afterwards, so that a result does not depend on the
+other images, their order, or interruptions. The one place where ART seeds itself from the system (the start of
+HopSkipJump) is replaced.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from certify.models.query_access import QueryAccess
 from certify.smoothing.rng import stream_key
 from certify.smoothing.rounding import ceil_to, exact
 
-_MEANS = {CLASSIFIER: "classifier", DEFENCE: "defence", SURROGATES: "surrogates"}
-"""What an attack needs, if it does not ask, and the argument of :func:`attack` and field of ``Task`` that it is."""
+_ARGUMENTS = {CLASSIFIER: "classifier", DEFENCE: "defence", SURROGATES: "surrogates"}
+"""For attacks without queries: their requirement, and its argument of :func:`attack` and field of ``Task``."""
 
 SLACK = 1e-6
-"""How far float32 may carry an image over the edge of a ball before it counts as outside."""
+"""Tolerance for float32 rounding at the edge of a ball."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one image is attacked with: what the attack declares to need, and nothing else.
+    """Inputs of an attack on one image: what the attack declares to need, and nothing else.
 
     Attributes:
         norm: ``l2`` or ``linf``.
-        eps: radius of the ball in [0, 1] pixels; None asks for the nearest wrong image.
-        key: 32 bytes that all random numbers come from.
-        access: to the target, by queries; None for an attack that does not ask.
-        classifier: without its purifier; None for an attack that does not need its gradients.
-        defence: the whole defended classifier; None for an attack that does not need its gradients.
-        surrogates: other classifiers of the same task; none for an attack that needs none.
+        eps: radius of the ball in [0, 1] pixels; None: find the nearest misclassified image.
+        key: 32 bytes that seed all random numbers.
+        access: query access to the target; None for attacks without queries.
+        classifier: without its purifier; None for attacks that do not need its gradients.
+        defence: the whole defended classifier; None for attacks that do not need its gradients.
+        surrogates: other classifiers of the same task; empty for attacks that need none.
     """
 
     norm: str
@@ -62,13 +62,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What an attack found for one image.
+    """Result of an attack on one image.
 
     Attributes:
         image: ``(C, H, W)``.
-        answer: what the attacked model said about exactly this image, during the attack or right after it.
-        queries: images that went through the attacked model, by queries or for gradients.
-        note: anything the reader of a figure has to know.
+        answer: the attacked model's answer for exactly this image, during or right after the attack.
+        queries: images sent through the attacked model, by queries or for gradients.
+        note: a remark for the reader, or empty.
     """
 
     image: Tensor
@@ -82,18 +82,17 @@ class Attacked:
     """A batch of images after an attack.
 
     Attributes:
-        name: of the attack.
-        norm: of the ball, and of what was minimised.
+        name: name of the attack.
+        norm: of the ball, and of the minimised distance.
         eps: radius of the ball, or None.
-        images: ``(B, C, H, W)`` to show to a defence: what was proposed, or the clean image where that is not
-            permitted.
-        l2: distance of each of them from the clean image.
+        images: ``(B, C, H, W)`` to show to a defence: the proposed image, or the clean one if the proposal is invalid.
+        l2: distance of each from the clean image.
         linf: the same in l-infinity.
-        success: whether the attacked model (the target of the queries, the bare classifier, the defence, the mean of
-            the surrogates) gave another label than the right one, for a permitted image, at the time of the attack; to
-            queries about an image of a random target, mostly. It may still answer otherwise when it is asked again.
-        queries: images that went through the attacked model, for each image.
-        notes: for each image; empty where there is nothing to say.
+        success: True if the proposal is valid and the attacked model (the target of the queries, the bare classifier,
+            the defence, the mean of the surrogates) misclassified it during the attack; for queries to a random target,
+            in most of the answers. A random model may answer differently later.
+        queries: images sent through the attacked model, for each image.
+        notes: a remark on each image, possibly empty.
     """
 
     name: str
@@ -108,23 +107,23 @@ class Attacked:
 
     @property
     def distance(self) -> tuple[float, ...]:
-        """In the attack's own norm."""
+        """Distances in the attack's own norm."""
         return self.l2 if self.norm == "l2" else self.linf
 
 
 def distances(images: Tensor, clean: Tensor, norm: str) -> Tensor:
-    """Distance of each image ``(B, C, H, W)`` from ``clean`` (one or as many), float64 ``(B,)``; ``l2`` or ``linf``."""
+    """Return the distance of each image ``(B, C, H, W)`` from ``clean`` (one or B), float64 ``(B,)``; l2 or linf."""
     moved = (images.double() - clean.double()).flatten(1)
     return moved.norm(dim=1) if norm == "l2" else moved.abs().amax(dim=1)
 
 
-def refusal(image: Tensor, clean: Tensor, norm: str, eps: float | None) -> str:
-    """Why an image ``(C, H, W)`` is not permitted: "" if it is."""
+def invalid(image: Tensor, clean: Tensor, norm: str, eps: float | None) -> str:
+    """Return why a proposed image ``(C, H, W)`` is invalid; empty if it is valid."""
     if not bool(((image >= 0) & (image <= 1)).all()):
-        return "proposed values outside of [0, 1]"
-    far = float(distances(image[None], clean[None], norm))
-    if eps is not None and far > eps + SLACK:
-        return f"nearest found: {norm} {ceil_to(far, 6)}, outside of the ball of {exact(eps)}"
+        return "proposed values outside [0, 1]"
+    distance = float(distances(image[None], clean[None], norm))
+    if eps is not None and distance > eps + SLACK:
+        return f"nearest proposal: {norm} {ceil_to(distance, 6)}, outside the ball of {exact(eps)}"
     return ""
 
 
@@ -143,52 +142,52 @@ def attack(
     surrogates: Sequence[Classifier] = (),
     **options: object,
 ) -> Attacked:
-    """Attack images one by one and measure what came out.
+    """Attack images one by one, and measure the results.
 
     Args:
         name: of an attack in ``ATTACKS``.
-        images: clean ones, ``(B, C, H, W)`` in [0, 1].
-        labels: the right ones, ``(B,)``.
-        ids: name the random numbers of each image.
+        images: clean images ``(B, C, H, W)`` in [0, 1].
+        labels: true classes ``(B,)``.
+        ids: key the random numbers of each image.
         norm: ``l2`` or ``linf``.
-        eps: radius of the ball in [0, 1] pixels; None for an attack that looks for the nearest wrong image, if it can.
+        eps: radius of the ball in [0, 1] pixels; None: find the nearest misclassified image, if the attack can.
         seed: of the attack.
-        access: one for each image, with a budget, for attacks that only ask.
-        classifier: for blind-pgd; surrogates are compared with it.
+        access: one for each image, with a budget, for attacks by queries.
+        classifier: for blind-pgd; surrogates must differ from it.
         defence: for adaptive-pgd.
         surrogates: for transfer.
-        options: the attack's own.
+        options: of the attack.
 
     Returns:
         Images, distances, success, queries and notes.
 
     Raises:
-        UserError: something the attack needs is missing, or does not fit.
+        UserError: a required argument is missing, or does not fit.
     """
-    found = find_attack(name, norm)
+    chosen = find_attack(name, norm)
     need_extra(name)
-    _check(name, found, images, labels, ids, eps, access, options)
+    _check(name, chosen, images, labels, ids, eps, access, options)
     given: dict[str, Any] = {"classifier": classifier, "defence": defence, "surrogates": surrogates or None}
-    own = {word: given[word] for need, word in _MEANS.items() if need == found.needs}
+    own = {word: given[word] for need, word in _ARGUMENTS.items() if need == chosen.needs}
     if None in own.values():
-        raise UserError(f"attack {name} needs {found.needs}; give {_MEANS[found.needs]}=")
+        raise UserError(f"attack {name} needs {chosen.needs}; pass {_ARGUMENTS[chosen.needs]}=")
     known = [c.identity() for c in ([classifier] if classifier else []) + (defence.classifiers if defence else [])]
-    if found.needs == SURROGATES and any(s.identity() in known for s in surrogates):
+    if chosen.needs == SURROGATES and any(s.identity() in known for s in surrogates):
         raise UserError(f"attack {name}: a surrogate is the target itself (same weights); expected other classifiers")
     proposals = []
     for i, image in enumerate(images.detach().cpu().float()):
         key = stream_key(seed, ids[i], f"attack {name} {norm}")
-        task = Task(norm, eps, key, access[i] if found.asks else None, **own)
+        task = Task(norm, eps, key, access[i] if chosen.by_queries else None, **own)
         with seeded(key):
-            proposals.append(found(image, int(labels[i]), task, **options))
+            proposals.append(chosen(image, int(labels[i]), task, **options))
     return _measured(name, norm, eps, images.detach().cpu().float(), labels, proposals)
 
 
 def _measured(
     name: str, norm: str, eps: float | None, clean: Tensor, labels: Tensor, proposals: Sequence[Proposal]
 ) -> Attacked:
-    why = [refusal(p.image, x, norm, eps) for p, x in zip(proposals, clean, strict=True)]
-    shown = [x if refused else p.image for p, x, refused in zip(proposals, clean, why, strict=True)]
+    why = [invalid(p.image, x, norm, eps) for p, x in zip(proposals, clean, strict=True)]
+    shown = [x if wrong else p.image for p, x, wrong in zip(proposals, clean, why, strict=True)]
     moved = torch.stack(shown) if shown else clean
     return Attacked(
         name,
@@ -205,7 +204,7 @@ def _measured(
 
 def _check(
     name: str,
-    found: Attack,
+    chosen: Attack,
     images: Tensor,
     labels: Tensor,
     ids: Sequence[str],
@@ -219,42 +218,44 @@ def _check(
             "(B, C, H, W), B and B"
         )
     if not bool(((images >= 0) & (images <= 1)).all()):
-        raise UserError(f"attack {name}: clean images outside of [0, 1]")
+        raise UserError(f"attack {name}: clean images outside [0, 1]")
     if eps is not None and not 0 < eps < math.inf:
         raise UserError(f"attack {name}: eps {eps}; expected a number above 0, such as 8/255 (linf) or 0.5 (l2)")
-    if eps is None and found.ball:
-        raise UserError(f"attack {name} works inside a ball; give eps=, such as 8/255 (linf) or 0.5 (l2)")
-    wrong = [key for key in options if key not in found.options]
+    if eps is None and chosen.ball:
+        raise UserError(f"attack {name} works within a ball; pass eps=, such as 8/255 (linf) or 0.5 (l2)")
+    wrong = [key for key in options if key not in chosen.options]
     if wrong:
-        raise UserError(f"attack {name} has no option {wrong[0]!r}; its options: {', '.join(found.options)}")
-    if found.asks:
-        _check_access(name, found, len(images), access)
+        raise UserError(f"attack {name} has no option {wrong[0]!r}; its options: {', '.join(chosen.options)}")
+    if chosen.by_queries:
+        _check_access(name, chosen, len(images), access)
 
 
-def _check_access(name: str, found: Attack, count: int, access: Sequence[QueryAccess]) -> None:
+def _check_access(name: str, chosen: Attack, count: int, access: Sequence[QueryAccess]) -> None:
     if len(access) != count:
         raise UserError(
-            f"attack {name} needs {found.needs}: {len(access)} accesses for {count} images; expected one for each, "
-            f"such as QueryAccess(defence, {found.needs!r}, budget=1000)"
+            f"attack {name} needs {chosen.needs}: {len(access)} accesses for {count} images; expected one per image, "
+            f"such as QueryAccess(defence, {chosen.needs!r}, budget=1000)"
         )
     for one in access:
-        if found.needs == SCORES and one.answers == LABELS:
+        if chosen.needs == SCORES and one.answers == LABELS:
             others = ", ".join(other for other in ATTACKS if find_attack(other).needs == LABELS)
             raise UserError(
-                f"attack {name} needs scores, and this access answers labels; expected QueryAccess(..., 'scores'), or "
-                f"an attack that needs labels alone: {others}"
+                f"attack {name} needs scores, but this access returns labels; expected QueryAccess(..., 'scores'), "
+                f"or an attack by labels: {others}"
             )
         if one.budget is None:
-            raise UserError(f"attack {name} asks for as long as it may: give the access a budget, such as 1000")
+            raise UserError(f"attack {name} needs a query budget; expected QueryAccess(..., budget=1000)")
         if one.num_classes is None:
-            raise UserError(f"attack {name}: this access does not say how many classes there are; give num_classes=")
+            raise UserError(
+                f"attack {name}: the number of classes is unknown; expected QueryAccess(..., num_classes=K)"
+            )
 
 
 @contextmanager
 def seeded(key: bytes) -> Iterator[None]:
-    """numpy's, Python's and torch's global generators (of the CPU) seeded from the key, and put back afterwards."""
+    """Seed the global generators of numpy, Python and torch (CPU) from a key, and restore them afterwards."""
     words = np.frombuffer(key[:16], dtype=np.uint32)
-    ours, theirs = np.random.get_state(), random.getstate()  # noqa: NPY002 - the generator that the libraries use
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - used by the libraries
     with torch.random.fork_rng(devices=[]):
         np.random.seed(words)  # noqa: NPY002
         random.seed(key)
@@ -262,5 +263,5 @@ def seeded(key: bytes) -> Iterator[None]:
         try:
             yield
         finally:
-            np.random.set_state(ours)  # noqa: NPY002
-            random.setstate(theirs)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)

@@ -1,4 +1,4 @@
-"""A comparison as a picture: one line a defence, one mark a condition; groups told apart by shape and colour."""
+"""Plot a comparison: a row per defence, a mark per condition; colours distinguish the groups."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ _COLOUR = dict(zip(GROUPS, ("#555555", COLOURS[0], COLOURS[1], COLOURS[2]), stri
 _SHAPES = "os^Dv<>pP*X"
 
 
-def draw_comparison(found: Comparison, path: str | Path) -> None:
-    """Write the figure: accuracy with its 95 % interval, filled marks for what is not an attack or a guarantee.
+def draw_comparison(comparison: Comparison, path: str | Path) -> None:
+    """Plot accuracies with their 95 % intervals; hollow marks are attacks that do not know the defence.
 
     Raises:
-        UserError: a format that is not written.
+        UserError: an unknown format.
         RunFault: the file cannot be written.
     """
     check_format(path)
-    conditions = found.columns
-    height = 0.2 * len(conditions) * len(found.defences) + 1.6
+    conditions = comparison.columns
+    height = 0.2 * len(conditions) * len(comparison.defences) + 1.6
     with canvas(6.4, min(14.0, max(2.6, height))) as (figure, axes):
-        for row, defence in enumerate(found.defences):
+        for row, defence in enumerate(comparison.defences):
             if row:
                 axes.axhline(row - 0.5, color="#dddddd", linewidth=0.6)
             for place, condition in enumerate(conditions):
                 y = row - 0.4 + 0.8 * (place + 0.5) / len(conditions)
-                _mark(axes, found.cell(defence, condition), condition, place, y)
-        axes.set_yticks(range(len(found.defences)), [literal(name, LABEL) for name in found.defences])
+                _mark(axes, comparison.cell(defence, condition), condition, place, y)
+        axes.set_yticks(range(len(comparison.defences)), [literal(name, LABEL) for name in comparison.defences])
         axes.grid(axis="y", visible=False)
         axes.set(
-            xlim=(0, 1), ylim=(len(found.defences) - 0.5, -0.5), xlabel="accuracy (bars: 95 % interval over images)"
+            xlim=(0, 1),
+            ylim=(len(comparison.defences) - 0.5, -0.5),
+            xlabel="accuracy (bars: 95 % interval over images)",
         )
         handles = [_handle(condition, place) for place, condition in enumerate(conditions)]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
-        axes.set_title(literal(caption_of(found)[0]), fontsize=8, loc="left", wrap=True)
+        axes.set_title(literal(caption_of(comparison)[0]), fontsize=8, loc="left", wrap=True)
         save_figure(figure, Path(path))
 
 
@@ -46,14 +48,14 @@ def _label(condition: Condition) -> str:
 
 def _style(condition: Condition, place: int) -> dict[str, object]:
     colour = _COLOUR[condition.group]
-    hollow = condition.group == "blind"  # an attack that never saw what it is shown beside
+    hollow = condition.group == "blind"  # the attack does not know the defence
     return {
         "marker": _SHAPES[place % len(_SHAPES)],
         "color": colour,
         "markerfacecolor": "white" if hollow else colour,
         "markersize": 5,
         "linestyle": "none",
-        "clip_on": False,  # 0 and 1 are where many marks are
+        "clip_on": False,  # many marks lie at 0 and 1
     }
 
 

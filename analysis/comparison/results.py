@@ -1,30 +1,31 @@
-"""Defences by conditions, from a comparison's file: accuracies with intervals, and pairs on the same images.
+"""Results of a comparison, from its file: accuracies with intervals, and paired tests on the same images.
 
-Conditions belong to groups that never share a column: images that nobody attacked (``plain``), attacks that never saw
-the purifier (``blind``), attacks on the whole defended classifier (``adaptive``), and certificates (``certified``).
+Conditions belong to groups that never share a column: no attack (``plain``), attacks that do not know the purifier
+(``blind``), attacks on the whole defended classifier (``adaptive``), and certificates (``certified``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 
 from analysis.comparison.sandwich import Crossing, require_none
 from certify.runs.records import ImageRow, Outcome, RunHeader
 from certify.runs.run_file import ComparisonRun, Run
 
 GROUPS = {"plain": "no attack", "blind": "purifier-blind", "adaptive": "adaptive", "certified": "certified"}
-"""Groups of conditions, in the order of the table, in words."""
+"""Groups of conditions in the order of the table, with their display names."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What is done to the images before a defence answers.
+    """What happens to the images before a defence classifies them.
 
     Attributes:
-        name: ``clean``, ``random noise``, or an attack's.
+        name: ``clean``, ``random noise``, or the name of an attack.
         group: one of ``GROUPS``.
     """
 
@@ -33,7 +34,7 @@ class Condition:
 
     @property
     def short(self) -> str:
-        """Its name beside its group's: ``pgd`` for ``blind-pgd``."""
+        """The name beside that of the group: ``pgd`` for ``blind-pgd``."""
         return self.name.removeprefix(f"{self.group}-")
 
     @property
@@ -43,12 +44,17 @@ class Condition:
 
     @property
     def key(self) -> str:
-        """As it stands in the file: the same attack may be blind in one column and adaptive in another."""
+        """Name in the file, where the same attack may be blind in one column and adaptive in another."""
         return self.name if self.group == "plain" else f"{self.group}: {self.name}"
 
 
 WORST = Condition("worst", "adaptive")
-"""Not run but found: each image under whichever adaptive attack leaves the least."""
+"""Each image under the adaptive attack with the lowest accuracy on it; computed from the others."""
+
+
+def outcome_id(image: str, defence: str, condition: str) -> str:
+    """Return the key of a line of the file."""
+    return f"{image} | {defence} | {condition}"
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,13 @@ class Cell:
     """One defence under one condition.
 
     Attributes:
-        images: how many were judged.
-        right: the sum over images of the share of answers that were right.
-        worst: images for which every answer was right.
-        repeats: answers an image, at most; more than one where the defence draws random numbers.
-        failed: why there is no figure, or empty.
-        queries: of the attack, an image, on average.
-        seconds: an image, on average, of the answers alone.
+        images: number of images evaluated.
+        right: sum over images of the share of correct answers.
+        worst: number of images with only correct answers.
+        repeats: maximum number of answers per image; above 1 if the defence is random.
+        failed: why there is no result, or empty.
+        queries: mean number of the attack's queries per image.
+        seconds: mean time per image, of the answers alone.
     """
 
     images: int
@@ -75,17 +81,17 @@ class Cell:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers, averaged over images and repeats."""
+        """Share of correct answers, averaged over images and repeats."""
         return self.right / self.images
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval over images (conservative where an image has several answers)."""
+        """Wilson's 95 % interval over images (conservative if an image has several answers)."""
         return wilson(self.right, self.images)
 
 
 def wilson(successes: float, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (statsmodels)."""
+    """Return Wilson's 95 % interval of a proportion; ``successes`` may be fractional."""
     from statsmodels.stats.proportion import proportion_confint
 
     low, high = proportion_confint(successes, total, alpha=0.05, method="wilson")
@@ -97,10 +103,10 @@ class Pair:
     """Two defences on the same images.
 
     Attributes:
-        better: images that only the first gets right.
-        worse: images that only the second gets right.
-        images: in common.
-        p_value: McNemar's exact test of "equally often", two-sided.
+        better: images that only the first classifies correctly.
+        worse: images that only the second classifies correctly.
+        images: number of common images.
+        p_value: McNemar's exact two-sided test of equal accuracy.
     """
 
     better: int
@@ -111,54 +117,56 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison's file, read.
+    """A comparison's file.
 
     Attributes:
-        run: header and outcomes.
+        run: header and lines.
     """
 
     run: ComparisonRun
 
     @property
     def defences(self) -> list[str]:
-        """In the order they were named."""
+        """Names of the defences, in the order they were given."""
         return [d.named for d in self.run.header.defences]
 
     @property
     def conditions(self) -> list[Condition]:
-        """In the order of the table."""
+        """Conditions in the order of the table."""
         return [Condition(c.name, c.group) for c in self.run.header.conditions]
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, str], list[Outcome]]:
-        found: dict[tuple[str, str], list[Outcome]] = {}
+    def _outcomes(self) -> dict[tuple[str, str], list[Outcome]]:
+        groups: dict[tuple[str, str], list[Outcome]] = {}
         for row in self.run.images:
-            found.setdefault((row.defence, row.condition), []).append(row)
-        return found
+            groups.setdefault((row.defence, row.condition), []).append(row)
+        return groups
+
+    def _usable(self, defence: str, condition: Condition) -> list[Outcome]:
+        """Return the outcomes of a cell that have answers."""
+        return [o for o in self._outcomes.get((defence, condition.key), ()) if o.error is None]
 
     def cell(self, defence: str, condition: Condition) -> Cell | None:
-        """The figure, or None where nothing was run."""
+        """Return the result of a defence under a condition, or None if there is none."""
         if condition == WORST:
             return self._worst(defence)
-        rows = self._rows.get((defence, condition.key), [])
-        if not rows:
+        outcomes = self._outcomes.get((defence, condition.key), [])
+        if not outcomes:
             return None
-        usable = [row for row in rows if row.error is None]
-        failed = next((row.error for row in rows if row.error is not None), "")
-        shares = [_share(row) for row in usable]
+        usable = self._usable(defence, condition)
         return Cell(
             images=len(usable),
-            right=sum(shares),
-            worst=sum(share == 1 for share in shares),
-            repeats=max((len(row.answers) for row in usable), default=0),
-            failed=failed,
-            queries=_mean(row.queries or 0 for row in usable),
-            seconds=_mean(row.seconds or 0.0 for row in usable),
+            right=sum(map(_share, usable)),
+            worst=sum(_share(o) == 1 for o in usable),
+            repeats=max((len(o.answers) for o in usable), default=0),
+            failed=next((o.error for o in outcomes if o.error is not None), ""),
+            queries=fmean(o.queries or 0 for o in usable) if usable else 0.0,
+            seconds=fmean(o.seconds or 0.0 for o in usable) if usable else 0.0,
         )
 
     @property
     def columns(self) -> list[Condition]:
-        """The conditions; after several adaptive ones the worst of them, image by image."""
+        """The conditions, with :data:`WORST` after several adaptive ones."""
         adaptive = [c for c in self.conditions if c.group == "adaptive"]
         if len(adaptive) < 2:
             return self.conditions
@@ -166,39 +174,34 @@ class Comparison:
         return [*self.conditions[:place], WORST, *self.conditions[place:]]
 
     def _worst(self, defence: str) -> Cell | None:
-        """Each image under the adaptive attack that leaves the least of it."""
-        found = [self.cell(defence, c) for c in self.conditions if c.group == "adaptive"]
-        cells = [cell for cell in found if cell is not None]
-        if len(cells) < len(found) or not cells:
+        """Combine the adaptive attacks: each image under the one with the lowest accuracy on it."""
+        adaptive = [c for c in self.conditions if c.group == "adaptive"]
+        cells = [cell for c in adaptive if (cell := self.cell(defence, c)) is not None]
+        if len(cells) < len(adaptive) or not cells:
             return None
         shares: dict[str, list[float]] = {}
-        for c in self.conditions:
-            if c.group == "adaptive":
-                for row in self._rows[defence, c.key]:
-                    if row.error is None:
-                        shares.setdefault(row.image, []).append(_share(row))
-        least = [min(given) for given in shares.values() if len(given) == len(found)]  # attacked by all of them
+        for c in adaptive:
+            for o in self._usable(defence, c):
+                shares.setdefault(o.image, []).append(_share(o))
+        least = [min(each) for each in shares.values() if len(each) == len(adaptive)]  # attacked by all of them
         failed = next((cell.failed for cell in cells if cell.failed), "")
         if not least and not failed:
             return None
         return Cell(len(least), sum(least), sum(s == 1 for s in least), max(c.repeats for c in cells), failed)
 
     def notes(self, defence: str, condition: Condition) -> dict[str, int]:
-        """What an attack had to say about gradients, and about how many images.
-
-        Not that it found nothing, which is the figure itself, nor how far away an image was, another text for each.
-        """
-        notes = (row.note or "" for row in self._rows.get((defence, condition.key), []))
-        return Counter(note for note in notes if "gradients" in note)
+        """Count the images of each remark about gradients; other remarks repeat what the table shows."""
+        outcomes = self._outcomes.get((defence, condition.key), [])
+        return Counter(o.note for o in outcomes if o.note and "gradients" in o.note)
 
     def pair(self, first: str, second: str, condition: Condition) -> Pair | None:
-        """The two on the same images, if neither failed; an image counts as right where most of its answers are."""
+        """Compare two defences on the same images, unless one failed; an image counts as correct by majority."""
         from statsmodels.stats.contingency_tables import mcnemar
 
         cells = [self.cell(name, condition) for name in (first, second)]
         if any(cell is None or cell.failed for cell in cells):
             return None
-        a, b = (self._most(name, condition) for name in (first, second))
+        a, b = ({o.image: _share(o) > 0.5 for o in self._usable(name, condition)} for name in (first, second))
         common = a.keys() & b.keys()
         if not common:
             return None
@@ -208,41 +211,33 @@ class Comparison:
         return Pair(better, worse, len(common), min(1.0, float(test.pvalue)))
 
     def _certificates(self) -> Iterator[tuple[Run, list[Crossing]]]:
-        """For each defence that has certificates: those, and what was found inside of them."""
-        for (defence, condition), rows in self._rows.items():
+        """Yield the certificates of each defence as a run, with the predictions at attacked images within them."""
+        for (defence, condition), outcomes in self._outcomes.items():
             if not condition.startswith("certified: "):
                 continue
-            held = [
-                ImageRow.from_json({"id": row.image, "prediction": row.answers[0], "radius": row.radius})
-                for row in rows
-                if row.error is None
+            certificates = [
+                ImageRow.from_json({"id": o.image, "prediction": o.answers[0], "radius": o.radius})
+                for o in outcomes
+                if o.error is None
             ]
-            met = [
-                Crossing(row.image, "l2", row.crossing.distance, row.crossing.prediction, row.crossing.alpha)
-                for row in self.run.images
-                if row.defence == defence and row.crossing is not None
+            crossings = [
+                Crossing(o.image, "l2", o.crossing.distance, o.crossing.prediction, o.crossing.alpha)
+                for o in self.run.images
+                if o.defence == defence and o.crossing is not None
             ]
-            about = {"norm": "l2", "alpha": self.run.header.alpha, "expected": len(held)}
-            yield Run(self.run.path, RunHeader.from_json(about), held), met
+            header = {"norm": "l2", "alpha": self.run.header.alpha, "expected": len(certificates)}
+            yield Run(self.run.path, RunHeader.from_json(header), certificates), crossings
 
     def require_sound(self) -> None:
-        """Stop where an attack refutes a certificate: no picture of such figures.
+        """Refuse results in which an attack refutes a certificate.
 
         Raises:
             RunFault: names image, radius and distance of each.
         """
-        for run, met in self._certificates():
-            require_none(run, met)
-
-    def _most(self, defence: str, condition: Condition) -> dict[str, bool]:
-        rows = self._rows.get((defence, condition.key), [])
-        return {row.image: _share(row) > 0.5 for row in rows if row.error is None}
+        for run, crossings in self._certificates():
+            require_none(run, crossings)
 
 
-def _share(row: Outcome) -> float:
-    return row.answers.count(row.label) / len(row.answers)
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else 0.0
+def _share(outcome: Outcome) -> float:
+    """Return the share of correct answers."""
+    return outcome.answers.count(outcome.label) / len(outcome.answers)

@@ -1,8 +1,8 @@
-"""Every defence under every condition on the same images, image by image into one file that can be gone on with.
+"""Run every defence under every condition on the same images, appending to one file that can be resumed.
 
-Attacks propose images; what counts is measured here: the defence is asked anew, with fresh random numbers and several
-times where it draws any, and distances are those of the images that it was shown. A defence that breaks fails its own
-column; the others are finished.
+Attacks propose images; the results are measured here: each defence classifies the proposed image anew, with new random
+numbers and several times if it is random, and distances are those of the images it was shown. A defence that fails does
+so in its own column; the others continue.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.comparison.results import Condition
+from analysis.comparison.results import Condition, outcome_id
 from analysis.comparison.sandwich import crossing
 from certify.engine.contract import breakage_left, check_defence
 from certify.errors import RunFault, UserError, in_words
@@ -36,17 +36,17 @@ CLEAN = Condition("clean", "plain")
 RANDOM = Condition("random noise", "plain")
 SMOOTHING = Condition("smoothing", "certified")
 CHUNK = 25
-"""Images that are attacked together, and at most lost when a run is killed."""
+"""Images that are attacked together; at most as many are lost if a run is killed."""
 
 
 @dataclass(frozen=True)
 class Proposed:
-    """What an attack hands over.
+    """Images proposed by an attack.
 
     Attributes:
         images: ``(B, C, H, W)`` in [0, 1].
-        queries: images that went through the attacked model, for each image.
-        notes: what the reader of a figure has to know, for each image; empty where there is nothing to say.
+        queries: for each image, number of images sent through the attacked model.
+        notes: remark on each image, possibly empty.
     """
 
     images: Tensor
@@ -54,27 +54,27 @@ class Proposed:
     notes: Sequence[str] = ()
 
     def take(self, rows: Sequence[int]) -> Proposed:
-        """Some of them."""
+        """Select images."""
         return Proposed(self.images[list(rows)], [self.queries[i] for i in rows], [self.notes[i] for i in rows])
 
 
 Craft = Callable[[Condition, Defence, Tensor, Tensor, Sequence[str]], Proposed]
-"""An attack under its condition: target, images, labels ``(B,)`` and ids to proposed images."""
+"""Runs the attack of a condition: target, images, labels ``(B,)`` and ids to proposed images."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of a comparison.
+    """Parameters of a comparison.
 
     Attributes:
         conditions: in the order of the table.
-        eps: largest distance, in [0, 1] pixels.
+        eps: maximum distance of attacked images, in [0, 1] pixels.
         norm: ``"linf"`` or ``"l2"``.
-        repeats: answers of a defence that draws random numbers.
-        seed: of everything drawn.
-        certify_n: maximum number of samples per image for the certified column; 0: there is none.
-        alpha: probability that a certificate is wrong, at most.
-        settings: of the attacks, for the file.
+        repeats: answers per image of a random defence.
+        seed: of all random numbers.
+        certify_n: maximum number of samples per image for the certified column; 0: no such column.
+        alpha: maximum probability that a certificate is wrong.
+        settings: of the attacks, for the header.
     """
 
     conditions: Sequence[Condition]
@@ -88,31 +88,25 @@ class Plan:
 
     def __post_init__(self) -> None:
         _, repeats, alpha = check_counts(1, self.repeats, self.alpha)
-        n = as_int(self.certify_n, "certify_n")  # 0: no certified column
+        n = as_int(self.certify_n, "certify_n") if self.certify_n else 0
         eps, seed = as_float(self.eps, "eps"), as_int(self.seed, "seed")
-        numbers = {
-            "certify_n": n if self.certify_n else 0,
-            "repeats": repeats,
-            "alpha": alpha,
-            "eps": eps,
-            "seed": seed,
-        }
+        numbers = {"certify_n": n, "repeats": repeats, "alpha": alpha, "eps": eps, "seed": seed}
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
 
     def l2_radius(self, values: int) -> float:
-        """The l2 radius of a ball that holds every permitted image of so many values."""
+        """Return the l2 radius that contains the ball of the attacks, for images of so many values."""
         return self.eps if self.norm == "l2" else self.eps * values**0.5
 
 
 def make_header(
     plan: Plan, defences: Mapping[str, Defence | str], images: ImageSet, *, model: str, data: str, command: str = ""
 ) -> ComparisonHeader:
-    """Everything that shapes a comparison, and how many outcomes it owes."""
+    """Return the header of the file: everything that determines the results, and the expected number of lines."""
     size = images.input.size
     if size is None:
-        raise UserError(f"{model} does not say which size it takes; give one: --input-size CxHxW")
-    about = [
+        raise UserError(f"{model} does not define its input size; expected --input-size CxHxW")
+    described = [
         {"named": named, **(d.describe() if isinstance(d, Defence) else {"frozen": True, "built": False})}
         for named, d in defences.items()
     ]
@@ -130,7 +124,7 @@ def make_header(
         certify_n=plan.certify_n,
         alpha=plan.alpha,
         conditions=[ConditionRecord(name=c.name, group=c.group) for c in plan.conditions],
-        defences=[DefenceRecord.from_json(one) for one in about],
+        defences=[DefenceRecord.from_json(one) for one in described],
         images={**images.describe(), "chosen": len(images)},
         versions=versions(),
         command=command,
@@ -138,18 +132,18 @@ def make_header(
 
 
 def applies(defence: Defence | str, condition: Condition) -> bool:
-    """Whether the table has a figure there: a certificate only for smoothing."""
+    """True if a defence is evaluated under a condition: certificates exist for smoothing only."""
     return condition.group != "certified" or (isinstance(defence, Defence) and _smoothing(defence) is not None)
 
 
 def _smoothing(defence: Defence) -> Noisy | None:
-    """The noise and denoiser of a defence that is a smoothed classifier."""
+    """Return noise and denoiser of a defence that is a smoothed classifier, otherwise None."""
     (first, *others) = defence.purifiers
     return first if isinstance(first, Noisy) and not others and defence.combine == "vote" else None
 
 
 def check_defences(defences: Mapping[str, Defence | str], images: ImageSet, plan: Plan) -> None:
-    """Check each defence's parts on the first image, once; one that breaks on it fails its own column later.
+    """Check each defence on the first image; one that raises an error fails its own column later.
 
     Raises:
         ContractError: a denoiser or classifier is not a fixed function of one image.
@@ -169,78 +163,66 @@ def compare(
     craft: Craft,
     progress: Callable[[int], None] = lambda outcomes: None,
 ) -> None:
-    """Run whatever the file does not hold yet.
+    """Run whatever is missing in the file.
 
     Args:
-        defences: as named by the user; a text is why it could not be built.
-        bare: the classifier alone, for attacks that know nothing else.
+        defences: by name; a text in place of a defence says why it could not be built.
+        bare: the classifier alone, which blind attacks target.
         images: with labels.
-        plan: conditions and numbers.
+        plan: conditions and parameters.
         file: outcomes are appended to it.
-        craft: the attacks.
-        progress: told how many outcomes were added.
+        craft: runs an attack.
+        progress: called with the number of new outcomes.
 
     Raises:
-        ContractError: as of :func:`check_defences`.
+        ContractError: see :func:`check_defences`.
     """
     check_defences({"": bare, **defences}, images, plan)
     progress(len(file.done))
-    # what failed once is not tried on the next images, nor when the run goes on
-    broken = {(row.defence, row.condition): row.error for row in file.done.values() if row.error is not None}
+    # a cell that failed is not run again on later images, nor after a resumption
+    failed = {(row.defence, row.condition): row.error for row in file.done.values() if row.error is not None}
     for chunk in _chunks(images):
-        for condition in sorted(plan.conditions, key=lambda c: c.group != "certified"):  # attacks are held against it
-            shown = functools.cache(functools.partial(_shown, condition, bare, chunk, plan, craft))
-            for named, defence in defences.items():
-                todo = [i for i, name in enumerate(chunk.ids) if _key(name, named, condition) not in file.done]
+        for condition in sorted(plan.conditions, key=lambda c: c.group != "certified"):  # attacks test the certificates
+            common = functools.cache(functools.partial(_common_proposal, condition, bare, chunk, plan, craft))
+            for name, defence in defences.items():
+                todo = [i for i, id_ in enumerate(chunk.ids) if outcome_id(id_, name, condition.key) not in file.done]
                 if not todo or not applies(defence, condition):
                     continue
-                why = broken.get((named, condition.key), defence if isinstance(defence, str) else "")
+                cell, part, outcomes = (name, condition.key), chunk.take(todo), []
+                why = failed.get(cell, defence if isinstance(defence, str) else "")
                 if not why and isinstance(defence, Defence):
-                    rows, why = _attempt(defence, named, condition, chunk.take(todo), todo, shown, plan, craft)
-                    if condition.group in ("blind", "adaptive"):
-                        why = why or _hold_against_certificates(defence, rows, file, plan)
+                    adaptive = condition.group == "adaptive"  # other images are the same for all defences
+                    try:
+                        proposed = _craft(craft, condition, defence, part) if adaptive else common().take(todo)
+                        outcomes = _evaluate(defence, name, condition, part, proposed, plan)
+                        if condition.attacked:
+                            outcomes = _test_certificates(defence, outcomes, part, proposed, file, plan)
+                    except Exception as error:  # of any defence or attack
+                        why = in_words(error)
                 if why:
-                    broken[named, condition.key] = why
-                    rows = [_Judged(_row(chunk, i, named, condition, [], error=why)) for i in todo]
-                for row in rows:
-                    file.append(row.outcome)
-                progress(len(rows))
+                    failed[cell] = why
+                    outcomes = [_outcome(part, i, name, condition, [], error=why) for i in range(len(todo))]
+                for outcome in outcomes:
+                    file.append(outcome)
+                progress(len(outcomes))
 
 
-@dataclass
-class _Judged:
-    """An outcome with the images that it is about."""
-
-    outcome: Outcome
-    clean: Tensor | None = None
-    attacked: Tensor | None = None
-
-
-def _hold_against_certificates(defence: Defence, rows: list[_Judged], file: ComparisonFile, plan: Plan) -> str:
-    """Add what the smoothed classifier says about images attacked inside of their certified radius, if votes changed.
-
-    Returns:
-        Why that could not be found out, or "".
-    """
-    smoothed = None  # made once, and only where it is asked
-    for judged in rows:
-        row = judged.outcome
-        held = file.done.get(_key(row.image, row.defence, SMOOTHING))
-        if held is None or held.error is not None or row.l2 is None or row.l2 >= (held.radius or 0.0):
-            continue
-        if row.answers == held.answers:
-            continue
-        assert judged.clean is not None
-        assert judged.attacked is not None
-        n, seed = plan.certify_n, plan.seed
-        try:
-            smoothed = smoothed or _smoothed(defence)
-            found = crossing(smoothed, row.image, judged.clean, judged.attacked, n=n, alpha=plan.alpha, seed=seed)
-        except Exception as error:
-            return in_words(error)
-        crossed = Crossed(distance=found.distance, prediction=found.prediction, alpha=found.alpha)
-        judged.outcome = row.replace(crossing=crossed)
-    return ""
+def _test_certificates(
+    defence: Defence, outcomes: Sequence[Outcome], chunk: _Chunk, proposed: Proposed, file: ComparisonFile, plan: Plan
+) -> list[Outcome]:
+    """Add the smoothed prediction for images attacked within their certified radius whose votes changed."""
+    tested, smoothed = [], None
+    for outcome, clean, attacked in zip(outcomes, chunk.images, proposed.images, strict=True):
+        held = file.done.get(outcome_id(outcome.image, outcome.defence, SMOOTHING.key))
+        if held is not None and held.error is None and outcome.answers != held.answers:
+            if (outcome.l2 or 0.0) < (held.radius or 0.0):
+                smoothed = smoothed or _smoothed(defence)
+                n, alpha = plan.certify_n, plan.alpha
+                met = crossing(smoothed, outcome.image, clean, attacked, n=n, alpha=alpha, seed=plan.seed)
+                record = Crossed(distance=met.distance, prediction=met.prediction, alpha=met.alpha)
+                outcome = outcome.replace(crossing=record)  # noqa: PLW2901
+        tested.append(outcome)
+    return tested
 
 
 def _smoothed(defence: Defence) -> SmoothedClassifier:
@@ -249,36 +231,16 @@ def _smoothed(defence: Defence) -> SmoothedClassifier:
     return SmoothedClassifier(defence.classifiers[0], noisy.sigma, denoiser=noisy.denoiser)
 
 
-def _attempt(
-    defence: Defence,
-    named: str,
-    condition: Condition,
-    chunk: _Chunk,
-    places: Sequence[int],
-    shown: Callable[[], Proposed],
-    plan: Plan,
-    craft: Craft,
-) -> tuple[list[_Judged], str]:
-    """One defence's outcomes on these images; or none, and why: its own fault must not take the table with it."""
-    try:
-        own = condition.group == "adaptive"  # else the same for every defence
-        proposed = _craft(craft, condition, defence, chunk) if own else shown().take(places)
-        return _outcomes(defence, named, condition, chunk, proposed, plan), ""
-    except Exception as error:
-        return [], in_words(error)
-
-
 @dataclass(frozen=True)
 class _Chunk:
+    """Some of the images: ids, images ``(B, C, H, W)`` and labels ``(B,)``."""
+
     ids: Sequence[str]
     images: Tensor
     labels: Tensor
 
     def take(self, rows: Sequence[int]) -> _Chunk:
         return _Chunk([self.ids[i] for i in rows], self.images[list(rows)], self.labels[list(rows)])
-
-    def keys(self, seed: int, stage: str) -> list[bytes]:
-        return [stream_key(seed, name, stage) for name in self.ids]
 
 
 def _chunks(images: ImageSet) -> Iterator[_Chunk]:
@@ -288,22 +250,22 @@ def _chunks(images: ImageSet) -> Iterator[_Chunk]:
         yield _Chunk([images.items[i].id for i in places], torch.stack([images.load(i) for i in places]), labels)
 
 
-def _shown(condition: Condition, bare: Defence, chunk: _Chunk, plan: Plan, craft: Craft) -> Proposed:
-    """What every defence is shown under a condition that knows none of them."""
+def _common_proposal(condition: Condition, bare: Defence, chunk: _Chunk, plan: Plan, craft: Craft) -> Proposed:
+    """Return the images that are shown to every defence under a condition other than an adaptive attack."""
     if condition.group == "blind":
         return _craft(craft, condition, bare, chunk)
-    free, silent = [0] * len(chunk.ids), [""] * len(chunk.ids)
-    if condition != RANDOM:
-        return Proposed(chunk.images, free, silent)
-    return Proposed(randomly_moved(chunk.images, chunk.ids, plan.eps, plan.norm, plan.seed), free, silent)
+    images = chunk.images
+    if condition == RANDOM:
+        images = randomly_moved(images, chunk.ids, plan.eps, plan.norm, plan.seed)
+    return Proposed(images, [0] * len(chunk.ids), [""] * len(chunk.ids))
 
 
 def randomly_moved(images: Tensor, ids: Sequence[str], eps: float, norm: str, seed: int) -> Tensor:
-    """Images ``(B, C, H, W)`` with noise of length ``eps``, clipped to [0, 1].
+    """Add noise of norm ``eps`` to images ``(B, C, H, W)``, and clip to [0, 1].
 
     Args:
         images: clean.
-        ids: that name their random numbers.
+        ids: key the random numbers of each image.
         eps: in [0, 1] pixels.
         norm: ``linf``: random signs times eps; ``l2``: a random direction.
         seed: of the noise.
@@ -317,32 +279,33 @@ def randomly_moved(images: Tensor, ids: Sequence[str], eps: float, norm: str, se
 
 
 def _craft(craft: Craft, condition: Condition, target: Defence, chunk: _Chunk) -> Proposed:
-    found = craft(condition, target, chunk.images, chunk.labels, chunk.ids)
-    return Proposed(found.images, found.queries, found.notes or [""] * len(chunk.ids))
+    proposed = craft(condition, target, chunk.images, chunk.labels, chunk.ids)
+    return Proposed(proposed.images, proposed.queries, proposed.notes or [""] * len(chunk.ids))
 
 
-def _outcomes(
-    defence: Defence, named: str, condition: Condition, chunk: _Chunk, shown: Proposed, plan: Plan
-) -> list[_Judged]:
-    """The defence's answers about these images, one line each."""
+def _evaluate(
+    defence: Defence, name: str, condition: Condition, chunk: _Chunk, shown: Proposed, plan: Plan
+) -> list[Outcome]:
+    """Classify the proposed images, or certify the clean ones."""
     if condition.group == "certified":
         smoothed = _smoothed(defence)
-        return [_Judged(_certified(smoothed, named, condition, chunk, i, plan)) for i in range(len(chunk.ids))]
-    keys = chunk.keys(plan.seed, f"judge {named} {condition.key}")
+        return [_certified(smoothed, name, condition, chunk, i, plan) for i in range(len(chunk.ids))]
+    keys = [stream_key(plan.seed, image, f"judge {name} {condition.key}") for image in chunk.ids]
     turns = plan.repeats if defence.random else 1
-    began = time.perf_counter()
+    start = time.perf_counter()
     answers = [defence(shown.images, keys, turn).tolist() for turn in range(turns)]
-    seconds = (time.perf_counter() - began) / turns / len(chunk.ids)
-    failures = sum(FAILED in given for given in zip(*answers, strict=True))
+    seconds = (time.perf_counter() - start) / turns / len(chunk.ids)
+    per_image = list(zip(*answers, strict=True))
+    failures = sum(FAILED in given for given in per_image)
     if failures:
-        raise RunFault(f"no finite answer about {failures} of {len(chunk.ids)} images")
-    rows = []
-    for i, given in enumerate(zip(*answers, strict=True)):
+        raise RunFault(f"no finite answer for {failures} of {len(chunk.ids)} images")
+    outcomes = []
+    for i, given in enumerate(per_image):
         distance = shown.images[i] - chunk.images[i]
-        outcome = _row(
+        outcome = _outcome(
             chunk,
             i,
-            named,
+            name,
             condition,
             list(given),
             l2=float(distance.norm()),
@@ -351,46 +314,43 @@ def _outcomes(
             note=shown.notes[i],
             seconds=seconds,
         )
-        rows.append(_Judged(outcome, chunk.images[i], shown.images[i]))
-    return rows
+        outcomes.append(outcome)
+    return outcomes
 
 
 def _certified(
-    smoothed: SmoothedClassifier, named: str, condition: Condition, chunk: _Chunk, i: int, plan: Plan
+    smoothed: SmoothedClassifier, name: str, condition: Condition, chunk: _Chunk, i: int, plan: Plan
 ) -> Outcome:
-    """Whether the smoothed classifier is certifiably robust at the plan's radius, decided with few samples."""
+    """Decide whether the smoothed classifier is certifiably robust at the plan's radius."""
     image = chunk.images[i]
     radius = plan.l2_radius(image.numel())
-    began = time.perf_counter()
-    if smoothed.noise.probability(radius) >= 1:  # as far as numbers reach: no vote is that sure
-        return _row(chunk, i, named, condition, [ABSTAIN], radius=0.0, outcome=NOT_CERTIFIABLE, queries=0, seconds=0.0)
-    found = smoothed.decide(
+    start = time.perf_counter()
+    if smoothed.noise.probability(radius) >= 1:  # rounds to 1: no number of votes suffices
+        more: dict[str, Any] = {"radius": 0.0, "outcome": NOT_CERTIFIABLE, "queries": 0, "seconds": 0.0}
+        return _outcome(chunk, i, name, condition, [ABSTAIN], **more)
+    decision = smoothed.decide(
         image, radius=radius, alpha=plan.alpha, n=plan.certify_n, seed=plan.seed, image_id=chunk.ids[i]
     )
-    return _row(
+    return _outcome(
         chunk,
         i,
-        named,
+        name,
         condition,
-        [found.prediction],
-        radius=found.radius,
-        outcome=found.outcomes[-1],
-        queries=found.drawn,
-        seconds=time.perf_counter() - began,
+        [decision.prediction],
+        radius=decision.radius,
+        outcome=decision.outcomes[-1],
+        queries=decision.drawn,
+        seconds=time.perf_counter() - start,
     )
 
 
-def _row(chunk: _Chunk, i: int, named: str, condition: Condition, answers: list[int], **more: Any) -> Outcome:
+def _outcome(chunk: _Chunk, i: int, name: str, condition: Condition, answers: list[int], **more: Any) -> Outcome:
     return Outcome(
-        id=_key(chunk.ids[i], named, condition),
+        id=outcome_id(chunk.ids[i], name, condition.key),
         image=chunk.ids[i],
-        defence=named,
+        defence=name,
         condition=condition.key,
         label=int(chunk.labels[i]),
         answers=answers,
         **more,
     )
-
-
-def _key(image: str, named: str, condition: Condition) -> str:
-    return f"{image} | {named} | {condition.key}"

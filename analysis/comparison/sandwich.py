@@ -1,11 +1,11 @@
-"""Certificates against attacks: a certified radius above the distance of an image with another prediction is an error.
+"""Test certificates by attacks: an image within the certified radius with another smoothed prediction is an error.
 
-A certificate is about the smoothed classifier g, which nobody can evaluate: a vote only estimates it. An attack that
-changed a vote, or the base classifier, has therefore shown nothing yet. What counts here is PREDICT at the attacked
-image: a class that the binomial test tells from the runner-up, else an abstention, which contradicts nothing.
+A certificate is about the smoothed classifier g, which cannot be evaluated exactly: votes only estimate it. An attack
+that changed the votes, or the base classifier, therefore refutes nothing. What counts is PREDICT at the attacked image:
+a class that a binomial test separates from the runner-up, or an abstention, which contradicts nothing.
 
-Both sides can err by chance: each certificate with probability ``alpha`` of its run, each prediction with its own. A
-single contradiction at alpha = 0.001 among thousands of images is to be expected; one more than that is a bug.
+Both sides can be wrong by chance: each certificate with probability at most ``alpha`` of its run, each prediction with
+its own. One contradiction at alpha = 0.001 among thousands of images is to be expected; more indicate a bug.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Crossing:
-    """What the smoothed classifier says about an attacked image.
+    """Prediction of the smoothed classifier at an attacked image.
 
     Attributes:
-        id: of the image, as in the run file.
+        id: id of the image, as in the run file.
         norm: of the distance.
-        distance: from the image that was certified.
+        distance: from the certified image.
         prediction: of PREDICT, a class or ``ABSTAIN``.
-        alpha: probability that the class is wrong, at most.
+        alpha: maximum probability that the class is wrong.
     """
 
     id: str
@@ -47,16 +47,16 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Contradiction:
-    """A certificate and an image that cannot both be right.
+    """A certificate and a prediction that cannot both be right.
 
     Attributes:
-        id: of the image.
+        id: id of the image.
         norm: of radius and distance.
-        radius: certified for ``certified``.
-        distance: at which ``found`` was predicted, less than the radius.
-        certified: the certificate's class.
-        found: the smoothed classifier's class at the attacked image.
-        chance: probability that one of the two was wrong by chance, at most.
+        radius: certified radius.
+        distance: distance of the attacked image, below the radius.
+        certified: certified class.
+        predicted: class predicted at the attacked image.
+        chance: maximum probability that one of the two is wrong by chance.
     """
 
     id: str
@@ -64,14 +64,14 @@ class Contradiction:
     radius: float
     distance: float
     certified: int
-    found: int
+    predicted: int
     chance: float
 
     def __str__(self) -> str:
         return (
             f"image {self.id}: class {self.certified} is certified within {self.norm} {exact(self.radius)}, and at "
-            f"{exact(self.distance)} the smoothed classifier predicts class {self.found} (by chance with probability "
-            f"{exact(self.chance)} at most)"
+            f"{exact(self.distance)} the smoothed classifier predicts class {self.predicted} (by chance with "
+            f"probability at most {exact(self.chance)})"
         )
 
 
@@ -85,43 +85,43 @@ def crossing(
     alpha: float = 0.001,
     seed: int = 0,
 ) -> Crossing:
-    """Ask the smoothed classifier about an attacked image, by PREDICT; its distance is in l2.
+    """Predict the smoothed class of an attacked image; the distance is in l2.
 
     Args:
-        smoothed: the one that was certified.
+        smoothed: the certified classifier.
         image_id: as in the run file.
-        clean: the image that was certified, ``(C, H, W)``.
-        attacked: what an attack made of it.
-        n: votes, from a noise stream of their own.
-        alpha: probability that the class is wrong, at most.
-        seed: of the votes.
+        clean: the certified image, ``(C, H, W)``.
+        attacked: the attacked image.
+        n: number of votes, from a separate noise stream.
+        alpha: maximum probability that the class is wrong.
+        seed: of the noise.
     """
-    from analysis.comparison.attacked import distances  # torch, which reading a comparison does without
+    from analysis.comparison.attacked import distances  # imports torch, which reading a comparison does not need
 
     alpha = check_alpha(alpha)
-    near, far = smoothed.noise.input(clean), smoothed.noise.input(attacked)  # rounded, where the noise is on a grid
+    near, far = smoothed.noise.input(clean), smoothed.noise.input(attacked)  # rounded if the noise is on a grid
     predicted = smoothed.predict(attacked, n=n, alpha=alpha, seed=seed, image_id=f"{image_id} attacked")
     return Crossing(image_id, "l2", float(distances(far[None], near[None], "l2")), predicted.prediction, alpha)
 
 
-def contradictions(run: Run, found: Sequence[Crossing]) -> list[Contradiction]:
-    """Every certificate of a run that an attacked image refutes; the radius itself is not within the certificate.
+def contradictions(run: Run, crossings: Sequence[Crossing]) -> list[Contradiction]:
+    """Return the certificates that an attacked image refutes; a distance equal to the radius refutes nothing.
 
     Args:
         run: with radii.
-        found: attacked images of it; several about one image are fine.
+        crossings: of its images; there may be several per image.
 
     Raises:
-        UserError: an image that the run does not hold, or a distance in another norm than its radii.
+        UserError: an image that is not in the run, or a distance in another norm than the radii.
     """
     rows = {row.id: row for row in run.usable}
     norm, alpha = run.header.norm, run.header.alpha if run.header.has("alpha") else 0.0
     wrong = []
-    for one in found:
+    for one in crossings:
         if one.norm != norm:
             raise UserError(f"distance of image {one.id} is in {one.norm}, radii of {run.path} in {norm}")
         if one.id not in rows:
-            raise UserError(f"image {one.id!r} was attacked, and {run.path} does not hold it")
+            raise UserError(f"image {one.id!r} was attacked, but {run.path} does not contain it")
         row = rows[one.id]
         certified, radius = row.prediction, row.radius or 0.0
         if certified != ABSTAIN and one.prediction not in (ABSTAIN, certified) and one.distance < radius:
@@ -130,14 +130,14 @@ def contradictions(run: Run, found: Sequence[Crossing]) -> list[Contradiction]:
     return wrong
 
 
-def require_none(run: Run, found: Sequence[Crossing]) -> None:
-    """Stop where an attack refutes a certificate.
+def require_none(run: Run, crossings: Sequence[Crossing]) -> None:
+    """Refuse results in which an attack refutes a certificate.
 
     Raises:
         RunFault: names image, radius and distance of each.
     """
-    wrong = contradictions(run, found)
+    wrong = contradictions(run, crossings)
     if wrong:
         raise RunFault(
-            f"{run.path}: {len(wrong)} of {len(found)} attacks refute a certificate: " + "; ".join(map(str, wrong))
+            f"{run.path}: {len(wrong)} of {len(crossings)} attacks refute a certificate: " + "; ".join(map(str, wrong))
         )

@@ -56,7 +56,7 @@ def check_attacks(options: AuditAttackOptions) -> None:
     check_defence_names(split_names("--defences", options.defences))
     names = split_names("--attacks", options.attacks)
     check(names, norm=options.norm)
-    blocked = [name for name in names if not find_attack(name, options.norm).asks]
+    blocked = [name for name in names if not find_attack(name, options.norm).by_queries]
     if blocked:
         raise UserError(
             f"--attacks {blocked[0]}: it needs gradients or surrogates; expected an attack that needs queries alone "
