@@ -1,6 +1,6 @@
-"""Denoisers that somebody else wrote, behind this package's call: deepinv, any Python callable, TorchScript.
+"""Adapters for external denoisers: deepinv, any Python callable, TorchScript.
 
-Whether a denoiser keeps its contract is found out on the first real image (:mod:`certify.engine.contract`).
+Whether a denoiser fulfils its contract is checked on the first real image (:mod:`certify.engine.contract`).
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from certify.models.torchscript import open_torchscript
 from certify.registry import unknown_name
 
 _LEVELS = ("sigma", "ths", "noise_level")
-"""What others call the noise level (``ths``: the threshold of deepinv's variational denoisers)."""
+"""Names of the noise level in other libraries (``ths``: the threshold of deepinv's variational denoisers)."""
 
 _CHANNELS = ("in_channels", "out_channels", "in_nc", "in_chans", "img_channels", "channels")
-"""What deepinv's classes call the number of the image's channels."""
+"""Names of the number of image channels in deepinv's classes."""
 
 _Parameters = list[tuple[str, bool]]
-"""Name of each argument of a forward function, in order, and whether it must be given."""
+"""Name of each argument of a forward function, in order, and True if it is required."""
 
 
 class Adapted(nn.Module):
-    """A foreign denoiser, called as it wants to be: with the level by name, by position, or without it.
+    """An external denoiser, called with the noise level by name, by position, or without it.
 
-    In evaluation mode, and its weights need no gradients.
+    It is in evaluation mode, and its weights require no gradients.
 
     Args:
         inner: a module, or a function of noisy images.
-        facts: what ``describe`` says; ``name`` at least.
-        parameters: of its forward, where Python cannot tell them.
-        tensor_level: hand over the level as a tensor without dimensions instead of a number.
-        restarts: one image at a time, each from a fresh start (``restart = True``).
-        closed: whether ``facts`` and tensors determine the function; if not, records hold a fingerprint of it.
+        facts: result of ``describe``; at least ``name``.
+        parameters: of its forward, if Python cannot inspect them.
+        tensor_level: pass the level as a tensor without dimensions instead of a number.
+        restarts: run one image at a time, each after a reset (``restart = True``).
+        closed: True if ``facts`` and tensors determine the function; if not, records hold a fingerprint of it.
 
     Raises:
-        UserError: it wants more than images and a level.
+        UserError: it requires arguments besides images and a level.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ class Adapted(nn.Module):
         given = {self.level, parameters[1][0]} if self.level == "" else {self.level}
         unmet = [name for name, needed in parameters[1:] if needed and name not in given]
         if not parameters or unmet:
-            wants = f"also wants {', '.join(unmet)}" if unmet else "takes nothing"
+            wants = f"also requires {', '.join(unmet)}" if unmet else "takes no arguments"
             raise UserError(f"denoiser {facts['name']} {wants}; expected forward(noisy) or forward(noisy, sigma)")
         self.requires_grad_(False).eval()
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape; ``generator`` is not used.
+        """Denoise ``(B, C, H, W)``; ``generator`` is not used.
 
         Raises:
-            UserError: it needs the level and there is none.
+            UserError: it needs the noise level, and none is given.
         """
         if not self.restarts:
             return self._answer(noisy, sigma)
@@ -108,12 +108,12 @@ class Adapted(nn.Module):
         return (output if isinstance(output, Tensor) else torch.as_tensor(np.asarray(output))).to(noisy)
 
     def describe(self) -> dict[str, Any]:
-        """What it is, for the record."""
+        """Return ``facts``, for the record."""
         return dict(self.facts)
 
 
 def _level(parameters: _Parameters) -> str | None:
-    """How the level is handed over: by this name, by position (the empty name), or not at all (None)."""
+    """Return how the level is passed: by this name, by position (empty), or not at all (None)."""
     named = next((name for name, _ in parameters[1:] if name in _LEVELS), None)
     if named is not None:
         return named
@@ -123,14 +123,14 @@ def _level(parameters: _Parameters) -> str | None:
 def _parameters(function: Callable[..., Any]) -> _Parameters:
     try:
         found = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # some built-in functions do not say
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return [("", True)]
     single = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] or found[:1]
     return [("" if p.kind == p.POSITIONAL_ONLY else p.name, p.default is p.empty) for p in single]
 
 
 def _takes_level(module: nn.Module) -> bool:
-    """True if ``module(noisy, sigma)`` is a full call with the level in its place, as far as the signature tells."""
+    """Return True if ``module(noisy, sigma)`` is a complete call with the level in its place, by its signature."""
     try:
         found = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
@@ -144,7 +144,7 @@ def _takes_level(module: nn.Module) -> bool:
 
 
 def adapt(denoiser: Any) -> nn.Module:
-    """Make a module or a function, with or without a noise level among its arguments, a denoiser of this package.
+    """Wrap a module or function, with or without a noise level among its arguments, as a denoiser.
 
     A module that can be called as ``forward(noisy, sigma)`` is returned as it is.
 
@@ -164,18 +164,18 @@ def adapt(denoiser: Any) -> nn.Module:
 
 
 def load_deepinv(name: str, weights: str | Path | None = None, channels: int = 3) -> nn.Module:
-    """A denoiser of deepinv by the name of its class, such as ``DRUNet``.
+    """Load a denoiser of deepinv by the name of its class, such as ``DRUNet``.
 
-    Those that iterate until a whole batch has converged, starting at the last answer (total variation), are given one
-    image at a time and start anew; their threshold is sigma.
+    Denoisers that iterate until a whole batch has converged, starting from the previous result (total variation), get
+    one image at a time, each after a reset; their threshold is sigma.
 
     Args:
         name: in ``deepinv.models``; built with its defaults.
-        weights: a checkpoint; without it the weights that deepinv publishes are downloaded.
+        weights: a checkpoint; None: the published weights are downloaded.
         channels: of the images.
 
     Raises:
-        UserError: deepinv is missing, an unknown name (with the nearest), weights that do not fit.
+        UserError: deepinv is not installed, an unknown name (the nearest ones are listed), or weights that do not fit.
         RunFault: weights that cannot be downloaded.
     """
     label = f"deepinv:{name}"
@@ -215,7 +215,7 @@ def load_deepinv(name: str, weights: str | Path | None = None, channels: int = 3
 
 
 def _builds_denoiser(found: Any, base: type) -> bool:
-    """Whether this is a denoiser's class, or a function in place of one, that can be built from its defaults."""
+    """Return True for a denoiser class, or a function that builds one, that works without arguments."""
     if not (inspect.isclass(found) and issubclass(found, base) and found is not base) and not inspect.isfunction(found):
         return False
     parameters = _parameters(found)
@@ -225,10 +225,10 @@ def _builds_denoiser(found: Any, base: type) -> bool:
 
 @contextlib.contextmanager
 def _quick_and_safe() -> Iterator[None]:
-    """Build a network whose weights are replaced at once: no orthogonal start, no pickled code, nothing on stdout.
+    """Skip orthogonal initialisation, forbid pickled code, and keep stdout clean while a network is built.
 
-    deepinv's DRUNet spends half a minute on orthogonal weights, and its downloads are unpickled without restrictions
-    unless torch is told not to.
+    Its weights are replaced anyway. deepinv's DRUNet spends half a minute on orthogonal weights, and its downloads are
+    unpickled without restrictions unless torch forbids it.
     """
     orthogonal, variable = nn.init.orthogonal_, "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
@@ -245,27 +245,27 @@ def _quick_and_safe() -> Iterator[None]:
 
 
 def load_callable(spec: str) -> nn.Module:
-    """``package.module:callable``: a module, a function ``f(noisy)`` or ``f(noisy, sigma)``, or what makes one.
+    """Load ``package.module:callable``: a module, a function ``f(noisy)`` or ``f(noisy, sigma)``, or a factory.
 
-    What can be called without arguments (a class, a factory) is called, and must give a module or such a function.
+    A class or function that works without arguments is called, and must return a module or such a function.
 
     Raises:
-        UserError: it cannot be imported, fails, or is neither.
+        UserError: it cannot be imported, fails, or is none of these.
     """
-    found, code = build_object(spec)
-    if isinstance(found, type):
-        raise UserError(f"{spec} is a class that needs arguments; write a function without any that returns it built")
-    if not callable(found):
-        raise UserError(f"{spec} gave {type(found).__name__}; expected a module or a function f(noisy, sigma)")
-    return Adapted(found, {"name": spec, "code_sha256": code}, closed=False)
+    loaded, code = build_object(spec)
+    if isinstance(loaded, type):
+        raise UserError(f"{spec} is a class that needs arguments; expected a function without arguments that builds it")
+    if not callable(loaded):
+        raise UserError(f"{spec} gave {type(loaded).__name__}; expected a module or a function f(noisy, sigma)")
+    return Adapted(loaded, {"name": spec, "code_sha256": code}, closed=False)
 
 
 def load_torchscript(path: str | Path, *, trust_code: bool) -> nn.Module:
-    """A TorchScript file whose forward takes ``(noisy)`` or ``(noisy, sigma)``, sigma as a number or a tensor.
+    """Load a TorchScript file whose forward takes ``(noisy)`` or ``(noisy, sigma)``, sigma as a number or a tensor.
 
     Args:
         path: of the file.
-        trust_code: whether the user vouches for the program in it.
+        trust_code: True if the user trusts the program in it.
 
     Raises:
         UserError: no such file, no consent, not TorchScript, or a forward with other arguments.

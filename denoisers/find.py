@@ -1,4 +1,4 @@
-"""From what ``--denoiser`` means to the module, and the choice of shipped weights that ``auto`` makes."""
+"""Load the denoiser that ``--denoiser`` names; choose among the shipped weights for ``auto``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from denoisers.weights import Card, read_card, read_denoiser
 
 
 def shipped() -> dict[str, Card]:
-    """The trained denoisers of this package by name."""
+    """Return the cards of the trained denoisers in this package, by name."""
     return {name: read_card(SHIPPED / f"{name}.safetensors") for name in shipped_names()}
 
 
@@ -64,10 +64,10 @@ def find_denoiser(
 def choose(
     cards: Mapping[str, Card], sigma: float | None, image: tuple[int, int, int] | None, classifier: str | None
 ) -> str:
-    """The name of the weights that fit best: trained for these images and this noise level.
+    """Return the name of the best weights among those trained for these images and this noise level.
 
-    Of several, those trained for exactly this classifier come first, then those trained through surrogates or queries,
-    then those trained on images alone; those made for another classifier come last.
+    Weights trained for exactly this classifier come first, then those trained through surrogates or queries, then those
+    trained on images alone, and last those trained for another classifier.
 
     Args:
         cards: by name.
@@ -76,7 +76,7 @@ def choose(
         classifier: SHA-256 of the classifier behind the denoiser, or None.
 
     Raises:
-        UserError: none fits; says what there is for images of this size.
+        UserError: no such weights; the message lists those for images of this size.
     """
     if sigma is None or image is None:
         missing = "the noise level (from Python sigma=0.25)" if sigma is None else "the images' size (--input-size)"
@@ -97,6 +97,6 @@ def choose(
         if card.access == "white-box" and not own:
             return 4, card.continuous, name
         rank = {"white-box": 0, "surrogates": 1, "queries": 0 if own else 2}.get(card.access, 3)
-        return rank, card.continuous, name  # of equals, the one made for this level alone
+        return rank, card.continuous, name  # ties: weights for this level alone first
 
     return min(fitting, key=preference)

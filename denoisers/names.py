@@ -1,4 +1,4 @@
-"""What ``--denoiser`` means, answered without importing torch: a name, a file, a library's model, or ``auto``."""
+"""Parse ``--denoiser`` without importing torch: a name, a file, a library's model, or ``auto``."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class DenoiserSource:
-    """Where a denoiser comes from.
+    """The source of a denoiser.
 
     Attributes:
-        kind: ``registered``, ``card`` (a file with one), ``auto``, ``checkpoint``, ``torchscript``, ``deepinv``,
+        kind: ``registered``, ``card`` (a file with a card), ``auto``, ``checkpoint``, ``torchscript``, ``deepinv``,
             ``diffusers`` or ``python``.
-        name: of the denoiser, architecture, model, callable or folder; empty where the file says it.
+        name: of the denoiser, architecture, model, callable or folder; empty if the file defines it.
         file: of its weights, or None.
         options: of a registered denoiser.
     """
@@ -51,10 +51,10 @@ class DenoiserSource:
 
 
 def parse_options(text: str) -> tuple[str, dict[str, Any]]:
-    """``"gs:std=1:iterations=4"`` to ``("gs", {"std": 1, "iterations": 4})``.
+    """Parse ``"gs:std=1:iterations=4"`` into ``("gs", {"std": 1, "iterations": 4})``.
 
     Raises:
-        UserError: an option that is no KEY=VALUE.
+        UserError: an option that is not KEY=VALUE.
     """
     # a value may hold a colon: denoiser=package.module:callable, denoiser=deepinv:NAME=FILE
     name, *parts = re.split(r"(?<!=deepinv):(?=[A-Za-z_]\w*=)", text)
@@ -65,34 +65,34 @@ def parse_options(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def key_values(spelled: str, given: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` texts, the values as JSON or words.
+    """Parse ``KEY=VALUE`` texts; a value is JSON or a word.
 
     Args:
-        spelled: where they were given, for the message.
+        spelled: the option they belong to, for the message.
         given: the texts.
 
     Raises:
-        UserError: one that is no KEY=VALUE.
+        UserError: a text that is not KEY=VALUE.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for item in given:
         key, _, text = item.partition("=")
         if not (key and text):
             raise UserError(f"{spelled} {item!r}: expected KEY=VALUE, such as channels=96")
         try:
-            found[key] = json.loads(text)
+            values[key] = json.loads(text)
         except ValueError:  # a word, such as transform=rt2
-            found[key] = text
-    return found
+            values[key] = text
+    return values
 
 
 def build_with(
     kind: str, text: str, builder: Callable[..., Any], *given: Any, options: Mapping[str, Any], **fixed: Any
 ) -> Any:
-    """What ``builder(*given, **fixed, **options)`` makes; options that do not fit are the user's mistake.
+    """Call ``builder(*given, **fixed, **options)``, with errors in the options as the user's.
 
     Raises:
-        UserError: an unknown option, one of those that are ``fixed``, or a value that does not fit; says what there is.
+        UserError: an unknown or ``fixed`` option, or an invalid value; the message lists the options.
     """
     parameters = list(inspect.signature(builder).parameters.values())[len(given) :]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -110,7 +110,7 @@ def build_with(
 
 
 def _spelled(option: inspect.Parameter) -> str:
-    """An option with its default as it would be typed, if it has one."""
+    """Format an option, with its default if it has one."""
     if option.default is option.empty:
         return option.name
     words = isinstance(option.default, str)
@@ -119,15 +119,15 @@ def _spelled(option: inspect.Parameter) -> str:
 
 
 def shipped_names() -> list[str]:
-    """The trained denoisers in this package."""
+    """Return the names of the trained denoisers in this package."""
     return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
 
 
-def find_source(name: str) -> DenoiserSource:  # noqa: PLR0911 - one answer a form
-    """What ``name`` means.
+def find_source(name: str) -> DenoiserSource:  # noqa: PLR0911 - one return per form
+    """Return what ``name`` refers to.
 
     Raises:
-        UserError: an unknown name (with the nearest), or a file that is not there.
+        UserError: an unknown name (the nearest ones are listed), or a missing file.
     """
     if name == AUTO:
         return DenoiserSource("auto", name)
@@ -160,10 +160,10 @@ def find_source(name: str) -> DenoiserSource:  # noqa: PLR0911 - one answer a fo
 
 
 def _file_source(file: str) -> DenoiserSource:
-    """What a denoiser's file is, by its content.
+    """Determine the kind of a denoiser's file from its content.
 
     Raises:
-        UserError: weights whose architecture is not known, or no denoiser.
+        UserError: weights of an unknown architecture, or not a denoiser.
     """
     kind = file_kind(file)
     if kind == CHECKPOINT:
@@ -176,10 +176,10 @@ def _file_source(file: str) -> DenoiserSource:
 
 
 def require_trusted(name: str, *, trust_code: bool) -> None:
-    """Look a denoiser's name up before anything is loaded, and refuse TorchScript without consent.
+    """Check a denoiser's name before anything is loaded, and refuse TorchScript without consent.
 
     Raises:
-        UserError: as :func:`find_source`; no consent.
+        UserError: see :func:`find_source`; or no consent.
     """
     source = find_source(name)
     if source.kind == "torchscript":

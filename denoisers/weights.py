@@ -1,4 +1,4 @@
-"""A trained denoiser's file: safetensors with a card inside that says what it is, checked when it is read."""
+"""Files of trained denoisers: safetensors with a card in the metadata, verified when read."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from certify.runs.files import replacing
 
 FORMAT = 1
 ACCESS = ("none", "surrogates", "queries", "white-box")
-"""What training used of a classifier, from nothing to its gradients."""
+"""Access to a classifier during training, in ascending order."""
 
 UNNAMED = "denoiser"
-"""What training calls every file of weights, without its ending: the folder tells them apart."""
+"""Stem of every file that training writes; the folder distinguishes them."""
 
 _KEY = "card"
 _STORED = {"float32": torch.float32, "float16": torch.float16}
@@ -28,28 +28,28 @@ _STORED = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Card:
-    """What a denoiser's weights are and how they came about.
+    """Description and provenance of a denoiser's weights.
 
     Attributes:
-        architecture: its name in ``ARCHITECTURES``.
+        architecture: name in ``ARCHITECTURES``.
         options: of the architecture.
         image: (C, H, W) of the images it was trained on.
-        sigmas: noise levels it was trained for, in [0, 1] pixels; none where its training adds no noise.
-        continuous: whether every level between the smallest and the largest was trained for.
+        sigmas: noise levels of the training, in [0, 1] pixels; empty if it added no noise.
+        continuous: True if all levels between the smallest and the largest were trained.
         objective: ``mse``, ``stability``, ...
-        access: ``white-box``, ``surrogates``, ``queries``, or ``none`` where no classifier was involved.
-        classifiers: name and SHA-256 of every classifier that gave gradients or answers.
+        access: ``white-box``, ``surrogates``, ``queries``, or ``none`` without a classifier.
+        classifiers: name and SHA-256 of every classifier used for gradients or answers.
         data: name, size and SHA-256 of the training images.
-        training: steps, batch size, optimizer, rates, seed and whatever else shaped the weights.
-        validation: figures on held-out training images.
-        started_from: the card of the weights that training began with, or None.
-        command: what made it.
+        training: steps, batch size, optimizer, rates, seed and all other hyperparameters.
+        validation: scores on held-out training images.
+        started_from: the card of the initial weights, or None.
+        command: command line of the training.
         versions: of the libraries.
         licence: of the weights.
-        sha256: over the stored tensors.
+        sha256: hash of the stored tensors.
         stored: type in which floating-point tensors are stored.
-        format: of the card.
-        purifier: the defence that these weights are made for, or empty: a denoiser for smoothing.
+        format: version of the card.
+        purifier: the defence these weights are for; empty for a denoiser.
     """
 
     architecture: str
@@ -73,7 +73,7 @@ class Card:
     purifier: str = ""
 
     def covers(self, sigma: float) -> bool:
-        """Whether it was trained for this noise level, to a hundredth of it."""
+        """True if the weights were trained for this noise level, within 1 %."""
         if not self.sigmas:
             return False
         if self.continuous:
@@ -81,35 +81,35 @@ class Card:
         return any(abs(sigma - own) <= 0.01 * own for own in self.sigmas)
 
     def mismatch(self, sigma: float) -> str:
-        """The warning that goes with another noise level than it was trained for."""
+        """Return the warning for a noise level the weights were not trained for."""
         if not self.sigmas:
             purpose = f"for the defence {self.purifier}, without noise," if self.purifier else "without noise"
             return f"these weights were trained {purpose} and are used at sigma {sigma:g}: expect low accuracy"
         return f"the denoiser was trained for sigma {self.levels()} and is used at {sigma:g}: expect lower accuracy"
 
     def levels(self) -> str:
-        """The noise levels in words."""
+        """Return the noise levels as text."""
         numbers = [f"{s:g}" for s in self.sigmas]
         return f"{numbers[0]} to {numbers[-1]}" if self.continuous else ", ".join(numbers)
 
 
 class Trained(nn.Module):
-    """A denoiser out of a file, with the card that came with it."""
+    """A denoiser from a file, with its card."""
 
     def __init__(self, net: nn.Module, card: Card, name: str) -> None:
         super().__init__()
         self.net, self.card, self.name = net, card, name
 
     def forward(self, noisy: Tensor, sigma: float | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same shape."""
+        """Denoise ``(B, C, H, W)``."""
         cleaned: Tensor = self.net(noisy, sigma)
         return cleaned
 
     def check_use(self, sigma: float) -> None:
-        """Refuse weights that cannot denoise: those of a network that takes a mask in place of the level.
+        """Refuse weights that cannot denoise, because their network takes a mask in place of the noise level.
 
         Raises:
-            UserError: they are for the defence ``atop``.
+            UserError: weights for the defence ``atop``.
         """
         if self.card.purifier == "atop":
             raise UserError(
@@ -118,7 +118,7 @@ class Trained(nn.Module):
             )
 
     def describe(self) -> dict[str, Any]:
-        """The card in short, for the record."""
+        """Return the most important parts of the card, for the record."""
         card = self.card
         return {
             "name": self.name,
@@ -134,16 +134,16 @@ class Trained(nn.Module):
 def write_weights(
     path: str | Path, net: nn.Module, card: Mapping[str, Any], kind: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Write a network's weights and their card, beside and then over ``path``.
+    """Write a network's weights and card to a file, atomically.
 
     Args:
         path: of the file.
         net: the network.
-        card: what is known of the weights, as JSON.
-        kind: type in which floating-point tensors are stored; None: their own.
+        card: content of the card, as JSON.
+        kind: type in which floating-point tensors are stored; None: unchanged.
 
     Returns:
-        The card as written, with the tensors' hash.
+        The card as written, with the hash of the tensors.
     """
     from safetensors.torch import save
 
@@ -152,16 +152,16 @@ def write_weights(
         for key, value in net.state_dict().items()
     }
     written = {**card, "sha256": tensors_digest(tensors)}
-    with replacing(path) as beside:
-        beside.write_bytes(save(tensors, metadata={_KEY: json.dumps(written, sort_keys=True)}))
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata={_KEY: json.dumps(written, sort_keys=True)}))
     return written
 
 
 def stored_card(path: str | Path) -> str:
-    """The text of the card in a safetensors file, without reading its tensors; empty where there is none.
+    """Return the text of the card in a safetensors file, without reading tensors; empty if it has no card.
 
     Raises:
-        UserError: no such file, or no safetensors.
+        UserError: no such file, or not safetensors.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -173,26 +173,26 @@ def stored_card(path: str | Path) -> str:
 
 
 def save_denoiser(path: str | Path, net: nn.Module, card: Card) -> Card:
-    """Write a denoiser's weights and card; floating-point tensors as the card's ``stored`` says.
+    """Write a denoiser's weights and card, in the floating-point type that the card names.
 
     Returns:
-        The card as written, with the tensors' hash.
+        The card as written, with the hash of the tensors.
     """
     return replace(card, sha256=write_weights(path, net, asdict(card), _STORED[card.stored])["sha256"])
 
 
 def read_card(path: str | Path) -> Card:
-    """The card of a denoiser, without reading its tensors.
+    """Read a denoiser's card, without its tensors.
 
     Raises:
-        UserError: no such file, no safetensors, no card, or a card of another format.
+        UserError: no such file, not safetensors, no card, or a card of another format.
     """
-    found = stored_card(path)
-    if not found:
+    text = stored_card(path)
+    if not text:
         raise UserError(
             f"{path} has no card, so its architecture is not known; write ARCHITECTURE={path}, such as dncnn={path}"
         )
-    return _parse(found, path)
+    return _parse(text, path)
 
 
 def _parse(text: str, path: str | Path) -> Card:
@@ -213,10 +213,10 @@ def _parse(text: str, path: str | Path) -> Card:
 
 
 def read_denoiser(path: str | Path, name: str | None = None) -> Trained:
-    """The denoiser of a file that has a card, in evaluation mode.
+    """Read a denoiser from a file with a card, in evaluation mode.
 
     Raises:
-        UserError: an unknown architecture, or tensors that are not those the card describes.
+        UserError: an unknown architecture, or tensors that do not match the card.
     """
     from certify.models.checkpoints import read_state_dict
     from denoisers import ARCHITECTURES
@@ -237,5 +237,5 @@ def read_denoiser(path: str | Path, name: str | None = None) -> Trained:
 
 
 def _name(path: Path) -> str:
-    """A file's name; with its folder's where training gave it the name that it gives to all."""
+    """Return the stem of a file, with the folder's name if training wrote it."""
     return path.stem if path.stem != UNNAMED else f"{path.resolve().parent.name}/{path.stem}"

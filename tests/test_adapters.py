@@ -109,7 +109,7 @@ def test_torchscript_that_does_not_do(tmp_path: Path) -> None:
     torch.save(Blind().state_dict(), tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"weights\.pt is not a TorchScript file"):
         load_torchscript(str(tmp_path / "weights.pt"), trust_code=True)
-    with pytest.raises(UserError, match=r"also wants steps; expected forward\(noisy\) or forward\(noisy, sigma\)"):
+    with pytest.raises(UserError, match=r"also requires steps; expected forward\(noisy\) or forward\(noisy, sigma\)"):
         load_torchscript(str(torchscript(TakesMore(), tmp_path / "more.pt", "script")), trust_code=True)
     with pytest.raises(UserError, match="takes the noise level as str; expected a float or a Tensor"):
         load_torchscript(str(torchscript(TakesText(), tmp_path / "text.pt", "script")), trust_code=True)
@@ -190,11 +190,11 @@ def test_callables(attribute: str, expected: Tensor, module: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("attribute", "message"),
     [
-        ("three", r"also wants steps; expected forward\(noisy\) or forward\(noisy, sigma\)$"),
+        ("three", r"also requires steps; expected forward\(noisy\) or forward\(noisy, sigma\)$"),
         ("broken", r":broken failed: RuntimeError: no such file$"),
         ("nothing", r":nothing gave int; expected a module or a function f\(noisy, sigma\)$"),
         ("value", r":value is int; expected a module"),
-        ("Needy", r":Needy is a class that needs arguments; write a function without any that returns it built$"),
+        ("Needy", r":Needy is a class that needs arguments; expected a function without arguments that builds it$"),
         ("absent", r"has no 'absent'; it has"),
     ],
 )

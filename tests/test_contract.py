@@ -490,7 +490,7 @@ class Late(nn.Module):
 @pytest.mark.parametrize(
     ("denoiser", "words"),
     [
-        (three, r"^denoiser three also wants steps; expected forward\(noisy\) or forward\(noisy, sigma\)$"),
+        (three, r"^denoiser three also requires steps; expected forward\(noisy\) or forward\(noisy, sigma\)$"),
         (OnlyImages, "^denoiser = the class OnlyImages: expected a module or a function"),
         (3, "^denoiser = int: expected a module or a function"),
         ("medain", "^unknown denoiser 'medain'; nearest: median"),

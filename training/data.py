@@ -1,4 +1,4 @@
-"""Training images: in memory as bytes where they fit, split for validation, augmented, given their noise."""
+"""Training images: kept in memory as bytes if they fit, split for validation, augmented, with noise levels."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from certify.models.classifier import InputSpec, square_input
 from certify.models.labels import UnclearLabels
 
 SPLIT_SEED = 0
-"""Of the split into images to train on and images held out."""
+"""Seed of the split into training and held-out images."""
 
 IN_MEMORY = 8 * 2**30
-"""Bytes of images that are kept in memory; beyond that they are decoded for every batch."""
+"""Maximum size in bytes of images kept in memory; larger data is decoded for every batch."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Images to train on, and those held out of them to choose weights by.
+    """Training images, and held-out images for selecting weights.
 
     Attributes:
-        take: indices ``(B,)`` to images ``(B, C, H, W)``, uint8.
+        take: maps indices ``(B,)`` to images ``(B, C, H, W)``, uint8.
         labels: class indices ``(N,)``, or None.
         image: (C, H, W).
-        train: indices to train on.
-        held_out: indices to validate on, in random order: the same for the same data in every training, whatever its
-            seed, so that fine-tuning never looks at images that the start was trained on.
+        train: indices of training images.
+        held_out: indices of held-out images, in random order. They are the same in every training on the same data,
+            whatever its seed, so that fine-tuning never validates on images that its initial weights were trained on.
         about: name, sizes and hash, for the card.
-        omissions: what the data holds besides, as :attr:`certify.images.dataset.ImageSet.omissions`.
+        omissions: ignored parts of the data, see :attr:`certify.images.dataset.ImageSet.omissions`.
     """
 
     take: Callable[[Tensor], Tensor]
@@ -59,24 +59,26 @@ def load_training_data(
     root: str | None = None,
     download: bool = False,
 ) -> TrainingData:
-    """The images that ``data`` names, as ``viewer`` (a classifier) wants to see them.
+    """Load training images, in the format that a classifier takes.
 
     Args:
         data: a dataset's name or a path, as for certifying.
-        viewer: gives size, transform and classes; without one they are the data's own.
-        size: (C, H, W), where there is no viewer and the images differ in size.
-        labelled: whether labels are needed; if not, class folders that are not the viewer's classes do not matter.
-        held_out: how many images to hold out; None: a tenth, at most 1,000.
-        max_images: use only so many, spread over the data.
+        viewer: a classifier, which defines size, transform and classes; None: those of the data.
+        size: (C, H, W), if there is no viewer and the images differ in size.
+        labelled: True if labels are required; otherwise class folders need not match the viewer's classes.
+        held_out: number of held-out images; None: a tenth, at most 1,000.
+        max_images: use at most this many, spread over the data.
         root: folder of torchvision's datasets.
-        download: whether a missing dataset may be downloaded.
+        download: download a missing dataset.
 
     Raises:
         UserError: no such data, images of different sizes, too few images.
     """
     view = viewer or _own_view(data, size, root, download)
     images = _open(data, view, root, download, labelled=labelled)
-    if max_images is not None and max_images < len(images):  # spread out: the first of class folders are of one class
+    if max_images is not None and max_images < len(
+        images
+    ):  # spread: the first images of class folders are of one class
         spread = [images.items[i * len(images) // max_images].id for i in range(max_images)]
         images = _open(data, view, root, download, labelled=labelled, ids=spread)
     image = tuple(_load(images, 0).shape)
@@ -97,21 +99,21 @@ def load_training_data(
 def _open(
     data: str, view: Viewer, root: str | None, download: bool, *, labelled: bool, ids: Sequence[str] | None = None
 ) -> ImageSet:
-    """The images, with labels where they are needed or can be had."""
+    """Open the images, with labels if they are required or available."""
     if data in DATASETS and (f"{data}-train" in DATASETS or data == "imagenet"):
         other = f"--data {data}-train" if f"{data}-train" in DATASETS else "the folder of the training images"
-        raise UserError(f"--data {data} are the images that are certified, not to be trained on; expected {other}")
+        raise UserError(f"--data {data} are the images for certification, not for training; expected {other}")
     try:
         return load_images(data, view, ids=ids, root=root, download=download)
     except UnclearLabels as error:
         if labelled:
-            expected = "class folders alone, called as the classifier's classes or 0 to K - 1"
+            expected = "only class folders, named like the classifier's classes or 0 to K - 1"
             raise UserError(f"{error.cause}; expected {expected}") from None
         return load_images(data, view, ids=ids, root=root, download=download, labels="none")
 
 
 def count_classes(data: str, root: str | None = None, download: bool = False) -> int:
-    """The number of classes that the images' folders or labels name; 0 without any.
+    """Count the classes that the images' folders or labels name; 0 without labels.
 
     Raises:
         UserError: no such data, or images beside the class folders.
@@ -123,7 +125,7 @@ def count_classes(data: str, root: str | None = None, download: bool = False) ->
 
 
 def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, download: bool) -> View:
-    """Classes are those of the data, the size that of the first image unless it is given."""
+    """Take the classes from the data, and the size from the first image unless it is given."""
     source = open_source(data, root=root, download=download)
     if size is not None:
         spec = square_input(size, resize=size[1])
@@ -141,16 +143,16 @@ def _load(images: ImageSet, index: int) -> Tensor:
 
 
 def _reader(images: ImageSet, image: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:
-    """All images in memory, or a function that decodes the wanted ones."""
+    """Return a function that looks images up in memory, or decodes them if they do not fit."""
 
     def read(index: int) -> Tensor:
-        found = _load(images, index)
-        if tuple(found.shape) != image:
+        loaded = _load(images, index)
+        if tuple(loaded.shape) != image:
             raise UserError(
-                f"{images.items[index].id} is {_size(found.shape)} and the first image {_size(image)}; "
-                "give one size: --input-size CxHxW"
+                f"{images.items[index].id} is {_size(loaded.shape)} and the first image {_size(image)}; "
+                "expected one size: --input-size CxHxW"
             )
-        return (found * 255).round().to(torch.uint8)
+        return (loaded * 255).round().to(torch.uint8)
 
     channels, height, width = image
     if len(images) * channels * height * width <= IN_MEMORY:
@@ -167,10 +169,9 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to an eighth of its size (edges reflected) and mirrored half of the time.
+    """Shift each image by up to an eighth of its size (edges reflected), and mirror it with probability 1/2.
 
-    4 pixels for CIFAR's 32, as the field does; digits and other images of one channel are moved by a pixel or so and
-    never mirrored.
+    This is the usual 4 pixels for CIFAR's 32. Images of one channel, such as digits, are not mirrored.
 
     Args:
         images: ``(B, C, H, W)``.
@@ -191,13 +192,13 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Levels:
-    """The noise levels to train for: one or several, one of them drawn for each image, or a range (log-uniform)."""
+    """Distribution of the noise level per image: uniform over a list, or log-uniform over a range."""
 
     sigmas: tuple[float, ...]
     continuous: bool = False
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """``count`` levels."""
+        """Draw ``count`` levels."""
         if not self.sigmas:
             return torch.zeros(count)
         values = torch.tensor(self.sigmas)
@@ -207,7 +208,7 @@ class Levels:
         return values[torch.randint(len(values), (count,), generator=generator)]
 
     def checked(self) -> tuple[float, ...]:
-        """The levels at which held-out images are looked at: all, or the field's usual ones within the range."""
+        """Return the levels of the validation: all listed ones, or the usual ones within the range."""
         if not self.continuous:
             return tuple(sorted(set(self.sigmas)))
         low, high = min(self.sigmas), max(self.sigmas)
