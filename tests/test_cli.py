@@ -216,7 +216,7 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     Path("only_labels.py").write_text("def f(images):\n    return (images.mean((1, 2, 3)) > 0.5).long()\n")
     run("bench", "--model", "only_labels:f", *options)
     out, err = capsys.readouterr()
-    for text in ("reference ", "engine ", "ratio ", "certificate ", "200 of 200 equal those of plain float32"):
+    for text in ("reference ", "engine ", "ratio ", "certificate ", "200 of 200 are those of plain float32"):
         assert text in out
     assert "ceiling" not in out
     assert "warming up" in err
