@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from analysis.comparison import runner as engine
 from analysis.comparison.plot import draw_comparison
-from analysis.comparison.results import Cell, Comparison, Condition, Outcome, wilson
+from analysis.comparison.results import Cell, Comparison, Condition, wilson
 from analysis.comparison.runner import CLEAN, RANDOM, SMOOTHING, Plan, Proposed, compare, make_header
 from analysis.comparison.tables import records, tabulate_comparison
 from analysis.runs import read_comparison

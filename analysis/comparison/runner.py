@@ -214,13 +214,13 @@ def _test_certificates(
     tested, smoothed = [], None
     for outcome, clean, attacked in zip(outcomes, chunk.images, proposed.images, strict=True):
         held = file.done.get(outcome_id(outcome.image, outcome.defence, SMOOTHING.key))
-        if held is not None and held.error is None and outcome.answers != held.answers:
-            if (outcome.l2 or 0.0) < (held.radius or 0.0):
-                smoothed = smoothed or _smoothed(defence)
-                n, alpha = plan.certify_n, plan.alpha
-                met = crossing(smoothed, outcome.image, clean, attacked, n=n, alpha=alpha, seed=plan.seed)
-                record = Crossed(distance=met.distance, prediction=met.prediction, alpha=met.alpha)
-                outcome = outcome.replace(crossing=record)  # noqa: PLW2901
+        within = held is not None and held.error is None and (outcome.l2 or 0.0) < (held.radius or 0.0)
+        if held is not None and within and outcome.answers != held.answers:
+            smoothed = smoothed or _smoothed(defence)
+            n, alpha = plan.certify_n, plan.alpha
+            met = crossing(smoothed, outcome.image, clean, attacked, n=n, alpha=alpha, seed=plan.seed)
+            record = Crossed(distance=met.distance, prediction=met.prediction, alpha=met.alpha)
+            outcome = outcome.replace(crossing=record)  # noqa: PLW2901
         tested.append(outcome)
     return tested
 
