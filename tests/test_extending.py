@@ -141,7 +141,7 @@ CHECKS: list[tuple[Callable[..., None], dict[str, str]]] = [
     (test_noise.test_radius_of_two_classes, {}),
     (test_attacks.test_every_attack_keeps_to_the_rules_whatever_the_batch, {"name": "simba"}),
     (test_formats.test_broken_replies_are_bad_replies, {"name": "acme"}),
-    (test_formats.test_formats_say_what_shapes_a_vote, {}),
+    (test_formats.test_formats_record_the_options_that_affect_votes, {}),
 ]
 
 
