@@ -217,3 +217,14 @@ def default_radii(largest: float) -> list[float]:
         if largest <= 6 * step:
             return [round(i * step, 4) for i in range(int(largest / step) + 1)]
     return [0.0, largest / 2, largest]
+
+
+def table_radii(run: Run) -> list[float]:
+    """Return the radii of a run's table: those to decide, or round numbers up to the largest possible radius."""
+    from certify.smoothing.certificates import largest_radius
+
+    header = run.header
+    if header.radii:
+        return list(header.radii)
+    noise, selected = header.radii_for(run.usable[0].size), header.stopping is None
+    return default_radii(largest_radius(noise, header.n, header.alpha, header.bound, selected=selected))

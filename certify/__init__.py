@@ -1,10 +1,11 @@
 """Certified robustness for frozen image classifiers by (denoised) randomized smoothing.
 
-    from certify import SmoothedClassifier, load_classifier
+    import certify
 
-    g = SmoothedClassifier(load_classifier("digits"), sigma=0.25)
-    c = g.certify(image, n0=100, n=100_000, alpha=0.001, seed=0)
-    c.prediction, c.radius
+    run = certify.certify(model, images, labels, sigma=0.25, n=10_000)  # a module, tensors
+    run.table([0, 0.25, 0.5])
+    g = certify.SmoothedClassifier(model, sigma=0.25)
+    g.certify(image).radius
 
 Importing this package imports nothing heavy; each public name loads its module on first use.
 """
@@ -15,14 +16,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from certify.api import certify as certify
+    from certify.api import predict as predict
     from certify.errors import CertifyError as CertifyError
     from certify.errors import UserError as UserError
     from certify.images.dataset import load_images as load_images
     from certify.models.classifier import Classifier as Classifier
     from certify.models.classifier import load_classifier as load_classifier
     from certify.models.pipeline import Pipeline as Pipeline
-    from certify.runs.run_file import Run as Run
-    from certify.runs.run_file import read_run as read_run
+    from certify.results import Run as Run
+    from certify.results import read_run as read_run
     from certify.smoothed_classifier import SmoothedClassifier as SmoothedClassifier
     from certify.smoothing.bounds import clopper_pearson_lower as clopper_pearson_lower
     from certify.smoothing.certificates import certificate_from_votes as certificate_from_votes
@@ -46,17 +49,19 @@ _HOME = {
     "Gaussian": "smoothing.noise",
     "Pipeline": "models.pipeline",
     "Prediction": "types",
-    "Run": "runs.run_file",
+    "Run": "results",
     "SmoothedClassifier": "smoothed_classifier",
     "UserError": "errors",
     "Votes": "types",
     "certificate_from_votes": "smoothing.certificates",
+    "certify": "api",
     "clopper_pearson_lower": "smoothing.bounds",
     "load_classifier": "models.classifier",
     "load_images": "images.dataset",
     "make_noise": "smoothing.noise",
+    "predict": "api",
     "prediction_from_votes": "smoothing.certificates",
-    "read_run": "runs.run_file",
+    "read_run": "results",
 }
 
 __version__ = "0.1.0"

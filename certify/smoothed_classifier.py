@@ -132,10 +132,14 @@ class SmoothedClassifier(NoisyClassifier):
             self.adapt_to((channels, height, width))
         return super().check(image)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("classifier", "base") and self.__dict__.get("_waiting"):
-            raise UserError("the classifier does not state its input size: certify an image first, or pass input_size")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # a type checker knows these attributes
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("classifier", "base") and self.__dict__.get("_waiting"):
+                raise UserError(
+                    "the classifier does not state its input size: certify an image first, or pass input_size"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _find_denoiser(self, denoiser: Any) -> nn.Module | None:
         """Return the module that ``denoiser=`` means."""

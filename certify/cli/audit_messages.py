@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from certify.cli.console import clock, tell, warn
 from certify.cli.plan import show_prospects
-from certify.cli.summary import table_radii, title
+from certify.cli.summary import title
 from certify.smoothing.rounding import exact
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def print_replay(replayed: Replayed, *, anew: bool) -> None:
 
 def _table(run: Run) -> str:
     """Return the table of certified accuracy over radius."""
-    from analysis.curves import curves
+    from analysis.curves import curves, table_radii
     from analysis.tables import one_run
 
     header, rows = run.header, run.usable

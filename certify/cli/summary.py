@@ -38,7 +38,7 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
     _warn_of_disagreement(run)
     curve, picture = None, None
     if run.header.kind != "predict":
-        from analysis.curves import curves
+        from analysis.curves import curves, table_radii
 
         (curve,) = curves([run])
         radii = radii or table_radii(run)
@@ -52,18 +52,6 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
         from analysis.plots import plot_curves
 
         plot_curves([curve], picture)  # last: when it cannot be written, the numbers are out already
-
-
-def table_radii(run: Run) -> list[float]:
-    """Return the radii of a run's table: those decided, or round numbers up to the largest possible."""
-    from analysis.curves import default_radii
-    from certify.smoothing.certificates import largest_radius
-
-    header = run.header
-    if header.radii:
-        return list(header.radii)
-    noise, selected = header.radii_for(run.usable[0].size), header.stopping is None
-    return default_radii(largest_radius(noise, header.n, header.alpha, header.bound, selected=selected))
 
 
 def _warn_of_failures(rows: list[ImageRow]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,16 +76,16 @@ def whole_header(part: RunHeader) -> RunHeader:
 
 
 def merge_shards(
-    paths: Sequence[str | Path], *, command: str = "", warn: Callable[[str], None] = _LOG.warning
+    runs: Iterable[Run], *, command: str = "", warn: Callable[[str], None] = _LOG.warning
 ) -> tuple[RunHeader, list[ImageRow]]:
-    """Return header and rows of the run whose shards these files hold, the images in the order of their selection.
+    """Return header and rows of the run whose shards these are, the images in the order of their selection.
 
     A shard that cannot prove which model it met is merged with a warning; the merged file cannot prove it either.
 
     Raises:
-        UserError: a file that is no shard, one of another run, one twice, one missing, or one unfinished; by name.
+        UserError: a run that is no shard, one of another run, one twice, one missing, or one unfinished; by name.
     """
-    parts = sorted((_read(path) for path in paths), key=lambda part: part.place.index)
+    parts = sorted((_part(run) for run in runs), key=lambda part: part.place.index)
     first = next((part for part in parts if not unproven(part.run.header)), parts[0])
     whole = whole_header(first.run.header)
     for part in parts:
@@ -115,8 +115,8 @@ class _Part:
     place: ShardPlace
 
 
-def _read(path: str | Path) -> _Part:
-    run = read_run(path, allow_partial=True)
+def _part(run: Run) -> _Part:
+    path = run.path
     if run.header.shard is None:
         raise UserError(f"{path} is a whole run, not a shard of one; expected files written with --shard i/n")
     Shard(run.header.shard.index, run.header.shard.of)
@@ -176,5 +176,6 @@ def merge_files(
         RunFault: it cannot be written.
     """
     target = new_run_file(target)
-    header, rows = merge_shards(paths, command=command, warn=warn)
+    runs = (read_run(path, allow_partial=True) for path in paths)
+    header, rows = merge_shards(runs, command=command, warn=warn)
     return write_derived(target, header, rows)

@@ -1,0 +1,171 @@
+"""Images given as Python objects: tensors, arrays, PIL images, datasets and data loaders."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from certify.errors import ImageError, UserError, first_line
+from certify.images.dataset import ImageSet
+from certify.images.items import Item
+from certify.images.preprocess import preprocess
+from certify.models.classifier import InputSpec
+
+EXPECTED = (
+    "images (N, C, H, W) as a tensor or array, one image (C, H, W), a list of images, a Dataset, a DataLoader, "
+    "or the name or path of data"
+)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Images of a Python object.
+
+    Attributes:
+        items: each read when it is needed.
+        labels: class index of each, or None.
+        name: of the object, for the record.
+    """
+
+    items: Sequence[Item]
+    labels: Sequence[int | None]
+    name: str
+
+    def first_shape(self) -> tuple[int, int, int] | None:
+        """Return (C, H, W) of the first usable image; None if there is none."""
+        for item in self.items:
+            with contextlib.suppress(ImageError):
+                channels, height, width = preprocess(item.read(), InputSpec(None)).shape
+                return channels, height, width
+        return None
+
+    def image_set(
+        self, spec: InputSpec, num_classes: int, *, skip: int = 1, start: int = 0, max_images: int | None = None
+    ) -> ImageSet:
+        """Return these images as a classifier takes them; every ``skip``-th from ``start``, at most ``max_images``.
+
+        Raises:
+            UserError: a label that is no class of the classifier, or a selection of no image.
+        """
+        chosen = range(len(self.items))[start::skip][:max_images]
+        if not chosen:
+            raise UserError(f"start = {start}, skip = {skip}: no image left of {len(self.items)}")
+        for i in chosen:
+            label = self.labels[i]
+            if label is not None and not 0 <= label < num_classes:
+                at = f"label {label} of image {self.items[i].id}"
+                raise UserError(f"{at}: expected 0 to {num_classes - 1}, or None for an image without a label")
+        labels = [self.labels[i] for i in chosen]
+        rule = "none" if all(label is None for label in labels) else "as given"
+        selection = {"skip": skip, "max": max_images, "ids": None} | ({"start": start} if start else {})
+        return ImageSet(self.name, [self.items[i] for i in chosen], labels, len(self.items), rule, selection, spec)
+
+
+def collect(images: Any, labels: Any = None, ids: Sequence[str] | None = None) -> Collection:
+    """Return the images of a Python object, each to be read when it is needed.
+
+    Args:
+        images: a tensor or array ``(N, C, H, W)``, ``(N, H, W, C)`` or of one image; a list of images; a ``Dataset`` of
+            images or of (image, label); a ``DataLoader``, whose batches are read once, in its order.
+        labels: N class indices, in place of the data set's own; None for an image without a label.
+        ids: N names, unique; the default is the position. With the seed, a name fixes the noise of its image.
+
+    Raises:
+        UserError: something else, no images, or labels and ids that do not fit.
+    """
+    if isinstance(images, DataLoader):
+        reads, own = _batches(images)
+    elif isinstance(images, Tensor | np.ndarray):
+        if images.ndim not in (3, 4):
+            raise UserError(f"images of shape {tuple(images.shape)}; expected {EXPECTED}")
+        several = images if images.ndim == 4 else images[None]
+        reads, own = [functools.partial(several.__getitem__, i) for i in range(len(several))], None
+    elif hasattr(images, "__getitem__") and hasattr(images, "__len__") and not isinstance(images, bytes | dict):
+        reads, own = _elements(images)
+    else:
+        raise UserError(f"images of type {type(images).__name__}; expected {EXPECTED}")
+    if not reads:
+        raise UserError(f"no images in this {type(images).__name__}; expected at least one")
+    classes = (own or [None] * len(reads)) if labels is None else _as_labels(labels, len(reads))
+    names = [str(i) for i in range(len(reads))] if ids is None else [str(i) for i in ids]
+    if len(names) != len(reads) or len(set(names)) != len(names):
+        raise UserError(f"{len(names)} ids for {len(reads)} images; expected one for each image, no two equal")
+    items = [Item(name, functools.partial(_read, read)) for name, read in zip(names, reads, strict=True)]
+    return Collection(items, classes, type(images).__name__)
+
+
+Reads = list[Callable[[], Any]]
+
+
+def _batches(loader: DataLoader[Any]) -> tuple[Reads, list[int | None] | None]:
+    """Return the images and labels of all batches; a batch is images or (images, labels)."""
+    images: list[Any] = []
+    labels: list[Any] = []
+    for batch in loader:
+        several, classes = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
+        if not isinstance(several, Tensor | np.ndarray) or several.ndim != 4:
+            raise UserError(
+                "a batch of the DataLoader is not (N, C, H, W), or not (images, labels); expected one of them"
+            )
+        images.extend(several)
+        labels.extend([None] * len(several) if classes is None else _as_labels(classes, len(several)))
+    own = labels if any(label is not None for label in labels) else None
+    return [functools.partial(_same, image) for image in images], own
+
+
+def _elements(images: Any) -> tuple[Reads, list[int | None] | None]:
+    """Return the elements of a sequence or map-style data set; its labels are read now, its images when needed."""
+    count = len(images)
+    if not count:
+        return [], None
+    if not _is_pair(images[0]):
+        return [functools.partial(images.__getitem__, i) for i in range(count)], None
+    targets = getattr(images, "targets", None)
+    if targets is None or len(targets) != count or getattr(images, "target_transform", None) is not None:
+        targets = [images[i][1] for i in range(count)]
+    return [functools.partial(_first, images, i) for i in range(count)], _as_labels(targets, count)
+
+
+def _is_pair(element: Any) -> bool:
+    return isinstance(element, tuple | list) and len(element) == 2 and np.ndim(element[1]) == 0
+
+
+def _first(images: Any, index: int) -> Any:
+    return images[index][0]
+
+
+def _same(image: Any) -> Any:
+    return image
+
+
+def _as_labels(labels: Any, count: int) -> list[int | None]:
+    """Return class indices as Python integers; None where there is no label."""
+    given: Iterable[Any] = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else labels
+    try:
+        found = [None if label is None else operator.index(label) for label in given]
+    except TypeError:
+        raise UserError("labels are not whole numbers; expected one class index per image") from None
+    if len(found) != count:
+        raise UserError(f"{len(found)} labels for {count} images; expected one class index per image")
+    return found
+
+
+def _read(read: Callable[[], Any]) -> np.ndarray:
+    """Return one element as an array.
+
+    Raises:
+        ImageError: the data set fails on it.
+    """
+    try:
+        image = read()
+        return image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    except Exception as error:  # the user's own data set
+        raise ImageError(f"cannot be read: {type(error).__name__}: {first_line(error)}") from error

@@ -1,0 +1,238 @@
+"""A finished run as Python and notebooks see it: rows, tables, curves, data frames."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from certify.errors import UserError
+from certify.runs import run_file
+from certify.smoothing.norms import IN_WORDS
+from certify.smoothing.procedures import Predict
+from certify.smoothing.rounding import exact, floor_to
+from certify.text import printable
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+    from certify.runs.records import ImageRow, RunHeader
+
+
+class Table(str):
+    """A table as text, which notebooks show as it is printed."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self)}</pre>"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of matplotlib, which notebooks show as a picture."""
+
+    figure: Figure
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.figure.savefig(picture, format="png", dpi=120)
+        return picture.getvalue()
+
+
+class Run(run_file.Run):
+    """A run: its header and one row per image.
+
+    ``len(run)``, ``run[0]``, ``run["id"]``, ``run[:10]`` and iteration give rows. Rows have ``id``, ``label``,
+    ``prediction`` (-1 abstains), ``radius`` (in [0, 1] pixels and the run's norm), ``p_lower``, ``votes`` and the other
+    keys of the run file (``docs/run-file.md``).
+    """
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[ImageRow]:
+        return iter(self.images)
+
+    @overload
+    def __getitem__(self, key: int | str) -> ImageRow: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> list[ImageRow]: ...
+
+    def __getitem__(self, key: int | str | slice) -> ImageRow | list[ImageRow]:
+        """Return a row by position or id, or several by a slice.
+
+        Raises:
+            IndexError: no such position.
+            KeyError: no such id.
+        """
+        if not isinstance(key, str):
+            return self.images[key]
+        for row in self.images:
+            if row.id == key:
+                return row
+        raise KeyError(key)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Name and hash of the file, or of what it would hold, for the record of what is derived from it."""
+        if self.path.exists():
+            return super().origin
+        lines = "".join(json.dumps(line.to_json()) + "\n" for line in (self.header, *self.images))
+        return {"run": self.path.name, "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+
+    def certified_accuracy(self, radius: float = 0.0) -> float:
+        """Return the share of images that are certified, with the right class if they have labels, at this radius."""
+        from analysis.curves import curve
+
+        return float(curve(self).accuracy([radius])[0])
+
+    def table(self, radii: Sequence[float] | None = None, *, style: str = "text") -> Table:
+        """Return the table of certified accuracy with its 95 % interval over images.
+
+        As text it is the table at the end of ``certify run``; in the other styles that of ``certify table``.
+
+        Args:
+            radii: in [0, 1] pixels; round numbers up to the largest possible radius unless given.
+            style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"``.
+
+        Raises:
+            UserError: a run of predictions, which have no radius; an unknown style.
+        """
+        from analysis.curves import curves, table_radii
+        from analysis.tables import compare, one_run
+
+        (own,) = curves([self])
+        radii = table_radii(self) if radii is None else radii
+        return Table(one_run(own, radii) if style == "text" else compare([own], radii, style, intervals=True))
+
+    def plot(self, path: str | Path | None = None, *others: Run, title: str | None = None, band: bool = True) -> Plot:
+        """Draw certified accuracy against the radius, with those of other runs, and return the plot.
+
+        Args:
+            path: of the picture to write, such as ``"curve.png"``; None writes none.
+            others: further runs in the same figure.
+            title: above the axes.
+            band: shade the 95 % interval over images.
+
+        Raises:
+            UserError: runs that cannot be compared, or a format that cannot be written.
+            RunFault: the file cannot be written.
+        """
+        from analysis.curves import curves
+        from analysis.figures import check_format, save_figure
+        from analysis.plots import drawn_curves
+
+        if path is not None:
+            check_format(path)
+        with drawn_curves(curves([self, *others]), title=title, band=band) as figure:
+            if path is not None:
+                save_figure(figure, Path(path))
+        return Plot(figure)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a data frame with a row per image, indexed by id.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UserError("to_pandas needs pandas: pip install pandas") from None
+        return pandas.DataFrame([row.to_json() for row in self.images]).drop(columns="type").set_index("id")
+
+    def recompute(self, *, alpha: float | None = None, bound: str | None = None, out: str | Path | None = None) -> Run:
+        """Return the run at another alpha or bound, from the same votes.
+
+        Every certificate is again wrong with probability at most the new alpha, provided that alpha and bound were not
+        chosen by looking at the results.
+
+        Args:
+            alpha: failure probability per image; None keeps it.
+            bound: name of a bound; None keeps it.
+            out: run file to write; None keeps the run in memory.
+
+        Raises:
+            UserError: a bound that these votes cannot support, alpha out of range, or a file that exists.
+        """
+        from certify.runs.recompute import recompute
+
+        return self._derived(recompute(self, alpha=alpha, bound=bound, command="certify.Run.recompute"), out)
+
+    def merge(self, *others: Run, out: str | Path | None = None) -> Run:
+        """Return the whole run of which this and the others are the shards, its images in their order.
+
+        Args:
+            others: the other shards, in any order.
+            out: run file to write; None keeps the run in memory.
+
+        Raises:
+            UserError: a run that is no shard, a shard of another run, one missing or twice, or a file that exists.
+        """
+        from certify.runs.shards import merge_shards
+
+        return self._derived(merge_shards([self, *others], command="certify.Run.merge"), out)
+
+    def save(self, path: str | Path) -> Run:
+        """Write the run file and return the run that it holds.
+
+        Raises:
+            UserError: not a name of a run file (``.jsonl``), or the file exists.
+            RunFault: it cannot be written.
+        """
+        return self._derived((self.header, self.images), path)
+
+    def _derived(self, content: tuple[RunHeader, list[ImageRow]], out: str | Path | None) -> Run:
+        """Return a run with this content, written to ``out`` unless that is None."""
+        if out is None:
+            return Run(self.path, *content)
+        return Run.of(run_file.write_derived(run_file.new_run_file(out), *content))
+
+    @classmethod
+    def of(cls, run: run_file.Run) -> Run:
+        """Return the same run with the methods of this class."""
+        return cls(run.path, run.header, run.images, run.torn)
+
+    def _summary(self) -> str:
+        """Describe the run in one line: model, noise, images, and the share certified at a few radii."""
+        header = self.header
+        parts = [f"{header.model}, sigma = {exact(header.sigma)}, {len(self.images)} images"]
+        if self.partial:
+            parts.append(f"unfinished: {header.expected} expected")
+        if self.usable and header.kind != Predict.kind:
+            from analysis.curves import curve, table_radii
+
+            own = curve(self)
+            shares = ", ".join(
+                f"{floor_to(self.certified_accuracy(r), 3)} at {exact(r)}" for r in table_radii(self)[:4]
+            )
+            parts.append(f"{own.quantity} {shares} ({IN_WORDS[own.norm]} radius)")
+        return printable("; ".join(parts))
+
+    def __repr__(self) -> str:
+        return f"<Run: {self._summary()}>"
+
+    def _repr_html_(self) -> str:
+        """Show the summary and the table in a notebook."""
+        if not self.usable or self.header.kind == Predict.kind:
+            return f"<p>{html.escape(self._summary())}</p>"
+        return f"<p>{html.escape(self._summary())}</p>{self.table()._repr_html_()}"
+
+
+def read_run(path: str | Path, *, allow_partial: bool = False) -> Run:
+    """Read a run file.
+
+    Args:
+        path: of the file.
+        allow_partial: accept an unfinished run.
+
+    Raises:
+        UserError: not a run file, damaged, of a newer version, or unfinished (unless ``allow_partial``).
+    """
+    return Run.read(path, allow_partial=allow_partial)
