@@ -54,6 +54,28 @@ def test_version_and_help_are_words_too(capsys: pytest.CaptureFixture[str]) -> N
     assert said[2] == said[3] != said[4] == said[5]
 
 
+SECTIONS = ["Main options", "Model", "Noise", "Data", "Statistics", "Compute", "Output", "Other options"]
+
+
+def test_help_has_sections_and_the_main_options_first(capsys: pytest.CaptureFixture[str]) -> None:
+    run("run", "--help")
+    text = capsys.readouterr().out
+    assert [line[:-1] for line in text.splitlines() if line.endswith(":") and line[0] != " "] == SECTIONS
+    main = text.split("Main options:")[1].split("\n\n")[0]
+    names = [line.split()[0] for line in main.splitlines() if line.startswith("  --")]
+    assert names == ["--model", "--data", "--max", "--sigma", "--denoiser", "--n", "--radius", "--out"]
+    run("--help")
+    short = capsys.readouterr().out
+    assert main in short
+    assert max(map(len, (text + short).splitlines())) <= 80
+
+
+def test_no_help_is_wider_than_a_terminal_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in group.commands:
+        run(name, "--help")
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80, name
+
+
 @pytest.mark.parametrize(
     ("typed", "first", "then"),
     [

@@ -54,7 +54,7 @@ class CertifyGroup(cloup.Group):
         return list(self.commands)
 
     def format_params(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the main options of the default verb before the verbs and the group's own options."""
+        """Write the main options of the default verb, in place of the group's own."""
         default = self.commands[self.default]
         assert isinstance(default, cloup.Command)
         (main,) = (group for group in default.option_groups if group.title == MAIN)
@@ -64,6 +64,10 @@ class CertifyGroup(cloup.Group):
         )
         formatter.write("\n")
         formatter.write_text("`certify run --help` shows all options, `certify COMMAND --help` those of a command.")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs, then the group's own options."""
+        super().format_commands(ctx, formatter)
         super().format_params(ctx, formatter)
 
 
@@ -103,12 +107,12 @@ def group() -> None:
     """Certified robustness of a frozen image classifier, by (denoised) randomized smoothing.
 
     \b
-      certify --model digits --sigma 0.25             a certificate per image, a table, a curve
-      certify --model resnet50 --sigma 0.25 --data D  your classifier on your images
-      certify ... --radius 0.25                       robust at this radius? with few samples
-      certify ... --cluster auto                      on all devices of a cluster
-      certify plot RUN... -o curve.png                certified accuracy over radius
-      certify table RUN... --radii 0,0.25,0.5         the same in numbers
+      certify --model digits --sigma 0.25        a certificate per image, a curve
+      certify --model M --sigma 0.25 --data DIR  your classifier on your images
+      certify ... --radius 0.25                  robust at this radius? few samples
+      certify ... --cluster auto                 on all devices of a cluster
+      certify plot RUN... -o curve.png           certified accuracy over radius
+      certify table RUN... --radii 0,0.25,0.5    the same in numbers
 
     sigma and radii are in pixels of images scaled to [0, 1].
     """  # noqa: D301

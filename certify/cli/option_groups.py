@@ -238,12 +238,15 @@ class RadiiOptions(Options, section="Output"):
     )
 
 
-class CurveOptions(Options, section="Options"):
+class CurveOptions(Options, section="Output"):
     """Lines of a figure or table of several runs."""
 
     envelope: bool = flag(
         help="One line per method: at each radius the best of its runs over sigma, chosen on the images they share."
     )
     names: tuple[str, ...] = option(
-        "--name", default=(), metavar="TEXT", help="Name of a run in the legend; once for each run, in their order."
+        "--name",
+        default=(),
+        metavar="TEXT",
+        help="Name of a run in table or legend; once for each run, in their order.",
     )
