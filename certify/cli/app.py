@@ -109,7 +109,7 @@ def group() -> None:
     \b
       certify --model digits --sigma 0.25        a certificate per image, a curve
       certify --model M --sigma 0.25 --data DIR  your classifier on your images
-      certify ... --radius 0.25                  robust at this radius? few samples
+      certify ... --radius 0.25                  robust at this radius, yes or no
       certify ... --cluster auto                 on all devices of a cluster
       certify plot RUN... -o curve.png           certified accuracy over radius
       certify table RUN... --radii 0,0.25,0.5    the same in numbers
