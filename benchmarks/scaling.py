@@ -24,7 +24,7 @@ from scipy.special import ndtr
 
 from certify.cluster.scheduler import Handing
 from certify.smoothing.noise import Gaussian
-from certify.smoothing.sequential_tests import RadiusDecision
+from certify.smoothing.procedures.decide import RadiusDecision
 
 IMAGES = 50_000
 ABSTAINED = 0.45

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack, overload
 
 from certify.engine.noisy_classifier import NoisyClassifier, Target
 from certify.errors import UserError
-from certify.smoothing.procedures import Certify, Decide, Measure, Predict, Procedure
+from certify.smoothing.procedures import Certify, Decide, Measure, Predict, Procedure, Sequential
 from certify.smoothing.rng import bound_draw
 from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE
 from certify.types import Certificate, Decision, Prediction
@@ -293,11 +294,9 @@ class SmoothedClassifier(NoisyClassifier):
             raise UserError(f"image_id {image_id!r}: expected {'a string for each image' if several else 'one string'}")
         targets = [Target(*pair, tag=place) for place, pair in enumerate(zip(images, names, strict=True))]  # type: ignore[arg-type]
         answers: list[Any] = [None] * len(images)
-        if procedure.sequential:
-            (stage,) = procedure.stages
-            for settled in self.sample_until_settled(
-                targets, lambda noise: procedure.tests(self.num_classes, noise, 0)[stage], seed=seed, progress=progress
-            ):
+        if isinstance(procedure, Sequential):
+            test = functools.partial(procedure.test, self.num_classes)
+            for settled in self.sample_until_settled(targets, test, seed=seed, progress=progress):
                 answers[settled.tag.tag] = settled.test.result()
         else:
             for target, tallies in self.sample(targets, procedure.stages, seed=seed, progress=progress):

@@ -25,7 +25,7 @@ from certify.runs.config import Settings, run_header
 from certify.runs.records import ImageRow
 from certify.runs.run_file import RunFile
 from certify.smoothing.noise import make_noise
-from certify.smoothing.procedures import AnswerKeys, answer_keys
+from certify.smoothing.procedures import AnswerKeys, Sequential, answer_keys
 from certify.smoothing.rng import stream_key
 from certify.types import FAILED, Votes
 
@@ -202,12 +202,9 @@ def _lines(
 
     for i in set(range(len(names))) - set(usable):
         yield i, answer_keys(-1, 0.0, 0.0, Votes(()))
-    if procedure.sequential:
+    if isinstance(procedure, Sequential):
         (stage,) = procedure.stages
-        queue = [
-            Sampling(loaded[i], key(i, stage), procedure.tests(10, noise, 0)[stage], (i, (names[i], stage)))
-            for i in usable
-        ]
+        queue = [Sampling(loaded[i], key(i, stage), procedure.test(10, noise), (i, (names[i], stage))) for i in usable]
         for settled in settle(label, queue, batch_size=64):
             yield settled.tag[0], procedure.record(settled.test.result()) | AnswerKeys(drawn=settled.test.drawn)
         return

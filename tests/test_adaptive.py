@@ -18,7 +18,9 @@ from certify.engine.monte_carlo import Job, Tally
 from certify.engine.noisy_classifier import Target
 from certify.errors import UserError
 from certify.smoothing.certificates import certificate_from_votes, decision_from_counts, largest_radius
-from certify.smoothing.sequential_tests import FixedSample, RadiusDecision, RadiusEstimate
+from certify.smoothing.procedures.decide import RadiusDecision
+from certify.smoothing.procedures.measure import RadiusEstimate
+from certify.smoothing.sequential_tests import FixedSample
 from certify.smoothing.stopping_rules import RULES
 from certify.types import ABSTAIN, Radii
 

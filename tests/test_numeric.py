@@ -38,8 +38,9 @@ from certify.smoothing.certificates import decision_from_counts, largest_radius,
 from certify.smoothing.noise import NOISES, Gaussian
 from certify.smoothing.norms import implied_factor, in_norm
 from certify.smoothing.procedures import Certify, Decide, Measure
+from certify.smoothing.procedures.decide import RadiusDecision
+from certify.smoothing.procedures.measure import RadiusEstimate
 from certify.smoothing.rng import bound_draw
-from certify.smoothing.sequential_tests import RadiusDecision, RadiusEstimate
 from certify.smoothing.stopping_rules import RULES, betting_lower, betting_upper, log_wealth, thresholds
 
 FLOATS: dict[str, Callable[[float], Any]] = {

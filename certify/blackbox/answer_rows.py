@@ -17,8 +17,9 @@ from certify.blackbox.label_index import OUTSIDE, LabelIndex
 from certify.blackbox.query_votes import CLEAN, query_name, votes_of
 from certify.blackbox.types import Answer
 from certify.runs.records import ImageRow, RunHeader
-from certify.smoothing.procedures import AnswerKeys, Procedure
+from certify.smoothing.procedures import AnswerKeys, Procedure, Sequential
 from certify.smoothing.rng import bound_draw
+from certify.smoothing.sequential_tests import SequentialTest
 from certify.types import ABSTAIN, Radii
 
 
@@ -78,7 +79,8 @@ def _row(
         return ImageRow.unusable(procedure, name, None, reason, clean.seconds)
     label = base if given is None else index.number(given)
     trials = _Trials(procedure, header.seed, name, answers, index, header.radii_for(image.get("values")))
-    keys = trials.sequential() if procedure.sequential else trials.fixed()
+    test = procedure.test(1, trials.noise) if isinstance(procedure, Sequential) else None
+    keys = trials.fixed() if test is None else trials.sequential(test)
     if keys is None:
         return None
     row, names, used = ImageRow.of(name, label, keys), index.names, [clean, *trials.used]
@@ -137,14 +139,14 @@ class _Trials:
         uniform = bound_draw(self.seed, self.name)
         return self.procedure.record(self.procedure.answer(votes, self.noise, uniform)) | AnswerKeys(uniform=uniform)
 
-    def sequential(self) -> AnswerKeys | None:
+    def sequential(self, test: SequentialTest) -> AnswerKeys | None:
         """Answer from as many samples as the sequential test needs, or as there are; None if there are none."""
         (stage,) = self.procedure.stages
-        test, coming = self.procedure.tests(1, self.noise, 0)[stage], numbered(self.answers, self.name, stage)
+        coming = numbered(self.answers, self.name, stage)
         while test.pending and (piece := self._take(coming, test.pending)):
             self.labels += piece
             test.add(np.array(piece, dtype=np.int64))
         if not test.drawn:
             return None
-        answer = self.procedure.record(self.procedure.answer({stage: test.result()}, self.noise))
+        answer = self.procedure.record(test.result())
         return answer | AnswerKeys(drawn=test.drawn) | (AnswerKeys(unfinished=True) if test.pending else AnswerKeys())

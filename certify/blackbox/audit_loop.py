@@ -39,6 +39,7 @@ from certify.engine.monte_carlo import Job
 from certify.errors import RunFault
 from certify.models.query_access import BudgetSpent
 from certify.runs.records import RunHeader
+from certify.smoothing.procedures import Sequential
 from certify.smoothing.rng import stream_key
 
 MAX_DOWN = 10
@@ -219,7 +220,7 @@ def _sample(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
         show=show,
     )
     names = [(i, audit.images.items[i].id) for i in chunk if has_reference(i)]
-    if not procedure.sequential:
+    if not isinstance(procedure, Sequential):
         stages = procedure.stages.items()
         jobs = (Job(audit.load(i), key(name, k), n, tag=(name, k)) for i, name in names for k, n in stages)
         for _ in label(jobs):
@@ -227,8 +228,7 @@ def _sample(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
         return
     (stage,) = procedure.stages
     samplings = (
-        Sampling(audit.load(i), key(name, stage), procedure.tests(1, audit.noise, 0)[stage], (name, stage))
-        for i, name in names
+        Sampling(audit.load(i), key(name, stage), procedure.test(1, audit.noise), (name, stage)) for i, name in names
     )
     for _ in settle(label, samplings, batch_size=audit.concurrency, clean=False, in_order=True):
         pass

@@ -23,10 +23,9 @@ from certify.models.labels import readable
 from certify.runs.config import Settings
 from certify.runs.records import ImageRow
 from certify.runs.run_file import RunFile
-from certify.smoothing.procedures import AnswerKeys, samples
+from certify.smoothing.procedures import AnswerKeys, Sequential, samples
 from certify.smoothing.rng import bound_draw
-from certify.smoothing.sequential_tests import SequentialTest
-from certify.types import Certificate, Radii
+from certify.types import Certificate
 
 _LOG = logging.getLogger("certify")
 
@@ -156,7 +155,7 @@ def answered(
             yield task.place, ImageRow.unusable(procedure, task.id, task.label, str(error), since_last())
             tell(1 if procedure.sequential else samples(procedure))
 
-    answers = _sequential if procedure.sequential else _fixed
+    answers = _sequential if isinstance(procedure, Sequential) else _fixed
     for target, clean, keys, labels in answers(smoothed, usable(), settings, tell):
         task, image = target.tag.task, target.image
         assert isinstance(image, Tensor)
@@ -217,16 +216,12 @@ def _sequential(
 ) -> Iterator[Answered]:
     """Answer from as many samples as each image needs, in the order in which they are settled."""
     procedure = settings.procedure
-    (stage,) = procedure.stages
-
-    def test(noise: Radii) -> SequentialTest:
-        return procedure.tests(smoothed.num_classes, noise, 0)[stage]
-
+    assert isinstance(procedure, Sequential)
+    test = functools.partial(procedure.test, smoothed.num_classes)
     for settled in smoothed.sample_until_settled(images, test, seed=settings.seed):
         target = settled.tag
-        answer = procedure.answer({stage: settled.test.result()}, smoothed.stated(target.image.numel()))
         assert settled.clean is not None
-        keys = procedure.record(answer) | AnswerKeys(drawn=settled.test.drawn)
+        keys = procedure.record(settled.test.result()) | AnswerKeys(drawn=settled.test.drawn)
         yield target, settled.clean, keys, settled.labels
         tell(1)
 

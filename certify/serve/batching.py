@@ -32,7 +32,7 @@ from certify.serve.protocol import ABSTAINED, Answer, RequestOptions
 from certify.smoothed_classifier import SmoothedClassifier
 from certify.smoothing.certificates import check_counts, needed
 from certify.smoothing.numeric import as_float, as_int
-from certify.smoothing.procedures import Certify, Decide
+from certify.smoothing.procedures import Certify, Decide, stage_tests
 from certify.smoothing.rng import stream_key
 from certify.smoothing.sequential_tests import SequentialTest
 from certify.smoothing.stopping_rules import DEFAULT_RULE
@@ -306,7 +306,7 @@ class Service:
         self.smoothed.check_contract(tensor, again=not self._checked)
         self._checked = True
         on_device = tensor.to(self.smoothed.device)
-        tests = image.procedure.tests(self.smoothed.num_classes, self.stated, batch_size)
+        tests = stage_tests(image.procedure, self.smoothed.num_classes, self.stated, batch_size)
         image.unfinished = len(tests)
         name = stream_name(noise_name(tensor), image.options.seed)
         for stage, test in tests.items():
