@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify.engine.allocator import keep_freed_memory
 from certify.engine.execution import PRECISIONS, Execution, convertible, prepare
-from certify.engine.hardware import machine_name
+from certify.engine.hardware import keep_freed_memory, machine_name
 from certify.engine.monte_carlo import Job, count_votes
 from certify.engine.noisy_classifier import KEPT, Target
 from certify.engine.policy import COMPILE_SECONDS, EngineOptions, count_operations

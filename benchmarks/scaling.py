@@ -5,7 +5,7 @@
 ``LOGS`` are the logs that Cohen, Rosenfeld and Kolter published with their paper (repository locuslab/smoothing,
 data/certify). From each radius follows the leading class's probability; votes are drawn with it and stopped by the rule
 that ``certify --radius`` uses, which gives the samples an image takes. 50,000 images drawn from these then go through
-``certify.cluster.scheduler``, as a run on a cluster hands them out. A worker takes its images one after the other at
+``certify.cluster.driver``, as a run on a cluster hands them out. A worker takes its images one after the other at
 ``--rate`` samples a second, since images that share batches share the device.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtr
 
-from certify.cluster.scheduler import Handing
+from certify.cluster.driver import group_size
 from certify.smoothing.noise import Gaussian
 from certify.smoothing.procedures.decide import RadiusDecision
 
@@ -54,24 +54,15 @@ def samples(p: np.ndarray, sigma: float, radius: float, n: int, seed: int) -> np
     return np.array(found)
 
 
-def makespan(costs: Sequence[float], workers: int, depth: int, delay: float) -> float:
-    """Seconds until the last image is answered; ``delay`` passes between an answer and the next image."""
-    handing = Handing(range(len(costs)), depth)
-    held: dict[int, list[int]] = {k: [] for k in range(workers)}
-    events = [(0.0, k) for k in range(workers)]
-    heapq.heapify(events)
-    end = 0.0
-    while events:
-        now, k = heapq.heappop(events)
-        if held[k]:
-            handing.done(k, held[k].pop(0))
-            end = now
-        idle = not held[k]
-        held[k] += handing.take(k, workers)
-        if held[k]:
-            heapq.heappush(events, (now + costs[held[k][0]] + (delay if idle else 0.0), k))
-    assert not handing.left
-    return end
+def makespan(costs: Sequence[float], workers: int, most: int, delay: float) -> float:
+    """Return the seconds until the last image is answered; ``delay`` passes between an answer and the next images."""
+    free = [0.0] * workers
+    done = 0
+    while done < len(costs):
+        size = group_size(len(costs) - done, workers, most)
+        heapq.heappush(free, heapq.heappop(free) + sum(costs[done : done + size]) + delay)
+        done += size
+    return max(free)
 
 
 def main() -> None:
@@ -87,7 +78,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=222, help="samples a forward pass")
     o = parser.parse_args()
     chance = np.random.default_rng(0)
-    cases = {"n = 100,000": (np.full(IMAGES, 100_100), 2)}
+    cases = {"n = 100,000": (np.full(IMAGES, 100_100), 1)}
     for log in sorted(o.logs.glob("noise_*/test/sigma_*")):
         if log.parts[-3].removeprefix("noise_") != log.name.removeprefix("sigma_"):
             continue  # trained for other noise
@@ -95,10 +86,10 @@ def main() -> None:
         for n in (20_000, 100_000):
             found = samples(p, sigma, o.radius, n, seed=0)
             name = f"decided at {o.radius:g}, sigma {sigma:g}, n <= {n:,}"
-            cases[name] = (chance.choice(found, IMAGES), 1 + -(-2 * o.batch // 16))
-    for name, (drawn, depth) in cases.items():
+            cases[name] = (chance.choice(found, IMAGES), -(-5 * o.batch // 16))
+    for name, (drawn, most) in cases.items():
         for devices in o.devices:
-            work = makespan((drawn / o.rate).tolist(), devices, depth, o.delay)
+            work = makespan((drawn / o.rate).tolist(), devices, most, o.delay)
             even = float(drawn.sum()) / o.rate / devices
             hours = (work + o.start) / 3600
             row = {

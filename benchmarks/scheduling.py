@@ -4,10 +4,9 @@
     python benchmarks/scheduling.py memory --n 1000 100000
 
 ``sleep``: real Ray actors on this machine take images of uneven cost (uniform from 0.2 to 1.8 of the mean, or
-lognormal) through the real driver, but sleep instead of computing and never import torch, so that 64 of them fit on two
-cores. The time is from the first image handed out to the last line written, once all workers stand ready. It is
-compared with the ideal makespan, max(total / workers, longest), and with handing out the same images in the same order
-without any delay.
+lognormal) through the real driver, but sleep instead of computing, so that 64 of them fit on two cores. The time is
+from the first image handed out to the last line written, once all workers are ready. It is compared with the ideal
+makespan, max(total / workers, longest), and with handing out the same images in the same order without any delay.
 
 ``memory``: the largest resident memory of the driver of ``certify --cluster local:1`` on the digits, at each n.
 """
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,14 +33,15 @@ import numpy as np
 
 import certify.cluster.driver
 from certify.cluster.connect import Address, connected
-from certify.cluster.driver import Crew
-from certify.cluster.worker import Line, Order, Sent
+from certify.cluster.driver import WorkerPool
+from certify.cluster.worker import Line, WorkerSpec, WorkItem, code_identity
+from certify.engine.execution import Execution
 from certify.runs.records import ImageRow, RunHeader
 from certify.runs.run_file import RunFile, read_run
 
 
 class Sleeper:
-    """Answers an image after as many seconds as it says."""
+    """An engine that sleeps for as many seconds as each image says."""
 
     def describe(self) -> list[dict[str, Any]]:
         """No pipeline."""
@@ -52,18 +52,19 @@ class Sleeper:
         return {"device": "cpu", "accelerator": None, "torch": "none", "machine": {"threads": 1}}
 
     def prepare(self, image: np.ndarray, samples: int, execution: Any) -> Any:
-        """Nothing to decide."""
-        return SimpleNamespace(precision="float32", folded=False, compiled=False, batch_size=1, why=())
+        """Return settings that nobody uses."""
+        return Execution("float32", False, False, 1)
 
-    def answered(self, sent: Iterable[Sent | None], settings: Any) -> Iterator[Line]:
-        """Sleep, then a line of about the usual length."""
-        for image in sent:
-            assert image is not None
-            (seconds,) = struct.unpack("d", image.raw)  # type: ignore[arg-type]
+    def answer(self, items: Sequence[WorkItem], settings: Any) -> list[Line]:
+        """Sleep, then return lines of about the usual length."""
+        lines: list[Line] = []
+        for item in items:
+            (seconds,) = struct.unpack("d", item.raw)  # type: ignore[arg-type]
             time.sleep(seconds)
             empty = {"prediction": 0, "radius": 0.0, "p_lower": 0.5, "votes": {"0": 100}, "selection": {"0": 10}}
-            row = {"id": image.id, "label": 0, **empty, "trials": 100, "failures": 0, "seconds": seconds}
-            yield image.place, ImageRow.from_json(row)
+            row = {"id": item.id, "label": 0, **empty, "trials": 100, "failures": 0, "seconds": seconds}
+            lines.append((item.place, ImageRow.from_json(row)))
+        return lines
 
 
 def greedy(costs: Sequence[float], workers: int) -> float:
@@ -93,30 +94,31 @@ def sleep(o: argparse.Namespace) -> None:
     with connected(address, device="cpu", gpus=0, threads=1, most=o.images) as slots:
         begun = time.perf_counter()
         light = [replace(slot, threads=None) for slot in slots]  # nothing to share: torch stays outside
-        crew = Crew(light, Order(Sleeper, os.getcwd()), [], lambda text: print(text, file=sys.stderr))
-        crew.prepare(SimpleNamespace(numpy=lambda: np.zeros(1)), 1)  # type: ignore[arg-type]
-        while any(member.stage != "working" for member in crew._members):
-            crew._step()
+        spec = WorkerSpec(Sleeper, os.getcwd(), code_identity(), [])  # type: ignore[arg-type]
+        pool = WorkerPool(light, spec, lambda text: print(text, file=sys.stderr))
+        pool.prepare(SimpleNamespace(numpy=lambda: np.zeros(1)), 1)  # type: ignore[arg-type]
+        while len(pool._free()) < o.workers:
+            pool._wait()
         ready = time.perf_counter()
         before = _memory()
 
-        def read(place: int) -> Sent:
-            return Sent(place, str(place), 0, struct.pack("d", costs[place]))
+        def read(place: int) -> WorkItem:
+            return WorkItem(place, str(place), 0, struct.pack("d", costs[place]))
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run.jsonl"
             with RunFile(path, RunHeader.from_json({"schema": 1, "expected": o.images})) as file:
-                for _, line in crew.answers(range(o.images), read, SimpleNamespace(adaptive=False), depth=o.depth):  # type: ignore[arg-type]
+                for _, line in pool.answers(range(o.images), read, SimpleNamespace(), most=o.most):  # type: ignore[arg-type]
                     file.append(line)
             took = time.perf_counter() - ready
             assert len(read_run(path).images) == o.images
-        crew.close()
+        pool.close()
     found = {
         "workers": o.workers,
         "images": o.images,
         "spread": o.spread,
         "mean": o.mean,
-        "depth": o.depth,
+        "most": o.most,
         "longest": round(costs.max(), 2),
         "start": round(ready - begun, 1),
         "ideal": round(ideal, 2),
@@ -162,7 +164,7 @@ def main() -> None:
     part.add_argument("--images", type=int, default=2000)
     part.add_argument("--mean", type=float, default=5.0, help="seconds an image")
     part.add_argument("--spread", choices=["uniform", "lognormal"], default="uniform")
-    part.add_argument("--depth", type=int, default=2, help="images that a worker holds at once")
+    part.add_argument("--most", type=int, default=1, help="images that a worker gets at once, at most")
     part.add_argument("--seed", type=int, default=0)
     part = parts.add_parser("memory")
     part.set_defaults(run=memory)

@@ -1,91 +1,143 @@
-"""A run on many workers: who gets which image, and what a worker answers. With Ray: ``test_cluster_ray.py``."""
+"""A run on many workers: which worker gets which image, and its answers. With Ray: ``test_cluster_ray.py``."""
 
 from __future__ import annotations
 
 import functools
 import os
 import random
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from command import run
+from small_networks import PLAIN
 
 from certify import SmoothedClassifier, load_images
-from certify.cluster.compatibility import how_it_ended, other_code, other_weights
 from certify.cluster.connect import Address, Slot, cluster_slots, local_slots, require_ray
-from certify.cluster.scheduler import TRIES, Handing
-from certify.cluster.worker import Line, Order, Sent, Worker, code_identity
-from certify.cluster.worker_engine import SmoothedStation
+from certify.cluster.driver import TRIES, WorkerPool, describe_end, group_size
+from certify.cluster.worker import (
+    Line,
+    Plan,
+    Unfit,
+    Worker,
+    WorkerSpec,
+    WorkItem,
+    code_identity,
+    other_code,
+    other_weights,
+)
+from certify.cluster.worker_engine import WorkerEngine
 from certify.errors import RunFault, UserError
 from certify.models.classifier import Classifier
 from certify.runs.config import Settings
+from certify.runs.records import ImageRow
 from certify.runs.runner import Task, answered
 from certify.smoothing.procedures import Certify, Decide, Measure, Predict
 
-# Who gets which image
+# Which worker gets which image
 
 
-def test_every_image_is_answered_once_whoever_dies() -> None:
+ROW = ImageRow.unusable(Certify(), "x", None, "not read")
+
+
+class Died(Exception):
+    """In place of Ray's error."""
+
+
+class ScriptedRay:
+    """Ray's calls on workers that die by chance, or on certain images: a call is run when its result is fetched."""
+
+    exceptions = SimpleNamespace(RayError=Died)
+
+    def __init__(self, chance: random.Random, poison: set[int], risk: float) -> None:
+        self.chance, self.poison, self.risk = chance, poison, risk
+        self.deaths_alone: Counter[int] = Counter()
+        self.largest = 0
+
+    def remote(self, cls: type) -> Any:
+        def create(spec: Any) -> Any:
+            return SimpleNamespace(start=self._method(self._start), answer=self._method(self._answer))
+
+        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=create))
+
+    def _method(self, function: Callable[..., Any]) -> Any:
+        call = SimpleNamespace(remote=lambda *arguments: functools.partial(function, *arguments))
+        return SimpleNamespace(options=lambda max_task_retries: call)
+
+    def _start(self) -> tuple[str, dict[str, Any]]:
+        if self.chance.random() < self.risk:
+            raise Died("at the start")
+        return "worker", {}
+
+    def _answer(self, items: Sequence[WorkItem], settings: Any, plan: Any) -> list[Line]:
+        places = [item.place for item in items]
+        self.largest = max(self.largest, len(places))
+        if self.poison & set(places) or self.chance.random() < self.risk:
+            self.deaths_alone.update(places if len(places) == 1 else ())
+            raise Died("at work")
+        return [(place, ROW) for place in places]
+
+    def wait(self, calls: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        assert calls
+        return [self.chance.choice(calls)], []
+
+    def get(self, call: Any) -> Any:
+        return call()
+
+    def kill(self, actor: Any, no_restart: bool) -> None:
+        pass
+
+
+def test_every_image_is_answered_once_whoever_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers die at random, a few images kill whoever has them: those are set aside, all others are answered once."""
     for seed in range(200):
         chance = random.Random(seed)
-        images, workers, depth = chance.randint(1, 60), chance.randint(1, 8), chance.randint(1, 9)
+        images, workers, most = chance.randint(1, 60), chance.randint(1, 8), chance.randint(1, 9)
         poison = {place for place in range(images) if chance.random() < 0.05}
-        handing, names = Handing(range(images), depth), list(range(workers))
+        ray = ScriptedRay(chance, poison, risk=0.02)
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        spec = WorkerSpec(lambda: None, "", {}, [])  # type: ignore[arg-type,return-value]
+        pool = WorkerPool([Slot(None, 1, 0.0, 1)] * workers, spec, lambda warning: None)
         answers: Counter[int] = Counter()
         aside: set[int] = set()
-        deaths_alone: Counter[int] = Counter()
-        while handing.left:
-            k = chance.randrange(workers)
-            handing.take(names[k], workers)
-            held = set(handing.held[names[k]])
-            assert len(held) <= depth
-            if held & poison or (held and chance.random() < 0.02):
-                if len(held) == 1:
-                    deaths_alone.update(held)
-                aside.update(handing.lost(names[k]))
-                names[k] = max(names) + 1
-            elif held:
-                place = chance.choice(sorted(held))
-                assert handing.done(names[k], place)
+        for place, line in pool.answers(range(images), lambda k: WorkItem(k, str(k), None, b""), None, most=most):  # type: ignore[arg-type]
+            if isinstance(line, str):
+                assert line.startswith("is set aside: its worker failed 3 times on it alone (")
+                aside.add(place)
+            else:
                 answers[place] += 1
         assert set(answers) | aside == set(range(images))
         assert set(answers.values()) <= {1}
-        assert not set(answers) & (aside | poison)
-        assert all(deaths_alone[place] >= TRIES for place in aside)
+        assert poison <= aside
+        assert not set(answers) & aside
+        assert all(ray.deaths_alone[place] == TRIES for place in aside)
+        assert ray.largest <= most
 
 
-def test_an_innocent_image_is_not_blamed_for_what_shares_its_worker() -> None:
-    handing = Handing([3, 4, 5, 6], depth=9)
-    assert handing.take("a", 1) == [3, 4]  # half of what is left
-    handing.take("b", 1)
-    assert handing.lost("a") == []
-    assert handing.take("c", 1) == [3]
-    assert handing.take("c", 1) == []  # alone
-    assert handing.done("c", 3)
-    for name in "cde":
-        assert handing.take(name, 1) == [4]
-        assert handing.lost(name) == ([4] if name == "e" else [])
-    assert handing.done("a", 3) is False  # an answer of a worker that was given up is nobody's
+def test_workers_that_finish_nothing_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ScriptedRay(random.Random(0), set(), risk=1.0))
+    spec = WorkerSpec(lambda: None, "", {}, [])  # type: ignore[arg-type,return-value]
+    pool = WorkerPool([Slot(None, 1, 0.0, 1)] * 2, spec, lambda warning: None)
+    with pytest.raises(RunFault, match=r"12 workers failed one after the other and finished no image; .*at the start"):
+        list(pool.answers([0], lambda k: WorkItem(k, "", None, b""), None, most=1))  # type: ignore[arg-type]
 
 
 def test_none_waits_beside_an_idle_worker_at_the_end() -> None:
-    """With costs unlike each other, workers end within one image of each other, whatever depth they are given."""
-    chance = np.random.default_rng(0)
-    costs, workers = chance.uniform(0.2, 1.8, 400), 8
-    handing, free, held = Handing(range(400), depth=20), [0.0] * workers, [[] for _ in range(workers)]
-    while handing.left:
-        k = min(range(workers), key=lambda k: free[k] if held[k] or handing.waiting else np.inf)
-        held[k] += handing.take(k, workers)
-        place = held[k].pop(0)
-        free[k] += costs[place]
-        handing.done(k, place)
-    assert max(free) <= costs.sum() / workers + costs.max()
+    """With costs unlike each other, workers end within one image of each other, whatever a worker may get at once."""
+    costs, workers = np.random.default_rng(0).uniform(0.2, 1.8, 400).tolist(), 8
+    free, done = [0.0] * workers, 0
+    while done < len(costs):
+        k = free.index(min(free))
+        size = group_size(len(costs) - done, workers, 20)
+        free[k] += sum(costs[done : done + size])
+        done += size
+    assert max(free) <= sum(costs) / workers + max(costs)
 
 
 # Addresses and devices
@@ -148,12 +200,12 @@ def test_other_code_and_other_weights_are_named_on_both_sides() -> None:
     assert "a pipeline of 2 steps, this driver one of 1" in other_weights(steps, steps * 2, "w")
 
 
-def test_how_a_worker_ended_is_one_line() -> None:
-    assert how_it_ended(RuntimeError("x"), UserError("no such file")) == "no such file"
-    assert how_it_ended(RuntimeError("x"), ZeroDivisionError("by zero")) == "ZeroDivisionError: by zero"
+def test_the_end_of_a_worker_is_one_line() -> None:
+    assert describe_end(RuntimeError("x"), UserError("no such file")) == "no such file"
+    assert describe_end(RuntimeError("x"), ZeroDivisionError("by zero")) == "ZeroDivisionError: by zero"
     report = "The actor died.\n  pid: 1\nWorker exit type: SYSTEM_ERROR detail. Some common causes include: (1) memory"
-    assert how_it_ended(RuntimeError(report), None) == "Worker exit type: SYSTEM_ERROR detail."
-    assert how_it_ended(RuntimeError(""), None) == "RuntimeError"
+    assert describe_end(RuntimeError(report), None) == "Worker exit type: SYSTEM_ERROR detail."
+    assert describe_end(RuntimeError(""), None) == "RuntimeError"
 
 
 # What a worker answers
@@ -167,21 +219,14 @@ SETTINGS = {
 }
 
 
-def collect(worker: Worker, sent: list[Sent], settings: Any, seconds: float = 60.0) -> list[Line]:
-    """Everything the worker answers to these images, given a few at a time."""
-    found: list[Line] = []
-    queue, end = list(sent), time.monotonic() + seconds
-    while len(found) < len(sent):
-        assert time.monotonic() < end, "no answer"
-        some, queue = queue[:3], queue[3:]
-        found += worker.exchange(some, settings, 0.05)
-    return found
+def spec_of(build: Callable[[], Any], steps: Sequence[Mapping[str, Any]]) -> WorkerSpec:
+    return WorkerSpec(build, os.getcwd(), code_identity(), steps)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_worker_writes_the_lines_of_a_single_machine(kind: str, digits: Classifier) -> None:
     settings, images = SETTINGS[kind], load_images("digits", digits, skip=50)
-    bad = Sent(10, "unreadable", None, None, "is empty")
+    bad = WorkItem(10, "unreadable", None, None, "is empty")
 
     def lines(found: Iterable[Line]) -> dict[int, dict[str, Any]]:
         return {place: {k: v for k, v in line.items() if k != "seconds"} for place, line in found}
@@ -189,31 +234,34 @@ def test_a_worker_writes_the_lines_of_a_single_machine(kind: str, digits: Classi
     tasks = [
         Task(k, images.items[k].id, images.labels[k], functools.partial(images.load, k)) for k in range(len(images))
     ]
-    alone = lines(answered(SmoothedClassifier(digits, 0.25), tasks, settings))
-    worker = Worker()
-    steps, facts = worker.build(
-        Order(functools.partial(SmoothedStation, functools.partial(SmoothedClassifier, digits, 0.25)), os.getcwd())
-    )
+    smoothed = SmoothedClassifier(digits, 0.25)
+    alone = lines(answered(smoothed, tasks, settings))
+    load = functools.partial(SmoothedClassifier, digits, 0.25)
+    worker = Worker(spec_of(functools.partial(WorkerEngine, load), smoothed.base.record()))
+    _, facts = worker.start()
     assert facts["device"] == "cpu"
-    assert steps[0]["sha256"]
     example = images.load(0).numpy()
-    assert worker.ask("prepare", example, 1000, None).plain
-    assert worker.ask("measure_rate", example) > 0
-    assert worker.ask("base_labels", [example]) == [alone[0]["base"]]
-    sent = [Sent(t.place, t.id, t.label, np.asarray(images.items[t.place].read())) for t in tasks]
-    for image in sent:
-        assert isinstance(image.raw, np.ndarray)
-        image.raw.setflags(write=False)  # as what comes out of Ray's store
-    found = lines(collect(worker, [sent[0], bad, *sent[1:]], settings))
+    execution = worker.prepare(example, 1000, None)
+    assert execution.plain
+    plan = Plan(execution, example, facts)
+    assert worker.ask("measure_rate", plan, example) > 0
+    assert worker.ask("base_labels", plan, [example]) == [alone[0]["base"]]
+    items = [WorkItem(t.place, t.id, t.label, np.asarray(images.items[t.place].read())) for t in tasks]
+    for item in items:
+        assert isinstance(item.raw, np.ndarray)
+        item.raw.setflags(write=False)  # as what comes out of Ray's store
+    found = lines(worker.answer([items[0], bad, *items[1:]], settings, plan))
     assert found.pop(10)["error"] == "is empty"
     assert found == alone
-    again = lines(collect(worker, sent[:2], settings))  # after it had nothing to do
-    assert again == {place: alone[place] for place in (0, 1)}
-    assert lines(collect(worker, [bad], settings))[10]["error"] == "is empty"
+    restarted = Worker(worker._spec)  # by Ray: it builds and prepares what it needs
+    assert lines(restarted.answer(items[:2], settings, plan)) == {place: alone[place] for place in (0, 1)}
+    assert lines(restarted.answer([bad], settings, plan))[10]["error"] == "is empty"
+    with pytest.raises(Unfit, match=r"^torch 0\.9 there, 2\.\d+ on the others$|^torch .* there, 0\.9 on the others$"):
+        restarted.answer(items[:1], settings, replace(plan, facts=facts | {"torch": "0.9"}))
 
 
-class Stubborn:
-    """A station that fails as it is told."""
+class Failing:
+    """An engine that fails with this error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -222,13 +270,13 @@ class Stubborn:
         return []
 
     def facts(self) -> dict[str, Any]:
-        return {}
+        return {"device": "cpu", "accelerator": None, "torch": "2"}
 
-    def answered(self, sent: Iterable[Sent], settings: Any) -> Iterator[Line]:
-        for image in sent:
-            if image.place == 2:
-                raise self.error
-            yield image.place, {}
+    def prepare(self, image: Any, samples: int, execution: Any) -> Any:
+        return execution
+
+    def answer(self, items: Iterable[WorkItem], settings: Any) -> list[Line]:
+        raise self.error
 
 
 @pytest.mark.parametrize(
@@ -238,14 +286,32 @@ class Stubborn:
         (ZeroDivisionError("by zero"), RunFault, "^ZeroDivisionError: by zero$"),
     ],
 )
-def test_what_ends_the_work_is_told_after_what_was_done(error: Exception, kind: type[Exception], words: str) -> None:
-    worker = Worker()
-    worker.build(Order(functools.partial(Stubborn, error), os.getcwd()))
-    settings = SimpleNamespace(procedure=Certify())
-    found = worker.exchange([Sent(k, str(k), None, b"") for k in range(3)], settings, 5.0)  # type: ignore[arg-type]
-    while len(found) < 2:
-        found += worker.exchange([], settings, 5.0)  # type: ignore[arg-type]
-    for _ in range(2):  # and nothing goes on after that
-        with pytest.raises(kind, match=words):
-            worker.exchange([], settings, 5.0)  # type: ignore[arg-type]
-    assert [place for place, _ in found] == [0, 1]
+def test_errors_at_work_travel(error: Exception, kind: type[Exception], words: str) -> None:
+    worker = Worker(spec_of(functools.partial(Failing, error), []))
+    plan = Plan(PLAIN, np.zeros(1), worker.start()[1])
+    with pytest.raises(kind, match=words):
+        worker.answer([], SETTINGS["certify"], plan)
+
+
+def test_what_does_not_fit_is_refused_by_the_worker() -> None:
+    """The user's mistakes are errors; a machine that cannot build the pipeline or run as planned is left out."""
+    engine = functools.partial(Failing, ZeroDivisionError())
+    with pytest.raises(UserError, match="install the same version on every machine"):
+        Worker(replace(spec_of(engine, []), code={"certify": "9.9", "code": "0"})).start()
+    with pytest.raises(UserError, match="has a pipeline of 0 steps, this driver one of 1"):
+        Worker(spec_of(engine, [{"step": "classifier"}])).start()
+
+    def missing() -> Any:
+        raise UserError("no such file: net.pt")
+
+    with pytest.raises(Unfit, match=r"no such file: net\.pt"):
+        Worker(spec_of(missing, [])).start()
+
+    class Eager(Failing):
+        def prepare(self, image: Any, samples: int, execution: Any) -> Any:
+            return replace(execution, compiled=False, why=("no compiler",))
+
+    worker = Worker(spec_of(functools.partial(Eager, ZeroDivisionError()), []))
+    plan = Plan(replace(PLAIN, compiled=True), np.zeros(1), worker.start()[1])
+    with pytest.raises(Unfit, match=r"it can only run as float32, eager, batches of 50 \(no compiler\)"):
+        worker.answer([], SETTINGS["certify"], plan)

@@ -22,7 +22,7 @@ from small_networks import network, trained
 from torch import Tensor, nn
 
 from certify import SmoothedClassifier, load_classifier, load_images, read_run
-from certify.cluster.worker_engine import SmoothedStation
+from certify.cluster.worker_engine import WorkerEngine
 from certify.errors import CertifyError, RunFault, UserError
 from denoisers import load_denoiser
 
@@ -98,7 +98,7 @@ def test_python_refuses(offender: str, image: Tensor) -> None:
 @pytest.mark.parametrize("offender", LISTED)
 def test_a_worker_of_a_cluster_refuses(offender: str, image: Tensor) -> None:
     with pytest.raises(UserError, match=f"^the {blamed(offender, '')} answers differently"):
-        SmoothedStation(lambda: smoothed(offender)).prepare(image.numpy(), 100, None)
+        WorkerEngine(lambda: smoothed(offender)).prepare(image.numpy(), 100, None)
 
 
 @pytest.mark.parametrize("offender", LISTED)

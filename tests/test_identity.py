@@ -14,9 +14,9 @@ import pytest
 import torch
 from command import run
 
-from certify import SmoothedClassifier, load_classifier, load_images, read_run
-from certify.cluster.worker import Order, Worker
-from certify.cluster.worker_engine import SmoothedStation
+from certify import SmoothedClassifier, UserError, load_classifier, load_images, read_run
+from certify.cluster.worker import Worker, WorkerSpec, code_identity
+from certify.cluster.worker_engine import WorkerEngine
 
 Capture = pytest.CaptureFixture[str]
 RUN = "--data digits --sigma 0.25 --n 100 --n0 10 --max 4 --quiet "
@@ -283,10 +283,9 @@ def test_an_onnx_run_that_names_no_other_files_is_resumed_on_trust_alone(here: P
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_a_worker_with_other_files_is_refused(model: str, here: Path, digits: Any) -> None:
-    """What a worker says of its pipeline, against the driver's, before it is given an image."""
+    """The worker compares its pipeline with the driver's before it is given an image."""
     from certify.cli.load import load_smoothed
     from certify.cli.option_groups import ComputeOptions, InputOptions, NoiseOptions
-    from certify.cluster.compatibility import other_weights
 
     named = dict(zip(model.split()[::2], model.split()[1::2], strict=True))
     load = functools.partial(
@@ -298,14 +297,15 @@ def test_a_worker_with_other_files_is_refused(model: str, here: Path, digits: An
         probe_size=(1, 8, 8),
     )
     mine = load().base.record()
-    worker = Worker()
-    steps, _ = worker.build(Order(lambda: SmoothedStation(load), str(here)))
-    assert other_weights(mine, steps, "the worker on h") == ""
+    spec = WorkerSpec(lambda: WorkerEngine(load), str(here), code_identity(), mine)
+    Worker(spec).start()
     retrain(1)
-    steps, _ = worker.build(Order(lambda: SmoothedStation(load), str(here)))
     kind, name = "denoiser" if "denoise" in model else "classifier", model.rpartition(" ")[2]
-    assert other_weights(mine, steps, "the worker on h") == (
-        f"the worker on h gives other answers of {kind} {name} to the same probe images than this driver: "
+    with pytest.raises(UserError) as refused:
+        Worker(spec).start()
+    assert str(refused.value).startswith("the worker on ")
+    assert str(refused.value).endswith(
+        f" gives other answers of {kind} {name} to the same probe images than this driver: "
         "give every machine the same code, and the same files that it reads"
     )
 

@@ -27,8 +27,8 @@ from certify.errors import UserError
 
 if TYPE_CHECKING:
     from certify.cluster.connect import Address
-    from certify.cluster.driver import Crew
-    from certify.cluster.worker_engine import SmoothedStation
+    from certify.cluster.driver import WorkerPool
+    from certify.cluster.worker_engine import WorkerEngine
     from certify.runs.shards import Shard
     from certify.smoothed_classifier import SmoothedClassifier
 
@@ -81,7 +81,7 @@ def workers_for(
     norm: str | None,
     smoothed: SmoothedClassifier,
     images: int,
-) -> Iterator[Crew | None]:
+) -> Iterator[WorkerPool | None]:
     """Start the workers of the cluster, no more than images; yield None without a cluster.
 
     Args:
@@ -99,24 +99,25 @@ def workers_for(
     import torch
 
     from certify.cluster.connect import connected
-    from certify.cluster.driver import Crew
-    from certify.cluster.worker import Order
+    from certify.cluster.driver import WorkerPool
+    from certify.cluster.worker import WorkerSpec, code_identity
 
     address, gpus, threads = distribution.address, torch.cuda.device_count(), torch.get_num_threads()
     with connected(address, device=compute.device, gpus=gpus, threads=threads, most=images) as slots:
         probe_size = smoothed.classifier.probe_size  # type: ignore[attr-defined]
         on_worker = replace(compute, device="cuda" if slots[0].gpus else "cpu")
         load = functools.partial(load_smoothed, model.model, model, noise, on_worker, norm=norm, probe_size=probe_size)
-        order = Order(functools.partial(worker_engine, load), os.getcwd())
-        with contextlib.closing(Crew(slots, order, smoothed.base.record(), warn)) as crew:
-            yield crew
+        build = functools.partial(worker_engine, load)
+        spec = WorkerSpec(build, os.getcwd(), code_identity(), smoothed.base.record())
+        with contextlib.closing(WorkerPool(slots, spec, warn)) as pool:
+            yield pool
 
 
-def worker_engine(load: functools.partial[SmoothedClassifier]) -> SmoothedStation:
+def worker_engine(load: functools.partial[SmoothedClassifier]) -> WorkerEngine:
     """Build the engine of a worker, which loads the smoothed classifier itself."""
-    from certify.cluster.worker_engine import SmoothedStation
+    from certify.cluster.worker_engine import WorkerEngine
 
-    return SmoothedStation(load)
+    return WorkerEngine(load)
 
 
 class MergeOptions(Options):

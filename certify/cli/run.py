@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from certify.cli.load import AnyProcedure
     from certify.cli.plan import Engine
-    from certify.cluster.driver import Crew
+    from certify.cluster.driver import WorkerPool
     from certify.engine.execution import Execution
     from certify.images.dataset import ImageSet
     from certify.runs.config import Settings
@@ -144,13 +144,13 @@ def _execute(
     first = first_image(images)
     if first is not None and any("fingerprint" in step for step in header.pipeline):
         smoothed.check_contract(first)  # before fingerprints are compared: randomness would look like another model
-    with workers_for(distribution, model, noise, compute, norm, smoothed, len(places)) as crew:
-        header = header if crew is None else header.replace(**crew.facts())
+    with workers_for(distribution, model, noise, compute, norm, smoothed, len(places)) as pool:
+        header = header if pool is None else header.replace(**pool.facts())
         header = header if distribution.shard is None else distribution.shard.header(header)
         path = output_path(output.out, [*_file_words(header), *distribution.words()], header)
         show_plan(smoothed, images, settings, header, say)
         begun = peek_header(path)
-        engine: Engine = smoothed if crew is None else crew
+        engine: Engine = smoothed if pool is None else pool
         if isinstance(begun, RunHeader):
             execution = execution_of(begun, smoothed.options)
         else:
@@ -158,7 +158,7 @@ def _execute(
             work = -(-len(images) // parts) * expected_samples(settings.procedure)
             execution = _choose_execution(engine, first, work, say, sharded=distribution.shard is not None)
         if execution is not None:
-            show_engine(execution, smoothed, say, "" if crew is None else crew.where())
+            show_engine(execution, smoothed, say, "" if pool is None else pool.where())
             header = with_execution(header, execution)
         with RunFile(path, header, trust_identity=output.trust_identity) as file:
             present = f": {len(file.done):,} of {len(places):,} images are there already" if file.resumed else ""
@@ -172,7 +172,7 @@ def _execute(
                         _prepare_as(engine, first, execution, f"{file.path} was begun")
                     check_base(engine, smoothed, images)
                     rate = engine.measure_rate(first)
-                _process(crew, smoothed, images, places, settings, file, rate, strict=data.strict, say=say)
+                _process(pool, smoothed, images, places, settings, file, rate, strict=data.strict, say=say)
     summarise(read_run(path), radii, as_json=output.as_json, rate=rate)
 
 
@@ -201,7 +201,7 @@ def _prepare_as(engine: Engine, image: Tensor, execution: Execution, what: str) 
 
 
 def _process(
-    crew: Crew | None,
+    pool: WorkerPool | None,
     smoothed: SmoothedClassifier,
     images: ImageSet,
     places: Sequence[int],
@@ -217,24 +217,24 @@ def _process(
 
     left, each = len(places) - len(file.done), samples(settings.procedure)
     if rate is not None:
-        total, speed = left * each, rate * (1 if crew is None else len(crew))
+        total, speed = left * each, rate * (1 if pool is None else len(pool))
         most = "at most " if settings.procedure.sequential else ""
         work = f"{left:,} images x {most}{each:,} samples = {total:,}"
         say(f"cost       {work}: {most}about {clock(total / speed)}")
-    by_image = settings.procedure.sequential or crew is not None
+    by_image = settings.procedure.sequential or pool is not None
     total, unit = (left, "images") if by_image else (left * each, "samples")
     with (
         progress_bar(total, unit, hidden=say is silent, scaled=not by_image) as bar,
         few_warnings("; the run file says why") as left_out,
     ):
-        if crew is None:
+        if pool is None:
             from certify.runs.runner import process
 
             process(smoothed, images, settings, file, places=places, strict=strict, progress=bar.update, warn=left_out)
         else:
             from certify.cluster.run import process_on
 
-            process_on(crew, images, settings, file, places=places, strict=strict, progress=bar.update, warn=left_out)
+            process_on(pool, images, settings, file, places=places, strict=strict, progress=bar.update, warn=left_out)
 
 
 def _file_words(header: RunHeader) -> list[str]:

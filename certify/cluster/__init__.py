@@ -1,1 +1,1 @@
-"""The same run on many devices: actors of a Ray application label, the driver alone writes (extra ``cluster``)."""
+"""One run on the workers of a Ray cluster; the driver alone writes the run file (extra ``cluster``)."""

@@ -1,7 +1,7 @@
-"""To a Ray cluster, or one of this machine's own; which devices it has, and one slot for a worker on each.
+"""Connect to a Ray cluster, or start one on this machine; list its devices, one slot for a worker on each.
 
-Ray's usage statistics and its dashboard stay off. A cluster of this machine's own is guarded by a token that is drawn
-for it and never reaches a file.
+Ray's usage statistics and its dashboard stay off. A cluster on this machine is guarded by a token that is drawn for it
+and never reaches a file.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from certify.errors import RunFault, UserError, first_line
 from certify.models.resolve import reachable
 
 CONNECT_SECONDS = 60.0
-"""How long a cluster may take to answer."""
+"""Time limit of one attempt to connect to a cluster."""
 
-_MOST_LOCAL = 8  # workers on the processor of this machine, unless told
-_STORE_BYTES = 2**29  # of images under way, on this machine
+_ATTEMPTS = 3  # to start a cluster here, or to connect as a client: Ray gives its own processes 30 s, busy or not
+_MOST_LOCAL = 8  # workers on the processor of this machine, unless the user says how many
+_STORE_BYTES = 2**29  # of images in flight, on this machine
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where the workers are: ``local`` (this machine), ``auto`` (the cluster this machine is in) or ``ray://HOST:PORT``.
+    """The address of the workers.
 
     Attributes:
-        where: as above.
-        workers: on this machine; None leaves it open.
+        where: ``local`` (this machine), ``auto`` (the cluster this machine belongs to) or ``ray://HOST:PORT``.
+        workers: their number on this machine; None chooses.
     """
 
     where: str
@@ -40,7 +41,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """What ``--cluster`` takes.
+        """Parse the value of ``--cluster``.
 
         Raises:
             UserError: anything else.
@@ -65,8 +66,8 @@ class Slot:
 
     Attributes:
         node: Ray's name of the machine; None: any.
-        cpus: of Ray's resources.
-        gpus: of Ray's resources; below 1 where workers share a device.
+        cpus: processors, as Ray counts them.
+        gpus: GPUs, as Ray counts them; below 1 where workers share a device.
         threads: of the processor for torch; None leaves it to torch.
     """
 
@@ -76,17 +77,18 @@ class Slot:
     threads: int | None
 
     def options(self) -> dict[str, Any]:
-        """For the actor: never restarted by Ray, since its images must be asked for again."""
-        found: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": 0, "max_task_retries": 0}
+        """Return the options of the actor: Ray restarts it, and its calls wait meanwhile."""
+        restarts = {"max_restarts": -1, "max_task_retries": -1}
+        options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus, **restarts}
         if self.node is not None:
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-            found["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.node, soft=True)
-        return found
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.node, soft=True)
+        return options
 
 
 def require_ray(address: Address) -> None:
-    """Refuse before anything is loaded what cannot work.
+    """Refuse what cannot work, before anything is loaded.
 
     Raises:
         UserError: Ray is not installed.
@@ -107,14 +109,14 @@ def require_ray(address: Address) -> None:
 
 @contextlib.contextmanager
 def connected(address: Address, *, device: str, gpus: int, threads: int, most: int) -> Iterator[list[Slot]]:
-    """A connection to the cluster, and the slots for workers on it; it ends with the block.
+    """Connect to the cluster for the duration of the block, and yield the slots for workers on it.
 
     Args:
         address: of the cluster.
-        device: ``auto``, ``cpu`` or ``cuda``: what the workers are to use.
-        gpus: of this machine, for a cluster of its own.
-        threads: of torch on this machine, to be shared between the workers of its own cluster.
-        most: workers that there is work for.
+        device: ``auto``, ``cpu`` or ``cuda``: the workers' device.
+        gpus: of this machine, for a cluster on it.
+        threads: of torch on this machine, to be shared between the workers of a cluster on it.
+        most: largest number of workers that there is work for.
 
     Raises:
         RunFault: the cluster does not answer.
@@ -135,7 +137,7 @@ def connected(address: Address, *, device: str, gpus: int, threads: int, most: i
             _start(count, gpus, common)
             slots = local_slots(count, gpus, threads)
         else:
-            _bounded(address.where, common)
+            _connect(address.where, common)
             slots = cluster_slots([node for node in ray.nodes() if node["Alive"]], device)
         if device == "cuda" and not any(slot.gpus for slot in slots):
             raise UserError(f"--device cuda: the cluster {address.where} has no GPU; expected auto or cpu")
@@ -148,10 +150,10 @@ def connected(address: Address, *, device: str, gpus: int, threads: int, most: i
 
 
 def _start(count: int, gpus: int, common: Mapping[str, Any]) -> None:
-    """A cluster on this machine. Ray gives its own processes 30 seconds, which a busy machine may miss."""
+    """Start a cluster on this machine."""
     import ray
 
-    for left in (2, 1, 0):
+    for attempt in range(1, _ATTEMPTS + 1):
         try:
             ray.init(
                 address="local",
@@ -163,14 +165,32 @@ def _start(count: int, gpus: int, common: Mapping[str, Any]) -> None:
             )
         except Exception as error:  # Ray's own kinds, down to bare Exception
             ray.shutdown()
-            if not left:
+            if attempt == _ATTEMPTS:
                 raise RunFault(f"Ray does not start on this machine: {first_line(error)}; nothing was done") from error
         else:
             return
 
 
-def _bounded(where: str, common: Mapping[str, Any]) -> None:
-    """Connect, or say within bounds that it cannot be done: Ray itself may wait for minutes."""
+def _connect(where: str, common: Mapping[str, Any]) -> None:
+    """Connect to a running cluster; once more where it answers but could not start its side of the connection."""
+    import ray
+
+    for attempt in range(1, _ATTEMPTS + 1):
+        error = _connect_once(where, common)
+        if error is None:
+            return
+        if isinstance(error, ConnectionAbortedError) and attempt < _ATTEMPTS:
+            ray.shutdown()
+            continue
+        if isinstance(error, ConnectionError) and where == "auto":
+            raise RunFault(
+                "--cluster auto: this machine is in no running Ray cluster; expected local, or ray://HOST:PORT"
+            )
+        raise RunFault(f"--cluster {where}: {_reason(error)}") from error
+
+
+def _connect_once(where: str, common: Mapping[str, Any]) -> BaseException | None:
+    """Try to connect, in a thread, since Ray itself may wait for minutes; return the error, or None."""
     import ray
 
     outcome: list[BaseException | None] = []
@@ -187,20 +207,23 @@ def _bounded(where: str, common: Mapping[str, Any]) -> None:
     thread.join(CONNECT_SECONDS)
     if not outcome:
         raise RunFault(f"--cluster {where} did not answer within {CONNECT_SECONDS:.0f} s; is it a Ray cluster?")
-    if isinstance(outcome[0], ConnectionError) and where == "auto":
-        raise RunFault("--cluster auto: this machine is in no running Ray cluster; expected local, or ray://HOST:PORT")
-    if outcome[0] is not None:
-        raise RunFault(f"--cluster {where}: {first_line(outcome[0])}") from outcome[0]
+    return outcome[0]
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error of Ray's as one line: its first line may only announce the second."""
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[:2])[:200] if lines and lines[0].endswith(":") else first_line(error)
 
 
 def local_slots(count: int, gpus: int, threads: int) -> list[Slot]:
-    """Workers on this machine: its devices and cores shared between them."""
+    """Return slots on this machine, which share its devices and cores."""
     share = 1 / -(-count // gpus) if gpus else 0.0
     return [Slot(None, 1, share, max(1, threads // count))] * count
 
 
 def cluster_slots(nodes: Sequence[Mapping[str, Any]], device: str) -> list[Slot]:
-    """One worker a GPU; where there is none, or none is wanted, one a machine with all its cores."""
+    """Return one slot per GPU; without GPUs, or for ``cpu``, one per machine with all its cores."""
     found = [(str(node["NodeID"]), node["Resources"]) for node in nodes]
     slots = [Slot(name, 0, 1.0, None) for name, has in found for _ in range(int(has.get("GPU", 0)))]
     if slots and device != "cpu":

@@ -1,308 +1,278 @@
-"""The driver of a run on a cluster: starts the workers, checks them, hands images out, writes what comes back.
+"""The driver of a run on a cluster: gives images to the workers and yields the lines that come back.
 
-It alone writes the run file. A worker that dies is replaced, as Ray finds room; its images go to others
-(:mod:`certify.cluster.scheduler`). A worker that does not fit the run is refused.
+Ray restarts a worker whose process or machine dies; the images it held run again one at a time, so that a further death
+can be blamed on one of them. An image that its worker does not survive alone ``TRIES`` times is set aside. The driver
+alone writes the run file.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from certify.cluster.compatibility import how_it_ended, other_code, other_weights
 from certify.cluster.connect import Slot
-from certify.cluster.scheduler import TRIES, Handing
-from certify.cluster.worker import Line, Order, Sent, Worker, code_identity
-from certify.errors import CertifyError, RunFault, UserError
+from certify.cluster.worker import Line, Plan, Unfit, Worker, WorkerSpec, WorkItem
+from certify.errors import RunFault, UserError, in_words
 from certify.runs.run_file import SET_ASIDE
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from certify.engine.execution import Execution
     from certify.runs.config import Settings
     from certify.runs.records import ImageRow
 
-PATIENCE = 600.0
-"""Seconds without any news from any worker until the run is given up."""
+TRIES = 3
+"""Deaths of a worker on one image alone until the image is set aside."""
 
-_TURN = 10.0  # seconds that a worker waits for a line before it answers, so that it can be given more
-_GLANCE = 2.0  # seconds that the driver waits for any worker before it looks around
-_AHEAD = 64  # images that are read before anybody asks for them
-_SAME = ("device", "accelerator", "torch")  # facts that shape the noise or the arithmetic
+PATIENCE = 600.0
+"""Seconds for which the run waits for a worker to start while none is at work."""
+
+_POLL = 2.0  # seconds of one wait, after which signals are handled
+_READERS = 8  # threads that read images ahead of the workers
 
 
 @dataclass(eq=False)
-class _Member:
-    """A worker as the driver sees it: its actor, and the one call that is under way."""
+class _Handle:
+    """A worker as the driver sees it."""
 
-    slot: Slot
     actor: Any
-    stage: str = "hello"
-    call: Any = None
-    told: Execution | None = None
-    why: str = ""
     name: str = "a worker"
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] | None = None
 
 
-class Crew:
-    """Workers of a cluster, as one place that runs the base classifier.
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call that is under way: the start of a worker, or images that it answers."""
+
+    worker: _Handle
+    places: Sequence[int] = ()
+
+
+class WorkerPool:
+    """The workers of a cluster, as one place that runs the base classifier.
 
     Args:
         slots: one for each worker.
-        order: what they build.
-        steps: the pipeline as the driver knows it, with its hashes.
-        warn: told of workers that are lost or left out.
+        spec: what they build.
+        warn: called with a message about every worker that fails or is left out.
     """
 
-    def __init__(
-        self, slots: Sequence[Slot], order: Order, steps: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
-    ) -> None:
+    def __init__(self, slots: Sequence[Slot], spec: WorkerSpec, warn: Callable[[str], None]) -> None:
         import ray
 
-        self._ray, self._remote = ray, ray.remote(Worker)
-        self._order, self._steps, self._warn = order, list(steps), warn
-        self._mine = code_identity()
-        self._facts: dict[str, Any] = {}
+        self._ray, self._warn = ray, warn
         self.execution: Execution | None = None
-        self._example: np.ndarray | None = None
-        self._heard = time.monotonic()
-        self._deaths, self._last = 0, ""
-        self._members = [self._start(slot) for slot in slots]
+        self._plan: Plan | None = None
+        self._calls: dict[Any, _Call] = {}
+        self._failures, self._reason = 0, ""
+        actor_class = ray.remote(Worker)
+        self._workers = [
+            _Handle(actor_class.options(**slot.options()).remote(replace(spec, threads=slot.threads))) for slot in slots
+        ]
+        for worker in self._workers:
+            self._start(worker)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._workers)
 
     def close(self) -> None:
         """End all workers."""
-        for member in list(self._members):
-            self._remove(member)
-
-    # One place that runs the base classifier, for whoever plans
+        for worker in list(self._workers):
+            self._remove(worker)
 
     def facts(self) -> dict[str, Any]:
-        """Device, versions and machine of the first worker, for the header; all others have the same device."""
-        facts = self._first().facts
+        """Return device, versions and machine of the first worker, for the header; the others have the same device."""
+        facts = self._first().facts or {}
         return {**facts, "machine": {**facts["machine"], "workers": len(self)}}
 
     def where(self) -> str:
-        """The workers and what they run on, in words."""
+        """Return the number of workers and their device as text."""
         from certify.engine.hardware import in_threads
 
-        facts = self._first().facts
+        facts = self._first().facts or {}
         device = facts["accelerator"] or f"{facts['device']} ({in_threads(facts['machine']['threads'])})"
         return f"{len(self)} workers, each on {device}"
 
     def prepare(self, image: Tensor, samples: int, execution: Execution | None = None) -> Execution:
-        """Decide on one worker how to run the base classifier for its share of the samples, or run it as this says.
+        """Choose on one worker how to run the base classifier for its share of the samples, or take ``execution``.
 
-        All workers that come later are told to run it in the same way.
+        All workers run it in this way from then on, or are left out.
         """
-        self.execution = None
-        for member in self._members:
-            member.stage = "ready" if member.stage == "working" else member.stage
-        real: Execution | None = self._ask("prepare", image.numpy(), -(-samples // len(self)), execution)
-        if real is None:
+        example = image.numpy()
+        answered: tuple[_Handle, Execution] | None
+        answered = self._ask("prepare", example, -(-samples // len(self)), execution)
+        if answered is None:
             raise RunFault(f"{TRIES} workers failed when they tried the base classifier{self._because()}")
-        return real
+        worker, execution = answered
+        self._plan, self.execution = Plan(execution, example, worker.facts or {}), execution
+        return execution
 
     def base_labels(self, images: Sequence[Tensor]) -> list[int] | None:
-        """Labels of images without noise; None where a worker does not survive one of them."""
-        labels: list[int] | None = self._ask("base_labels", [image.numpy() for image in images], tries=1)
-        return labels
+        """Return labels of images without noise; None where a worker does not survive one of them."""
+        answered = self._ask("ask", "base_labels", self._plan, [image.numpy() for image in images], tries=1)
+        return None if answered is None else answered[1]
 
     def measure_rate(self, image: Tensor) -> float | None:
-        """Samples a second of one worker; None where it does not survive this image."""
-        rate: float | None = self._ask("measure_rate", image.numpy(), tries=1)
-        return rate
-
-    def _first(self) -> _Member:
-        """A worker that stands ready, and is prepared once it is known how, as soon as there is one."""
-        while True:
-            for member in self._members:
-                if member.stage == ("ready" if self.execution is None else "working"):
-                    return member
-            self._step()
-
-    def _ask(self, what: str, *given: Any, tries: int = TRIES) -> Any:
-        """What a ready worker answers; the next one is asked where it dies. None: they all died."""
-        for _ in range(tries):
-            member = self._first()
-            try:
-                found = self._ray.get(member.actor.ask.remote(what, *given))
-            except self._ray.exceptions.RayError as error:
-                self._failed(member, error)
-                continue
-            self._heard = time.monotonic()
-            if what == "prepare":
-                self._example, self.execution, member.told, member.stage = given[0], found, found, "working"
-            return found
-        return None
-
-    # The work
+        """Measure the samples per second of one worker; None where it does not survive this image."""
+        answered = self._ask("ask", "measure_rate", self._plan, image.numpy(), tries=1)
+        return None if answered is None else answered[1]
 
     def answers(
-        self, places: Sequence[int], read: Callable[[int], Sent], settings: Settings, *, depth: int
+        self, places: Sequence[int], read: Callable[[int], WorkItem], settings: Settings, *, most: int
     ) -> Iterator[tuple[int, ImageRow | str]]:
-        """The rows of these images as they are finished; the reason alone for an image that was set aside.
+        """Yield the rows of these images as they are finished; the reason alone for an image that was set aside.
 
         Args:
             places: of the images.
-            read: gives one of them; from several threads.
+            read: gives one of them; called from several threads.
             settings: of the run.
-            depth: images that a worker holds at once, at most.
+            most: images that a worker gets at once, at most.
 
         Raises:
             UserError: a mistake that shows on the workers, such as other weights than the driver's.
-            RunFault: no worker is left, or they die without getting anything done.
+            RunFault: no worker is left, or they fail without getting anything done.
         """
-        self._deaths = 0
-        handing = Handing(places, depth)
-        with ThreadPoolExecutor(8, "certify-read") as pool:
-            reader = _Reader(read, handing.waiting, pool)
-            while handing.left:
-                self._hand_out(handing, reader, settings)
-                for member, found in self._step():
-                    for place, line in found:
-                        if handing.done(member, place):
-                            self._deaths = 0
-                            yield place, line
-                for member in [member for member in handing.held if member not in self._members]:
-                    for place in handing.lost(member):
-                        self._deaths = 0
-                        reason = f"{SET_ASIDE}: its worker failed {TRIES} times on it alone ({member.why})"
-                        yield place, reason
+        waiting, suspects, deaths = deque(places), deque[int](), Counter[int]()
+        ahead: deque[dict[int, Future[WorkItem]]] = deque()
+        self._failures = 0
+        with ThreadPoolExecutor(_READERS, "certify-read") as threads:
+            while True:
+                while waiting and len(ahead) < len(self):
+                    size = group_size(len(waiting), len(self), most)
+                    group = [waiting.popleft() for _ in range(size)]
+                    ahead.append({place: threads.submit(read, place) for place in group})
+                for worker in self._free():
+                    if suspects:
+                        place = suspects.popleft()
+                        self._send(worker, {place: threads.submit(read, place)}, settings)
+                    elif ahead:
+                        self._send(worker, ahead.popleft(), settings)
+                if not (waiting or ahead or suspects or any(call.places for call in self._calls.values())):
+                    return
+                call, found = self._wait()
+                if not isinstance(found, Exception):
+                    self._failures = 0 if found else self._failures
+                    yield from found
+                elif self._failed(call.worker, found):
+                    deaths.update(call.places if len(call.places) == 1 else ())
+                    for place in call.places:
+                        if deaths[place] < TRIES:
+                            suspects.append(place)
+                            continue
+                        self._failures = 0
+                        yield place, f"{SET_ASIDE}: its worker failed {TRIES} times on it alone ({self._reason})"
+                else:
+                    waiting.extendleft(reversed(call.places))
 
-    def _hand_out(self, handing: Handing, reader: _Reader, settings: Settings) -> None:
-        for member in self._members:
-            if member.stage == "working" and member.call is None:
-                taken = handing.take(member, len(self))
-                if taken or handing.held[member]:
-                    member.call = member.actor.exchange.remote(reader.get(taken), settings, _TURN)
+    def _free(self) -> list[_Handle]:
+        """Return the workers that have started and do nothing."""
+        busy = [call.worker for call in self._calls.values()]
+        return [worker for worker in self._workers if worker not in busy]
 
-    def _step(self) -> list[tuple[_Member, list[Line]]]:
-        """Wait for news from any worker, and see to it; the lines that came."""
-        for member in self._members:
-            if member.stage == "ready" and self.execution is not None:
-                member.stage, member.told = "preparing", self.execution
-                member.call = member.actor.ask.remote("prepare", self._example, 1, self.execution)
-        calls = {member.call: member for member in self._members if member.call is not None}
-        if not calls:
-            raise RunFault(f"no worker is left{self._because()}")
-        ready, _ = self._ray.wait(list(calls), num_returns=1, timeout=_GLANCE)
-        if not ready and time.monotonic() - self._heard > PATIENCE:
-            raise RunFault(f"no worker answered within {PATIENCE:.0f} s{self._because()}; is the cluster busy or full?")
-        if ready and len(calls) > 1:  # whatever else is there already
-            ready, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=0)
-        came = []
-        for call in ready:
-            member = calls[call]
-            member.call = None
-            self._heard = time.monotonic()
+    def _first(self) -> _Handle:
+        """Wait until a worker has started and is free, and return it."""
+        while not (free := self._free()):
+            call, found = self._wait()
+            if isinstance(found, Exception):
+                self._failed(call.worker, found)
+        return free[0]
+
+    def _ask(self, method: str, *arguments: Any, tries: int = TRIES) -> tuple[_Handle, Any] | None:
+        """Return a free worker and its answer; the next one is asked where it fails. None: all of them failed."""
+        for _ in range(tries):
+            worker = self._first()
             try:
-                found = self._ray.get(call)
+                return worker, self._ray.get(_once(getattr(worker.actor, method)).remote(*arguments))
             except self._ray.exceptions.RayError as error:
-                self._failed(member, error)
+                self._failed(worker, error)
+        return None
+
+    def _send(self, worker: _Handle, items: Mapping[int, Future[WorkItem]], settings: Settings) -> None:
+        images = [item.result() for item in items.values()]
+        reference = _once(worker.actor.answer).remote(images, settings, self._plan)
+        self._calls[reference] = _Call(worker, list(items))
+
+    def _start(self, worker: _Handle) -> None:
+        self._calls[_once(worker.actor.start).remote()] = _Call(worker)
+
+    def _wait(self) -> tuple[_Call, list[Line] | Exception]:
+        """Wait for a call to end; return it with the lines that came, or with the error it ended with."""
+        if not self._workers:
+            raise RunFault(f"no worker is left{self._because()}")
+        working = any(call.places for call in self._calls.values())
+        deadline = time.monotonic() + PATIENCE
+        while not (ended := self._ray.wait(list(self._calls), timeout=_POLL)[0]):
+            if working or time.monotonic() < deadline:
                 continue
-            lines = self._advance(member, found)
-            if lines:
-                came.append((member, lines))
-        return came
-
-    def _advance(self, member: _Member, found: Any) -> list[Line]:
-        """The next stage of a worker whose call has come back."""
-        if member.stage == "hello":
-            member.name = f"the worker on {found['host']} (process {found['pid']})"
-            if refused := other_code(self._mine, found, member.name):
-                raise UserError(refused)
-            member.stage = "building"
-            member.call = member.actor.build.remote(replace(self._order, threads=member.slot.threads))
-        elif member.stage == "building":
-            steps, member.facts = found
-            if refused := other_weights(self._steps, steps, member.name):
-                raise UserError(refused)
-            self._facts = self._facts or member.facts
-            differs = [key for key in _SAME if member.facts[key] != self._facts[key]]
-            if differs:
-                key = differs[0]
-                self._leave_out(member, f"{key} {member.facts[key]} there, {self._facts[key]} on the others")
-            else:
-                member.stage = "ready"
-        elif member.stage == "preparing":
-            told = member.told
-            assert told is not None
-            if told is not self.execution:
-                member.stage = "ready"
-            elif (found.precision, found.folded, found.compiled) == (told.precision, told.folded, told.compiled):
-                member.stage = "working"
-            else:
-                self._leave_out(member, f"it can only run as {found.describe()} ({found.why[-1]})")
-        elif member.stage == "working":
+            raise RunFault(f"no worker started within {PATIENCE:.0f} s{self._because()}; is the cluster busy or full?")
+        call = self._calls.pop(ended[0])
+        try:
+            found = self._ray.get(ended[0])
+        except self._ray.exceptions.RayError as error:
+            return call, error
+        if call.places:
             lines: list[Line] = found
-            return lines
-        return []
+            return call, lines
+        call.worker.name, call.worker.facts = found
+        return call, []
 
-    # Faults
+    def _failed(self, worker: _Handle, error: Exception) -> bool:
+        """Handle the failure of a call: True if the worker is restarted, False if it is left out.
 
-    def _start(self, slot: Slot) -> _Member:
-        member = _Member(slot, self._remote.options(**slot.options()).remote())
-        member.call = member.actor.hello.remote()
-        return member
-
-    def _failed(self, member: _Member, error: Exception) -> None:
-        """A call broke: refuse what is the user's mistake, leave out what cannot be, replace what died."""
+        Raises:
+            UserError: the user's mistake, which the worker found.
+            RunFault: no worker is left, or they fail without getting anything done.
+        """
         cause = getattr(error, "cause", None)
-        if isinstance(cause, CertifyError) and member.stage == "building":
-            self._leave_out(member, str(cause))  # it would fail again: no such file there, no such device
-            return
-        if member.stage == "hello" and "No module named" in str(error):
-            self._leave_out(member, "certify-toolkit is not installed there, or in another version")
-            return
+        missing = "No module named 'certify" in str(error) or "Can't get attribute" in str(error)
+        if isinstance(cause, Unfit) or (missing and worker.facts is None):
+            other = "certify-toolkit is not installed there, or in another version"
+            self._reason = str(cause) if isinstance(cause, Unfit) else other
+            self._remove(worker)
+            self._warn(f"{worker.name} is left out: {self._reason}")
+            return False
         if isinstance(cause, UserError):
             raise cause
-        self._last = member.why = how_it_ended(error, cause)
-        self._deaths += 1
-        self._remove(member)
-        limit = (TRIES + 1) * (len(self) + 1)
-        if self._deaths >= limit:
-            raise RunFault(f"{self._deaths} workers failed one after the other and finished no image{self._because()}")
-        self._warn(f"{member.name} failed ({self._last}); another one takes its place")
-        self._members.append(self._start(member.slot))
+        self._reason = describe_end(error, cause)
+        self._failures += 1
+        if self._failures >= (TRIES + 1) * (len(self) + 1):
+            raise RunFault(
+                f"{self._failures} workers failed one after the other and finished no image{self._because()}"
+            )
+        self._warn(f"{worker.name} failed ({self._reason}); another one takes its place")
+        if cause is not None:  # its process lives, in an unknown state
+            self._ray.kill(worker.actor, no_restart=False)
+        self._start(worker)
+        return True
 
-    def _leave_out(self, member: _Member, why: str) -> None:
-        self._last = why
-        self._remove(member)
-        self._warn(f"{member.name} is left out: {why}")
-        if not self._members:
-            raise RunFault(f"no worker is left{self._because()}")
-
-    def _remove(self, member: _Member) -> None:
-        self._members.remove(member)
-        self._ray.kill(member.actor, no_restart=True)
+    def _remove(self, worker: _Handle) -> None:
+        self._workers.remove(worker)
+        self._calls = {reference: call for reference, call in self._calls.items() if call.worker is not worker}
+        self._ray.kill(worker.actor, no_restart=True)
 
     def _because(self) -> str:
-        return f"; the last one: {self._last}" if self._last else ""
+        return f"; the last one: {self._reason}" if self._reason else ""
 
 
-class _Reader:
-    """Reads images before they are asked for, so that the driver does not wait for a disk."""
+def _once(method: Any) -> Any:
+    """Return a method of an actor whose calls Ray does not repeat when the worker dies under them."""
+    return method.options(max_task_retries=0)
 
-    def __init__(self, read: Callable[[int], Sent], waiting: deque[int], pool: ThreadPoolExecutor) -> None:
-        self._read, self._waiting, self._pool = read, waiting, pool
-        self._ahead: dict[int, Future[Sent]] = {}
 
-    def get(self, places: Sequence[int]) -> list[Sent]:
-        """These images; those that come next are on their way."""
-        found = [
-            self._ahead.pop(place) if place in self._ahead else self._pool.submit(self._read, place) for place in places
-        ]
-        for k in range(min(_AHEAD, len(self._waiting))):
-            if self._waiting[k] not in self._ahead:
-                self._ahead[self._waiting[k]] = self._pool.submit(self._read, self._waiting[k])
-        return [image.result() for image in found]
+def group_size(waiting: int, workers: int, most: int) -> int:
+    """Return how many images to give to a worker: fewer towards the end, so that none waits beside an idle worker."""
+    return max(1, min(most, waiting // (2 * workers)))
+
+
+def describe_end(error: Exception, cause: BaseException | None) -> str:
+    """Return an exception on a worker as text, or the line of Ray's report that says how the worker ended."""
+    if cause is not None:
+        return in_words(cause)
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = next((line for line in lines if "exit type" in line or "node" in line.lower()), lines[0] if lines else "")
+    return told.partition("Some common causes")[0].strip()[:200] or type(error).__name__

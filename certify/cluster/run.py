@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from certify.cluster.worker import Sent
+from certify.cluster.worker import WorkItem
 from certify.errors import ImageError
 from certify.runs.records import ImageRow
 from certify.runs.runner import owed, refuse_unusable, store
@@ -13,16 +13,17 @@ from certify.smoothing.procedures import samples
 from certify.smoothing.sequential_tests import LEAST
 
 if TYPE_CHECKING:
-    from certify.cluster.driver import Crew
+    from certify.cluster.driver import WorkerPool
     from certify.images.dataset import ImageSet
     from certify.runs.config import Settings
     from certify.runs.run_file import RunFile
 
-_DEEPEST = 512  # images that a worker holds at once, at most: they run again when it dies
+_BATCHES = 20  # that a worker fills at once; the last one of them may be half empty
+_MOST = 4096  # images that a worker gets at once: they run again when it dies
 
 
 def process_on(
-    crew: Crew,
+    pool: WorkerPool,
     images: ImageSet,
     settings: Settings,
     file: RunFile,
@@ -32,10 +33,10 @@ def process_on(
     progress: Callable[[int], None],
     warn: Callable[[str], None],
 ) -> None:
-    """As :func:`certify.runs.runner.process`, on the workers of a cluster; lines come as they are finished.
+    """Do the work of :func:`certify.runs.runner.process` on the workers of a cluster, and append lines as they come.
 
-    The same images give the same lines as there, their ``seconds`` apart. An image whose worker fails again and again
-    is recorded with its ``error``. ``progress`` is called with images.
+    The same images give the same lines as there, except for ``seconds``. An image that its worker repeatedly does not
+    survive is recorded with its ``error``. ``progress`` is called with images.
 
     Raises:
         ImageError: with ``strict``, the first unusable image.
@@ -48,16 +49,16 @@ def process_on(
         task = tasks[unusable[0]]
         raise refuse_unusable(task, file.done[task.id].error)
 
-    def read(place: int) -> Sent:
+    def read(place: int) -> WorkItem:
         task = tasks[place]
         try:
-            return Sent(place, task.id, task.label, images.items[place].read())
+            return WorkItem(place, task.id, task.label, images.items[place].read())
         except ImageError as error:
-            return Sent(place, task.id, task.label, None, str(error))
+            return WorkItem(place, task.id, task.label, None, str(error))
 
-    for place, found in crew.answers(list(tasks), read, settings, depth=depth(crew, settings)):
+    for place, answer in pool.answers(list(tasks), read, settings, most=images_at_once(pool, settings)):
         task = tasks[place]
-        row = found
+        row = answer
         if isinstance(row, str):  # the image was set aside
             row = ImageRow.unusable(settings.procedure, task.id, task.label, row)
         if strict and row.error is not None:
@@ -66,8 +67,9 @@ def process_on(
         progress(1)
 
 
-def depth(crew: Crew, settings: Settings) -> int:
-    """Images that a worker holds at once: one more than what fills its batches twice."""
-    batch = crew.execution.batch_size if crew.execution is not None else 1
+def images_at_once(pool: WorkerPool, settings: Settings) -> int:
+    """Return how many images fill a worker's batches: a sequential test begins with few samples and takes more."""
+    batch = pool.execution.batch_size if pool.execution is not None else 1
     first = LEAST if settings.procedure.sequential else samples(settings.procedure)
-    return min(_DEEPEST, 1 + max(1, -(-2 * batch // first)))
+    batches = _BATCHES // 4 if settings.procedure.sequential else _BATCHES
+    return max(1, min(_MOST, -(-batches * batch // first)))

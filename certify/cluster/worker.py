@@ -1,7 +1,7 @@
-"""What runs on one device of a cluster: builds its pipeline once, then answers images in a thread of its own.
+"""A worker of a cluster: builds its pipeline once, refuses another one than the driver's, and answers images.
 
 The records come from :func:`certify.runs.runner.answered`, as on a single machine. This module does not import torch:
-modules that do are loaded when the pipeline is built, after the worker has reported its version of this package.
+modules that do are loaded when the pipeline is built, after the version of this package has been compared.
 """
 
 from __future__ import annotations
@@ -10,41 +10,45 @@ import contextlib
 import hashlib
 import importlib.util
 import os
-import queue
 import socket
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from certify import __version__
-from certify.errors import CertifyError, RunFault, first_line
+from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.runs.identity import FINGERPRINT, same_answers
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from certify.cluster.worker_engine import WorkerEngine
     from certify.engine.execution import Execution
     from certify.runs.config import Settings
     from certify.runs.records import ImageRow
 
-Result = TypeVar("Result")
-
 Line = tuple[int, "ImageRow"]
-"""An image's place, and its row of the run file."""
+"""An image's place among the chosen images, and its row of the run file."""
+
+SAME = ("device", "accelerator", "torch")
+"""Facts that shape the noise or the arithmetic: equal on all workers of a run."""
+
+
+class Unfit(RunFault):
+    """This machine cannot take part in the run; others may."""
 
 
 @dataclass(frozen=True, eq=False)
-class Sent:
-    """An image on its way to a worker, as its source gave it: the file's bytes, or an array.
+class WorkItem:
+    """An image for a worker, as its source gave it: the file's bytes, or an array.
 
     Attributes:
         place: among the chosen images.
         id: names its noise streams.
         label: its class, or None.
         raw: its content; None where it could not be read.
-        error: why not.
+        error: the reason for that.
     """
 
     place: int
@@ -54,171 +58,118 @@ class Sent:
     error: str = ""
 
 
-class Station(Protocol):
-    """What answers images on a worker."""
-
-    def describe(self) -> list[dict[str, Any]]:
-        """The steps of the pipeline with the hashes of their weights, as the run file's header names them."""
-        ...
-
-    def facts(self) -> dict[str, Any]:
-        """Device, versions and machine, as the run file's header names them."""
-        ...
-
-    def prepare(self, image: np.ndarray, samples: int, execution: Execution | None) -> Execution:
-        """Decide how to run the base classifier for so many samples, or run it as this says."""
-        ...
-
-    def measure_rate(self, image: np.ndarray) -> float:
-        """Samples a second, once prepared."""
-        ...
-
-    def base_labels(self, images: Sequence[np.ndarray]) -> list[int]:
-        """The base classifier's labels of images without noise."""
-        ...
-
-    def answered(self, sent: Iterable[Sent | None], settings: Settings) -> Iterator[Line]:
-        """Lines as they are finished. None: no image is there now; only while some are in work."""
-        ...
-
-
 @dataclass(frozen=True)
-class Order:
+class WorkerSpec:
     """What a worker has to be.
 
     Attributes:
-        build: makes its station; by name where a module holds it, so that the worker's own code runs.
-        folder: the driver's working folder, to which paths are relative, where the worker has it too.
+        build: makes its engine; a function that a module holds, so that the worker's own code runs.
+        folder: the driver's working folder, to which paths are relative, if the worker has it too.
+        code: the driver's :func:`code_identity`.
+        steps: the driver's pipeline with its hashes.
         threads: of the processor that it uses; None leaves it to torch.
     """
 
-    build: Callable[[], Station]
+    build: Callable[[], WorkerEngine]
     folder: str
+    code: Mapping[str, str]
+    steps: Sequence[Mapping[str, Any]]
     threads: int | None = None
 
 
-class Worker:
-    """An actor. Everything that concerns torch happens in one thread; another one waits for calls."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How all workers run the base classifier.
 
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="certify-station", daemon=True).start()  # never keeps a process alive
-        self._station: Station | None = None
-        self._inbox: queue.SimpleQueue[Sent] = queue.SimpleQueue()
-        self._changed = threading.Condition()
-        self._lines: list[Line] = []
-        self._fault: BaseException | None = None
-        self._started = False
-
-    def hello(self) -> dict[str, str]:
-        """Where this is, and which code runs here."""
-        return {"host": socket.gethostname(), "pid": str(os.getpid()), **code_identity()}
-
-    def build(self, order: Order) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Build the pipeline; its steps with their hashes, and the facts of this place.
-
-        Raises:
-            CertifyError: what is missing or wrong here.
-        """
-        return self._there(lambda: self._build(order))
-
-    def _build(self, order: Order) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        with contextlib.suppress(OSError):  # not there: absolute names and names of models still work
-            os.chdir(order.folder)
-        if order.threads is not None:
-            import torch
-
-            torch.set_num_threads(order.threads)  # for the thread that calls it
-        self._station = order.build()
-        return self._station.describe(), self._station.facts()
-
-    def ask(self, what: str, *given: Any) -> Any:
-        """What the method of this name of its :class:`Station` gives."""
-        return self._there(lambda: getattr(self._built, what)(*given))
-
-    def exchange(self, sent: Sequence[Sent], settings: Settings, patience: float) -> list[Line]:
-        """Take these images, give the lines that are finished; wait for one, but not longer than so many seconds.
-
-        Raises:
-            CertifyError: what ended the work here; nothing goes on after that.
-        """
-        for image in sent:
-            self._inbox.put(image)
-        if not self._started:
-            self._started = True
-            self._calls.put(lambda: self._work(settings))
-        with self._changed:
-            self._changed.wait_for(lambda: self._lines or self._fault, timeout=patience)
-            lines, self._lines = self._lines, []
-            if lines or self._fault is None:
-                return lines
-        if isinstance(self._fault, CertifyError):
-            raise self._fault
-        raise RunFault(f"{type(self._fault).__name__}: {first_line(self._fault)}")  # its own class may not travel
-
-    @property
-    def _built(self) -> Station:
-        assert self._station is not None, "build comes first"
-        return self._station
-
-    def _serve(self) -> None:
-        while True:
-            self._calls.get()()
-
-    def _there(self, do: Callable[[], Result]) -> Result:
-        """What this gives in the thread that torch belongs to."""
-        done: Future[Result] = Future()
-
-        def call() -> None:
-            try:
-                done.set_result(do())
-            except BaseException as error:
-                done.set_exception(error)
-
-        self._calls.put(call)
-        return done.result()
-
-    def _work(self, settings: Settings) -> None:
-        try:
-            while True:
-                feed = _Feed(self._inbox, settings.procedure.sequential)
-                for line in self._built.answered(feed, settings):
-                    feed.open -= 1
-                    with self._changed:
-                        self._lines.append(line)
-                        self._changed.notify()
-        except BaseException as error:  # whatever it is, the driver must hear of it
-            with self._changed:
-                self._fault = error
-                self._changed.notify()
-
-
-class _Feed:
-    """What is in the inbox, from the first image that comes until it is empty and nothing is in work.
-
-    At a fixed n it ends when the inbox is empty, so that the last images do not wait for others to fill a batch.
+    Attributes:
+        execution: the settings.
+        example: an image ``(C, H, W)`` to prepare them with.
+        facts: of the worker on which they were chosen.
     """
 
-    def __init__(self, inbox: queue.SimpleQueue[Sent], refilled: bool) -> None:
-        self._inbox, self._refilled = inbox, refilled
-        self.open = 0
+    execution: Execution
+    example: np.ndarray
+    facts: Mapping[str, Any]
 
-    def __iter__(self) -> Iterator[Sent | None]:
-        found: Sent | None = self._inbox.get()
-        while True:
-            if found is not None:
-                self.open += 1
-            yield found
+
+class Worker:
+    """A Ray actor. Ray restarts it when its process dies; whatever it needs is then built and checked again."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._name = f"the worker on {socket.gethostname()} (process {os.getpid()})"
+        self._built: WorkerEngine | None = None
+        self._facts: Mapping[str, Any] = {}
+        self._prepared: Execution | None = None
+
+    def start(self) -> tuple[str, Mapping[str, Any]]:
+        """Build the pipeline; return the worker's name for messages, and the facts of its machine.
+
+        Raises:
+            UserError: another version of this package, or another pipeline than the driver's.
+            Unfit: the pipeline cannot be built here.
+        """
+        self._engine()
+        return self._name, self._facts
+
+    def prepare(self, image: np.ndarray, samples: int, execution: Execution | None) -> Execution:
+        """Choose how to run the base classifier for this many samples, or run it as ``execution`` says."""
+        self._prepared = self._engine().prepare(image, samples, execution)
+        return self._prepared
+
+    def ask(self, method: str, plan: Plan, *arguments: Any) -> Any:
+        """Call a method of the :class:`certify.cluster.worker_engine.WorkerEngine`, run as planned.
+
+        Raises:
+            Unfit: this machine cannot run the base classifier as planned.
+            CertifyError: the method failed.
+        """
+        try:
+            self._follow(plan)
+            return getattr(self._engine(), method)(*arguments)
+        except CertifyError:
+            raise
+        except Exception as error:  # its own class may not exist on the driver
+            raise RunFault(f"{type(error).__name__}: {first_line(error)}") from error
+
+    def answer(self, items: Sequence[WorkItem], settings: Settings, plan: Plan) -> list[Line]:
+        """Return the lines of these images; errors as for :meth:`ask`."""
+        lines: list[Line] = self.ask("answer", plan, items, settings)
+        return lines
+
+    def _engine(self) -> WorkerEngine:
+        """Return the engine; the first time, build it and compare it with the driver's."""
+        if self._built is None:
+            if refused := other_code(self._spec.code, code_identity(), self._name):
+                raise UserError(refused)
+            with contextlib.suppress(OSError):  # not there: absolute names and names of models still work
+                os.chdir(self._spec.folder)
+            if self._spec.threads is not None:
+                import torch
+
+                torch.set_num_threads(self._spec.threads)
             try:
-                found = self._inbox.get_nowait()
-            except queue.Empty:
-                if not self._refilled or self.open <= 0:
-                    return
-                found = None
+                engine = self._spec.build()
+            except CertifyError as error:  # no such file here, no such device
+                raise Unfit(str(error)) from error
+            if refused := other_weights(self._spec.steps, engine.describe(), self._name):
+                raise UserError(refused)
+            self._built, self._facts = engine, engine.facts()
+        return self._built
+
+    def _follow(self, plan: Plan) -> None:
+        self._engine()
+        for key in SAME:
+            if self._facts[key] != plan.facts[key]:
+                raise Unfit(f"{key} {self._facts[key]} there, {plan.facts[key]} on the others")
+        if self._prepared is None or not self._prepared.runs_like(plan.execution):
+            real = self.prepare(plan.example, 1, plan.execution)
+            if not real.runs_like(plan.execution):
+                raise Unfit(f"it can only run as {real.describe()} ({real.why[-1]})")
 
 
 def code_identity() -> dict[str, str]:
-    """Version and hash of the code that shapes the records: this package's and the denoisers' modules."""
+    """Return the version and a hash of the code that shapes the records: this package's and the denoisers' modules."""
     total = hashlib.sha256()
     for package in ("certify", "denoisers"):
         spec = importlib.util.find_spec(package)
@@ -227,3 +178,36 @@ def code_identity() -> dict[str, str]:
                 total.update(f"{package}/{path.relative_to(folder).as_posix()}\0".encode())
                 total.update(hashlib.sha256(path.read_bytes()).digest())
     return {"certify": __version__, "code": total.hexdigest()[:12]}
+
+
+def other_code(driver: Mapping[str, str], worker: Mapping[str, str], name: str) -> str:
+    """Return why the worker of this name has other code than the driver; empty if it is the same."""
+    if driver == worker:
+        return ""
+    return (
+        f"{name} runs certify-toolkit {worker['certify']} (code {worker['code']}), this driver {driver['certify']} "
+        f"(code {driver['code']}): install the same version on every machine"
+    )
+
+
+def other_weights(driver: Sequence[Mapping[str, Any]], worker: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Return why the worker of this name has another pipeline than the driver; empty if it is the same."""
+    if len(driver) != len(worker):
+        return f"{name} has a pipeline of {len(worker)} steps, this driver one of {len(driver)}"
+    for own, other in zip(driver, worker, strict=True):
+        for key in sorted(own.keys() | other.keys(), key=lambda key: key not in ("sha256", "code_sha256")):
+            if key == FINGERPRINT and same_answers(own.get(key), other.get(key)):
+                continue
+            if key == FINGERPRINT:
+                return (
+                    f"{name} gives other answers of {own['step']} {own['name']} to the same probe images than this "
+                    "driver: give every machine the same code, and the same files that it reads"
+                )
+            if own.get(key) != other.get(key):
+                what = {"sha256": "weights", "code_sha256": "code"}.get(key, key)
+                mine, theirs = str(own.get(key))[:16], str(other.get(key))[:16]
+                return (
+                    f"{name} has other {what} of {own['step']} {own['name']} ({theirs}) than this driver ({mine}): "
+                    "give every machine the same file"
+                )
+    return ""

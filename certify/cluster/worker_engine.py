@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,14 +17,14 @@ from certify.runs.runner import Task, answered
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from certify.cluster.worker import Line, Sent
+    from certify.cluster.worker import Line, WorkItem
     from certify.engine.execution import Execution
     from certify.engine.noisy_classifier import NoisyClassifier
     from certify.runs.config import Settings
 
 
-class SmoothedStation:
-    """Answers images with a smoothed classifier (:class:`certify.cluster.worker.Station`).
+class WorkerEngine:
+    """Answers images with a smoothed classifier.
 
     Args:
         load: makes the smoothed classifier, from weights that this machine can read.
@@ -34,47 +34,32 @@ class SmoothedStation:
         self._smoothed = load()
 
     def describe(self) -> list[dict[str, Any]]:
-        """The pipeline's steps, with hashes of what was loaded here."""
+        """Return the pipeline's steps, with hashes of what was loaded here, as in the run file's header."""
         return self._smoothed.base.record()
 
     def facts(self) -> dict[str, Any]:
-        """Device, versions and machine."""
+        """Return device, versions and machine, as in the run file's header."""
         return vars(circumstances(self._smoothed.device))
 
     def prepare(self, image: np.ndarray, samples: int, execution: Execution | None) -> Execution:
-        """As :meth:`certify.engine.noisy_classifier.NoisyClassifier.prepare`."""
+        """Choose how to run the base classifier: :meth:`certify.engine.noisy_classifier.NoisyClassifier.prepare`."""
         return self._smoothed.prepare(np.array(image), samples, execution)
 
     def measure_rate(self, image: np.ndarray) -> float:
-        """Samples a second, once prepared."""
+        """Measure the samples per second, once prepared."""
         return self._smoothed.measure_rate(torch.from_numpy(np.array(image)))
 
     def base_labels(self, images: Sequence[np.ndarray]) -> list[int]:
-        """Labels of images without noise."""
+        """Return labels of images without noise."""
         return self._smoothed.base_labels([np.array(image) for image in images])
 
-    def answered(self, sent: Iterable[Sent | None], settings: Settings) -> Iterator[Line]:
-        """The lines of these images, as they are finished."""
-        unusable = 0
+    def answer(self, items: Sequence[WorkItem], settings: Settings) -> list[Line]:
+        """Return the lines of these images."""
+        tasks = (Task(item.place, item.id, item.label, functools.partial(self._load, item)) for item in items)
+        return list(answered(self._smoothed, tasks, settings))
 
-        def load(image: Sent) -> Tensor:
-            nonlocal unusable
-            try:
-                if image.raw is None:
-                    raise ImageError(image.error)
-                raw = image.raw if isinstance(image.raw, bytes) else np.array(image.raw)  # what Ray gives is read-only
-                return self._smoothed.check(preprocess(raw, self._smoothed.classifier.input))  # type: ignore[attr-defined]
-            except ImageError:
-                unusable += 1
-                raise
-
-        def tasks() -> Iterator[Task | None]:
-            for image in sent:
-                if image is not None:
-                    yield Task(image.place, image.id, image.label, functools.partial(load, image))
-                elif unusable:
-                    return  # its line is written at the end of a pass, which would wait for it
-                else:
-                    yield None
-
-        yield from answered(self._smoothed, tasks(), settings)
+    def _load(self, item: WorkItem) -> Tensor:
+        if item.raw is None:
+            raise ImageError(item.error)
+        raw = item.raw if isinstance(item.raw, bytes) else np.array(item.raw)  # arrays from Ray's store are read-only
+        return preprocess(raw, self._smoothed.classifier.input)  # type: ignore[attr-defined]

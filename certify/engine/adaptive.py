@@ -1,4 +1,4 @@
-"""Sequential sampling: images share batches, and each leaves as soon as its test is settled."""
+"""Sequential sampling: images share batches, and an image leaves as soon as its test is settled."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from certify.engine.monte_carlo import Job, Tally
 from certify.smoothing.rng import block_size
 from certify.smoothing.sequential_tests import SequentialTest
 
-_TURN = 4  # every fourth round begins with the image that has waited longest
-_HARD = 8  # open images count for at most this share of a batch when new ones are opened
-_CHOICE = 2  # batches of pieces from which a round is filled
-_FULL = 0.9  # minimum fill of a round's batches while there is work
+_OLDEST_FIRST = 4  # every fourth round begins with the image that has waited longest
+_HARD_SHARE = 8  # an open image counts for at most this fraction of a batch when new ones are opened
+_CANDIDATES = 2  # batches of pieces from which a round is filled
+_FILL = 0.9  # minimum fill of a round's batches while there is work
 _OPEN_BYTES = 2**30  # of open images, with a block of noise each
 
 Label = Callable[[Iterable[Job]], Iterator[Tally]]
@@ -29,7 +29,7 @@ class Sampling:
     Attributes:
         image: ``(C, H, W)``, on the device.
         key: the noise stream.
-        test: says how many samples to label next.
+        test: requests the number of samples to label next.
         tag: returned with the result.
     """
 
@@ -46,7 +46,7 @@ class Settled:
     Attributes:
         tag: of its :class:`Sampling`.
         test: with its result.
-        clean: its label without noise; None where that was not requested.
+        clean: its label without noise; None if that was not requested.
         labels: its first labels: those of its first piece, at most ``keep``.
     """
 
@@ -81,21 +81,21 @@ def settle(
     clean: bool = True,
     in_order: bool = False,
 ) -> Iterator[Settled]:
-    """Label samples of all images until each is settled, and yield them as they are settled, not in their order.
+    """Label samples of all images until each is settled, and yield images in the order in which they are settled.
 
     Work is done in rounds of one batch or a few: pieces of the open images, those with the fewest samples first. New
-    images are opened while a round has room; a few hard ones, which need more than a batch, do not delay them. Every
-    fourth round begins with the oldest image, so an endless supply of new ones does not delay hard ones either. The
-    result for an image does not depend on the others.
+    images are opened while a round has room; hard ones, which need more than a batch, do not delay them. Every fourth
+    round begins with the oldest image, so an endless supply of new ones does not delay hard ones either. The result for
+    an image does not depend on the others.
 
     Args:
-        label: :func:`certify.engine.monte_carlo.count_votes` with everything but its jobs.
-        images: pulled as they are opened. None: there is none now, but there may be after the next round.
+        label: :func:`certify.engine.monte_carlo.count_votes`, which lacks only its jobs.
+        images: pulled as they are opened. None means that none is there now, but may be after the next round.
         batch_size: samples per round, approximately.
         keep: number of first labels to keep.
         clean: label images without noise too.
-        in_order: finish images one after another: the first ones come first, and another is opened only where the open
-            ones need less than a batch. For a limited budget, which images left unfinished would waste.
+        in_order: finish the images in their order; another one is opened only if the open ones need less than a batch.
+            For a limited budget, which unfinished images would waste.
     """
     queue = iter(images)
     opened_so_far = itertools.count()
@@ -103,7 +103,9 @@ def settle(
     more, turn = True, 0
     while True:
         work.sort(key=lambda image: image.test.drawn)
-        most, enough = (batch_size, batch_size) if in_order else (max(1, batch_size // _HARD), _CHOICE * batch_size)
+        most, enough = (
+            (batch_size, batch_size) if in_order else (max(1, batch_size // _HARD_SHARE), _CANDIDATES * batch_size)
+        )
         planned = sum(min(most, image.test.pending) for image in work)
         held = sum(image.nbytes for image in work)
         while more and planned < enough and (held < _OPEN_BYTES or not work):
@@ -122,7 +124,7 @@ def settle(
                 continue
             return
         turn += 1
-        if in_order or turn % _TURN == 0:
+        if in_order or turn % _OLDEST_FIRST == 0:
             work.sort(key=lambda image: image.index)
         chosen = _filling(work, batch_size, clean)
         _round(label, chosen, keep, clean)
@@ -135,16 +137,16 @@ def settle(
 def _filling(work: Sequence[_Open], batch_size: int, clean: bool) -> list[_Open]:
     """Return the first of the open images, and others until their next pieces nearly fill whole batches.
 
-    A batch costs a compiled classifier the same whether it is full or not, and pieces are not cut: where one ends
-    depends on its image alone.
+    A compiled classifier takes as long for a partly filled batch as for a full one. Pieces are not cut, since where one
+    ends must depend on its image alone.
     """
     chosen: list[_Open] = []
     rest, total, room = list(work), 0, 0
-    while rest and (not chosen or total < _FULL * room):
+    while rest and (not chosen or total < _FILL * room):
         left = []
         for image in rest:
             samples = image.test.pending + (clean and image.clean is None)
-            if image is rest[0]:  # whatever it takes
+            if image is rest[0]:  # as many batches as it takes
                 room = -(-(total + samples) // batch_size) * batch_size
             if total + samples <= room:
                 chosen.append(image)
@@ -156,7 +158,7 @@ def _filling(work: Sequence[_Open], batch_size: int, clean: bool) -> list[_Open]
 
 
 def _round(label: Label, chosen: Sequence[_Open], keep: int, clean: bool) -> None:
-    """Label one piece of each of these images; a new one without noise too, if requested."""
+    """Label one piece of each of these images; new ones without noise too, if requested."""
 
     def jobs() -> Iterator[Job]:
         for image in chosen:
@@ -166,7 +168,7 @@ def _round(label: Label, chosen: Sequence[_Open], keep: int, clean: bool) -> Non
             yield replace(image.job, trials=trials, keep=trials, start=image.test.drawn)
 
     tallies = label(jobs())
-    for image in chosen:  # a job is pulled before its tally is there, so it saw the image as it is here
+    for image in chosen:  # a job is pulled before its tally arrives, so it saw this state of the image
         if clean and image.clean is None:
             image.clean = int(next(tallies).labels[0])
         labels = next(tallies).labels

@@ -1,12 +1,12 @@
 """Check base classifiers and denoisers on noisy copies of a real image, before any answer counts.
 
-A certificate needs one fixed function: the answer about an image depends on that image alone. Whatever draws random
-numbers once per forward pass, uses batch statistics, keeps state or was left in training mode is refused by name.
-Every path calls this module the first time a classifier or denoiser meets a real image.
+A certificate needs one fixed function: the output for an image depends on that image alone. Modules that draw random
+numbers once per forward pass, use batch statistics, keep state or are in training mode are refused by name. Every path
+calls this module the first time a classifier or denoiser meets a real image.
 
-Pixels and scores are compared up to rounding, labels alone up to ties. A whole batch is answered twice, and every copy
-once more on its own: a part that answers by one fair coin per call passes with probability 2^-17. The noisy copies come
-from a generator of their own: the global random state is neither set nor restored.
+Pixels and scores are compared up to rounding, labels up to ties. A whole batch is evaluated twice, and every copy once
+more on its own: a module that flips one fair coin per call passes with probability 2^-17. The noisy copies come from
+a separate generator: the global random state is neither set nor restored.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from certify.smoothing.rng import block_generator, stream_key
 from certify.types import FAILED, BaseClassifier, Noise
 
 COPIES = 16
-"""Noisy copies; each is answered alone and in its batch."""
+"""Noisy copies; each is evaluated alone and in its batch."""
 LABELLED = 64
-"""Noisy copies for a classifier that returns labels only: a label shows less than scores do."""
+"""Noisy copies for a classifier that returns labels only: a label reveals less than scores do."""
 QUERIES = 17
 """Queries about one noisy copy, for a classifier that takes one image per query."""
 
-_FEW = 1e-3  # share of pixels that may jump with the rounding before them, as JPEG's coefficients do
+_FEW = 1e-3  # share of pixels that may jump because of rounding before them, as with JPEG's coefficients
 _IN_16_BITS = 2.0**-4  # tolerance relative to the largest value, where arithmetic is in 16 bits
-_NEAR = 0.05  # of a copy's standard deviation: how far a tie is searched for
+_NEAR = 0.05  # of a copy's standard deviation: how far away a tie is looked for
 _TWICE, _ALONE = "when called twice on the same batch", "alone and in a batch"
 _ADVICE = {
     _TWICE: "remove the random draw inside, or the state that changes from call to call",
     _ALONE: "remove batch statistics (is a network inside in training mode?) and random draws shared by a batch",
 }
 
-Ask = Callable[[Tensor, Sequence[int]], Tensor]
-"""Answers about a batch ``(B, C, H, W)``, first dimension B; the numbers of its images among all copies."""
-Judge = Callable[[Tensor, Tensor, Tensor, Sequence[int], str], None]
-"""Compares two answers about a batch with these numbers, and says how they were got."""
+Evaluate = Callable[[Tensor, Sequence[int]], Tensor]
+"""Outputs for a batch ``(B, C, H, W)``, first dimension B, given the indices of its images among all copies."""
+Compare = Callable[[Tensor, Tensor, Tensor, Sequence[int], str], None]
+"""Raises where two outputs for a batch with these indices differ; the last argument says how they were obtained."""
 
 
 def check_contract(
@@ -61,7 +61,7 @@ def check_contract(
         denoiser: ``forward(noisy, sigma)``, on the image's device, or None.
         noise: the smoothing distribution.
         image: ``(C, H, W)``, float32 in [0, 1].
-        queries: whether a classifier that takes one image per query may be queried; it gets the repeat test only.
+        queries: allow queries to a classifier that takes one image per query; it gets the repeat test only.
 
     Raises:
         ContractError: a part is not a fixed function of one image.
@@ -71,9 +71,7 @@ def check_contract(
     paid = getattr(classifier, "one_by_one", False)
 
     def denoise(noisy: Tensor, rows: Sequence[int] = ()) -> Tensor:
-        assert denoiser is not None
-        cleaned: Tensor = denoiser(noisy, noise.scale)
-        return cleaned
+        return denoiser(noisy, noise.scale)  # type: ignore[misc,no-any-return]
 
     def check(size: int) -> None:
         generator = block_generator(stream_key(0, "", "contract"), 0, image.device)
@@ -97,7 +95,7 @@ def check_contract(
 def check_defence(defence: Defence, image: Tensor, key: bytes) -> None:
     """Check a defence on copies of one image with a little noise, once; the training mode of its parts, every time.
 
-    A purifier that draws random numbers has to draw them from the generators it is given: equal keys, equal images.
+    A purifier that draws random numbers has to use the generators it is given: equal keys give equal images.
 
     Args:
         defence: purifiers before frozen classifiers.
@@ -110,13 +108,12 @@ def check_defence(defence: Defence, image: Tensor, key: bytes) -> None:
         RunFault: a part failed.
     """
 
-    def purify(member: int) -> Ask:
-        def ask(images: Tensor, rows: Sequence[int]) -> Tensor:
-            return defence.purify(
-                images, member, [block_generator(key, row) for row in rows] if defence.random else None
-            )
+    def purify(member: int) -> Evaluate:
+        def evaluate(images: Tensor, rows: Sequence[int]) -> Tensor:
+            generators = [block_generator(key, row) for row in rows] if defence.random else None
+            return defence.purify(images, member, generators)
 
-        return ask
+        return evaluate
 
     def check(size: int) -> None:
         draws = block_generator(key, COPIES)
@@ -128,9 +125,9 @@ def check_defence(defence: Defence, image: Tensor, key: bytes) -> None:
         ]
         for member, (purifier, classifier) in enumerate(parts):
             part = f"the denoiser {_name(purifier)} of defence {defence.name}"
-            seen = _check_denoiser(part, purify(member), batches)
+            purified = _check_denoiser(part, purify(member), batches)
             if not getattr(classifier, "one_by_one", False):
-                _check_classifier(classifier, iter(seen))
+                _check_classifier(classifier, iter(purified))
 
     parts = list(zip(defence.purifiers, defence.classifiers, strict=True))
     for purifier, classifier in parts:
@@ -141,7 +138,7 @@ def check_defence(defence: Defence, image: Tensor, key: bytes) -> None:
 
 
 def refuse_training_mode(denoiser: nn.Module | None, classifier: Any) -> None:
-    """Refuse a denoiser or classifier of which any submodule is in training mode.
+    """Refuse a denoiser or classifier with a submodule in training mode.
 
     Raises:
         ContractError: names the submodule.
@@ -158,7 +155,7 @@ def refuse_training_mode(denoiser: nn.Module | None, classifier: Any) -> None:
 
 @contextlib.contextmanager
 def breakage_left() -> Iterator[None]:
-    """Ignore every error in the block but a broken contract: the work that follows reports others in its own way."""
+    """Ignore every error in the block except a broken contract: the work that follows reports the others itself."""
     try:
         yield
     except ContractError:
@@ -167,54 +164,44 @@ def breakage_left() -> Iterator[None]:
         return
 
 
-def _check_denoiser(part: str, denoise: Ask, batches: Iterable[Tensor]) -> list[Tensor]:
-    """What a denoiser makes of noisy batches, once each image alone gives an image of the same shape."""
+def _check_denoiser(part: str, denoise: Evaluate, batches: Iterable[Tensor]) -> list[Tensor]:
+    """Return the denoised batches, having checked that each image alone gives the same image of the same shape."""
 
-    def answer(images: Tensor, rows: Sequence[int]) -> Tensor:
+    def evaluate(images: Tensor, rows: Sequence[int]) -> Tensor:
         size = "x".join(map(str, images.shape[1:]))
-        try:
-            output = _untouched(part, denoise, images, rows)
-        except CertifyError:
-            raise
-        except Exception as error:  # anybody's code
-            if out_of_memory(error):
-                raise
-            why = f"{first_line(error)}; does it take that many channels, and that size?"
-            raise UserError(f"{part} fails on images of {size}: {why}") from error
+        hint = "does it take that many channels, and that size?"
+        fails = f"{part} fails on images of {size}"
+        output = _call(part, denoise, images, rows, lambda error: UserError(f"{fails}: {first_line(error)}; {hint}"))
         if not isinstance(output, Tensor) or output.shape != images.shape or not output.is_floating_point():
-            wanted = f"floating-point {tuple(images.shape)}"
-            raise UserError(f"{part} returned {_kind(output)} for {len(images)} images of {size}; expected {wanted}")
+            expected = f"floating-point {tuple(images.shape)}"
+            raise UserError(f"{part} returned {_kind(output)} for {len(images)} images of {size}; expected {expected}")
         if not output.isfinite().all():
             raise UserError(f"{part} returned NaN or infinity; expected finite pixels")
         return output
 
-    return _answers(answer, batches, _judge_values(part, answer, 1e-4, _FEW))
+    return _compare_all(evaluate, batches, _compare_values(part, evaluate, 1e-4, _FEW))
 
 
 def _check_classifier(classifier: BaseClassifier, batches: Iterator[Tensor]) -> None:
-    """Each image alone gives a label in range; scores are compared where a :class:`Classifier` has them."""
+    """Check that each image alone gives the same label, in range; scores are compared where there are any."""
     part, classes = f"the base classifier {_name(classifier)}", classifier.num_classes
-    call: Callable[[Tensor], Any] = classifier.output if isinstance(classifier, Classifier) else classifier
+    forward: Callable[[Tensor], Any] = classifier.output if isinstance(classifier, Classifier) else classifier
 
-    def answer(images: Tensor, rows: Sequence[int]) -> Tensor:
-        try:
-            output = _untouched(part, lambda given, _: call(given), images, rows)
-        except CertifyError:
-            raise
-        except Exception as error:  # anybody's code
-            if out_of_memory(error):
-                raise
-            raise RunFault(f"the base classifier failed: {type(error).__name__}: {first_line(error)}") from error
+    def failure(error: Exception) -> CertifyError:
+        return RunFault(f"the base classifier failed: {type(error).__name__}: {first_line(error)}")
+
+    def evaluate(images: Tensor, rows: Sequence[int]) -> Tensor:
+        output = _call(part, lambda given, _: forward(given), images, rows, failure)
         if isinstance(classifier, Classifier) and isinstance(output, Tensor):
             if output.shape == (len(images), classes):
                 return output
             if output.ndim == 2:
-                found = output.shape[1]
-                raise UserError(f"{part} returned {found} scores per image; expected {classes}, as --num-classes says")
+                count = output.shape[1]
+                raise UserError(f"{part} returned {count} scores per image; expected {classes}, as --num-classes says")
             output = classifier.labels(output)
         if not isinstance(output, Tensor) or output.shape != (len(images),) or output.is_floating_point():
-            wanted = f"integer labels ({len(images)},)"
-            raise UserError(f"{part} returned {_kind(output)} for {len(images)} images; expected {wanted}")
+            expected = f"integer labels ({len(images)},)"
+            raise UserError(f"{part} returned {_kind(output)} for {len(images)} images; expected {expected}")
         wrong = output[(output < FAILED) | (output >= classes)]
         if len(wrong):
             raise UserError(
@@ -224,15 +211,15 @@ def _check_classifier(classifier: BaseClassifier, batches: Iterator[Tensor]) -> 
         return output.long()
 
     batch = next(batches)
-    first = answer(batch, range(len(batch)))
+    first = evaluate(batch, range(len(batch)))
     scored = first.ndim == 2
-    judge = _judge_scores(part, answer) if scored else _judge_labels(part, answer)
+    compare = _compare_scores(part, evaluate) if scored else _compare_labels(part, evaluate)
     more = -(-(COPIES if scored else LABELLED) // len(batch)) - 1
-    _answers(answer, [batch, *itertools.islice(batches, more)], judge, first)
+    _compare_all(evaluate, [batch, *itertools.islice(batches, more)], compare, first)
 
 
 def _query_again(classifier: BaseClassifier, image: Tensor) -> None:
-    """Query about one image ``(1, C, H, W)`` again and again; queries without an answer say nothing."""
+    """Query one image ``(1, C, H, W)`` repeatedly and compare the labels; failed queries do not count."""
     labels = classifier(image.expand(QUERIES, -1, -1, -1))
     counts = torch.bincount(labels[labels != FAILED]).tolist()
     shown = [str(count) for count in sorted(counts, reverse=True) if count]
@@ -244,11 +231,11 @@ def _query_again(classifier: BaseClassifier, image: Tensor) -> None:
 
 
 def _name(part: Any) -> str:
-    """The name of a denoiser or classifier; of noise with a denoiser behind it, the denoiser's."""
+    """Return the name of a denoiser or classifier; for noise with a denoiser behind it, the denoiser's."""
     inner = getattr(part, "denoiser", None)
-    found = inner if isinstance(inner, nn.Module) else part
-    own = getattr(found, "name", None)
-    return own if isinstance(own, str) else str(describe_module(found).get("name", type(found).__name__))
+    module = inner if isinstance(inner, nn.Module) else part
+    own = getattr(module, "name", None)
+    return own if isinstance(own, str) else str(describe_module(module).get("name", type(module).__name__))
 
 
 def _kind(output: Any) -> str:
@@ -256,7 +243,7 @@ def _kind(output: Any) -> str:
 
 
 def _in_memory(check: Callable[[int], None], image: Tensor) -> None:
-    """Run a check on batches of ``COPIES`` copies of an image, or of fewer where memory is short."""
+    """Run a check on batches of ``COPIES`` copies of an image, or fewer if memory is short."""
     size = min(COPIES, default_batch_size(image))
     while True:
         try:
@@ -270,28 +257,40 @@ def _in_memory(check: Callable[[int], None], image: Tensor) -> None:
             return
 
 
-def _untouched(part: str, ask: Ask, images: Tensor, rows: Sequence[int]) -> Any:
+def _call(
+    part: str, evaluate: Evaluate, images: Tensor, rows: Sequence[int], failure: Callable[[Exception], CertifyError]
+) -> Any:
+    """Return the output for these images; refuse a module that writes into them, and convert its exceptions."""
     given = images.clone()
-    output = ask(given, rows)
+    try:
+        output = evaluate(given, rows)
+    except CertifyError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        if out_of_memory(error):
+            raise
+        raise failure(error) from error
     if not torch.equal(given, images):
         raise ContractError(f"{part} writes into the images it is given; work on a copy: images = images.clone()")
     return output
 
 
-def _answers(ask: Ask, batches: Iterable[Tensor], judge: Judge, first: Tensor | None = None) -> list[Tensor]:
-    """Answers about whole batches, compared with those to the first one again, and to every image alone.
+def _compare_all(
+    evaluate: Evaluate, batches: Iterable[Tensor], compare: Compare, first: Tensor | None = None
+) -> list[Tensor]:
+    """Return the outputs for whole batches, compared with a second call (the first batch) and with each image alone.
 
-    ``first`` is the answer about the first batch, where it is known already.
+    ``first`` is the output for the first batch, if it is known already.
     """
-    answers: list[Tensor] = []
+    outputs: list[Tensor] = []
     for k, batch in enumerate(batches):
         rows = range(k * len(batch), (k + 1) * len(batch))
-        answers.append(first if first is not None and k == 0 else ask(batch, rows))
+        outputs.append(first if first is not None and k == 0 else evaluate(batch, rows))
         if k == 0:
-            judge(answers[k], ask(batch, rows), batch, rows, _TWICE)
-        alone = [ask(batch[i : i + 1], rows[i : i + 1]) for i in reversed(range(len(batch)))]  # state may keep the last
-        judge(answers[k], torch.cat(alone[::-1]), batch, rows, _ALONE)
-    return answers
+            compare(outputs[k], evaluate(batch, rows), batch, rows, _TWICE)
+        alone = [evaluate(batch[i : i + 1], rows[i : i + 1]) for i in reversed(range(len(batch)))]  # reversed: state
+        compare(outputs[k], torch.cat(alone[::-1]), batch, rows, _ALONE)  # may still hold the batch's last image
+    return outputs
 
 
 def _refuse(part: str, how: str, amount: str) -> ContractError:
@@ -299,8 +298,8 @@ def _refuse(part: str, how: str, amount: str) -> ContractError:
     return ContractError(f"{part} answers differently {how} ({amount}): {why}")
 
 
-def _deciding(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    """Two answers, each scores ``(B, K)``, with a floor under scores that are far below every image's second best.
+def _clamp_irrelevant(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """Clamp scores far below every image's second best, in two outputs ``(B, K)``.
 
     These decide nothing, and a class that is masked with -1e9 would hide any difference among the others.
     """
@@ -312,16 +311,16 @@ def _deciding(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
     return one.clamp(min=floor), two.clamp(min=floor)
 
 
-def _judge_values(
+def _compare_values(
     part: str,
-    ask: Ask,
+    evaluate: Evaluate,
     share_of_range: float,
     few: float,
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda one, two: (one, two),
-) -> Judge:
-    """Pixels or scores may differ by rounding: so much of their range, or what arithmetic in 16 bits leaves."""
+) -> Compare:
+    """Return a comparison of pixels or scores up to rounding: a share of their range, or more for 16-bit arithmetic."""
 
-    def judge(one: Tensor, two: Tensor, batch: Tensor, rows: Sequence[int], how: str) -> None:
+    def compare(one: Tensor, two: Tensor, batch: Tensor, rows: Sequence[int], how: str) -> None:
         one, two = prepare(one.cpu().double(), two.cpu().double())
         finite = one.isfinite() & two.isfinite()
         alike = (one == two) | (one.isnan() & two.isnan())
@@ -334,50 +333,50 @@ def _judge_values(
         def beyond(tolerance: float) -> bool:
             return float((difference > tolerance).double().mean()) > allowed
 
-        if beyond(rounding) and (beyond(_IN_16_BITS * largest) or not _in_16_bits(ask, batch, rows)):
+        if beyond(rounding) and (beyond(_IN_16_BITS * largest) or not _in_16_bits(evaluate, batch, rows)):
             raise _refuse(part, how, f"by up to {float(difference.max()):.2g}")
 
-    return judge
+    return compare
 
 
-def _judge_scores(part: str, ask: Ask) -> Judge:
-    """Scores may differ by rounding; where many labels do all the same, the answer to one batch must still be one."""
-    by_value = _judge_values(part, ask, 1e-3, 0.0, _deciding)
+def _compare_scores(part: str, evaluate: Evaluate) -> Compare:
+    """Return a comparison of scores up to rounding; if many labels differ all the same, repeated calls must agree."""
+    by_value = _compare_values(part, evaluate, 1e-3, 0.0, _clamp_irrelevant)
 
-    def judge(one: Tensor, two: Tensor, batch: Tensor, rows: Sequence[int], how: str) -> None:
+    def compare(one: Tensor, two: Tensor, batch: Tensor, rows: Sequence[int], how: str) -> None:
         by_value(one, two, batch, rows, how)
         labels = labels_from_logits(one)
 
         def changed(scores: Tensor) -> int:
             return int((labels_from_logits(scores) != labels).sum())
 
-        again = (changed(ask(batch, rows)) for _ in range(COPIES)) if changed(two) > len(batch) // 8 else ()
+        again = (changed(evaluate(batch, rows)) for _ in range(COPIES)) if changed(two) > len(batch) // 8 else ()
         if wrong := next((count for count in again if count > len(batch) // 8), 0):
             raise _refuse(part, _TWICE, f"{wrong} of {len(batch)} labels")
 
-    return judge
+    return compare
 
 
-def _in_16_bits(ask: Ask, batch: Tensor, rows: Sequence[int]) -> bool:
-    """True if any tensor on the way to an answer has 16 bits, or products of float32 may be rounded to fewer."""
-    found = [torch.get_float32_matmul_precision() != "highest"]
+def _in_16_bits(evaluate: Evaluate, batch: Tensor, rows: Sequence[int]) -> bool:
+    """True if any intermediate tensor has 16 bits, or products of float32 may be rounded to fewer bits."""
+    narrow = [torch.get_float32_matmul_precision() != "highest"]
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             output = function(*args, **(kwargs or {}))
-            found.append(getattr(output, "dtype", None) in (torch.bfloat16, torch.float16))
+            narrow.append(getattr(output, "dtype", None) in (torch.bfloat16, torch.float16))
             return output
 
     with contextlib.suppress(Exception), Watch():  # type: ignore[no-untyped-call]  # not all code can be watched
-        found.append(ask(batch, rows).dtype in (torch.bfloat16, torch.float16))
-    return any(found)
+        narrow.append(evaluate(batch, rows).dtype in (torch.bfloat16, torch.float16))
+    return any(narrow)
 
 
-def _judge_labels(part: str, ask: Ask) -> Judge:
-    """Labels may differ at a tie: where a change of the image far below the noise changes them as well.
+def _compare_labels(part: str, evaluate: Evaluate) -> Compare:
+    """Return a comparison of labels up to ties: images whose label a change far below the noise changes as well.
 
-    It has to change them within one call, or a coin for each call would look like a tie, and among images that are
-    alone, or what compares an image with its batch would.
+    The change has to show within one call, or one coin per call would look like a tie, and among images evaluated
+    alone, or a module that compares an image with its batch would.
     """
 
     def tie(image: Tensor, row: int, size: int) -> bool:
@@ -386,14 +385,14 @@ def _judge_labels(part: str, ask: Ask) -> Judge:
         for _ in range(0, COPIES, size):
             drawn = torch.randn((size, *image.shape), generator=generator, device=generator.device)
             near = image + _NEAR * image.std(correction=0) * drawn.to(image)
-            together = together or len(ask(near, [row] * size).unique()) > 1
-            alone |= {int(ask(near[i : i + 1], [row])) for i in range(size)}
+            together = together or len(evaluate(near, [row] * size).unique()) > 1
+            alone |= {int(evaluate(near[i : i + 1], [row])) for i in range(size)}
         return together and len(alone) > 1
 
-    def judge(one: Tensor, two: Tensor, batch: Tensor, rows: Sequence[int], how: str) -> None:
+    def compare(one: Tensor, two: Tensor, batch: Tensor, rows: Sequence[int], how: str) -> None:
         wrong = (one != two).nonzero().flatten().tolist()
-        many = how == _TWICE and len(wrong) > len(batch) // 8  # the input was the same to the last bit
+        many = how == _TWICE and len(wrong) > len(batch) // 8  # the input was bit for bit the same
         if many or any(not tie(batch[i], rows[i], len(batch)) for i in wrong):
             raise _refuse(part, how, f"{len(wrong)} of {len(batch)} labels")
 
-    return judge
+    return compare

@@ -7,25 +7,30 @@ The function stays the same up to rounding; what ran is what is certified, so al
 from __future__ import annotations
 
 import copy
+import ctypes
 import itertools
 import logging
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from certify.engine.hardware import detect_hardware
-from certify.engine.time_limit import run_within
 from certify.errors import UserError, first_line
 from certify.models.classifier import Classifier
 from certify.models.pipeline import Pipeline
 from certify.types import BaseClassifier
+
+_T = TypeVar("_T")
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -271,7 +276,7 @@ def _compiled(
             if seconds is None or noisy.device.type != "cpu":  # an accelerator's recorded graphs belong to one thread
                 function, labels = compile_now()
             else:
-                function, labels = run_within(seconds, compile_now)
+                function, labels = _run_within(seconds, compile_now)
             if labels.shape != expected.shape or (labels != expected).sum() > max(1, len(labels) // 20):
                 raise RuntimeError("the compiled function gives other labels")
     except Exception as error:  # no compiler, an unsupported operator, a bug in it: all the same to the user
@@ -280,6 +285,52 @@ def _compiled(
             reason = f"compilation was given up after {seconds:.3g} s: running eagerly (--compile on sets no limit)"
         return fast, replace(execution, compiled=False, why=(*execution.why, reason), failed=reason)
     return function, execution
+
+
+class _Stopped(BaseException):
+    """Raised in a thread whose time is up."""
+
+
+def _run_within(seconds: float, work: Callable[[], _T]) -> _T:
+    """Call ``work`` in a thread of its own and return its result.
+
+    When the time is up, this returns at once, and the thread is told to stop, which it does at its next step of Python
+    code. State that belongs to the thread disappears with it.
+
+    Raises:
+        TimeoutError: this many seconds of wall time have passed.
+        BaseException: whatever ``work`` raises.
+    """
+    result: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, name="certify-within", daemon=True)
+    thread.start()
+    try:
+        return result.result(seconds)
+    finally:
+        if not result.done():
+            threading.Thread(target=_stop, args=(thread,), daemon=True).start()
+
+
+def _stop(thread: threading.Thread) -> None:
+    """Raise ``_Stopped`` in a thread until it ends: callbacks of the garbage collector swallow it."""
+    report = sys.unraisablehook
+
+    def ignore_stopped(unraisable: Any) -> None:
+        if unraisable.exc_type is not _Stopped:
+            report(unraisable)
+
+    sys.unraisablehook = ignore_stopped
+    while thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stopped))
+        thread.join(1.0)
+    sys.unraisablehook = report
 
 
 @contextmanager

@@ -1,18 +1,25 @@
-"""The machine: its name, and the facts about it on which the execution policy depends."""
+"""The machine: its name, the facts on which the execution policy depends, and its memory allocator."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 
 from certify.errors import UserError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_BLOCK = 32 << 20  # glibc takes no larger block from its heap
+_KEPT = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -80,3 +87,28 @@ def find_device(device: str | torch.device) -> torch.device:
 def in_threads(count: int) -> str:
     """Return ``1 thread``, ``2 threads``."""
     return f"{count} thread{'s' * (count != 1)}"
+
+
+def keep_freed_memory(kept: int = _KEPT) -> bool:
+    """Let glibc keep this many bytes of freed memory, and take blocks of up to 32 MiB from it.
+
+    By default it returns memory to the system after every layer, and every page faults again in the next one: a
+    perceptron's votes take up to twice as long (``benchmarks/log.md``). The user's own settings (``MALLOC_...``) are
+    respected, and other allocators are left alone. glibc's own adaptation arrives at 64 MiB.
+
+    Returns:
+        True if it was done.
+    """
+    mallopt = _mallopt()
+    return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK) and mallopt(_M_TRIM_THRESHOLD, kept))
+
+
+@functools.cache
+def _mallopt() -> Callable[[int, int], int] | None:
+    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+        return None
+    try:
+        function: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return None
+    return function

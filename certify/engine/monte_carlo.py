@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify.engine.allocator import keep_freed_memory
+from certify.engine.hardware import keep_freed_memory
 from certify.errors import CertifyError, RunFault, UserError, first_line
 from certify.models.pipeline import Pipeline
 from certify.smoothing.rng import block_generator, block_size

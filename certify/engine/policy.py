@@ -27,7 +27,7 @@ COMPILE_SECONDS = 300.0
 
 # Floating-point operations from which compilation pays several times over, by device type. The figure for CUDA follows
 # from published speeds: like the other rules for accelerators, it has not been measured.
-_COMPILED_FROM = {"cpu": 1e14, "cuda": 1e16}
+_COMPILED_FROM = {"cpu": 3e14, "cuda": 1e16}
 
 
 @dataclass(frozen=True)
