@@ -27,7 +27,7 @@ from certify.blackbox.client.query_client import QueryClient
 from certify.blackbox.client.rate_limit import QueryLimits, RateLimiter, retry_after
 from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import ledger_header, read_ledger
-from certify.blackbox.protocols.clarifai import clarifai
+from certify.blackbox.protocols.cloud_vision import clarifai
 from certify.blackbox.types import Answer, BadReply, Query, Reply, Request
 from certify.cli.service_options import RequestLimits, ServiceOptions, query_limits
 from certify.errors import CertifyError, RunFault, UserError

@@ -65,9 +65,8 @@ class _BudgetSpent(Exception):
 class _Call:
     """The state of one call of the client; ``fault`` gets the first error that ends it."""
 
-    tasks: set[asyncio.Task[Answer]] = field(default_factory=set)
+    tasks: dict[asyncio.Task[Answer], Query] = field(default_factory=dict)
     in_flight: set[asyncio.Task[Answer]] = field(default_factory=set)
-    names: set[str] = field(default_factory=set)
     fault: concurrent.futures.Future[Answer] = field(default_factory=concurrent.futures.Future)
     ended: bool = False
 
@@ -177,20 +176,16 @@ class QueryClient:
         """Return the answer to a query from the log, or query the service."""
         task = asyncio.current_task()
         assert task is not None
-        call.tasks.add(task)
         try:
-            if query.name in call.names:
+            if any(other.name == query.name for other in call.tasks.values()):
                 raise UserError(f"query {query.name!r} occurs twice at a time; expected unique names")
             known = self._log.find(query)
             if known is not None:
                 return known
-            call.names.add(query.name)
-            try:
-                request = self._loop.run_in_executor(None, self._format.request, query.picture)  # encodes ahead
-                async with self._slots:
-                    return await self._attempts(query, await request, call)
-            finally:
-                call.names.discard(query.name)
+            call.tasks[task] = query
+            request = self._loop.run_in_executor(None, self._format.request, query.picture)  # encodes ahead
+            async with self._slots:
+                return await self._attempts(query, await request, call)
         except (asyncio.CancelledError, _BudgetSpent):
             raise
         except BaseException as error:
@@ -199,19 +194,19 @@ class QueryClient:
                 call.fault.set_exception(error)
             raise
         finally:
-            call.tasks.discard(task)
+            call.tasks.pop(task, None)
 
     async def _attempts(self, query: Query, request: Request, call: _Call) -> Answer:
         """Send a query until it has an answer or its attempts are used up."""
-        m = self._limits
-        attempts = max(1, m.attempts - self._log.attempts(query.name))
+        limits = self._limits
+        attempts = max(1, limits.attempts - self._log.attempts(query.name))
         retries = self._retries(
             on=_backoff,
             attempts=attempts,
             timeout=None,
-            wait_initial=m.first_wait,
-            wait_max=m.longest_wait,
-            wait_jitter=m.first_wait,
+            wait_initial=limits.first_wait,
+            wait_max=limits.longest_wait,
+            wait_jitter=limits.first_wait,
         )
         async for attempt in retries:
             with attempt:
@@ -234,15 +229,16 @@ class QueryClient:
         await self._log.sent(query, request.body)
         ranked, failure, down, start = Ranked(), "", False, time.perf_counter()
         try:
-            ranked = self._read(await self._reply(request))
+            ranked = self._read(await self._send(request))
         except BadReply as error:
             failure, down = str(error) or "no label", isinstance(error, _ErrorStatus)
-        except _Retry as error:
+        except (OSError, _Retry) as error:
+            retry = error if isinstance(error, _Retry) else _Retry(first_line(error))
             if not last:
-                self._rate.pause(error.seconds or 0.0)
-                await self._log.refused(query.name, error.why)
-                raise
-            failure, down = error.why, True
+                self._rate.pause(retry.seconds or 0.0)
+                await self._log.refused(query.name, retry.why)
+                raise retry from None
+            failure, down = retry.why, True
         except _Refused as error:
             await self._log.refused(query.name, error.why)
             raise RunFault(
@@ -253,12 +249,6 @@ class QueryClient:
         answer = Answer(query.name, ranked, failure, seconds, self._log.attempts(query.name), down=down)
         await self._log.answer(answer)
         return answer
-
-    async def _reply(self, request: Request) -> Reply:
-        try:
-            return await self._send(request)
-        except OSError as error:
-            raise _Retry(first_line(error)) from None
 
     def _read(self, reply: Reply) -> Ranked:
         """Return the labels of a reply.

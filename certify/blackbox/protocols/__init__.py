@@ -1,4 +1,4 @@
-"""Wire formats of services, by name: one file each, with a pair of pure functions.
+"""Wire formats of services, by name: one function each, which returns a pair of pure functions.
 
 ``FORMATS.get(NAME)(**options)`` is a :class:`~certify.blackbox.types.Format`. Listing the names imports none of them.
 """
@@ -14,11 +14,11 @@ _HERE = "certify.blackbox.protocols"
 FORMATS.add("v2", f"{_HERE}.v2:v2", "Open Inference Protocol v2: KServe, MLServer, Triton, certify serve")
 FORMATS.add("tf-serving", f"{_HERE}.tf_serving:tf_serving", "TensorFlow Serving's predict, KServe v1")
 FORMATS.add("json", f"{_HERE}.post_image:post_image", "an image by POST, labels and scores found by JMESPath")
-FORMATS.add("hugging-face", f"{_HERE}.hugging_face:hugging_face", "Hugging Face image classification")
-FORMATS.add("rekognition", f"{_HERE}.rekognition:rekognition", "AWS Rekognition DetectLabels; through boto3")
-FORMATS.add("google-vision", f"{_HERE}.google_vision:google_vision", "Google Cloud Vision label detection")
-FORMATS.add("azure-vision", f"{_HERE}.azure_vision:azure_vision", "Azure AI Vision Image Analysis 4.0, tags")
-FORMATS.add("clarifai", f"{_HERE}.clarifai:clarifai", "Clarifai models, concepts")
+FORMATS.add("hugging-face", f"{_HERE}.cloud_vision:hugging_face", "Hugging Face image classification")
+FORMATS.add("rekognition", f"{_HERE}.cloud_vision:rekognition", "AWS Rekognition DetectLabels; through boto3")
+FORMATS.add("google-vision", f"{_HERE}.cloud_vision:google_vision", "Google Cloud Vision label detection")
+FORMATS.add("azure-vision", f"{_HERE}.cloud_vision:azure_vision", "Azure AI Vision Image Analysis 4.0, tags")
+FORMATS.add("clarifai", f"{_HERE}.cloud_vision:clarifai", "Clarifai models, concepts")
 
 ENDPOINTS: Mapping[str, str] = {
     "hugging-face": "https://router.huggingface.co/hf-inference",
