@@ -2,7 +2,7 @@
 # A run in shards on a SLURM cluster: one plain process a task, one GPU each, no process knows of another.
 #
 #   sbatch examples/slurm_array.sh                                    # 64 shards
-#   sbatch --array=7,12 --export=ALL,SHARDS=64 examples/slurm_array.sh  # two of them again: they go on where they stopped
+#   sbatch --array=7,12 --export=ALL,SHARDS=64 examples/slurm_array.sh  # two of them again: they resume
 #   certify merge shards/*.jsonl -o run.jsonl                         # refuses what is missing or unfinished, by name
 #
 # Use one kind of GPU (--constraint): noise is not promised equal across kinds, and merging refuses a mixture.

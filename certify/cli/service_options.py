@@ -37,7 +37,7 @@ class ServiceOptions(Options, section="Service"):
     auth_query: str | None = option(metavar="'NAME={key}'", help="Send the key in the URL's query instead.")
     insecure: bool = flag(help="Allow sending the key over plain HTTP to another machine.")
     rate: float | None = option(
-        type=Positive("requests a second, above 0"), help="Maximum number of requests per second (default: no limit)."
+        type=Positive("requests per second, above 0"), help="Maximum number of requests per second (default: no limit)."
     )
     retries: int = option(
         type=Count("repetitions", least=0),
