@@ -1,4 +1,4 @@
-"""Statistics of adversarial noise, x_adv - x: mean, skewness and spectrum of each image; and a figure of them.
+"""Statistics of adversarial noise, x_adv - x: mean, skewness and spectrum of each image; a table and a figure.
 
 Smoothing as a defence (GS and NCIS-style purifiers) assumes that adversarial noise has nearly zero mean and a symmetric
 distribution, so that local averages cancel much of it. These statistics test the assumption.
@@ -6,16 +6,20 @@ distribution, so that local averages cancel much of it. These statistics test th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 from analysis.figures import COLOURS, LINES, canvas, check_format, literal, save_figure
 from certify.errors import UserError
+from denoisers.classical import GaussianSmoothing
+
+_LOW = 0.2210  # cycles per pixel: the edge of the fifth of 16 rings
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,83 @@ def noise_statistics(attacked: Tensor, clean: Tensor, rings: int = 16) -> NoiseS
     spectrum = torch.fft.fft2(noise).abs().pow(2).sum(1).flatten(1) / (height * width)  # Parseval: sums to |n|^2
     power = torch.zeros(len(noise), rings + 1, dtype=torch.float64).index_add_(1, ring, spectrum)
     return NoiseStatistics(mean, std, skewness, edges, power, torch.bincount(ring, minlength=rings + 1))
+
+
+@dataclass(frozen=True)
+class NoiseSummary:
+    """Medians over the images that an attack changed; None where no value is finite.
+
+    Attributes:
+        noise: name of the attack.
+        changed: number of images changed.
+        mean: of |mean|, in grey levels of 255.
+        std: of the standard deviation, in grey levels of 255.
+        skewness: of |skewness|.
+        low_frequencies: of the share of power below 0.22 cycles per pixel.
+        left_by_smoothing: of :func:`smoothing_factor`.
+    """
+
+    noise: str
+    changed: int = 0
+    mean: float | None = None
+    std: float | None = None
+    skewness: float | None = None
+    low_frequencies: float | None = None
+    left_by_smoothing: float | None = None
+
+
+def summarise_noise(name: str, statistics: NoiseStatistics, left: Tensor) -> NoiseSummary:
+    """Summarise the noise of an attack; ``left``, ``(B,)``, is the :func:`smoothing_factor` of each image's noise."""
+    changed = statistics.std > 0
+    if not changed.any():
+        return NoiseSummary(name)
+    low = (statistics.power[:, statistics.frequency <= _LOW].sum(1) / statistics.power.sum(1))[changed]
+    return NoiseSummary(
+        name,
+        int(changed.sum()),
+        median(255 * statistics.mean[changed].abs()),
+        median(255 * statistics.std[changed]),
+        median(statistics.skewness[changed].abs()),
+        median(low),
+        median(left[changed.to(left.device)]),
+    )
+
+
+def smoothing_factor(noise: Tensor) -> Tensor:
+    """Return the fraction of each noise's l2 norm left by Gaussian smoothing, ``(B,)``; NaN for zero noise."""
+    smooth = GaussianSmoothing(kernel=5, std=1.0, iterations=1).smooth(noise)
+    factor: Tensor = smooth.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
+    return factor
+
+
+def median(values: Tensor) -> float | None:
+    """Return the median of the finite values, or None if there are none."""
+    finite = values[values.isfinite()]
+    return float(finite.double().quantile(0.5)) if len(finite) else None
+
+
+def tabulate_noise(rows: Sequence[NoiseSummary], images: int, images_left: float | None) -> str:
+    """Return a table of summaries, with the notes needed to read it.
+
+    Args:
+        rows: one per noise.
+        images: number of images attacked.
+        images_left: median :func:`smoothing_factor` of the images' own texture.
+    """
+    text = tabulate(
+        [["" if value is None else value for value in astuple(row)] for row in rows],
+        headers=["noise", "images", "|mean|", "std", "|skewness|", "power below 0.22 cycles", "left by smoothing"],
+        floatfmt=("", "d", ".2f", ".2f", ".3f", ".2f", ".2f"),
+    )
+    share = "an unknown fraction" if images_left is None else f"{images_left:.2f}"
+    notes = (
+        f"Medians over the changed images, of {images}; mean and std in grey levels of 255.\n"
+        f"Smoothing (window 5, deviation 1) leaves {share} of the images' own texture.\n"
+        "White noise has 0.15 of its power below 0.22 cycles per pixel; clipping to [0, 1] skews that of dark images."
+    )
+    if any(row.changed < images for row in rows):
+        notes += "\nImages for which an attack found no change that helps are not counted."
+    return f"{text}\n\n{notes}"
 
 
 def draw_noise(noises: Mapping[str, NoiseStatistics], images: NoiseStatistics, path: str | Path, *, title: str) -> None:

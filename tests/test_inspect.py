@@ -11,9 +11,8 @@ import pytest
 import torch
 from command import run as command
 
-from analysis.adversarial_noise import _spectrum, noise_statistics
+from analysis.adversarial_noise import _spectrum, median, noise_statistics, smoothing_factor, summarise_noise
 from analysis.comparison.runner import randomly_moved
-from certify.cli.inspect import _left, _line, _median
 from certify.images.dataset import load_images
 from certify.models.classifier import Classifier
 
@@ -25,31 +24,30 @@ def test_smoothing_leaves_of_white_noise_what_the_window_says() -> None:
     kept = float(row.pow(2).sum())  # of the variance along each axis: the window is a product
     noise = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     # reflected borders keep a little more of the outermost two of 64 rows; the sampling error is below 1 %
-    assert _left(noise).numpy() == pytest.approx(kept, rel=0.05)
-    assert _left(torch.ones(1, 3, 16, 16)).item() == pytest.approx(1, abs=1e-5)
-    assert math.isnan(_left(torch.zeros(1, 3, 16, 16)).item())
+    assert smoothing_factor(noise).numpy() == pytest.approx(kept, rel=0.05)
+    assert smoothing_factor(torch.ones(1, 3, 16, 16)).item() == pytest.approx(1, abs=1e-5)
+    assert math.isnan(smoothing_factor(torch.zeros(1, 3, 16, 16)).item())
 
 
 def test_images_that_were_not_changed_do_not_count() -> None:
     clean = torch.full((3, 1, 16, 16), 0.5)
     moved = clean.clone()
     moved[0] += 2 / 255 * torch.tensor([1.0, -1.0]).repeat(8)  # stripes of one pixel: all power at half a cycle
-    line = _line("stripes", noise_statistics(moved, clean), _left(moved - clean))
-    assert line["changed"] == 1
-    assert line["std"] == pytest.approx(2, rel=1e-4)
-    assert line["mean"] == pytest.approx(0, abs=1e-4)
-    assert line["low_frequencies"] == pytest.approx(0, abs=1e-6)
-    assert _line("nothing", noise_statistics(clean, clean), _left(clean - clean))["changed"] == 0
+    line = summarise_noise("stripes", noise_statistics(moved, clean), smoothing_factor(moved - clean))
+    assert line.changed == 1
+    assert line.std == pytest.approx(2, rel=1e-4)
+    assert line.mean == pytest.approx(0, abs=1e-4)
+    assert line.low_frequencies == pytest.approx(0, abs=1e-6)
+    assert summarise_noise("nothing", noise_statistics(clean, clean), smoothing_factor(clean - clean)).changed == 0
 
 
 def test_medians_lie_between_the_middle_two_and_json_has_no_nan() -> None:
-    assert _median(torch.tensor([4.0, 1.0, 3.0, 2.0])) == 2.5
-    assert _median(torch.tensor([math.nan, 5.0])) == 5.0
-    assert _median(torch.tensor([math.nan])) is None
+    assert median(torch.tensor([4.0, 1.0, 3.0, 2.0])) == 2.5
+    assert median(torch.tensor([math.nan, 5.0])) == 5.0
+    assert median(torch.tensor([math.nan])) is None
     flat = torch.full((2, 1, 8, 8), 0.5)
-    same = _line("none", noise_statistics(flat, flat), _left(flat - flat))
-    moved = _line("some", noise_statistics(flat + torch.rand(flat.shape), flat), torch.ones(2))
-    assert same.keys() == moved.keys()
+    same = summarise_noise("none", noise_statistics(flat, flat), smoothing_factor(flat - flat))
+    assert (same.changed, same.mean) == (0, None)
 
 
 def test_defences_that_nothing_shows_are_not_built(

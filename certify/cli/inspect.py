@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from certify.cli.attack_context import AttackContext, check_defence_names, load_attack_context, split_names
 from certify.cli.console import say, tell
@@ -16,12 +17,10 @@ from certify.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from analysis.adversarial_noise import NoiseStatistics
     from analysis.grid import Panel, Row
     from certify.models.defence import Defence
 
 _RANDOM = "random noise"
-_LOW = 0.2210  # cycles per pixel: the edge of the fifth of 16 rings
 
 
 class DefenceOptions(Options, section="Defences"):
@@ -62,7 +61,7 @@ def inspect(
     both for each attack, next to random noise of the same size, and the fraction of the noise that Gaussian smoothing
     (window 5, deviation 1) leaves, next to the fraction of the images' own texture.
     """
-    from analysis.adversarial_noise import noise_statistics
+    from analysis.adversarial_noise import median, noise_statistics, smoothing_factor, summarise_noise, tabulate_noise
     from analysis.figures import check_format
 
     files = [path for path in (output.figure, output.pictures) if path]
@@ -78,14 +77,14 @@ def inspect(
     clean, attacked = _attack_images(attack, context)
     noises = {name: noise_statistics(images, clean) for name, images in attacked.items()}
     texture = noise_statistics(clean, clean.mean((2, 3), keepdim=True).expand_as(clean))
-    rows = [_line(name, statistics, _left(attacked[name] - clean)) for name, statistics in noises.items()]
-    images_left = _median(_left(clean - clean.mean((2, 3), keepdim=True)))
+    rows = [summarise_noise(name, noises[name], smoothing_factor(attacked[name] - clean)) for name in noises]
+    images_left = median(smoothing_factor(clean - clean.mean((2, 3), keepdim=True)))
     if output.as_json:
         about = {"images": len(clean), "norm": attack.norm, "eps": attack.eps.value}
-        result = {**about, "images_left_by_smoothing": images_left, "noises": rows}
+        result = {**about, "images_left_by_smoothing": images_left, "noises": [asdict(row) for row in rows]}
         tell(json.dumps(result, allow_nan=False))
     else:
-        tell(_table(rows, len(clean), images_left))
+        tell(tabulate_noise(rows, len(clean), images_left))
     title = f"{model.model} on {context.images.name}, {len(clean)} images, {attack.norm} {attack.eps}"
     if output.figure:
         from analysis.adversarial_noise import draw_noise
@@ -114,69 +113,6 @@ def _attack_images(attack: GradientAttackOptions, context: AttackContext) -> tup
     for name in context.attacks:
         attacked[name] = context.craft(Condition(name, "blind"), bare, clean, labels, ids).images
     return clean, attacked
-
-
-def _left(noise: Tensor) -> Tensor:
-    """Return the fraction of each noise's l2 norm left by Gaussian smoothing, ``(B,)``; NaN for zero noise."""
-    from denoisers.classical import GaussianSmoothing
-
-    smooth = GaussianSmoothing(kernel=5, std=1.0, iterations=1).smooth(noise)
-    left: Tensor = smooth.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
-    return left
-
-
-def _line(name: str, statistics: NoiseStatistics, left: Tensor) -> dict[str, Any]:
-    """Return medians over the images that the attack changed."""
-    changed = statistics.std > 0
-    if not changed.any():
-        return {"noise": name, "changed": 0, **dict.fromkeys(_COLUMNS)}
-    low = (statistics.power[:, statistics.frequency <= _LOW].sum(1) / statistics.power.sum(1))[changed]
-    return {
-        "noise": name,
-        "changed": int(changed.sum()),
-        "mean": _median(255 * statistics.mean[changed].abs()),
-        "std": _median(255 * statistics.std[changed]),
-        "skewness": _median(statistics.skewness[changed].abs()),
-        "low_frequencies": _median(low),
-        "left_by_smoothing": _median(left[changed.to(left.device)]),
-    }
-
-
-def _median(values: Tensor) -> float | None:
-    """Return the median of the finite values, or None if there are none."""
-    known = values[values.isfinite()]
-    return float(known.double().quantile(0.5)) if len(known) else None
-
-
-def _table(rows: list[dict[str, Any]], images: int, images_left: float | None) -> str:
-    from tabulate import tabulate
-
-    def numbers(row: Mapping[str, Any]) -> list[Any]:
-        return ["" if row.get(key) is None else row[key] for key in _COLUMNS]
-
-    text = tabulate(
-        [[row["noise"], row["changed"], *numbers(row)] for row in rows],
-        headers=["noise", "images", *_COLUMNS.values()],
-        floatfmt=("", "d", ".2f", ".2f", ".3f", ".2f", ".2f"),
-    )
-    share = "an unknown fraction" if images_left is None else f"{images_left:.2f}"
-    below = (
-        f"Medians over the changed images, of {images}; mean and std in grey levels of 255.\n"
-        f"Smoothing (window 5, deviation 1) leaves {share} of the images' own texture.\n"
-        "White noise has 0.15 of its power below 0.22 cycles per pixel; clipping to [0, 1] skews that of dark images."
-    )
-    if any(row["changed"] < images for row in rows):
-        below += "\nImages for which an attack found no change that helps are not counted."
-    return f"{text}\n\n{below}"
-
-
-_COLUMNS = {
-    "mean": "|mean|",
-    "std": "std",
-    "skewness": "|skewness|",
-    "low_frequencies": "power below 0.22 cycles",
-    "left_by_smoothing": "left by smoothing",
-}
 
 
 def _draw(
