@@ -1,4 +1,4 @@
-"""The server of smoothed labels in this process or another, and requests to it."""
+"""Run the server in this process or another, and make requests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def application(
     picture: Callable[[bytes], np.ndarray] | None = None,
     **own: Any,
 ) -> Iterator[tuple[FastAPI, Service, Admission, Metrics]]:
-    """The server's application, without a server."""
+    """Yield the application without a server."""
     smoothed = SmoothedClassifier(classifier, 0.25, batch_size=batch_size)
     metrics, admission = Metrics(), Admission(limits)
     defaults = Defaults(**{"n0": N0, "n": N, "alpha": ALPHA, "seed": SEED, **own})
@@ -62,7 +62,7 @@ def application(
 
 @contextlib.contextmanager
 def serving(classifier: Any, *own: Any, **named: Any) -> Iterator[tuple[TestClient, Service, Admission, Metrics]]:
-    """A server in this process, without sockets."""
+    """Run a server in this process, without sockets."""
     with (
         application(classifier, *own, **named) as (app, service, admission, metrics),
         TestClient(app, raise_server_exceptions=False) as client,
@@ -72,7 +72,7 @@ def serving(classifier: Any, *own: Any, **named: Any) -> Iterator[tuple[TestClie
 
 @contextlib.contextmanager
 def listening(app: FastAPI, admission: Admission) -> Iterator[str]:
-    """A server with sockets, in a thread of this process: its address."""
+    """Run a server with sockets in a thread of this process; yield its address."""
     with listen("127.0.0.1", 0) as place:
         started = threading.Event()
         thread = threading.Thread(target=serve, args=(app, admission, place, started.set))
@@ -86,7 +86,7 @@ def listening(app: FastAPI, admission: Admission) -> Iterator[str]:
 
 
 def request(images: np.ndarray, **more: Any) -> dict[str, Any]:
-    """An inference with JSON tensors."""
+    """Return an inference request with JSON tensors."""
     datatype = "UINT8" if images.dtype == np.uint8 else "FP32"
     tensor = {"name": "image", "datatype": datatype, "shape": list(images.shape), "data": images.ravel().tolist()}
     return {"inputs": [tensor], **more}
@@ -98,7 +98,7 @@ def outputs(reply: Any) -> dict[str, Any]:
 
 
 class Held:
-    """A base classifier that says class 1, after a while, when it is let, or not at all; to few images at once."""
+    """A base classifier that returns class 1: after a delay, when released, or never; at once for small batches."""
 
     num_classes = 2
 
@@ -109,7 +109,7 @@ class Held:
             self.let.set()
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        if len(images) <= COPIES:  # as the contract is checked
+        if len(images) <= COPIES:  # the contract check
             return torch.ones(len(images), dtype=torch.int64)
         self.called.set()
         self.samples += len(images)
@@ -125,7 +125,7 @@ class Held:
 
 @contextlib.contextmanager
 def process(*options: str, command: Sequence[str] = CERTIFY) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """``certify serve`` on a free port: the process, and its address."""
+    """Run ``certify serve`` on a free port; yield the process and its address."""
     command = [*command, "serve", "--model", "digits", "--sigma", "0.25", "--port", "0", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -145,13 +145,13 @@ def process(*options: str, command: Sequence[str] = CERTIFY) -> Iterator[tuple[s
 
 
 def connect(address: str) -> socket.socket:
-    """A connection to a server."""
+    """Return a connection to a server."""
     host, _, port = address.removeprefix("http://").partition(":")
     return socket.create_connection((host, int(port)), timeout=60)
 
 
 def send(address: str, content: bytes) -> bytes:
-    """What a connection with these bytes, and no more, brings."""
+    """Send these bytes on a new connection and return the response."""
     with connect(address) as connection:
         connection.sendall(content)
         connection.shutdown(socket.SHUT_WR)

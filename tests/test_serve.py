@@ -1,4 +1,4 @@
-"""The server: it says what the smoothed classifier says, refuses what it cannot answer, and loses nothing."""
+"""The server: answers equal the smoothed classifier's, invalid requests are refused, accepted ones are answered."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def images(digits: Classifier) -> np.ndarray:
 
 
 def binary(images: np.ndarray, **more: Any) -> tuple[bytes, dict[str, str]]:
-    """The same with a binary tensor: body and headers."""
+    """Return body and headers of a request with a binary tensor."""
     datatype = "UINT8" if images.dtype == np.uint8 else "FP32"
     raw = images.tobytes()
     tensor = {"name": "image", "datatype": datatype, "shape": list(images.shape)}
@@ -75,7 +75,7 @@ def binary(images: np.ndarray, **more: Any) -> tuple[bytes, dict[str, str]]:
     return text + raw, {LENGTH_HEADER: str(len(text)), "content-type": "application/octet-stream"}
 
 
-# What it answers
+# Answers
 
 
 def test_labels_and_radii_are_those_of_the_smoothed_classifier(
@@ -105,7 +105,7 @@ def test_labels_and_radii_are_those_of_the_smoothed_classifier(
 
 
 @pytest.mark.parametrize("parameters", [{"samples": 100}, {"radius": 0.1, "samples": 400}])
-def test_no_number_about_several_images_stands_beside_the_alpha_of_each(
+def test_radii_of_several_images_are_not_among_the_parameters(
     client: TestClient, images: np.ndarray, parameters: dict[str, Any]
 ) -> None:
     """Each of m statements fails with probability alpha, one or more of them with up to m alpha."""
@@ -120,7 +120,9 @@ def test_no_number_about_several_images_stands_beside_the_alpha_of_each(
         assert (said["parameters"]["alpha"], said["parameters"]["alpha_all"]) == (0.01, together)
 
 
-def test_a_radius_is_decided_with_few_samples(client: TestClient, digits: Classifier, images: np.ndarray) -> None:
+def test_radius_decisions_equal_the_smoothed_classifiers(
+    client: TestClient, digits: Classifier, images: np.ndarray
+) -> None:
     body = request(images, parameters={"radius": 0.1, "samples": 1500})
     found = outputs(client.post(INFER, json=body))
     smoothed = SmoothedClassifier(digits, 0.25)
@@ -134,7 +136,7 @@ def test_a_radius_is_decided_with_few_samples(client: TestClient, digits: Classi
     assert found["p_lower"] == [p0 if d.robust else 0.0 for d in wanted]
 
 
-def test_samples_and_seed_of_a_request(client: TestClient, digits: Classifier, images: np.ndarray) -> None:
+def test_samples_and_seed_parameters(client: TestClient, digits: Classifier, images: np.ndarray) -> None:
     smoothed, image = SmoothedClassifier(digits, 0.25), torch.from_numpy(images[1])
     body = request(images[1:2], parameters={"samples": 900, "seed": "5"}, outputs=[{"name": "votes"}])
     name = stream_name(noise_name(image), 5)
@@ -145,14 +147,14 @@ def test_samples_and_seed_of_a_request(client: TestClient, digits: Classifier, i
     assert again != {"votes": list(wanted.counts)}
 
 
-def test_a_server_draws_a_secret_seed_of_its_own() -> None:
+def test_each_server_draws_a_secret_seed() -> None:
     first, second = Defaults(), Defaults()
     assert first.seed != second.seed
     assert max(first.seed, second.seed) > 2**100  # nobody tries them all
     assert str(first.seed) not in repr(first)
 
 
-def test_forms_of_the_same_tensor_agree(client: TestClient, images: np.ndarray) -> None:
+def test_encodings_of_the_same_tensor_agree(client: TestClient, images: np.ndarray) -> None:
     eight = (images * 255).round().astype(np.uint8)
     exact = eight.astype(np.float32) / 255
     wanted = outputs(client.post(INFER, json=request(exact)))
@@ -172,7 +174,7 @@ def test_forms_of_the_same_tensor_agree(client: TestClient, images: np.ndarray) 
         assert outputs(reply) == wanted
 
 
-def test_binary_outputs_say_the_same(client: TestClient, images: np.ndarray) -> None:
+def test_binary_outputs_equal_json_outputs(client: TestClient, images: np.ndarray) -> None:
     wanted = outputs(client.post(INFER, json=request(images)))
     body, headers = binary(images, parameters={"binary_data_output": True})
     reply = client.post(INFER, content=body, headers=headers)
@@ -196,7 +198,7 @@ def test_binary_outputs_say_the_same(client: TestClient, images: np.ndarray) -> 
 
 
 @pytest.mark.parametrize("form", [True, False])
-def test_the_votes_of_several_images(client: TestClient, digits: Classifier, images: np.ndarray, form: bool) -> None:
+def test_votes_of_several_images(client: TestClient, digits: Classifier, images: np.ndarray, form: bool) -> None:
     smoothed = SmoothedClassifier(digits, 0.25)
     wanted = [smoothed.certify(image, n0=N0, n=N, alpha=ALPHA, seed=SEED).counts for image in images]
     asked = [{"name": "votes", "parameters": {"binary_data": form}}]
@@ -211,7 +213,7 @@ def test_the_votes_of_several_images(client: TestClient, digits: Classifier, ima
     assert found.tolist() == [list(votes) for votes in wanted]
 
 
-def test_requests_at_once_are_answered_as_alone(digits: Classifier, images: np.ndarray) -> None:
+def test_concurrent_requests_get_the_same_answers(digits: Classifier, images: np.ndarray) -> None:
     kinds = [{}, {"samples": 1000}, {"radius": 0.1}, {"radius": 0.2, "samples": 3000}, {"samples": 40, "seed": 3}]
     bodies = [request(images[i : i + 1], parameters=kind) for kind in kinds for i in range(4)]
     with serving(digits, Limits(concurrency=100), batch_size=64) as (client, *_):
@@ -221,8 +223,8 @@ def test_requests_at_once_are_answered_as_alone(digits: Classifier, images: np.n
     assert together == alone
 
 
-def test_pieces_of_all_requests_are_in_work_together(images: np.ndarray) -> None:
-    """A small request that came while a large one was in work does not wait for its end."""
+def test_a_small_request_does_not_wait_for_a_large_one(images: np.ndarray) -> None:
+    """The images of all requests are sampled together."""
     held, order = Held(held=True), list[str]()
     smoothed = SmoothedClassifier(held, 0.25, batch_size=50)
     with Service(smoothed, SIZE, Defaults(n0=N0, n=N), LIMITS, class_names(None)) as service:
@@ -236,7 +238,9 @@ def test_pieces_of_all_requests_are_in_work_together(images: np.ndarray) -> None
     assert order == ["small", "large"]
 
 
-def test_this_package_s_own_client_reads_it(client: TestClient, digits: Classifier, images: np.ndarray) -> None:
+def test_the_v2_client_of_this_package_reads_responses(
+    client: TestClient, digits: Classifier, images: np.ndarray
+) -> None:
     (picture,) = to_pictures(torch.from_numpy(images[1:2]))
     wanted = SmoothedClassifier(digits, 0.25).certify(to_tensor(picture), n0=N0, n=N, alpha=ALPHA, seed=SEED)
     assert not wanted.abstained
@@ -271,12 +275,12 @@ def test_health_metadata_and_unknown_names(client: TestClient) -> None:
         assert reply.json()["error"]
 
 
-def test_no_browser_guesses_the_type_of_a_reply(client: TestClient) -> None:
+def test_every_response_forbids_content_sniffing(client: TestClient) -> None:
     for method, path in (("GET", "/"), ("GET", "/metrics"), ("GET", "/v2"), ("GET", "/none"), ("POST", INFER)):
         assert client.request(method, path).headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+def test_the_page_loads_nothing_from_other_sites(client: TestClient) -> None:
     reply = client.get("/")
     assert "connect-src 'self'" in reply.headers["content-security-policy"]
     assert "'unsafe" not in reply.headers["content-security-policy"]
@@ -284,7 +288,7 @@ def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
     assert addresses <= {"http://www.w3.org/2000/svg"}  # the name of a language, which nobody opens
 
 
-def test_a_dropped_image_is_classified_as_its_tensor_is(
+def test_an_uploaded_image_is_classified_like_its_tensor(
     client: TestClient, digits: Classifier, tmp_path: Path, images: np.ndarray
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -300,7 +304,7 @@ def test_a_dropped_image_is_classified_as_its_tensor_is(
     assert said["votes_cast"] == 300
 
 
-def test_the_page_displays_a_radius_from_below(client: TestClient, images: np.ndarray) -> None:
+def test_the_page_displays_a_radius_rounded_down(client: TestClient, images: np.ndarray) -> None:
     """The text comes from the server, rounded down to four decimals; the page's script formats no radius."""
     out = io.BytesIO()
     Image.fromarray((images[1, 0] * 255).round().astype(np.uint8)).save(out, "PNG")
@@ -315,7 +319,7 @@ def test_the_page_displays_a_radius_from_below(client: TestClient, images: np.nd
     assert "answer.radius." not in page
 
 
-def test_metrics_count_what_happened(digits: Classifier, images: np.ndarray) -> None:
+def test_metrics(digits: Classifier, images: np.ndarray) -> None:
     with serving(digits) as (client, *_):
         answers = outputs(client.post(INFER, json=request(images)))
         client.post(INFER, json=request(images, parameters={"samples": 10**6}))
@@ -336,7 +340,7 @@ def test_metrics_count_what_happened(digits: Classifier, images: np.ndarray) -> 
         assert line in text.splitlines()
 
 
-# What it refuses
+# Refusals
 
 
 def picture(width: int, height: int, kind: str = "PNG", **how: Any) -> bytes:
@@ -522,17 +526,17 @@ def test_hostile_requests_are_refused_with_a_reason(client: TestClient, images: 
     assert outputs(client.post(INFER, json=request(images[:1], parameters={"samples": 20})))["samples"] == [N0 + 20]
 
 
-def test_a_fault_of_the_server_is_said_as_any_refusal(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_server_gets_a_json_error(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def stumble(*given: Any) -> None:
         raise ZeroDivisionError("a secret")
 
     monkeypatch.setattr("certify.serve.app.read_request", stumble)
     reply = client.post(INFER, json=request(ONE))
     assert reply.status_code == 500
-    assert reply.json() == {"error": "the server failed; its log says more"}
+    assert reply.json() == {"error": "internal error; see the log of the server"}
 
 
-def test_a_request_may_have_so_many_images() -> None:
+def test_the_number_of_images_per_request_is_limited() -> None:
     few = Limits(max_images=3)
     for images in (np.repeat(ONE, 3, 0), np.repeat(ONE, 4, 0)):
         body = json.dumps(request(images)).encode()
@@ -568,7 +572,7 @@ def test_a_request_may_have_so_many_images() -> None:
         (socket.gethostname(), None, True),
     ],
 )
-def test_foreign_pages_may_not_ask(host: str, origin: str | None, allowed: bool) -> None:
+def test_requests_of_other_sites_are_refused(host: str, origin: str | None, allowed: bool) -> None:
     headers = [(b"host", host.encode())] + ([(b"origin", origin.encode())] if origin is not None else [])
     check = site_check(["API.example"])
     asks = HttpRequest({"type": "http", "headers": headers})
@@ -581,23 +585,23 @@ def test_foreign_pages_may_not_ask(host: str, origin: str | None, allowed: bool)
 
 
 @pytest.mark.parametrize("name", ["", "api.example:80", "https://api.example", "a b", "api.example/x"])
-def test_an_allowed_host_is_a_host_name(name: str) -> None:
+def test_allow_host_takes_host_names_only(name: str) -> None:
     with pytest.raises(UserError, match=r"--allow-host '.*': expected a host name"):
         site_check([name])
 
 
-def test_a_request_of_a_foreign_page_costs_nothing(client: TestClient) -> None:
+def test_a_request_of_another_site_costs_no_samples(client: TestClient) -> None:
     before = client.get("/metrics").text.partition("certify_samples_total ")[2].split()[0]
     for path, content in (("/classify", picture(8, 8)), (INFER, json.dumps(request(ONE)))):
         headers = {"origin": "http://evil.example", "content-type": "application/octet-stream"}
         reply = client.post(path, content=content, headers=headers)
         assert reply.status_code == 403
-        assert "may not ask" in reply.json()["error"]
+        assert "may not use this server" in reply.json()["error"]
     assert client.get("/metrics").text.partition("certify_samples_total ")[2].split()[0] == before
     assert client.post(INFER, json=request(ONE), headers={"origin": "http://testserver"}).status_code == 200
 
 
-def test_a_long_text_among_numbers_takes_no_memory() -> None:
+def test_a_long_string_among_numbers_takes_no_memory() -> None:
     body = json.dumps(request(ONE)["inputs"][0] | {"data": ["x" * 20_000] + [0.5] * 2000})
     tracemalloc.start()
     try:
@@ -608,7 +612,7 @@ def test_a_long_text_among_numbers_takes_no_memory() -> None:
         tracemalloc.stop()
 
 
-def test_more_than_it_takes_are_turned_away_and_may_come_again(images: np.ndarray) -> None:
+def test_excess_requests_are_refused_and_may_be_retried(images: np.ndarray) -> None:
     held = Held(held=True)
     with serving(held, Limits(concurrency=2)) as (client, _, admission, metrics), ThreadPoolExecutor(2) as pool:
         body = request(images[:1])
@@ -625,7 +629,7 @@ def test_more_than_it_takes_are_turned_away_and_may_come_again(images: np.ndarra
         assert metrics.rejected.labels("full")._value.get() == 1
 
 
-def test_a_request_ends_in_time_and_so_does_its_work(images: np.ndarray) -> None:
+def test_a_timeout_ends_the_request_and_its_work(images: np.ndarray) -> None:
     held = Held(seconds=0.05)
     with serving(held, Limits(timeout=0.4), batch_size=20) as (client, service, *_):
         reply = client.post(INFER, json=request(images[:1], parameters={"samples": 50_000}))
@@ -636,7 +640,7 @@ def test_a_request_ends_in_time_and_so_does_its_work(images: np.ndarray) -> None
         assert client.post(INFER, json=request(images[:1], parameters={"samples": 20})).status_code in (200, 504)
 
 
-def test_a_classifier_that_fails_does_not_end_the_server(images: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_classifier_does_not_stop_the_server(images: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
     held = Held(broken=True)
     with serving(held) as (client, *_):
         for _ in range(2):
@@ -650,7 +654,7 @@ def test_a_classifier_that_fails_does_not_end_the_server(images: np.ndarray, cap
         assert client.get("/v2/health/ready").status_code == 200
 
 
-def test_a_server_whose_budget_is_spent_says_so(images: np.ndarray) -> None:
+def test_a_spent_budget_is_reported(images: np.ndarray) -> None:
     class Spent(Held):
         one_by_one = True
 
@@ -665,23 +669,21 @@ def test_a_server_whose_budget_is_spent_says_so(images: np.ndarray) -> None:
         assert client.get("/v2/health/live").status_code == 200
 
 
-def test_a_classifier_is_tried_again_some_time_after_a_fault(
-    images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_server_is_ready_again_some_time_after_a_fault(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("certify.serve.batching._RECOVERY", 0.0)
     with serving(Held(broken=True)) as (client, *_):
         assert client.post(INFER, json=request(images[:1])).status_code == 500
         assert client.get("/v2/health/ready").status_code == 200
 
 
-def test_exact_noise_is_served_without_rounding(digits: Classifier) -> None:
+def test_exact_noise_is_served(digits: Classifier) -> None:
     smoothed = SmoothedClassifier(digits, 0.25, noise="exact", batch_size=64)
     with Service(smoothed, SIZE, Defaults(n0=10, n=40, alpha=0.01), Limits(), class_names(None)) as service:
         (answer,) = service.submit(np.zeros((1, *SIZE), np.float32), RequestOptions())
         assert answer.result(60).samples == 50
 
 
-def test_failed_trials_are_counted_and_nobodys_votes(images: np.ndarray) -> None:
+def test_failed_trials_are_counted_and_vote_for_no_class(images: np.ndarray) -> None:
     mean = float(images[0].mean())
 
     class Deaf(Held):
@@ -694,7 +696,7 @@ def test_failed_trials_are_counted_and_nobodys_votes(images: np.ndarray) -> None
         assert metrics.failures._value.get() == found["failures"][0]
 
 
-def test_a_closed_admission_answers_those_inside_and_refuses_others(images: np.ndarray) -> None:
+def test_a_stopping_server_answers_accepted_requests_and_refuses_others(images: np.ndarray) -> None:
     held = Held(held=True)
     with serving(held) as (client, _, admission, _), ThreadPoolExecutor(1) as pool:
         inside = pool.submit(client.post, INFER, json=request(images[:1]))
@@ -710,7 +712,7 @@ def test_a_closed_admission_answers_those_inside_and_refuses_others(images: np.n
         assert inside.result().status_code == 200
 
 
-def test_a_service_finishes_what_it_accepted(images: np.ndarray) -> None:
+def test_a_closing_service_finishes_accepted_images(images: np.ndarray) -> None:
     held = Held(held=True)
     smoothed = SmoothedClassifier(held, 0.25, batch_size=64)
     service = Service(smoothed, SIZE, Defaults(n=200), Limits(), class_names(None))
@@ -727,7 +729,7 @@ def test_a_service_finishes_what_it_accepted(images: np.ndarray) -> None:
         assert [future.result(0).label for future in found] == [1] * 5
 
 
-def test_images_that_nobody_waits_for_are_not_kept(images: np.ndarray) -> None:
+def test_cancelled_images_are_dropped(images: np.ndarray) -> None:
     held = Held(held=True)
     smoothed = SmoothedClassifier(held, 0.25, batch_size=64)
     with Service(smoothed, SIZE, Defaults(n=200), Limits(), class_names(None)) as service:
@@ -741,7 +743,7 @@ def test_images_that_nobody_waits_for_are_not_kept(images: np.ndarray) -> None:
         assert inside[0].result(60).label == others[1][0].result(60).label == 1
 
 
-def test_what_cannot_be_served_is_refused_at_once() -> None:
+def test_impossible_settings_are_refused_at_once() -> None:
     smoothed = SmoothedClassifier(Held(), 0.25)
     with pytest.raises(UserError, match="--samples-per-request"):
         Service(smoothed, SIZE, Defaults(n=1000), Limits(budget=1000), class_names(None))
@@ -755,7 +757,7 @@ def test_what_cannot_be_served_is_refused_at_once() -> None:
 
 
 class Service8Bit:
-    """Asks a local classifier as a service would be asked; declines each 50th query."""
+    """Query a local classifier like an API; decline each 50th query."""
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier, self.spent = classifier, 0
@@ -771,7 +773,7 @@ class Service8Bit:
             yield Answer(query.name, (Scored(f"digit {label}", 0.5),))
 
 
-def test_a_service_behind_it_is_asked_with_pictures(digits: Classifier, images: np.ndarray) -> None:
+def test_an_endpoint_is_queried_with_pictures(digits: Classifier, images: np.ndarray) -> None:
     asking = Service8Bit(digits)
     endpoint = Endpoint(asking, SIZE, 100, {"endpoint": "http://x"})
     with serving(endpoint, names=endpoint.name_of, batch_size=64) as (client, service, *_):
@@ -789,7 +791,7 @@ def test_a_service_behind_it_is_asked_with_pictures(digits: Classifier, images: 
     assert service.smoothed.base.describe()["steps"][0]["endpoint"] == "http://x"
 
 
-def test_labels_beyond_the_known_number_are_nobodys(digits: Classifier, images: np.ndarray) -> None:
+def test_labels_beyond_the_number_of_classes_are_failed_trials(digits: Classifier, images: np.ndarray) -> None:
     endpoint = Endpoint(Service8Bit(digits), SIZE, 2, {})
     seen = endpoint(torch.from_numpy(images[[0, 1, 2, 3, 0]]))
     own = digits(torch.from_numpy(images[[0, 1, 2, 3, 0]])).tolist()
@@ -799,7 +801,7 @@ def test_labels_beyond_the_known_number_are_nobodys(digits: Classifier, images: 
     assert endpoint.beyond == seen.tolist().count(-1)
 
 
-def test_exact_noise_pays_for_no_filling(digits: Classifier) -> None:
+def test_exact_noise_sends_no_padding_queries(digits: Classifier) -> None:
     asking = Service8Bit(digits)
     smoothed = SmoothedClassifier(Endpoint(asking, SIZE, 10, {}), 0.25, noise="exact", batch_size=64)
     with Service(smoothed, SIZE, Defaults(n0=10, n=45, alpha=0.01), Limits(), class_names(None)) as service:
@@ -808,7 +810,7 @@ def test_exact_noise_pays_for_no_filling(digits: Classifier) -> None:
         assert asking.spent == QUERIES + 55
 
 
-def test_queries_without_an_answer_are_forgotten_some_time() -> None:
+def test_the_in_memory_log_is_bounded() -> None:
     ledger, picture = InMemoryLog(), Picture(np.zeros((1, 1, 1), np.uint8))
     for number in range(10_050):
         asyncio.run(ledger.sent(Query(f"served | {number}", picture), b""))
@@ -817,7 +819,7 @@ def test_queries_without_an_answer_are_forgotten_some_time() -> None:
     assert ledger.spent == 10_050
 
 
-def test_requests_are_counted_and_forgotten(digits: Classifier, images: np.ndarray) -> None:
+def test_the_in_memory_log_counts_requests_and_forgets_answered_queries(digits: Classifier, images: np.ndarray) -> None:
     replies = [500, 200, 200]
     ledger = InMemoryLog()
 
@@ -837,7 +839,7 @@ def test_requests_are_counted_and_forgotten(digits: Classifier, images: np.ndarr
 # The command, as a process
 
 
-def test_a_process_outlives_broken_http_and_loses_nothing_when_it_is_stopped(images: np.ndarray) -> None:
+def test_the_process_survives_broken_http_and_finishes_requests_when_stopped(images: np.ndarray) -> None:
     work = "--n0 10 --n 200000 --samples-per-request 300000 --batch-size 500 --precision float32 --compile off"
     with process(*work.split(), "--concurrency", "6") as (started, address):
         for content in (
@@ -863,7 +865,7 @@ def test_a_process_outlives_broken_http_and_loses_nothing_when_it_is_stopped(ima
         assert started.wait(60) == 0
 
 
-def test_a_stop_that_does_not_wait_says_what_is_lost(images: np.ndarray) -> None:
+def test_a_second_signal_reports_unanswered_requests(images: np.ndarray) -> None:
     work = "--n 3000000 --samples-per-request 4000000 --batch-size 100 --precision float32 --compile off"
     with process(*work.split()) as (started, address), ThreadPoolExecutor(1) as pool:
         with httpx2.Client(base_url=address, timeout=60) as client:
@@ -894,7 +896,7 @@ def test_a_stop_that_does_not_wait_says_what_is_lost(images: np.ndarray) -> None
         ("--sigma 0.25 --host 192.0.2.1", "--host 192.0.2.1|cannot listen"),
     ],
 )
-def test_mistakes_are_one_line(options: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_one_line(options: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
     fault = "--host" in options  # an address of another machine is one that cannot be bound to
     run("serve", "--model", "digits", "--port", "0", *options.split(), code=1 if fault else 2)
     last = capfd.readouterr().err.splitlines()[-1]
@@ -906,12 +908,12 @@ SERVICE = ("--protocol", "google-vision", "--input-size", "1x8x8", "--sigma", "0
 
 
 @pytest.mark.parametrize("option", ["--weights w.pth", "--mean 0.5", "--precision float32", "--compile off"])
-def test_options_of_models_are_refused_in_front_of_a_service(option: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_options_of_models_are_refused_with_an_endpoint(option: str, capfd: pytest.CaptureFixture[str]) -> None:
     run("serve", *SERVICE, *option.split(), code=2)
     assert f"{option.split(maxsplit=1)[0]} without --model" in capfd.readouterr().err
 
 
-def test_a_service_in_one_place_needs_no_endpoint(
+def test_a_protocol_with_a_fixed_url_needs_no_endpoint(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def instead(app: Any, admission: Admission, place: socket.socket, on_start: Any, on_stop: Any) -> None:
@@ -935,7 +937,7 @@ def test_a_service_in_one_place_needs_no_endpoint(
     assert "stopped    2 requests were not answered" in said
 
 
-def test_a_port_that_is_taken_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         run("serve", "--model", "digits", "--sigma", "0.25", "--port", port, code=1)
@@ -968,7 +970,7 @@ def test_the_page_shows_label_radius_and_votes() -> None:
         verdict, claim, cost, state = page.evaluate(DROP)
         assert verdict == "0"  # a ring
         assert re.search(r"l2 norm below 0\.[1-9]\d{3}, .*\(1x8x8\)", claim)
-        assert cost == "2,100 noisy copies were classified; 2,000 of them vote here."
+        assert cost == "2,100 noisy copies were classified; the votes above are those of 2,000."
         assert state == ""
         lines = "[...document.querySelectorAll('#votes li')]"
         votes = page.evaluate(f"{lines}.map((line) => [...line.querySelectorAll('span')].map((s) => s.textContent))")

@@ -1,4 +1,4 @@
-"""The server under load and abuse: nobody keeps others from being answered, and everything that is held ends."""
+"""The server under load and abuse: no client blocks others, and every resource is released in time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PICTURE = {"content-type": "image/png"}
 
 @contextlib.contextmanager
 def held_server(limits: Limits, **more: Any) -> Iterator[tuple[str, Held, Admission]]:
-    """A server with sockets whose classifier waits until it is let: its address, classifier and admission."""
+    """Run a server whose classifier waits until released; yield its address, classifier and admission."""
     held = Held(held=True)
     with application(held, limits, **more) as (app, _, admission, _), listening(app, admission) as address:
         try:
@@ -50,7 +50,7 @@ def held_server(limits: Limits, **more: Any) -> Iterator[tuple[str, Held, Admiss
 
 @contextlib.contextmanager
 def plain_server() -> Iterator[str]:
-    """A server with sockets and little behind it."""
+    """Run a server with two trivial routes; yield its address."""
     app = FastAPI()
 
     @app.get("/")
@@ -66,19 +66,19 @@ def plain_server() -> Iterator[str]:
 
 
 def client_at(host: str, address: str) -> httpx2.Client:
-    """A client whose connections come from this address of the loopback network."""
+    """Return a client that connects from this address of the loopback network."""
     return httpx2.Client(base_url=address, timeout=60, transport=httpx2.HTTPTransport(local_address=host))
 
 
 def is_closed_there(connection: socket.socket) -> bool:
-    """Whether the server's process has given up its end, by the system's table: unread bytes hide it from this end."""
+    """True if the server closed its end, by the system's table: unread bytes hide that from this end."""
     mine, other = (f":{name[1]:04X}" for name in (connection.getsockname(), connection.getpeername()))
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
     return [row[3] for row in rows if row[1].endswith(other) and row[2].endswith(mine)] != ["01"]  # established
 
 
 def can_send(connection: socket.socket) -> bool:
-    """Whether the other side takes another byte."""
+    """True if the other side accepts another byte."""
     try:
         connection.sendall(b"x")
     except ConnectionError:
@@ -87,7 +87,7 @@ def can_send(connection: socket.socket) -> bool:
 
 
 def is_cut(connection: socket.socket) -> bool:
-    """Whether the other side has ended a connection; nothing is read from it."""
+    """True if the other side closed the connection; reads nothing from it."""
     watch = select.poll()
     watch.register(connection, select.POLLRDHUP)
     return bool(watch.poll(0))
@@ -96,7 +96,7 @@ def is_cut(connection: socket.socket) -> bool:
 # Connections
 
 
-def test_connections_that_say_nothing_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("certify.serve.server._HEAD", 1.2)
     with plain_server() as address:
         whole = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -106,7 +106,7 @@ def test_connections_that_say_nothing_are_cut(monkeypatch: pytest.MonkeyPatch) -
                 cut, end = False, time.monotonic() + 20
                 while not cut and time.monotonic() < end:
                     try:
-                        connection.sendall(b"x: y\r\n" if first else b"")  # a drip does not help
+                        connection.sendall(b"x: y\r\n" if first else b"")  # a trickle does not help
                         connection.settimeout(0.1)
                         cut = connection.recv(65_536) == b""
                     except TimeoutError:
@@ -125,8 +125,8 @@ def test_connections_that_say_nothing_are_cut(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("limit", ["own", "system"])
-def test_a_newcomer_is_heard_whoever_keeps_connections_open(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the limit the address with most connections loses its oldest idle one."""
+def test_a_new_connection_replaces_an_idle_one(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit the oldest idle connection of the address with most connections is closed."""
     if limit == "own":
         monkeypatch.setattr("certify.serve.server._CONNECTIONS", -60)  # 4 in all
     else:
@@ -147,7 +147,7 @@ def test_a_newcomer_is_heard_whoever_keeps_connections_open(limit: str, monkeypa
             assert outputs(inside.result())["label"] == [1]  # what is in work is not idle
 
 
-def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("certify.serve.server._TAKE", 0.3)
     monkeypatch.setattr("certify.serve.server.MIN_RATE", 2**27)
     with plain_server() as address, connect(address) as silent, connect(address) as pipelining:
@@ -174,12 +174,12 @@ def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> 
         (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n", 501, "Only Transfer-Encoding: chunked"),
     ],
 )
-def test_what_is_not_http_is_refused_in_json(
+def test_invalid_http_is_refused_in_json(
     content: bytes, status: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("certify.serve.server._LINGER", 0.1)
     with plain_server() as address, connect(address) as connection:
-        with contextlib.suppress(ConnectionError):  # it may hang up while more is coming
+        with contextlib.suppress(ConnectionError):  # it may close the connection early
             connection.sendall(content)
         reply = http.client.HTTPResponse(connection)
         reply.begin()
@@ -187,7 +187,7 @@ def test_what_is_not_http_is_refused_in_json(
         assert reply.getheader("x-content-type-options") == "nosniff"
         assert reason in json.loads(reply.read())["error"]
         assert httpx2.get(address).json() == "here"
-        wait_for(lambda: not can_send(connection))  # it does not listen for long
+        wait_for(lambda: not can_send(connection))  # it closes soon
 
 
 # Bodies
@@ -204,8 +204,8 @@ def test_what_is_not_http_is_refused_in_json(
     ],
     ids=["lists", "objects", "members", "numbers", "nested"],
 )  # fmt: skip
-def test_json_beyond_any_request_is_refused_before_it_is_parsed(digits: Any, body: bytes) -> None:
-    """A parser makes an object of each value, and holds the interpreter meanwhile: nobody else is answered."""
+def test_json_with_too_many_values_is_refused_before_parsing(digits: Any, body: bytes) -> None:
+    """A parser creates an object per value and blocks the interpreter meanwhile: no other request is answered."""
     with serving(digits, Limits()) as (client, *_):
         tracemalloc.start()
         try:
@@ -217,7 +217,7 @@ def test_json_beyond_any_request_is_refused_before_it_is_parsed(digits: Any, bod
     assert "which no request needs here" in reply.json()["error"]
 
 
-def test_the_largest_request_is_read(digits: Any) -> None:
+def test_the_largest_request_is_accepted(digits: Any) -> None:
     limits = Limits(max_images=3)
     images = np.repeat(ONE, 3, 0)
     nested = request(images, id="x,[{:" * 200)
@@ -228,7 +228,7 @@ def test_the_largest_request_is_read(digits: Any) -> None:
         assert reply.json()["id"] == nested["id"]
 
 
-def test_a_slow_body_holds_no_slot_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_body_holds_no_slot_and_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     body = json.dumps(request(ONE)).encode()
     head = b"POST %s HTTP/1.1\r\nhost: x\r\n" % INFER.encode()
     parts = (
@@ -242,7 +242,7 @@ def test_a_slow_body_holds_no_slot_and_ends(monkeypatch: pytest.MonkeyPatch) -> 
             connection.sendall(part)
         wait_for(lambda: admission.inside == 2)
         assert outputs(httpx2.post(address + INFER, json=request(ONE), timeout=60))["label"] == [1]
-        slow[0].sendall(body[9:])  # it may take its time
+        slow[0].sendall(body[9:])  # slow, but in time
         assert slow[0].recv(65_536).startswith(b"HTTP/1.1 200")
     monkeypatch.setattr("certify.serve.admission._GRACE", 0.3)
     with held_server(Limits(concurrency=2)) as (address, _, admission):
@@ -258,7 +258,7 @@ def test_a_slow_body_holds_no_slot_and_ends(monkeypatch: pytest.MonkeyPatch) -> 
         wait_for(lambda: admission.inside == 0)
 
 
-def test_a_body_in_drips_ends_although_bytes_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trickling_body_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("certify.serve.admission._GRACE", 0.2)
     with held_server(Limits()) as (address, _, _), connect(address) as connection:
         connection.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 99999\r\n\r\n" % INFER.encode())
@@ -271,7 +271,7 @@ def test_a_body_in_drips_ends_although_bytes_come(monkeypatch: pytest.MonkeyPatc
         assert reply.startswith(b"HTTP/1.1 408")
 
 
-def test_a_chunked_body_without_end_is_too_long() -> None:
+def test_an_endless_chunked_body_is_refused() -> None:
     chunk = b"%x\r\n" % 50_000 + bytes(50_000) + b"\r\n"
     with held_server(Limits(100_000)) as (address, _, _):
         head = b"POST %s HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" % INFER.encode()
@@ -280,7 +280,7 @@ def test_a_chunked_body_without_end_is_too_long() -> None:
             assert connection.recv(65_536).startswith(b"HTTP/1.1 413")
 
 
-def test_a_form_of_many_fields_is_refused_unread(digits: Any) -> None:
+def test_a_form_is_refused_without_parsing(digits: Any) -> None:
     fields = b"".join(b'--x\r\ncontent-disposition: form-data; name="%d"\r\n\r\n0\r\n' % i for i in range(20_000))
     with serving(digits, Limits()) as (client, *_):
         for path in (INFER, "/classify"):
@@ -291,8 +291,8 @@ def test_a_form_of_many_fields_is_refused_unread(digits: Any) -> None:
 # Slots
 
 
-def test_one_client_leaves_room_for_others() -> None:
-    """An address holds at most as many slots as it leaves free, so others find some."""
+def test_a_busy_client_leaves_slots_for_others() -> None:
+    """An address holds at most as many slots as it leaves free."""
     with contextlib.ExitStack() as stack:
         address, held, admission = stack.enter_context(held_server(Limits(concurrency=4)))
         with ThreadPoolExecutor(12) as pool:
@@ -305,7 +305,7 @@ def test_one_client_leaves_room_for_others() -> None:
                 refused = client.post(INFER, json=body)
                 assert refused.status_code == 429
                 assert refused.json()["error"] == (
-                    f"requests of your address hold {slots} slots, the most that it can have now"
+                    f"requests from your address hold {slots} slots, its current maximum"
                 )
                 assert 1 <= int(refused.headers["retry-after"]) <= 60
             for path in HEALTH:
@@ -315,7 +315,7 @@ def test_one_client_leaves_room_for_others() -> None:
             assert greedy.post(INFER, json=body).status_code == 200
 
 
-def test_when_many_clients_fill_the_server_it_says_that_nobody_gets_in() -> None:
+def test_a_full_server_answers_503() -> None:
     with held_server(Limits(concurrency=1)) as (address, held, admission), ThreadPoolExecutor(2) as pool:
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(client_at(f"127.0.0.{i}", address)) for i in (1, 2, 3)]
@@ -330,7 +330,7 @@ def test_when_many_clients_fill_the_server_it_says_that_nobody_gets_in() -> None
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_a_proxy_speaks_for_its_clients_only_where_it_is_named(trusted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forwarded_addresses_count_only_from_trusted_proxies(trusted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
     if trusted:
         monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
@@ -360,7 +360,7 @@ def test_a_proxy_speaks_for_its_clients_only_where_it_is_named(trusted: bool, mo
 
 
 def test_clients_take_turns() -> None:
-    """One request of a client comes after one of each other client, not after all that others have sent."""
+    """A request waits for one of each other client, not for all that others have sent."""
     held, order = Held(held=True), list[str]()
     smoothed = SmoothedClassifier(held, 0.25, batch_size=50)
     with Service(smoothed, SIZE, Defaults(n0=50, n=50), Limits(), class_names(None)) as service:
@@ -379,7 +379,7 @@ def test_clients_take_turns() -> None:
 
 
 class Decoder:
-    """Decodes no picture before it is let; counts threads."""
+    """Decode no picture until released; count the calls."""
 
     def __init__(self) -> None:
         self.let, self.started = threading.Event(), 0
@@ -390,7 +390,7 @@ class Decoder:
         return ONE[0]
 
 
-def test_a_slot_is_held_until_the_work_has_ended() -> None:
+def test_a_slot_is_held_until_the_work_ends() -> None:
     decoder = Decoder()
     limits = Limits(concurrency=3, timeout=0.3)
     with serving(Held(), limits, picture=decoder) as (client, _, admission, _):
@@ -409,7 +409,7 @@ def test_a_slot_is_held_until_the_work_has_ended() -> None:
         assert ask().status_code == 200
 
 
-def test_a_server_whose_readers_are_stuck_is_not_ready() -> None:
+def test_a_server_with_stuck_readers_is_not_ready() -> None:
     decoder = Decoder()
     with held_server(Limits(timeout=0.3), picture=decoder) as (address, _, admission), contextlib.ExitStack() as stack:
         for i in (1, 2):
@@ -422,7 +422,7 @@ def test_a_server_whose_readers_are_stuck_is_not_ready() -> None:
         assert httpx2.get(address + "/v2/health/ready").status_code == 200
 
 
-def test_a_client_whose_pictures_take_long_does_not_take_every_thread() -> None:
+def test_slow_pictures_of_one_client_do_not_block_others() -> None:
     decoder = Decoder()
 
     def decode(content: bytes) -> np.ndarray:
@@ -455,7 +455,7 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("timeout", "signals"), [("1", 1), ("600", 2)])
-def test_a_signal_ends_the_process_whatever_its_threads_do(timeout: str, signals: int, tmp_path: Path) -> None:
+def test_a_signal_ends_the_process_despite_stuck_threads(timeout: str, signals: int, tmp_path: Path) -> None:
     (tmp_path / "stuck.py").write_text(STUCK)
     command = [sys.executable, str(tmp_path / "stuck.py")]
     with process("--timeout", timeout, command=command) as (started, address), ThreadPoolExecutor(1) as pool:

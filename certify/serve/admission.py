@@ -91,7 +91,7 @@ class Slots:
         """Raise ``Refused`` if this address cannot get another slot now."""
         mine = self._held[client]
         if mine + 1 > self.total - self.used:
-            why = f"requests of your address hold {mine} slots, the most that it can have now"
+            why = f"requests from your address hold {mine} slots, its current maximum"
             full = f"other requests hold all {self.total} slots"
             raise Refused(429 if mine else 503, why if mine else full, "full", retry_after)
 

@@ -67,7 +67,7 @@ def build_app(handler: RequestHandler, check: Callable[[Request], None]) -> Fast
         return refuse(request, Refused(error.status_code, f"{request.method} {request.url.path[:60]}: {error.detail}"))
 
     def report_fault(request: Request, error: Exception) -> Response:  # uvicorn logs the error
-        return refuse(request, Refused(500, "the server failed; its log says more", "fault"))
+        return refuse(request, Refused(500, "internal error; see the log of the server", "fault"))
 
     app.add_exception_handler(Exception, report_fault)
     app.add_exception_handler(Refused, refuse)
@@ -237,7 +237,9 @@ def site_check(names: Collection[str] = ()) -> Callable[[Request], None]:
             return
         name, authority = _split_url(origin)
         if (authority != host.lower() or not authority) and name not in allowed:
-            raise Refused(403, f"a page of {origin[:60]!r} may not ask this server; --allow-host names more", "foreign")
+            raise Refused(
+                403, f"a page of {origin[:60]!r} may not use this server; --allow-host permits more hosts", "foreign"
+            )
 
     return check
 

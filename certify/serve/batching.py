@@ -200,7 +200,7 @@ class Service:
             raise Refused(
                 400,
                 f"{len(images)} images take {cost:,} samples in all; a request may take {self.limits.budget:,}: "
-                "ask for fewer 'samples', or about fewer images",
+                "request fewer 'samples' or fewer images",
                 "budget",
             )
         try:

@@ -260,10 +260,10 @@ def _listed_values(data: Any, datatype: str, shape: Sequence[int]) -> np.ndarray
         level = [data]
         for length in shape:
             if any(type(row) is not list or len(row) != length for row in level):
-                raise Refused(400, f"'data' is not one tensor; expected the {expected}, flat or nested")
+                raise Refused(400, f"'data' is not one tensor; expected {expected}, flat or nested")
             level = list(itertools.chain.from_iterable(level))
     if len(level) != count or any(type(value) not in (int, float) for value in level):
-        raise Refused(400, f"'data' is a list of {len(data):,} and holds other than the {expected}")
+        raise Refused(400, f"'data' is a list of {len(data):,} elements; expected {expected}")
     if datatype == "UINT8":
         if any(type(value) is not int or not 0 <= value <= 255 for value in level):
             raise Refused(400, "UINT8 values: expected whole numbers from 0 to 255")
@@ -313,10 +313,10 @@ def write_response(
         "abstentions": sum(answer.label < 0 for answer in answers),
     }
     together = {"alpha_all": min(1.0, times(about["alpha"], len(answers)))}
-    rest: dict[str, Any] = {"model_name": model, "model_version": VERSION}
-    rest |= {"id": request.id} if request.id is not None else {}
-    rest |= {"parameters": {**claimed, **about, **together}}
-    return write_message("outputs", _output_tensors(request.outputs, answers), rest)
+    head: dict[str, Any] = {"model_name": model, "model_version": VERSION}
+    head |= {"id": request.id} if request.id is not None else {}
+    head |= {"parameters": {**claimed, **about, **together}}
+    return write_message("outputs", _output_tensors(request.outputs, answers), before=head)
 
 
 def _output_tensors(outputs: Mapping[str, bool], answers: Sequence[Answer]) -> Iterator[Tensor]:

@@ -117,7 +117,7 @@ class RequestHandler:
             finally:  # a thread that cannot be stopped keeps its slot
                 disconnected.cancel()
                 work.cancel()
-        raise Refused(504, f"not done within {admission.limits.timeout:g} s; ask for fewer samples", "timeout")
+        raise Refused(504, f"not finished within {admission.limits.timeout:g} s; request fewer samples", "timeout")
 
     async def _work(self, client: str, parse: Callable[[], InferenceRequest]) -> tuple[InferenceRequest, list[Answer]]:
         with contextlib.ExitStack() as slot:

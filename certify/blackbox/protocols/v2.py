@@ -149,7 +149,7 @@ def _request(
         rest["outputs"] = [{"name": output} | ({"parameters": wanted} if wanted else {})]
     elif binary:
         rest["parameters"] = {"binary_data_output": True}
-    body, headers = write_message("inputs", [Tensor(name, tensor.datatype, array.shape, content)], rest)
+    body, headers = write_message("inputs", [Tensor(name, tensor.datatype, array.shape, content)], after=rest)
     return Request(body, path, headers=headers)
 
 

@@ -45,13 +45,16 @@ class Tensor:
     content: bytes | str
 
 
-def write_message(key: str, tensors: Iterable[Tensor], rest: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
+def write_message(
+    key: str, tensors: Iterable[Tensor], *, before: Mapping[str, Any] = {}, after: Mapping[str, Any] = {}
+) -> tuple[bytes, dict[str, str]]:
     """Return the body of a request or a response, and its headers.
 
     Args:
         key: ``inputs`` or ``outputs``.
         tensors: in their order.
-        rest: further members of the message.
+        before: members of the message before the tensors.
+        after: members behind them.
     """
     heads, tail = list[str](), list[bytes]()
     for tensor in tensors:
@@ -61,7 +64,8 @@ def write_message(key: str, tensors: Iterable[Tensor], rest: Mapping[str, Any]) 
             heads.append(json.dumps({**head, "parameters": {"binary_data_size": len(tensor.content)}}))
         else:
             heads.append(f'{json.dumps(head)[:-1]}, "data": {tensor.content}}}')
-    members = [f'"{key}": [{", ".join(heads)}]', *(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rest.items())]
+    first, last = ([f"{json.dumps(k)}: {json.dumps(v)}" for k, v in members.items()] for members in (before, after))
+    members = [*first, f'"{key}": [{", ".join(heads)}]', *last]
     text = f"{{{', '.join(members)}}}".encode()
     if not tail:
         return text, {"Content-Type": "application/json"}
