@@ -316,7 +316,7 @@ def write_response(
     head: dict[str, Any] = {"model_name": model, "model_version": VERSION}
     head |= {"id": request.id} if request.id is not None else {}
     head |= {"parameters": {**claimed, **about, **together}}
-    return write_message("outputs", _output_tensors(request.outputs, answers), before=head)
+    return write_message("outputs", [*_output_tensors(request.outputs, answers)], before=head)
 
 
 def _output_tensors(outputs: Mapping[str, bool], answers: Sequence[Answer]) -> Iterator[Tensor]:
@@ -326,6 +326,8 @@ def _output_tensors(outputs: Mapping[str, bool], answers: Sequence[Answer]) -> I
         rows, shape = ([values], [len(values)]) if name != "votes" else (values, [len(values), len(values[0])])
         if binary:
             yield Tensor(name, datatype, shape, b"".join(pack(row, datatype) for row in rows))
+        elif name != "votes":
+            yield Tensor(name, datatype, shape, values)
         else:  # row by row, so that other threads run in between
             yield Tensor(name, datatype, shape, f"[{', '.join(json.dumps(row)[1:-1] for row in rows)}]")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,17 +36,26 @@ class Tensor:
         name: of the tensor.
         datatype: of the protocol, such as ``FP32``.
         shape: of the tensor.
-        content: its bytes (:func:`pack`), or the JSON text of its data.
+        content: its bytes (:func:`pack`), its elements, or their JSON text.
     """
 
     name: str
     datatype: str
     shape: Sequence[int]
-    content: bytes | str
+    content: bytes | str | list[Any]
+
+    def head(self) -> dict[str, Any]:
+        """Return its JSON object, but for a data text."""
+        head: dict[str, Any] = {"name": self.name, "shape": list(self.shape), "datatype": self.datatype}
+        if isinstance(self.content, bytes):
+            head["parameters"] = {"binary_data_size": len(self.content)}
+        elif isinstance(self.content, list):
+            head["data"] = self.content
+        return head
 
 
 def write_message(
-    key: str, tensors: Iterable[Tensor], *, before: Mapping[str, Any] = {}, after: Mapping[str, Any] = {}
+    key: str, tensors: Sequence[Tensor], *, before: Mapping[str, Any] = {}, after: Mapping[str, Any] = {}
 ) -> tuple[bytes, dict[str, str]]:
     """Return the body of a request or a response, and its headers.
 
@@ -56,17 +65,17 @@ def write_message(
         before: members of the message before the tensors.
         after: members behind them.
     """
-    heads, tail = list[str](), list[bytes]()
-    for tensor in tensors:
-        head: dict[str, Any] = {"name": tensor.name, "shape": list(tensor.shape), "datatype": tensor.datatype}
-        if isinstance(tensor.content, bytes):
-            tail.append(tensor.content)
-            heads.append(json.dumps({**head, "parameters": {"binary_data_size": len(tensor.content)}}))
-        else:
-            heads.append(f'{json.dumps(head)[:-1]}, "data": {tensor.content}}}')
-    first, last = ([f"{json.dumps(k)}: {json.dumps(v)}" for k, v in members.items()] for members in (before, after))
-    members = [*first, f'"{key}": [{", ".join(heads)}]', *last]
-    text = f"{{{', '.join(members)}}}".encode()
+    if any(isinstance(tensor.content, str) for tensor in tensors):
+        heads = [
+            json.dumps(tensor.head())[:-1]
+            + (f', "data": {tensor.content}}}' if isinstance(tensor.content, str) else "}")
+            for tensor in tensors
+        ]
+        members = (json.dumps(before)[1:-1], f'"{key}": [{", ".join(heads)}]', json.dumps(after)[1:-1])
+        text = f"{{{', '.join(filter(None, members))}}}".encode()
+    else:
+        text = json.dumps({**before, key: [tensor.head() for tensor in tensors], **after}).encode()
+    tail = [tensor.content for tensor in tensors if isinstance(tensor.content, bytes)]
     if not tail:
         return text, {"Content-Type": "application/json"}
     headers = {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(len(text))}
