@@ -25,9 +25,10 @@ from certify.cli.serve import _picture
 from certify.engine.contract import COPIES
 from certify.serve.admission import Admission, Limits
 from certify.serve.app import build_app, site_check
-from certify.serve.batching import Defaults, Service, class_names
+from certify.serve.batching import Service, class_names
 from certify.serve.request_handler import Metrics, RequestHandler
 from certify.serve.server import listen, serve, url_of
+from certify.smoothing.procedures import Certify
 
 SIZE = (1, 8, 8)
 SEED, N0, N, ALPHA = 7, 50, 400, 0.01
@@ -50,10 +51,10 @@ def application(
     """Yield the application without a server."""
     smoothed = SmoothedClassifier(classifier, 0.25, batch_size=batch_size)
     metrics, admission = Metrics(), Admission(limits)
-    defaults = Defaults(**{"n0": N0, "n": N, "alpha": ALPHA, "seed": SEED, **own})
+    procedure = Certify(**{"n0": N0, "n": N, "alpha": ALPHA, **own})
     names = names or class_names(getattr(classifier, "class_names", None))
     spec = getattr(classifier, "input", None)
-    with Service(smoothed, size, defaults, limits, names, metrics.samples.inc) as service:
+    with Service(smoothed, size, procedure, limits, names, metrics.samples.inc, SEED) as service:
         picture = picture or functools.partial(_picture, spec=spec, max_pixels=limits.max_pixels)
         about = {"sigma": 0.25, "norm": "l2", "alpha": ALPHA}
         handler = RequestHandler(service, "digits", picture, metrics, admission, about)

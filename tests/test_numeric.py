@@ -32,7 +32,6 @@ from certify import (
 from certify.runs.config import Settings
 from certify.runs.recompute import recompute
 from certify.runs.run_file import read_run
-from certify.serve.batching import Defaults
 from certify.smoothing.bounds import BOUNDS, Evidence, clopper_pearson_upper, randomized_lower, two_classes
 from certify.smoothing.certificates import decision_from_counts, largest_radius, needed
 from certify.smoothing.noise import NOISES, Gaussian
@@ -147,7 +146,6 @@ ALPHA: dict[str, Callable[[Any], Any]] = {
     "prediction_from_votes": lambda a: prediction_from_votes(Votes((530, 470)), alpha=a),
     "largest_radius": lambda a: [largest_radius(Gaussian(1.0), 1000, a, name) for name in BOUNDS],
     "Certify": lambda a: asdict(Certify(n=1000, alpha=a)),
-    "Defaults": lambda a: asdict(Defaults(alpha=a, seed=0)),
     "Plan": lambda a: asdict(Plan((), 0.1, "l2", alpha=a)),
     "RadiusDecision": lambda a: RadiusDecision(
         2, n=100, radii=[0.1], noise=Gaussian(0.25), alpha=a, rule="one-sided"
@@ -178,7 +176,6 @@ SHARE: dict[str, Callable[[Any], Any]] = {
     "confidence of a curve": lambda c: rounded(curve(RUN).interval([0.1, 0.2], c)),
     "confidence of an envelope": lambda c: rounded(Envelope((curve(RUN),)).interval([0.1, 0.2], c)),
     "sigma of a classifier": lambda s: asdict(smoothed(s).certify(IMAGE, n0=10, n=200)),
-    "Defaults's radius": lambda r: asdict(Defaults(radius=r, seed=0)),
     "eps": lambda e: asdict(Plan((), e, "linf")) | {"l2": Plan((), e, "linf").l2_radius(17)},
     **{f"sigma of {name}": lambda s, name=name: make_noise(name, s).radius(0.93) for name in NOISES},
     **{f"scale of {name}": lambda s, name=name: make_noise(name, s).scale for name in NOISES},
@@ -217,7 +214,6 @@ COUNT: dict[str, Callable[[Any], Any]] = {
     "largest_radius": lambda n: largest_radius(Gaussian(1.0), n, 0.01),
     "implied_factor": lambda n: implied_factor("l2", "linf", n),
     "Settings": lambda n: json.dumps(asdict(Settings(Certify(n, n), n))),
-    "Defaults": lambda n: json.dumps(asdict(Defaults(n=n, n0=n, seed=n))),
     "Plan": lambda n: json.dumps(asdict(Plan((), 0.1, "l2", certify_n=n, repeats=n, seed=n))),
     "batch size": lambda n: smoothed_votes(n),
     "seed": lambda n: bound_draw(n, "x"),

@@ -48,9 +48,10 @@ from certify.models.classifier import Classifier
 from certify.models.query_access import BudgetSpent
 from certify.serve.admission import Admission, Limits, Refused
 from certify.serve.app import site_check
-from certify.serve.batching import Defaults, Service, class_names, stream_name
+from certify.serve.batching import Service, class_names, stream_name
 from certify.serve.endpoint import Endpoint
 from certify.serve.protocol import RequestOptions, read_request
+from certify.smoothing.procedures import Certify, Decide
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +149,10 @@ def test_samples_and_seed_parameters(client: TestClient, digits: Classifier, ima
 
 
 def test_each_server_draws_a_secret_seed() -> None:
-    first, second = Defaults(), Defaults()
-    assert first.seed != second.seed
-    assert max(first.seed, second.seed) > 2**100  # nobody tries them all
-    assert str(first.seed) not in repr(first)
+    smoothed = SmoothedClassifier(Held(), 0.25, batch_size=50)
+    first, second = (Service(smoothed, SIZE, Certify(n=100), Limits(), class_names(None))._seed for _ in range(2))
+    assert first != second
+    assert max(first, second) > 2**100  # nobody can try them all
 
 
 def test_encodings_of_the_same_tensor_agree(client: TestClient, images: np.ndarray) -> None:
@@ -227,7 +228,7 @@ def test_a_small_request_does_not_wait_for_a_large_one(images: np.ndarray) -> No
     """The images of all requests are sampled together."""
     held, order = Held(held=True), list[str]()
     smoothed = SmoothedClassifier(held, 0.25, batch_size=50)
-    with Service(smoothed, SIZE, Defaults(n0=N0, n=N), LIMITS, class_names(None)) as service:
+    with Service(smoothed, SIZE, Certify(n0=N0, n=N), LIMITS, class_names(None)) as service:
         (large,) = service.submit(images[:1], RequestOptions(samples=3000))
         assert held.called.wait(60)
         (small,) = service.submit(images[1:2], RequestOptions(samples=50))
@@ -414,6 +415,7 @@ HOSTILE: dict[str, tuple[int, str, dict[str, Any]]] = {
         "shape",
         text(json.dumps(tensor(shape=[1])["json"]).replace("[1]", f"[{'9' * 4300}]")),
     ),
+    "samples beyond the bounds": (400, "1,000,000,000", asked(samples=2**62)),
     "samples in text of 5,000 digits": (400, "samples", asked(samples="9" * 5000)),
     "number of many digits": (400, "not JSON", numbers("9" * 50_000)),
     "huge": (413, "limit", text(" " * 100_001)),
@@ -678,7 +680,7 @@ def test_the_server_is_ready_again_some_time_after_a_fault(images: np.ndarray, m
 
 def test_exact_noise_is_served(digits: Classifier) -> None:
     smoothed = SmoothedClassifier(digits, 0.25, noise="exact", batch_size=64)
-    with Service(smoothed, SIZE, Defaults(n0=10, n=40, alpha=0.01), Limits(), class_names(None)) as service:
+    with Service(smoothed, SIZE, Certify(n0=10, n=40, alpha=0.01), Limits(), class_names(None)) as service:
         (answer,) = service.submit(np.zeros((1, *SIZE), np.float32), RequestOptions())
         assert answer.result(60).samples == 50
 
@@ -715,7 +717,7 @@ def test_a_stopping_server_answers_accepted_requests_and_refuses_others(images: 
 def test_a_closing_service_finishes_accepted_images(images: np.ndarray) -> None:
     held = Held(held=True)
     smoothed = SmoothedClassifier(held, 0.25, batch_size=64)
-    service = Service(smoothed, SIZE, Defaults(n=200), Limits(), class_names(None))
+    service = Service(smoothed, SIZE, Certify(n=200), Limits(), class_names(None))
     with service:
         found = service.submit(images, RequestOptions())
         assert held.called.wait(60)
@@ -732,7 +734,7 @@ def test_a_closing_service_finishes_accepted_images(images: np.ndarray) -> None:
 def test_cancelled_images_are_dropped(images: np.ndarray) -> None:
     held = Held(held=True)
     smoothed = SmoothedClassifier(held, 0.25, batch_size=64)
-    with Service(smoothed, SIZE, Defaults(n=200), Limits(), class_names(None)) as service:
+    with Service(smoothed, SIZE, Certify(n=200), Limits(), class_names(None)) as service:
         inside = service.submit(images[:1], RequestOptions())
         assert held.called.wait(60)
         others = [service.submit(images, RequestOptions()) for _ in range(3)]
@@ -746,9 +748,9 @@ def test_cancelled_images_are_dropped(images: np.ndarray) -> None:
 def test_impossible_settings_are_refused_at_once() -> None:
     smoothed = SmoothedClassifier(Held(), 0.25)
     with pytest.raises(UserError, match="--samples-per-request"):
-        Service(smoothed, SIZE, Defaults(n=1000), Limits(budget=1000), class_names(None))
+        Service(smoothed, SIZE, Certify(n=1000), Limits(budget=1000), class_names(None))
     with pytest.raises(UserError, match="radius 9"):
-        Service(smoothed, SIZE, Defaults(radius=9.0), Limits(), class_names(None))
+        Service(smoothed, SIZE, Decide((9.0,)), Limits(), class_names(None))
     with pytest.raises(UserError, match="timeout"):
         Limits(timeout=float("nan"))
 
@@ -804,7 +806,7 @@ def test_labels_beyond_the_number_of_classes_are_failed_trials(digits: Classifie
 def test_exact_noise_sends_no_padding_queries(digits: Classifier) -> None:
     asking = Service8Bit(digits)
     smoothed = SmoothedClassifier(Endpoint(asking, SIZE, 10, {}), 0.25, noise="exact", batch_size=64)
-    with Service(smoothed, SIZE, Defaults(n0=10, n=45, alpha=0.01), Limits(), class_names(None)) as service:
+    with Service(smoothed, SIZE, Certify(n0=10, n=45, alpha=0.01), Limits(), class_names(None)) as service:
         (answer,) = service.submit(np.zeros((1, *SIZE), np.float32), RequestOptions())
         assert answer.result(60).samples == 55
         assert asking.spent == QUERIES + 55

@@ -29,8 +29,9 @@ from serving import INFER, SIZE, Held, application, connect, listening, outputs,
 
 from certify import SmoothedClassifier
 from certify.serve.admission import Admission, Limits
-from certify.serve.batching import Defaults, Service, class_names
+from certify.serve.batching import Service, class_names
 from certify.serve.protocol import RequestOptions
+from certify.smoothing.procedures import Certify
 
 ONE = np.full((1, *SIZE), 0.5, np.float32)
 HEALTH = ("/v2/health/live", "/v2/health/ready", "/metrics")
@@ -363,7 +364,7 @@ def test_clients_take_turns() -> None:
     """A request waits for one of each other client, not for all that others have sent."""
     held, order = Held(held=True), list[str]()
     smoothed = SmoothedClassifier(held, 0.25, batch_size=50)
-    with Service(smoothed, SIZE, Defaults(n0=50, n=50), Limits(), class_names(None)) as service:
+    with Service(smoothed, SIZE, Certify(n0=50, n=50), Limits(), class_names(None)) as service:
         service.submit(ONE, RequestOptions())
         assert held.called.wait(60)
         asked = [("greedy", i) for i in range(6)] + [("polite", 0)]

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from certify.blackbox.service_spec import ServiceSpec
     from certify.models.classifier import InputSpec
     from certify.serve.admission import Limits
-    from certify.serve.batching import Defaults, Service
+    from certify.serve.batching import Service
     from certify.smoothed_classifier import SmoothedClassifier
+    from certify.smoothing.procedures import Certify, Decide
 
 _CLASSES = 1000  # labels of a service that are told apart, unless --num-classes says otherwise
 _MAX_ASPECT = 20  # longer side of an image file, in units of its shorter side
@@ -163,12 +164,12 @@ def serve(
     limits = Limits(
         server.max_bytes, server.max_pixels, statistics.samples_per_request, server.concurrency, server.timeout
     )
-    defaults = _defaults(statistics, noise.seed)
+    procedure = _procedure(statistics)
     with (
         listen(server.host, server.port) as listening,
         _open_classifier(spec, model, service, noise, compute) as (smoothed, class_name),
     ):
-        _serve(name, limits, defaults, listening, check, smoothed, class_name, noise, server, budget=service.budget)
+        _serve(name, limits, procedure, listening, check, smoothed, class_name, noise, server, budget=service.budget)
 
 
 def _check_options(
@@ -246,7 +247,7 @@ def _open_classifier(
 def _serve(
     name: str,
     limits: Limits,
-    defaults: Defaults,
+    procedure: Certify | Decide,
     listening: socket.socket,
     check: Callable[[Request], None],
     smoothed: SmoothedClassifier,
@@ -269,14 +270,14 @@ def _serve(
     if spec.size is None:
         raise UserError(f"model {name!r} takes any size; a server needs one: pass --input-size, such as 3x224x224")
     metrics, admission = Metrics(), Admission(limits)
-    service = Service(smoothed, spec.size, defaults, limits, class_name, on_samples=metrics.samples.inc)
+    service = Service(smoothed, spec.size, procedure, limits, class_name, metrics.samples.inc, noise.seed)
     if isinstance(endpoint := smoothed.classifier, Endpoint):
         metrics.beyond.set_function(lambda: endpoint.beyond)
     about = {
         "sigma": noise.sigma,
         "noise": smoothed.noise.name,
         "norm": service.stated.norm,
-        "alpha": defaults.alpha,
+        "alpha": procedure.alpha,
         "denoiser": smoothed.base.denoiser_name,
         "input": "x".join(map(str, spec.size)),
     }
@@ -296,43 +297,42 @@ def _stopped(unanswered: int) -> None:
     say(f"stopped    {lost}")
 
 
-def _defaults(statistics: ServerStatistics, seed: int | None) -> Defaults:
-    from certify.serve.batching import Defaults
+def _procedure(statistics: ServerStatistics) -> Certify | Decide:
+    from certify.smoothing.procedures import Certify, Decide
     from certify.smoothing.stopping_rules import DEFAULT_CAP
 
-    n = DEFAULT_CAP if statistics.radius is not None and not given_by_user("n") else statistics.n
-    if seed is None:
-        return Defaults(statistics.n0, n, statistics.alpha, statistics.radius)
-    return Defaults(statistics.n0, n, statistics.alpha, statistics.radius, seed)
+    if statistics.radius is None:
+        return Certify(statistics.n0, statistics.n, statistics.alpha)
+    return Decide((statistics.radius,), statistics.n if given_by_user("n") else DEFAULT_CAP, statistics.alpha)
 
 
 def _show(name: str, service: Service, noise: NoiseOptions, *, remote: bool, budget: int | None) -> None:
     """Show what is served and the largest radius that it can certify."""
     from certify.engine.contract import QUERIES
-    from certify.serve.protocol import RequestOptions
     from certify.smoothing.certificates import largest_radius
     from certify.smoothing.norms import DECIMALS
+    from certify.smoothing.procedures import Decide, samples
     from certify.smoothing.rounding import ceil_to, exact
 
-    defaults = service.defaults
+    procedure, alpha = service.procedure, exact(service.procedure.alpha)
     where = " at most, by an API" if remote else ""
     size = "x".join(map(str, service.size))
     say(f"model      {name}: {service.smoothed.num_classes:,} classes{where}, input {size}")
     how = f"{service.smoothed.noise.name} noise, sigma = {noise.sigma:g} in [0, 1] pixels, denoiser: {noise.denoiser}"
     if remote:
-        say(f"queries    at most {defaults.cost(RequestOptions()):,} requests to the service per image, before retries")
+        say(f"queries    at most {samples(procedure):,} requests to the service per image, before retries")
         say(f"           {QUERIES} more about the first image: whether repeated queries return the same label")
         if budget is None:
             warn("no --budget: anyone who queries this server causes requests to the service without limit")
-    if defaults.radius is not None:
-        decide = f"decide at {exact(defaults.radius)}, n = {defaults.n:,} at most"
-        say(f"procedure  {decide}, alpha = {exact(defaults.alpha)}, {how}")
+    if isinstance(procedure, Decide):
+        decide = f"decide at {exact(procedure.radii[0])}, n = {procedure.n:,} at most"
+        say(f"procedure  {decide}, alpha = {alpha}, {how}")
         return
-    say(f"procedure  n0 = {defaults.n0:,}, n = {defaults.n:,}, alpha = {exact(defaults.alpha)}, {how}")
-    cap = largest_radius(service.stated, defaults.n, defaults.alpha)
+    say(f"procedure  n0 = {procedure.n0:,}, n = {procedure.n:,}, alpha = {alpha}, {how}")
+    cap = largest_radius(service.stated, procedure.n, procedure.alpha)
     say(f"radius     at most {ceil_to(cap, DECIMALS[service.stated.norm])} ({service.stated.norm}) at this n and alpha")
     if cap == 0.0:
-        warn(f"n = {defaults.n} can certify nothing at alpha = {exact(defaults.alpha)}: every image will abstain")
+        warn(f"n = {procedure.n} can certify nothing at alpha = {alpha}: every image will abstain")
 
 
 def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,11 @@ from certify.models.query_access import BudgetSpent
 from certify.serve.admission import Limits, Refused
 from certify.serve.protocol import ABSTAINED, Answer, RequestOptions
 from certify.smoothed_classifier import SmoothedClassifier
-from certify.smoothing.certificates import check_counts, needed
-from certify.smoothing.numeric import as_float, as_int
-from certify.smoothing.procedures import Certify, Decide, stage_tests
+from certify.smoothing.certificates import needed
+from certify.smoothing.numeric import as_int
+from certify.smoothing.procedures import Certify, Decide, samples, stage_tests
 from certify.smoothing.rng import stream_key
 from certify.smoothing.sequential_tests import SequentialTest
-from certify.smoothing.stopping_rules import DEFAULT_RULE
 from certify.text import printable
 from certify.types import ABSTAIN, Certificate, Decision
 
@@ -44,40 +43,14 @@ _RECOVERY = 30.0  # seconds after a fault until the server reports itself ready 
 _EXPECTED_IMAGES = 100  # for the choice of how to run the classifier
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """The question about an image, unless its request asks another one.
+def requested(default: Certify | Decide, options: RequestOptions) -> Certify | Decide:
+    """Return the procedure that a request asks for in place of the server's.
 
-    Attributes:
-        n0: selection samples.
-        n: estimation samples; the maximum at a radius.
-        alpha: failure probability per image.
-        radius: decide at this radius, in [0, 1] pixels; None: certify.
-        seed: of all noise; a secret one by default.
+    Raises:
+        UserError: number of samples or radius out of range.
     """
-
-    n0: int = 100
-    n: int = 1000
-    alpha: float = 0.001
-    radius: float | None = None
-    seed: int = field(default_factory=lambda: secrets.randbits(128), repr=False)
-
-    def __post_init__(self) -> None:
-        n, n0, alpha = check_counts(self.n, self.n0, self.alpha)
-        radius = None if self.radius is None else as_float(self.radius, "radius")
-        numbers = {"n": n, "n0": n0, "alpha": alpha, "radius": radius, "seed": as_int(self.seed, "seed")}
-        for name, value in numbers.items():
-            object.__setattr__(self, name, value)
-
-    def procedure(self, options: RequestOptions) -> Certify | Decide:
-        """Return the question about the images of a request."""
-        n, radius = options.samples or self.n, self.radius if options.radius is None else options.radius
-        return Certify(self.n0, n, self.alpha) if radius is None else Decide((radius,), n, self.alpha)
-
-    def cost(self, options: RequestOptions) -> int:
-        """Return the maximum number of samples per image."""
-        radius = self.radius if options.radius is None else options.radius
-        return (options.samples or self.n) + (self.n0 if radius is None else 0)
+    n = options.samples or default.n
+    return replace(default, n=n) if options.radius is None else Decide((options.radius,), n, default.alpha)
 
 
 def stream_name(name: str, seed: int | None) -> str:
@@ -123,23 +96,29 @@ class Service:
     Args:
         smoothed: used by nothing else meanwhile.
         size: (C, H, W) of the images.
-        defaults: the question about an image, unless its request asks another one.
+        procedure: for images whose request does not ask for another one.
         limits: on the samples of a request.
         class_name: name of a class.
         on_samples: called with numbers of labelled samples.
+        seed: of all noise; None draws a secret one.
+
+    Raises:
+        UserError: a radius that cannot be certified, or more samples per image than a request may take.
     """
 
     def __init__(
         self,
         smoothed: SmoothedClassifier,
         size: tuple[int, int, int],
-        defaults: Defaults,
+        procedure: Certify | Decide,
         limits: Limits,
         class_name: Callable[[int], str],
         on_samples: Callable[[int], None] = lambda count: None,
+        seed: int | None = None,
     ) -> None:
-        self.smoothed, self.size, self.defaults, self.limits = smoothed, size, defaults, limits
+        self.smoothed, self.size, self.procedure, self.limits = smoothed, size, procedure, limits
         self.class_name, self._on_samples = class_name, on_samples
+        self._seed = secrets.randbits(128) if seed is None else as_int(seed, "seed")
         self._waiting: dict[str, deque[deque[_Image]]] = {}  # requests of each client, the next client first
         self._opened: deque[Sampling] = deque()
         self._sampled: set[_StageTest] = set()
@@ -150,9 +129,8 @@ class Service:
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="certify-serve", daemon=True)
         self.stated = smoothed.stated(int(np.prod(size)))
-        if defaults.radius is not None:
-            needed([defaults.radius], self.stated, defaults.alpha, DEFAULT_RULE)
-        if (cost := defaults.cost(RequestOptions())) > limits.budget:
+        self._check_radii(procedure)
+        if (cost := samples(procedure)) > limits.budget:
             raise UserError(
                 f"an image takes {cost:,} samples and a request may take {limits.budget:,}: "
                 "pass a smaller --n or a larger --samples-per-request"
@@ -195,7 +173,12 @@ class Service:
         Raises:
             Refused: more samples than a request may take, a radius that cannot be certified, or the service is ending.
         """
-        defaults, cost = self.defaults, len(images) * self.defaults.cost(options)
+        try:
+            procedure = requested(self.procedure, options)
+            self._check_radii(procedure)
+        except UserError as error:
+            raise Refused(400, str(error).split(";")[0]) from None
+        cost = len(images) * samples(procedure)
         if cost > self.limits.budget:
             raise Refused(
                 400,
@@ -203,12 +186,6 @@ class Service:
                 "request fewer 'samples' or fewer images",
                 "budget",
             )
-        try:
-            if options.radius is not None:
-                needed([options.radius], self.stated, defaults.alpha, DEFAULT_RULE)
-            procedure = defaults.procedure(options)
-        except UserError as error:
-            raise Refused(400, str(error).split(";")[0]) from None
         if self._broken is not None:
             raise _fault(self._broken)
         request = deque(_Image(pixels, options, procedure) for pixels in images)
@@ -221,6 +198,10 @@ class Service:
             self._waiting.setdefault(client, deque()).append(request)
             self._changed.notify()
         return answers
+
+    def _check_radii(self, procedure: Certify | Decide) -> None:
+        if isinstance(procedure, Decide):
+            needed(procedure.radii, self.stated, procedure.alpha, procedure.rule)
 
     def _drop_cancelled(self, client: str, request: deque[_Image], image: _Image, answer: Future[Answer]) -> None:
         """Remove a waiting image whose answer was cancelled."""
@@ -246,9 +227,10 @@ class Service:
 
     def _run(self) -> None:
         """Sample images until none is left and none will follow: the thread's main function."""
-        samples = _EXPECTED_IMAGES * self.defaults.cost(RequestOptions())
         try:
-            label, batch_size = self.smoothed.labeller(torch.zeros(self.size), samples, self._on_samples)
+            label, batch_size = self.smoothed.labeller(
+                torch.zeros(self.size), _EXPECTED_IMAGES * samples(self.procedure), self._on_samples
+            )
         except Exception as error:  # raised again where the service is started
             self._ready.set_exception(error)
             return
@@ -310,7 +292,7 @@ class Service:
         image.unfinished = len(tests)
         name = stream_name(noise_name(tensor), image.options.seed)
         for stage, test in tests.items():
-            key = stream_key(self.defaults.seed, name, stage)
+            key = stream_key(self._seed, name, stage)
             self._opened.append(Sampling(on_device, key, _StageTest(image, stage, test)))
 
     def _finish(self, test: _StageTest) -> None:
