@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from analysis.tables import render
-from certify.models.classifier import Classifier, load_classifier
+from certify.models.classifier import Classifier
+from certify.models.load import load_classifier
 from denoisers import ARCHITECTURES
 from training.data import TrainingData
 from training.frozen_classifiers import FrozenClassifiers

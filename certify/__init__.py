@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from certify.errors import UserError as UserError
     from certify.images.dataset import load_images as load_images
     from certify.models.classifier import Classifier as Classifier
-    from certify.models.classifier import load_classifier as load_classifier
+    from certify.models.load import load_classifier as load_classifier
     from certify.models.pipeline import Pipeline as Pipeline
     from certify.results import Run as Run
     from certify.results import read_run as read_run
@@ -56,7 +56,7 @@ _HOME = {
     "certificate_from_votes": "smoothing.certificates",
     "certify": "api",
     "clopper_pearson_lower": "smoothing.bounds",
-    "load_classifier": "models.classifier",
+    "load_classifier": "models.load",
     "load_images": "images.dataset",
     "make_noise": "smoothing.noise",
     "predict": "api",

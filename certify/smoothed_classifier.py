@@ -101,7 +101,7 @@ class SmoothedClassifier(NoisyClassifier):
 
     def _attach(self, classifier: Any, denoiser: Any) -> None:
         """Load the classifier; one without an input size, at the first image."""
-        from certify.models.classifier import load_classifier
+        from certify.models.load import load_classifier
         from certify.types import BaseClassifier
 
         options = self._model_options
@@ -118,7 +118,7 @@ class SmoothedClassifier(NoisyClassifier):
     def adapt_to(self, size: tuple[int, int, int]) -> None:
         """Take images ``(C, H, W)`` of this size from now on, if the classifier does not state its input size."""
         if self._waiting is not None:
-            from certify.models.classifier import load_classifier
+            from certify.models.load import load_classifier
 
             classifier, denoiser = self._waiting
             super()._attach(load_classifier(classifier, **{**self._model_options, "input_size": size}), denoiser)

@@ -479,7 +479,7 @@ def test_batch_statistics_are_refused(tmp_path: Path) -> None:
 
 def test_one_score_an_image_is_refused(tmp_path: Path) -> None:
     path = script(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), tmp_path / "sigmoid.pt")
-    with pytest.raises(UserError, match="one score an image"):
+    with pytest.raises(UserError, match="one score per image"):
         load_classifier(str(path), trust_code=True, input_size=(3, 8, 8))
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from certify.errors import CertifyError, UserError
-from certify.models.classifier import Classifier, load_classifier
+from certify.models.classifier import Classifier
+from certify.models.load import load_classifier
 from certify.runs.config import versions
 from certify.smoothing.rng import block_generator, stream_key
 from denoisers.jpeg import coefficients, inverse_coefficients, to_images, to_planes

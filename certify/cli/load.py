@@ -149,7 +149,7 @@ def load_smoothed(
 
 def classifier_from(model: str, options: InputOptions) -> Classifier:
     """Load the classifier of this name, with the user's settings in place of its own."""
-    from certify.models.classifier import load_classifier
+    from certify.models.load import load_classifier
 
     return load_classifier(
         model,
@@ -164,7 +164,7 @@ def classifier_from(model: str, options: InputOptions) -> Classifier:
 
 def surrogate_from(text: str, *, trust_code: bool = False) -> Classifier:
     """Load the classifier of ``MODEL`` or ``MODEL=FILE``."""
-    from certify.models.classifier import load_classifier
+    from certify.models.load import load_classifier
 
     model, _, weights = text.partition("=")
     return load_classifier(model, weights=weights or None, trust_code=trust_code)

@@ -26,13 +26,13 @@ _BYTES = "tensor(uint8)"
 class OnnxNet(nn.Module):
     """An ONNX graph with one image input, run by onnxruntime on the CPU.
 
-    Images arrive as float32 ``(B, C, H, W)`` in [0, 1]; the graph may take another floating-point type, channels last,
-    or 8-bit pixels, to which they are rounded and clipped.
+    Images are float32 ``(B, C, H, W)`` in [0, 1]; the graph may take another floating-point type, channels last, or
+    8-bit pixels, to which they are rounded and clipped.
 
     Args:
         path: of the file.
         output: name of the output to use; empty: the only one that can be scores or labels.
-        num_classes: K, where it is known: it tells one output from others.
+        num_classes: K, where it is known, to choose among several outputs.
 
     Raises:
         UserError: no usable file, another kind of input, or several outputs.
@@ -61,12 +61,12 @@ class OnnxNet(nn.Module):
         self.batch, self.channels_last = batch, _channels_last(sides[0], sides[2])
         height, width, channels = sides if self.channels_last else (sides[1], sides[2], sides[0])
         self.size = (channels, height, width) if channels and height and width else None
-        found = {o.name: list(o.shape) for o in self.session.get_outputs()}
-        self.output = _choose_output(path, found, output, num_classes)
-        self.width = found[self.output][1] if len(found[self.output]) == 2 else None
+        outputs = {o.name: list(o.shape) for o in self.session.get_outputs()}
+        self.output = _choose_output(path, outputs, output, num_classes)
+        self.width = outputs[self.output][1] if len(outputs[self.output]) == 2 else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores or labels, for any batch size (a fixed one is filled up).
+        """Return scores or labels for a batch of any size; a fixed batch size is padded.
 
         Raises:
             RuntimeError: the graph fails on these images; the text is the cause that onnxruntime names.
@@ -99,7 +99,7 @@ def _cause(error: Exception) -> str:
 
 
 def _channels_last(second: int | None, last: int | None) -> bool:
-    """Whether the channels of an input are its last dimension: three or one there, else two or four."""
+    """True if the channels of an input are its last dimension: three or one there, else two or four."""
     for usual in ((1, 3), (2, 4)):
         if second in usual:
             return False
@@ -109,10 +109,10 @@ def _channels_last(second: int | None, last: int | None) -> bool:
 
 
 def _choose_output(path: str, outputs: Mapping[str, list[Any]], named: str, num_classes: int | None) -> str:
-    """The output that holds scores or labels.
+    """Return the name of the output that holds scores or labels.
 
     Raises:
-        UserError: no output of that name, or several that it could be.
+        UserError: no output of that name, or several candidates.
     """
     shown = ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in outputs.items())
     if named:
@@ -132,7 +132,7 @@ def _choose_output(path: str, outputs: Mapping[str, list[Any]], named: str, num_
 
 
 def build(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """An ONNX file, ``FILE`` or ``FILE::OUTPUT``; the input size comes from the graph unless it leaves it open."""
+    """Build the classifier of an ONNX file, ``FILE`` or ``FILE::OUTPUT``; the graph may state the input size."""
     refuse_weights(name, weights)
     path, _, output = name.partition("::")
     external = external_digests(Path(path))
@@ -152,17 +152,17 @@ def build(name: str, weights: str | Path | None, num_classes: int | None) -> Cla
 
 
 def external_digests(path: Path) -> dict[str, str]:
-    """SHA-256 of each file beside an ONNX graph that holds values of its tensors, by the name that the graph gives it.
+    """Return the SHA-256 of each file beside an ONNX graph that holds its tensors, by its name in the graph.
 
     Raises:
-        UserError: not an ONNX file, a file that is not there, or one outside of the graph's folder.
+        UserError: not an ONNX file, a file that does not exist, or one outside the graph's folder.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             names = sorted(set(_locations(content, range(len(content)), "model")))
     except (ValueError, IndexError, RecursionError):  # an empty file cannot be mapped
         raise UserError(f"{path} is not a usable ONNX file (it is damaged, or something else)") from None
-    found = {}
+    digests = {}
     for name in names:
         place = PurePosixPath(name)
         if (
@@ -180,8 +180,8 @@ def external_digests(path: Path) -> dict[str, str]:
             raise UserError(
                 f"{path} keeps its weights in {name}, which is not beside it; copy that file to {path.parent}"
             )
-        found[name] = file_digest(path.parent / place)
-    return found
+        digests[name] = file_digest(path.parent / place)
+    return digests
 
 
 _HOLDS = {
@@ -194,11 +194,11 @@ _HOLDS = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""Fields of onnx.proto by number that lead to tensors, and to the entries that say where their values lie."""
+"""Fields of onnx.proto by number that lead to tensors, and to the entries that locate their values."""
 
 
 def _locations(content: mmap.mmap, message: range, kind: str) -> Iterator[str]:
-    """The files in which the tensors of a message of this kind lie."""
+    """Yield the files that hold the tensors of a message of this kind."""
     for number, value in protobuf_fields(content, message):
         inner = _HOLDS[kind].get(number)
         if inner == "entry":

@@ -1,6 +1,6 @@
-"""Where a model name leads, and whether its weights can be had: answered without importing torch.
+"""Resolve model names, and check that weights are available, without importing torch.
 
-Importing timm takes seconds and the hub client's own retries 47 more; a mistyped name or a machine without network must
+Importing timm takes seconds, and the hub client retries for 47 more; a mistyped name or a machine without network must
 not cost that.
 """
 
@@ -42,10 +42,10 @@ for _depth in (20, 32, 44, 56, 110):
     )
 
 LOCAL = "local-dir:"
-"""In front of a folder that timm saved, as timm writes it."""
+"""Prefix of a folder that timm saved, as in timm's own names."""
 
 UNTRAINED = "untrained"
-"""In place of a checkpoint: random weights, for measuring speed."""
+"""In place of a checkpoint: random weights, to measure speed."""
 
 BUILDERS = Registry("classifier source", "certify.classifiers")
 BUILDERS.add("built-in", "certify.models.builtin:build", "an architecture of this package, by its name")
@@ -57,12 +57,12 @@ BUILDERS.add("python", "certify.models.callables:build_callable", "package.modul
 
 _LIBRARIES = ("timm", "torchvision")
 _BY_FORM = ("built-in", "torchscript", "onnx", "python")
-"""Builders that are told by the form of a name; any other is written in front of it."""
+"""Builders that are chosen by the form of a name; the others are prefixes of it."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: ``kind`` names a builder, ``name`` is what it gets."""
+    """Source of a model: ``kind`` names a builder, ``name`` is its argument."""
 
     kind: str
     name: str
@@ -70,16 +70,16 @@ class ModelSource:
 
 @functools.cache
 def library_names(library: str) -> frozenset[str]:
-    """Architectures that timm or torchvision registers, read from its source text: importing it takes seconds.
+    """Return the architectures that timm or torchvision registers, read from its source text.
 
-    A test compares them with the library's own ``list_models()``.
+    Importing the library takes seconds. A test compares the names with the library's own ``list_models()``.
     """
     return _in_sources(library, r"^@register_model(?:\([^)]*\))?\n(?:@[^\n]+\n)*def (\w+)\(")
 
 
 @functools.cache
 def torchvision_files() -> frozenset[str]:
-    """Names of the checkpoints that torchvision publishes, such as ``resnet50-0676ba61.pth``."""
+    """Return the names of the checkpoints that torchvision publishes, such as ``resnet50-0676ba61.pth``."""
     return _in_sources("torchvision", r"https://download\.pytorch\.org/models/([\w.\-]+\.pth)")
 
 
@@ -88,12 +88,12 @@ def _in_sources(library: str, pattern: str) -> frozenset[str]:
     if spec is None or spec.origin is None:
         return frozenset()
     files = (Path(spec.origin).parent / "models").glob("*.py")
-    found = re.compile(pattern, re.MULTILINE)
-    return frozenset(name for file in files for name in found.findall(file.read_text(encoding="utf-8")))
+    names = re.compile(pattern, re.MULTILINE)
+    return frozenset(name for file in files for name in names.findall(file.read_text(encoding="utf-8")))
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether this is a file; a name that is too long for the file system is none."""
+    """True if this is a file; a name too long for the file system is not."""
     try:
         return Path(path).is_file()
     except OSError:
@@ -101,7 +101,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def is_folder(path: str) -> bool:
-    """Whether this is a folder; a name that is too long for the file system is none."""
+    """True if this is a folder; a name too long for the file system is not."""
     try:
         return Path(path).is_dir()
     except OSError:
@@ -109,18 +109,18 @@ def is_folder(path: str) -> bool:
 
 
 def model_names() -> list[str]:
-    """Every name that ``--model`` knows by itself."""
+    """Return every name that ``--model`` takes by itself."""
     return [*BUILT_IN, *sorted(library_names("timm") | library_names("torchvision"))]
 
 
-def find_source(model: str, weights: str | Path | None = None) -> ModelSource:  # noqa: PLR0911 - one answer a form
-    """What ``--model`` means.
+def find_source(model: str, weights: str | Path | None = None) -> ModelSource:  # noqa: PLR0911 - one return per form
+    """Find the source that ``--model`` names.
 
     A name that timm and torchvision share is timm's, unless ``weights`` is a checkpoint that torchvision publishes: the
-    two crop and resize differently.
+    two libraries crop and resize differently.
 
     Raises:
-        UserError: an unknown name (with the nearest), or a file that is not there.
+        UserError: an unknown name (the message has the nearest), or a file that does not exist.
     """
     if model in BUILT_IN:
         return ModelSource("built-in", model)
@@ -143,15 +143,15 @@ def find_source(model: str, weights: str | Path | None = None) -> ModelSource:  
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
         return ModelSource("python", model)
     architecture = model.split(".", maxsplit=1)[0]
-    theirs = weights is not None and split_part(weights)[0].name in torchvision_files()
-    for library in reversed(_LIBRARIES) if theirs else _LIBRARIES:
+    of_torchvision = weights is not None and split_part(weights)[0].name in torchvision_files()
+    for library in reversed(_LIBRARIES) if of_torchvision else _LIBRARIES:
         if architecture in library_names(library):
             return ModelSource(library, model)
     raise unknown_name("model", model, model_names(), "or a TorchScript or ONNX file, or package.module:callable")
 
 
 def _file_source(model: str, output: str) -> ModelSource:
-    """The builder of a model's file, by what it holds; only an ONNX graph has outputs to choose from."""
+    """Return the source of a model's file, by its content; only an ONNX graph has outputs to choose from."""
     kind = file_kind(model)
     if kind in (CHECKPOINT, SAFETENSORS):
         raise UserError(f"{model} holds weights alone; name the architecture and pass --weights {model}")
@@ -167,10 +167,10 @@ def _file_source(model: str, output: str) -> ModelSource:
 
 
 def _folder_source(folder: str) -> ModelSource:
-    """What a folder of the model hub holds, by its ``config.json``.
+    """Return the source of a folder of the model hub, by its ``config.json``.
 
     Raises:
-        UserError: no such file, or the model of a library that is not built here.
+        UserError: no such file, or a model of another library than timm.
     """
     try:
         config = json.loads((Path(folder) / "config.json").read_bytes())
@@ -192,11 +192,11 @@ def _folder_source(folder: str) -> ModelSource:
 
 
 def require_weights(source: ModelSource, weights: str | Path | None, *, trust_code: bool = False) -> None:
-    """Stop at once when the weights are neither on this machine nor within reach, or the model is not to be trusted.
+    """Check that the weights are on this machine or within reach, and that running the model is allowed.
 
     Raises:
-        RunFault: with what could not be fetched and ``--weights FILE`` as the way out.
-        UserError: no such file, a built-in architecture that has no published weights, or TorchScript without consent.
+        RunFault: weights that cannot be downloaded; the message offers ``--weights FILE``.
+        UserError: no such file, a built-in architecture without published weights, or TorchScript without consent.
     """
     if source.kind == "torchscript":
         require_consent(source.name, trust_code=trust_code)
@@ -223,32 +223,32 @@ def require_weights(source: ModelSource, weights: str | Path | None, *, trust_co
 
 
 def cannot_fetch(name: str, why: str) -> str:
-    """The one line about weights that could not be downloaded."""
+    """Return the message about weights that could not be downloaded."""
     return f"could not fetch the pretrained weights of {name!r}: {why}; pass a local checkpoint with --weights FILE"
 
 
 def hub_address() -> str:
-    """The model hub's address."""
+    """Return the model hub's address."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def offline() -> bool:
-    """Whether the user has forbidden the hub client to use the network."""
+    """True if the user forbids the hub client to use the network."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def cached(source: ModelSource) -> bool:
-    """Whether the hub client's or torch's cache may hold weights for this model."""
+    """True if the hub client's or torch's cache may hold weights of this model."""
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
     hub_cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     torch_home = Path(os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch")
     if source.kind == "torchvision":
-        there = {file.name for file in (torch_home / "hub" / "checkpoints").expanduser().glob("*.pth")}
-        if not there:
+        names = {file.name for file in (torch_home / "hub" / "checkpoints").expanduser().glob("*.pth")}
+        if not names:
             return False
         from torchvision.models import get_model_weights  # takes seconds; only it knows what its files are called
 
-        return Path(get_model_weights(source.name).DEFAULT.url).name in there
+        return Path(get_model_weights(source.name).DEFAULT.url).name in names
     if source.name.startswith("hf-hub:"):
         folder = f"models--{source.name[7:].partition('@')[0].replace('/', '--')}"
     else:
@@ -258,7 +258,7 @@ def cached(source: ModelSource) -> bool:
 
 
 def reachable(address: str) -> bool:
-    """Whether a connection to the address (or to the proxy in front of it) opens within a second, DNS included."""
+    """True if a connection to the address, or to the proxy in front of it, opens within a second, DNS included."""
     seconds = 1.0
     parts = urllib.parse.urlsplit(address)
     proxy = urllib.request.getproxies().get(parts.scheme)
@@ -274,7 +274,7 @@ def reachable(address: str) -> bool:
         except OSError:
             pass
 
-    probe = threading.Thread(target=connect, daemon=True)  # a name server that hangs has no time-out of its own
+    probe = threading.Thread(target=connect, daemon=True)  # name resolution has no timeout of its own
     probe.start()
     probe.join(seconds)
     return bool(opened)

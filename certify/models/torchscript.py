@@ -22,8 +22,8 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class TorchScriptNet(nn.Module):
     """A TorchScript module for batches of any size, in the floating-point type that it was saved in.
 
-    The first call settles how it is called: in another type where its weights are frozen into it and it takes no
-    float32, and one image at a time where it was traced for batches of one.
+    The first call finds out how to call it: in another type if its weights are frozen into it and it takes no float32,
+    and one image at a time if it was traced for batches of one.
     """
 
     def __init__(self, net: Any) -> None:
@@ -31,52 +31,52 @@ class TorchScriptNet(nn.Module):
         self.net = net
         own = next((tensor.dtype for tensor in net.state_dict().values() if tensor.is_floating_point()), None)
         self._types = _TYPES if own is None else (own,)
-        self._how: tuple[torch.dtype, bool] | None = None
+        self._call_as: tuple[torch.dtype, bool] | None = None
 
     def state_dict(self, *args: Any, **named: Any) -> Any:
-        """The module's own, under its own names."""
+        """Return the module's own state, under its own names."""
         return self.net.state_dict(*args, **named)
 
     def forward(self, images: Tensor, *args: Any, **named: Any) -> Any:
-        """What the module returns for images ``(B, C, H, W)``, in float32.
+        """Return the module's answer for images ``(B, C, H, W)``, in float32.
 
         Raises:
-            RuntimeError: what the module raises.
+            RuntimeError: the module fails.
         """
-        if self._how is not None:
-            return self._called(*self._how, images, args, named)
+        if self._call_as is not None:
+            return self._call(*self._call_as, images, args, named)
         first: Exception | None = None
         for kind in self._types:
             for alone in (False, True) if len(images) > 1 else (False,):
                 try:
-                    found = self._called(kind, alone, images, args, named)
+                    answer = self._call(kind, alone, images, args, named)
                 except Exception as error:
                     first = first or error
                     continue
-                if isinstance(found, Tensor) and found.shape[:1] != images.shape[:1]:
-                    continue  # a batch of one was written into the graph
+                if isinstance(answer, Tensor) and answer.shape[:1] != images.shape[:1]:
+                    continue  # the graph is for a batch of one
                 if len(images) > 1:
-                    self._how = kind, alone
-                return found
+                    self._call_as = kind, alone
+                return answer
         if first is None:
-            return self._called(self._types[0], False, images, args, named)
+            return self._call(self._types[0], False, images, args, named)
         raise first
 
-    def _called(self, kind: torch.dtype, alone: bool, images: Tensor, args: Any, named: Any) -> Any:
+    def _call(self, kind: torch.dtype, alone: bool, images: Tensor, args: Any, named: Any) -> Any:
         def cast(value: Any) -> Any:
             return value.to(kind) if isinstance(value, Tensor) else value
 
         args, named = tuple(map(cast, args)), {key: cast(value) for key, value in named.items()}
         batches = images.to(kind).split(1) if alone else [images.to(kind)]
-        found = [self.net(batch, *args, **named) for batch in batches]
-        if not all(isinstance(one, Tensor) for one in found):
-            return found[0]
-        answer = torch.cat(found) if alone else found[0]
+        answers = [self.net(batch, *args, **named) for batch in batches]
+        if not all(isinstance(one, Tensor) for one in answers):
+            return answers[0]
+        answer = torch.cat(answers) if alone else answers[0]
         return answer.float() if answer.is_floating_point() else answer
 
 
 def build(name: str, weights: str | Path | None, num_classes: int | None, *, trust_code: bool) -> ClassifierSpec:
-    """A TorchScript file; the input size comes from ``--input-size``."""
+    """Build the classifier of a TorchScript file; the input size comes from ``--input-size``."""
     refuse_weights(name, weights)
     net = open_torchscript(name, trust_code=trust_code)
     names, digest = default_class_names(num_classes), file_digest(name)
@@ -84,19 +84,19 @@ def build(name: str, weights: str | Path | None, num_classes: int | None, *, tru
 
 
 def open_torchscript(path: str | Path, *, trust_code: bool) -> TorchScriptNet:
-    """A TorchScript module on the CPU.
+    """Open a TorchScript module on the CPU.
 
     Args:
         path: an existing file.
-        trust_code: whether the user vouches for the program in it.
+        trust_code: whether the user trusts the program in it.
 
     Raises:
-        UserError: no consent, or a file that is damaged.
+        UserError: no consent, or a damaged file.
     """
     require_consent(path, trust_code=trust_code)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated, but the files are what people have
+            warnings.simplefilter("ignore")  # torch.jit is deprecated, but people have such files
             return TorchScriptNet(torch.jit.load(str(path), map_location="cpu"))
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
