@@ -57,7 +57,7 @@ def test_the_budget_is_exact_whatever_the_batches() -> None:
     target = Counting()
     access = QueryAccess(target, "scores", budget=10)
     access(IMAGES)
-    with pytest.raises(BudgetSpent, match="6 of 10 queries are spent and 6 more were asked for; none of them was sent"):
+    with pytest.raises(BudgetSpent, match="6 of 10 queries are spent and 6 more were requested; none of them was sent"):
         access(IMAGES)
     assert access.spent == 6
     access(IMAGES[:3])
@@ -65,7 +65,7 @@ def test_the_budget_is_exact_whatever_the_batches() -> None:
     for _ in range(3):
         with pytest.raises(BudgetSpent) as caught:
             access(IMAGES[:1])
-        assert (caught.value.spent, caught.value.budget, caught.value.asked) == (10, 10, 1)
+        assert (caught.value.spent, caught.value.budget, caught.value.requested) == (10, 10, 1)
     assert target.batches == [6, 3, 1]
     assert access.spent == access.budget == 10
     assert isinstance(caught.value, RunFault)
@@ -195,8 +195,8 @@ def test_neither_copied_nor_saved_and_gone_with_its_owner() -> None:
         (lambda x: x.flatten(1)[:, 0], "labels", IMAGES, UserError, "expected whole-number labels"),
         (lambda x: x.flatten(1)[:1], "labels", IMAGES, UserError, "expected whole-number labels"),
         (lambda x: x.flatten(1) * float("nan"), "scores", IMAGES, RunFault, "not finite"),
-        (Counting(), "scores", IMAGES + 0.5, UserError, r"outside of \[0, 1\]"),
-        (Counting(), "scores", IMAGES * float("nan"), UserError, r"outside of \[0, 1\]"),
+        (Counting(), "scores", IMAGES + 0.5, UserError, r"outside \[0, 1\]"),
+        (Counting(), "scores", IMAGES * float("nan"), UserError, r"outside \[0, 1\]"),
         (Counting(), "scores", IMAGES[0], UserError, r"expected \(B, C, H, W\)"),
         (Counting(), "logits", IMAGES, UserError, "expected 'labels' or 'scores'"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from certify.errors import ImageError, UserError
-from certify.images.dataset import ImageSet, View, Viewer, load_images
+from certify.images.dataset import ImageConsumer, ImageSet, InputOnly, load_images
 from certify.images.sources import DATASETS, open_source
 from certify.models.classifier import InputSpec, square_input
 from certify.models.labels import UnclearLabels
@@ -50,7 +50,7 @@ class TrainingData:
 
 def load_training_data(
     data: str,
-    viewer: Viewer | None = None,
+    viewer: ImageConsumer | None = None,
     *,
     size: tuple[int, int, int] | None = None,
     labelled: bool = False,
@@ -97,7 +97,13 @@ def load_training_data(
 
 
 def _open(
-    data: str, view: Viewer, root: str | None, download: bool, *, labelled: bool, ids: Sequence[str] | None = None
+    data: str,
+    view: ImageConsumer,
+    root: str | None,
+    download: bool,
+    *,
+    labelled: bool,
+    ids: Sequence[str] | None = None,
 ) -> ImageSet:
     """Open the images, with labels if they are required or available."""
     if data in DATASETS and (f"{data}-train" in DATASETS or data == "imagenet"):
@@ -124,7 +130,7 @@ def count_classes(data: str, root: str | None = None, download: bool = False) ->
     return len(source.names or ())
 
 
-def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, download: bool) -> View:
+def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, download: bool) -> InputOnly:
     """Take the classes from the data, and the size from the first image unless it is given."""
     source = open_source(data, root=root, download=download)
     if size is not None:
@@ -132,7 +138,7 @@ def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, do
     else:
         shape = tuple(_load(ImageSet(source.name, source.items[:1], [None], 1, "", {}, InputSpec(None)), 0).shape)
         spec = InputSpec((shape[0], shape[1], shape[2]))
-    return View(spec, len(source.names or ()))
+    return InputOnly(spec, len(source.names or ()))
 
 
 def _load(images: ImageSet, index: int) -> Tensor:

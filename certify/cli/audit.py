@@ -199,12 +199,12 @@ def _plan_audit(request: AuditRequest, spec: ServiceSpec) -> tuple[Audit, Mappin
 
     from certify.blackbox.label_index import read_class_map
     from certify.blackbox.plan import Audit, Service, plan
-    from certify.images.dataset import View
+    from certify.images.dataset import InputOnly
     from certify.runs.config import Settings
     from certify.smoothing.noise import make_noise
 
     service, noise, data = request.service, request.noise, request.images
-    images = load_image_set(data, View.at(data.input_size))
+    images = load_image_set(data, InputOnly.at(data.input_size))
     class_map = read_class_map(data.class_map) if data.class_map else None
     device = torch.device(device_from(request.compute.device))
     denoiser = None

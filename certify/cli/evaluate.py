@@ -152,7 +152,7 @@ def _choose_images(
     model: OptionalModelOptions, data: DataOptions, classifier: Classifier | None, *, quiet: bool
 ) -> ImageSet:
     """Return the images to measure on: by default the demo images, spread over the data."""
-    from certify.images.dataset import View
+    from certify.images.dataset import InputOnly
 
     if data.data is None:
         data = dataclasses.replace(data, data="digits" if model.model == "digits" else "photos")
@@ -162,7 +162,7 @@ def _choose_images(
     if classifier is None:
         data = dataclasses.replace(data, labels="none")
     most = data.max_images or MAX_IMAGES
-    images = load_image_set(dataclasses.replace(data, max_images=None), classifier or View.at(model.input_size))
+    images = load_image_set(dataclasses.replace(data, max_images=None), classifier or InputOnly.at(model.input_size))
     chosen = range(len(images))[:most] if given_by_user("skip") else _spread(len(images), most)
     items, labels = [images.items[i] for i in chosen], [images.labels[i] for i in chosen]
     return dataclasses.replace(images, items=items, labels=labels)

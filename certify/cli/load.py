@@ -24,7 +24,7 @@ from certify.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from certify.images.dataset import ImageSet, View
+    from certify.images.dataset import ImageSet, InputOnly
     from certify.models.classifier import Classifier
     from certify.smoothed_classifier import SmoothedClassifier
     from certify.smoothing.procedures import Certify, Decide, Measure, Predict
@@ -240,7 +240,7 @@ def check_data(data: str | None, root: str | None) -> None:
         )
 
 
-def load_image_set(options: ImageOptions, classifier: Classifier | View) -> ImageSet:
+def load_image_set(options: ImageOptions, classifier: Classifier | InputOnly) -> ImageSet:
     """Return the images that the options choose, with the classifier's labels for them."""
     from certify.cli.plan import first_shape
     from certify.images.dataset import load_images

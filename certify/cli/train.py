@@ -83,7 +83,7 @@ def _train(
 ) -> TrainingResult:
     import torch
 
-    from certify.images.dataset import View
+    from certify.images.dataset import InputOnly
     from training.data import count_classes, load_training_data
     from training.loop import TrainerConfig, make_accelerator
 
@@ -107,7 +107,7 @@ def _train(
         torch.manual_seed(recipe.seed)
         classes = frozen.num_classes or count_classes(data.data, data.root, data.download)
         spec = architecture(network.train_classifier, classes, frozen.weights or UNTRAINED)
-        viewer = View(spec.input, classes, spec.class_names)
+        viewer = InputOnly(spec.input, classes, spec.class_names)
     images = load_training_data(
         data.data,
         viewer,

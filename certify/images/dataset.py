@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from certify.models.classifier import InputSpec
 
 
-class Viewer(Protocol):
-    """Who looks at the images: gives the classes that labels refer to, and the input that images are brought to."""
+class ImageConsumer(Protocol):
+    """A classifier, or anything with the classes of the labels and the input to which images are resized."""
 
     @property
     def class_names(self) -> ClassNames | None:
-        """For each class index, every name it goes by, or None."""
+        """For each class index, all its names, or None."""
         ...
 
     @property
@@ -41,16 +41,16 @@ class Viewer(Protocol):
 
 
 @dataclass(frozen=True)
-class View:
-    """A viewer without a classifier: images are brought to its input; classes are the data's, or none."""
+class InputOnly:
+    """Stand-in for a classifier: images are resized to its input; classes are the data's, or none."""
 
     input: InputSpec
     num_classes: int = 0
     class_names: ClassNames | None = None
 
     @classmethod
-    def at(cls, size: tuple[int, int, int] | None) -> View:
-        """Images of any class, at this size or as they are."""
+    def at(cls, size: tuple[int, int, int] | None) -> InputOnly:
+        """Return a stand-in for images of any class, at this size or as they are."""
         from certify.models.classifier import InputSpec, square_input
 
         return cls(InputSpec(None) if size is None else square_input(size))
@@ -64,11 +64,11 @@ class ImageSet:
         name: of the source, as in the record.
         items: the chosen ones.
         labels: for each item its class index, or None.
-        available: how many images the source holds.
-        rule: how labels were found, in words.
+        available: number of images in the source.
+        rule: description of the source of the labels.
         selection: the options that chose the items.
-        input: the classifier's input, whose transform makes an item an image.
-        unread: what the data holds besides, as phrases: ``"3 .heic files (a.heic, ...)"``, rows that name no image.
+        input: the classifier's input, with the transform from items to images.
+        unread: other content of the data, such as ``"3 .heic files (a.heic, ...)"`` or rows that name no image.
     """
 
     name: str
@@ -85,16 +85,16 @@ class ImageSet:
 
     @property
     def omissions(self) -> str:
-        """What was not read, as the end of a sentence about the data; empty where nothing was left out."""
+        """Content that was not read, as the end of a sentence about the data; empty if all was read."""
         return f"; not read: {', '.join(self.unread)}" if self.unread else ""
 
     @property
     def labelled(self) -> bool:
-        """Whether every image has a label."""
+        """True if every image has a label."""
         return all(label is not None for label in self.labels)
 
     def load(self, index: int) -> Tensor:
-        """The image ``(C, H, W)``, float32 in [0, 1], that noise is added to.
+        """Return the image ``(C, H, W)``, float32 in [0, 1], to which noise is added.
 
         Raises:
             ImageError: this image cannot be used.
@@ -102,14 +102,14 @@ class ImageSet:
         return preprocess(self.items[index].read(), self.input)
 
     def digest(self) -> str:
-        """Hash over ids, labels and contents of the chosen images: what a resumed run must find again."""
+        """Return a hash over ids, labels and contents of the images, which must be the same when a run is resumed."""
         total = hashlib.sha256()
         for item, label in zip(self.items, self.labels, strict=True):
             total.update(f"{item.id}\0{label}\0{item.stamp()}\n".encode("utf-8", "surrogatepass"))
         return total.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """The selection and where labels came from, as JSON."""
+        """Return the selection and the source of the labels, for the record."""
         return {
             "source": self.name,
             "available": self.available,
@@ -121,7 +121,7 @@ class ImageSet:
 
 def load_images(
     data: str,
-    classifier: Viewer,
+    classifier: ImageConsumer,
     *,
     skip: int = 1,
     start: int = 0,
@@ -132,35 +132,35 @@ def load_images(
     root: str | Path | None = None,
     download: bool = False,
 ) -> ImageSet:
-    """The images that ``data`` names, as ``classifier`` wants to see them.
+    """Open the images that ``data`` names, at the input of ``classifier``.
 
     Args:
         data: a dataset's name or a path (:func:`certify.images.sources.open_source`).
-        classifier: gives the transform, and the classes that labels refer to.
-        skip: every K-th image.
-        start: which image is the first, from 0: with the same ``skip``, another start below it chooses other images.
-        max_images: at most so many.
-        ids: only these.
+        classifier: has the transform, and the classes of the labels.
+        skip: take every K-th image.
+        start: index of the first image, from 0; with the same ``skip``, another start below it takes other images.
+        max_images: most images to take.
+        ids: take only these.
         labels: CSV of file and label for images without class folders, or ``"none"`` to ignore labels.
         class_map: CSV or JSON from the data's class names to the classifier's classes.
         root: folder of torchvision's datasets.
         download: whether a missing dataset may be downloaded.
 
     Raises:
-        UserError: no such data, labels that cannot be mapped, a selection that chooses nothing.
+        UserError: no such data, labels that cannot be mapped, or an empty selection.
     """
     source = open_source(data, root=root, download=download)
     chosen = _select(source, skip, start, max_images, ids)
     _check_channels(source, classifier.input, data)
     names, number, unread = classifier.class_names, classifier.num_classes, source.unread
     if labels is None or str(labels) == "none":
-        found, rule = _labels(source, chosen, names, number, class_map, ignored=labels is not None)
+        indices, rule = _labels(source, chosen, names, number, class_map, ignored=labels is not None)
     else:
-        found, rule, rows = _labels_from_file(source, chosen, names, number, Path(labels))
+        indices, rule, rows = _labels_from_file(source, chosen, names, number, Path(labels))
         unread += rows
     selection = {"skip": skip, "max": max_images, "ids": list(ids) if ids else None}
-    selection |= {"start": start} if start else {}  # run files without it go on as before
-    return ImageSet(source.name, chosen, found, len(source.items), rule, selection, classifier.input, unread)
+    selection |= {"start": start} if start else {}  # so that older run files can be resumed
+    return ImageSet(source.name, chosen, indices, len(source.items), rule, selection, classifier.input, unread)
 
 
 def _check_channels(source: Source, spec: InputSpec, data: str) -> None:
@@ -203,7 +203,7 @@ def _select(source: Source, skip: int, start: int, max_images: int | None, ids: 
 
 
 def _quoted(source: Source, absent: Sequence[str]) -> str:
-    """How to write an id that holds a comma, where one was taken apart."""
+    """Return advice on quoting an id with a comma, if one was split."""
     whole = next((i for i in source.ids_with_comma() if absent[0] in i.split(",")), None)
     if whole is None:
         return ""
@@ -220,7 +220,7 @@ def _labels(
     *,
     ignored: bool,
 ) -> tuple[list[int | None], str]:
-    """The class index of every chosen image, and the rule in words."""
+    """Return the class index of every chosen image, and a description of the rule."""
     if ignored:
         return [None] * len(chosen), "none"
     if source.strays:
@@ -241,9 +241,9 @@ def _labels(
 def _labels_from_file(
     source: Source, chosen: Sequence[Item], class_names: ClassNames | None, num_classes: int, path: Path
 ) -> tuple[list[int | None], str, tuple[str, ...]]:
-    """The class index of every chosen image, the rule in words, and how many rows name no image."""
+    """Return the class index of every chosen image, a description of the rule, and the number of unused rows."""
     given, others = match_labels(path, [item.id for item in chosen], (item.id for item in source.items))
     index = name_index(class_names)
-    found: list[int | None] = [class_index(given[i.id], index, num_classes, f"--labels {path}") for i in chosen]
+    indices: list[int | None] = [class_index(given[i.id], index, num_classes, f"--labels {path}") for i in chosen]
     unread = Unread({f"row{{s}} of {path.name} without an image": others} if others else {})
-    return found, f"from {path.name}", unread.summary()
+    return indices, f"from {path.name}", unread.summary()

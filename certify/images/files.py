@@ -1,4 +1,4 @@
-"""Folders and archives of image files as sources: what lies in them, in which classes, and what is not read."""
+"""Folders and archives of image files as sources, with their classes; everything that is not read is counted."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def open_zip(path: Path, folder: str = "") -> Source:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """Return why an archive cannot be read; one that begins like a zip file was not saved to its end."""
+    """Return why an archive cannot be read: it is cut off if it begins like a zip file and does not end like one."""
     with path.open("rb") as file:
         begins = name_content(file.read(8)) == ZIP
     cut_off = begins and not zipfile.is_zipfile(path)

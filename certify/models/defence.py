@@ -1,8 +1,8 @@
-"""A defended classifier: purifiers in front of frozen classifiers, several draws or members, one answer.
+"""Defences: purifiers in front of frozen classifiers, with several draws or members, and one answer.
 
-Every defence is one sum over passes: a pass purifies the image (perhaps with fresh random numbers) and classifies the
-result; the passes' logits are combined to a label. A plain purifier has one pass, score purification S, a JPEG
-ensemble one a member, denoised smoothing used as a plain classifier n.
+Each pass purifies the image (perhaps with fresh random numbers) and classifies the result; the logits of all passes are
+combined to a label. A plain purifier has one pass, score purification S, a JPEG ensemble one per member, and denoised
+smoothing used as a plain classifier n.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from certify.smoothing.rng import block_generator
 from certify.types import FAILED
 
 COMBINE = ("vote", "logits", "probabilities")
-"""How passes become one answer: most votes (ties by summed softmax), mean logits, or mean softmax."""
+"""Combinations of passes: most votes (ties by summed softmax), mean logits, or mean softmax."""
 
-_PASSES = 256
+_PASSES = 256  # in a batch
 
 
 @dataclass(frozen=True)
 class Member:
-    """One way from an image to logits.
+    """A purifier and a classifier.
 
     Attributes:
         purifier: ``forward(images, sigma, *, generator)`` to images of the same shape, or None. One that draws random
-            numbers has ``random = True``; one that calls its network more than once an image says so in ``passes``; one
-            whose gradient is not that of its output has ``differentiable = False``.
+            numbers has ``random = True``; one that calls its network more than once per image has the number in
+            ``passes``; one whose gradient is not that of its output has ``differentiable = False``.
         classifier: frozen.
-        sigma: noise level handed to the purifier, in [0, 1] pixels, or None.
+        sigma: noise level passed to the purifier, in [0, 1] pixels, or None.
     """
 
     purifier: nn.Module | None
@@ -45,21 +45,21 @@ class Member:
 
 
 class Defence(nn.Module):
-    """What an attacker of the whole system meets: images in [0, 1] to labels.
+    """The whole system that an attacker faces: images in [0, 1] to labels.
 
     Args:
         name: of the defence, as in the table.
-        members: at least one; all know the same classes.
-        draws: passes through each member, each with random numbers of its own.
+        members: at least one; all have the same classes.
+        draws: passes through each member, each with its own random numbers.
         combine: one of ``COMBINE``.
-        frozen: whether the classifiers are as their makers left them; False where they were fine-tuned.
-        about: options worth recording.
+        frozen: whether the classifiers are the published ones; False if they were fine-tuned.
+        about: options for the record.
 
     Attributes:
         checked: whether its parts were checked on an image (:mod:`certify.engine.contract`).
 
     Raises:
-        UserError: draws, combination or classes that make no sense.
+        UserError: invalid draws or combination, or members with different classes.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Defence(nn.Module):
             raise UserError(f"defence {name}: members know {sorted(known)} classes; expected the same for all")
         self.name, self.draws, self.combine, self.frozen = name, draws, combine, frozen
         self.purifiers = nn.ModuleList([m.purifier if m.purifier is not None else nn.Identity() for m in members])
-        self.classifiers = [m.classifier for m in members]  # a list: frozen, not this module's to move or to train
+        self.classifiers = [m.classifier for m in members]  # a list, because they are frozen
         self.sigmas = [m.sigma for m in members]
         self._bare = [m.purifier is None for m in members]
         self.num_classes = known.pop()
@@ -92,17 +92,17 @@ class Defence(nn.Module):
 
     @property
     def random(self) -> bool:
-        """Whether two answers about the same image may differ."""
+        """True if two answers about the same image may differ."""
         return any(getattr(p, "random", False) for p in self.purifiers)
 
     @property
     def differentiable(self) -> bool:
-        """Whether gradients of the logits are true ones; if not, an attacker passes them by (BPDA)."""
+        """True if gradients of the logits are exact; if not, an attacker has to approximate them (BPDA)."""
         return all(getattr(p, "differentiable", True) for p in self.purifiers)
 
     @property
     def passes(self) -> int:
-        """Network calls for one answer about one image, the classifiers' among them."""
+        """Network calls per answer about one image, including the classifiers'."""
         own = [0 if bare else int(getattr(p, "passes", any(True for _ in p.parameters()))) for p, bare in self._pairs()]
         return self.draws * sum(n + 1 for n in own)
 
@@ -110,7 +110,7 @@ class Defence(nn.Module):
         return zip(self.purifiers, self._bare, strict=True)
 
     def purify(self, images: Tensor, member: int = 0, generator: Any = None) -> Tensor:
-        """What a member's classifier gets to see, ``(B, C, H, W)``.
+        """Return the images ``(B, C, H, W)`` that a member's classifier gets.
 
         Raises:
             RunFault: the purifier changed the images' shape.
@@ -119,20 +119,20 @@ class Defence(nn.Module):
             return images
         purifier = self.purifiers[member]
         options = {"generator": generator} if getattr(purifier, "random", False) else {}
-        found: Tensor = purifier(images, self.sigmas[member], **options)
-        if found.shape != images.shape:
+        purified: Tensor = purifier(images, self.sigmas[member], **options)
+        if purified.shape != images.shape:
             raise RunFault(
-                f"defence {self.name} made {tuple(found.shape)} of {tuple(images.shape)}; expected the same shape"
+                f"defence {self.name} made {tuple(purified.shape)} of {tuple(images.shape)}; expected the same shape"
             )
-        return found
+        return purified
 
     def passes_of(self, images: Tensor, keys: Sequence[bytes], turn: int = 0) -> Tensor:
-        """Logits ``(B, P, K)`` of every pass; differentiable where the purifiers are.
+        """Return logits ``(B, P, K)`` of every pass; differentiable if the purifiers are.
 
         Args:
             images: ``(B, C, H, W)`` in [0, 1].
-            keys: of :func:`certify.smoothing.rng.stream_key`, one an image: all random numbers come from there.
-            turn: how often the same image was asked about before; another turn has other random numbers.
+            keys: of :func:`certify.smoothing.rng.stream_key`, one per image: the source of all random numbers.
+            turn: number of earlier queries with the same key; another turn has other random numbers.
         """
         if len(keys) != len(images):
             raise ValueError(f"{len(keys)} keys for {len(images)} images; expected one for each")
@@ -149,7 +149,7 @@ class Defence(nn.Module):
         return split.transpose(0, 1).flatten(1, 2)
 
     def scores(self, images: Tensor, keys: Sequence[bytes], turn: int = 0) -> Tensor:
-        """Class probabilities ``(B, K)``: the mean softmax of all passes, or the softmax of their mean logits."""
+        """Return class probabilities ``(B, K)``: the mean softmax of all passes, or the softmax of mean logits."""
         return self._scores(self.passes_of(images, keys, turn))
 
     def _scores(self, logits: Tensor) -> Tensor:
@@ -157,18 +157,18 @@ class Defence(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, keys: Sequence[bytes], turn: int = 0) -> Tensor:
-        """Labels ``(B,)``; ``FAILED`` where no pass gave one."""
+        """Return labels ``(B,)``; ``FAILED`` where no pass returned one."""
         logits = self.passes_of(images, keys, turn)
         if self.combine != "vote":
             return labels_from_logits(self._scores(logits))
         return majority(logits)
 
     def describe(self) -> dict[str, Any]:
-        """Every step with its options, hashes and fingerprints, for the record."""
+        """Return every step with its options, hashes and fingerprints, for the record."""
         steps = []
         for (purifier, bare), classifier, sigma in zip(self._pairs(), self.classifiers, self.sigmas, strict=True):
             named = None if bare else {**record_module(purifier, sigma, classifier.probe_size), "sigma": sigma}
-            described = getattr(classifier, "record", classifier.describe)()  # a service stands there, too
+            described = getattr(classifier, "record", classifier.describe)()  # a remote service has no record()
             steps.append({"purifier": named, "classifier": described})
         return {
             "name": self.name,
@@ -182,7 +182,7 @@ class Defence(nn.Module):
 
 
 def _answers(classifier: Classifier, images: Tensor) -> Tensor:
-    """Logits ``(B, K)``; of a classifier that gives labels only, 1 at its label, and NaN where it gave none."""
+    """Return logits ``(B, K)``; of a classifier that returns labels only, 1 at its label, and NaN where it has none."""
     try:
         return classifier.logits(images)
     except UserError:
@@ -192,13 +192,13 @@ def _answers(classifier: Classifier, images: Tensor) -> Tensor:
 
 
 def majority(logits: Tensor) -> Tensor:
-    """The label most passes give; of equals the one with the larger summed softmax.
+    """Return the label of most passes; ties go to the larger summed softmax.
 
     Args:
         logits: ``(B, P, K)``; a pass that is not finite has no vote.
 
     Returns:
-        Labels ``(B,)``, ``FAILED`` where no pass had a vote.
+        Labels ``(B,)``, ``FAILED`` where no pass has a vote.
     """
     batch, passes, classes = logits.shape
     labels = labels_from_logits(logits.reshape(-1, classes)).view(batch, passes)
