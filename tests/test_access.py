@@ -1,4 +1,4 @@
-"""Query-only access: exact budgets, new draws, nothing but answers, no way to the parameters."""
+"""Query-only access: exact budgets, new draws, no path to the parameters."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Counting:
         return images.flatten(1)[:, :3]
 
 
-def test_the_budget_is_exact_whatever_the_batches() -> None:
+def test_budget_is_exact_for_any_batching() -> None:
     """A batch beyond the rest is refused whole; what is left can still be spent, and nothing beyond it is computed."""
     target = Counting()
     access = QueryAccess(target, "scores", budget=10)
@@ -71,7 +71,7 @@ def test_the_budget_is_exact_whatever_the_batches() -> None:
     assert isinstance(caught.value, RunFault)
 
 
-def test_spending_goes_on_and_failures_count() -> None:
+def test_spent_queries_resume_and_failures_count() -> None:
     def broken(images: Tensor) -> Tensor:
         raise OSError("gone")
 
@@ -81,7 +81,7 @@ def test_spending_goes_on_and_failures_count() -> None:
     assert access.spent == 26
 
 
-def test_every_query_is_a_new_draw_however_they_are_batched() -> None:
+def test_every_query_is_a_new_draw_for_any_batching() -> None:
     same = IMAGES[:1].expand(6, -1, -1, -1)
     together = QueryAccess(jittered(), "scores", key=KEY)(same)
     one_by_one = QueryAccess(jittered(), "scores", key=KEY)
@@ -107,7 +107,7 @@ def test_answers_are_those_of_the_target() -> None:
 
 
 @pytest.mark.parametrize("answers", ["labels", "scores"])
-def test_answers_carry_nothing_else(answers: Any) -> None:
+def test_answers_have_no_autograd_history(answers: Any) -> None:
     """No autograd history though the images ask for one; labels are whole numbers, so no score is left in them."""
     asked = IMAGES.clone().requires_grad_(True)
     for target in (load_classifier("digits"), jittered(), lambda x: (2 * x).flatten(1)):
@@ -174,7 +174,7 @@ def test_no_attribute_leads_to_a_parameter() -> None:
         access.target = net  # type: ignore[attr-defined]
 
 
-def test_neither_copied_nor_saved_and_gone_with_its_owner() -> None:
+def test_access_cannot_be_copied_and_ends_with_its_owner() -> None:
     access = QueryAccess(Counting(), "scores", budget=5)
     for way in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="its budget would be copied"):

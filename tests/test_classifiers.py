@@ -1,4 +1,4 @@
-"""Frozen classifiers: names, files, settings; checkpoints in every form people have."""
+"""Frozen classifiers: names, files, settings, checkpoints in common layouts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_name_index_equals_the_libraries_own() -> None:
         ("package.module:thing", "python", "package.module:thing"),
     ],
 )
-def test_where_names_lead(model: str, kind: str, name: str) -> None:
+def test_names_are_resolved_to_sources(model: str, kind: str, name: str) -> None:
     assert hub.find_source(model) == hub.ModelSource(kind, name)
 
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_that_torchvision_publishes_gets_torchvisions_transform() -
     assert hub.find_source("resnet50", "mine.pth") == hub.ModelSource("timm", "resnet50")
 
 
-def test_the_recipe_of_a_published_checkpoint_is_its_own(tmp_path: Path) -> None:
+def test_published_checkpoint_has_its_own_transform(tmp_path: Path) -> None:
     import torchvision
 
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18-f37072fd.pth")
@@ -121,7 +121,7 @@ def wrapped(state: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("container", ["", "state_dict", "model", "model_state"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "1.", "1.module."])
-def test_checkpoints_as_people_have_them(container: str, prefix: str, tmp_path: Path) -> None:
+def test_checkpoint_layouts_and_prefixes(container: str, prefix: str, tmp_path: Path) -> None:
     own = net()
     state: Any = wrapped(own.state_dict(), prefix)
     path = tmp_path / "checkpoint.th"
@@ -161,7 +161,7 @@ class Normalise(nn.Module):
         return (x - mean[:, None, None]) / std[:, None, None]
 
 
-def test_the_published_classifiers_for_noise_load_as_they_are(tmp_path: Path) -> None:
+def test_published_noise_trained_classifiers_load(tmp_path: Path) -> None:
     """Cohen et al. 2019 saved ``Sequential(normalise, network)`` with option B shortcuts, under ``state_dict``."""
     torch.manual_seed(0)
     theirs = nn.Sequential(Normalise(), nn.DataParallel(OptionB()))
@@ -237,7 +237,7 @@ def bright(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", [Brightness(), Brightness, bright, lambda: bright])
-def test_objects_of_ones_own_are_classifiers(model: Any) -> None:
+def test_python_objects_are_classifiers(model: Any) -> None:
     """A module, a class, a function, a factory: as with ``package.module:name``, and the true radius is known."""
     classifier = load_classifier(model, input_size=(3, 8, 8), num_classes=2)
     g = SmoothedClassifier(classifier, sigma=0.25)
@@ -250,14 +250,14 @@ def test_objects_of_ones_own_are_classifiers(model: Any) -> None:
         load_classifier(model)
 
 
-def test_what_is_no_classifier_is_told_how_to_become_one() -> None:
+def test_invalid_objects_have_advice() -> None:
     with pytest.raises(UserError, match="expected a module"):
         load_classifier(3, input_size=(3, 8, 8))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="expected a module"):
         SmoothedClassifier(3, sigma=0.25).certify(torch.zeros(3, 8, 8))  # type: ignore[arg-type]
 
 
-def test_chance_is_not_a_classifier() -> None:
+def test_random_function_is_refused() -> None:
     draws = torch.Generator().manual_seed(0)
     classifier = load_classifier(
         lambda x: torch.randint(3, (len(x),), generator=draws), input_size=(1, 8, 8), num_classes=3
@@ -266,7 +266,7 @@ def test_chance_is_not_a_classifier() -> None:
         SmoothedClassifier(classifier, sigma=0.25).predict(torch.zeros(1, 8, 8), n=100)
 
 
-def test_a_folder_of_the_users_that_is_called_analysis(tmp_path: Path) -> None:
+def test_user_module_named_analysis_can_be_imported(tmp_path: Path) -> None:
     """With -m, and with a model out of it, the current folder comes first."""
     for name in ("analysis", "training", "denoisers"):
         (tmp_path / name).mkdir()
@@ -360,8 +360,8 @@ def test_torchvisions_files_are_found_in_its_cache(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("leftover", [False, True])
-def test_the_command_gives_up_soon(leftover: bool, tmp_path: Path) -> None:
-    """As a user meets it: a process of its own, with an empty cache or the leftovers of a failed download in it."""
+def test_command_fails_fast_without_network(leftover: bool, tmp_path: Path) -> None:
+    """In a separate process, with an empty cache or the leftovers of a failed download."""
     if leftover:
         (tmp_path / "hub" / "models--timm--resnet50.a1_in1k" / "snapshots").mkdir(parents=True)
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -477,13 +477,13 @@ def test_batch_statistics_are_refused(tmp_path: Path) -> None:
         SmoothedClassifier(classifier, sigma=0.25).predict(torch.zeros(3, 8, 8), n=100)
 
 
-def test_one_score_an_image_is_refused(tmp_path: Path) -> None:
+def test_one_score_per_image_is_refused(tmp_path: Path) -> None:
     path = script(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), tmp_path / "sigmoid.pt")
     with pytest.raises(UserError, match="one score per image"):
         load_classifier(str(path), trust_code=True, input_size=(3, 8, 8))
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_duplicate_key_is_refused(tmp_path: Path) -> None:
     state = net().state_dict()
     torch.save({**state, **wrapped(state, "module.")}, tmp_path / "twice.pth")
     with pytest.raises(UserError, match="twice, with and without a wrapper prefix"):

@@ -81,7 +81,7 @@ def _votes(*labels: int, classes: int = 4) -> Tensor:
     ]
 
 
-def test_the_majority_by_hand() -> None:
+def test_majority_vote_and_ties() -> None:
     assert majority(_votes(2, 2, 2)).item() == 2
     assert majority(_votes(1, 3, 1, 2)).item() == 1
     assert majority(_votes(3, -1, -1)).item() == 3
@@ -104,7 +104,7 @@ def test_a_purifier_that_changes_the_shape_fails_by_name() -> None:
         broken(IMAGES, KEYS)
 
 
-def test_smoothing_as_a_plain_classifier_counts_the_votes_of_its_draws() -> None:
+def test_denoised_smoothing_as_a_defence_counts_votes() -> None:
     digits = load_classifier("digits")
     found = build_defence("denoised:sigma=0.5:n=300:denoiser=none", digits)
     votes = found.passes_of(IMAGES, KEYS).argmax(2)
@@ -183,6 +183,6 @@ def test_the_record_of_a_denoiser_has_the_known_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("draws", [0, 1.5, True, "2"])
-def test_draws_are_counted(draws: Any) -> None:
+def test_number_of_passes(draws: Any) -> None:
     with pytest.raises(UserError, match="expected a whole number from 1"):
         Defence("x", [Member(None, load_classifier("digits"))], draws=draws)

@@ -1,4 +1,4 @@
-"""Models and weights as people have them: recognised by content; what cannot be used is named with what helps."""
+"""Model files and weights in common formats; everything else is named with a remedy."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_onnx_inputs_of_every_type_and_layout(kind: str, last: bool, size: tuple
     assert torch.allclose(classifier.logits(x).double(), exact, atol=tolerance)
 
 
-def test_onnx_of_8_bit_pixels_takes_no_mean(capsys: Capture) -> None:
+def test_onnx_with_8_bit_pixels_takes_no_mean(capsys: Capture) -> None:
     write_onnx("m.onnx", kind="UINT8")
     assert error(capsys, RUN + "--model m.onnx --mean 0.5 --std 0.5") == (
         "certify: m.onnx takes 8-bit pixels and normalises them itself; drop --mean and --std"
@@ -128,7 +128,7 @@ def test_onnx_of_8_bit_pixels_takes_no_mean(capsys: Capture) -> None:
     run(*(RUN + "--model m.onnx").split())
 
 
-def test_onnx_of_other_numbers_names_them(capsys: Capture) -> None:
+def test_unsupported_onnx_input_type_is_named(capsys: Capture) -> None:
     write_onnx("m.onnx", kind="INT64")
     assert error(capsys, RUN + "--model m.onnx") == (
         "certify: m.onnx takes tensor(int64); expected images in floating point or uint8"
@@ -161,7 +161,7 @@ def test_other_protobuf_files_are_not_mistaken_for_onnx(capsys: Capture) -> None
         ("MatMul", "has input size 1 not in range [min=2, max=2])"),
     ],
 )
-def test_the_cause_that_onnx_runtime_names_is_quoted(node: str, cause: str, capsys: Capture) -> None:
+def test_onnx_runtime_error_is_quoted(node: str, cause: str, capsys: Capture) -> None:
     pytest.importorskip("onnx")
     from onnx import helper
 
@@ -178,7 +178,7 @@ def test_the_cause_that_onnx_runtime_names_is_quoted(node: str, cause: str, caps
     assert line.endswith(cause)
 
 
-def test_the_output_of_an_onnx_graph_is_chosen_by_the_number_of_classes_or_by_name(capsys: Capture) -> None:
+def test_onnx_output_is_chosen_by_number_of_classes_or_name(capsys: Capture) -> None:
     weight = write_onnx("m.onnx", features=True)
     line = error(capsys, RUN + "--model m.onnx")
     assert line == (
@@ -228,7 +228,7 @@ def save_script(net: nn.Module, name: str, *, frozen: bool = False, example: Ten
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
-def test_torchscript_in_its_own_arithmetic(kind: torch.dtype, frozen: bool) -> None:
+def test_torchscript_runs_in_its_own_precision(kind: torch.dtype, frozen: bool) -> None:
     save_script(Half().to(kind), "m.pt", frozen=frozen)
     x = torch.rand(7, 1, 8, 8)
     logits = load_classifier("m.pt", input_size=(1, 8, 8), trust_code=True).logits(x)
@@ -245,7 +245,7 @@ def test_torchscript_traced_for_one_image(net: nn.Module) -> None:
     assert torch.allclose(classifier.logits(x), Half()(x), atol=0.05)
 
 
-def test_what_torchscript_dies_of_is_named(capsys: Capture) -> None:
+def test_torchscript_error_is_quoted(capsys: Capture) -> None:
     save_script(Wide(), "m.pt")
     line = error(capsys, RUN + "--model m.pt --trust-code --input-size 1x8x8")
     assert line == (
@@ -254,8 +254,8 @@ def test_what_torchscript_dies_of_is_named(capsys: Capture) -> None:
     )
 
 
-def test_torchscript_under_the_name_of_a_checkpoint(capsys: Capture) -> None:
-    """As a model it is one; as weights the line names the command that works."""
+def test_torchscript_named_like_a_checkpoint(capsys: Capture) -> None:
+    """It loads as a model; as weights the message names the command that works."""
     save_script(Half(), "m.pth")
     line = error(capsys, WEIGHTS + "m.pth")
     assert line == ("certify: m.pth is TorchScript, a whole model, not weights alone: write --model m.pth --trust-code")
@@ -313,7 +313,7 @@ def holds_itself(mapping: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_checkpoints_of_usual_trainers(kind: str) -> None:
+def test_checkpoints_of_common_trainers_load(kind: str) -> None:
     make, prefix = CHECKPOINTS[kind]
     torch.save(make(), "c.ckpt")
     classifier = load_classifier("cifar_resnet20", weights="c.ckpt")
@@ -323,7 +323,7 @@ def test_checkpoints_of_usual_trainers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema"])
-def test_a_choice_among_several_sets_is_said_and_left_to_the_user(key: str, capsys: Capture) -> None:
+def test_choice_among_several_sets_of_weights_is_announced(key: str, capsys: Capture) -> None:
     torch.save({"state_dict": resnet(), key: named("module.", other()), "epoch": 3}, "c.pth")
     line = warning(capsys, WEIGHTS + "c.pth")
     assert line == (
@@ -347,7 +347,7 @@ def test_a_choice_among_several_sets_is_said_and_left_to_the_user(key: str, caps
         (lambda t: t.to_sparse(), "sparse_coo"),
     ],
 )
-def test_weights_that_are_no_plain_numbers_are_refused(
+def test_weights_that_are_not_dense_floats_are_refused(
     change: Callable[[Tensor], Tensor], said: str, capsys: Capture
 ) -> None:
     """Integers would be taken for values and imaginary parts dropped; the rest cannot be copied."""
@@ -374,7 +374,7 @@ def test_checkpoints_without_weights_are_named(capsys: Capture) -> None:
     )
 
 
-def test_a_usual_key_is_chosen_below_others(capsys: Capture) -> None:
+def test_common_key_is_preferred_at_any_depth(capsys: Capture) -> None:
     torch.save({"trainer": {"old": {"teacher": other()}, "best": {"model": resnet()}}}, "c.pth")
     line = warning(capsys, WEIGHTS + "c.pth")
     assert line == (
@@ -455,7 +455,7 @@ def archive(name: str) -> None:
         ("x.pth", "is a zip archive: unpack it (unzip x.pth) and name the file in it: inside.pth"),
     ],
 )
-def test_an_archive_of_weights_says_how_to_unpack_it(name: str, said: str, capsys: Capture) -> None:
+def test_archive_of_weights_has_unpacking_advice(name: str, said: str, capsys: Capture) -> None:
     """The command in the message is run, and what comes out of it loads."""
     import subprocess
 
@@ -544,7 +544,7 @@ OWN = "load it in a function of your own and name that: --model package.module:f
         ("x.pth", arrays, "holds NumPy arrays; expected weights as torch.save or safetensors writes them"),
     ],
 )
-def test_models_of_other_kinds_are_named(name: str, write: Any, said: str, capsys: Capture) -> None:
+def test_other_model_formats_are_named(name: str, write: Any, said: str, capsys: Capture) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         write(name)
@@ -552,8 +552,8 @@ def test_models_of_other_kinds_are_named(name: str, write: Any, said: str, capsy
         assert error(capsys, RUN + option).startswith(f"certify: {name} {said}")
 
 
-def test_an_exported_program_runs_in_a_function_of_ones_own() -> None:
-    """What the message advises."""
+def test_exported_program_runs_in_a_user_function() -> None:
+    """The advice of the message works."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         batch = {0: torch.export.Dim("batch", min=1, max=100_000)}
@@ -589,13 +589,13 @@ def test_an_exported_program_runs_in_a_function_of_ones_own() -> None:
         ((20).to_bytes(8, "little") + b"{not json at all!!!}" + bytes(100), "is not a whole safetensors file ("),
     ],
 )
-def test_safetensors_that_is_none(content: bytes, said: str, capsys: Capture) -> None:
+def test_broken_safetensors_file_is_named(content: bytes, said: str, capsys: Capture) -> None:
     Path("x.safetensors").write_bytes(content)
     assert error(capsys, WEIGHTS + "x.safetensors").startswith(f"certify: x.safetensors {said}")
     assert "x.safetensors" in error(capsys, RUN + "--model digits --denoiser x.safetensors")
 
 
-def test_a_checkpoint_called_safetensors_loads() -> None:
+def test_checkpoint_named_safetensors_loads() -> None:
     torch.save({"state_dict": resnet()}, "x.safetensors")
     assert load_classifier("cifar_resnet20", weights="x.safetensors").num_classes == 10
 
@@ -625,7 +625,7 @@ def hub_folder(folder: str, **pretrained: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("named_as", ["folder", "file"])
-def test_a_folder_of_the_hub_says_size_mean_std_and_classes(named_as: str, capsys: Capture) -> None:
+def test_hub_folder_sets_size_mean_std_and_classes(named_as: str, capsys: Capture) -> None:
     state = hub_folder("hf/mine")
     if named_as == "folder":
         run(*(RUN + "--model hf/mine").split())
@@ -663,7 +663,7 @@ def test_a_configuration_that_cannot_be_built_is_named(change: dict[str, Any], s
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "resnet50"])
-def test_settings_that_the_user_gives_are_not_warned_of(architecture: str, capsys: Capture) -> None:
+def test_no_warning_about_settings_that_the_user_gives(architecture: str, capsys: Capture) -> None:
     hub_folder("mine")
     config = json.loads(Path("mine/config.json").read_text())
     Path("mine/config.json").write_text(json.dumps({**config, "architecture": architecture}))
@@ -686,7 +686,7 @@ def test_settings_that_the_user_gives_are_not_warned_of(architecture: str, capsy
         assert said.endswith("describes resnet50, not test_resnet: its mean and std are not used")
 
 
-def test_a_configuration_of_another_architecture_is_not_used_in_silence(capsys: Capture) -> None:
+def test_configuration_of_another_architecture_warns(capsys: Capture) -> None:
     state = hub_folder("mine")
     config = json.loads(Path("mine/config.json").read_text())
     Path("mine/config.json").write_text(json.dumps({**config, "architecture": "resnet50"}))
@@ -714,7 +714,7 @@ def test_a_configuration_of_another_architecture_is_not_used_in_silence(capsys: 
         (None, "mine is a folder without a readable config.json ([Errno 2] No such file or directory"),
     ],
 )
-def test_folders_of_other_libraries_are_named(config: Any, said: str, capsys: Capture) -> None:
+def test_hub_folders_of_other_libraries_are_named(config: Any, said: str, capsys: Capture) -> None:
     Path("mine").mkdir()
     if config is not None:
         Path("mine/config.json").write_text(config if isinstance(config, str) else json.dumps(config))
@@ -735,7 +735,7 @@ def test_folders_of_other_libraries_are_named(config: Any, said: str, capsys: Ca
         ("--mean 0.5 --std 127.5", "--mean 0.00196 --std 0.5"),
     ],
 )
-def test_a_mean_in_pixels_of_255_is_warned_of(given: str, advised: str, capsys: Capture) -> None:
+def test_mean_in_255_scale_warns(given: str, advised: str, capsys: Capture) -> None:
     words = given.split()
     line = warning(capsys, RUN + f"--model digits {given}")
     assert line == (
@@ -762,7 +762,7 @@ def five(): return net(5)
 
 
 @pytest.mark.parametrize(("name", "channels"), [("two", 2), ("four", 4), ("five", 5)])
-def test_other_channels_than_grey_and_colour(name: str, channels: int, capsys: Capture) -> None:
+def test_classifiers_with_other_channels_than_grey_and_rgb(name: str, channels: int, capsys: Capture) -> None:
     """Pictures are refused when they are loaded, by a line whose advice works: arrays, channels first or last."""
     Path("many_channels.py").write_text(CHANNELS)
     sys.modules.pop("many_channels", None)
@@ -787,7 +787,7 @@ def test_other_channels_than_grey_and_colour(name: str, channels: int, capsys: C
     assert images["first.npz"] == images["last.npz"]
 
 
-def test_arrays_of_many_channels_are_brought_to_the_classifiers_size(capsys: Capture) -> None:
+def test_arrays_with_many_channels_are_resized(capsys: Capture) -> None:
     """8-bit arrays of other channels than pictures have are resized like floating-point ones, channel by channel."""
     Path("many_channels.py").write_text(CHANNELS)
     sys.modules.pop("many_channels", None)
@@ -801,7 +801,7 @@ def test_arrays_of_many_channels_are_brought_to_the_classifiers_size(capsys: Cap
         assert seen[0].shape == (channels, 8, 8)
 
 
-def test_arrays_of_other_channels_are_refused_before_they_are_read(capsys: Capture) -> None:
+def test_arrays_with_wrong_channels_are_refused_unread(capsys: Capture) -> None:
     np.savez_compressed("x.npz", x=np.zeros((8, 4096, 64, 64), np.uint8))
     began = time.monotonic()
     assert error(capsys, RUN.replace("--data digits", "--data x.npz") + "--model digits") == (
@@ -811,7 +811,7 @@ def test_arrays_of_other_channels_are_refused_before_they_are_read(capsys: Captu
     assert time.monotonic() - began < 2
 
 
-def test_a_stream_is_not_mistaken() -> None:
+def test_truncated_checkpoint_is_not_taken_for_an_archive() -> None:
     """A zip archive that is cut off is a damaged checkpoint, not an archive of something."""
     out = io.BytesIO()
     torch.save(resnet(), out)

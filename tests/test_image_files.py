@@ -1,4 +1,4 @@
-"""Image files as people have them: odd metadata, hostile shapes, other content than the name says."""
+"""Image files with odd metadata, hostile shapes, or other content than the name says."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ ODD = {
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_odd_metadata_does_not_spoil_sound_pixels(odd: str, tmp_path: Path, digits: Classifier) -> None:
+def test_broken_metadata_does_not_prevent_decoding(odd: str, tmp_path: Path, digits: Classifier) -> None:
     (tmp_path / "x.png").write_bytes(ODD[odd])
     assert torch.equal(load_images(str(tmp_path / "x.png"), digits).load(0), PIXELS)
 
 
-def test_damaged_pixels_are_still_refused(tmp_path: Path, digits: Classifier) -> None:
+def test_damaged_pixels_are_refused(tmp_path: Path, digits: Classifier) -> None:
     header, pixels = bytearray(encoded()), bytearray(encoded())
     header[30] ^= 1  # its checksum
     pixels[45] ^= 255  # compressed
@@ -79,7 +79,7 @@ def at_224() -> Classifier:
 THIN = raw_png(1, 12_000, 8, 0, bytes(2 * 12_000))
 
 
-def test_a_thin_picture_is_left_out_before_it_grows(tmp_path: Path, at_224: Classifier) -> None:
+def test_extreme_aspect_ratio_is_refused_before_resizing(tmp_path: Path, at_224: Classifier) -> None:
     """Resized, 1 x 12,000 pixels would be 224 x 2,688,000: seven gigabytes of floats."""
     expected = "the longer side may be at most 100 times the shorter"
     (tmp_path / "thin.png").write_bytes(THIN)
@@ -112,7 +112,7 @@ def test_a_scan_bomb_is_refused(between: bytes, tmp_path: Path, digits: Classifi
         load_images(str(tmp_path / "x.jpg"), digits).load(0)
 
 
-def test_markers_outside_the_picture_are_no_scans(tmp_path: Path, digits: Classifier) -> None:
+def test_jpeg_markers_in_metadata_are_not_counted_as_scans(tmp_path: Path, digits: Classifier) -> None:
     """A preview in a segment, a film behind the picture: as phones write them."""
     noise = b"\xff\xda" * MANY
     segment = b"\xff\xe1" + struct.pack(">H", 2 + len(noise)) + noise
@@ -131,7 +131,7 @@ SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>'
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_pages_and_pointers_among_images(suffix: str, tmp_path: Path) -> None:
+def test_web_pages_and_lfs_pointers_named_as_images(suffix: str, tmp_path: Path) -> None:
     folder = tmp_path / "d"
     folder.mkdir()
     (folder / f"a.{suffix}").write_bytes(PAGE)

@@ -1,4 +1,4 @@
-"""Data in every form: ids, labels by name, selections, transforms."""
+"""Sources of images: ids, labels by name, selections, transforms."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def test_class_map_and_ignored_labels(tmp_path: Path, digits: Classifier) -> Non
         (["01", "02", "03"], None, 3, {"01": 0, "02": 1, "03": 2}, "sorted order"),
     ],
 )
-def test_names_to_indices(names: list[str], classes: str | None, k: int, mapped: dict[str, int], rule: str) -> None:
+def test_class_names_are_mapped_to_indices(
+    names: list[str], classes: str | None, k: int, mapped: dict[str, int], rule: str
+) -> None:
     found, how = map_names(names, imagenet_classes() if classes else None, k)
     assert found == mapped
     assert rule in how
@@ -119,12 +121,12 @@ def test_names_to_indices(names: list[str], classes: str | None, k: int, mapped:
         (["crane"], "imagenet", 1000, "several classes: crane"),  # the bird and the machine
     ],
 )
-def test_doubtful_names_ask_for_a_map(names: list[str], classes: str | None, k: int, text: str) -> None:
+def test_unclear_class_names_require_a_class_map(names: list[str], classes: str | None, k: int, text: str) -> None:
     with pytest.raises(UserError, match=text):
         map_names(names, imagenet_classes() if classes else None, k)
 
 
-def test_a_data_sets_own_order_wins_over_the_alphabet() -> None:
+def test_dataset_order_precedes_alphabetical_order() -> None:
     order = ["T-shirt", "Trouser", "Ankle boot"]
     assert map_names(order, None, 3, order=order)[0] == {"T-shirt": 0, "Trouser": 1, "Ankle boot": 2}
 
@@ -216,7 +218,7 @@ def test_embedded_datasets_have_unique_ids(name: str) -> None:
     assert len(set(ids)) == len(ids)
 
 
-def test_photos_are_seen_as_files_are_by_a_bicubic_classifier(tmp_path: Path) -> None:
+def test_arrays_are_preprocessed_like_files(tmp_path: Path) -> None:
     """Arrays and files of one picture give the same image, overshoot and all (resnet50 resizes like this one)."""
     import timm
     from sklearn.datasets import load_sample_images
@@ -253,7 +255,7 @@ def test_ambiguous_labels_are_refused(tmp_path: Path, digits: Classifier) -> Non
         load_images(root, digits, labels=tmp_path / "labels.csv")
 
 
-def test_a_bomb_of_an_array_is_refused(tmp_path: Path, digits: Classifier) -> None:
+def test_decompression_bomb_in_an_npz_is_refused(tmp_path: Path, digits: Classifier) -> None:
     """A few hundred bytes whose header claims a petabyte."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 10**6)})
@@ -269,7 +271,7 @@ def test_floating_point_files_are_refused(tmp_path: Path, digits: Classifier) ->
         load_images(str(tmp_path / "f.tif"), digits).load(0)
 
 
-def test_one_bad_image_does_not_spoil_the_rest(tmp_path: Path, digits: Classifier) -> None:
+def test_one_bad_image_does_not_affect_the_others(tmp_path: Path, digits: Classifier) -> None:
     root = tree(tmp_path / "d", ["a.png", "b.png"])
     (root / "b.png").write_bytes(png(5, 64)[:-30])
     images = load_images(str(root), digits)
@@ -290,7 +292,7 @@ def test_ids_of_the_real_zip(shared_data: Path, digits: Classifier) -> None:
 
 
 @pytest.mark.parametrize("error", [struct.error("unpack requires 4 bytes"), zlib.error("-3"), TypeError("None")])
-def test_whatever_a_reader_stumbles_over_is_a_damaged_image(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_decoder_error_means_a_damaged_image(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def stumble(*given: object, **more: object) -> None:
         raise error
 

@@ -1,4 +1,4 @@
-"""Labels as people have them: marks for "none", byte-order marks, other spellings, rows that fit nothing."""
+"""Label files and class maps: encodings, spellings, missing labels, rows that match nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ NO_CLASS = ("-1", "- 1", "_1", "1_", "+1", "1.0", "-0", "1-2")
 
 
 @pytest.mark.parametrize("label", NO_CLASS)
-def test_a_number_is_no_name(label: str, capfd: Capture) -> None:
+def test_numbers_are_not_normalised_like_names(label: str, capfd: Capture) -> None:
     """The digits' class 1 is called "1"; none of these is it."""
     lay_out("d/a.png", f"c/{label}/a.png")
     Path("labels.csv").write_text(f"a.png,{label}\n")
@@ -76,7 +76,7 @@ def test_a_number_is_no_name(label: str, capfd: Capture) -> None:
     assert load_images("c", any_of(10), labels="none").labels == [None]
 
 
-def test_minus_one_in_an_array_is_no_class(capfd: Capture) -> None:
+def test_label_minus_one_in_an_array_is_refused(capfd: Capture) -> None:
     np.savez("x.npz", x=np.zeros((10, 8, 8), np.uint8), y=np.arange(-1, 9))
     code, line = certify(capfd, D + "--data x.npz")
     assert code == 2
@@ -117,7 +117,7 @@ def test_a_run_file_with_a_byte_order_mark(capfd: Capture) -> None:
 # Nothing fits
 
 
-def test_files_that_fit_nothing_show_both_sides(capfd: Capture) -> None:
+def test_label_mismatch_shows_both_sides(capfd: Capture) -> None:
     lay_out("d/cat/a.png", "d/dog/b.png", "d/cow/c.png", "d/owl/d.png")
     Path("labels.csv").write_text("1.png,1\n2.png,2\n3.png,3\n4.png,4\n")
     assert certify(capfd, D + "--data d --labels labels.csv") == (
@@ -137,7 +137,7 @@ def test_files_that_fit_nothing_show_both_sides(capfd: Capture) -> None:
         )
 
 
-def test_an_audits_files_that_fit_nothing_show_both_sides(capfd: Capture) -> None:
+def test_label_mismatch_in_an_audit_shows_both_sides(capfd: Capture) -> None:
     lay_out("d/cat/a.png", "d/dog/b.png")
     audit = "audit --endpoint http://127.0.0.1:9 --protocol json --protocol-option labels=l --sigma 0.25 --n 10 --n0 5"
     audit += " --input-size 1x8x8 --budget 100 --out a --quiet --reference given --data d "
@@ -164,7 +164,7 @@ def test_a_class_map_is_recognised_by_its_content(name: str, content: str) -> No
     assert (mapping, rule) == ({"cat": 1, "dog": 2}, f"class map {name}")
 
 
-def test_what_is_wrong_with_a_class_map_is_named() -> None:
+def test_invalid_class_map_names_the_cause() -> None:
     for content, said in (
         ('{"cat": NaN, "dog": 2}', "map.json: class 'nan'; expected 0 to 9"),
         ("{}", "names none of the 2 class names: it has nothing, the data has 'cat', 'dog'"),
@@ -175,7 +175,7 @@ def test_what_is_wrong_with_a_class_map_is_named() -> None:
             map_names(["cat", "dog"], None, 10, "map.json")
 
 
-def test_a_spreadsheet_is_no_label_file(capfd: Capture) -> None:
+def test_spreadsheet_as_label_file_is_refused(capfd: Capture) -> None:
     Path("l.xlsx").write_bytes(b"PK\3\4" + bytes([0xA3]) * 99)
     with pytest.raises(
         UserError, match=re.escape("(it is a zip archive, as spreadsheet programs write; save the table")
@@ -186,7 +186,7 @@ def test_a_spreadsheet_is_no_label_file(capfd: Capture) -> None:
         read_labels("l.csv")
 
 
-def test_a_class_map_is_not_chosen_silently() -> None:
+def test_ambiguous_class_map_entry_is_refused() -> None:
     lay_out("d/cat/a.png")
     Path("map.json").write_text('{"cat": 1, "cat": 2}')
     with pytest.raises(UserError, match="'cat' stands there twice with different classes"):
@@ -197,8 +197,8 @@ def test_a_class_map_is_not_chosen_silently() -> None:
 
 
 @pytest.mark.parametrize("other", ["Cat", "cat ", "CAT", "c\u0327at"])
-def test_folders_that_differ_hardly_are_named(other: str) -> None:
-    """Not two classes of a classifier that has three; the class map of the message makes them one."""
+def test_nearly_equal_folder_names_are_refused(other: str) -> None:
+    """They are not two of the three classes; the class map in the message makes them one."""
     name = unicodedata.normalize("NFC", other) if "\u0327" in other else "cat"
     lay_out(f"d/{name}/a.png", f"d/{other}/b.png", "d/dog/c.png")
     with pytest.raises(UserError) as refused:
@@ -216,7 +216,7 @@ def test_folders_that_differ_hardly_are_named(other: str) -> None:
         assert sorted(v for v in labels if v is not None) == [3, 3, 5]
 
 
-def test_names_of_the_classifier_in_any_case_are_one_class() -> None:
+def test_class_names_match_in_any_case() -> None:
     classifier = load_classifier("digits")
     lay_out("d/1/a.png", "d/1 /b.png")
     images = load_images("d", classifier)
@@ -224,7 +224,7 @@ def test_names_of_the_classifier_in_any_case_are_one_class() -> None:
     assert images.rule == "by name (1 of 10 classes)"
 
 
-def test_rows_of_another_system(digits: Classifier) -> None:
+def test_label_rows_with_backslashes_and_accents(digits: Classifier) -> None:
     """Backslashes, a leading ./, spaces, and accents apart, as Windows, find and macOS write them."""
     accented = "k\u00e4se.png"
     lay_out("d/x/a.png", "d/x/b.png", "d/y/c.png", f"d/y/{accented}")
@@ -234,14 +234,14 @@ def test_rows_of_another_system(digits: Classifier) -> None:
 
 
 @pytest.mark.parametrize("heading", ["filename,fold,label", "ID,Fold,Class"])
-def test_a_heading_says_which_columns_are_meant(heading: str, digits: Classifier) -> None:
+def test_heading_selects_the_columns(heading: str, digits: Classifier) -> None:
     lay_out("d/a.png", "d/b.png")
     Path("l.csv").write_text(f"{heading}\na.png,1,7\nb.png,2,8\n")
     assert load_images("d", digits, labels="l.csv").labels == [7, 8]
 
 
 @pytest.mark.parametrize("argv", [["--ids", ""], ["--data", ""], ["--out="], ["--root", ""]])
-def test_an_empty_value_chooses_nothing_else(argv: list[str], capfd: Capture) -> None:
+def test_empty_option_value_is_refused(argv: list[str], capfd: Capture) -> None:
     lay_out("a.png")
     code, line = certify(capfd, shlex.join([*D.replace("--out x.jsonl", "").split(), *argv]))
     assert code == 2

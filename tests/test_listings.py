@@ -1,4 +1,4 @@
-"""What lies in folders, archives and arrays: read as people mean it, and nothing left out without a word."""
+"""Folders, archives and arrays as sources of images; everything that is not read is counted."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_folder_links_are_followed_and_loops_are_not(digits: Classifier) -> None
     assert unread == ("1 link back to a folder around it (1/self)",)
 
 
-def test_what_is_not_read_is_counted_and_named(digits: Classifier) -> None:
+def test_unread_files_are_counted_and_named(digits: Classifier) -> None:
     lay_out("d/1/a.png", "d/1/b.jfif", "d/2/c.jpe", "d/1/d.heic", "d/2/e.HEIC", "d/2/f.avif", "d/README", "d/.g.png")
     lay_out("d/.cache/h.png", "d/.cache/i.png")
     Path("d/2/gone.png").symlink_to("nowhere.png")
@@ -146,7 +146,7 @@ def test_an_unreadable_folder_is_an_error(digits: Classifier) -> None:
 # Archives
 
 
-def test_backslashes_are_folders(digits: Classifier) -> None:
+def test_backslashes_in_archives_separate_folders(digits: Classifier) -> None:
     archive("x.zip", "data\\1\\a.png", "data\\1\\b.png", "data\\2\\", "data\\2\\a.png")
     assert listed("x.zip", digits) == ({"1/a.png": 1, "1/b.png": 1, "2/a.png": 2}, ())
     archive("y.zip", "test\\1\\a.png", "train\\1\\a.png")
@@ -155,7 +155,7 @@ def test_backslashes_are_folders(digits: Classifier) -> None:
     assert listed("z.zip", digits) == ({"1/a.png": 1, "2/b.png": 2, "3/c.png": 3}, ())
 
 
-def test_what_an_archive_holds_besides_is_counted_and_named(digits: Classifier) -> None:
+def test_unread_members_of_an_archive_are_counted_and_named(digits: Classifier) -> None:
     archive("x.zip", "1/a.png", "2/b.png", "1/a.png", "__MACOSX/1/._a.png", "2/c.jp2", "notes.txt")
     with zipfile.ZipFile("x.zip", "a") as out:
         link = zipfile.ZipInfo("2/link.png")
@@ -176,7 +176,7 @@ def test_what_an_archive_holds_besides_is_counted_and_named(digits: Classifier) 
 
 @pytest.mark.parametrize("around", ["", "ds/", "some/where/"])
 @pytest.mark.parametrize("kind", ["zip", "folder"])
-def test_splits_beside_each_other(kind: str, around: str, capfd: Capture, digits: Classifier) -> None:
+def test_sibling_splits_are_refused_with_advice(kind: str, around: str, capfd: Capture, digits: Classifier) -> None:
     files = [f"{around}{split}/{c}/{c}.png" for split in ("train", "test") for c in (3, 4)]
     if kind == "zip":
         archive("x y.zip", *files, "__MACOSX/._x")
@@ -199,14 +199,14 @@ def test_splits_beside_each_other(kind: str, around: str, capfd: Capture, digits
         )
 
 
-def test_the_advised_folder_of_an_archive_runs() -> None:
+def test_advised_folder_of_an_archive_works() -> None:
     archive("x.zip", *(f"{split}/{c}/{c}.png" for split in ("train", "val") for c in (3, 4)))
     run(*(D + "--quiet --data x.zip/val").split())
     assert [(row["id"], row["label"]) for row in read_run("x.jsonl").images] == [("3/3.png", 3), ("4/4.png", 4)]
 
 
 @pytest.mark.parametrize("kind", ["zip", "folder"])
-def test_strays_are_named(kind: str, capfd: Capture, digits: Classifier) -> None:
+def test_images_beside_class_folders_are_named(kind: str, capfd: Capture, digits: Classifier) -> None:
     files = ["3/a.png", "3/b.png", "4/a.png", "cover.png", "4/old/a.png", "4/old/b.png", "5/c.png"]
     archive("d.zip", *files) if kind == "zip" else lay_out(*(f"d/{name}" for name in files))
     data = "d.zip" if kind == "zip" else "d"
@@ -219,7 +219,7 @@ def test_strays_are_named(kind: str, capfd: Capture, digits: Classifier) -> None
     assert listed(data, digits, labels="l.csv")[0] == {name: i for i, name in enumerate(files)}
 
 
-def test_strays_stop_a_training_that_needs_labels(capfd: Capture) -> None:
+def test_training_refuses_images_beside_class_folders(capfd: Capture) -> None:
     lay_out("d/0/a.png", "d/0/b.png", "d/1/a.png", "d/1/b.png", "d/cover.png")
     train = (
         "train --train-classifier cifar_resnet20 --input-size 3x32x32 --data d --sigma 0.25 --out o --epochs 1 --quiet"
@@ -228,7 +228,7 @@ def test_strays_stop_a_training_that_needs_labels(capfd: Capture) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.png", "z.png"])
-def test_a_training_names_the_image_that_it_cannot_read(name: str, capfd: Capture) -> None:
+def test_training_names_an_unreadable_image(name: str, capfd: Capture) -> None:
     lay_out("d/a.png", "d/m.png", "d/z.png")
     Path("d", name).write_bytes(b"")
     line = refused(capfd, "train --denoiser unet --data d --sigma 0.25 --out o --quiet")
@@ -242,7 +242,7 @@ def test_a_training_names_the_image_that_it_cannot_read(name: str, capfd: Captur
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\n", "a Git LFS pointer"),
     ],
 )
-def test_pages_and_pointers_named_as_data(content: bytes, what: str, capfd: Capture) -> None:
+def test_web_pages_and_lfs_pointers_named_as_archives(content: bytes, what: str, capfd: Capture) -> None:
     for name, expected in {"x.zip": "a zip file", "x.npz": "an .npz file"}.items():
         Path(name).write_bytes(content)
         assert refused(capfd, D + f"--data {name}").startswith(f"certify: {name} is {what}, not {expected}")
@@ -250,7 +250,7 @@ def test_pages_and_pointers_named_as_data(content: bytes, what: str, capfd: Capt
 
 @pytest.mark.parametrize("name", ["mine.zip", "mine.npz", "mine.tgz", "mine"])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_tar_archive_under_any_name_says_how_to_unpack_it(name: str, mode: str, capfd: Capture) -> None:
+def test_tar_archive_has_unpacking_advice_under_any_name(name: str, mode: str, capfd: Capture) -> None:
     lay_out("d/1/a.png", "d/2/b.png")
     with tarfile.open(name, mode) as out:
         out.add("d", ".")
@@ -273,7 +273,7 @@ def test_a_tar_archive_under_any_name_says_how_to_unpack_it(name: str, mode: str
         (b"\x80\x04}q\0.", "a Python pickle"),
     ],
 )
-def test_other_content_under_the_names_of_archives(content: bytes, what: str, capfd: Capture) -> None:
+def test_other_formats_named_as_archives(content: bytes, what: str, capfd: Capture) -> None:
     for name, expected in {"x.zip": "a zip file", "x.npz": "an .npz file"}.items():
         Path(name).write_bytes(content)
         assert refused(capfd, D + f"--data {name}").startswith(f"certify: {name} is {what}, not {expected}")
@@ -291,7 +291,7 @@ def test_an_encrypted_archive_is_refused_as_a_whole(capfd: Capture) -> None:
     )
 
 
-def test_an_archive_that_is_cut_off_or_holds_another_is_named(capfd: Capture) -> None:
+def test_truncated_and_nested_archives_are_named(capfd: Capture) -> None:
     archive("x.zip", "1/a.png", "2/b.png")
     with zipfile.ZipFile("outer.zip", "w") as out:
         out.write("x.zip")
@@ -301,7 +301,7 @@ def test_an_archive_that_is_cut_off_or_holds_another_is_named(capfd: Capture) ->
     assert "it is cut off: the list of its files, at its end, is missing" in refused(capfd, D + "--data x.zip")
 
 
-def test_one_array_is_no_npz(capfd: Capture) -> None:
+def test_npy_file_is_not_an_npz_file(capfd: Capture) -> None:
     np.save("x.npy", np.zeros((2, 8, 8), np.uint8))
     advice = "save images and labels with numpy.savez(FILE, x=images, y=labels)"
     assert refused(capfd, D + "--data x.npy").endswith(f"x.npy is a NumPy array, not {KINDS}; {advice}")
@@ -337,7 +337,7 @@ def test_pictures_in_formats_that_are_not_read_are_named(capfd: Capture) -> None
 # Where it is said
 
 
-def test_the_line_about_the_data_says_what_was_not_read(capfd: Capture) -> None:
+def test_data_line_names_unread_files(capfd: Capture) -> None:
     lay_out("d/1/a.png", "d/2/b.png", "d/2/c.heic")
     run(*(D + "--data d").split())
     says = "not read: 1 .heic file (2/c.heic)"
@@ -350,7 +350,7 @@ def test_the_line_about_the_data_says_what_was_not_read(capfd: Capture) -> None:
     assert f"data       d: 2 of 2 images; {says}\n" in capfd.readouterr().err
 
 
-def test_rows_without_an_image_are_counted(capfd: Capture, digits: Classifier) -> None:
+def test_label_rows_without_an_image_are_counted(capfd: Capture, digits: Classifier) -> None:
     lay_out("d/a.png", "d/b.png", "d/c.png")
     Path("l.csv").write_text("file,label\na.png,1\nb.png,2\nc.png,3\nd.png,4\ne.png,5\n")
     expected = ("2 rows of l.csv without an image (d.png, ...)",)
@@ -359,7 +359,7 @@ def test_rows_without_an_image_are_counted(capfd: Capture, digits: Classifier) -
     assert f"labels: from l.csv; not read: {expected[0]}\n" in capfd.readouterr().err
 
 
-def test_an_audit_and_a_training_say_it_too(capfd: Capture) -> None:
+def test_audit_and_training_name_unread_files(capfd: Capture) -> None:
     lay_out("d/1/a.png", "d/1/b.png", "d/2/c.png", "d/2/d.avif")
     audit = "audit --endpoint http://127.0.0.1:9 --protocol json --protocol-option labels=l --sigma 0.25 --n 10 --n0 5"
     run(*f"{audit} --input-size 1x8x8 --budget 100 --out a --data d --dry-run".split())
@@ -372,7 +372,7 @@ def test_an_audit_and_a_training_say_it_too(capfd: Capture) -> None:
 # Arrays
 
 
-def test_other_arrays_are_named(digits: Classifier) -> None:
+def test_other_arrays_of_an_npz_are_named(digits: Classifier) -> None:
     x = np.zeros((2, 8, 8), np.uint8)
     np.savez("x.npz", x=x, labels=[1, 2], mean=0.5)
     assert load_images("x.npz", digits).unread == ("2 other arrays (labels, ...)",)
@@ -380,7 +380,7 @@ def test_other_arrays_are_named(digits: Classifier) -> None:
     assert load_images("y.npz", digits).unread == ()
 
 
-def test_a_few_images_of_a_large_array_are_all_that_is_read(digits: Classifier) -> None:
+def test_large_array_is_read_only_as_far_as_needed(digits: Classifier) -> None:
     """Sixty million stored images, which no test could list or load; the file is a hole but for its ends."""
     count, size = 60_000_000, 64
     head = io.BytesIO()
@@ -424,7 +424,7 @@ def test_compressed_arrays_are_unpacked_as_far_as_needed(dtype: str, digits: Cla
     run(*(D + "--quiet --data x.npz --max 1").split())
 
 
-def test_floats_beyond_one_are_refused_in_any_array(capfd: Capture) -> None:
+def test_arrays_with_floats_above_one_are_refused(capfd: Capture) -> None:
     for name, save in {"x.npz": np.savez, "y.npz": np.savez_compressed}.items():
         save(name, x=np.full((3, 8, 8), 255.0))
         assert "x has values from 255 to 255; expected [0, 1], or uint8" in refused(capfd, D + f"--data {name}")
@@ -454,7 +454,7 @@ def test_ids_with_commas(capfd: Capture) -> None:
 @pytest.mark.parametrize(
     "verb", ["", "predict ", "compare --defences none --attacks none ", "evaluate-denoiser --denoiser median "]
 )
-def test_many_bad_images_take_few_lines(verb: str, capfd: Capture) -> None:
+def test_many_bad_images_give_few_warnings(verb: str, capfd: Capture) -> None:
     lay_out("d/1/z.png", "d/2/z.png")
     for i in range(60):
         Path(f"d/1/{i:02}.png").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""TorchScript is a program: nothing of it is loaded before the user has said so, on no path."""
+"""TorchScript files are programs: none is loaded without consent, on any path."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_runs_a_program_that_nobody_vouched_for(command: str, here: Path, capsys: Capture) -> None:
+def test_no_command_runs_torchscript_without_consent(command: str, here: Path, capsys: Capture) -> None:
     if "--cluster" in command:
         pytest.importorskip("ray")
     run(*command.split(), code=2)
@@ -96,7 +96,7 @@ def test_the_advice_works(here: Path) -> None:
     assert load_denoiser("denoiser.pt", trust_code=True)(torch.ones(1, 1, 8, 8)).max() == pytest.approx(0.9)
 
 
-def test_python_asks_for_consent_too(here: Path) -> None:
+def test_python_api_requires_consent(here: Path) -> None:
     for load in (load_classifier, load_denoiser):
         with pytest.raises(UserError) as refused:
             load("net.pt")
@@ -105,7 +105,7 @@ def test_python_asks_for_consent_too(here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_are_told_of_the_consent(here: Path) -> None:
+def test_workers_receive_the_consent(here: Path) -> None:
     pytest.importorskip("ray")
     command = f"--model net.pt --input-size 1x8x8 {RUN} --trust-code --cluster local:1 --out r.jsonl".split()
     done = subprocess.run([sys.executable, "-m", "certify", *command], capture_output=True, text=True, check=False)
