@@ -193,7 +193,7 @@ class HttpSender:
         for task in self._tasks:
             task.cancel()
         while self._tasks:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
         await self._client.aclose()
 
     async def _send_once(self, request: Request) -> Reply:

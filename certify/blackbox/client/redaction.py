@@ -141,7 +141,7 @@ class Redactor:
             origins.append(origin)
 
     def _matches(self, data: bytes) -> list[tuple[int, int]]:
-        """Where the forms of the secret lie, in unescaped bytes."""
+        """Return the spans of the secret's forms in unescaped bytes."""
         found, first, last = list[tuple[int, int]](), 0, -1
         for i in (_STRIDE * np.flatnonzero(self._table[_hashes(data, _STRIDE)])).tolist():
             if data[i : i + _GRAM] not in self._grams:
