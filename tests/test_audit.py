@@ -508,17 +508,17 @@ def test_plan(tmp_path: Path, digits: Classifier) -> None:
     found = plan(
         set_up(tmp_path, Settings(Certify(n0=20, n=100)), images=some_images(8), budget=500), price=1.5, rate=10.0
     )
-    assert found["queries"] == {"clean": 8, "probe": 3, "selection": 160, "estimation": 800, "drift": 8}
-    assert found["most"] == 979
-    assert found["covers"] == (500 - 3 - 8 - 8) // 120
-    assert found["radius_cap"] == pytest.approx(1.50 * 0.25, abs=0.002)
-    assert (found["cost"], found["cost_most"], found["seconds"]) == (0.75, 0.75, 50.0)
+    assert found.queries == {"clean": 8, "probe": 3, "selection": 160, "estimation": 800, "drift": 8}
+    assert found.most == 979
+    assert found.covers == (500 - 3 - 8 - 8) // 120
+    assert found.radius_cap == pytest.approx(1.50 * 0.25, abs=0.002)
+    assert (found.cost, found.cost_most, found.seconds) == (0.75, 0.75, 50.0)
     ample = plan(set_up(tmp_path, Settings(Certify(n0=20, n=100)), images=some_images(8), budget=2000), price=1.5)
-    assert (ample["cost"], ample["cost_most"], ample["covers"]) == (979 * 1.5 / 1000, 3.0, 8)
+    assert (ample.cost, ample.cost_most, ample.covers) == (979 * 1.5 / 1000, 3.0, 8)
     for budget in (60, 96, 97, 150, 300, 500):  # the plan says what the budget really finishes
         some = set_up(tmp_path / str(budget), Settings(Certify(n0=2, n=8)), images=some_images(20), budget=budget)
         run_audit(some, Fake(digits))
-        assert len(lines(some.folder)) == plan(some)["covers"]
+        assert len(lines(some.folder)) == plan(some).covers
     deciding = plan(set_up(tmp_path, DECIDING, images=some_images(8)))
-    assert deciding["queries"]["estimation"] == 8 * 150
-    assert 16 < deciding["earliest"] < 60
+    assert deciding.queries["estimation"] == 8 * 150
+    assert 16 < deciding.earliest < 60

@@ -11,7 +11,7 @@ from typing import Any
 from certify.blackbox.audit_loop import send_queries
 from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import LedgerContents, ledger_header
-from certify.blackbox.plan import Audit, make_header, prepare
+from certify.blackbox.plan import Audit, AuditPlan, make_header, prepare
 from certify.blackbox.remote_classifier import LedgerBudgetSpent, ServiceSilent
 from certify.blackbox.results import LEDGER, SPENT, STOPPED, conclude
 from certify.blackbox.service_spec import ServiceSpec
@@ -24,7 +24,7 @@ OpenClient = Callable[[Ledger, int], AbstractContextManager[Client]]
 
 def run_audit(
     audit: Audit,
-    plan: Mapping[str, Any],
+    plan: AuditPlan,
     service: ServiceSpec,
     open_client: OpenClient,
     *,
@@ -67,7 +67,7 @@ def run_audit(
     path = audit.folder / LEDGER
     with Ledger(path, ledger_header(service.endpoint, service.format, encoding=audit.service.encoding)) as ledger:
         # The lock comes first: nothing that another process writes here may be overwritten.
-        header, about = prepare(audit, make_header(audit, data=data, denoiser=denoiser, command=command), dict(plan))
+        header, about = prepare(audit, make_header(audit, data=data, denoiser=denoiser, command=command), plan)
         status, reason = STOPPED, "the command was stopped"
         opened(ledger)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -172,21 +173,51 @@ def _digest(given: Mapping[str, str] | None) -> str | None:
     return None if given is None else hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 
-def plan(audit: Audit, *, price: float | None = None, rate: float | None = None, attacks: int = 0) -> dict[str, Any]:
-    """Return the largest cost of an audit and the largest radius it can certify.
+@dataclass(frozen=True)
+class AuditPlan:
+    """The largest cost of an audit and the largest radius it can certify.
+
+    Attributes:
+        images: number of images.
+        queries: by stage.
+        most: sum of ``queries``.
+        budget: requests.
+        covers: images that the budget finishes if each takes all its samples and nothing is repeated.
+        least: budget that finishes one image.
+        radius_cap: largest radius, or None if the procedure has none.
+        earliest: smallest number of samples that can settle an image, or None at a fixed n.
+        price_per_1000: of requests, or None.
+        cost: without retries, or None.
+        cost_most: if retries use up the budget, or None.
+        rate: requests per second at most, or None.
+        concurrency: requests in flight at a time.
+        seconds: at that rate, without retries, or None.
+    """
+
+    images: int
+    queries: Mapping[str, int]
+    most: int
+    budget: int
+    covers: int
+    least: int
+    radius_cap: float | None
+    earliest: int | None
+    price_per_1000: float | None
+    cost: float | None
+    cost_most: float | None
+    rate: float | None
+    concurrency: int
+    seconds: float | None
+
+
+def plan(audit: Audit, *, price: float | None = None, rate: float | None = None, attacks: int = 0) -> AuditPlan:
+    """Plan an audit.
 
     Args:
         audit: the audit.
         price: of 1,000 requests, or None.
         rate: requests per second at most, or None.
         attacks: queries of attacks at most, which are sent last.
-
-    Returns:
-        ``images``; ``queries`` by stage and ``most``, their sum; ``budget``; ``covers``, the number of images it
-        finishes if each takes all its samples; ``least``, the budget that finishes one image; ``radius_cap``;
-        ``price_per_1000``; ``cost`` without retries and ``cost_most`` if retries use up the budget; ``rate``;
-        ``concurrency``; ``seconds`` at that rate, without retries; ``earliest``, the smallest number of samples that
-        can settle an image.
     """
     procedure, count = audit.settings.procedure, len(audit.images)
     each, prospects = samples(procedure), procedure.prospects(audit.noise)
@@ -197,22 +228,22 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
     queries |= {"attacks": attacks} if attacks else {}
     most = sum(queries.values())
     spent = min(most, audit.budget)
-    return {
-        "images": count,
-        "queries": queries,
-        "most": most,
-        "budget": audit.budget,
-        "covers": sum(beside + first + k * each <= audit.budget for k, first in enumerate(clean, 1)),
-        "least": beside + clean[0] + each if clean else 0,
-        "radius_cap": prospects.largest,
-        "earliest": prospects.earliest,
-        "price_per_1000": price,
-        "cost": None if price is None else spent * price / 1000,
-        "cost_most": None if price is None else audit.budget * price / 1000,
-        "rate": rate,
-        "concurrency": audit.concurrency,
-        "seconds": None if rate is None else spent / rate,
-    }
+    return AuditPlan(
+        images=count,
+        queries=queries,
+        most=most,
+        budget=audit.budget,
+        covers=sum(beside + first + k * each <= audit.budget for k, first in enumerate(clean, 1)),
+        least=beside + clean[0] + each if clean else 0,
+        radius_cap=prospects.largest,
+        earliest=prospects.earliest,
+        price_per_1000=price,
+        cost=None if price is None else spent * price / 1000,
+        cost_most=None if price is None else audit.budget * price / 1000,
+        rate=rate,
+        concurrency=audit.concurrency,
+        seconds=None if rate is None else spent / rate,
+    )
 
 
 def existing_header(audit: Audit, header: RunHeader) -> RunHeader | None:
@@ -229,7 +260,7 @@ def existing_header(audit: Audit, header: RunHeader) -> RunHeader | None:
     return known
 
 
-def prepare(audit: Audit, header: RunHeader, planned: Mapping[str, Any]) -> tuple[RunHeader, dict[str, Any]]:
+def prepare(audit: Audit, header: RunHeader, planned: AuditPlan) -> tuple[RunHeader, dict[str, Any]]:
     """Create the audit's folder with an empty run file and ``audit.json``, or resume an existing one.
 
     Returns:
@@ -273,7 +304,7 @@ def prepare(audit: Audit, header: RunHeader, planned: Mapping[str, Any]) -> tupl
         "labels": OWN if audit.given is None else GIVEN,
         "class_map": header.class_map,
         "vocabulary": [],
-        "plan": dict(planned),
+        "plan": dataclasses.asdict(planned),
         "images": images,
         "fixed_function": None,
         "determinism": [],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from certify.errors import UserError, first_line
 if TYPE_CHECKING:
     from certify.blackbox.ledger import Ledger
     from certify.blackbox.ledger_contents import LedgerContents
-    from certify.blackbox.plan import Audit
+    from certify.blackbox.plan import Audit, AuditPlan
     from certify.blackbox.service_spec import ServiceSpec
     from certify.blackbox.types import Answer, Client
     from certify.cli.load import AnyProcedure
@@ -170,7 +170,7 @@ def audit(
         _check_folder(job, request, show)
         if spec.needs_metadata:
             show("metadata   one request for the model's metadata, before the first query and not counted")
-        tell(json.dumps({"plan": plan}) if output.as_json else "dry run: nothing was sent")
+        tell(json.dumps({"plan": asdict(plan)}) if output.as_json else "dry run: nothing was sent")
         return
     connection = open_sender(
         spec, insecure=service.insecure, timeout=service.timeout, connections=service.concurrency + 1
@@ -193,7 +193,7 @@ def audit(
         print_attacks(job.folder)
 
 
-def _plan_audit(request: AuditRequest, spec: ServiceSpec) -> tuple[Audit, Mapping[str, Any]]:
+def _plan_audit(request: AuditRequest, spec: ServiceSpec) -> tuple[Audit, AuditPlan]:
     """Load images and denoiser; return the audit and its plan, before any query."""
     import torch
 
@@ -290,7 +290,7 @@ def _reference_labels(
 def _run(
     request: AuditRequest,
     job: Audit,
-    plan: Mapping[str, Any],
+    plan: AuditPlan,
     open_client: Callable[[Ledger, int], contextlib.AbstractContextManager[Client]],
     spec: ServiceSpec,
     show: Callable[[str], None],

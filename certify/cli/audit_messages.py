@@ -14,12 +14,12 @@ from certify.smoothing.rounding import exact
 
 if TYPE_CHECKING:
     from certify.blackbox.determinism import Probed
-    from certify.blackbox.plan import Audit
+    from certify.blackbox.plan import Audit, AuditPlan
     from certify.blackbox.replay import Replayed
     from certify.runs.run_file import Run
 
 
-def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def show_plan(audit: Audit, plan: AuditPlan, say: Callable[[str], None]) -> None:
     """Show what will be queried, what it can certify, its cost and its duration."""
     procedure, noise = audit.settings.procedure, audit.noise
     early = procedure.sequential
@@ -35,29 +35,29 @@ def show_plan(audit: Audit, plan: Mapping[str, Any], say: Callable[[str], None])
     )
     show_prospects(procedure, noise, noise.scale, say)
     most = "at most " if early else ""
-    parts = ", ".join(f"{count:,} {stage}" for stage, count in plan["queries"].items())
-    say(f"plan       {most}{plan['most']:,} queries ({parts}); each may take retries, which count")
-    if plan["most"] > audit.budget:
-        sure = f"finishes {plan['covers']:,} of {plan['images']:,} images without retries"
-        sure = f"about {plan['covers']:,} of {plan['images']:,} images if each takes {procedure.n:,}" if early else sure
+    parts = ", ".join(f"{count:,} {stage}" for stage, count in plan.queries.items())
+    say(f"plan       {most}{plan.most:,} queries ({parts}); each may take retries, which count")
+    if plan.most > audit.budget:
+        sure = f"finishes {plan.covers:,} of {plan.images:,} images without retries"
+        sure = f"about {plan.covers:,} of {plan.images:,} images if each takes {procedure.n:,}" if early else sure
         say(f"budget     {audit.budget:,} requests: {sure}")
-        if not plan["covers"] and not early:
+        if not plan.covers and not early:
             warn(
-                f"--budget {audit.budget} finishes no image: one takes {plan['least']:,} requests, probes included; "
+                f"--budget {audit.budget} finishes no image: one takes {plan.least:,} requests, probes included; "
                 "replies are kept, and a larger --budget resumes in the same folder"
             )
     else:
         say(f"budget     {audit.budget:,} requests, never exceeded")
-    if plan["cost"] is not None:
+    if plan.cost is not None:
         say(
-            f"cost       {most}{plan['cost']:.2f} without retries, {plan['cost_most']:.2f} if they use up the budget; "
-            f"at {plan['price_per_1000']:g} per 1,000 requests"
+            f"cost       {most}{plan.cost:.2f} without retries, {plan.cost_most:.2f} if they use up the budget; "
+            f"at {plan.price_per_1000:g} per 1,000 requests"
         )
-    if plan["seconds"] is None:
-        say(f"time       limited by the service, {plan['concurrency']} requests in flight (--rate limits them)")
+    if plan.seconds is None:
+        say(f"time       limited by the service, {plan.concurrency} requests in flight (--rate limits them)")
     else:
         long = "at most about" if early else "at least"
-        say(f"time       {long} {clock(plan['seconds'])} without retries, at {plan['rate']:g} requests per second")
+        say(f"time       {long} {clock(plan.seconds)} without retries, at {plan.rate:g} requests per second")
 
 
 def warn_of_probe(probes: Sequence[Probed]) -> None:
