@@ -100,7 +100,7 @@ def test_torchscript(net: Blind, factor: float, how: str, tmp_path: Path) -> Non
             denoiser(IMAGES)
 
 
-def test_torchscript_that_does_not_do(tmp_path: Path) -> None:
+def test_unsuitable_torchscript(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no TorchScript file"):
         load_torchscript(str(tmp_path / "nothing.pt"), trust_code=True)
     (tmp_path / "text.pt").write_text("hello")
@@ -198,12 +198,12 @@ def test_callables(attribute: str, expected: Tensor, module: str, tmp_path: Path
         ("absent", r"has no 'absent'; it has"),
     ],
 )
-def test_callables_that_do_not_do(attribute: str, message: str, module: str) -> None:
+def test_unsuitable_callables(attribute: str, message: str, module: str) -> None:
     with pytest.raises(UserError, match=message):
         load_callable(f"{module}:{attribute}")
 
 
-def test_an_adapted_network_is_still_seen_through() -> None:
+def test_the_parts_of_an_adapted_network_are_visible() -> None:
     """Tracing, on which folding rests, goes through the wrapper of a plain network, and copies are independent."""
     adapted = Adapted(trained(MemNet(4, 1, 1)), {"name": "memnet"})
     traced = torch.fx.symbolic_trace(adapted, concrete_args={"sigma": 0.25, "generator": None})
@@ -217,7 +217,7 @@ def test_an_adapted_network_is_still_seen_through() -> None:
 
 
 @pytest.mark.slow
-def test_deepinv_networks_are_called_as_deepinv_does(tmp_path: Path) -> None:
+def test_deepinv_networks_get_the_same_call_as_in_deepinv(tmp_path: Path) -> None:
     deepinv = pytest.importorskip("deepinv")
     torch.manual_seed(0)
     own = trained(deepinv.models.DnCNN(pretrained=None)).eval()
@@ -252,7 +252,7 @@ def test_deepinv_without_weights(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_deepinv_total_variation_as_it_is_would_mix_images() -> None:
+def test_deepinv_total_variation_would_mix_images_without_resets() -> None:
     pytest.importorskip("deepinv")
     mixed = load_callable("deepinv.models:TGVDenoiser")
     mixed.inner.n_it_max = 30
@@ -352,7 +352,7 @@ def test_the_contract_is_checked(denoiser: nn.Module, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_denoiser_that_remembers_is_refused() -> None:
+def test_a_stateful_denoiser_is_refused() -> None:
     class Remembers(nn.Module):
         last = torch.zeros(1, 3, 8, 8)
 
@@ -364,7 +364,7 @@ def test_a_denoiser_that_remembers_is_refused() -> None:
         check_denoiser(Remembers(), (3, 8, 8), 0.25)
 
 
-def test_the_contract_is_kept_by_our_own() -> None:
+def test_our_denoisers_fulfil_the_contract() -> None:
     kept: list[nn.Module] = [load_denoiser("median"), load_denoiser("gaussian"), trained(MemNet(8, 1, 1)).eval()]
     for denoiser in [*kept, Doing(nn.BatchNorm2d(3)).eval(), Doing(torch.zeros_like)]:
         check_denoiser(denoiser, (3, 17, 8), 0.5)

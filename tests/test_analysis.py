@@ -37,7 +37,7 @@ def write(path: Path, rows: list[dict[str, Any]], expected: int | None = None, *
 FOUR = [row(0, 1, 1, 0.5), row(1, 1, 2, 0.9), row(2, 1, -1, 0.0), row(3, 1, 1, 0.25)]
 
 
-def test_certified_accuracy_is_the_share_right_and_at_least_r(tmp_path: Path) -> None:
+def test_certified_accuracy_counts_correct_images_with_radius_at_least_r(tmp_path: Path) -> None:
     c = curve(read_any(write(tmp_path / "r.jsonl", FOUR)))
     radii = [0.0, 0.2499, 0.25, 0.2501, 0.5, 0.51]
     assert c.accuracy(radii).tolist() == [0.5, 0.5, 0.5, 0.25, 0.25, 0.0]
@@ -74,7 +74,7 @@ def test_the_folders_of_a_log_are_its_name(capsys: pytest.CaptureFixture[str]) -
             assert capsys.readouterr().out.splitlines()[-1].startswith(f"{named}, σ = 0.25 ")
 
 
-def test_what_a_log_does_not_say_does_not_tell_runs_apart(tmp_path: Path) -> None:
+def test_keys_missing_in_logs_do_not_distinguish_runs(tmp_path: Path) -> None:
     """Beside a published log, which says neither data nor bound, runs keep the names that they have without it."""
     log = tmp_path / "resnet110" / "sigma_0.25"
     log.parent.mkdir()
@@ -89,14 +89,14 @@ def test_what_a_log_does_not_say_does_not_tell_runs_apart(tmp_path: Path) -> Non
     assert names(others)[0] == "m, σ = 0.25, away.zip, n = 10"
 
 
-def test_one_decided_run_may_stand_twice(tmp_path: Path) -> None:
+def test_a_decided_run_can_be_plotted_twice(tmp_path: Path) -> None:
     """Two equal lines are two lines: each has its own place beside a radius."""
     path = write(tmp_path / "d.jsonl", FOUR, stopping={"radii": [0.25, 0.5]})
     run("plot", str(path), str(path), "-o", str(tmp_path / "p.svg"))
     assert (tmp_path / "p.svg").is_file()
 
 
-def test_runs_are_called_as_one_likes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(write(tmp_path / f"{n}.jsonl", FOUR, n=n)) for n in (10, 20)]
     run("table", *paths, "--name", "ours", "--name", "theirs, as published", "--radii", "0.25", "--format", "latex")
     out = capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_a_radius_just_below_does_not_count(tmp_path: Path) -> None:
     assert c.accuracy([0.25]).tolist() == [0.0]
 
 
-def test_steps_are_the_function(tmp_path: Path) -> None:
+def test_steps_equal_the_curve(tmp_path: Path) -> None:
     c = curve(read_any(write(tmp_path / "r.jsonl", FOUR)))
     radii, reached = steps(c)
     for r in (0.1, 0.25, 0.3, 0.5):
@@ -132,7 +132,7 @@ def test_unlabelled_images_give_a_fraction(tmp_path: Path) -> None:
         curves([read_any(tmp_path / "r.jsonl"), read_any(write(tmp_path / "s.jsonl", FOUR))])
 
 
-def test_what_a_reader_must_know_is_said(tmp_path: Path) -> None:
+def test_restrictions_are_noted(tmp_path: Path) -> None:
     rows = [*FOUR, row(4, 1, -1, 0.0, error="is damaged")]
     c = curve(read_any(write(tmp_path / "r.jsonl", rows, expected=9)))
     assert c.note == "partial: 5 of 9, 1 unreadable"
@@ -146,7 +146,7 @@ def test_norms_are_not_mixed(tmp_path: Path) -> None:
         curves(runs)
 
 
-def test_names_tell_runs_apart(tmp_path: Path) -> None:
+def test_names_distinguish_runs(tmp_path: Path) -> None:
     runs = [read_any(write(tmp_path / f"{s}-{n}.jsonl", FOUR, sigma=s, n=n)) for s in (0.25, 0.5) for n in (100, 1000)]
     assert [c.name for c in curves(runs)] == [
         "m, σ = 0.25, n = 100",
@@ -243,7 +243,7 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("repeat", ["20\t5\t5\t0.5\t1\t0:01", "020\t5\t-1\t0.0\t0\t0:09"])
-def test_a_log_that_holds_an_image_twice_is_refused(
+def test_a_log_with_a_duplicate_image_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], repeat: str
 ) -> None:
     """As for run files: counted twice, one image would move every share; the same number may be spelled otherwise."""
@@ -273,7 +273,7 @@ def test_the_order_of_a_logs_lines_does_not_matter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 7, 500])
-def test_intervals_over_images_are_those_of_statsmodels(n: int) -> None:
+def test_intervals_over_images_equal_those_of_statsmodels(n: int) -> None:
     counts = np.arange(n + 1)
     for confidence in (0.95, 0.999):
         expected = proportion_confint(counts, n, alpha=1 - confidence, method="beta")

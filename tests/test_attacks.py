@@ -137,7 +137,7 @@ def behind(purifier: nn.Module | None, classifier: Classifier, **how: Any) -> De
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_hopskipjump_comes_near_and_never_below(norm: str) -> None:
+def test_hopskipjump_approaches_the_margin_from_above(norm: str) -> None:
     access = asked(linear(), "labels", 1500)
     found = attack("hopskipjump", GREY, ZERO, IDS, norm=norm, access=access)
     assert all(found.success)
@@ -151,7 +151,7 @@ def test_hopskipjump_comes_near_and_never_below(norm: str) -> None:
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("name", ["blind-pgd", "adaptive-pgd", "transfer", "square"])
-def test_attacks_in_a_ball_succeed_beyond_the_margin_alone(name: str, norm: str) -> None:
+def test_attacks_in_a_ball_succeed_only_beyond_the_margin(name: str, norm: str) -> None:
     net = linear()
     near, far = 0.98 * MARGIN[norm], (2.0 if name == "square" else 1.02) * MARGIN[norm]
     for eps in (near, far):
@@ -174,7 +174,7 @@ def test_attacks_in_a_ball_succeed_beyond_the_margin_alone(name: str, norm: str)
         assert "zero" not in found.notes[0]
 
 
-def test_a_budget_ends_with_the_best_so_far() -> None:
+def test_a_spent_budget_gives_the_best_image_so_far() -> None:
     """The same attack for longer goes the same way for longer."""
     nearest = []
     for budget in (20, 150, 600):
@@ -192,14 +192,14 @@ def test_a_budget_ends_with_the_best_so_far() -> None:
 
 
 @pytest.mark.parametrize(("name", "answers"), [("hopskipjump", "labels"), ("square", "scores")])
-def test_a_wrong_answer_about_the_clean_image_ends_it(name: str, answers: Any) -> None:
+def test_a_misclassified_clean_image_ends_the_attack(name: str, answers: Any) -> None:
     found = attack(name, GREY, ZERO + 1, IDS, norm="l2", eps=0.5, access=asked(linear(), answers, 100))
     assert (found.success, found.queries, found.l2) == ((True, True), (1, 1), (0.0, 0.0))
 
 
 @pytest.mark.parametrize(("name", "answers"), [("hopskipjump", "labels"), ("square", "scores")])
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_one_lucky_answer_of_a_random_target_ends_nothing(name: str, answers: Any, norm: str) -> None:
+def test_one_chance_error_of_a_random_target_does_not_end_the_attack(name: str, answers: Any, norm: str) -> None:
     """Below the margin there is nothing to find, and above it what is found is really wrong."""
     ids, budget = [str(i) for i in range(6)], 150
     images, labels = GREY[:1].expand(6, *SHAPE), torch.zeros(6, dtype=torch.long)
@@ -227,7 +227,7 @@ def test_square_returns_the_lowest_margin_of_a_random_target() -> None:
     assert (net.logits(found.images).diff(dim=1) > net.logits(GREY).diff(dim=1)).all()
 
 
-def test_a_random_target_that_is_mostly_wrong_is_done_with_the_clean_image() -> None:
+def test_a_random_target_that_is_mostly_wrong_needs_no_attack() -> None:
     access = asked(behind(Lucky(), linear()), "labels", 100)
     found = attack("hopskipjump", GREY, ZERO + 1, IDS, norm="l2", eps=0.5, access=access)
     assert (found.success, found.l2) == ((True, True), (0.0, 0.0))
@@ -248,7 +248,7 @@ def test_hopskipjump_stops_at_the_ball() -> None:
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("name", list(ATTACKS))
-def test_every_attack_keeps_to_the_rules_whatever_the_batch(name: str, norm: str) -> None:
+def test_every_attack_fulfils_its_contract_in_any_batch(name: str, norm: str) -> None:
     """In the ball and in [0, 1] by our own measure; an image gets the same alone; global generators are put back."""
     digits = load_classifier("digits")
     chosen = load_images("digits", digits, skip=100)
@@ -298,7 +298,7 @@ def test_every_attack_keeps_to_the_rules_whatever_the_batch(name: str, norm: str
     assert found.groups
 
 
-def test_what_leaves_the_ball_or_the_range_has_failed() -> None:
+def test_proposals_outside_ball_or_range_fail() -> None:
     clean = GREY[:1].expand(4, *SHAPE)
     proposed = [clean[0] + 0.1, clean[0] + 0.2, clean[0] + 0.6, clean[0] * float("nan")]
     proposals = [Proposal(image, 1, 7) for image in proposed]
@@ -310,7 +310,7 @@ def test_what_leaves_the_ball_or_the_range_has_failed() -> None:
     assert found.linf == pytest.approx((0.1, 0, 0, 0))
 
 
-def test_knowing_the_purifier_is_worth_something() -> None:
+def test_knowing_the_purifier_helps() -> None:
     """The bare classifier mostly looks at a checkerboard, which pooling takes out; what remains suffices."""
     rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
     weight = ((-1.0) ** (rows + columns) + 0.2).flatten()
@@ -325,7 +325,7 @@ def test_knowing_the_purifier_is_worth_something() -> None:
     assert defence(adaptive.images, keys).tolist() == [1]
 
 
-def test_purifiers_without_gradients_are_passed_by() -> None:
+def test_purifiers_without_gradients_get_that_of_the_identity() -> None:
     net = linear(offset=0.05 * float(WEIGHT.abs().sum()))
     given = {"norm": "linf", "eps": 0.1, "steps": 10}
     plain = attack("adaptive-pgd", GREY, ZERO, IDS, defence=behind(Rounded(honest=False), net), **given)
@@ -336,7 +336,7 @@ def test_purifiers_without_gradients_are_passed_by() -> None:
     assert past.notes == ("", "")
 
 
-def test_a_purifier_with_a_twin_is_climbed_by_the_twins_gradients() -> None:
+def test_a_purifier_with_a_twin_gets_the_twins_gradients() -> None:
     net = linear(offset=0.05 * float(WEIGHT.abs().sum()))
     exact = behind(Reversed(differentiable=False), net)
     found = attack("adaptive-pgd", GREY, ZERO, IDS, norm="linf", eps=0.1, steps=10, defence=exact)
@@ -349,7 +349,7 @@ def test_a_purifier_with_a_twin_is_climbed_by_the_twins_gradients() -> None:
 
 
 @pytest.mark.parametrize("inner", [None, Jitter()])
-def test_the_best_image_on_the_way_is_kept(inner: nn.Module | None) -> None:
+def test_the_best_image_on_the_path_is_kept(inner: nn.Module | None) -> None:
     """The steps go on past where the defence answers wrongly, to where it takes the whole perturbation out."""
     net = linear(offset=0.03 * float(WEIGHT.abs().sum()))
     defence = behind(Fold(0.06, inner), net)
@@ -360,7 +360,7 @@ def test_the_best_image_on_the_way_is_kept(inner: nn.Module | None) -> None:
 
 
 @pytest.mark.parametrize("combine", ["vote", "logits", "probabilities"])
-def test_what_is_climbed_is_the_logarithm_of_the_expected_scores(combine: str) -> None:
+def test_the_objective_is_the_logarithm_of_the_expected_scores(combine: str) -> None:
     digits = load_classifier("digits")
     defence = Defence("test", [Member(p, digits) for p in (Pooled(), None)], combine=combine)
     images = torch.rand((3, *SHAPE), generator=torch.Generator().manual_seed(0))
@@ -380,7 +380,7 @@ def test_the_passes_of_a_gradient_are_bounded(draws: int, members: int, passes: 
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
-def test_an_attack_is_handed_what_it_needs_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attack_gets_only_what_it_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found, seen = find_attack(name, "l2"), []
 
     def look(image: Tensor, label: int, task: Task) -> Proposal:
@@ -414,7 +414,7 @@ def test_an_attack_is_handed_what_it_needs_and_nothing_else(name: str, monkeypat
 
 
 @pytest.mark.parametrize("combine", ["vote", "logits", "probabilities"])
-def test_differentiable_leaves_the_answers(combine: str) -> None:
+def test_differentiable_preserves_the_answers(combine: str) -> None:
     digits = load_classifier("digits")
     members = [Member(p, digits) for p in (Rounded(honest=True), Jitter(), None)]
     defence = Defence("test", members, draws=2, combine=combine)
@@ -427,7 +427,7 @@ def test_differentiable_leaves_the_answers(combine: str) -> None:
     assert found.notes == ("",) * 3
 
 
-def test_expectation_draws_anew_at_every_step() -> None:
+def test_expectation_uses_new_draws_at_every_step() -> None:
     jitter = Jitter()
     found = attack(
         "adaptive-pgd",
@@ -498,7 +498,7 @@ def test_mistakes_are_named(name: str, given: dict[str, Any], message: str) -> N
         attack(name, GREY, ZERO, IDS, **({"norm": "l2", "eps": 0.5} | given))
 
 
-def test_what_gives_no_gradient_is_refused() -> None:
+def test_models_without_gradients_are_refused() -> None:
     class Detached(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return images.detach().flatten(1)[:, :2]
@@ -509,7 +509,7 @@ def test_what_gives_no_gradient_is_refused() -> None:
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_square_refuses_what_it_would_not_see(norm: str) -> None:
+def test_square_refuses_logits(norm: str) -> None:
     """Logits in place of probabilities: their logarithms are all the same, and nothing would ever move."""
     access = [QueryAccess(linear().logits, "scores", budget=100, num_classes=2) for _ in IDS]
     with pytest.raises(UserError, match="expected probabilities"):
@@ -529,7 +529,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
 
 
-def test_the_table_of_defences_gets_its_attacks() -> None:
+def test_the_crafter_runs_every_attack() -> None:
     with pytest.raises(UserError, match="transfer needs surrogates"):
         check_attacks(["blind-pgd", "transfer"], norm="linf")
     check_attacks(["blind-pgd", "transfer"], norm="linf", surrogates=1)

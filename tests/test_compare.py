@@ -77,7 +77,7 @@ def outcomes(found: Comparison) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["id"])
 
 
-def test_outcomes_do_not_depend_on_how_the_images_are_cut_up(
+def test_outcomes_do_not_depend_on_chunks(
     digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(tmp_path / "a.jsonl", defences(digits), digits, images)
@@ -87,7 +87,7 @@ def test_outcomes_do_not_depend_on_how_the_images_are_cut_up(
     assert not whole.run.partial
 
 
-def test_a_killed_comparison_goes_on_to_the_same_outcomes(
+def test_a_killed_comparison_resumes_to_the_same_outcomes(
     digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "CHUNK", 5)
@@ -108,7 +108,7 @@ def test_a_killed_comparison_goes_on_to_the_same_outcomes(
     assert again.run.images[: len(before.images)] == before.images
 
 
-def test_the_figures_by_hand(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
+def test_the_numbers_by_hand(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
     found = run(tmp_path / "a.jsonl", defences(digits), digits, images)
     x = torch.stack([images.load(i) for i in range(len(images))])
     y = torch.tensor([label for label in images.labels if label is not None])
@@ -156,7 +156,7 @@ def test_wilson_and_mcnemar(digits: Classifier, images: ImageSet, tmp_path: Path
         assert pair.p_value == pytest.approx(expected)
 
 
-def test_a_defence_that_breaks_fails_its_own_row(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
+def test_a_failing_defence_fails_in_its_own_row(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
     given = defences(digits, half=Half(), nothing=Nothing(), crash=Crash()) | {"absent": "no weights at hand"}
     found = run(tmp_path / "a.jsonl", given, digits, images, conditions=[CLEAN, BLIND, ADAPTIVE])
     text = tabulate_comparison(found)
@@ -174,7 +174,7 @@ def test_a_defence_that_breaks_fails_its_own_row(digits: Classifier, images: Ima
     assert all(not found.cell("median", c).failed for c in (CLEAN, BLIND, ADAPTIVE))  # type: ignore[union-attr]
 
 
-def test_groups_stand_in_every_heading(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
+def test_every_heading_names_its_group(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
     found = run(tmp_path / "a.jsonl", defences(digits), digits, images)
     for style in ("markdown", "latex"):
         text = tabulate_comparison(found, style)
@@ -186,7 +186,7 @@ def test_groups_stand_in_every_heading(digits: Classifier, images: ImageSet, tmp
         assert (tmp_path / name).stat().st_size > 1000
 
 
-def test_a_certificate_that_an_attack_refutes_is_an_error_that_names_the_image(
+def test_a_refuted_certificate_is_an_error_that_names_the_image(
     digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Certificates of radius 9 that nobody earned: the attack moves to another digit, which is nearer than that."""
@@ -246,7 +246,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "is a comparison, not a run" in capsys.readouterr().err
 
 
-def test_what_fails_on_the_way_fails_alone_and_stays_failed(
+def test_a_failure_during_the_run_stays_in_its_column(
     digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A refusal inside of an attack, on the second part of the images: the column fails, the same when it goes on."""
@@ -271,7 +271,7 @@ def test_what_fails_on_the_way_fails_alone_and_stays_failed(
     assert outcomes(run(tmp_path / "b.jsonl", defences(digits), digits, images)) == outcomes(found)
 
 
-def test_a_certificate_that_could_not_be_had_does_not_stop_the_attacks(
+def test_a_failed_certificate_does_not_stop_the_attacks(
     digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*given: Any) -> dict[str, Any]:

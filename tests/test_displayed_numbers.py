@@ -56,7 +56,7 @@ def test_tables_for_machines_have_every_digit(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("style", ["text", "markdown", "latex"])
-def test_a_radius_is_named_as_it_was_given(tmp_path: Path, capsys: pytest.CaptureFixture[str], style: str) -> None:
+def test_a_radius_is_displayed_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str], style: str) -> None:
     """What holds at 0.2499999 need not hold at 0.25: the table does not say so, nor do two radii become one."""
     path = write(tmp_path / "a.jsonl", 3, 3, 0.2499999)
     run("table", path, "--radii", "0.2499999,0.25", "--format", style)
@@ -103,7 +103,7 @@ def _white() -> bytes:
     return out.getvalue()
 
 
-def test_what_an_attack_left_is_rounded_up_and_what_is_certified_down(
+def test_accuracy_under_attack_is_rounded_up_and_certified_accuracy_down(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """2 of 3 under each condition: at most 0.667 under attack, since other attacks may leave less; else 0.666."""

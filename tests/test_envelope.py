@@ -58,7 +58,7 @@ def test_ties_go_to_the_better_at_zero_then_to_the_smaller_sigma() -> None:
     assert e.levels == "0.12, 0.25, 0.5"
 
 
-def test_outline_is_the_function() -> None:
+def test_outline_equals_the_envelope() -> None:
     e = enveloped([0.5, 0.2, 0.2, -1], [0.9, 0.1, 0.1, 0.1])
     radii, share, low, high = outline(e)
     for r in (0.0, 0.05, 0.1, 0.15, 0.2, 0.4, 0.5, 0.9):
@@ -126,7 +126,7 @@ def grouped(*headers: dict[str, Any]) -> dict[str, list[float]]:
     return {e.name: e.sigmas for e in group(found)}
 
 
-def test_runs_of_one_method_differ_in_sigma_alone() -> None:
+def test_runs_of_one_method_differ_in_sigma_only() -> None:
     levels = [{"sigma": s, "seed": i} for i, s in enumerate((0.5, 0.12, 0.25))]
     assert grouped(*levels) == {"m": [0.12, 0.25, 0.5]}
     many = [{**h, **more} for h in levels for more in ({}, {"denoiser": "median"}, {"n": 200})]
@@ -161,7 +161,7 @@ def test_weights_named_after_their_sigma_are_one_method() -> None:
     assert list(grouped(*used_elsewhere).values()) == [[0.25, 0.5]]
 
 
-def test_auto_takes_a_denoiser_for_each_sigma() -> None:
+def test_auto_chooses_a_denoiser_per_sigma() -> None:
     runs = [
         {
             "sigma": s,
@@ -175,7 +175,7 @@ def test_auto_takes_a_denoiser_for_each_sigma() -> None:
     assert grouped(*runs, *alone) == {"m, auto": [0.25, 0.5], "m": [0.25, 0.5]}
 
 
-def test_a_run_that_goes_both_ways_is_not_guessed() -> None:
+def test_an_ambiguous_run_is_refused() -> None:
     with pytest.raises(UserError, match=r"belongs both to .* \(same weights\) and to .*pass only its runs"):
         grouped(*({"sigma": s, "model": f"noise_{t}"} for s, t in ((0.25, 0.25), (0.5, 0.5), (0.5, 0.25))))
 
@@ -219,7 +219,7 @@ def decided(path: Path, sigma: float, asked: list[float], radii: Sequence[float]
     )
 
 
-def test_decided_runs_meet_at_their_common_radii(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decided_runs_are_compared_at_common_radii(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     decided(Path("a.jsonl"), 0.25, [0.25, 0.5], [0.5, 0.25, 0.0])
     decided(Path("b.jsonl"), 0.5, [0.5, 1.0], [1.0, 0.5, 0.0])
@@ -305,7 +305,7 @@ def test_a_fraction_is_not_divided(tmp_path: Path) -> None:
         compare(found, [0.0], relative_to=0.8)
 
 
-def test_picture_says_what_it_is(two_runs: tuple[str, str]) -> None:
+def test_the_figure_explains_the_envelope(two_runs: tuple[str, str]) -> None:
     import matplotlib.pyplot as plt
 
     found = group(curves([read_any(p) for p in two_runs]))

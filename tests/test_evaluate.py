@@ -72,7 +72,7 @@ def test_noisy_psnr_follows_from_sigma(sigma: float) -> None:
     assert report.noisy.psnr == pytest.approx(-20 * math.log10(sigma), abs=4 * error + 1.1 * in_db / d)
 
 
-def test_figures_are_those_of_scikit_image_and_means_over_images() -> None:
+def test_scores_equal_those_of_scikit_image() -> None:
     metrics = pytest.importorskip("skimage.metrics")
     examples = [Example(str(i), image) for i, image in enumerate(NATURAL)]
     found = list(measure(GaussianBlur(), examples, 0.25))
@@ -140,7 +140,7 @@ def test_images_of_several_sizes_each_get_a_window_that_fits() -> None:
         assert [ssim_window(torch.empty(1, s, 20)) for s in (2, 3, 4, 10, 11, 50)] == [0, 3, 3, 9, 11, 11]
 
 
-def test_without_scikit_image_there_is_no_ssim_and_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scikit_image_only_ssim_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "ssim_installed", lambda: False)
     report = evaluate_denoiser(Median(), NATURAL, 0.25)
     assert (report.ssim_window, report.noisy.ssim, report.denoised.ssim) == (None, None, None)

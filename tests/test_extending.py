@@ -139,7 +139,7 @@ CHECKS: list[tuple[Callable[..., None], dict[str, str]]] = [
     (test_noise.test_moments, {"name": "logistic"}),
     (test_noise.test_no_radius_exceeds_a_half_space_s, {"name": "logistic"}),
     (test_noise.test_radius_of_two_classes, {}),
-    (test_attacks.test_every_attack_keeps_to_the_rules_whatever_the_batch, {"name": "simba"}),
+    (test_attacks.test_every_attack_fulfils_its_contract_in_any_batch, {"name": "simba"}),
     (test_formats.test_broken_replies_are_bad_replies, {"name": "acme"}),
     (test_formats.test_formats_record_the_options_that_affect_votes, {}),
 ]

@@ -65,7 +65,7 @@ def five_errors(rate: float, repeats: int) -> float:
     return 5 * float(np.sqrt(rate * (1 - rate) / repeats))
 
 
-def test_p_value_is_the_exact_one_rounded_up() -> None:
+def test_p_values_are_exact_and_rounded_up() -> None:
     """Against scipy to 1e-7, and never below ball arithmetic."""
     ctx.prec = 300
     for n in (1, 7, 100, 5000):
@@ -81,7 +81,7 @@ def test_p_value_is_the_exact_one_rounded_up() -> None:
     assert 0 < binomial_p(np.array([100_000]), np.array([100_000]), 0.5)[0] < 1e-300  # 2^-100000 underflows
 
 
-def test_rounding_of_the_needed_probability_is_covered() -> None:
+def test_rounding_of_the_required_probability_is_covered() -> None:
     """At ten million votes that agree, an error of one unit in the last place of p0 shows in the p-value."""
     ctx.prec = 300
     n = 10_000_000
@@ -124,7 +124,7 @@ def test_rejected_at_alpha_means_certified(noise: str, norm: str) -> None:
         assert (below, above) == (True, False)
 
 
-def test_the_class_is_the_one_that_was_selected() -> None:
+def test_the_tested_class_is_the_selected_one() -> None:
     """A tie goes to the lowest class, failures are trials only, no selection vote at all proves nothing."""
     rows: list[dict[str, Any]] = [
         {"selection": {"1": 6, "0": 4}, "label": 1},
@@ -174,7 +174,7 @@ def test_holm_in_ten_lines() -> None:
     assert steps > 20
 
 
-def test_a_family_errs_as_rarely_as_it_says() -> None:
+def test_the_familywise_error_rate_is_at_most_alpha() -> None:
     """Every image exactly on the border, so every certificate is wrong: alone they are wrong in most families."""
     families, m, n, alpha = 2000, 20, 500, 0.1
     p0 = Gaussian(1.0).probability(0.4)
@@ -227,7 +227,7 @@ def test_betting_p_value_of_a_chosen_class(radius: float) -> None:
     assert (betting_p(drawn, trials, p0) <= level).any(axis=(1, 2)).mean() <= level + five_errors(level, repeats)
 
 
-def test_votes_that_stopped_by_themselves() -> None:
+def test_early_stopped_votes() -> None:
     """What was settled has a p-value of at most alpha, just; other looks at the class count as well."""
     noise, alpha, radii = Gaussian(1.0), 0.01, [0.2, 0.5]
     p0s = [noise.probability(r) for r in radii]
@@ -275,7 +275,7 @@ def stop_when_it_pays(size: tuple[int, int], alpha: float, draw: np.random.Gener
     return h.reshape(size), trials.reshape(size)
 
 
-def test_holm_is_refused_where_the_votes_choose_the_class() -> None:
+def test_holm_is_refused_if_the_counted_votes_choose_the_class() -> None:
     """Bonferroni keeps alpha under a stopping time that makes Holm err far more often."""
     families, m, alpha = 200, 200, 0.1
     wrong = {"holm": 0, "bonferroni": 0}
@@ -413,7 +413,7 @@ def test_no_upper_end_at_radii_where_images_were_not_decided(
     assert [float(end) for end in ends] == pytest.approx([1.0, 1.0, 0.8129, 1.0], abs=1e-3)
 
 
-def test_what_the_verb_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "sigma_0.25"
     log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0:01\n")
     alone = write(tmp_path / "b.jsonl", run_of([990], **ALONE))

@@ -17,7 +17,7 @@ from certify.images.dataset import load_images
 from certify.models.classifier import Classifier
 
 
-def test_smoothing_leaves_of_white_noise_what_the_window_says() -> None:
+def test_smoothing_reduces_white_noise_as_its_window_predicts() -> None:
     offsets = torch.arange(-2, 3, dtype=torch.float64)
     row = torch.exp(-(offsets**2) / 2)
     row /= row.sum()
@@ -29,7 +29,7 @@ def test_smoothing_leaves_of_white_noise_what_the_window_says() -> None:
     assert math.isnan(smoothing_factor(torch.zeros(1, 3, 16, 16)).item())
 
 
-def test_images_that_were_not_changed_do_not_count() -> None:
+def test_unchanged_images_do_not_count() -> None:
     clean = torch.full((3, 1, 16, 16), 0.5)
     moved = clean.clone()
     moved[0] += 2 / 255 * torch.tensor([1.0, -1.0]).repeat(8)  # stripes of one pixel: all power at half a cycle
@@ -50,9 +50,7 @@ def test_medians_lie_between_the_middle_two_and_json_has_no_nan() -> None:
     assert (same.changed, same.mean) == (0, None)
 
 
-def test_defences_that_nothing_shows_are_not_built(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unused_defences_are_not_built(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     built: list[str] = []
 
     def build(text: str, classifier: Classifier, **given: Any) -> str:
@@ -97,7 +95,7 @@ def test_the_command(
     assert shown.err == "wrote again.svg\n"
 
 
-def test_images_that_an_attack_left_alone_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unchanged_images_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     command("inspect", "--model", "digits", "--max", "2", "--attacks", "square", "--eps", "0.001", "--queries", "5")
     assert "Images for which an attack found no change that helps" in capsys.readouterr().out
 

@@ -26,7 +26,7 @@ _ROWS = [
 ]
 
 
-def test_what_was_logged_is_what_is_read(tmp_path):
+def test_the_log_is_read_back(tmp_path):
     found = read_learning(_log(tmp_path / "run", _ROWS, torn='{"step": 12, "ima'))
     assert found.name == "run"
     assert found.images.tolist() == [256, 512]

@@ -48,7 +48,7 @@ def test_all_votes_give_the_radii_of_the_run(folder: Path) -> None:
     assert radii_with(run, 1000).tolist() == [row["radius"] for row in run.images]
 
 
-def test_fewer_votes_have_the_law_of_fewer_samples(folder: Path) -> None:
+def test_subsampled_votes_have_the_distribution_of_fewer_samples(folder: Path) -> None:
     """The votes for the class among m drawn from n: mean mp, variance mp(1-p) (n-m)/(n-1)."""
     run = read_run(folder / "run.jsonl")
     one = next(row for row in run.images if 800 <= max(row["votes"].values()) <= 950)
@@ -65,7 +65,7 @@ def test_fewer_votes_have_the_law_of_fewer_samples(folder: Path) -> None:
     assert counts.var(ddof=1) == pytest.approx(variance, rel=4 * (2 / draws) ** 0.5)  # 28%; of fresh votes: twice it
 
 
-def test_the_most_is_the_published_formula(folder: Path) -> None:
+def test_the_largest_radius_is_the_published_formula(folder: Path) -> None:
     """All n votes agree: p_lower = alpha^(1/n) (Cohen et al. 2019)."""
     run = read_run(folder / "run.jsonl")
     for n in (20, 1000):
@@ -104,7 +104,7 @@ def test_the_votes_of_an_image_are_its_bars(folder: Path, drawn: list[Any]) -> N
     assert axes.lines[0].get_xdata()[0] == pytest.approx(row["p_lower"])
 
 
-def test_bounds_are_shown_on_their_safe_side(folder: Path, drawn: list[Any]) -> None:
+def test_bounds_are_rounded_to_the_safe_side(folder: Path, drawn: list[Any]) -> None:
     """A unanimous image's lower bound is not shown as 1, nor its radius larger than it is."""
     from analysis.vote_plots import plot_votes
 
@@ -117,7 +117,7 @@ def test_bounds_are_shown_on_their_safe_side(folder: Path, drawn: list[Any]) -> 
     assert axes.get_title(loc="left").endswith("radius 0.9527")
 
 
-def test_speeds_show_the_last_of_each_name(tmp_path: Path, drawn: list[Any]) -> None:
+def test_the_last_speed_of_each_name_is_shown(tmp_path: Path, drawn: list[Any]) -> None:
     from analysis.speed_plot import plot_speeds
 
     rows = [
@@ -149,7 +149,7 @@ def test_speeds_show_the_last_of_each_name(tmp_path: Path, drawn: list[Any]) -> 
         ("run.jsonl --samples -o x.bmp", "cannot write a picture as 'x.bmp'"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(
+def test_refusals_are_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, says: str
 ) -> None:
     monkeypatch.chdir(folder)
@@ -159,7 +159,7 @@ def test_what_cannot_be_drawn_is_one_line(
     assert told.count("\n") == 1
 
 
-def test_a_notebooks_own_plots_are_left_alone() -> None:
+def test_pyplot_state_is_not_touched() -> None:
     import matplotlib.pyplot as plt
     from matplotlib import get_backend
 

@@ -200,7 +200,7 @@ def group_of(row: dict[str, Any]) -> str:
     return "keeps-its-label" if row["prediction"] == row["label"] else "another-label"
 
 
-def test_every_image_stands_there_with_its_own_numbers(page: Page, records: Records) -> None:
+def test_every_image_is_listed_with_its_own_numbers(page: Page, records: Records) -> None:
     lines = dict(zip([name for _, name in page.ids], page.rows("images stack"), strict=True))
     assert lines.keys() == records.rows.keys()
     for name, row in records.rows.items():
@@ -223,7 +223,7 @@ def test_every_image_stands_there_with_its_own_numbers(page: Page, records: Reco
     assert len(groups) >= 2, "there are images of several kinds"
 
 
-def test_the_verdict_counts_right(page: Page, records: Records) -> None:
+def test_the_verdict_counts_correctly(page: Page, records: Records) -> None:
     groups = Counter(group_of(row) for row in records.rows.values())
     kept = sorted(row["radius"] for row in records.rows.values() if group_of(row) == "keeps-its-label")
     headline = page.text("headline")
@@ -243,7 +243,7 @@ def test_the_verdict_counts_right(page: Page, records: Records) -> None:
     assert f": {math.floor(1000 * low) / 1000:.3f} to " in about
 
 
-def test_radii_are_displayed_from_below_and_their_limit_from_above(audited: Path, tmp_path: Path) -> None:
+def test_radii_are_rounded_down_and_their_limit_up(audited: Path, tmp_path: Path) -> None:
     """An image at the limit: its radius is not displayed as larger, nor the limit as smaller, than it is."""
     folder = shutil.copytree(audited, tmp_path / "run")
     header, *rows = (json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines())
@@ -302,7 +302,7 @@ def test_queries_failures_cost_and_times_are_counted_from_the_ledger(page: Page,
     assert times["99 % within"] == report.clock(float(np.quantile(seconds, 0.99)))
 
 
-def test_method_settings_and_commands_stand_there(audited: Path, page: Page, records: Records) -> None:
+def test_method_settings_and_commands_are_shown(audited: Path, page: Page, records: Records) -> None:
     about, header = json.loads((audited / "audit.json").read_text()), records.header
     assert page.text("command") == about["command"]
     assert page.text("replay") == f"certify replay {audited} certify report {audited}"
@@ -317,7 +317,7 @@ def test_method_settings_and_commands_stand_there(audited: Path, page: Page, rec
     assert ("10 noisy copies choose a label; its votes are counted on 60 new ones" in page.source) != deciding
 
 
-def test_thumbnails_are_the_pictures_as_sent(audited: Path, page: Page) -> None:
+def test_thumbnails_equal_the_pictures_sent(audited: Path, page: Page) -> None:
     about = json.loads((audited / "audit.json").read_text())
     for entry in about["images"]:
         for stage in ("clean", "noisy", "denoised"):
@@ -330,7 +330,7 @@ def test_thumbnails_are_the_pictures_as_sent(audited: Path, page: Page) -> None:
                 assert np.array_equal(np.asarray(shown), np.asarray(sent))
 
 
-def test_the_page_stands_alone(page: Page) -> None:
+def test_the_page_is_self_contained(page: Page) -> None:
     assert not page.tags.keys() & {"script", "link", "iframe", "object", "embed", "form", "base", "audio", "video"}
     for tag, name, value in page.attributes:
         assert not name.startswith("on")
@@ -345,7 +345,7 @@ def test_the_page_stands_alone(page: Page) -> None:
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_what_others_wrote_is_escaped(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
+def test_text_from_outside_is_escaped(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
     about = dict.fromkeys(("endpoint", "command", "denoiser", "replay", "reason", "status", "protocol"), HOSTILE)
     folder = make_audit(
         tmp_path / "run",
@@ -368,7 +368,7 @@ def test_what_others_wrote_is_escaped(tmp_path: Path, digits: Classifier, few: I
     assert page.named("pairs versions") == {HOSTILE: HOSTILE}
 
 
-def test_credentials_in_addresses_are_left_out(copy: Path) -> None:
+def test_credentials_in_addresses_are_removed(copy: Path) -> None:
     address = f"https://me:{SECRET}@host.example/v1/classify?key={SECRET}&x=1#{SECRET}"
     settings = {"proxy": address, "list": [address]}
     rewrite(copy, endpoint=address, command=f"certify audit --endpoint '{address}' --data d", settings=settings)
@@ -384,7 +384,7 @@ def test_a_sound_audit_has_no_warnings(calm_audit: Path) -> None:
     assert "0 labels changed" in page.text("drift")
 
 
-def test_a_service_that_is_not_a_function_is_said_first(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
+def test_nondeterminism_is_the_first_warning(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
     folder = make_audit(
         tmp_path / "run",
         digits,
@@ -406,7 +406,7 @@ def test_a_service_that_is_not_a_function_is_said_first(tmp_path: Path, digits: 
         assert [before, after] == firsts
 
 
-def test_failures_are_said_by_how_many_they_are(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
+def test_the_warning_about_failures_depends_on_their_share(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
     def failing(every: int, settings: Settings = DECIDE) -> Page:
         def mood(name: str, number: int) -> tuple[int, str]:
             return 1, "HTTP 500" if "tion" in name and number % every == 0 else ""
@@ -425,7 +425,7 @@ def test_failures_are_said_by_how_many_they_are(tmp_path: Path, digits: Classifi
         assert {outcome for outcome, _ in page.ids} <= {"undecided", "not-certifiable"}
 
 
-def test_failures_that_decide_are_said(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
+def test_failures_that_prevent_certificates_are_counted(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
     """No label reaches its share where two of three queries fail: the words say why, and count what they mean."""
 
     def mood(name: str, number: int) -> tuple[int, str]:
@@ -441,7 +441,9 @@ def test_failures_that_decide_are_said(tmp_path: Path, digits: Classifier, few: 
     assert "failed queries as votes" not in calm.source
 
 
-def test_given_labels_and_what_gave_nothing_are_said(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
+def test_given_labels_and_images_without_answer_are_described(
+    tmp_path: Path, digits: Classifier, few: ImageSet
+) -> None:
     def mood(name: str, number: int) -> tuple[int, str]:
         return 1, "HTTP 500" if name == f"{few.items[1].id} | clean | 0" else ""
 
@@ -458,7 +460,7 @@ def test_given_labels_and_what_gave_nothing_are_said(tmp_path: Path, digits: Cla
 
 
 @pytest.mark.parametrize("bound", ["runner-up", "best"])
-def test_bounds_on_two_classes_have_their_own_method(
+def test_bounds_on_two_classes_have_their_own_method_section(
     tmp_path: Path, digits: Classifier, few: ImageSet, bound: str
 ) -> None:
     page = page_of(
@@ -493,7 +495,7 @@ def test_an_unfinished_audit_has_a_report_that_says_so(tmp_path: Path, digits: C
 
 
 @pytest.mark.parametrize("left", [("ledger.jsonl",), ("run.jsonl",), ("audit.json", "ledger.jsonl")])
-def test_whatever_is_left_of_an_audit_is_shown(copy: Path, left: tuple[str, ...]) -> None:
+def test_the_remaining_files_of_an_audit_are_shown(copy: Path, left: tuple[str, ...]) -> None:
     for part in {"audit.json", "ledger.jsonl", "run.jsonl"} - set(left):
         (copy / part).unlink()
     page = page_of(copy)
@@ -515,7 +517,7 @@ def test_an_audit_without_images_yet(copy: Path) -> None:
     assert page.ids == []
 
 
-def test_a_damaged_ledger_is_said_and_the_rest_is_shown(copy: Path) -> None:
+def test_a_damaged_ledger_is_reported_and_the_rest_is_shown(copy: Path) -> None:
     lines = (copy / "ledger.jsonl").read_bytes().split(b"\n")
     lines[5] = b"{"
     (copy / "ledger.jsonl").write_bytes(b"\n".join(lines))
@@ -524,7 +526,7 @@ def test_a_damaged_ledger_is_said_and_the_rest_is_shown(copy: Path) -> None:
     assert sorted(name for _, name in page.ids) == sorted(row["id"] for row in rewrite(copy)["images"])
 
 
-def test_what_is_no_audit_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_an_audit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds none of audit\.json, ledger\.jsonl, run\.jsonl"):
         write_report(tmp_path)
 
@@ -536,7 +538,7 @@ def test_a_report_that_cannot_be_written_is_a_fault(copy: Path) -> None:
         write_report(copy)
 
 
-def test_large_pictures_are_made_smaller_and_too_many_left_out(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pictures_are_reduced_and_surplus_ones_left_out(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0)
     for path in (copy / "pictures").iterdir():
         Image.fromarray(noise.integers(0, 256, (200, 300, 3), dtype=np.uint8)).save(path)
@@ -558,7 +560,7 @@ def test_large_pictures_are_made_smaller_and_too_many_left_out(copy: Path, monke
     assert "2 images are left out of this table" in page.source
 
 
-def test_names_of_pictures_stay_in_their_folder(copy: Path) -> None:
+def test_picture_names_cannot_leave_their_folder(copy: Path) -> None:
     Image.new("L", (8, 8)).save(copy / "secret-clean.png")
     entries = [entry | {"pictures": "../secret"} for entry in rewrite(copy)["images"]]
     rewrite(copy, images=entries)
@@ -603,7 +605,7 @@ STICKS_OUT = """
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_a_browser_shows_it(audited: Path) -> None:
+def test_the_page_renders_in_a_browser(audited: Path) -> None:
     """Wide, narrow, dark, printed: nothing is loaded, nothing complains, nothing sticks out, all text can be read."""
     path = write_report(audited)
     with browser() as page:

@@ -41,7 +41,7 @@ def at(distance: float, prediction: int = 1, image: str = "a", norm: str = "l2")
         (at(0.1, image="abstained"), False),
     ],
 )
-def test_what_refutes_a_certificate(found: Crossing, refuted: bool) -> None:
+def test_conditions_under_which_a_certificate_is_refuted(found: Crossing, refuted: bool) -> None:
     run = run_of(("a", 0, 0.5), ("abstained", ABSTAIN, 0.0))
     wrong = contradictions(run, [found])
     assert bool(wrong) == refuted

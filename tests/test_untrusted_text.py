@@ -34,7 +34,7 @@ def acting(text: str) -> list[str]:
     return sorted({f"U+{ord(c):04X}" for c in found})
 
 
-def test_characters_that_act_become_escapes_and_all_others_stay() -> None:
+def test_control_characters_become_escapes_and_all_others_stay() -> None:
     assert printable(EVIL) == (r"\x1b[2J\x07\u202egpj $\frac$ \x9b1m\u2066\u200f\u2028\r\nabstained 0 of 9\ud800 <b>")
     for text in ("tench, Tinca tinca", "a\u0301", "猫\u3000犬", "כלב", "é\u00a0– ½", "🐈"):
         assert printable(text) == text
