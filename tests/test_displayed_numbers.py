@@ -140,8 +140,8 @@ GUARANTEED = re.compile(
 """Expressions that name a guaranteed quantity, an end of an interval, or a radius as it was given."""
 
 ALLOWED = {
-    ("dataset.py", "low"): "range of the values of an image, in an error",
-    ("dataset.py", "high"): "range of the values of an image, in an error",
+    ("preprocess.py", "low"): "range of the values of an image, in an error",
+    ("preprocess.py", "high"): "range of the values of an image, in an error",
     ("bench.py", "found.certificate"): "seconds that a certificate takes",
     ("bench.py", "found.certificate_reference"): "seconds that a certificate takes",
     ("report.html", '{% macro pct(share) %}{{ "%.2f" | format(100 * share) }}%{% endmacro %}'): "bar widths",
