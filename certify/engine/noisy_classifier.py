@@ -246,7 +246,7 @@ class NoisyClassifier:
 
     def sample_until_settled(
         self,
-        images: Iterable[Target | None],
+        images: Iterable[Target],
         test: Callable[[Radii], SequentialTest],
         *,
         seed: int = 0,
@@ -255,8 +255,7 @@ class NoisyClassifier:
         """Label samples of each image until its sequential test is settled, and yield images as they are settled.
 
         Args:
-            images: sampled with the noise of stage ``"estimation"``. None, except as the first, means that none is
-                there now, but may be after the next round. The tag of a result is its target.
+            images: sampled with the noise of stage ``"estimation"``. The tag of a result is its target.
             test: makes the sequential test of an image from its radii.
             seed: as for :meth:`sample`.
             progress: as for :meth:`sample`.
@@ -271,11 +270,8 @@ class NoisyClassifier:
         self.check_contract(first.image)
         label, batch_size = self.labeller(first.image, USUAL_SAMPLES, progress)
 
-        def samplings() -> Iterator[Sampling | None]:
+        def samplings() -> Iterator[Sampling]:
             for target in itertools.chain([first], queue):
-                if target is None:
-                    yield None
-                    continue
                 tensor = self.check(target.image)
                 key = stream_key(seed, target.noise_name(tensor), "estimation")
                 yield Sampling(tensor.to(self.device), key, test(self.stated(tensor.numel())), target)

@@ -104,7 +104,7 @@ def refuse_unusable(task: Task, reason: object) -> ImageError:
 
 def answered(
     smoothed: NoisyClassifier,
-    tasks: Iterable[Task | None],
+    tasks: Iterable[Task],
     settings: Settings,
     *,
     strict: bool = False,
@@ -116,8 +116,7 @@ def answered(
 
     Args:
         smoothed: the smoothed classifier, prepared.
-        tasks: pulled a few blocks of noise ahead. None, only where images stop by themselves: there is none now, but
-            there may be after the next round.
+        tasks: pulled a few blocks of noise ahead.
         settings: of the run.
         strict: as for :func:`process`.
         progress: as for :func:`process`.
@@ -126,11 +125,8 @@ def answered(
     procedure = settings.procedure
     unusable: deque[tuple[int, Task, ImageError]] = deque()  # each with the number of tasks pulled before it
 
-    def usable() -> Iterator[Target | None]:
+    def usable() -> Iterator[Target]:
         for order, task in enumerate(tasks):
-            if task is None:
-                yield None
-                continue
             try:
                 image = smoothed.check(task.load())
             except ImageError as error:
@@ -194,12 +190,11 @@ Answered = tuple[Target, int, AnswerKeys, Tensor]
 
 
 def _fixed(
-    smoothed: NoisyClassifier, images: Iterable[Target | None], settings: Settings, tell: Callable[[int], None]
+    smoothed: NoisyClassifier, images: Iterable[Target], settings: Settings, tell: Callable[[int], None]
 ) -> Iterator[Answered]:
     """Answer from the same number of samples for every image, in their order."""
     procedure, seed = settings.procedure, settings.seed
-    targets = (target for target in images if target is not None)  # a batch is filled from the next image
-    for target, tallies in smoothed.sample(targets, procedure.stages, seed=seed, clean=True, progress=tell):
+    for target, tallies in smoothed.sample(images, procedure.stages, seed=seed, clean=True, progress=tell):
         assert isinstance(target.image, Tensor)
         assert target.name is not None
         uniform = bound_draw(seed, target.name)
@@ -212,7 +207,7 @@ def _fixed(
 
 
 def _sequential(
-    smoothed: NoisyClassifier, images: Iterable[Target | None], settings: Settings, tell: Callable[[int], None]
+    smoothed: NoisyClassifier, images: Iterable[Target], settings: Settings, tell: Callable[[int], None]
 ) -> Iterator[Answered]:
     """Answer from as many samples as each image needs, in the order in which they are settled."""
     procedure = settings.procedure
