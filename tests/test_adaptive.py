@@ -124,7 +124,7 @@ def test_a_decision_never_flips_after_stopping() -> None:
     assert (after.outcomes, after.looks, after.votes) == (before.outcomes, before.looks, before.votes)
 
 
-def test_failures_are_nobodys_votes() -> None:
+def test_failures_are_votes_for_no_class() -> None:
     watch = RadiusDecision(3, n=10_000, radii=(0.25,), noise=NOISE, alpha=0.001, rule="betting")
     watch.add(np.full(100, -1))
     assert watch.result().outcomes == ("not certifiable",)
@@ -134,7 +134,7 @@ def test_failures_are_nobodys_votes() -> None:
     assert watch.result().outcomes == ("not certifiable",)
 
 
-def test_hardly_a_sample_is_drawn_that_is_not_needed() -> None:
+def test_few_samples_are_drawn_in_excess() -> None:
     """If all votes agree, about as many are drawn as settle it; n is the cap."""
     for radius, rule, fewest in ((0.25, "betting", 56), (0.5, "betting", 460), (0.5, "one-sided", 352)):
         watch = RadiusDecision(2, n=100_000, radii=(radius,), noise=NOISE, alpha=0.001, rule=rule)
@@ -178,7 +178,7 @@ def test_few_samples_first_and_new_images_while_there_is_room() -> None:
     assert len(full) > 0.9 * (easy // 256)  # and what was paid for was used
 
 
-def test_a_large_image_is_settled_while_small_ones_come_without_end() -> None:
+def test_a_large_image_is_settled_during_an_endless_supply_of_small_ones() -> None:
     sizes = [*[1000], *[100] * 200]
 
     def label(jobs: Iterable[Job]) -> Iterator[Tally]:
@@ -252,7 +252,7 @@ def test_measuring_all_agreeing_votes_stops_near_the_cap_of_n() -> None:
 
 
 @pytest.mark.parametrize("p", [0.5, 0.8, 0.97])
-def test_measured_bounds_hold_although_they_are_looked_at(p: float) -> None:
+def test_measured_bounds_hold_under_optional_stopping(p: float) -> None:
     """300 images whose votes are drawn with a known p, stopped by their own votes: radii too large at most alpha."""
     rng, alpha, total, wrong = np.random.default_rng(11), 0.1, 300, 0
     for _ in range(total):
@@ -282,7 +282,7 @@ def test_a_stricter_alpha_undecides(linear_classifier: Any) -> None:
 
 
 @pytest.mark.parametrize("radius", [-0.1, math.nan, 10.0])
-def test_radii_that_cannot_be_are_refused(radius: float, linear_classifier: Any) -> None:
+def test_impossible_radii_are_refused(radius: float, linear_classifier: Any) -> None:
     classifier, image = half_space(linear_classifier, 0.3)
     with pytest.raises(UserError, match="expected one from 0"):
         SmoothedClassifier(classifier, 0.25).decide(image, radius=radius)
@@ -311,7 +311,7 @@ def test_tiny_alphas_leave_something_to_share(linear_classifier: Any) -> None:
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 5.0, -1.0, math.nan])
-def test_tolerances_that_cannot_be_are_refused(tolerance: float, linear_classifier: Any) -> None:
+def test_impossible_tolerances_are_refused(tolerance: float, linear_classifier: Any) -> None:
     classifier, image = half_space(linear_classifier, 0.4)
     g = SmoothedClassifier(classifier, 0.25)
     with pytest.raises(UserError, match="between 0 and 1"):

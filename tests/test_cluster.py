@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -19,7 +20,7 @@ from command import run
 from small_networks import PLAIN
 
 from certify import SmoothedClassifier, load_images
-from certify.cluster.connect import Address, Slot, cluster_slots, local_slots, require_ray
+from certify.cluster.connect import Address, Slot, _connect, cluster_slots, local_slots, require_ray
 from certify.cluster.driver import TRIES, WorkerPool, describe_end, group_size
 from certify.cluster.worker import (
     Line,
@@ -146,7 +147,7 @@ def test_none_waits_beside_an_idle_worker_at_the_end() -> None:
 @pytest.mark.parametrize(
     "text", ["", "local:0", "local:x", "localhost", "ray://", "ray://host", "ray://:1", "ray://h:0"]
 )
-def test_addresses_that_are_none(text: str) -> None:
+def test_invalid_addresses(text: str) -> None:
     with pytest.raises(UserError, match=r"expected local, local:K .* auto .* or ray://HOST:PORT"):
         Address.parse(text)
 
@@ -157,7 +158,7 @@ def test_addresses() -> None:
     assert [a.where for a in found[3:]] == ["ray://head:10001", "ray://[::1]:10001"]
 
 
-def test_one_worker_a_device() -> None:
+def test_one_worker_per_device() -> None:
     gpus = [{"NodeID": "a", "Resources": {"CPU": 16.0, "GPU": 2.0}}, {"NodeID": "b", "Resources": {"CPU": 8.0}}]
     assert [(s.node, s.gpus) for s in cluster_slots(gpus, "auto")] == [("a", 1.0), ("a", 1.0)]
     assert cluster_slots(gpus, "cpu") == [Slot("a", 16, 0.0, 16), Slot("b", 8, 0.0, 8)]
@@ -178,6 +179,22 @@ def test_an_address_that_does_not_answer() -> None:
     with pytest.raises(RunFault, match=r"ray://127\.0\.0\.1:9 does not answer"):
         require_ray(Address.parse("ray://127.0.0.1:9"))
     assert time.monotonic() - start < 20  # Ray's own client tries for 35 s
+
+
+@pytest.mark.parametrize(("failures", "error"), [(2, ""), (3, "ray://h:1: Initialization failure from server: busy$")])
+def test_a_busy_cluster_is_tried_three_times(failures: int, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers, but cannot start its side of the connection in the time that Ray gives it."""
+    attempts = []
+
+    def init(**options: Any) -> None:
+        attempts.append(options["address"])
+        if len(attempts) <= failures:
+            raise ConnectionAbortedError("Initialization failure from server:\nbusy\nTraceback ...")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None))
+    with pytest.raises(RunFault, match=error) if error else contextlib.nullcontext():
+        _connect("ray://h:1", {})
+    assert len(attempts) == 3
 
 
 # What has to fit

@@ -258,7 +258,7 @@ def test_an_image_that_kills_its_worker_is_named_and_set_aside(folder: Path, clu
     assert 3 <= (folder / "poison").stat().st_size <= 5  # also without noise, and once beside others
 
 
-def test_a_killed_driver_goes_on(folder: Path, cluster: Raylets) -> None:
+def test_a_run_whose_driver_was_killed_resumes(folder: Path, cluster: Raylets) -> None:
     process = start(folder, "slow", "killed-driver", "--n", "4000", cluster=cluster)
     wait_for_lines(folder / "killed-driver.jsonl", process, 3)
     os.killpg(process.pid, signal.SIGKILL)
@@ -303,7 +303,7 @@ def test_a_lost_node_and_one_with_other_code(folder: Path, cluster: Raylets, tmp
     assert not (folder / "other-code.jsonl").exists()
 
 
-def test_this_machines_own_cluster(folder: Path) -> None:
+def test_a_cluster_on_this_machine(folder: Path) -> None:
     """``--cluster local:2``, guarded by a token that reaches no file; nothing of it is left afterwards."""
     home = folder / "home"
     home.mkdir()
@@ -317,7 +317,7 @@ def test_this_machines_own_cluster(folder: Path) -> None:
     assert not (home / ".ray" / "auth_token").exists()
 
 
-def test_addresses_that_are_no_cluster(folder: Path) -> None:
+def test_addresses_without_a_cluster(folder: Path) -> None:
     """Nothing there, and something else there: one line each, within bounds."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         for where, words in ((f"ray://127.0.0.1:{server.getsockname()[1]}", "ray://127.0.0.1"), ("auto", "auto")):
@@ -336,7 +336,7 @@ def test_addresses_that_are_no_cluster(folder: Path) -> None:
             assert time.monotonic() - begun < 240
 
 
-def test_what_is_no_fixed_function_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_random_classifier_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is not taken for another model on the workers, whose answers differ from the driver's."""
     out = tmp_path / "r.jsonl"
     options = f"--num-classes 10 --data digits --max 4 --sigma 0.25 --n 100 --cluster local:2 --out {out}".split()

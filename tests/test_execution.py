@@ -28,7 +28,7 @@ from denoisers.dncnn import DnCNN
 
 
 class TestFolding:
-    def test_logits_stay(self) -> None:
+    def test_logits_stay_the_same(self) -> None:
         base = Pipeline(classifier(), trained(DnCNN(16, 5)), 0.5)
         run, real = prepare(base, replace(PLAIN, folded=True), IMAGE)
         assert real.folded
@@ -39,7 +39,7 @@ class TestFolding:
         assert float(expected.std()) > 0.1
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
-    def test_the_original_is_left_alone(self) -> None:
+    def test_the_original_is_unchanged(self) -> None:
         base = Pipeline(classifier())
         before = base.describe()
         prepare(base, replace(PLAIN, folded=True, precision="bfloat16"), IMAGE)
@@ -112,7 +112,7 @@ class TestPrecision:
         assert {p.dtype for p in run.parameters()} == {torch.bfloat16}  # type: ignore[attr-defined]
         assert (labels(run, base) == labels(base, base)).double().mean() > 0.8
 
-    def test_what_is_no_torch_module_stays_as_it_is(self, linear_classifier: Any) -> None:
+    def test_other_than_torch_modules_run_as_they_are(self, linear_classifier: Any) -> None:
         base = Pipeline(linear_classifier(torch.ones(768), 380.0))
         run, real = prepare(base, replace(PLAIN, folded=True, compiled=True), IMAGE)
         assert run is base
@@ -177,7 +177,7 @@ class TestCompilation:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("seconds", [0.1, 0.3, 0.6])
-    def test_a_compilation_that_is_given_up_leaves_everything_as_it_was(self, seconds: float) -> None:
+    def test_an_abandoned_compilation_changes_nothing(self, seconds: float) -> None:
         """Wherever the compiler is stopped, the classifier runs eagerly, and may be compiled later."""
         base = Pipeline(classifier(), trained(DnCNN(8, 12)), 0.5)
         wanted = replace(PLAIN, folded=True, compiled=True)
@@ -206,7 +206,7 @@ class TestCompilation:
         assert "compilation failed" in header["execution"]["why"][-1]
 
 
-def test_a_run_goes_on_as_it_began(tmp_path: Path) -> None:
+def test_a_run_resumes_as_it_began(tmp_path: Path) -> None:
     """Resumed with `auto`, a run keeps its precision; asked for another one, it is refused."""
     path = tmp_path / "r.jsonl"
     command = [*"--model digits --sigma 0.25 --n 200 --max 4 --json --out".split(), str(path)]
@@ -223,7 +223,7 @@ def test_a_run_goes_on_as_it_began(tmp_path: Path) -> None:
     run(*command, "--precision", "float32", code=2)
 
 
-def test_disagreement_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_disagreement_with_float32_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     from certify.cli.summary import _warn_of_disagreement
 
     rows = [{"agreement": [94, 100]}, {"agreement": [95, 100]}, {}]
