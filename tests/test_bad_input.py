@@ -248,6 +248,7 @@ CASES = [
     case("more shards than images", D + "--shard 1/3", "more shards than images", "at most 2 shards"),
     case("cluster", D + "--cluster locl:2", "--cluster 'locl:2'", "local:K", "ray://HOST:PORT"),
     case("cluster of no device", D + "--cluster local --device cuda:1", "--device cuda:1", "auto, cpu or cuda"),
+    case("password of a cluster", D + "--cluster ray://me:secret1@host:1", "the address holds a user name or password"),
     case("cluster gone", D + "--cluster ray://127.0.0.1:9", "ray://127.0.0.1:9 does not answer", code=1),
     case("merge a run", "merge x.jsonl -o y.jsonl", "a whole run, not a shard", "--shard i/n", x=finished),
     case("merge nothing", "merge nowhere.jsonl -o y.jsonl", "nowhere.jsonl", "No such file"),

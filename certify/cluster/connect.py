@@ -46,6 +46,10 @@ class Address:
         Raises:
             UserError: anything else.
         """
+        if "@" in text:  # and no part of it is displayed
+            raise UserError(
+                "--cluster: the address holds a user name or password, which Ray does not take; expected ray://HOST:PORT"
+            )
         kind, _, rest = text.partition(":")
         if text in ("local", "auto"):
             return cls(text)

@@ -77,9 +77,8 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer of the head; close another connection if there are too many."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(
-            high=0
-        )  # reports when the system accepts no more bytes, and when all are sent
+        # report when the system accepts no more bytes, and when all are sent
+        transport.set_write_buffer_limits(high=0)
         self._number, self._host = next(_numbers), client_key(self.client[0] if self.client else "")
         self._update_timer()
         if len(self.connections) > self.limit:
