@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from certify.api import certify as certify
     from certify.api import predict as predict
+    from certify.auditing import audit as audit
     from certify.errors import CertifyError as CertifyError
     from certify.errors import UserError as UserError
     from certify.images.dataset import load_images as load_images
@@ -53,6 +54,7 @@ _HOME = {
     "SmoothedClassifier": "smoothed_classifier",
     "UserError": "errors",
     "Votes": "types",
+    "audit": "auditing",
     "certificate_from_votes": "smoothing.certificates",
     "certify": "api",
     "clopper_pearson_lower": "smoothing.bounds",

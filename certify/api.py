@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from certify.images.dataset import ImageSet
+    from certify.images.in_memory import Collection
     from certify.results import Run
     from certify.smoothed_classifier import SmoothedClassifier
 
@@ -201,7 +202,7 @@ def _run(
             header = with_execution(header, smoothed.execution)
         file = stack.enter_context(RunFile(path, header, trust_identity=options.get("trust_identity", False)))
         each, unit = (1, " images") if procedure.sequential else (samples(procedure), " samples")
-        bar = _progress_bar(len(places) * each, len(file.done) * each, unit, shown=options.get("progress", True))
+        bar = progress_bar(len(places) * each, len(file.done) * each, unit, shown=options.get("progress", True))
         advance = stack.enter_context(bar)
         process(smoothed, chosen, settings, file, places=places, strict=options.get("strict", False), progress=advance)
         run = read_run(path)
@@ -213,16 +214,12 @@ def _load(
 ) -> tuple[SmoothedClassifier, ImageSet, str]:
     """Return the smoothed classifier, the images as it takes them, and the classifier's name."""
     from certify.images.dataset import load_images
-    from certify.images.in_memory import collect
     from certify.models.classifier import InputSpec
     from certify.smoothed_classifier import SmoothedClassifier
 
-    named = isinstance(images, str | Path)
-    of_data = _chosen(DataOptions, options)
-    collection = None if named else collect(images, labels, of_data.pop("ids", None))
-    if collection is not None and (extra := sorted(of_data.keys() & {"class_map", "root", "download"})):
-        raise UserError(f"{extra[0]} with images of type {collection.name}: expected a name or path of data with it")
-    of_model = _chosen(ModelOptions, options) | _chosen(SmoothingOptions, options)
+    of_data = chosen_options(DataOptions, options)
+    collection = collect_images(images, labels, of_data)
+    of_model = chosen_options(ModelOptions, options) | chosen_options(SmoothingOptions, options)
     if not isinstance(model, SmoothedClassifier):
         shape = None if collection is None else collection.first_shape()
         smoothed = SmoothedClassifier(model, sigma, **{"device": "auto", **of_model})
@@ -243,7 +240,24 @@ def _load(
     return smoothed, collection.image_set(spec, smoothed.num_classes, **of_data), name
 
 
-def _chosen(group: type, options: Mapping[str, Any]) -> dict[str, Any]:
+def collect_images(images: Any, labels: Any, options: dict[str, Any]) -> Collection | None:
+    """Return images that are Python objects; None for a name or path. Takes ``ids`` out of the options.
+
+    Raises:
+        UserError: options that only names and paths have.
+    """
+    from certify.images.in_memory import collect
+
+    if isinstance(images, str | Path):
+        return None
+    collection = collect(images, labels, options.pop("ids", None))
+    if extra := sorted(options.keys() & {"class_map", "root", "download"}):
+        raise UserError(f"{extra[0]} with images of type {collection.name}: expected a name or path of data with it")
+    return collection
+
+
+def chosen_options(group: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a group that are given."""
     return {name: options[name] for name in group.__annotations__ if name in options}
 
 
@@ -255,7 +269,7 @@ def _first_usable(images: ImageSet) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def _progress_bar(total: int, done: int, unit: str, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, done: int, unit: str, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Show a progress bar in a terminal or notebook; yield its update function."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # in a notebook without ipywidgets the bar is text

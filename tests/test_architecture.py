@@ -26,6 +26,7 @@ MODULES = sorted(p.relative_to(ROOT) for package in ALLOWED for p in (ROOT / pac
 KNOW_MORE = {
     "certify/smoothed_classifier.py": {"denoisers"},  # SmoothedClassifier(denoiser="auto")
     "certify/results.py": {"analysis"},  # Run.table, Run.plot
+    "certify/auditing.py": {"denoisers", "analysis"},  # a denoiser by name, the report
 }
 """Modules that users call, which import other packages when a method needs them."""
 
@@ -41,6 +42,7 @@ LAYERS = (
     ("serve", "cluster"),
     ("results",),
     ("api",),
+    ("auditing",),
     ("cli", "__main__"),
 )
 """Inside ``certify``, each layer imports itself and what stands above it."""

@@ -12,7 +12,7 @@ import pytest
 import certify
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = ("own_module", "own_noise", "three_sigmas", "denoised_smoothing")
+SCRIPTS = ("own_module", "own_noise", "three_sigmas", "denoised_smoothing", "audit_function")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -52,3 +52,14 @@ def shown(output: dict[str, Any]) -> tuple[list[str], str]:
     """The kinds of an output, and its text with numbers cut to two digits: the last bits depend on the processor."""
     text = str(output.get("text") or output["data"].get("text/plain"))
     return sorted(output.get("data", ())), re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/certifying.md"])
+def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (EXAMPLES.parent / page).read_text(encoding="utf-8")
+    blocks = [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "certify.audit(ask" not in block
+    ]
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks), {})

@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
-from certify.errors import RunFault, first_line
+from certify.blackbox.function_service import FUNCTION_FORMAT, Ask, function_sender
+from certify.errors import RunFault, UserError, first_line
 
 if TYPE_CHECKING:
     from certify.blackbox.client.credentials import Credential
@@ -23,12 +25,14 @@ class ServiceSpec:
         protocol: name in :data:`certify.blackbox.protocols.FORMATS`.
         options: of the protocol, by name.
         credential: API key, or None.
+        function: a Python function in place of an HTTP service, or None.
     """
 
     endpoint: str
     protocol: str
     options: Mapping[str, Any]
     credential: Credential | None = None
+    function: Ask | None = None
 
     @property
     def format(self) -> Format:
@@ -39,6 +43,8 @@ class ServiceSpec:
         """
         from certify.blackbox.protocols import FORMATS
 
+        if self.function is not None:
+            return FUNCTION_FORMAT
         built: Format = FORMATS.get(self.protocol)(**self.options)
         return built
 
@@ -96,6 +102,50 @@ class ServiceSpec:
             return self
 
 
+def checked_service(
+    url: str,
+    protocol: str,
+    options: Mapping[str, Any],
+    *,
+    api_key_env: str | None = None,
+    auth_header: str | None = None,
+    auth_query: str | None = None,
+    insecure: bool = False,
+) -> ServiceSpec:
+    """Return a service, checked without sending anything.
+
+    Args:
+        url: of the endpoint.
+        protocol: name in :data:`certify.blackbox.protocols.FORMATS`.
+        options: of the protocol.
+        api_key_env: environment variable with the key, or None.
+        auth_header: header that carries the key, ``{key}`` in it; None: the protocol's.
+        auth_query: query of the URL that carries the key instead.
+        insecure: send the key over plain HTTP to another machine.
+
+    Raises:
+        UserError: an invalid address or option, no key in the variable, or a text that holds the key itself.
+    """
+    from certify.blackbox.client.credentials import BEARER, read_credential
+    from certify.blackbox.client.http import check_endpoint
+    from certify.blackbox.protocols import KEY_HEADERS
+
+    credential = None
+    if api_key_env is not None:
+        credential = read_credential(api_key_env, auth_header or KEY_HEADERS.get(protocol, BEARER), auth_query)
+    endpoint = check_endpoint(url, key=credential is not None, insecure=insecure)
+    texts = (("--endpoint", endpoint), *((f"--protocol-option {name}", value) for name, value in options.items()))
+    for name, value in texts:
+        if credential is not None and credential.key in unquote(str(value)):
+            raise UserError(
+                f"{name} holds the key itself, which would be written to the records; expected it in "
+                f"${api_key_env} alone (--auth-header and --auth-query say where it is sent)"
+            )
+    service = ServiceSpec(endpoint, protocol, options, credential)
+    _ = service.format  # refuses invalid options
+    return service
+
+
 @contextlib.contextmanager
 def open_sender(
     service: ServiceSpec, *, insecure: bool = False, timeout: float = 60.0, connections: int = 5
@@ -108,6 +158,9 @@ def open_sender(
         timeout: seconds per request.
         connections: open at the same time, at most.
     """
+    if service.function is not None:
+        yield function_sender(service.function), service
+        return
     if service.protocol == "rekognition":
         from certify.blackbox.client.aws import rekognition_sender
 

@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from certify.cli.options import Options, flag, option
 from certify.cli.parameter_types import Count, Positive
@@ -65,10 +64,8 @@ def service_from(options: ServiceOptions) -> ServiceSpec:
     Raises:
         UserError: options that are missing, wrong, or contain the key itself.
     """
-    from certify.blackbox.client.credentials import BEARER, read_credential
-    from certify.blackbox.client.http import check_endpoint
-    from certify.blackbox.protocols import ENDPOINTS, FORMATS, KEY_HEADERS
-    from certify.blackbox.service_spec import ServiceSpec
+    from certify.blackbox.protocols import ENDPOINTS, FORMATS
+    from certify.blackbox.service_spec import checked_service
 
     protocol = options.protocol
     assert protocol is not None
@@ -93,21 +90,15 @@ def service_from(options: ServiceOptions) -> ServiceSpec:
         )
     if protocol == "rekognition" and (options.auth_header or options.auth_query):
         raise UserError("--auth-header and --auth-query with rekognition: boto3 signs requests itself; leave them out")
-    credential = None
-    if options.api_key_env is not None:
-        header = options.auth_header or KEY_HEADERS.get(protocol, BEARER)
-        credential = read_credential(options.api_key_env, header, options.auth_query)
-    endpoint = check_endpoint(url, key=credential is not None, insecure=options.insecure)
-    texts = (("--endpoint", endpoint), *((f"--protocol-option {name}", values[name]) for name in values))
-    for name, value in texts:
-        if credential is not None and credential.key in unquote(str(value)):
-            raise UserError(
-                f"{name} holds the key itself, which would be written to the records; expected it in "
-                f"${options.api_key_env} alone (--auth-header and --auth-query say where it is sent)"
-            )
-    service = ServiceSpec(endpoint, protocol, values, credential)
-    _ = service.format  # refuses invalid options
-    return service
+    return checked_service(
+        url,
+        protocol,
+        values,
+        api_key_env=options.api_key_env,
+        auth_header=options.auth_header,
+        auth_query=options.auth_query,
+        insecure=options.insecure,
+    )
 
 
 def query_limits(options: ServiceOptions, limits: RequestLimits) -> QueryLimits:

@@ -39,6 +39,10 @@ class Collection:
     labels: Sequence[int | None]
     name: str
 
+    def without_labels(self) -> Collection:
+        """Return the same images without labels."""
+        return Collection(self.items, [None] * len(self.items), self.name)
+
     def first_shape(self) -> tuple[int, int, int] | None:
         """Return (C, H, W) of the first usable image; None if there is none."""
         for item in self.items:
