@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from certify.cluster.worker import WorkItem
 from certify.errors import ImageError
 from certify.runs.records import ImageRow
-from certify.runs.runner import owed, refuse_unusable, store
+from certify.runs.runner import pending, refuse_unusable, store
 from certify.smoothing.procedures import samples
 from certify.smoothing.sequential_tests import LEAST
 
@@ -43,7 +43,7 @@ def process_on(
         UserError: a worker with other code or weights than this process.
         RunFault: no worker is left, or the run file cannot be written; what it holds is kept.
     """
-    tasks = {task.place: task for task in owed(images, file, places, strict=strict)}
+    tasks = {task.place: task for task in pending(images, file, places, strict=strict)}
     unusable = [place for place, task in tasks.items() if task.id in file.done]  # only with strict
     if unusable:
         task = tasks[unusable[0]]

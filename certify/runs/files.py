@@ -1,4 +1,4 @@
-"""Files written so that nothing that was done is lost: appended under a lock, or written beside and renamed."""
+"""Write files without losing finished work: append under a lock, or write a temporary file and rename it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ FREE_KEYS = ("data", "created", "command", "versions", "machine", "batch_size", 
 
 FINGERPRINT, EXTERNAL = "fingerprint", "external_data"
 _EVIDENCE = (FINGERPRINT, EXTERNAL, "sha256")
-"""Keys of a step that older files may lack: an absent one is unknown, not different."""
+"""Keys of a step that older files may lack: a missing one is unknown, not different."""
 
 _TOLERANCE = 0.02
 """Root mean square difference of two fingerprints over that of the first, up to which they are one function's.
@@ -30,13 +30,13 @@ _LABELS = 1  # of stable labels that may differ, out of 96
 
 
 def identity(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run this run and no other, flat: ``{"n": 100000, "images.sha256": ...}``; without fingerprints."""
+    """Return the settings that identify a run, flat: ``{"n": 100000, "images.sha256": ...}``; without fingerprints."""
     kept = {key: value for key, value in header.items() if key not in FREE_KEYS}
     return {path: value for path, value in _walk("", kept, FINGERPRINT) if not isinstance(value, Mapping)}
 
 
 def _walk(path: str, value: Any, left_out: str = "") -> Iterator[tuple[str, Any]]:
-    """Objects and plain values with their paths, objects before what they hold; lists without objects are values."""
+    """Yield objects and plain values with their paths, objects before their contents; lists of values are values."""
     if isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
         for i, inner in enumerate(value):
             yield from _walk(f"{path}[{i}]", inner, left_out)
@@ -49,7 +49,7 @@ def _walk(path: str, value: Any, left_out: str = "") -> Iterator[tuple[str, Any]
 
 
 def identity_digest(header: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits of the identity: in default file names, so that other settings go to another file."""
+    """Return eight hexadecimal digits of the identity, for default file names: other settings go to another file."""
     text = json.dumps(identity(header), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -57,13 +57,13 @@ def identity_digest(header: Mapping[str, Any]) -> str:
 def refuse_other_run(
     path: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, trust_identity: bool = False
 ) -> None:
-    """Stop when a run file belongs to a command with other settings or to another model.
+    """Refuse a run file of other settings or another model.
 
     Args:
         path: of the file.
         old: its header.
         new: the header of the command.
-        trust_identity: whether the user vouches for what the file cannot prove.
+        trust_identity: True if the user vouches for what the file cannot prove.
 
     Raises:
         UserError: other settings (named), or a file that cannot prove that its model is still the same.
@@ -78,7 +78,7 @@ def refuse_other_run(
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """In what two headers are not the same run, in words; empty when they are, as far as both of them say."""
+    """Describe how two headers differ as runs; empty if they are the same run, as far as both of them say."""
     before, now = identity(there), identity(here)
     skipped = _missing(there, here)
     keys = sorted(
@@ -97,7 +97,7 @@ def _short(value: Any) -> str:
 
 
 def _steps(header: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Every named object of a header (denoisers, classifiers, purifiers) by its path."""
+    """Return every named object of a header (denoisers, classifiers, purifiers) by its path."""
     return {path: value for path, value in _walk("", header) if isinstance(value, Mapping) and "name" in value}
 
 
@@ -107,12 +107,12 @@ def _pairs(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def _missing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Paths of hashes that one of the headers has and the other one was written without."""
+    """Return the paths of hashes that only one of the headers has."""
     return [f"{path}.{key}" for path, a, b in _pairs(there, here) for key in _EVIDENCE if (key in a) != (key in b)]
 
 
 def _unknown(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Names of the steps of which one header has a hash or a fingerprint that the other one lacks."""
+    """Return the names of the steps for which only one header has a hash or a comparable fingerprint."""
     found = []
     for _, a, b in _pairs(there, here):
         for key in _EVIDENCE:
@@ -124,16 +124,16 @@ def _unknown(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def _changed(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Names of the steps whose fingerprints differ."""
+    """Return the names of the steps whose fingerprints differ."""
     return sorted(
         str(b["name"]) for _, a, b in _pairs(there, here) if not same_answers(a.get(FINGERPRINT), b.get(FINGERPRINT))
     )
 
 
 def unproven(header: Mapping[str, Any]) -> str:
-    """What a run file cannot prove about its models, as a sentence; empty where it proves everything.
+    """Describe which models a run file cannot prove; empty if it proves all.
 
-    Files written before there were fingerprints hold the hash of one file, whatever else the model read.
+    Files older than fingerprints hold the hash of one file, whatever else the model read.
     """
     names = {str(step["name"]) for step in _steps(header).values() if not _proven(step)}
     if not names:
@@ -144,7 +144,7 @@ def unproven(header: Mapping[str, Any]) -> str:
 
 
 def _proven(step: Mapping[str, Any]) -> bool:
-    """Whether a step holds hashes of everything it reads, or a fingerprint."""
+    """Return True if a step has hashes of everything it reads, or a fingerprint."""
     if FINGERPRINT in step:
         return step[FINGERPRINT] is not None
     if step.get("code_sha256") is None:
@@ -153,13 +153,13 @@ def _proven(step: Mapping[str, Any]) -> bool:
 
 
 def same_answers(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    """Whether two fingerprints can be one function's on different machines; where one is missing, they can."""
+    """Return True if two fingerprints can be of one function on different machines, or one of them is missing."""
     same = _comparable(one, other)
     return True if same is None else same
 
 
 def _comparable(one: Any, other: Any) -> bool | None:
-    """Whether they are one function's; None where they cannot be compared."""
+    """Return True if both are of one function; None if they cannot be compared."""
     kind, a = _read(one)
     other_kind, b = _read(other)
     if kind is None or other_kind is None or one.get("probe") != other.get("probe"):
@@ -176,7 +176,7 @@ def _comparable(one: Any, other: Any) -> bool | None:
 
 
 def _read(fingerprint: Any) -> tuple[str | None, list[float | None]]:
-    """What was stored, and its values; None for what is no fingerprint."""
+    """Return the kind of a fingerprint and its values; None for anything else."""
     for kind, values in fingerprint.items() if isinstance(fingerprint, Mapping) else ():
         numbers = isinstance(values, list) and all(v is None or type(v) in (int, float) for v in values)
         if kind != "probe" and numbers:

@@ -1,7 +1,6 @@
-"""A run: chosen images through the smoothed classifier into the run file.
+"""Certify, decide or predict the chosen images and append their rows to the run file.
 
-Pure bookkeeping around :mod:`certify.engine.noisy_classifier`; the command line adds messages, a progress bar and
-figures.
+Bookkeeping around :mod:`certify.engine.noisy_classifier`; the command line adds messages, a progress bar and figures.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ _LOG = logging.getLogger("certify")
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One image that is owed.
+    """One image to do.
 
     Attributes:
         place: its number among the chosen images, from 0.
-        id: names its noise streams.
+        id: key of its noise streams.
         label: its class, or None.
-        load: gives the image ``(C, H, W)``, float32 in [0, 1]; raises :class:`ImageError` where it cannot be used.
+        load: returns the image ``(C, H, W)``, float32 in [0, 1]; raises :class:`ImageError` if it cannot be used.
     """
 
     place: int
@@ -58,25 +57,25 @@ def process(
     progress: Callable[[int], None] | None = None,
     warn: Callable[[str], None] = _LOG.warning,
 ) -> None:
-    """Certify (or predict, or decide) every image that the file does not hold yet, and append its line.
+    """Answer about every image that the file does not hold yet, and append its row.
 
-    An image that cannot be used is named, recorded with its ``error`` and counts as an abstention without trials; with
-    ``strict`` it ends the run. ``progress`` is called with samples, or with images where they stop by themselves.
-    ``places`` are those of the images that the file owes, all of them unless given.
+    An image that cannot be used is reported, recorded with its ``error`` and counts as an abstention without trials;
+    with ``strict`` it ends the run. ``progress`` is called with samples, or with images where they stop early.
+    ``places`` are those of the images of the file, all of them by default.
 
     Raises:
         ImageError: with ``strict``, the first unusable image.
         RunFault: the run file cannot be written.
     """
-    tasks = owed(images, file, places, strict=strict)
+    tasks = pending(images, file, places, strict=strict)
     for place, line in answered(smoothed, tasks, settings, strict=strict, progress=progress):
         store(file, place, line, warn)
 
 
-def owed(
+def pending(
     images: ImageSet, file: RunFile, places: Sequence[int] | None = None, *, strict: bool = False
 ) -> Iterator[Task]:
-    """The images that the file does not hold yet; with ``strict`` also those that it holds as unusable."""
+    """Yield the images that the file does not hold yet; with ``strict`` also those that it holds as unusable."""
     for place in range(len(images)) if places is None else places:
         item = images.items[place]
         known = file.done.get(item.id)
@@ -98,7 +97,7 @@ def store(file: RunFile, place: int, row: ImageRow, warn: Callable[[str], None])
 
 
 def refuse_unusable(task: Task, reason: object) -> ImageError:
-    """What ``--strict`` says of the first image that cannot be used."""
+    """Return the error of ``--strict`` about the first image that cannot be used."""
     return ImageError(f"image {task.id} {reason}; drop --strict to go on without it")
 
 
@@ -110,9 +109,9 @@ def answered(
     strict: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, ImageRow]]:
-    """The lines of these images, each with its place: in their order at a fixed n, else as images are settled.
+    """Yield the rows of these images with their places: in order at a fixed n, else as images are settled.
 
-    What a line says depends on its image alone, its ``seconds`` apart: not on the others, their order or the process.
+    Except for its ``seconds``, a row depends on its image alone, not on the others, their order or the process.
 
     Args:
         smoothed: the smoothed classifier, prepared.
@@ -222,7 +221,7 @@ def _sequential(
 
 
 def near_chance(correct: int, total: int, num_classes: int) -> bool:
-    """Whether guessing explains this many right answers, while a classifier that is right half the time does not."""
+    """Return True if so few correct answers fit guessing, but not a classifier that is right half the time."""
     from scipy.special import bdtr, bdtrc
 
     guessing = float(bdtrc(correct - 1, total, 1.0 / num_classes)) if correct else 1.0

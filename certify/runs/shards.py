@@ -53,7 +53,7 @@ class Shard:
         return cls(int(first), int(second))
 
     def places(self, images: int) -> range:
-        """The places of its images among all chosen ones, from 0.
+        """Return the places of its images among all chosen ones, from 0.
 
         Raises:
             UserError: more shards than images.

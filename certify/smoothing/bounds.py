@@ -1,9 +1,9 @@
 """Confidence bounds for the votes of one image, rounded outward.
 
-A bound looks at the :class:`Evidence` for a class that was chosen without it, and answers with an :class:`Interval`:
-with probability at least 1 - alpha the class has at least ``lower`` and every other class at most ``upper``. Floating
-point must not spoil that: scipy's quantile functions land above the exact value about half the time, and miss it by a
-factor of two for 1,000 votes of 10^9. So ``_OUTWARD`` is subtracted, and the result is checked by the tail probability,
+A bound maps the :class:`Evidence` about a class, chosen independently of it, to an :class:`Interval`: with probability
+at least 1 - alpha the class has at least probability ``lower`` and every other class at most ``upper``. Floating-point
+errors must not void that: scipy's quantile functions exceed the exact value about half the time, and by a factor of two
+for 1,000 votes of 10^9. Therefore ``_OUTWARD`` is subtracted, and the result is checked against the tail probability,
 which scipy computes to a known relative error (:func:`tail_error`) for up to ``MAX_TRIALS`` trials.
 """
 
@@ -20,10 +20,10 @@ from certify.registry import Registry
 from certify.smoothing.numeric import as_float, as_int
 
 MAX_TRIALS = 10**9
-"""Trials up to which bounds and rules were compared with ball arithmetic; more are refused."""
+"""Largest number of trials for which bounds and rules were compared with ball arithmetic; more are refused."""
 
 _OUTWARD = 1e-12  # costs less than 2e-7 of a radius at sigma = 1
-_SMALLEST_ALPHA, _SMALLEST_SHARE = 1e-40, 1e-50  # what may be asked for, and what may be left of it to share
+_SMALLEST_ALPHA, _SMALLEST_SHARE = 1e-40, 1e-50  # as given by the user, and after splitting
 _OTHERS_SHARE = 0.1  # of alpha in `best`: see best()
 
 BOUNDS = Registry("bound", "certify.bounds")
@@ -31,13 +31,16 @@ BOUNDS = Registry("bound", "certify.bounds")
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a bound may look at.
+    """The input of a bound.
 
     Attributes:
-        successes: k, votes of the class in question.
-        others: votes of the strongest other class, whichever that is, and all failures.
-        trials: n.
-        uniform: a number in (0, 1], drawn uniformly and independently of the votes, for randomized bounds.
+        successes: k, votes of the class, 0 <= k <= n.
+        others: votes of the strongest other class plus all failures.
+        trials: n, from 1 to ``MAX_TRIALS``.
+        uniform: a draw from (0, 1], uniform and independent of the votes, for randomized bounds.
+
+    Raises:
+        UserError: values out of range.
     """
 
     successes: int
@@ -55,20 +58,25 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Interval:
-    """The class has at least ``lower``, every other class at most ``upper``."""
+    """Bounds on two probabilities: at least ``lower`` for the class, at most ``upper`` for every other class."""
 
     lower: float
     upper: float
 
+    @classmethod
+    def above(cls, lower: float) -> Interval:
+        """Return the interval of a lower bound alone: the other classes share the rest."""
+        return cls(lower, 1.0 - lower)
+
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound and what it presupposes.
+    """A bound and its assumptions.
 
     Attributes:
-        compute: from the evidence and alpha to the interval.
-        anytime: whether it holds at every sample size at once, so that votes may be looked at before they stop.
-        randomized: whether it uses ``Evidence.uniform``.
+        compute: maps the evidence and alpha to the interval.
+        anytime: True if it holds at every sample size at once, so that sampling may stop depending on the votes.
+        randomized: True if it uses ``Evidence.uniform``.
     """
 
     compute: Callable[[Evidence, float], Interval]
@@ -76,7 +84,7 @@ class Bound:
     randomized: bool = False
 
     def __call__(self, evidence: Evidence, alpha: float) -> Interval:
-        """The interval; wrong with probability at most alpha."""
+        """Return the interval; with probability at most alpha one of its ends is wrong."""
         return self.compute(evidence, check_share(alpha))
 
 
@@ -90,7 +98,7 @@ def check_alpha(alpha: float) -> float:
 
 
 def check_share(alpha: float) -> float:
-    """Return a share of an alpha that was accepted, which may be smaller still, as a Python float."""
+    """Return a part of an accepted alpha, which may be smaller than any alpha, as a Python float."""
     return _check_level(alpha, _SMALLEST_SHARE)
 
 
@@ -116,7 +124,7 @@ def check_counts(successes: int, trials: int) -> tuple[int, int]:
 
 
 def check_trials(trials: int | np.ndarray) -> None:
-    """Refuse more than ``MAX_TRIALS`` trials, in any of several counts."""
+    """Refuse more than ``MAX_TRIALS`` trials, in one or several counts."""
     if (most := int(np.max(trials, initial=0))) > MAX_TRIALS:
         raise UserError(f"{most:,} trials: expected at most {MAX_TRIALS:,}, up to which the bounds were checked")
 
@@ -129,19 +137,19 @@ def _check_uniform(uniform: float) -> float:
 
 
 def tail_error(trials: int) -> float:
-    """Relative error of scipy's binomial tail probabilities: ten times the largest that was found for any count."""
+    """Return a relative error bound of scipy's binomial tail probabilities: ten times the largest error observed."""
     return 2e-14 * math.sqrt(trials)
 
 
 def _proved(tail: Callable[[float], float], p: float, floor: float, alpha: float, error: float) -> float:
-    """Return ``p`` if the tail there is at most alpha for certain, else the largest value above ``floor`` where it is.
+    """Return ``p`` if the tail there is certainly at most alpha, else the largest value above ``floor`` where it is.
 
     Args:
-        tail: computes an increasing probability to the relative ``error``; at most alpha at ``floor``.
+        tail: an increasing probability, computed with relative ``error``; at most alpha at ``floor``.
         p: the candidate.
         floor: returned if nothing above it can be proved.
         alpha: the level.
-        error: of ``tail``.
+        error: relative error of ``tail``.
     """
 
     def holds(q: float) -> bool:
@@ -158,13 +166,13 @@ def _proved(tail: Callable[[float], float], p: float, floor: float, alpha: float
 def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
     """Exact one-sided lower confidence bound on a proportion (Clopper and Pearson 1934).
 
-    If ``successes`` is binomial with ``trials`` and p, then P(result > p) <= alpha, whatever p. The bound is the
+    If ``successes`` is binomial with ``trials`` and p, then P(result > p) <= alpha for every p. The bound is the
     alpha-quantile of Beta(k, n - k + 1), lowered by a margin that covers floating-point error.
 
     Args:
         successes: k, 0 <= k <= n.
         trials: n >= 1.
-        alpha: probability of error, in (0, 1).
+        alpha: failure probability, in (0, 1).
 
     Returns:
         The bound, in [0, 1).
@@ -185,7 +193,11 @@ def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
 
 
 def clopper_pearson_upper(successes: int, trials: int, alpha: float) -> float:
-    """The upper bound: P(result < p) <= alpha, whatever p; 1 minus the lower bound of the failures."""
+    """Exact one-sided upper confidence bound on a proportion (Clopper and Pearson 1934).
+
+    P(result < p) <= alpha for every p. It is 1 minus :func:`clopper_pearson_lower` of the other trials, rounded up;
+    arguments and errors as there.
+    """
     successes, trials = check_counts(successes, trials)
     return min(1.0, 1.0 - clopper_pearson_lower(trials - successes, trials, alpha) + math.ulp(1.0))
 
@@ -195,13 +207,13 @@ def randomized_lower(successes: int, trials: int, alpha: float, uniform: float) 
 
     p such that P(B > k) + W P(B = k) = alpha for B ~ Bin(n, p) and a uniform W, drawn once and independently of the
     votes; W = 1 gives Clopper-Pearson. Coverage would be exactly 1 - alpha; it is at least that, because the bound is
-    rounded down, and because W is never taken below 2 alpha: when all votes agree, a W near alpha would give p = 1 and
-    an infinite radius.
+    rounded down, and because W is at least 2 alpha: if all votes agree, a W near alpha would give p = 1 and an infinite
+    radius.
 
     Args:
         successes: k, 0 <= k <= n.
         trials: n >= 1.
-        alpha: probability of error, in (0, 1).
+        alpha: failure probability, in (0, 1).
         uniform: W, in (0, 1].
 
     Raises:
@@ -230,22 +242,20 @@ def randomized_lower(successes: int, trials: int, alpha: float, uniform: float) 
 
 
 def _clopper_pearson(evidence: Evidence, alpha: float) -> Interval:
-    lower = clopper_pearson_lower(evidence.successes, evidence.trials, alpha)
-    return Interval(lower, 1.0 - lower)
+    return Interval.above(clopper_pearson_lower(evidence.successes, evidence.trials, alpha))
 
 
 def _randomized(evidence: Evidence, alpha: float) -> Interval:
-    lower = randomized_lower(evidence.successes, evidence.trials, alpha, evidence.uniform)
-    return Interval(lower, 1.0 - lower)
+    return Interval.above(randomized_lower(evidence.successes, evidence.trials, alpha, evidence.uniform))
 
 
 def two_classes(evidence: Evidence, alpha: float, others_share: float) -> Interval:
-    """Bounds on the class and on its strongest rival, alpha shared out between them; any number of classes.
+    """Bound the class and its strongest rival, with alpha split between them; for any number of classes.
 
-    The rival need not be named in advance, and nothing is paid for there being many: let c be the other class with the
+    The rival need not be named in advance, and the number of classes costs nothing: let c be the other class with the
     largest probability, a fixed class. The largest count among the others is at least c's, and the upper bound grows
     with the count, so it exceeds p_c whenever c's own bound does: with probability at least 1 - alpha's share. A failed
-    trial may have been any class's, so failures count for the rival.
+    trial could be a vote for any class, so failures count for the rival.
     """
     alpha, others_share = check_share(alpha), as_float(others_share, "others_share")
     lower = clopper_pearson_lower(evidence.successes, evidence.trials, alpha * (1.0 - others_share))
@@ -258,11 +268,11 @@ def _runner_up(evidence: Evidence, alpha: float) -> Interval:
 
 
 def _best(evidence: Evidence, alpha: float) -> Interval:
-    """Nine tenths of alpha for the class and one for its rivals; 1 - lower bounds these too, at no price.
+    """Spend nine tenths of alpha on the class and one on its rivals, which 1 - lower bounds too, at no cost.
 
-    The radius is the larger of the one-class and the two-class radius at these shares. What not having to know costs:
-    at n = 1,000 and p = 0.9, 0.2 % of Clopper-Pearson's radius where a rival takes all the rest, and 0.8 % of
-    runner-up's where it has 0.02. Where the radius is near 0 the share of it is larger (``benchmarks/bounds.py``).
+    The radius is the larger of the one-class and the two-class radius at these levels. The cost of not choosing between
+    them in advance: at n = 1,000 and p = 0.9, 0.2 % of Clopper-Pearson's radius where a rival takes all the rest, and
+    0.8 % of runner-up's where it has 0.02. Near radius 0 the relative cost is larger (``benchmarks/bounds.py``).
     """
     return two_classes(evidence, alpha, _OTHERS_SHARE)
 
@@ -273,6 +283,6 @@ BOUNDS.add(
     Bound(_randomized, randomized=True),
     "randomized Clopper-Pearson: coverage at least 1 - alpha, never below clopper-pearson",
 )
-BOUNDS.add("runner-up", Bound(_runner_up), "the class against its strongest rival, alpha shared evenly")
-BOUNDS.add("best", Bound(_best), "the larger of both, alpha shared 9 : 1")
+BOUNDS.add("runner-up", Bound(_runner_up), "the class against its strongest rival, alpha split evenly")
+BOUNDS.add("best", Bound(_best), "the larger of both, alpha split 9 : 1")
 BOUNDS.add("betting", "certify.smoothing.stopping_rules:BETTING", "holds at every sample size at once (anytime-valid)")

@@ -1,4 +1,4 @@
-"""Votes -> certificate or abstention: pure functions, in which live, resumed and replayed runs all end."""
+"""Certificates, decisions and predictions from votes: pure functions that all live, resumed and replayed runs share."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def certificate_from_votes(
     bound: str = "clopper-pearson",
     uniform: float = 1.0,
 ) -> Certificate:
-    """CERTIFY of Cohen, Rosenfeld and Kolter (2019): from two stages of votes to a radius or an abstention.
+    """Return a radius or an abstention from two stages of votes: CERTIFY of Cohen, Rosenfeld and Kolter (2019).
 
-    The class comes from the selection votes alone (a tie goes to the lowest class); its probability is bounded from the
-    estimation votes, where failures count as trials. With probability at least 1 - alpha over the draws, a returned
-    radius is valid. Without selection votes an anytime-valid bound runs on all classes at once at alpha / 2, which
-    covers any number of them (:mod:`certify.smoothing.stopping_rules`, p0 = 1/2).
+    The selection votes alone choose the class (the lowest of equals); the estimation votes bound its probability, with
+    failures as trials. With probability at least 1 - alpha over the draws, a returned radius is valid. Without
+    selection votes, an anytime-valid bound runs on all classes at once at alpha / 2, which covers any number of them
+    (:mod:`certify.smoothing.stopping_rules`, p0 = 1/2).
 
     Args:
-        selection: votes of n0 noisy copies; of none, if the bound is anytime-valid.
+        selection: votes of n0 noisy copies; of none if the bound is anytime-valid.
         estimation: votes of n fresh noisy copies.
-        noise: the distribution both were drawn from; it states the radius in its norm.
-        alpha: probability of error, in (0, 1).
+        noise: the distribution of both stages; it states the radius in its norm.
+        alpha: failure probability, in (0, 1).
         bound: name of a bound.
         uniform: for a randomized bound, a draw from (0, 1] that is independent of the votes.
 
@@ -43,7 +43,7 @@ def certificate_from_votes(
         The certificate: an abstention unless the class's lower bound is above the others' upper bound.
 
     Raises:
-        UserError: no selection votes, and a bound that needs them.
+        UserError: no selection votes and a bound that needs them; alpha or counts out of range.
     """
     alpha = check_alpha(alpha)
     compute = BOUNDS.get(bound)
@@ -58,19 +58,19 @@ def certificate_from_votes(
     successes = estimation.of(chosen)
     rivals = (count for c, count in enumerate(estimation.counts) if c != chosen)
     evidence = Evidence(successes, max(rivals, default=0) + estimation.failures, estimation.trials, uniform)
-    found: Interval = compute(evidence, alpha if selected else alpha / 2)
-    certified = chosen >= 0 and found.lower > found.upper  # written so that NaN abstains
-    if not selected:  # what the proof for all classes at once demands, at p0 = 1/2
+    interval: Interval = compute(evidence, alpha if selected else alpha / 2)
+    certified = chosen >= 0 and interval.lower > interval.upper  # written so that NaN abstains
+    if not selected:  # required by the proof for all classes at once, at p0 = 1/2
         certified = certified and successes - 1 >= (estimation.trials - 1) / 2
     return Certificate(
         prediction=chosen if certified else ABSTAIN,
-        radius=noise.radius(found.lower, found.upper) if certified else 0.0,
-        p_lower=found.lower,
+        radius=noise.radius(interval.lower, interval.upper) if certified else 0.0,
+        p_lower=interval.lower,
         norm=noise.norm,
         alpha=alpha,
         selection=selection,
         estimation=estimation,
-        p_other=found.upper,
+        p_other=interval.upper,
     )
 
 
@@ -84,24 +84,24 @@ def decision_from_counts(
     rule: str,
     drawn: int,
 ) -> Decision:
-    """What the counts settle at the last look at each radius: the one way from counts to a :class:`Decision`.
+    """Return the decision that the counts settle at each radius.
 
     Args:
-        looks: for each radius the leading class, its votes and the samples then.
-        votes: all votes up to the last of these looks.
+        looks: for each radius the leading class, its votes and all samples at the test that settled it, or at the end.
+        votes: all votes up to the last of these tests.
         radii: ascending.
         noise: states the radii in its norm.
-        alpha: probability of error, in (0, 1).
+        alpha: probability that any settled statement is wrong, at most, in (0, 1).
         rule: name of the stopping rule.
-        drawn: samples that were labelled in all.
+        drawn: number of samples that were labelled.
     """
     alpha, radii = check_alpha(alpha), [as_float(radius, "radius") for radius in radii]
     outcomes: list[str] = []
     prediction, largest = ABSTAIN, 0.0
     p0s, level = needed(radii, noise, alpha, rule)
     for radius, p0, (leader, successes, trials) in zip(radii, p0s, looks, strict=True):
-        there: Boundary = RULES.get(rule)(p0, level, np.array([trials]))
-        robust, hopeless = successes >= there.up[0], successes <= there.low[0]
+        boundary: Boundary = RULES.get(rule)(p0, level, np.array([trials]))
+        robust, hopeless = successes >= boundary.up[0], successes <= boundary.low[0]
         outcomes.append(ROBUST if robust else NOT_CERTIFIABLE if hopeless else UNDECIDED)
         if robust:
             prediction, largest = leader, radius
@@ -111,7 +111,7 @@ def decision_from_counts(
 
 
 def needed(radii: Sequence[float], noise: Radii, alpha: float, rule: str) -> tuple[list[float], float]:
-    """The probability that each radius needs, and the level at which the rule runs on every class.
+    """Return the probability that each radius needs, and the level at which the rule runs on every class.
 
     Raises:
         UserError: radii that do not ascend, a radius that is not positive, or that this noise cannot certify with any
@@ -127,17 +127,17 @@ def needed(radii: Sequence[float], noise: Radii, alpha: float, rule: str) -> tup
                 f"radius {exact(radius)} ({noise.norm}): expected one from 0 that {noise.name} noise of sigma = "
                 f"{noise.scale:g} can certify; pass a smaller radius or a larger --sigma"
             )
-    found = RULES.get(rule)
-    assert isinstance(found, Rule)
-    return p0s, found.level(alpha, p0s)
+    stopping = RULES.get(rule)
+    assert isinstance(stopping, Rule)
+    return p0s, stopping.level(alpha, p0s)
 
 
 def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
-    """PREDICT of Cohen, Rosenfeld and Kolter (2019): the leading class, unless the runner-up may be ahead.
+    """Return the leading class, or an abstention: PREDICT of Cohen, Rosenfeld and Kolter (2019).
 
     The test is the two-sided binomial test of 1/2 between the two leading classes (Hung and Fithian 2019), where all
-    failures count for the second one, as any class may be behind them. A class is returned when its p-value is at most
-    alpha, and then it is the smoothed classifier's prediction with probability at least 1 - alpha.
+    failures count for the second one, as they could be votes for any class. A class is returned if its p-value is at
+    most alpha; with probability at least 1 - alpha the result is the smoothed classifier's prediction or an abstention.
     """
     alpha = check_alpha(alpha)
     if not any(votes.counts):
@@ -155,18 +155,18 @@ def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
 def largest_radius(
     noise: Radii, n: int, alpha: float, bound: str = "clopper-pearson", *, selected: bool = True
 ) -> float:
-    """The radius when all n votes agree: nothing larger can come out of a run. 0 means that n is too small."""
+    """Return the radius if all n votes agree, the largest of any run; 0 means that n is too small."""
     n, _, alpha = check_counts(n, 1, alpha)
     luckiest = Evidence(n, 0, n, uniform=math.ulp(0.5))
-    found: Interval = BOUNDS.get(bound)(luckiest, alpha if selected else alpha / 2)
-    return noise.radius(found.lower, found.upper)
+    interval: Interval = BOUNDS.get(bound)(luckiest, alpha if selected else alpha / 2)
+    return noise.radius(interval.lower, interval.upper)
 
 
 def check_counts(n: int, n0: int, alpha: float) -> tuple[int, int, float]:
     """Return both sample counts and alpha as Python numbers.
 
     Raises:
-        UserError: counts below 1, or that no bound was checked for; alpha outside (0, 1).
+        UserError: counts below 1 or too large for the bounds; alpha outside (0, 1).
     """
     n, n0 = as_int(n, "n"), as_int(n0, "n0")
     if n < 1 or n0 < 1:

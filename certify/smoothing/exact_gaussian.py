@@ -36,7 +36,7 @@ from certify.smoothing.noise import Gaussian
 from certify.smoothing.numeric import as_float
 
 FAILED_DRAW = -(2**15)
-"""What stands in a block for a draw that failed: no K."""
+"""Value in a block for a draw that failed: no K."""
 
 _BITS, _FINE_BITS = 60, 44  # a draw: 16 bits decide almost all, 44 further ones the rest
 _OPEN = 2**15 - 1  # first 16 bits that leave K open: no K either
@@ -80,7 +80,7 @@ class ExactGaussian(Gaussian):
         return max(1, math.floor(6 * self.sigma))
 
     def input(self, image: Tensor) -> Tensor:
-        """The 8-bit image ``(C, H, W)``, as float32 v / 255, that this image is or, if ``rounded``, is nearest to.
+        """Return the 8-bit image ``(C, H, W)``, as float32 v / 255: this image or, if ``rounded``, the nearest one.
 
         Raises:
             ImageError: the image is off the grid and ``rounded`` is not set.
@@ -96,7 +96,7 @@ class ExactGaussian(Gaussian):
         return nearest
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Independent K of this shape, int16, on the generator's device; ``FAILED_DRAW`` where the draw failed."""
+        """Draw independent K of this shape, int16, on the generator's device; ``FAILED_DRAW`` where the draw failed."""
         count = math.prod(shape)
         first = _words(-(-count // 4), generator).view(torch.uint16)[:count]  # four draws share a word
         fine = functools.partial(_fine_bits, generator=generator)
@@ -105,9 +105,9 @@ class ExactGaussian(Gaussian):
         return found.view(shape)
 
     def add(self, image: Tensor, drawn: Tensor) -> Tensor:
-        """Noisy copies (v + K) / 255, float32 and clipped, of an image as :meth:`input` returns it.
+        """Return noisy copies (v + K) / 255, float32 and clipped, of an image from :meth:`input`.
 
-        The sum is one of integers: the same sum gives the same float, for any image. A failed draw becomes -k.
+        The sum is of integers: equal sums give equal floats, for any image. A failed draw becomes -k.
         """
         grid, low, high = (image * 255.0).round_().to(torch.int16), -255 * self.k, 255 * (self.k + 1)
         if image.device.type == "cpu" and drawn.numel() < _SMALL:
@@ -116,7 +116,7 @@ class ExactGaussian(Gaussian):
         return _pixels(drawn.to(image.device).add_(grid).clamp_(low, high))
 
     def failed(self, drawn: Tensor) -> Tensor | None:
-        """Which samples hold a failed draw, bool ``(B,)``; None: no sample does, as almost always."""
+        """Return the samples with a failed draw, bool ``(B,)``; None, almost always, if there are none."""
         values = drawn.numpy() if drawn.device.type == "cpu" else drawn
         if not drawn.numel() or int(values.min()) != FAILED_DRAW:
             return None
@@ -124,23 +124,23 @@ class ExactGaussian(Gaussian):
 
 
 def _pixels(values: Tensor) -> Tensor:
-    """Whole numbers over 255, correctly rounded to float32: CUDA multiplies by 1 / 255 where 255 is not a tensor."""
+    """Divide whole numbers by 255, correctly rounded to float32: CUDA multiplies by 1 / 255 unless 255 is a tensor."""
     return torch.div(values, torch.full((), 255.0, device=values.device))
 
 
 def _words(count: int, generator: torch.Generator) -> Tensor:
-    """So many times 64 random bits."""
+    """Return this many times 64 random bits."""
     words = torch.empty(count, dtype=torch.int64, device=generator.device)
     return words.random_(-(2**63), None, generator=generator)
 
 
 def _fine_bits(count: int, generator: torch.Generator) -> Tensor:
-    """So many times 44 random bits."""
+    """Return this many times 44 random bits."""
     return _words(count, generator).bitwise_and_(2**_FINE_BITS - 1)
 
 
 def atom_counts(sigma: float) -> list[int]:
-    """How many of the 2^60 draws mean K = 0, 1, .., 255 (k + 1): P(K = i) 2^60 rounded down, the same for -i.
+    """Return the number of the 2^60 draws for K = 0, 1, .., 255 (k + 1): P(K = i) 2^60 rounded down, as for -i.
 
     P(K > i) = erfc((2i + 1) / (510 sigma sqrt 2)) / 2 is computed with 256 bits. Its error, and that of differences of
     it, is a small multiple of 2^-256: even times 2^60 it lies far below 2^-100, which is subtracted before rounding
@@ -161,13 +161,13 @@ def atom_counts(sigma: float) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class DrawTable:
-    """Which K a number in [0, 2^60) means.
+    """A map from numbers in [0, 2^60) to K.
 
     An atom has two intervals: as many whole multiples of 2^44 as it contains, where the first 16 bits decide, and its
     remainder. The remainders of all atoms come after all the multiples, and failure comes last.
 
     Attributes:
-        ends: where the intervals end, int64 ``(4M + 2,)``, for K = -M .. M twice.
+        ends: ends of the intervals, int64 ``(4M + 2,)``, for K = -M .. M twice.
         values: their K, and ``FAILED_DRAW``, int16 ``(4M + 3,)``.
         coarse: K by a number's first 16 bits, or ``_OPEN`` where they do not decide, int16 ``(2^16,)``.
     """
@@ -177,11 +177,11 @@ class DrawTable:
     coarse: Tensor
 
     def value(self, numbers: Tensor) -> Tensor:
-        """K, int16, of whole numbers, int64 ``(n,)``: the definition, by a search among all intervals."""
+        """Return K, int16, of whole numbers, int64 ``(n,)``: the definition, by a search among all intervals."""
         return self.values.index_select(0, torch.searchsorted(self.ends, numbers, right=True))
 
     def look_up(self, first: Tensor, fine: Callable[[int], Tensor]) -> Tensor:
-        """The same by the first 16 bits, uint16 ``(n,)``; for m open ones ``fine(m)`` gives the other 44, int64."""
+        """Return K by the first 16 bits, uint16 ``(n,)``; ``fine(m)`` gives the other 44 of the m undecided ones."""
         index = first.to(torch.int32)
         found = self.coarse.index_select(0, index)
         undecided = (found == _OPEN).nonzero().view(-1)
@@ -189,7 +189,7 @@ class DrawTable:
         return found.index_copy_(0, undecided, self.value(high.bitwise_or_(fine(len(undecided)))))
 
     def look_up_in_numpy(self, first: Tensor, fine: Callable[[int], Tensor]) -> Tensor:
-        """The same on a processor, by one thread: blocks are drawn on several threads as it is."""
+        """Return the same on a processor, in one thread, since blocks are drawn on several threads already."""
         index = first.numpy()
         found = self.coarse.numpy().take(index.astype(np.intp), mode="wrap")  # in range: the mode that checks least
         undecided = np.flatnonzero(found == _OPEN)
@@ -202,7 +202,7 @@ _BUILDING = threading.Lock()
 
 
 def draw_table(sigma: float, device: torch.device | str = "cpu") -> DrawTable:
-    """The table of this sigma, built on first use (0.1 to 0.5 s) and kept."""
+    """Return the table of this sigma, built on first use (0.1 to 0.5 s) and cached."""
     with _BUILDING:  # blocks are drawn on several threads
         return _draw_table(as_float(sigma, "sigma"), str(device))
 

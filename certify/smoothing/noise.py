@@ -26,13 +26,13 @@ NOISES = Registry("noise", "certify.noises")
 
 
 def drawn_scale(scale: float) -> float:
-    """The scale that the radius is stated from: the smaller of ``scale`` and its float32, which the sampler uses."""
+    """Return the scale for the radius: the smaller of ``scale`` and its float32 value, which the sampler uses."""
     (single,) = struct.unpack("<f", struct.pack("<f", scale))
     return min(scale, float(single))
 
 
 def _probabilities(p_lower: float, p_other: float | None) -> tuple[float, float | None]:
-    """Both arguments of :meth:`certify.types.Radii.radius` as Python floats."""
+    """Return both arguments of :meth:`certify.types.Radii.radius` as Python floats; refuse impossible ones."""
     lower, other = as_float(p_lower, "p_lower"), None if p_other is None else as_float(p_other, "p_other")
     if lower > 1.0 or (other is not None and other < 0.0):
         raise UserError(f"p_lower = {lower}, p_other = {other}: expected probabilities")
@@ -43,7 +43,7 @@ def _probabilities(p_lower: float, p_other: float | None) -> tuple[float, float 
 class Additive:
     """Base of the distributions that are drawn and added in float32.
 
-    The radius is stated from the scale that was really drawn (:func:`drawn_scale`): 0.12 is smaller in float32.
+    The radius follows from the scale that is really drawn (:func:`drawn_scale`): 0.12 is smaller in float32.
 
     Attributes:
         sigma: standard deviation of one pixel's noise, in [0, 1] pixels, whatever the distribution.
@@ -61,19 +61,19 @@ class Additive:
 
     @property
     def scale(self) -> float:
-        """The standard deviation."""
+        """Standard deviation."""
         return self.sigma
 
     def input(self, image: torch.Tensor) -> torch.Tensor:
-        """The image that is certified: any image will do."""
+        """Return the image that is certified: this one."""
         return image
 
     def add(self, image: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """Noisy copies, in the noise's own memory."""
+        """Return noisy copies, in the memory of the noise."""
         return drawn.add_(image)
 
     def failed(self, drawn: torch.Tensor) -> torch.Tensor | None:
-        """No draw can fail."""
+        """Return None: no draw can fail."""
         return None
 
 
@@ -85,16 +85,16 @@ class Gaussian(Additive):
     norm = "l2"
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """Noise of this shape, float32, drawn on the generator's device; on a processor none exceeds 5.77 sigma."""
+        """Draw noise of this shape, float32, on the generator's device; on a processor none exceeds 5.77 sigma."""
         import torch
 
         noise = torch.empty(shape, device=generator.device, dtype=torch.float32)
         return noise.normal_(0.0, self.sigma, generator=generator)
 
     def radius(self, p_lower: float, p_other: float | None = None) -> float:
-        """R = sigma/2 (Phi^-1(p_lower) - Phi^-1(p_other)), rounded down.
+        """Return R = sigma/2 (Phi^-1(p_lower) - Phi^-1(p_other)), rounded down.
 
-        It is sigma Phi^-1(p_lower) for p_other = 1 - p_lower.
+        For p_other = 1 - p_lower this is sigma Phi^-1(p_lower).
         """
         from scipy.special import ndtri
 
@@ -106,14 +106,14 @@ class Gaussian(Additive):
         return max(0.0, self.drawn_sigma / 2 * (above - below - _OUTWARD * (abs(above) + abs(below))))
 
     def probability(self, radius: float) -> float:
-        """Phi(radius / sigma): the probability that is needed for this radius."""
+        """Return Phi(radius / sigma), the probability that this radius needs."""
         from scipy.special import ndtr
 
         return float(ndtr(as_float(radius, "radius") / self.drawn_sigma))
 
     @property
     def drawn_sigma(self) -> float:
-        """Sigma as it is drawn."""
+        """Sigma, as drawn."""
         return drawn_scale(self.sigma)
 
 
@@ -129,24 +129,24 @@ class Uniform(Additive):
 
     @property
     def half_width(self) -> float:
-        """Lambda as it is drawn."""
+        """Lambda, as drawn."""
         return drawn_scale(math.sqrt(3.0) * self.sigma)
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """Noise of this shape, float32, drawn on the generator's device."""
+        """Draw noise of this shape, float32, on the generator's device."""
         import torch
 
         noise = torch.empty(shape, device=generator.device, dtype=torch.float32)
         return noise.uniform_(-self.half_width, self.half_width, generator=generator)
 
     def radius(self, p_lower: float, p_other: float | None = None) -> float:
-        """R = lambda (p_lower - p_other), rounded down: 2 lambda (p_lower - 1/2) for p_other = 1 - p_lower."""
+        """Return R = lambda (p_lower - p_other), rounded down; 2 lambda (p_lower - 1/2) for p_other = 1 - p_lower."""
         p_lower, p_other = _probabilities(p_lower, p_other)
         gap = 2 * (p_lower - 0.5) if p_other is None else p_lower - p_other
         return self.half_width * gap * (1.0 - _OUTWARD) if gap > 0 else 0.0
 
     def probability(self, radius: float) -> float:
-        """1/2 + radius / (2 lambda): above 1 for a radius that this noise cannot certify."""
+        """Return 1/2 + radius / (2 lambda), which exceeds 1 for a radius that this noise cannot certify."""
         return 0.5 + as_float(radius, "radius") / (2 * self.half_width)
 
 
@@ -162,15 +162,15 @@ class Laplace(Additive):
 
     @property
     def b(self) -> float:
-        """The scale parameter as it is drawn."""
+        """Scale parameter, as drawn."""
         return drawn_scale(self.sigma / math.sqrt(2.0))
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """Noise of this shape, float32, drawn on the generator's device: the difference of two exponentials.
+        """Draw noise of this shape, float32, on the generator's device: the difference of two exponentials.
 
-        Each is -log(1 - u) of a uniform number of 53 bits. Of 24 bits none would exceed 16.7 b, which one pixel in 16
-        million does. Torch's own exponentials are of 24 bits on a processor, divide by a rounded rate, and follow from
-        32 bits of the generator where they come from Intel's library, so that blocks would coincide.
+        Each is -log(1 - u) of a uniform number of 53 bits. With 24 bits none would exceed 16.7 b, which one pixel in 16
+        million should. Torch's own exponentials have 24 bits on a processor, divide by a rounded rate, and with Intel's
+        library depend on 32 bits of the generator only, so that blocks would coincide.
         """
         import torch
 
@@ -185,9 +185,9 @@ class Laplace(Additive):
         return second.sub_(first).mul_(self.b)
 
     def radius(self, p_lower: float, p_other: float | None = None) -> float:
-        """R = max(b/2 log(p_lower / p_other), -b log(1 - p_lower + p_other)), rounded down.
+        """Return R = max(b/2 log(p_lower / p_other), -b log(1 - p_lower + p_other)), rounded down.
 
-        It is -b log(2 (1 - p_lower)) for p_other = 1 - p_lower.
+        For p_other = 1 - p_lower this is -b log(2 (1 - p_lower)).
         """
         p_lower, p_other = _probabilities(p_lower, p_other)
         other = 1.0 - p_lower if p_other is None else p_other
@@ -195,13 +195,13 @@ class Laplace(Additive):
         if not gap > 0:  # nor with NaN
             return 0.0
         other = max(other, math.ulp(0.0))  # a probability of 0 would certify everything
-        # Both logarithms from the gap where it is small: near 1/2 the plain formulas lose all digits.
+        # both logarithms follow from the gap where it is small: near 1/2 the plain formulas lose all digits
         ratio = math.log1p(gap / other) if gap < other else math.log(p_lower) - math.log(other)
         total = -math.log1p(-gap) if gap < 0.5 else -math.log((1.0 - p_lower) + other)
         return self.b * (max(ratio / 2, total) * (1.0 - _OUTWARD))
 
     def probability(self, radius: float) -> float:
-        """1 - exp(-radius / b) / 2."""
+        """Return 1 - exp(-radius / b) / 2."""
         return 0.5 - math.expm1(-as_float(radius, "radius") / self.b) / 2
 
 
@@ -216,7 +216,7 @@ NOISES.add("laplace", Laplace, "independent Laplace, l1")
 
 
 def make_noise(name: str, sigma: float, *, rounded: bool = False) -> Noise:
-    """A smoothing distribution by name.
+    """Return a smoothing distribution by name.
 
     Args:
         name: in ``NOISES``.

@@ -1,4 +1,4 @@
-"""Norms: their names, and what a certificate in one implies in another."""
+"""Names of norms, and certificates that a certificate in one norm implies in another."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 IN_WORDS = {"l1": "l1", "l2": "l2", "linf": "l-infinity"}
 IN_TEX = {"l1": r"$\ell_1$", "l2": r"$\ell_2$", "linf": r"$\ell_\infty$"}
 DECIMALS = {"l1": 4, "l2": 4, "linf": 6}
-"""Decimals of a displayed radius: in l-infinity they are smaller by the square root of the number of values."""
+"""Decimals of a displayed radius: l-infinity radii are smaller by the square root of the number of values."""
 
 
 def implied_factor(native: str, wanted: str, values: int) -> float:
-    """The factor f such that a certified ball of radius R in ``native`` contains the ``wanted`` ball of radius f R.
+    """Return f such that a certified ball of radius R in ``native`` contains the ``wanted`` ball of radius f R.
 
     For p <= q, ||x||_q <= ||x||_p <= d^(1/p - 1/q) ||x||_q in d dimensions: l2 implies l1 with factor 1 and l-infinity
     with 1/sqrt(d). Rounded down.
@@ -43,10 +43,10 @@ def implied_factor(native: str, wanted: str, values: int) -> float:
 
 @dataclass(frozen=True)
 class Implied:
-    """What a noise certifies, stated in another norm than its own.
+    """A noise distribution whose radii are stated in another norm.
 
     Attributes:
-        noise: the noise itself.
+        noise: the distribution.
         norm: of the radii.
         values: d = C * H * W of the images.
     """
@@ -57,20 +57,20 @@ class Implied:
 
     @property
     def name(self) -> str:
-        """The noise's name."""
+        """Name of the noise."""
         return self.noise.name
 
     @property
     def scale(self) -> float:
-        """The noise's scale."""
+        """Scale of the noise."""
         return self.noise.scale
 
     def radius(self, p_lower: float, p_other: float | None = None) -> float:
-        """The noise's own radius, carried over to the norm."""
+        """Return the radius that the noise's own one implies in the norm."""
         return as_float(self.noise.radius(p_lower, p_other), "radius") * self._factor
 
     def probability(self, radius: float) -> float:
-        """The probability at which this radius, in this norm, is reached."""
+        """Return the probability that a radius in this norm needs."""
         return self.noise.probability(as_float(radius, "radius") / self._factor)
 
     @property
@@ -79,5 +79,5 @@ class Implied:
 
 
 def in_norm(noise: Noise, norm: str | None, values: int) -> Radii:
-    """What the noise certifies, its radii stated in ``norm`` (None: its own)."""
+    """Return the noise with radii stated in ``norm`` (None: its own), for images of this many values."""
     return noise if norm in (None, noise.norm) else Implied(noise, str(norm), values)

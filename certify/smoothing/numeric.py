@@ -1,7 +1,7 @@
-"""Numbers as people pass them: any numeric type in, Python's own float and int out.
+"""Convert scalars of any numeric type to Python's float and int.
 
 Arithmetic takes the type of its arguments, so a single-precision alpha would give a bound in single precision. Every
-public function converts its scalars here before it computes anything; a number keeps the value it has in its own type.
+public function converts its scalars here before any computation; a number keeps the value that it has in its own type.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def as_float(value: Any, name: str, expected: str = "a number") -> float:
     Args:
         value: a Python or NumPy number, a 0-d array or tensor, a ``Fraction`` or a ``Decimal``.
         name: of the argument, for the error.
-        expected: the values that make sense, for the error.
+        expected: the valid values, for the error.
 
     Raises:
         UserError: not a real number (text, a bool, a complex number, several numbers), or too large for a float.
@@ -42,7 +42,7 @@ def as_int(value: Any, name: str, expected: str = "a whole number, such as 1_000
     Args:
         value: a Python or NumPy integer, or a 0-d array or tensor of integers.
         name: of the argument, for the error.
-        expected: the values that make sense, for the error.
+        expected: the valid values, for the error.
 
     Raises:
         UserError: not an integer: a float (1e5 too), text, a bool, several numbers.
@@ -59,11 +59,11 @@ def as_int(value: Any, name: str, expected: str = "a whole number, such as 1_000
 
 
 def _item(value: Any) -> Any:
-    """The Python number inside a NumPy scalar or a 0-d array or tensor; anything else as it is."""
+    """Return the Python number in a NumPy scalar or a 0-d array or tensor; anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _shown(value: Any) -> str:
-    """A value in one short line."""
+    """Format a value on one short line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,8 +1,8 @@
-"""Anytime-valid stopping rules: when the votes so far settle whether a probability is above or below p0.
+"""Anytime-valid stopping rules: whether a class probability is above or below p0, tested after every sample.
 
-A rule is a function ``(p0, level, sample sizes) -> Boundary``. With probability at least 1 - level, at no sample size
-does the boundary settle the wrong side, so one may look after every sample and stop at once. It depends on the counts
-(H of T) alone, hence it is a table and a check is a look-up.
+A rule is a function ``(p0, level, sample sizes) -> Boundary``. With probability at least 1 - level, the boundary
+settles the wrong side at no sample size, so the test may run after every sample and stop at once. The boundary depends
+on the counts (H of T) alone: it is a table, and a test is a look-up.
 
 All classes at once. A radius needs p0 >= 1/2, so no class has to be selected beforehand: running the rule on every
 class at level ``Rule.level(alpha, p0s)`` is wrong with probability at most alpha in all, for any number of classes.
@@ -39,10 +39,10 @@ _CHUNK = 4096
 
 RULES = Registry("rule", "certify.rules")
 MEASURING_BOUND = "betting"
-"""The bound of images that stop once their radius is known."""
+"""The bound of images that stop once their radius is known to a tolerance."""
 
 DEFAULT_RULE, DEFAULT_CAP = "one-sided", 20_000
-"""Where nothing else is asked for. More samples than these settle a few more images in a hundred."""
+"""Defaults. A larger cap settles a few more images in a hundred."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,26 @@ class Rule:
     """A stopping rule, and the level at which it may run on every class and every radius at once.
 
     Attributes:
-        boundary: from p0, level and the sample sizes to the boundary there.
-        level: from alpha and all p0 to the level.
+        boundary: maps p0, level and the sample sizes to the boundary.
+        level: maps alpha and all p0 to the level.
     """
 
     boundary: Callable[[float, float, np.ndarray], Boundary]
     level: Callable[[float, Sequence[float]], float]
 
     def __call__(self, p0: float, level: float, trials: np.ndarray) -> Boundary:
-        """The boundary; wrong at any of the sample sizes with probability at most ``level`` for one class."""
+        """Return the boundary; for one class it is wrong at any sample size with probability at most ``level``."""
         p0, level = _check(p0, level, trials)
         return self.boundary(p0, level, np.asarray(trials, dtype=np.int64))
 
 
 @dataclass(frozen=True, eq=False)
 class Boundary:
-    """What settles p against p0 after T samples, for T = 0 .. n, int64 ``(n + 1,)``.
+    """The counts that settle p against p0 after T samples, int64, one entry per T.
 
     Attributes:
-        up: the least count that settles p >= p0; T + 1 where none does.
-        low: the greatest count that settles p <= p0; -1 where none does.
+        up: smallest count that settles p >= p0; T + 1 where none does.
+        low: largest count that settles p <= p0; -1 where none does.
     """
 
     up: np.ndarray
@@ -77,15 +77,16 @@ class Boundary:
 
 
 def log_wealth(successes: np.ndarray, trials: np.ndarray, p0: float, side: str = "both") -> np.ndarray:
-    """Log of the Krichevsky-Trofimov wealth against p0: the Beta(1/2, 1/2) mixture over the Bernoulli(p0) likelihood.
+    """Return the log of the Krichevsky-Trofimov wealth: the Beta(1/2, 1/2) mixture over the Bernoulli(p0) likelihood.
 
-    Under p0 the wealth is a martingale from 1. Lowered by a margin for floating-point error, that of p0 included.
+    Under p0 the wealth is a martingale that starts at 1. The log is lowered by a margin for floating-point errors,
+    including that of p0.
 
     Args:
         successes: H, whole numbers from 0 to T.
         trials: T.
         p0: in (0, 1).
-        side: the mixture is over all p (``"both"``), or over those above or below p0 alone (``"above"``, ``"below"``).
+        side: the mixture is over all p (``"both"``), or only over those above or below p0 (``"above"``, ``"below"``).
     """
     from scipy.special import betainc, betaincc, betaln
 
@@ -107,7 +108,7 @@ def _never(trials: np.ndarray) -> Boundary:
 
 
 def _bisect(settled: Callable[[np.ndarray], np.ndarray], inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
-    """For each entry the count nearest to ``inner`` at which ``settled`` holds; it holds at ``outer`` by convention."""
+    """Return for each entry the count nearest to ``inner`` where ``settled`` holds; at ``outer`` it is assumed to."""
     inner, outer = inner.copy(), outer.copy()
     while (np.abs(outer - inner) > 1).any():
         middle = (inner + outer) // 2
@@ -121,9 +122,9 @@ def _bisect(settled: Callable[[np.ndarray], np.ndarray], inner: np.ndarray, oute
 def _boundary(
     settled: Callable[[np.ndarray, np.ndarray, bool], np.ndarray], trials: np.ndarray, p0: float, reach: np.ndarray
 ) -> Boundary:
-    """Both sides by bisection: ``settled(counts, trials, above)`` is monotone on either side of p0 * trials.
+    """Find both sides by bisection: ``settled(counts, trials, above)`` is monotone on either side of p0 * trials.
 
-    ``reach``: counts so far from p0 * trials should be settled, if there are any; what is found is checked.
+    ``reach`` is a distance from p0 * trials at which counts should be settled, if any are; the results are checked.
     """
     centre, reach = np.floor(p0 * trials).astype(np.int64), np.ceil(reach).astype(np.int64) + 1
     up = _bisect(lambda h: settled(h, trials, True), centre, np.minimum(centre + reach, trials + 1))
@@ -134,7 +135,7 @@ def _boundary(
 
 
 def _check(p0: float, alpha: float, trials: np.ndarray | int) -> tuple[float, float]:
-    """Return p0 and alpha as Python floats; refuse values and sample sizes that no rule is valid for."""
+    """Return p0 and alpha as Python floats; refuse values and sample sizes for which the rules are not valid."""
     expected = "a probability from 1/2 to 1"
     level, probability = check_share(alpha), as_float(p0, "p0", expected)
     if not 0.5 <= probability < 1.0:
@@ -144,19 +145,19 @@ def _check(p0: float, alpha: float, trials: np.ndarray | int) -> tuple[float, fl
 
 
 def betting_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
-    """Betting (Voracek 2024, algorithm 2): settled once the wealth against p0 exceeds 1 / alpha, checked at every T.
+    """Betting (Voracek 2024, algorithm 2): settled once the wealth against p0 exceeds 1 / alpha, tested at every T.
 
-    One wealth serves both sides: P(it ever exceeds 1 / alpha) <= alpha when p = p0, and where p0 is excluded every
-    value beyond it is, because log-wealth is convex in p with its minimum at H/T.
+    One wealth serves both sides: P(it ever exceeds 1 / alpha) <= alpha if p = p0, and wherever p0 is excluded, so is
+    every value beyond it, because log-wealth is convex in p with its minimum at H/T.
     """
     return _bet(p0, alpha, trials, ("both", "both"))
 
 
 def one_sided_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
-    """Betting with a wealth for each side, which mixes over the p on that side alone.
+    """Two one-sided betting martingales, each a mixture over the p on its side of p0.
 
-    p lies on one side of p0, so only the other side can be settled wrongly: each has the whole alpha. Bets on the
-    wrong side are not paid for, which spares up to a quarter of the samples where p is large (``docs/few-samples.md``).
+    p lies on one side of p0, so only the other side can be settled wrongly: each has the whole alpha. No wealth goes
+    into bets on the wrong side, which saves up to a quarter of the samples where p is large (``docs/few-samples.md``).
     """
     return _bet(p0, alpha, trials, ("above", "below"))
 
@@ -176,7 +177,7 @@ def _bet(p0: float, alpha: float, trials: np.ndarray, sides: tuple[str, str]) ->
 
 
 def check_times(n: int) -> list[int]:
-    """Sample sizes at which the union-bound rule looks: the first above 1.1^k for k = 11, 12, ..., up to n."""
+    """Return the sample sizes at which the union-bound rule tests: the first above 1.1^k, k = 11, 12, ..., up to n."""
     times: list[int] = []
     k = 11
     while (time := int(1.1**k) + 1) <= n:
@@ -187,9 +188,9 @@ def check_times(n: int) -> list[int]:
 
 
 def union_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
-    """Union bound (Voracek 2024, algorithm 1): Clopper-Pearson at the t-th of geometric times at 5 alpha/((t+4)(t+5)).
+    """Union bound (Voracek 2024, algorithm 1): Clopper-Pearson at geometric times, at level 5 alpha/((t+4)(t+5)).
 
-    These levels sum to alpha. Between the times nothing is settled.
+    t is the number of the time; the levels sum to alpha. Between the times nothing is settled.
     """
     from scipy.special import betainc, betaincc
 
@@ -224,19 +225,19 @@ def union_boundary(p0: float, alpha: float, trials: np.ndarray) -> Boundary:
 
 
 def betting_level(alpha: float, p0s: Sequence[float]) -> float:
-    """Alpha times the smallest p0: one wealth a class serves all p0 (module docstring)."""
+    """Return alpha times the smallest p0: one wealth per class serves all p0 (module docstring)."""
     return check_alpha(alpha) * _least(p0s)
 
 
 def one_sided_level(alpha: float, p0s: Sequence[float]) -> float:
-    """The same for one p0; several share alpha, because each has wealths of its own."""
+    """Return alpha p0 for one p0; several share alpha equally, because each has its own wealths."""
     return check_alpha(alpha) * _least(p0s) / len(p0s)
 
 
 def union_level(alpha: float, p0s: Sequence[float]) -> float:
-    """For one p0 alpha p0; for several alpha p0 / (1 + p0) with the smallest.
+    """Return alpha p0 for one p0; for several, alpha p0 / (1 + p0) with the smallest.
 
-    At one look with level a: P(Bin(T, p) >= h) is convex in p up to (h - 1)/(T - 1) >= p0 and 0 at p = 0, so class c is
+    At one test with level a: P(Bin(T, p) >= h) is convex in p up to (h - 1)/(T - 1) >= p0 and 0 at p = 0, so class c is
     wrongly settled above p0 with probability at most a p_c / p0. If every class is below p0 these sum to at most
     a / p0; if class c* is above, the others sum to a (1 - p0) / p0 and c* is wrongly settled below with probability a:
     again a / p0. With several p0, c* may lie between two of them and be wrong on either side: a (1 + 1/p0).
@@ -252,23 +253,23 @@ def _least(p0s: Sequence[float]) -> float:
 RULES.add(
     "one-sided",
     Rule(one_sided_boundary, one_sided_level),
-    "betting with a wealth for each side, checked at every sample (default)",
+    "two one-sided betting martingales, tested after every sample (default)",
 )
 RULES.add(
-    "betting", Rule(betting_boundary, betting_level), "betting with one wealth for both sides, checked at every sample"
+    "betting", Rule(betting_boundary, betting_level), "one betting wealth for both sides, tested after every sample"
 )
-RULES.add("union-bound", Rule(union_boundary, union_level), "Clopper-Pearson at geometric times with alpha shared out")
+RULES.add("union-bound", Rule(union_boundary, union_level), "Clopper-Pearson at geometric times, alpha split")
 
 
 class Thresholds:
-    """A rule's boundary for one p0, computed as far as it is asked for."""
+    """The boundary of a rule for one p0, computed as far as needed."""
 
     def __init__(self, rule: str, p0: float, level: float, n: int) -> None:
         self._rule, self._p0, self._level, self._n = RULES.get(rule), p0, level, n
         self._known = _never(np.zeros(1, dtype=np.int64))
 
     def earliest(self) -> int | None:
-        """The fewest samples that can settle p >= p0, or None within n."""
+        """Return the fewest samples that can settle p >= p0; None if n are too few."""
         size = 64
         while True:
             up = self.until(min(size, self._n)).up[: self._n + 1]
@@ -280,7 +281,7 @@ class Thresholds:
             size = 2 * len(up)
 
     def until(self, trials: int) -> Boundary:
-        """The boundary for T = 0 .. at least ``trials``."""
+        """Return the boundary for T = 0 to ``trials`` or more."""
         known = self._known  # another thread may replace it meanwhile
         size = len(known.up)
         if trials >= size:
@@ -292,7 +293,11 @@ class Thresholds:
 
 
 def thresholds(rule: str, p0: float, level: float, n: int) -> Thresholds:
-    """Thresholds that all images of a run share."""
+    """Return the thresholds that all images of a run share.
+
+    Raises:
+        UserError: arguments out of range.
+    """
     n = as_int(n, "n")
     return _thresholds(rule, *_check(p0, level, n), n)
 
@@ -301,9 +306,9 @@ _thresholds = functools.lru_cache(maxsize=64)(Thresholds)
 
 
 def betting_lower(successes: int, trials: int, alpha: float) -> float:
-    """The lower end of an anytime-valid interval: of all p against which the wealth is at most 1 / alpha.
+    """Return the lower end of an anytime-valid interval: of all p against which the wealth is at most 1 / alpha.
 
-    With probability at least 1 - alpha the interval holds the true p at every T at once. Rounded outward.
+    With probability at least 1 - alpha the interval contains the true p at every T at once. Rounded outward.
     """
     alpha, (successes, trials) = check_share(alpha), check_counts(successes, trials)
     if not successes:
@@ -312,7 +317,7 @@ def betting_lower(successes: int, trials: int, alpha: float) -> float:
 
 
 def betting_upper(successes: int, trials: int, alpha: float) -> float:
-    """The upper end of the interval of :func:`betting_lower`."""
+    """Return the upper end of the interval of :func:`betting_lower`."""
     alpha, (successes, trials) = check_share(alpha), check_counts(successes, trials)
     if successes == trials:
         return 1.0
@@ -320,7 +325,7 @@ def betting_upper(successes: int, trials: int, alpha: float) -> float:
 
 
 def _end(successes: int, trials: int, alpha: float, far: float) -> float:
-    """Where between H/T and ``far`` the wealth reaches 1 / alpha; 0 or 1 if it does not."""
+    """Return the p between H/T and ``far`` at which the wealth reaches 1 / alpha; 0 or 1 if it does not."""
     from scipy.optimize import brentq
 
     limit, h, t = -math.log(alpha), np.asarray(float(successes)), np.asarray(float(trials))
@@ -335,8 +340,7 @@ def _end(successes: int, trials: int, alpha: float, far: float) -> float:
 
 
 def _betting(evidence: Evidence, alpha: float) -> Interval:
-    lower = betting_lower(evidence.successes, evidence.trials, alpha)
-    return Interval(lower, 1.0 - lower)
+    return Interval.above(betting_lower(evidence.successes, evidence.trials, alpha))
 
 
 BETTING = Bound(_betting, anytime=True)

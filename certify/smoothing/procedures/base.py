@@ -1,4 +1,4 @@
-"""What all procedures have in common: their protocol, their registry, and the keys that they write and read."""
+"""The protocol and registry of procedures, and the keys that they write and read."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PROCEDURES = Registry("procedure")
 
 @dataclass(frozen=True)
 class Prospects:
-    """What a procedure can conclude at best, before anything is sampled.
+    """The best possible results of a procedure, before anything is sampled.
 
     Attributes:
-        largest: the largest radius that can come out, in [0, 1] pixels; 0 if none can, None for predictions.
-        earliest: samples that settle the largest radius at the earliest, where that is what is asked.
-        lines: the radii in words, one line each.
-        warnings: what cannot come out, and the remedy.
+        largest: largest possible radius, in [0, 1] pixels; 0 if there is none, None for predictions.
+        earliest: fewest samples that settle the largest radius to decide; None for other questions.
+        lines: descriptions of the radii to decide, one line each.
+        warnings: impossible results, and the remedy.
     """
 
     largest: float | None = None
@@ -201,7 +201,7 @@ class Procedure(Protocol):
         ...
 
     def prospects(self, noise: Radii) -> Prospects:
-        """Return what can come out at this noise.
+        """Return the best possible results at this noise.
 
         Raises:
             UserError: a radius that this noise cannot certify.
