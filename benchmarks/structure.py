@@ -1,8 +1,8 @@
 """Measure the size and shape of the code: ``python benchmarks/structure.py``.
 
 Counts lines and modules, entries at the top of ``certify/``, functions that take or return ``dict[str, Any]``, modules
-that spell the run file's keys, and the modules and functions that one image passes through in ``certify run``, from
-the first line of the command to the last.
+that spell the run file's keys, the modules and functions that one image passes through in ``certify run``, from
+the first line of the command to the last, and the start-up time of ``certify --help``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import ast
 import contextlib
 import io
 import json
+import os
+import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -78,10 +81,21 @@ def trace_image() -> dict[str, int]:
     }
 
 
+def time_help(runs: int = 9) -> dict[str, float]:
+    """Run ``certify --help`` in new processes and return the median of their processor seconds."""
+    seconds = []
+    for _ in range(runs):
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "certify", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return {"processor seconds of certify --help": round(statistics.median(seconds), 3)}
+
+
 def _is_class_body(name: str) -> bool:
     last = name.rsplit(".", 1)[-1].lstrip("_")
     return last[:1].isupper()
 
 
 if __name__ == "__main__":
-    print(json.dumps(count_code() | trace_image(), indent=1))
+    print(json.dumps(count_code() | trace_image() | time_help(), indent=1))

@@ -29,7 +29,7 @@ from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import ledger_header, read_ledger
 from certify.blackbox.protocols.cloud_vision import clarifai
 from certify.blackbox.types import Answer, BadReply, Query, Reply, Request
-from certify.cli.service_options import RequestLimits, ServiceOptions, query_limits
+from certify.cli.service_options import ServiceOptions, query_limits
 from certify.errors import CertifyError, RunFault, UserError
 from certify.models.query_access import BudgetSpent
 
@@ -280,7 +280,7 @@ def test_answers_in_flight_are_logged_when_the_consumer_stops(tmp_path: Path) ->
 
 def test_the_grace_period_is_longer_than_a_request_may_take(tmp_path: Path) -> None:
     assert QueryLimits().grace > TIMEOUT
-    assert query_limits(ServiceOptions(), RequestLimits(1, 120.0)).grace > 120
+    assert query_limits(ServiceOptions(), concurrency=1, timeout=120.0).grace > 120
     path, header, said = tmp_path / "ledger", ledger_header("http://x", RAW), list[str]()
     slow = picture(1).pixels.tobytes()  # by content: either request may arrive first
     with (

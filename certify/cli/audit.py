@@ -26,7 +26,7 @@ from certify.cli.option_groups import (
 from certify.cli.options import command, command_line, flag, option, overridden
 from certify.cli.parameter_types import Count, Positive
 from certify.cli.plan import first_shape
-from certify.cli.service_options import RequestLimits, ServiceOptions, query_limits, service_from
+from certify.cli.service_options import ServiceOptions, query_limits, service_from
 from certify.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def audit(
         def open_client(ledger: Ledger, budget: int) -> Iterator[Client]:
             from certify.blackbox.client.query_client import QueryClient
 
-            limits = query_limits(service, RequestLimits(service.concurrency, service.timeout))
+            limits = query_limits(service, concurrency=service.concurrency, timeout=service.timeout)
             yield QueryClient(send, spec.format, ledger, budget=budget, limits=limits, tell=say)
 
         about = _run(request, job, plan, open_client, spec, show)

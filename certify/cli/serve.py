@@ -17,7 +17,7 @@ from certify.cli.option_groups import ComputeOptions, InputOptions, NoiseOptions
 from certify.cli.options import Options, command, given_by_user, option, overridden, refuse_given
 from certify.cli.parameter_types import Count, Positive
 from certify.cli.plan import show_engine
-from certify.cli.service_options import RequestLimits, ServiceOptions, query_limits, service_from
+from certify.cli.service_options import ServiceOptions, query_limits, service_from
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -218,15 +218,13 @@ def _open_classifier(
     from certify.serve.endpoint import BATCH, Endpoint
     from certify.smoothed_classifier import SmoothedClassifier
 
-    limits = RequestLimits(service.query_concurrency, service.query_timeout)
+    limits = query_limits(service, concurrency=service.query_concurrency, timeout=service.query_timeout)
     assert spec is not None
     assert model.input_size is not None
     with service_spec.open_sender(
-        spec, insecure=service.insecure, timeout=limits.timeout, connections=limits.concurrency + 1
+        spec, insecure=service.insecure, timeout=service.query_timeout, connections=limits.concurrency + 1
     ) as (send, described):
-        client = QueryClient(
-            send, described.format, InMemoryLog(), budget=service.budget, limits=query_limits(service, limits)
-        )
+        client = QueryClient(send, described.format, InMemoryLog(), budget=service.budget, limits=limits)
         about = {"endpoint": described.endpoint, "format": described.format.name, **described.format.about}
         endpoint = Endpoint(client, model.input_size, model.num_classes or _CLASSES, about)
         denoiser = None

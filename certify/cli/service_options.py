@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.options import Options, flag, option
@@ -43,19 +42,6 @@ class ServiceOptions(Options, section="Service"):
         default=4,
         help="Retries of a query that was declined (429, 5xx) or lost; each counts against the budget.",
     )
-
-
-@dataclass(frozen=True)
-class RequestLimits:
-    """Limits on the requests to a service.
-
-    Attributes:
-        concurrency: requests in flight, at most.
-        timeout: seconds per request.
-    """
-
-    concurrency: int
-    timeout: float
 
 
 def service_from(options: ServiceOptions) -> ServiceSpec:
@@ -101,11 +87,11 @@ def service_from(options: ServiceOptions) -> ServiceSpec:
     )
 
 
-def query_limits(options: ServiceOptions, limits: RequestLimits) -> QueryLimits:
-    """Return the limits on concurrency, rate and attempts of queries."""
+def query_limits(options: ServiceOptions, *, concurrency: int, timeout: float) -> QueryLimits:
+    """Return the limits on queries: requests in flight, rate and attempts; ``timeout`` is in seconds per request."""
     from certify.blackbox.client.rate_limit import QueryLimits
 
-    return QueryLimits(limits.concurrency, options.rate, options.retries + 1, grace=limits.timeout + 5)
+    return QueryLimits(concurrency, options.rate, options.retries + 1, grace=timeout + 5)
 
 
 def _protocol_options(
