@@ -42,8 +42,8 @@ def ask(url: str, path: Path, used: Path, budget: int, count: int) -> None:
 
 def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -> None:
     """Kill processes, and check that the ledger keeps every line."""
-    draw, done, count, before = random.Random(seed), 0, FURTHER, b""
-    lasts = 0.0  # a little more than the first one needed, which is left alone: later ones read more first
+    draw, done, count, before, progress = random.Random(seed), 0, FURTHER, b"", 0
+    lasts = 0.0  # seconds until a kill at most: first a little more than the undisturbed first process needed
     while True:
         start = time.monotonic()
         child = os.fork()
@@ -60,7 +60,7 @@ def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -
         status = os.waitpid(child, 0)[1]
         assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
         now = path.read_bytes() if path.exists() else b""
-        assert now.startswith(before), "what stood in the ledger is gone"
+        assert now.startswith(before), "the ledger lost lines"
         before = now[: now.rfind(b"\n") + 1]
         if os.WIFSIGNALED(status):
             done += 1
@@ -68,9 +68,11 @@ def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -
             break
         else:
             lasts = lasts or 1.3 * (time.monotonic() - start)
-        if done < kills:  # the next one has as much to do; lost ones are done with
+        if done < kills:  # the next one has as much to do; lost answers are final
             first = now.count(b'"attempt": 1, "pixels"')
             count = max(count, first + FURTHER)
+            lasts *= 1.1 if first == progress else 1.0  # a busy machine needs longer for any query at all
+            progress = first
     print(json.dumps({"kills": done, "asked": count}))
 
 
