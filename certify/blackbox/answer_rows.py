@@ -26,10 +26,10 @@ from certify.types import ABSTAIN, Radii
 def numbered(answers: Mapping[str, Answer], image: str, stage: str) -> Iterator[Answer]:
     """Yield the answers of one image and stage, from number 0 up to the first that is missing."""
     for number in itertools.count():
-        found = answers.get(query_name(image, stage, number))
-        if found is None:
+        answer = answers.get(query_name(image, stage, number))
+        if answer is None:
             return
-        yield found
+        yield answer
 
 
 def clean_answer(answers: Mapping[str, Answer], image: str) -> Answer | None:

@@ -81,7 +81,7 @@ def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
         answers: by name, in the order of their first requests.
         class_map: from labels to classes, or None.
     """
-    found = []
+    outcomes = []
     for image, again in _of_stage(answers, PROBE).items():
         clean = clean_answer(answers, image)
         answered = [a for a in (clean, *again.values()) if a is not None and a.ranked]
@@ -91,8 +91,8 @@ def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
         spread = max(known) - min(known) if known and len(known) == len(scores) and len(labels) == 1 else None
         tie = len(labels) > 1 and all(_tied(answer, labels, class_map) for answer in answered)
         failures = sum(not a.ranked for a in again.values())
-        found.append(Probed(image, dict(labels.most_common()), failures, spread, tie))
-    return found
+        outcomes.append(Probed(image, dict(labels.most_common()), failures, spread, tie))
+    return outcomes
 
 
 def _tied(answer: Answer, classes: Collection[str], class_map: Mapping[str, str] | None) -> bool:
@@ -119,21 +119,21 @@ def require_deterministic(probed: Sequence[Probed]) -> None:
 
 def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Drifted]:
     """Return the outcome of the drift check: the latest answers about clean images against their first."""
-    found = []
+    outcomes = []
     for image, later in _of_stage(answers, DRIFT).items():
         clean, last = clean_answer(answers, image), later[max(later)]
         before, after = (
             class_of(a.ranked, class_map) or NO_LABEL if a is not None and a.ranked else None for a in (clean, last)
         )
-        found.append(Drifted(image, before, after))
-    return found
+        outcomes.append(Drifted(image, before, after))
+    return outcomes
 
 
 def _of_stage(answers: Mapping[str, Answer], stage: str) -> dict[str, dict[int, Answer]]:
     """Return the answers of a stage by image and number."""
-    found: dict[str, dict[int, Answer]] = {}
+    by_image: dict[str, dict[int, Answer]] = {}
     for name, answer in answers.items():
         image, there, number = parts_of(name)
         if there == stage and number.isdecimal():
-            found.setdefault(image, {})[int(number)] = answer
-    return found
+            by_image.setdefault(image, {})[int(number)] = answer
+    return by_image

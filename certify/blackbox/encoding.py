@@ -93,8 +93,8 @@ def read_encoding(encoding: str) -> tuple[str, int]:
     Raises:
         UserError: another encoding.
     """
-    found = re.fullmatch(r"(png)|(jpeg)(\d{1,3})?", str(encoding))
-    quality = int(found[3] or _USUAL) if found else 0
-    if found is None or not 1 <= quality <= _BEST:
+    match = re.fullmatch(r"(png)|(jpeg)(\d{1,3})?", str(encoding))
+    quality = int(match[3] or _USUAL) if match else 0
+    if match is None or not 1 <= quality <= _BEST:
         raise UserError(f"encoding {encoding!r}; expected png, jpeg, or jpeg with a quality of 1 to 100, as in jpeg90")
-    return found[1] or found[2], quality
+    return match[1] or match[2], quality

@@ -62,7 +62,7 @@ def read_class_map(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: it cannot be read, or has another form.
     """
-    found = labels.read_class_map(path)
-    if not found or not all(isinstance(v, str | int) for v in found.values()):
+    class_map = labels.read_class_map(path)
+    if not class_map or not all(isinstance(v, str | int) for v in class_map.values()):
         raise UserError(f'--class-map {path}: expected an object {{"label of the service": "class"}}')
-    return {label: str(name) for label, name in found.items()}
+    return {label: str(name) for label, name in class_map.items()}

@@ -127,15 +127,15 @@ def _purified(part: Tensor, purify: Purify | None) -> Tensor:
 
 
 def _tally(labels: list[int]) -> Tally:
-    found = torch.tensor(labels, dtype=torch.int64)
-    return Tally(votes_of(labels), found)
+    tensor = torch.tensor(labels, dtype=torch.int64)
+    return Tally(votes_of(labels), tensor)
 
 
 def votes_of(labels: Iterable[int]) -> Votes:
     """Count labels as votes; negative ones are trials that vote for no class."""
-    found = torch.tensor(list(labels), dtype=torch.int64)
-    counts = torch.bincount(found[found >= 0])
-    return Votes(tuple(counts.tolist()), int((found < 0).sum()))
+    tensor = torch.tensor(list(labels), dtype=torch.int64)
+    counts = torch.bincount(tensor[tensor >= 0])
+    return Votes(tuple(counts.tolist()), int((tensor < 0).sum()))
 
 
 class AsSent:

@@ -126,9 +126,9 @@ class RemoteClassifier:
                 self._number += 1
             queries.append(Query(name, picture))
         try:
-            found = {answer.name: answer for answer in self._ask({query.name: query for query in queries}.values())}
+            answers = {answer.name: answer for answer in self._ask({query.name: query for query in queries}.values())}
         except BudgetSpent as error:
             raise LedgerBudgetSpent(str(error)) from None
         except RunFault as error:
             raise ServiceSilent(str(error)) from None
-        return [found[query.name] for query in queries]
+        return [answers[query.name] for query in queries]

@@ -66,13 +66,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     path = folder / ABOUT
     try:
-        found = parse_object(path.read_bytes())
+        about = parse_object(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected the folder of `certify audit`") from None
-    wrong = "no JSON object" if found is None else fault(found, _ABOUT)
-    if found is None or wrong:
+    wrong = "no JSON object" if about is None else fault(about, _ABOUT)
+    if about is None or wrong:
         raise UserError(f"{path} is damaged: {wrong}; put back a copy of it, or run the audit's command again")
-    return Record(found, str(path))
+    return Record(about, str(path))
 
 
 def conclude(

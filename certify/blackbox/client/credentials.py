@@ -147,11 +147,11 @@ def cleaned_logs(redactor: Redactor | None, loggers: Iterable[str]) -> Iterator[
             record.msg, record.args, record.exc_info, record.exc_text = without, (), None, None
         return True
 
-    found = [logging.getLogger(name) for name in loggers] if redactor is not None else []
-    for logger in found:
+    filtered = [logging.getLogger(name) for name in loggers] if redactor is not None else []
+    for logger in filtered:
         logger.addFilter(clean)
     try:
         yield
     finally:
-        for logger in found:
+        for logger in filtered:
             logger.removeFilter(clean)

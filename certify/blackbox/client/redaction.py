@@ -34,7 +34,7 @@ from urllib.parse import quote
 import numpy as np
 
 HIDDEN = "[key]"
-"""Stands where the secret stood."""
+"""Replaces the secret."""
 
 _LENGTH, _BASE64, _HEX = 8, 10, 16  # shortest match; and the characters that 8 bytes determine wherever they begin
 _SHORTEST = 4  # a shorter secret is not looked for: its characters are everywhere
@@ -61,7 +61,7 @@ class Redactor:
     """Hide secrets in what a service sends; takes time linear in its length.
 
     Args:
-        secrets: what to hide; one of fewer than four characters is ignored.
+        secrets: texts to hide; one of fewer than four characters is ignored.
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
@@ -115,13 +115,13 @@ class Redactor:
             return _replace(body, spans, keep_length=True)
 
     def _spans(self, data: bytes) -> list[tuple[int, int]]:
-        """Matches as (start, end), in order, merged where they touch."""
+        """Return the matches as (start, end), in order, merged where they touch."""
         data = data.translate(_ALIKE)
-        found = set(self._in_layers(*_without_breaks(data), _ESCAPES))
+        spans = set(self._in_layers(*_without_breaks(data), _ESCAPES))
         if _QUOTED.search(data):
-            found.update(self._in_layers(*_unescape(data, _QUOTED_PRINTABLE), _QUOTED_PRINTABLE))
+            spans.update(self._in_layers(*_unescape(data, _QUOTED_PRINTABLE), _QUOTED_PRINTABLE))
         merged: list[tuple[int, int]] = []
-        for start, end in sorted(found):
+        for start, end in sorted(spans):
             if merged and start <= merged[-1][1]:
                 merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
             else:
@@ -129,7 +129,7 @@ class Redactor:
         return merged
 
     def _in_layers(self, data: bytes, origin: _Origin, escapes: re.Pattern[bytes]) -> Iterator[tuple[int, int]]:
-        """Matches in the data, and in the data unescaped once, twice, and so on; as places in what it was made of."""
+        """Yield matches in the data and in its repeated unescapings, as spans of the original data."""
         origins = [origin]
         for _ in range(_DEPTH):
             for span in self._matches(data):
@@ -142,7 +142,7 @@ class Redactor:
 
     def _matches(self, data: bytes) -> list[tuple[int, int]]:
         """Return the spans of the secret's forms in unescaped bytes."""
-        found, first, last = list[tuple[int, int]](), 0, -1
+        spans, first, last = list[tuple[int, int]](), 0, -1
         for i in (_STRIDE * np.flatnonzero(self._table[_hashes(data, _STRIDE)])).tolist():
             if data[i : i + _GRAM] not in self._grams:
                 continue
@@ -150,12 +150,12 @@ class Redactor:
                 for start in range(max(0, i + _GRAM - size, last - size + 1), min(i, len(data) - size) + 1):
                     if data[start : start + size] in windows:
                         if start > last >= 0:
-                            found.append((first, last))
+                            spans.append((first, last))
                         first, last = start if start > last else min(first, start), start + size
-        found += [(first, last)] * (last >= 0)
+        spans += [(first, last)] * (last >= 0)
         for secret in self._short:
-            found += (match.span() for match in re.finditer(re.escape(secret), data))
-        return found
+            spans += (match.span() for match in re.finditer(re.escape(secret), data))
+        return spans
 
 
 def _hashes(data: bytes, stride: int) -> np.ndarray:
@@ -216,7 +216,7 @@ def _unescape(data: bytes, escapes: re.Pattern[bytes]) -> tuple[bytes, _Origin]:
 
 
 def _character(match: re.Match[bytes]) -> bytes | None:
-    """Return what an escape stands for; nothing for a line end, None where it is no character of a key."""
+    """Return the character of an escape; empty for a line end, None if it is not a character of a key."""
     group, text = match.lastindex, match[match.lastindex or 0]
     if group is None:
         return b""
@@ -239,20 +239,20 @@ def _replace(data: bytes, spans: Iterable[tuple[int, int]], *, keep_length: bool
 
 
 def _readings(secret: str) -> set[str]:
-    """Return the secret, and what its words say where they are base64 of printable text."""
-    found = {secret}
+    """Return the secret, and the printable texts that its words encode in base64."""
+    readings = {secret}
     for word in secret.split():
         try:
             text = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True).decode("ascii")
         except (binascii.Error, ValueError):
             continue
         if text.isprintable():
-            found |= {text, text.partition(":")[2]}
-    return found
+            readings |= {text, text.partition(":")[2]}
+    return readings
 
 
 def _forms(secret: str) -> Iterator[tuple[bytes, int]]:
-    """Yield the forms of a secret that unescaping leaves, each with the length of a run that gives it away."""
+    """Yield the forms of a secret after unescaping, each with the length of a run that reveals it."""
     plain = secret.encode("utf-8", "surrogatepass")
     for escapes in (_ESCAPES, _QUOTED_PRINTABLE):
         data = plain.translate(_ALIKE)
@@ -271,7 +271,7 @@ def _forms(secret: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _base64(data: bytes) -> Iterator[bytes]:
-    """Yield the base64 characters that the data determines, at each of three places among the bytes around it."""
+    """Yield the base64 characters that the data determines, at each of the three alignments."""
     for before in range(3):
         encoded = base64.b64encode(bytes(before) + data)
         yield encoded[-(-8 * before // 6) : 8 * (before + len(data)) // 6]

@@ -98,14 +98,14 @@ def _message(value: Any, depth: int, names: Sequence[str] = _MESSAGES) -> str:
 def quoting(why: str, body: bytes) -> str:
     """Append to a reason the reply's error message, or else the names in its object."""
     try:
-        found = json.loads(body.decode("utf-8"))
+        body_json = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
         return why
-    if isinstance(found, list):
-        found = next((one for one in found if isinstance(one, dict)), None)
-    if said := _short(_message(found, 4, _ERRORS)):
+    if isinstance(body_json, list):
+        body_json = next((one for one in body_json if isinstance(one, dict)), None)
+    if said := _short(_message(body_json, 4, _ERRORS)):
         return why if said in why else f"{why}, which says {said!r}"
-    names = ", ".join(_short(name)[:40] for name in [*found][:8]) if isinstance(found, dict) else ""
+    names = ", ".join(_short(name)[:40] for name in [*body_json][:8]) if isinstance(body_json, dict) else ""
     return f"{why}, which holds {names}" if names else why
 
 
@@ -136,12 +136,12 @@ def number(value: Any) -> float:
     Raises:
         BadReply: not a number, or not a finite one.
     """
-    found = math.nan
+    score = math.nan
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
-        found = float(value)
-    if not math.isfinite(found):
+        score = float(value)
+    if not math.isfinite(score):
         raise BadReply(f"{_shown(value)} where a score was expected")
-    return found
+    return score
 
 
 def label(value: Any) -> str:
@@ -188,13 +188,13 @@ def ranked(labels: Sequence[Any], scores: Sequence[Any] | None = None, percent: 
     if len(scores) != len(labels):
         raise BadReply(f"{len(labels)} labels and {len(scores)} scores")
     scale = 100.0 if percent else 1.0
-    found = [Scored(label(a), number(b) / scale) for a, b in zip(labels, scores, strict=True)]
-    return _each_once(sorted(found, key=lambda one: -(one.score or 0.0)))
+    entries = [Scored(label(a), number(b) / scale) for a, b in zip(labels, scores, strict=True)]
+    return _each_once(sorted(entries, key=lambda one: -(one.score or 0.0)))
 
 
-def _each_once(found: Iterable[Scored]) -> Ranked:
+def _each_once(entries: Iterable[Scored]) -> Ranked:
     kept: dict[str, Scored] = {}
-    for one in found:
+    for one in entries:
         kept.setdefault(one.label, one)
     return tuple(kept.values())
 
@@ -240,14 +240,14 @@ def flat(value: Any) -> list[Any]:
     Raises:
         BadReply: a list mixes lists and values.
     """
-    found = value if isinstance(value, list) else [value]
-    while found and isinstance(found[0], list):
-        if not all(isinstance(row, list) for row in found):
+    elements = value if isinstance(value, list) else [value]
+    while elements and isinstance(elements[0], list):
+        if not all(isinstance(row, list) for row in elements):
             raise BadReply("rows and values side by side in one list")
-        found = [element for row in found for element in row]
-    if any(isinstance(element, list) for element in found):
+        elements = [element for row in elements for element in row]
+    if any(isinstance(element, list) for element in elements):
         raise BadReply("rows and values side by side in one list")
-    return found
+    return elements
 
 
 def one_of(option: str, value: Any, choices: Sequence[str]) -> str:

@@ -90,13 +90,13 @@ def _finder(option: str, expression: str) -> Callable[[Any], list[Any] | None]:
 
     def find(body: Any) -> list[Any] | None:
         try:
-            found = compiled.search(body)
+            result = compiled.search(body)
         except (JMESPathError, TypeError, ValueError, RecursionError, ArithmeticError) as error:
             # A function of the expression got a value of a type that it does not accept.
             raise BadReply(f"{option} {expression!r} does not fit the reply ({type(error).__name__})") from None
-        if found is None:
+        if result is None:
             raise BadReply(f"{option} {expression!r} finds nothing in the reply")
-        return found if isinstance(found, list) else [found]
+        return result if isinstance(result, list) else [result]
 
     return find
 

@@ -43,8 +43,8 @@ class TensorInput:
         return _written(texts if nested else texts.reshape(-1))
 
     def _laid_out(self, picture: Picture, levels: np.ndarray) -> np.ndarray:
-        found = levels[np.arange(len(levels)), picture.pixels]
-        return np.ascontiguousarray((found if self.layout == "NHWC" else found.transpose(2, 0, 1))[None])
+        values = levels[np.arange(len(levels)), picture.pixels]
+        return np.ascontiguousarray((values if self.layout == "NHWC" else values.transpose(2, 0, 1))[None])
 
     def levels(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tensor value of each of 256 pixel values, ``(C, 256)``: as numbers, and as exact text."""
@@ -82,12 +82,12 @@ def _numbers(name: str, given: Any) -> tuple[float, ...]:
         given.split(",") if isinstance(given, str) else given if hasattr(given, "__len__") else [given]
     )
     try:
-        found = tuple(float(part) for part in parts)
+        values = tuple(float(part) for part in parts)
     except (TypeError, ValueError):
-        found = ()
-    if not found or not all(np.isfinite(found)):
+        values = ()
+    if not values or not all(np.isfinite(values)):
         raise UserError(f"{name} {given!r}; expected a number, or one per channel, such as 0.485,0.456,0.406")
-    return found
+    return values
 
 
 @functools.lru_cache(maxsize=8)
