@@ -7,13 +7,14 @@ from certify.runs.records import RunHeader
 from certify.smoothing.norms import IN_WORDS
 from certify.smoothing.rounding import complement, exact, times
 
+_NOISES = {"gaussian": "Gaussian", "laplace": "Laplace"}
 _RADIUS = {
     ("gaussian", "l2"): "sigma times the standard normal quantile of p",
     ("uniform", "l1"): "twice the half-width of the noise (sigma times the square root of 3) times (p - 1/2)",
     (
         "laplace",
         "l1",
-    ): "minus the scale of the noise (sigma over the square root of 2) times the logarithm of 2 (1 - p)",
+    ): "minus sigma over the square root of 2 (the scale of the noise) times the logarithm of 2 (1 - p)",
 }
 
 
@@ -40,11 +41,15 @@ def _protocol(audit: AuditFolder) -> str:
     encoding = about.get("encoding") or "image"
     name = str(encoding.get("name", "image") if isinstance(encoding, dict) else encoding).upper()
     return (
-        f"Each noisy copy is the image plus {header.noise} noise of sigma = {header.sigma:g} (in units of the "
+        f"Each noisy copy is the image plus {_noise(header)} (in units of the "
         f"full pixel range), drawn independently{denoised}, clipped to [0, 1], rounded to 8 bits and sent as {name}. "
         "The function that is smoothed consists of all these steps and the service, so none of them weakens the "
         f"certificate. The vote is the service's first label{' in the class map' if about.get('class_map') else ''}."
     )
+
+
+def _noise(header: RunHeader) -> str:
+    return f"{_NOISES.get(header.noise, header.noise)} noise of sigma = {header.sigma:g}"
 
 
 def _compares_rival(header: RunHeader) -> bool:
@@ -87,13 +92,13 @@ def _radius(header: RunHeader, norm: str) -> list[str]:
     setting = header.noise, header.norm
     formula = _RADIUS.get(setting)
     condition = "that has at least probability p > 1/2"
-    noise = f"{header.noise} noise of sigma = {header.sigma:g}"
     if _compares_rival(header):
         condition = "that has at least probability p, while every other has at most q < p,"
         formula = "half of sigma times the difference of the standard normal quantiles of p and q"
     if formula is None or (_compares_rival(header) and setting != ("gaussian", "l2")):
         return []
     return [
-        f"The radius: a label {condition} under {noise} wins at every image closer than {formula}, in {norm} norm, "
-        "pixels in [0, 1]. This holds for any function behind the noise, and therefore for a black-box service."
+        f"The radius: a label {condition} under {_noise(header)} wins at every image closer than {formula}, "
+        f"in {norm} norm, pixels in [0, 1]. This holds for any function behind the noise, "
+        "and therefore for a black-box service."
     ]
