@@ -269,3 +269,19 @@ def test_nan_classifier_abstains_and_says_so(
     assert all(c.abstained and c.radius == 0 for c in again)
     for row in found.images:
         assert (row["prediction"], row["votes"], row["failures"], row["trials"]) == (-1, {}, 100, 100)
+
+
+def test_a_record_has_attributes_and_keys_and_keeps_what_it_does_not_know() -> None:
+    content = {"type": "run", "expected": 2, "sigma": 0.5, "stopping": {"rule": "betting"}, "later": [1, 2]}
+    header = RunHeader.from_json(content, "r.jsonl, line 1,")
+    assert (header.sigma, header["sigma"], header.get("alpha"), "n" in header) == (0.5, 0.5, None, False)
+    assert header.to_json() == content
+    assert header.replace(sigma=0.25).to_json() == {**content, "sigma": 0.25}
+    assert (header.norm, header.kind, header.denoiser) == ("l2", "certify", None)  # as files without these keys mean
+    for missing in (lambda: header.alpha, lambda: header["alpha"]):
+        with pytest.raises(UserError, match=r"^r\.jsonl, line 1, has no 'alpha', which is needed here"):
+            missing()
+    assert header.radii == ()
+    with pytest.raises(TypeError, match="has no colour"):
+        header.replace(colour="red")
+    assert not hasattr(header, "colour")

@@ -35,8 +35,8 @@ from certify.smoothing.noise import make_noise
 from certify.smoothing.norms import IN_WORDS, in_norm
 from certify.smoothing.procedures import (
     AnswerKeys,
+    Certify,
     Decide,
-    Predict,
     Procedure,
     ProcedureSettings,
     RecordedVotes,
@@ -46,6 +46,8 @@ from certify.smoothing.procedures import (
 from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Radii, Votes
 
 SCHEMA = 1
+
+_WITH_RADIUS = (Certify.kind, Decide.kind)  # every image has one, 0 for an abstention
 
 _CHOSEN = Kind("true, false or text", lambda value: FLAG.fits(value) or TEXT.fits(value))
 _SEED = Kind("a whole number from 0", lambda value: type(value) is int and value >= 0)
@@ -318,7 +320,7 @@ class ImageRow(Row, type_name="image"):
             reason: the error.
             seconds: since the row before.
         """
-        nothing = None if procedure.kind == Predict.kind else 0.0
+        nothing = 0.0 if procedure.kind in _WITH_RADIUS else None
         answer = answer_keys(ABSTAIN, nothing, nothing, Votes(()))
         return cls.of(image_id, label, answer, base=None, image=None, error=reason, seconds=seconds)
 
@@ -336,7 +338,7 @@ class ImageRow(Row, type_name="image"):
 
     def fault_in(self, header: RunHeader) -> str:
         """Describe where the row contradicts itself or the header; empty where it does not."""
-        if self.radius is None and header.kind != Predict.kind:
+        if self.radius is None and header.kind in _WITH_RADIUS:
             return "'radius' is null in a run of certificates"
         if sum(self.votes.values()) + self.failures != self.trials:
             return "'votes' and 'failures' do not add up to 'trials'"
