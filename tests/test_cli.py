@@ -45,7 +45,7 @@ def test_the_default_verb(capsys: pytest.CaptureFixture[str]) -> None:
         assert image.size[0] > 600
 
 
-def test_version_and_help_are_words_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_and_help_work_as_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for arguments in (["version"], ["--version"], ["help", "merge"], ["merge", "--help"], ["help"], ["--help"]):
         run(*arguments)
@@ -88,7 +88,7 @@ def test_no_help_is_wider_than_a_terminal_of_80_columns(capsys: pytest.CaptureFi
         ("table r.jsonl --relative-to 0.9,0.8", "0.9", "0.8"),
     ],
 )
-def test_several_values_where_a_run_has_one(
+def test_several_values_of_a_single_number_are_refused_with_a_command(
     capsys: pytest.CaptureFixture[str], typed: str, first: str, then: str
 ) -> None:
     """The error gives the command for the first value, and that works."""
@@ -105,7 +105,7 @@ def test_several_values_where_a_run_has_one(
     run(*shlex.split(command)[1:])
 
 
-def test_numbers_are_fractions_of_255_where_one_likes() -> None:
+def test_numbers_may_be_fractions_of_255() -> None:
     run(*DIGITS[:2], "--sigma", "64/255", "--n", "100", "--max", "2", "--radius", "36/255", "--out", "f.jsonl")
     header = read_run("f.jsonl").header
     assert (header["sigma"], header["stopping"]["radii"]) == (64 / 255, [36 / 255])
@@ -132,7 +132,7 @@ def test_unlabelled_images_get_classes_and_radii_but_no_accuracy(capsys: pytest.
     assert json.loads(capsys.readouterr().out)["certified_accuracy"] is None
 
 
-def test_too_few_samples_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_of_too_few_samples(capsys: pytest.CaptureFixture[str]) -> None:
     run(*DIGITS, "--n", "9", "--max", "1")
     assert (
         "n = 9 can certify nothing at alpha = 0.001: every image will abstain; pass --n 10" in capsys.readouterr().err
@@ -140,19 +140,19 @@ def test_too_few_samples_are_warned_of(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(("sigma", "warned"), [("64", True), ("4", False)])
-def test_a_sigma_of_255_is_warned_of(sigma: str, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_of_a_sigma_in_units_of_255(sigma: str, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
     run("--model", "digits", "--sigma", sigma, "--n", "20", "--n0", "5", "--max", "1")
     assert ("did you mean --sigma 0.251" in capsys.readouterr().err) == warned
 
 
-def test_labels_in_another_order_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_of_labels_in_another_order(capsys: pytest.CaptureFixture[str]) -> None:
     """Every class shifted by one: no image is right, and the run says where to look."""
     Path("map.csv").write_text("".join(f"{d},{(d + 1) % 10}\n" for d in range(10)))
     run(*DIGITS, "--data", "digits", "--skip", "20", "--n", "50", "--class-map", "map.csv")
     assert "right on 0 of 25 images, which is near chance: wrong class order (--class-map)?" in capsys.readouterr().err
 
 
-def test_sorted_data_cut_short_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_of_sorted_data_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
     for digit in range(2):
         Path(f"d/{digit}").mkdir(parents=True)
         for i in range(25):
@@ -213,7 +213,7 @@ def test_predictions_among_runs_are_left_out_of_a_plot(capsys: pytest.CaptureFix
     assert "digits, σ = 0.25" in out
 
 
-def test_predict_with_too_few_samples_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_warns_of_too_few_samples(capsys: pytest.CaptureFixture[str]) -> None:
     run("predict", *DIGITS, "--n", "10", "--max", "1")
     assert "n = 10 can decide nothing at alpha = 0.001: pass --n 11" in capsys.readouterr().err
 
@@ -244,7 +244,7 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert "warming up" in err
 
 
-def test_an_untrained_model_is_enough_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_accepts_an_untrained_model(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--seconds", "0.05", "--pairs", "1", "--n", "1000", "--reference-batch", "10", "--compile", "off"]
     run("bench", "--model", "cifar_resnet20", "--weights", "untrained", *options)
     out = capsys.readouterr().out
@@ -253,7 +253,7 @@ def test_an_untrained_model_is_enough_to_measure(capsys: pytest.CaptureFixture[s
     assert "float32, batch norms folded, eager" in out
 
 
-def test_a_large_seed_is_that_seed() -> None:
+def test_a_large_seed_is_not_rounded() -> None:
     count = Count("a seed", least=0)
     given = ("9007199254740993", "100_000", "1e5")
     assert [count.convert(text, None, None) for text in given] == [2**53 + 1, 10**5, 10**5]
@@ -291,7 +291,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         assert set(report["extras"]) == set(tomllib.load(file)["project"]["optional-dependencies"])
 
 
-def test_doctor_sees_that_a_package_is_not_there() -> None:
+def test_doctor_notices_a_missing_package() -> None:
     assert _installed("google.cloud.nothing") is _installed("nothing.at.all") is False
     assert _installed("importlib.util") is True
 
@@ -303,7 +303,7 @@ def test_doctor_notices_wrong_mathematics(capsys: pytest.CaptureFixture[str], mo
     assert "FAIL" in capsys.readouterr().out
 
 
-def test_every_option_of_every_verb_is_explained_in_one_manner() -> None:
+def test_help_texts_of_all_options_have_the_same_form() -> None:
     """A sentence with a capital and a full stop; a default that is shown is shown by click or as (default: ...)."""
     for name, verb in group.commands.items():
         assert (verb.short_help or verb.help or "").strip().split("\n")[0].endswith((".", "...")), name

@@ -158,7 +158,7 @@ D = "train --denoiser unet --data digits-train --out d --sigma "
         (D + "1 --weight-decay -1", "expected a decay from 0"),
         (D + "1 --option channels=[]", "architecture 'unet': list index out of range; its options"),
         (D + "1 --precision float16 --device cpu", "--precision float16 needs an accelerator"),
-        (D + "1 --device tpu", "--device 'tpu' does not exist"),
+        (D + "1 --device tpu", "device 'tpu' does not exist"),
         (D + "1 --objective zeroth-order --surrogate digits", "queries the target itself"),
         (D.replace("unet", "dncnn") + "1 --objective mse+classes", "needs a U-Net with a bottleneck"),
         ("train --train-classifier digits --sigma 1 --data digits-train --out d --surrogate digits", "belongs to"),

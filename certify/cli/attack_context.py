@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttackContext:
-    """What an attack on a classifier behind defences needs.
+    """Inputs of an attack on a classifier behind defences.
 
     Attributes:
         classifier: frozen.

@@ -118,7 +118,7 @@ class AuditOutput(OutputOptions):
 
 @dataclass(frozen=True)
 class AuditRequest:
-    """Everything that the options of an audit say."""
+    """Options of an audit, checked."""
 
     service: AuditServiceOptions
     images: AuditImageOptions

@@ -19,7 +19,7 @@ class BenchNoise(DenoiserOptions):
 
 
 class BenchOptions(Options, section="Measurement"):
-    """What is measured, and for how long."""
+    """Length and order of the measurements."""
 
     n: int = option(
         type=Count("a number of samples"),

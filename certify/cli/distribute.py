@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Where a run is computed.
+    """Place where a run is computed: all or a part of it, in this process or on a cluster.
 
     Attributes:
         shard: the part of the run that this command processes; None: all of it.

@@ -29,7 +29,7 @@ SEED_ADVICE = "keep it secret if an adversary may choose the images"
 
 
 class InputOptions(Options, section="Model"):
-    """How a frozen classifier is loaded and which input it expects, in place of its own settings."""
+    """Weights and input of a frozen classifier, in place of its own settings."""
 
     weights: str | None = option(
         metavar="FILE[::PART]",

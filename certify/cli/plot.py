@@ -14,7 +14,7 @@ _CURVE_OPTIONS = ("no_band", "envelope", "names", "image", "samples")
 
 
 class PlotOptions(CurveOptions):
-    """What a figure shows."""
+    """Contents of a figure."""
 
     out: str = option("-o", "--out", metavar="FILE", default="curve.png", help="Figure to write: .png, .svg or .pdf.")
     title: str | None = option(help="Title above the axes.")

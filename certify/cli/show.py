@@ -166,7 +166,7 @@ def recompute(run: str, options: RecomputeOptions, columns: RadiiOptions, output
 
 
 class ReplayOutput(JsonOptions):
-    """Where the certificates go."""
+    """Run file of the recomputed certificates, and the form of the result on stdout."""
 
     out: str | None = option(metavar="FILE", help="Also write the certificates as a run file (.jsonl).")
 

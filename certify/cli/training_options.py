@@ -111,7 +111,7 @@ class TrainingCompute(Options, section="Compute"):
 
 
 class TrainingOutput(OutputOptions):
-    """Where the weights go, and what their card states."""
+    """Folder and card of the weights."""
 
     out: str = option(metavar="DIR", required=True, help="Folder for weights, checkpoint and metrics.")
     store: str = option(
