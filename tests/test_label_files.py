@@ -168,7 +168,7 @@ def test_invalid_class_map_names_the_cause() -> None:
     for content, said in (
         ('{"cat": NaN, "dog": 2}', "map.json: class 'nan'; expected 0 to 9"),
         ("{}", "names none of the 2 class names: it has nothing, the data has 'cat', 'dog'"),
-        ('{"cat": 1, "cat": 2, "dog": 3}', "'cat' stands there twice with different classes"),
+        ('{"cat": 1, "cat": 2, "dog": 3}', "'cat' occurs twice with different classes"),
     ):
         Path("map.json").write_text(content)
         with pytest.raises(UserError, match=re.escape(said)):
@@ -189,7 +189,7 @@ def test_spreadsheet_as_label_file_is_refused(capfd: Capture) -> None:
 def test_ambiguous_class_map_entry_is_refused() -> None:
     lay_out("d/cat/a.png")
     Path("map.json").write_text('{"cat": 1, "cat": 2}')
-    with pytest.raises(UserError, match="'cat' stands there twice with different classes"):
+    with pytest.raises(UserError, match="'cat' occurs twice with different classes"):
         load_images("d", any_of(10), class_map="map.json")
 
 

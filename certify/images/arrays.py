@@ -64,7 +64,7 @@ class Items(Sequence[Item]):
 
 @dataclass(frozen=True)
 class ArraySource(Source):
-    """A source whose ids are whole numbers, so that one is found without a search."""
+    """A source whose ids are integers, so that no search is needed."""
 
     ids: Sequence[int] = ()
 

@@ -65,7 +65,7 @@ def decode(content: bytes, channels: int = 3, limits: DecodeLimits = LIMITS) -> 
         limits: exceeded ones are refused before pixels are decoded.
 
     Raises:
-        ImageError: empty, not an image, damaged, larger than the limits, or another number of channels wanted.
+        ImageError: empty, not an image, damaged, larger than the limits, or a classifier of other channels.
     """
     if channels not in (1, 3):
         raise ImageError(f"is a picture, which is read as grey or RGB; the classifier takes {channels} channels")

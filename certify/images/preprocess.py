@@ -112,13 +112,13 @@ def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
     return image
 
 
-def channels_of(shape: Sequence[int], wanted: int | None) -> tuple[int, bool]:
+def channels_of(shape: Sequence[int], expected: int | None) -> tuple[int, bool]:
     """Return the channels of an array (H, W), (H, W, C) or (C, H, W), and whether they are its last dimension.
 
     The fourth channel of an array with channels last is transparency, which is dropped unless the classifier takes it.
     """
     if len(shape) == 2:
         return 1, False
-    if shape[0] not in (1, 3, wanted) and shape[2] in (1, 3, 4, wanted):
-        return (shape[2] if shape[2] == wanted else min(shape[2], 3)), True
+    if shape[0] not in (1, 3, expected) and shape[2] in (1, 3, 4, expected):
+        return (shape[2] if shape[2] == expected else min(shape[2], 3)), True
     return shape[0], False

@@ -35,7 +35,7 @@ def open_source(data: str, *, root: str | Path | None = None, download: bool = F
         download: whether a missing dataset may be downloaded.
 
     Raises:
-        UserError: unknown, absent, empty or mixed; the message says what to write instead.
+        UserError: unknown, absent, empty or mixed data; the message has the remedy.
     """
     if data in DATASETS:
         source: Source = DATASETS.get(data)(root=Path(root or "data"), download=download)

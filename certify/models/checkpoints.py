@@ -161,8 +161,8 @@ def _refused_pickle(path: Path, reason: str) -> str:
         is_pickle = file.read(2) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
     if not is_pickle:
         return f"{path} is damaged or not a checkpoint; expected a state dict saved by torch.save, or safetensors"
-    wanted = re.search(r"(?:GLOBAL|Unsupported class) ([A-Za-z_][\w.]+)", reason)
-    what = wanted[1] if wanted else "more than tensors"
+    requested = re.search(r"(?:GLOBAL|Unsupported class) ([A-Za-z_][\w.]+)", reason)
+    what = requested[1] if requested else "more than tensors"
     return (
         f"{path} asks for {what} when it is unpickled, which can run code: refused; "
         "expected tensors only (save the state dict alone, best as .safetensors)"

@@ -135,7 +135,7 @@ class Classifier(nn.Module):
     Args:
         name: of the classifier, for messages and the record.
         spec: the network and its facts.
-        num_classes: K, if the network does not tell.
+        num_classes: K, if the network's output does not show it.
 
     Raises:
         UserError: a network that fails on its own input size, or without a known number of classes.
@@ -221,7 +221,7 @@ class Classifier(nn.Module):
         if self.input.size is None:
             if stated is None:
                 raise UserError(
-                    f"classifier {self.name!r} does not say what it takes; "
+                    f"classifier {self.name!r} has no stated input size; "
                     "give its input size, such as --input-size 3x32x32 (from Python: input_size=(3, 32, 32))"
                 )
             return stated

@@ -158,7 +158,7 @@ def _zip_kind(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return CHECKPOINT  # damaged: its reader says how
+        return CHECKPOINT  # damaged: its reader names the cause
     inside = {name.partition("/")[2] or name for name in names}
     if "constants.pkl" in inside and any(name.startswith("code/") for name in inside):
         return TORCHSCRIPT
@@ -227,7 +227,7 @@ def require_consent(path: str | Path, *, trust_code: bool) -> None:
     """Refuse to load a program before the user has vouched for it.
 
     Raises:
-        UserError: no consent; says why it is needed and how to give it.
+        UserError: no consent; the message has the reason and the option.
     """
     if not trust_code:
         raise UserError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 PROBE = 1
 """Version of the probe images and of what is stored; fingerprints of different versions are not compared."""
 
-_SCORED, _LABELLED = 32, 96  # probe images: a row of scores says much more than a label
+_SCORED, _LABELLED = 32, 96  # probe images: a row of scores holds much more information than a label
 _PROJECTIONS = 2  # numbers stored for each probe image
 _BATCH = 16
 _DIMMED, _SPECKS = 0.97, 0.01

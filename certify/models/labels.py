@@ -176,8 +176,8 @@ def _rows_of(ids: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
     """Return the key of each image's row, by path or else by file name, as far as there is one."""
     by_path = find_keys(ids, given)
     by_name = find_keys([i.rpartition("/")[2] for i in ids], given)
-    found = {i: by_path.get(i, by_name.get(i.rpartition("/")[2])) for i in ids}
-    return {i: key for i, key in found.items() if key is not None}
+    keys = {i: by_path.get(i, by_name.get(i.rpartition("/")[2])) for i in ids}
+    return {i: key for i, key in keys.items() if key is not None}
 
 
 def find_keys(names: Iterable[str], given: Iterable[str]) -> dict[str, str]:
@@ -187,8 +187,8 @@ def find_keys(names: Iterable[str], given: Iterable[str]) -> dict[str, str]:
     """
     known = set(given)
     alike = {_same(key): key for key in known}
-    found = {name: name if name in known else alike.get(_same(name)) for name in names}
-    return {name: key for name, key in found.items() if key is not None}
+    keys = {name: name if name in known else alike.get(_same(name)) for name in names}
+    return {name: key for name, key in keys.items() if key is not None}
 
 
 def _same(name: str) -> str:
@@ -234,7 +234,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members: dict[str, Any] = {}
     for key, value in pairs:
         if key in members and members[key] != value:
-            raise ValueError(f"{key!r} stands there twice with different classes")
+            raise ValueError(f"{key!r} occurs twice with different classes")
         members[key] = value
     return members
 
@@ -295,7 +295,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _why_no_text(path: Path, error: Exception) -> str:
-    """Return why a file is not text: what it is instead, where its first bytes say so."""
+    """Return why a file is not text: what it is instead, if its first bytes tell."""
     if not isinstance(error, UnicodeDecodeError):
         return str(error)
     with path.open("rb") as file:
@@ -312,8 +312,8 @@ def read_rows(path: Path, option: str) -> list[tuple[str, str]]:
     """Read two columns of a CSV: the only ones, or those that its heading calls a file (or name) and a label.
 
     Raises:
-        UserError: unreadable, no lines, fewer columns, more columns without a heading that says which two are meant, or
-            a first column twice with different second ones.
+        UserError: unreadable, no lines, fewer columns, more columns without a heading that selects two, or a first
+            column twice with different second ones.
     """
     try:
         lines = csv.reader(io.StringIO(read_text(path), newline=""))
@@ -338,7 +338,5 @@ def read_rows(path: Path, option: str) -> list[tuple[str, str]]:
     pairs = [(row[key], row[value]) for row in rows]
     if len(dict(pairs)) < len(set(pairs)):
         double = next(key for key, value in pairs if dict(pairs)[key] != value)
-        raise UserError(
-            f"{option} {path}: {double!r} stands there twice with different classes; expected one line each"
-        )
+        raise UserError(f"{option} {path}: {double!r} occurs twice with different classes; expected one line each")
     return pairs
