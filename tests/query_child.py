@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -40,10 +41,21 @@ def ask(url: str, path: Path, used: Path, budget: int, count: int) -> None:
             notes.write(f"{answer.name}\t{label}\n".encode())
 
 
+def end(child: int, deadline: float) -> int:
+    """Wait for a process, kill it at the deadline, and return its status."""
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
 def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -> None:
     """Kill processes, and check that the ledger keeps every line."""
     draw, done, count, before, progress = random.Random(seed), 0, FURTHER, b"", 0
-    lasts = 0.0  # seconds until a kill at most: first a little more than the undisturbed first process needed
+    lasts = 0.0  # seconds until a kill at most: a little more than the last undisturbed process needed
     while True:
         start = time.monotonic()
         child = os.fork()
@@ -54,10 +66,7 @@ def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        if lasts and done < kills:
-            time.sleep(draw.uniform(0, lasts))
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
+        status = end(child, start + draw.uniform(0, lasts) if lasts and done < kills else math.inf)
         assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
         now = path.read_bytes() if path.exists() else b""
         assert now.startswith(before), "the ledger lost lines"
@@ -67,7 +76,7 @@ def main(url: str, path: Path, used: Path, budget: int, kills: int, seed: int) -
         elif done == kills:
             break
         else:
-            lasts = lasts or 1.3 * (time.monotonic() - start)
+            lasts = 1.3 * (time.monotonic() - start)
         if done < kills:  # the next one has as much to do; lost answers are final
             first = now.count(b'"attempt": 1, "pixels"')
             count = max(count, first + FURTHER)
