@@ -165,6 +165,7 @@ WRONG: list[tuple[str, int, str, str]] = [
         f"FILE is damaged at line 2: 'votes' and 'failures' do not add up to 'trials'; {AGAIN}",
     ),
     ("certify.jsonl", 3, "id={}", f"FILE is damaged at line 3: 'id' is not text; {AGAIN}"),
+    ("certify.jsonl", 3, "type={}", f"FILE is damaged at line 3: its type is not 'image'; {AGAIN}"),
     (
         *("decide.jsonl", 2, "decisions=[]"),
         f"FILE is damaged at line 2: 'decisions' are not about the radii in the header; {AGAIN}",

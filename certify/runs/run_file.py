@@ -177,7 +177,7 @@ def _parse_header(line: bytes, path: Path, kind: type[Header]) -> Header:
 
 def _parse(line: bytes, number: int, path: Path, header: Header, kind: type[Row]) -> Row:
     content = parse_object(line)
-    if content is not None and content.get("type") in _HEADERS:
+    if content is not None and str(content.get("type")) in _HEADERS:
         name = shlex.quote(str(path))
         raise UserError(
             f"{path} holds several runs: line {number} is another header; put each run in a file of its own (head -n "
