@@ -289,9 +289,8 @@ class SmoothedClassifier(NoisyClassifier):
         several = isinstance(image, list | tuple) or getattr(image, "ndim", 3) == 4
         images: list[Image] = list(image) if several else [image]  # type: ignore[list-item]
         names = list(image_id) if several and isinstance(image_id, list | tuple) else [image_id] * len(images)
-        named_alike = several and isinstance(image_id, str)
-        if named_alike or len(names) != len(images) or not all(isinstance(n, str | None) for n in names):
-            raise UserError(f"image_id {image_id!r}: expected {'a string for each image' if several else 'one string'}")
+        if len(names) != len(images) or (several and isinstance(image_id, str)):
+            raise UserError(f"image_id = {image_id!r}: expected one for each of {len(images)} images")
         targets = [Target(*pair, tag=place) for place, pair in enumerate(zip(images, names, strict=True))]  # type: ignore[arg-type]
         answers: list[Any] = [None] * len(images)
         if isinstance(procedure, Sequential):

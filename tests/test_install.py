@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import run
@@ -57,13 +58,14 @@ def _plain_files() -> list[Path]:
     return [p for p in [*packages, *ROOT.glob("*")] if p.is_file() and "__pycache__" not in p.parts]
 
 
-def test_readme_python_runs() -> None:
+def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    namespace: dict[str, object] = {}
+    namespace: dict[str, Any] = {}
     exec(snippet, namespace)
-    certificate = namespace["c"]
-    assert certificate.prediction == namespace["images"].labels[0]  # type: ignore[attr-defined]
-    assert 0 < certificate.radius < 0.8  # type: ignore[attr-defined]
+    assert 0.8 < namespace["run"].certified_accuracy(0) <= 1
+    assert (tmp_path / "curve.png").exists()
+    assert 0 < namespace["g"].certify(namespace["image"], n=1000).radius < 0.8
 
 
 def test_the_example_classifier_can_be_certified(

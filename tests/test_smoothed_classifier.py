@@ -80,11 +80,13 @@ def test_names_of_a_batch_fix_its_noise() -> None:
     g = SmoothedClassifier(Halfspace(), sigma=0.25)
     names = list("abcd")
     assert g.certify(BATCH, n=100, image_id=names)[2] == g.certify(BATCH[2], n=100, image_id="c")
-    for wrong in ("abcd", ["a", "b"], [1, 2, 3, 4]):
-        with pytest.raises(UserError, match="expected a string for each image"):
-            g.certify(BATCH, n=100, image_id=wrong)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="expected one string"):
-        g.certify(BATCH[0], n=100, image_id=names)
+    wrong: Any
+    for wrong in ("abcd", ["a", "b"]):
+        with pytest.raises(UserError, match="expected one for each of 4 images"):
+            g.certify(BATCH, n=100, image_id=wrong)
+    for images, wrong in ((BATCH, [1, 2, 3, 4]), (BATCH[0], names)):
+        with pytest.raises(UserError, match="expected text"):
+            g.certify(images, n=100, image_id=wrong)
     assert g.certify(BATCH[:0], n=100) == []
 
 
