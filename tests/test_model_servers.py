@@ -116,7 +116,7 @@ def test_mlserver_votes_as_the_local_classifier(
     v2_server: HttpSender, pictures: list[Picture], local: torch.Tensor, answer: str
 ) -> None:
     model = f"digits-{answer}"
-    options = options_from(v2_server(metadata_request(model)), {"model": model})
+    options = options_from(run_async(v2_server(metadata_request(model))), {"model": model})
     assert options == {"model": model, "input": "pixels", "output": answer, "datatype": "FP32", "layout": "NCHW"}
     found = answers(FORMATS.get("v2")(**options), v2_server, pictures)
     assert [one[0].label for one in found] == [str(n) for n in local.argmax(1).tolist()]
@@ -129,7 +129,7 @@ def test_mlserver_refuses_in_words(v2_server: HttpSender, pictures: list[Picture
     for options in ({"model": "nothing"}, {"model": "digits-scores", "binary": True}):  # it has no binary tensors
         wire = FORMATS.get("v2")(**options)
         with pytest.raises(BadReply, match=r"HTTP (404|4\d\d|500)"):
-            wire.reply(v2_server(wire.request(pictures[0])))
+            wire.reply(run_async(v2_server(wire.request(pictures[0]))))
 
 
 def test_binary_requests_are_those_of_tritons_client(mlserver: Path, pictures: list[Picture]) -> None:
