@@ -206,7 +206,9 @@ def _run(
         advance = stack.enter_context(bar)
         process(smoothed, chosen, settings, file, places=places, strict=options.get("strict", False), progress=advance)
         run = read_run(path)
-    return run if out is not None else Run(Path("run.jsonl"), run.header, run.images)
+    order = {item.id: place for place, item in enumerate(chosen.items)}  # images that stop early are written first
+    rows = sorted(run.images, key=lambda row: order[row.id])
+    return Run(run.path if out is not None else Path("run.jsonl"), run.header, rows)
 
 
 def _load(
@@ -221,10 +223,7 @@ def _load(
     collection = collect_images(images, labels, of_data)
     of_model = chosen_options(ModelOptions, options) | chosen_options(SmoothingOptions, options)
     if not isinstance(model, SmoothedClassifier):
-        shape = None if collection is None else collection.first_shape()
         smoothed = SmoothedClassifier(model, sigma, **{"device": "auto", **of_model})
-        if shape is not None:
-            smoothed.adapt_to(shape)
     elif sigma is not None or of_model:
         given = min(of_model) if of_model else "sigma"
         raise UserError(
@@ -232,6 +231,8 @@ def _load(
         )
     else:
         smoothed = model
+    if collection is not None:
+        smoothed.adapt_to(collection.first_shape())
     classifier: Any = smoothed.classifier
     name = getattr(classifier, "name", type(classifier).__name__)
     if collection is None:

@@ -20,6 +20,7 @@ from certify.blackbox.service_spec import ServiceSpec, checked_service, open_sen
 from certify.engine.hardware import find_device
 from certify.errors import CertifyWarning, ImageError, UserError, first_line
 from certify.images.dataset import ImageSet, InputOnly, load_images
+from certify.registry import unknown_name
 from certify.results import Run
 from certify.runs.config import Settings
 from certify.smoothing.noise import make_noise
@@ -112,6 +113,8 @@ def audit(
         UserError: arguments out of range or a folder that belongs to another audit.
         RunFault: the classifier does not answer.
     """
+    if unknown := options.keys() - DataOptions.__annotations__.keys():
+        raise unknown_name("option", min(unknown), DataOptions.__annotations__)
     sequential = radius is not None or tolerance is not None
     samples_each = (1000 if sequential else 100) if n is None else n
     procedure = procedure_for(
@@ -192,6 +195,7 @@ def _load(
             break
     if labels is None:
         return chosen, size, None
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels  # of a tensor or array
     if len(labels) != len(order):
         raise UserError(f"{len(labels)} labels for {len(order)} images; expected one reference label per image")
     given = {name: str(label) for name, label in zip(order, labels, strict=True)}

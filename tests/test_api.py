@@ -116,7 +116,8 @@ def test_python_and_the_command_write_the_same_run(question: str, tmp_path: Path
         "digits", "digits", skip=60, max_images=4, sigma=0.25, out=ours, progress=False, **EXECUTION, **options
     )
     compare(theirs, ours)
-    assert [row.to_json() for row in run] == [row.to_json() for row in read_run(ours).images]
+    written = sorted(read_run(ours).images, key=lambda row: int(row.id))
+    assert [row.to_json() for row in run] == [row.to_json() for row in written]  # in the order of the images
 
 
 def test_predict_and_the_command_write_the_same_run(tmp_path: Path) -> None:
@@ -158,6 +159,7 @@ def test_a_call_resumes_its_file_and_refuses_another(tmp_path: Path) -> None:
         ((IMAGES[0, 0],), {}, r"images of shape \(6, 6\)"),
         ((IMAGES[:0],), {}, "no images in this Tensor"),
         ((3,), {}, "images of type int"),
+        ((IMAGES * 9 - 3,), {}, "none of the 4 images can be used; the first, 0: image with values from -0.3"),
         ((IMAGES,), {"ids": ["a"]}, "1 ids for 4 images"),
         ((IMAGES,), {"class_map": "x.csv"}, "class_map with images of type Tensor"),
         ((IMAGES,), {"radius": 0.1, "tolerance": 0.1}, "radius and tolerance: expected one of them"),
@@ -175,6 +177,7 @@ def test_arguments_that_cannot_be_used(arguments: tuple[Any, ...], options: dict
 def test_a_smoothed_classifier_has_its_own_options() -> None:
     g = SmoothedClassifier(load_classifier(Halfspaces(), input_size=(3, 6, 6)), sigma=0.25)
     assert len(certify.certify(g, IMAGES, n=50)) == 4
+    assert len(certify.certify(SmoothedClassifier(Halfspaces(), sigma=0.25), IMAGES, n=50)) == 4
     for options in ({"sigma": 0.25}, {"denoiser": "median"}, {"num_classes": 3}):
         with pytest.raises(UserError, match=f"{next(iter(options))} with a SmoothedClassifier"):
             certify.certify(g, IMAGES, n=50, **options)

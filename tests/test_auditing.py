@@ -82,6 +82,10 @@ def test_decisions_and_reference_labels(tmp_path: Path) -> None:
     assert decided.header.kind == "decide"
     labels = [row.label == row.prediction for row in decided if not row.abstained]
     assert labels
+    numbered = certify.audit(Bright("number"), IMAGES, torch.tensor([7, 7, 8]), out=tmp_path / "c", **OPTIONS)  # type: ignore[arg-type]
+    assert [row.label == row.prediction for row in numbered if not row.abstained] == [True, True, False]
+    with pytest.raises(UserError, match="unknown option 'max_image'"):
+        certify.audit(Bright(), IMAGES, max_image=1, out=tmp_path / "d", **OPTIONS)  # type: ignore[call-arg]
     with pytest.raises(UserError, match="2 labels for 3 images"):
         certify.audit(Bright(), IMAGES, ["dark", "bright"], out=tmp_path / "b", **OPTIONS)
 

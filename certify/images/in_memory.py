@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -43,13 +42,20 @@ class Collection:
         """Return the same images without labels."""
         return Collection(self.items, [None] * len(self.items), self.name)
 
-    def first_shape(self) -> tuple[int, int, int] | None:
-        """Return (C, H, W) of the first usable image; None if there is none."""
+    def first_shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W) of the first usable image.
+
+        Raises:
+            UserError: there is none.
+        """
+        reason = ""
         for item in self.items:
-            with contextlib.suppress(ImageError):
+            try:
                 channels, height, width = preprocess(item.read(), InputSpec(None)).shape
                 return channels, height, width
-        return None
+            except ImageError as error:
+                reason = reason or f"the first, {item.id}: {error}"
+        raise UserError(f"none of the {len(self.items)} images can be used; {reason}")
 
     def image_set(
         self, spec: InputSpec, num_classes: int, *, skip: int = 1, start: int = 0, max_images: int | None = None
