@@ -6,7 +6,7 @@
 data/certify). From each radius follows the leading class's probability; votes are drawn with it and stopped by the rule
 that ``certify --radius`` uses, which gives the samples an image takes. 50,000 images drawn from these then go through
 ``certify.cluster.driver``, as a run on a cluster hands them out. A worker takes its images one after the other at
-``--rate`` samples a second, since images that share batches share the device.
+``--rate`` samples per second, since images that share batches share the device.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
     """Read the arguments, print one line a case."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--logs", type=Path, required=True)
-    parser.add_argument("--rate", type=float, default=10_000, help="samples a second of one device")
+    parser.add_argument("--rate", type=float, default=10_000, help="samples per second of one device")
     parser.add_argument("--price", type=float, default=3.0, help="of one device for an hour")
     parser.add_argument("--start", type=float, default=120.0, help="seconds until a worker stands ready, compiled")
     parser.add_argument("--delay", type=float, default=0.02, help="seconds between an answer and the next image")

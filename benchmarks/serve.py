@@ -6,7 +6,7 @@
 A pair is one turn of each, one after the other. Offline: one call of ``SmoothedClassifier.tallies`` for all images of
 the turn, selection and estimation. Server: a process of its own on loopback, asked about the same images by this one
 with binary tensors, so many requests under way as ``--clients`` says. Both certify, in float32, eager, in batches of
-one size. Two ratios: of samples a second by the clock, client included; and of samples a second of processor time,
+one size. Two ratios: of samples per second by the clock, client included; and of samples per second of processor time,
 where only the server's process counts, which says the same on a machine that others use too.
 """
 

@@ -24,12 +24,12 @@ def shorten(text: str, longest: int) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says: its own text where this package raised it, else its kind and its first line."""
+    """Describe an error: its own text where this package raised it, else its kind and its first line."""
     return str(error) if isinstance(error, CertifyError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 class CertifyWarning(UserWarning):
-    """What a user should know although it works: a choice among several, or a value that was hardly meant."""
+    """Warning about something that works: a choice among several, or a value that was hardly meant."""
 
 
 class CertifyError(Exception):

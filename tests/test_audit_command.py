@@ -250,7 +250,7 @@ def test_a_model_describes_itself_once_beside_the_budget(
     about = read_ledger(tmp_path / "a" / "ledger.jsonl").header["format"]
     assert (about["input"], about["output"], about["layout"]) == ("pixels", "label", "NCHW")
     capsys.readouterr()
-    run(*command, *out)  # goes on, with the options of then
+    run(*command, *out)  # resumes, with the options of then
     run(*command, *out, "--dry-run")
     assert "metadata" not in capsys.readouterr().err
     given = [f"--protocol-option={k}={about[k]}" for k in ("input", "output", "datatype", "layout")]

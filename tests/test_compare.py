@@ -249,7 +249,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_a_failure_during_the_run_stays_in_its_column(
     digits: Classifier, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A refusal inside of an attack, on the second part of the images: the column fails, the same when it goes on."""
+    """A refusal inside of an attack, on the second part of the images: the column fails, the same when it resumes."""
     monkeypatch.setattr(engine, "CHUNK", 5)
     calls = iter(range(100))
 

@@ -22,7 +22,7 @@ GROUPS = {"plain": "no attack", "blind": "purifier-blind", "adaptive": "adaptive
 
 @dataclass(frozen=True)
 class Condition:
-    """What happens to the images before a defence classifies them.
+    """A treatment of the images before a defence classifies them.
 
     Attributes:
         name: ``clean``, ``random noise``, or the name of an attack.

@@ -1,4 +1,4 @@
-"""Which service is queried and how: endpoint, protocol, protocol options and credential, and the sender for them."""
+"""The queried service: endpoint, protocol, its options and credential, and the sender for them."""
 
 from __future__ import annotations
 

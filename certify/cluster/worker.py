@@ -60,7 +60,7 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker has to be.
+    """Specification of a worker.
 
     Attributes:
         build: makes its engine; a function that a module holds, so that the worker's own code runs.
@@ -79,7 +79,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How all workers run the base classifier.
+    """Execution settings of all workers.
 
     Attributes:
         execution: the settings.

@@ -93,7 +93,7 @@ class Row(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Stopping(JsonRecord):
-    """How images stop early.
+    """Rule by which images stop early.
 
     Attributes:
         rule: name of the stopping rule or anytime-valid bound.

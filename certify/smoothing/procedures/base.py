@@ -44,7 +44,7 @@ class Prospects:
 
 @dataclass(frozen=True)
 class Stopping:
-    """How images stop early.
+    """Rule by which images stop early.
 
     Attributes:
         rule: name of the stopping rule or anytime-valid bound.
@@ -175,7 +175,7 @@ class Procedure(Protocol):
 
     @property
     def stopping(self) -> Stopping | None:
-        """How images stop early; None: at n."""
+        """Rule by which images stop early; None: at n."""
         ...
 
     def answer(self, results: Mapping[str, Any], noise: Radii, uniform: float = 1.0) -> Answer:

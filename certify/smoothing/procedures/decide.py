@@ -74,7 +74,7 @@ class Decide:
 
     @property
     def stopping(self) -> Stopping:
-        """How images stop early."""
+        """Rule by which images stop early."""
         return Stopping(self.rule, self.radii)
 
     def test(self, num_classes: int, noise: Radii) -> RadiusDecision:

@@ -75,7 +75,7 @@ class Measure:
 
     @property
     def stopping(self) -> Stopping:
-        """How images stop early."""
+        """Rule by which images stop early."""
         return Stopping(MEASURING_BOUND, tolerance=self.tolerance)
 
     def test(self, num_classes: int, noise: Radii) -> RadiusEstimate:
