@@ -1,4 +1,4 @@
-"""What a script calls: certify or predict a whole set of images with ordinary Python objects."""
+"""Functions for scripts: certify or predict a whole set of images with ordinary Python objects."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from certify.errors import ImageError, UserError
+from certify.errors import UserError
 from certify.registry import unknown_name
 from certify.smoothed_classifier import ModelOptions, SmoothingOptions
 from certify.smoothing.procedures import Certify, Decide, Measure, Predict, Procedure, expected_samples, samples
 from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from certify.images.dataset import ImageSet
     from certify.images.in_memory import Collection
     from certify.results import Run
@@ -167,19 +165,19 @@ def _run(
     options: Mapping[str, Any],
 ) -> Run:
     """Load, sample and collect; a run that was begun in ``out`` is resumed."""
-    from certify.results import Run, read_run
+    from certify.results import Run, RunInMemory, read_run
     from certify.runs.config import Settings, execution_of, run_header, with_execution
     from certify.runs.records import RunHeader
     from certify.runs.run_file import RunFile, peek_header
     from certify.runs.runner import process
     from certify.runs.shards import Shard
 
-    if unknown := options.keys() - Options.__annotations__.keys():
-        raise unknown_name("option", min(unknown), Options.__annotations__)
+    check_options(Options, options)
     settings = Settings(procedure, seed)
     shard = Shard.parse(options["shard"]) if options.get("shard") else None
     smoothed, chosen, name = _load(model, images, labels, sigma, options)
     places = range(len(chosen)) if shard is None else shard.places(len(chosen))
+    work = len(chosen) if shard is None else shard.largest(len(chosen))  # alike in all shards, and so the execution
     denoiser = options.get("denoiser")
     header = run_header(
         smoothed,
@@ -194,10 +192,10 @@ def _run(
     with contextlib.ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "run.jsonl") if out is None else Path(out)
         begun = peek_header(path)
-        first = _first_usable(chosen)
+        first = chosen.first_usable()
         if first is not None and smoothed.execution is None:
             execution = execution_of(begun, smoothed.options) if isinstance(begun, RunHeader) else None
-            smoothed.prepare(first, len(places) * expected_samples(procedure), execution)
+            smoothed.prepare(first, work * expected_samples(procedure), execution)
         if smoothed.execution is not None:
             header = with_execution(header, smoothed.execution)
         file = stack.enter_context(RunFile(path, header, trust_identity=options.get("trust_identity", False)))
@@ -208,7 +206,7 @@ def _run(
         run = read_run(path)
     order = {item.id: place for place, item in enumerate(chosen.items)}  # images that stop early are written first
     rows = sorted(run.images, key=lambda row: order[row.id])
-    return Run(run.path if out is not None else Path("run.jsonl"), run.header, rows)
+    return Run(path, run.header, rows) if out is not None else RunInMemory(Path(path.name), run.header, rows)
 
 
 def _load(
@@ -257,16 +255,19 @@ def collect_images(images: Any, labels: Any, options: dict[str, Any]) -> Collect
     return collection
 
 
+def check_options(group: type, options: Mapping[str, Any]) -> None:
+    """Refuse options that a group does not have.
+
+    Raises:
+        UserError: an unknown option, with the nearest names.
+    """
+    if unknown := options.keys() - group.__annotations__.keys():
+        raise unknown_name("option", min(unknown), group.__annotations__)
+
+
 def chosen_options(group: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a group that are given."""
     return {name: options[name] for name in group.__annotations__ if name in options}
-
-
-def _first_usable(images: ImageSet) -> Tensor | None:
-    for index in range(min(len(images), 50)):
-        with contextlib.suppress(ImageError):
-            return images.load(index)
-    return None
 
 
 @contextlib.contextmanager

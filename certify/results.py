@@ -78,14 +78,6 @@ class Run(run_file.Run):
                 return row
         raise KeyError(key)
 
-    @property
-    def origin(self) -> dict[str, str]:
-        """Name and hash of the file, or of what it would hold, for the record of what is derived from it."""
-        if self.path.exists():
-            return super().origin
-        lines = "".join(json.dumps(line.to_json()) + "\n" for line in (self.header, *self.images))
-        return {"run": self.path.name, "sha256": hashlib.sha256(lines.encode()).hexdigest()}
-
     def certified_accuracy(self, radius: float = 0.0) -> float:
         """Return the share of images that are certified, with the right class if they have labels, at this radius."""
         from analysis.curves import curve
@@ -191,7 +183,7 @@ class Run(run_file.Run):
     def _derived(self, content: tuple[RunHeader, list[ImageRow]], out: str | Path | None) -> Run:
         """Return a run with this content, written to ``out`` unless that is None."""
         if out is None:
-            return Run(self.path, *content)
+            return RunInMemory(self.path, *content)
         return Run.of(run_file.write_derived(run_file.new_run_file(out), *content))
 
     @classmethod
@@ -208,9 +200,9 @@ class Run(run_file.Run):
         if self.usable and header.kind != Predict.kind:
             from analysis.curves import curve, table_radii
 
-            own = curve(self)
+            own, radii = curve(self), table_radii(self)[:4]
             shares = ", ".join(
-                f"{floor_to(self.certified_accuracy(r), 3)} at {exact(r)}" for r in table_radii(self)[:4]
+                f"{floor_to(a, 3)} at {exact(r)}" for a, r in zip(own.accuracy(radii), radii, strict=True)
             )
             parts.append(f"{own.quantity} {shares} ({IN_WORDS[own.norm]} radius)")
         return printable("; ".join(parts))
@@ -223,6 +215,16 @@ class Run(run_file.Run):
         if not self.usable or self.header.kind == Predict.kind:
             return f"<p>{html.escape(self._summary())}</p>"
         return f"<p>{html.escape(self._summary())}</p>{self.table()._repr_html_()}"
+
+
+class RunInMemory(Run):
+    """A run without a file; its path only names it."""
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Name, and hash of what the file would hold, for the record of what is derived from it."""
+        lines = "".join(json.dumps(line.to_json()) + "\n" for line in (self.header, *self.images))
+        return {"run": self.path.name, "sha256": hashlib.sha256(lines.encode()).hexdigest()}
 
 
 def read_run(path: str | Path, *, allow_partial: bool = False) -> Run:

@@ -268,3 +268,12 @@ def test_shards_merge_to_the_whole(finished: certify.Run) -> None:
     assert [(row.id, row.radius, row.votes) for row in whole] == [(row.id, row.radius, row.votes) for row in finished]
     with pytest.raises(UserError, match="shard"):
         shards[0].merge(shards[1])
+
+
+def test_a_run_in_memory_does_not_depend_on_files(
+    finished: certify.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record of origin is the hash of what ``save`` writes, whatever lies in the folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / finished.path.name).write_text("another run")
+    assert finished.origin["sha256"] == finished.save(tmp_path / "saved.jsonl").origin["sha256"]
