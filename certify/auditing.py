@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from certify.api import DataOptions, chosen_options, collect_images, procedure_for, progress_bar
+from certify.api import DataOptions, check_options, chosen_options, collect_images, procedure_for, progress_bar
 from certify.blackbox.audit import run_audit
 from certify.blackbox.client.query_client import QueryClient
 from certify.blackbox.client.rate_limit import QueryLimits
@@ -18,15 +18,13 @@ from certify.blackbox.plan import Audit, Service, plan
 from certify.blackbox.results import LEDGER, RUN
 from certify.blackbox.service_spec import ServiceSpec, checked_service, open_sender
 from certify.engine.hardware import find_device
-from certify.errors import CertifyWarning, ImageError, UserError, first_line
+from certify.errors import CertifyWarning, UserError
 from certify.images.dataset import ImageSet, InputOnly, load_images
-from certify.registry import unknown_name
 from certify.results import Run
 from certify.runs.config import Settings
+from certify.smoothed_classifier import find_denoiser
 from certify.smoothing.noise import make_noise
 from certify.smoothing.stopping_rules import DEFAULT_RULE
-from denoisers import load_denoiser
-from denoisers.adapters import adapt
 
 if TYPE_CHECKING:
     import torch
@@ -113,8 +111,7 @@ def audit(
         UserError: arguments out of range or a folder that belongs to another audit.
         RunFault: the classifier does not answer.
     """
-    if unknown := options.keys() - DataOptions.__annotations__.keys():
-        raise unknown_name("option", min(unknown), DataOptions.__annotations__)
+    check_options(DataOptions, options)
     sequential = radius is not None or tolerance is not None
     samples_each = (1000 if sequential else 100) if n is None else n
     procedure = procedure_for(
@@ -128,8 +125,7 @@ def audit(
         spec = checked_service(ask, protocol, protocol_options or {}, api_key_env=api_key_env)
     spec = spec.as_recorded(read_header(Path(out) / LEDGER))
     chosen, size, given = _load(images, labels, options)
-    if isinstance(denoiser, str):
-        denoiser = None if denoiser == "none" else load_denoiser(denoiser, sigma=sigma, image=size)
+    cleaner = find_denoiser(denoiser, sigma, size)
     limits = QueryLimits(concurrency, rate, 1 if callable(ask) else retries + 1, grace=timeout + 5)
     with open_sender(spec, timeout=timeout, connections=concurrency + 1) as (send, spec):
         encoding = str(spec.format.about.get("encoding", "png"))
@@ -142,7 +138,7 @@ def audit(
             Settings(procedure, seed),
             make_noise(noise, sigma),
             budget,
-            None if denoiser is None else adapt(denoiser).eval(),
+            None if cleaner is None else cleaner.eval(),
             given,
             repeat_clean=repeat_clean,
             concurrency=concurrency,
@@ -187,12 +183,7 @@ def _load(
     else:
         chosen = collection.without_labels().image_set(view.input, 0, **of_data)
         order = [item.id for item in collection.items]
-    size = None
-    for index in range(len(chosen)):
-        with contextlib.suppress(ImageError):
-            channels, height, width = chosen.load(index).shape
-            size = channels, height, width
-            break
+    size = chosen.first_shape()
     if labels is None:
         return chosen, size, None
     labels = labels.tolist() if hasattr(labels, "tolist") else labels  # of a tensor or array
@@ -203,11 +194,6 @@ def _load(
 
 
 def _write_report(folder: Path, ledger: LedgerContents) -> None:
-    """Write the report; an error in it must not lose the results of the audit."""
-    from analysis.report.page import write_report
+    from analysis.report.page import try_report
 
-    try:
-        write_report(folder, ledger=ledger)
-    except Exception as error:
-        text = f"no report: {type(error).__name__}: {first_line(error)}; `certify report {folder}` tries again"
-        warnings.warn(text, CertifyWarning, stacklevel=2)
+    try_report(folder, ledger, lambda text: warnings.warn(text, CertifyWarning, stacklevel=2))

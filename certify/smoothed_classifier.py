@@ -71,6 +71,34 @@ class _Options(ModelOptions, SmoothingOptions, total=False):
     pass
 
 
+def find_denoiser(
+    denoiser: Any, sigma: float, image: tuple[int, int, int] | None, identity: Callable[[], str] | None = None
+) -> nn.Module | None:
+    """Return the module that ``denoiser=`` means; None for no denoiser.
+
+    Args:
+        denoiser: a name, a module, a function of one or two arguments, ``"none"`` or None.
+        sigma: noise level, in [0, 1] pixels.
+        image: (C, H, W) of the images, or None.
+        identity: returns the identity of the classifier behind it, by which ``"auto"`` chooses; None: unknown.
+
+    Raises:
+        UserError: unknown name, a denoiser for other images, or TorchScript by name.
+    """
+    if denoiser is None or denoiser == "none":
+        return None
+    from denoisers import load_denoiser
+    from denoisers.adapters import adapt
+    from denoisers.names import find_source
+
+    if not isinstance(denoiser, str):
+        return adapt(denoiser)
+    if find_source(denoiser).kind == "torchscript":
+        how = f"denoisers.load_denoiser({denoiser!r}, trust_code=True)"
+        raise UserError(f"denoiser={denoiser!r} is TorchScript, a program; if you trust it, pass denoiser={how}")
+    return load_denoiser(denoiser, sigma=sigma, image=image, classifier=None if identity is None else identity())
+
+
 class SmoothedClassifier(NoisyClassifier):
     """The smoothed classifier g(x) = argmax_c P[f(D(x + e)) = c].
 
@@ -144,23 +172,9 @@ class SmoothedClassifier(NoisyClassifier):
 
     def _find_denoiser(self, denoiser: Any) -> nn.Module | None:
         """Return the module that ``denoiser=`` means."""
-        if denoiser is None or denoiser == "none":
-            return None
-        from denoisers import load_denoiser
-        from denoisers.adapters import adapt
-        from denoisers.names import find_source
-
-        if not isinstance(denoiser, str):
-            return adapt(denoiser)
-        if find_source(denoiser).kind == "torchscript":
-            how = f"denoisers.load_denoiser({denoiser!r}, trust_code=True)"
-            raise UserError(f"denoiser={denoiser!r} is TorchScript, a program; if you trust it, pass denoiser={how}")
         size, identity = getattr(self.classifier, "input", None), getattr(self.classifier, "identity", None)
-        return load_denoiser(
-            denoiser,
-            sigma=self.noise.scale,
-            image=None if size is None else size.size,
-            classifier=identity() if callable(identity) else None,
+        return find_denoiser(
+            denoiser, self.noise.scale, None if size is None else size.size, identity if callable(identity) else None
         )
 
     @overload

@@ -46,6 +46,17 @@ def network() -> nn.Module:
     )
 
 
+class Float32Only(nn.Module):
+    """A network that converts its input to float32, so that it cannot be cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.float().mean((2, 3)))
+
+
 def classifier(net: nn.Module | None = None) -> Classifier:
     net = trained(net or network())
     return Classifier("small", ClassifierSpec(net, square_input((3, 16, 16), (0.4,) * 3, (0.3,) * 3)))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from command import run, run_of_json
 from servers import wait_for
-from small_networks import IMAGE, PLAIN, classifier, labels, network, trained
+from small_networks import IMAGE, PLAIN, Float32Only, classifier, labels, network, trained
 from torch import Tensor, nn
 
 from certify import Gaussian, SmoothedClassifier, UserError, load_classifier
@@ -122,16 +122,8 @@ class TestPrecision:
             prepare(base, replace(PLAIN, precision="bfloat16"), IMAGE)
 
     def test_a_network_that_cannot_be_cast(self) -> None:
-        class Stubborn(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.head = nn.Linear(3, 4)
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.head(x.float().mean((2, 3)))
-
         with pytest.raises(UserError, match=r"does not run in bfloat16.*--precision float32"):
-            prepare(Pipeline(classifier(Stubborn())), replace(PLAIN, precision="bfloat16"), IMAGE)
+            prepare(Pipeline(classifier(Float32Only())), replace(PLAIN, precision="bfloat16"), IMAGE)
 
 
 class TestCompilation:
@@ -194,7 +186,7 @@ class TestCompilation:
         assert (labels(run, base, 50) == before).sum() >= 49
 
     def test_without_a_compiler(self, tmp_path: Path) -> None:
-        """The real thing: no C++ compiler can be found. The run goes on eagerly, says so once, and records it."""
+        """The real thing: no C++ compiler can be found. The run continues eagerly, says so once, and records it."""
         command = [sys.executable, "-m", "certify", "--model", "digits", "--sigma", "0.25", "--n", "100", "--max", "2"]
         command += ["--compile", "on", "--json", "--out", str(tmp_path / "r.jsonl")]
         environment = {**os.environ, "CXX": "/nonexistent/c++", "CERTIFY_CACHE": str(tmp_path / "cache")}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from command import run
 from servers import wait_for
-from small_networks import IMAGE, classifier
+from small_networks import IMAGE, Float32Only, classifier
 from torch import Tensor, nn
 
 from analysis.bench import product_speed
@@ -137,17 +137,9 @@ class TestChoice:
         assert "folded=True" in said[0]
 
     def test_a_network_that_cannot_be_cast_runs_in_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Stubborn(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.head = nn.Linear(3, 4)
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.head(x.float().mean((2, 3)))
-
         fast = replace(CPU, bfloat16="AMX")
         monkeypatch.setattr("certify.engine.policy.detect_hardware", lambda device: fast)
-        base = Pipeline(classifier(Stubborn()))
+        base = Pipeline(classifier(Float32Only()))
         _, real = choose_execution(base, IMAGE, 10**5, EngineOptions(compile="off"))
         assert real.precision == "float32"
         assert real.why[-1].startswith("not bfloat16: the base classifier does not run in bfloat16")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from analysis.report.pictures import STAGES, Thumbnails, curve_svg, latency_svg
 from certify.blackbox.client.credentials import public
 from certify.blackbox.ledger_contents import LedgerContents
 from certify.blackbox.query_votes import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, stage_of
-from certify.errors import RunFault, UserError
+from certify.errors import RunFault, UserError, first_line
 from certify.runs.files import replacing
 from certify.runs.identity import identity
 from certify.runs.records import ImageRow
@@ -66,6 +66,14 @@ def write_report(folder: str | Path, *, ledger: LedgerContents | None = None) ->
     except OSError as error:
         raise RunFault(f"could not write {path}: {error.strerror}; the audit's records are untouched") from None
     return path
+
+
+def try_report(folder: Path, ledger: LedgerContents, warn: Callable[[str], None]) -> None:
+    """Write the report at the end of an audit; an error in it is a warning and must not lose the audit's results."""
+    try:
+        write_report(folder, ledger=ledger)
+    except Exception as error:
+        warn(f"no report: {type(error).__name__}: {first_line(error)}; `certify report {folder}` tries again")
 
 
 def render(audit: AuditFolder) -> str:

@@ -25,9 +25,8 @@ from certify.cli.option_groups import (
 )
 from certify.cli.options import command, command_line, flag, option, overridden
 from certify.cli.parameter_types import Count, Positive
-from certify.cli.plan import first_shape
 from certify.cli.service_options import ServiceOptions, query_limits, service_from
-from certify.errors import UserError, first_line
+from certify.errors import UserError
 
 if TYPE_CHECKING:
     from certify.blackbox.ledger import Ledger
@@ -209,10 +208,10 @@ def _plan_audit(request: AuditRequest, spec: ServiceSpec) -> tuple[Audit, AuditP
     device = torch.device(device_from(request.compute.device))
     denoiser = None
     if noise.denoiser != "none":
-        denoiser = denoiser_for(noise.denoiser, noise.sigma, first_shape(images), trust_code=noise.trust_code).eval()
+        denoiser = denoiser_for(noise.denoiser, noise.sigma, images.first_shape(), trust_code=noise.trust_code).eval()
     form = spec.format
     target = Service(spec.endpoint, form.name, form.about, str(form.about.get("encoding", "png")), data.input_size)
-    target.probe_size = data.input_size or first_shape(images)
+    target.probe_size = data.input_size or images.first_shape()
     settings = {
         "sigma": noise.sigma,
         "seed": noise.seed,
@@ -338,10 +337,6 @@ def _run(
 
 
 def _write_report(folder: Path, ledger: LedgerContents) -> None:
-    """Write the report; an error in it must not lose the results of the audit."""
-    from analysis.report.page import write_report
+    from analysis.report.page import try_report
 
-    try:
-        write_report(folder, ledger=ledger)
-    except Exception as error:
-        warn(f"no report: {type(error).__name__}: {first_line(error)}; `certify report {folder}` tries again")
+    try_report(folder, ledger, warn)

@@ -15,7 +15,7 @@ from certify.cli.option_groups import DataOptions, DeviceOptions, JsonOptions, O
 from certify.cli.options import Options, command, given_by_user, option, refuse_given
 from certify.cli.output_files import file_name
 from certify.cli.parameter_types import Count, Numbers
-from certify.cli.plan import first_shape, warn_near_chance
+from certify.cli.plan import warn_near_chance
 
 if TYPE_CHECKING:
     from certify.cli.denoiser_quality import Evaluation
@@ -82,7 +82,7 @@ def evaluate_denoiser(
 
     if device.startswith("cuda"):  # float32 means float32, as when certifying
         torch.backends.cudnn.allow_tf32 = False
-    size = images.input.size or first_shape(images)
+    size = images.input.size or images.first_shape()
     denoisers = {
         sigma: denoiser_for(noise.denoiser, sigma, size, classifier, trust_code=model.trust_code).to(device)
         for sigma in sigmas

@@ -242,7 +242,6 @@ def check_data(data: str | None, root: str | None) -> None:
 
 def load_image_set(options: ImageOptions, classifier: Classifier | InputOnly) -> ImageSet:
     """Return the images that the options choose, with the classifier's labels for them."""
-    from certify.cli.plan import first_shape
     from certify.images.dataset import load_images
 
     assert options.data is not None
@@ -261,5 +260,5 @@ def load_image_set(options: ImageOptions, classifier: Classifier | InputOnly) ->
         download=options.download,
     )
     if getattr(classifier, "probe_size", False) is None:  # a classifier that takes any size
-        classifier.probe_size = first_shape(images)  # type: ignore[union-attr]
+        classifier.probe_size = images.first_shape()  # type: ignore[union-attr]
     return images

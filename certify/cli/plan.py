@@ -46,7 +46,7 @@ def show_plan(
         warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")
     warn_of_units(sigma)
     procedure = settings.procedure
-    first = first_image(images)
+    first = images.first_usable()
     if first is not None:
         smoothed.check(first)
     stated = smoothed.stated(first.numel() if first is not None else 1)
@@ -102,23 +102,6 @@ def show_engine(
     say(f"engine     {execution.describe()}, on {where or f'{smoothed.device}{threads}'}")
     for why in execution.why:
         say(f"           {why}")
-
-
-def first_image(images: ImageSet) -> Tensor | None:
-    """Return the first image that can be read."""
-    for i in range(len(images)):
-        with contextlib.suppress(CertifyError):
-            return images.load(i)
-    return None
-
-
-def first_shape(images: ImageSet) -> tuple[int, int, int] | None:
-    """Return (C, H, W) of the first image that can be read."""
-    first = first_image(images)
-    if first is None:
-        return None
-    channels, height, width = first.shape
-    return channels, height, width
 
 
 def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet) -> None:

@@ -24,7 +24,7 @@ from certify.cli.option_groups import (
 )
 from certify.cli.options import check_radii, command, command_line, option
 from certify.cli.output_files import output_path, stoppable
-from certify.cli.plan import check_base, first_image, show_engine, show_plan
+from certify.cli.plan import check_base, show_engine, show_plan
 from certify.cli.summary import summarise
 from certify.errors import UserError
 
@@ -141,7 +141,7 @@ def _execute(
         denoiser=noise.denoiser,
         command=command_line(),
     )
-    first = first_image(images)
+    first = images.first_usable()
     if first is not None and any("fingerprint" in step for step in header.pipeline):
         smoothed.check_contract(first)  # before fingerprints are compared: randomness would look like another model
     with workers_for(distribution, model, noise, compute, norm, smoothed, len(places)) as pool:
@@ -154,8 +154,8 @@ def _execute(
         if isinstance(begun, RunHeader):
             execution = execution_of(begun, smoothed.options)
         else:
-            parts = distribution.shard.of if distribution.shard is not None else 1  # the same work, so the same choice
-            work = -(-len(images) // parts) * expected_samples(settings.procedure)
+            count = len(images) if distribution.shard is None else distribution.shard.largest(len(images))
+            work = count * expected_samples(settings.procedure)  # alike in all shards, and so the execution
             execution = _choose_execution(engine, first, work, say, sharded=distribution.shard is not None)
         if execution is not None:
             show_engine(execution, smoothed, say, "" if pool is None else pool.where())

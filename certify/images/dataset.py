@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shlex
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from certify.errors import UserError
+from certify.errors import CertifyError, UserError
 from certify.images.items import Item, Source, Unread
 from certify.images.preprocess import channels_of, preprocess
 from certify.images.sources import open_source
@@ -100,6 +101,21 @@ class ImageSet:
             ImageError: this image cannot be used.
         """
         return preprocess(self.items[index].read(), self.input)
+
+    def first_usable(self) -> Tensor | None:
+        """Return the first image that can be read; None if there is none."""
+        for index in range(len(self)):
+            with contextlib.suppress(CertifyError):
+                return self.load(index)
+        return None
+
+    def first_shape(self) -> tuple[int, int, int] | None:
+        """Return (C, H, W) of the first image that can be read; None if there is none."""
+        first = self.first_usable()
+        if first is None:
+            return None
+        channels, height, width = first.shape
+        return channels, height, width
 
     def digest(self) -> str:
         """Return a hash over ids, labels and contents of the images, which must be the same when a run is resumed."""

@@ -64,6 +64,10 @@ class Shard:
             )
         return range(self.index - 1, images, self.of)
 
+    def largest(self, images: int) -> int:
+        """Return the number of images in the largest shard of a run."""
+        return -(-images // self.of)
+
     def header(self, whole: RunHeader) -> RunHeader:
         """Return the header of this part of a run."""
         place = ShardPlace(index=self.index, of=self.of, images=whole.expected)
