@@ -68,6 +68,18 @@ class Radii(Protocol):
         ...
 
 
+@runtime_checkable
+class WorstCase(Protocol):
+    """A smoothing distribution that bounds probabilities of any size near an image, not only those of a majority."""
+
+    def worst_case(self, p: float, radius: float) -> float:
+        """Return the least probability of a class within ``radius`` of an image at which it has probability ``p``.
+
+        Defined for p in [0, 1]; convex and nondecreasing in ``p``, nonincreasing in ``radius``, and never rounded up.
+        """
+        ...
+
+
 class Noise(Radii, Protocol):
     """A smoothing distribution: its sampler, and its relation between probabilities and radii."""
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Relative margin that covers the error of ndtri (2.5 ulp measured), of log1p, and of the products around them.
 _OUTWARD = 1e-14
+_LOST = 1e-12  # covers the error of ndtr and ndtri as an absolute error of a probability
 
 _SIGMA = "a positive number, in [0, 1] pixels (0.25, not 64 of 255)"
 
@@ -37,6 +38,19 @@ def _probabilities(p_lower: float, p_other: float | None) -> tuple[float, float 
     if lower > 1.0 or (other is not None and other < 0.0):
         raise UserError(f"p_lower = {lower}, p_other = {other}: expected probabilities")
     return lower, other
+
+
+def _probability_and_radius(p: float, radius: float) -> tuple[float, float]:
+    """Return both arguments of :meth:`certify.types.WorstCase.worst_case` as Python floats; refuse impossible ones."""
+    p, radius = as_float(p, "p"), as_float(radius, "radius")
+    if not (0.0 <= p <= 1.0 and radius >= 0.0):
+        raise UserError(f"p = {p}, radius = {radius}: expected a probability and a radius of at least 0")
+    return p, radius
+
+
+def _no_more_than(p: float, value: float, radius: float) -> float:
+    """Round a probability within ``radius`` of an image down by more than its floating-point error."""
+    return p if radius == 0.0 else min(p, max(0.0, value - _LOST))
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,13 @@ class Gaussian(Additive):
 
         return float(ndtr(as_float(radius, "radius") / self.drawn_sigma))
 
+    def worst_case(self, p: float, radius: float) -> float:
+        """Return Phi(Phi^-1(p) - radius / sigma), rounded down."""
+        from scipy.special import ndtr, ndtri
+
+        p, radius = _probability_and_radius(p, radius)
+        return _no_more_than(p, float(ndtr(ndtri(p) - radius / self.drawn_sigma)), radius)
+
     @property
     def drawn_sigma(self) -> float:
         """Sigma, as drawn."""
@@ -148,6 +169,11 @@ class Uniform(Additive):
     def probability(self, radius: float) -> float:
         """Return 1/2 + radius / (2 lambda), which exceeds 1 for a radius that this noise cannot certify."""
         return 0.5 + as_float(radius, "radius") / (2 * self.half_width)
+
+    def worst_case(self, p: float, radius: float) -> float:
+        """Return p - radius / (2 lambda), rounded down; at least 0."""
+        p, radius = _probability_and_radius(p, radius)
+        return _no_more_than(p, p - radius / (2 * self.half_width), radius)
 
 
 @dataclass(frozen=True)
@@ -203,6 +229,16 @@ class Laplace(Additive):
     def probability(self, radius: float) -> float:
         """Return 1 - exp(-radius / b) / 2."""
         return 0.5 - math.expm1(-as_float(radius, "radius") / self.b) / 2
+
+    def worst_case(self, p: float, radius: float) -> float:
+        """Return max(1 - exp(radius / b) (1 - p), exp(-radius / b) p), rounded down.
+
+        Both follow from the ratio of the shifted densities, which lies between exp(-radius / b) and exp(radius / b).
+        """
+        p, radius = _probability_and_radius(p, radius)
+        ratio = math.exp(-radius / self.b)
+        large = 1.0 - (1.0 - p) / ratio if ratio > 0.0 else 0.0
+        return _no_more_than(p, max(large, ratio * p), radius)
 
 
 NOISES.add("gaussian", Gaussian, "isotropic Gaussian, l2 (default)")

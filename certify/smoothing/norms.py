@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from certify.errors import UserError
 from certify.smoothing.numeric import as_float, as_int
+from certify.types import WorstCase
 
 if TYPE_CHECKING:
     from certify.types import Noise, Radii
@@ -72,6 +73,16 @@ class Implied:
     def probability(self, radius: float) -> float:
         """Return the probability that a radius in this norm needs."""
         return self.noise.probability(as_float(radius, "radius") / self._factor)
+
+    def worst_case(self, p: float, radius: float) -> float:
+        """Return the least probability within a radius in this norm.
+
+        Raises:
+            UserError: the noise does not state it.
+        """
+        if not isinstance(self.noise, WorstCase):
+            raise UserError(f"noise {self.name!r} has no worst_case(p, radius), which this statement needs")
+        return self.noise.worst_case(p, as_float(radius, "radius") / self._factor)
 
     @property
     def _factor(self) -> float:
