@@ -15,7 +15,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from analysis.figures import COLOURS, LINES, canvas, check_format, literal, save_figure
+from analysis.figures import COLOURS, LINES, canvas, literal
 from certify.errors import UserError
 from denoisers.classical import GaussianSmoothing
 
@@ -163,8 +163,7 @@ def draw_noise(noises: Mapping[str, NoiseStatistics], images: NoiseStatistics, p
         UserError: an unknown format.
         RunFault: the file cannot be written.
     """
-    check_format(path)
-    with canvas(9.6, 3.0, columns=3) as (figure, (means, skews, spectra)):
+    with canvas(9.6, 3.0, path, columns=3, title=literal(title)) as (figure, (means, skews, spectra)):
         for i, (name, noise) in enumerate(noises.items()):
             style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % 4], "linewidth": 1.4}
             for axes, measured in ((means, 255 * noise.mean.numpy()), (skews, noise.skewness.numpy())):
@@ -180,8 +179,6 @@ def draw_noise(noises: Mapping[str, NoiseStatistics], images: NoiseStatistics, p
             axes.set_xlim(-reach, reach)
         spectra.set(xlabel="frequency (cycles per pixel)", ylabel="share of the power per wave", yscale="log")
         figure.legend(loc="outside lower center", ncols=4)
-        figure.suptitle(literal(title), fontsize=8, x=0.01, ha="left", wrap=True)
-        save_figure(figure, Path(path))
 
 
 def _spectrum(noise: NoiseStatistics) -> tuple[np.ndarray, np.ndarray]:

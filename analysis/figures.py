@@ -1,4 +1,4 @@
-"""Shared by all figures: formats, colours, style, and atomic writing."""
+"""The frame of all figures: format, colours, style, title, and atomic writing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import contextlib
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from certify.errors import RunFault, UserError
 from certify.runs.files import replacing
 from certify.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -43,18 +46,44 @@ def check_format(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def canvas(width: float, height: float, columns: int = 1, style: dict[str, Any] | None = None) -> Iterator[Any]:
-    """Create a figure in this package's style, which applies within the block only: save it there.
+def canvas(
+    width: float,
+    height: float,
+    path: str | Path | None = None,
+    *,
+    columns: int = 1,
+    grid: str = "both",
+    title: str | None = None,
+) -> Iterator[tuple[Figure, Any]]:
+    """Create a figure in this package's style, which applies within the block, and write it at the end of the block.
 
-    Yields ``(figure, axes)``; ``axes`` is an array if there are several columns. Width and height are in inches. The
-    state of pyplot, such as a notebook's own figures and backend, is not touched.
+    Yields ``(figure, axes)``; ``axes`` is an array if there are several columns. The state of pyplot, such as a
+    notebook's own figures and backend, is not touched.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        path: file to write (.png, .svg or .pdf); None writes none.
+        columns: number of axes, side by side.
+        grid: axes with grid lines: ``"x"``, ``"y"`` or ``"both"``.
+        title: above the axes, wrapped.
+
+    Raises:
+        UserError: an unknown format.
+        RunFault: the file cannot be written.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({**STYLE, **(style or {})}):
+    if path is not None:
+        check_format(path)
+    with rc_context({**STYLE, "axes.grid.axis": grid}):
         figure = Figure(figsize=(width, height), layout="constrained")
+        if title:
+            figure.suptitle(title, fontsize=9, x=0.01, ha="left", wrap=True)
         yield figure, figure.subplots(1, columns)
+        if path is not None:
+            save_figure(figure, Path(path))
 
 
 def literal(text: str, limit: int | None = None) -> str:
@@ -82,7 +111,7 @@ def wrapped(labels: Sequence[str]) -> tuple[list[str], float]:
     return lines, 0.17 * max(0, sum(1 + label.count("\n") for label in lines) - 2)
 
 
-def save_figure(figure: Any, path: Path, dpi: float = 200) -> None:
+def save_figure(figure: Figure, path: Path, dpi: float = 200) -> None:
     """Write a figure atomically; the same figure gives the same bytes.
 
     Raises:

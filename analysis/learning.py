@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.figures import COLOURS, canvas, check_format, literal, save_figure
+from analysis.figures import COLOURS, canvas, literal
 from certify.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -87,12 +87,11 @@ def plot_learning(trainings: Sequence[Learning], path: str | Path, *, title: str
         UserError: an unknown format.
         RunFault: the file cannot be written.
     """
-    check_format(path)
     figures = {name for training in trainings for name in training.held_out}
     measures = [m for m in _NAMES if any(_parts(name)[0] == m for name in figures)]
     levels = sorted({sigma for name in figures for m, sigma in [_parts(name)] if m in measures}, key=_as_number)
     wide = 1 + len(measures)
-    with canvas(3.2 * wide, 3.2, columns=wide) as (figure, row):
+    with canvas(3.2 * wide, 3.2, path, columns=wide, title=title) as (figure, row):
         first, *others = np.atleast_1d(row)
         for i, training in enumerate(trainings):
             colour = COLOURS[i % len(COLOURS)]
@@ -121,9 +120,6 @@ def plot_learning(trainings: Sequence[Learning], path: str | Path, *, title: str
                 [], [], color="#555555", marker=marker, markersize=4, linewidth=0, label=f"sigma = {sigma}"
             )
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
-        if title:
-            figure.suptitle(title, fontsize=9)
-        save_figure(figure, Path(path))
 
 
 def _parts(name: str) -> tuple[str, str]:

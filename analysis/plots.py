@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis.curves import Curve, proportion_interval
 from analysis.envelope import Envelope, Line
-from analysis.figures import COLOURS, LINES, canvas, check_format, literal, save_figure, wrapped
+from analysis.figures import COLOURS, LINES, canvas, literal, wrapped
 from certify.smoothing.norms import IN_TEX
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_OFFSET = 3.0  # points between marks at the same radius
+_TICKS = 12  # maximum number of labelled ticks
+_WIDE = 40  # characters of a label, of which two do not fit side by side
 
 
 def steps(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
@@ -32,33 +38,28 @@ def outline(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     return radii, certified / line.total, *proportion_interval(certified, line.total)
 
 
-_OFFSET = 3.0  # points between marks at the same radius
-_TICKS = 12  # maximum number of labelled ticks
-
-
-def plot_curves(lines: Sequence[Line], path: str | Path, *, title: str | None = None, band: bool = True) -> None:
+def plot_curves(
+    lines: Sequence[Line], path: str | Path | None = None, *, title: str | None = None, band: bool = True
+) -> Figure:
     """Plot a line per run or envelope, with a shaded 95 % band over images.
+
+    The single runs of an envelope are faint lines of its colour.
+
+    Args:
+        lines: curves of runs, or envelopes.
+        path: file to write (.png, .svg or .pdf); None writes none.
+        title: above the axes.
+        band: shade the interval.
 
     Raises:
         UserError: an unknown format.
         RunFault: the file cannot be written.
     """
-    check_format(path)
-    with drawn_curves(lines, title=title, band=band) as figure:
-        save_figure(figure, Path(path))
-
-
-@contextlib.contextmanager
-def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool = True) -> Iterator[Any]:
-    """Yield the figure of :func:`plot_curves` within its style, so that it can be changed and saved.
-
-    The single runs of an envelope are faint lines of its colour.
-    """
     texts, legend_title = _legend_texts(lines)
     labels, extra = wrapped(texts)
     decided = sum(bool(line.decided) for line in lines)
     offsets = iter([_OFFSET * (i - (decided - 1) / 2) for i in range(decided)])
-    with canvas(4.8, 3.3 + extra) as (figure, axes):
+    with canvas(4.8, 3.3 + extra, path, title=title) as (figure, axes):
         for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
             colour, dashes = COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % len(LINES)]
             if isinstance(line, Envelope):
@@ -77,10 +78,10 @@ def drawn_curves(lines: Sequence[Line], *, title: str | None = None, band: bool 
             axes.set_xticks(sorted({r for line in lines for r in line.decided})[:_TICKS])
         axes.set_xlabel(f"{IN_TEX[lines[0].norm]} radius (images in [0, 1] pixels)")
         axes.set_ylabel(f"{lines[0].quantity}\n(95 % interval over images)" if band else lines[0].quantity)
-        if title:
-            axes.set_title(title, fontsize=9)
-        _legend(axes, labels, legend_title)
-        yield figure
+        if any(labels):
+            columns = 1 if max(map(len, labels)) > _WIDE else 2
+            figure.legend(loc="outside lower center", ncols=columns, title=legend_title, alignment="left")
+    return figure
 
 
 def _points(axes: Any, line: Line, colour: str, name: str, band: bool, offset: float) -> None:
@@ -120,13 +121,3 @@ def _legend_texts(lines: Sequence[Line]) -> tuple[list[str], str | None]:
     labels = [literal(name + (f" ({line.note})" if line.note else "")) for name, line in zip(names, lines, strict=True)]
     title = f"upper envelope over {over} (faint: single runs):\nthe best run at each radius, chosen on these images"
     return labels, title if levels else None
-
-
-def _legend(axes: Any, labels: Sequence[str], title: str | None) -> None:
-    """Put the legend inside the axes if it is small, otherwise below them."""
-    longest = max(len(label) for label in labels)
-    if len(labels) <= 5 and longest <= 44 and title is None:
-        axes.legend(loc="upper right")
-    else:
-        columns = 1 if longest > 40 else 2
-        axes.figure.legend(loc="outside lower center", ncols=columns, title=title, alignment="left")

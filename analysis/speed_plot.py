@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.figures import COLOURS, LABEL, canvas, check_format, literal, save_figure
+from analysis.figures import COLOURS, LABEL, canvas, literal
 from certify.errors import UserError
 from certify.runs.schema import POSITIVE, TEXT, fault, parse_object
 
@@ -66,9 +66,8 @@ def plot_speeds(speeds: Sequence[Speed], path: str | Path, *, title: str | None 
         UserError: an unknown format.
         RunFault: the file cannot be written.
     """
-    check_format(path)
     last = {speed.case: speed for speed in speeds}
-    with canvas(5.6, 1.0 + 0.36 * len(last), style={"axes.grid.axis": "x"}) as (figure, axes):
+    with canvas(5.6, 1.0 + 0.36 * len(last), path, grid="x", title=title) as (_, axes):
         for place, speed in enumerate(last.values()):
             errors = [[speed.ratio - speed.ratio_min], [speed.ratio_max - speed.ratio]]
             axes.barh(place, speed.ratio, height=0.6, color=COLOURS[0], xerr=errors, ecolor="#333333", capsize=2)
@@ -79,6 +78,3 @@ def plot_speeds(speeds: Sequence[Speed], path: str | Path, *, title: str | None 
         widest = max(speed.ratio_max for speed in last.values())
         axes.set(xlim=(0, 1.35 * widest), ylim=(len(last) - 0.4, -0.6))
         axes.set_xlabel("samples per second, this engine : plain loop; bars: their ratio\n(line: equally fast)")
-        if title:
-            axes.set_title(title, fontsize=9)
-        save_figure(figure, Path(path))

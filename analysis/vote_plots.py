@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.curves import common_norm, names
-from analysis.figures import COLOURS, LABEL, canvas, check_format, literal, log_ticks, save_figure, wrapped
+from analysis.figures import COLOURS, LABEL, canvas, literal, log_ticks, wrapped
 from certify.errors import UserError
 from certify.runs.records import ImageRow
 from certify.runs.run_file import Run
@@ -35,7 +35,6 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
         UserError: an unknown format; no such image; an image without votes.
         RunFault: the file cannot be written.
     """
-    check_format(path)
     row = _row(run, image_id)
     votes = row.estimation_votes
     counts = sorted(((count, label) for label, count in enumerate(votes.counts) if count), reverse=True)
@@ -45,7 +44,8 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
         bars.append((f"{len(rest)} others", sum(count for count, _ in rest), False))
     if votes.failures:
         bars.append(("no answer", votes.failures, False))
-    with canvas(4.8, 1.1 + 0.28 * len(bars), style={"axes.grid.axis": "x"}) as (figure, axes):
+    heading = title or literal(_describe(run, row))
+    with canvas(4.8, 1.1 + 0.28 * len(bars), path, grid="x", title=heading) as (figure, axes):
         for place, (_, count, leads) in enumerate(bars):
             share = count / votes.trials
             axes.barh(place, share, height=0.62, color=COLOURS[0] if leads else "#B8C4CE")
@@ -59,10 +59,8 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
             axes.axvline(other, color=COLOURS[2], ls="--", lw=1.4, label=label)
         axes.set_yticks(range(len(bars)), [literal(name, LABEL) for name, _, _ in bars])
         axes.set(xlim=(0, 1.12), ylim=(len(bars) - 0.4, -0.6), xlabel=f"share of {votes.trials:,} votes under noise")
-        axes.set_title(title or literal(_describe(run, row)), fontsize=9, loc="left", wrap=True)
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=2)
-        save_figure(figure, Path(path))
 
 
 def _row(run: Run, image_id: str) -> ImageRow:
@@ -141,7 +139,6 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
             image.
         RunFault: the file cannot be written.
     """
-    check_format(path)
     for run in runs:
         if not run.header.has("kind") or run.header.kind != "certify" or run.header.stopping is not None:
             raise UserError(
@@ -150,7 +147,7 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
             )
     norm = common_norm(runs)
     labels, more = wrapped([*map(literal, names(runs)), "largest radius that n samples can certify"])
-    with canvas(4.8, 3.3 + more) as (figure, axes):
+    with canvas(4.8, 3.3 + more, path, title=title) as (figure, axes):
         for i, (run, name) in enumerate(zip(runs, labels, strict=False)):
             sizes = sample_sizes(run.header.n)
             radii = [radii_with(run, size) for size in sizes]
@@ -166,10 +163,7 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
         many = max(run.header.n for run in runs) >= _MANY
         log_ticks(axes.xaxis, "{x:,.0f}", (1.0,) if many else (1.0, 2.0, 5.0))
         axes.set_ylabel(f"{IN_TEX[norm]} radius\n(median and middle half of images)")
-        if title:
-            axes.set_title(title, fontsize=9)
         figure.legend(loc="outside lower center", ncols=1)
-        save_figure(figure, Path(path))
 
 
 def largest_with(run: Run, size: int) -> float:

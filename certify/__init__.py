@@ -16,9 +16,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analysis.comparison.results import Comparison as Comparison
+    from analysis.runs import read_comparison as read_comparison
     from certify.api import certify as certify
     from certify.api import predict as predict
     from certify.auditing import audit as audit
+    from certify.comparing import compare as compare
     from certify.errors import CertifyError as CertifyError
     from certify.errors import UserError as UserError
     from certify.images.dataset import load_images as load_images
@@ -46,6 +49,7 @@ _HOME = {
     "Certificate": "types",
     "CertifyError": "errors",
     "Classifier": "models.classifier",
+    "Comparison": "analysis.comparison.results",
     "Decision": "types",
     "Gaussian": "smoothing.noise",
     "Pipeline": "models.pipeline",
@@ -58,11 +62,13 @@ _HOME = {
     "certificate_from_votes": "smoothing.certificates",
     "certify": "api",
     "clopper_pearson_lower": "smoothing.bounds",
+    "compare": "comparing",
     "load_classifier": "models.load",
     "load_images": "images.dataset",
     "make_noise": "smoothing.noise",
     "predict": "api",
     "prediction_from_votes": "smoothing.certificates",
+    "read_comparison": "analysis.runs",
     "read_run": "results",
 }
 
@@ -73,7 +79,8 @@ __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'certify' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"certify.{_HOME[name]}"), name)
+    home = _HOME[name]
+    return getattr(importlib.import_module(home if home.startswith("analysis.") else f"certify.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import html
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -42,6 +42,19 @@ class Plot:
         picture = io.BytesIO()
         self.figure.savefig(picture, format="png", dpi=120)
         return picture.getvalue()
+
+
+def data_frame(rows: Sequence[Mapping[str, object]], index: list[str]) -> pandas.DataFrame:
+    """Return a data frame of these rows, indexed by some of their keys.
+
+    Raises:
+        UserError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise UserError("to_pandas needs pandas: pip install pandas") from None
+    return pandas.DataFrame(list(rows)).set_index(index)
 
 
 class Run(run_file.Run):
@@ -117,15 +130,9 @@ class Run(run_file.Run):
             RunFault: the file cannot be written.
         """
         from analysis.curves import curves
-        from analysis.figures import check_format, save_figure
-        from analysis.plots import drawn_curves
+        from analysis.plots import plot_curves
 
-        if path is not None:
-            check_format(path)
-        with drawn_curves(curves([self, *others]), title=title, band=band) as figure:
-            if path is not None:
-                save_figure(figure, Path(path))
-        return Plot(figure)
+        return Plot(plot_curves(curves([self, *others]), path, title=title, band=band))
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return a data frame with a row per image, indexed by id.
@@ -133,11 +140,7 @@ class Run(run_file.Run):
         Raises:
             UserError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise UserError("to_pandas needs pandas: pip install pandas") from None
-        return pandas.DataFrame([row.to_json() for row in self.images]).drop(columns="type").set_index("id")
+        return data_frame([row.to_json() for row in self.images], ["id"]).drop(columns="type")
 
     def recompute(self, *, alpha: float | None = None, bound: str | None = None, out: str | Path | None = None) -> Run:
         """Return the run at another alpha or bound, from the same votes.

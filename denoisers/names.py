@@ -22,7 +22,7 @@ from certify.models.file_kind import (
 )
 from certify.models.resolve import is_file
 from certify.registry import unknown_name
-from denoisers import ARCHITECTURES, DENOISERS, SHIPPED
+from denoisers import ARCHITECTURES, DEFENCES, DENOISERS, SHIPPED
 
 AUTO = "auto"
 _TORCHSCRIPT = (".pt", ".ts", ".torchscript")
@@ -48,6 +48,16 @@ class DenoiserSource:
     name: str
     file: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_defence(text: str) -> None:
+    """Refuse a defence that is neither in ``DEFENCES`` nor a denoiser, before anything is loaded.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if text.partition(":")[0] not in DEFENCES:
+        find_source(text)
 
 
 def parse_options(text: str) -> tuple[str, dict[str, Any]]:

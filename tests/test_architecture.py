@@ -24,9 +24,11 @@ MODULES = sorted(p.relative_to(ROOT) for package in ALLOWED for p in (ROOT / pac
 
 
 KNOW_MORE = {
+    "certify/__init__.py": {"analysis"},  # Comparison, read_comparison
     "certify/smoothed_classifier.py": {"denoisers"},  # SmoothedClassifier(denoiser="auto")
     "certify/results.py": {"analysis"},  # Run.table, Run.plot
     "certify/auditing.py": {"denoisers", "analysis"},  # a denoiser by name, the report
+    "certify/comparing.py": {"denoisers", "analysis"},  # defences, attacks
 }
 """Modules that users call, which import other packages when a method needs them."""
 
@@ -42,7 +44,7 @@ LAYERS = (
     ("serve", "cluster"),
     ("results",),
     ("api",),
-    ("auditing",),
+    ("auditing", "comparing"),
     ("cli", "__main__"),
 )
 """Inside ``certify``, each layer imports itself and what stands above it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from analysis.attacks import (
     CLASSIFIER,
     SCORES,
     SURROGATES,
+    AttackSettings,
     check_attacks,
     check_surrogates,
     crafter,
@@ -539,7 +541,7 @@ def test_the_crafter_runs_every_attack() -> None:
             self.name = name
 
     net = linear()
-    craft = crafter(net, eps=2 * MARGIN["linf"], norm="linf", queries=200, steps=5, eot=2)
+    craft = crafter(net, AttackSettings((), 2 * MARGIN["linf"], "linf", queries=200, steps=5, eot=2, seed=0))
     for name in ("hopskipjump", "square", "blind-pgd", "adaptive-pgd"):
         found = craft(Condition(name), behind(Jitter(), net), GREY[:1], ZERO[:1], IDS[:1])
         assert found.name == name
@@ -548,13 +550,13 @@ def test_the_crafter_runs_every_attack() -> None:
 
 
 def test_surrogates_of_another_task_are_refused_at_once() -> None:
-    net, numbers = linear(), {"eps": 0.1, "norm": "linf", "queries": 9, "steps": 5, "eot": 2}
+    net, settings = linear(), AttackSettings((), 0.1, "linf", queries=9, steps=5, eot=2, seed=0)
     check_surrogates(net, [linear(2 * WEIGHT)])
     large = Classifier(
         "large", ClassifierSpec(nn.Sequential(nn.AvgPool2d(2), *linear().net), InputSpec((1, 16, 16))), 2
     )
     many = Classifier("many", ClassifierSpec(nn.Flatten(), InputSpec(SHAPE)), 64)
     with pytest.raises(UserError, match=r"surrogate large: input size \(1, 16, 16\); expected \(1, 8, 8\)"):
-        crafter(net, surrogates=[linear(2 * WEIGHT), large], **numbers)
+        crafter(net, replace(settings, surrogates=[linear(2 * WEIGHT), large]))
     with pytest.raises(UserError, match="surrogate many: classes 64; expected 2"):
-        crafter(net, surrogates=[many], **numbers)
+        crafter(net, replace(settings, surrogates=[many]))

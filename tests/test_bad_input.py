@@ -373,7 +373,7 @@ CASES = [
     case("compare without weights", C + "--defences ncis", "no shipped weights for 1x8x8 images", "train some"),
     case("compare attack", C + "--attacks pdg", "unknown attack 'pdg'"),
     case("compare transfer", C + "--attacks transfer", "attack transfer needs surrogates"),
-    case("compare group", C + "--attacks blind-pgd --group adaptive", "--group adaptive", "blind-pgd is blind only"),
+    case("compare group", C + "--attacks blind-pgd --group adaptive", "group adaptive", "blind-pgd is blind only"),
     case("compare without labels", C + "--labels none", "no labels", "accuracies need them"),
     case("compare to .csv", C + "--attacks none --out c.csv", "c.csv", ".jsonl, or a folder"),
     case(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from command import run as command
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
+import certify
 from analysis.comparison import runner as engine
 from analysis.comparison.plot import draw_comparison
 from analysis.comparison.results import Cell, Comparison, Condition, wilson
@@ -20,7 +24,8 @@ from analysis.comparison.runner import CLEAN, RANDOM, SMOOTHING, Plan, Proposed,
 from analysis.comparison.tables import records, tabulate_comparison
 from analysis.runs import read_comparison
 from certify import SmoothedClassifier
-from certify.errors import RunFault, UserError
+from certify.cli.compare import compare as compare_command
+from certify.errors import CertifyWarning, RunFault, UserError
 from certify.images.dataset import ImageSet, load_images
 from certify.models.classifier import Classifier
 from certify.models.defence import Defence, Member
@@ -329,3 +334,119 @@ def test_the_worst_attack_is_found_image_by_image(digits: Classifier, images: Im
     assert partial is not None
     assert (partial.images, partial.right) == (1, names[0] in right[0] & right[1])
     assert unfinished(set(names[1:]), set(names[:1])) is None
+
+
+SAME: dict[str, tuple[str, dict[str, Any]]] = {
+    "certificates": (
+        "--defences none,denoised:n=5 --attacks none --certify-n 200 --alpha 0.01 --repeats 2 --seed 3",
+        {"defences": ["none", "denoised:n=5"], "attacks": [], "certify_n": 200, "alpha": 0.01, "repeats": 2, "seed": 3},
+    ),
+    "l2": (
+        "--defences none,gs:std=1,median --attacks none --norm l2 --eps 0.5",
+        {"defences": ["none", "gs:std=1", "median"], "attacks": [], "norm": "l2", "eps": 0.5},
+    ),
+    "attacks": (
+        "--defences none,gs --attacks adaptive-pgd,square --group adaptive --steps 3 --eot 2 --queries 20",
+        {
+            "defences": ["none", "gs"],
+            "attacks": ["adaptive-pgd", "square"],
+            "group": "adaptive",
+            "steps": 3,
+            "eot": 2,
+            "queries": 20,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("question", SAME)
+def test_python_and_the_command_write_the_same_comparison(question: str, tmp_path: Path) -> None:
+    words, options = SAME[question]
+    if options["attacks"]:
+        pytest.importorskip("art", reason="attacks need the extra: pip install 'certify-toolkit[attacks]'")
+    theirs, ours = tmp_path / "command.jsonl", tmp_path / "python.jsonl"
+    line = f"compare --model digits --data digits --skip 60 --max 4 --quiet {words}"
+    command(*line.split(), "--out", str(theirs))
+    found = certify.compare(
+        "digits",
+        "digits",
+        skip=60,
+        max_images=4,
+        out=ours,
+        progress=False,
+        **options,  # type: ignore[arg-type]
+    )
+    left, right = ComparisonRun.read(theirs), ComparisonRun.read(ours)
+    provenance = {"command", "versions"}
+    assert {k: v for k, v in left.header.items() if k not in provenance} == {
+        k: v for k, v in right.header.items() if k not in provenance
+    }
+    assert outcomes(Comparison(left)) == outcomes(Comparison(right)) == outcomes(found)
+    assert certify.compare("digits", "digits", skip=60, max_images=4, out=ours, **options).rows == found.rows  # type: ignore[arg-type]
+
+
+def test_defences_and_classifier_of_ones_own(digits: Classifier, images: ImageSet, tmp_path: Path) -> None:
+    x = torch.stack([images.load(i) for i in range(12)])
+
+    def darker(noisy: Tensor) -> Tensor:
+        return 0.8 * noisy
+
+    given = {"none": "none", "darker": darker, "pool": nn.AvgPool2d(3, 1, 1)}
+    found = certify.compare(digits.net, x, images.labels, defences=given, attacks=[], progress=False)
+    named = certify.compare("digits", x, images.labels, defences=["none", darker], attacks=[], progress=False)
+    assert (found.defences, named.defences) == (["none", "darker", "pool"], ["none", "darker"])
+    assert found.cell("none", "clean") == replace(
+        named.cell("none", "clean"), seconds=found.cell("none", "clean").seconds
+    )  # type: ignore[type-var,union-attr]
+    labels = digits(0.8 * x).tolist()
+    assert [row.answers for row in found if (row.defence, row.condition) == ("darker", "clean")] == [
+        [c] for c in labels
+    ]
+    assert len(found) == found.run.header.expected
+    assert "3 defences" in repr(found)
+    assert "darker" in found.table()
+    assert found.table()._repr_html_() == found._repr_html_()
+    found.plot(tmp_path / "c.svg")
+    assert (tmp_path / "c.svg").stat().st_size > 1000
+    assert found.plot()._repr_png_().startswith(b"\x89PNG")
+    frame = found.to_pandas()
+    assert frame.loc["darker", "no attack", "clean"].accuracy == found.cell("darker", "clean").accuracy  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"defences": ["medain"]}, "unknown denoiser 'medain'"),
+        ({"defences": [nn.Identity(), nn.Identity()]}, "two defences named Identity; expected a mapping"),
+        ({"defences": []}, "no defences to compare"),
+        ({"attacks": ["pdg"]}, "unknown attack 'pdg'"),
+        ({"attacks": ["adaptive-pgd"], "group": "blind"}, "group blind: attack adaptive-pgd is adaptive only"),
+        ({"group": "bilnd"}, "unknown group 'bilnd'; nearest: blind"),
+        ({"eps": 0}, "eps = 0: expected a distance above 0"),
+        ({"norm": "l7"}, "norm 'l7'; expected one of linf, l2"),
+        ({"queries": 0}, "queries = 0: expected a whole number from 1"),
+        ({"surrogates": ["digits"]}, "surrogates without the attack transfer"),
+        ({"labels": None}, "Tensor has no labels, and accuracies need them"),
+        ({"max_imges": 3}, "unknown option 'max_imges'; nearest: max_images"),
+    ],
+)
+def test_arguments_that_are_refused(options: dict[str, Any], message: str) -> None:
+    given = {"labels": [0], "defences": ["none"], "attacks": [], "progress": False} | options
+    with pytest.raises(UserError, match=re.escape(message)):
+        certify.compare("digits", torch.zeros(1, 1, 8, 8), **given)
+
+
+def test_images_that_cannot_be_read_are_left_out_with_a_warning() -> None:
+    pictures = [torch.zeros(1, 8, 8), torch.full((1, 8, 8), math.nan)]
+    with pytest.warns(CertifyWarning, match="1: .*it is left out"):
+        found = certify.compare("digits", pictures, [0, 0], defences=["none"], attacks=[], progress=False)
+    assert [row.image for row in found if row.condition == "clean"] == ["0"]
+
+
+def test_defaults_are_those_of_the_command() -> None:
+    options = {option.name: option.default for option in compare_command.params}
+    options |= {name: tuple(options[name].split(",")) for name in ("defences", "attacks")}
+    options |= {"surrogates": options.pop("surrogate"), "eps": options["eps"].value}
+    parameters = inspect.signature(certify.compare).parameters.values()
+    ours = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert ours == {name: options[name] for name in ours}

@@ -53,11 +53,11 @@ def test_medians_lie_between_the_middle_two_and_json_has_no_nan() -> None:
 def test_unused_defences_are_not_built(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     built: list[str] = []
 
-    def build(text: str, classifier: Classifier, **given: Any) -> str:
-        built.append(text)
+    def build(name: str, defence: str, classifier: Classifier, **given: Any) -> str:
+        built.append(defence)
         return "not needed"
 
-    monkeypatch.setattr("certify.cli.attack_context.build", build)
+    monkeypatch.setattr("certify.comparing.build_defence", build)
     wanted = ["--model", "digits", "--max", "2", "--attacks", "blind-pgd", "--steps", "1", "--defences", "gs,median"]
     command("inspect", *wanted)
     assert built == ["none"]

@@ -34,12 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are written, as they were when they were written."""
-    import analysis.speed_plot
-    import analysis.vote_plots
-
     kept: list[Any] = []
-    for module in (analysis.vote_plots, analysis.speed_plot):
-        monkeypatch.setattr(module, "save_figure", lambda figure, path: kept.append(figure))
+    monkeypatch.setattr("analysis.figures.save_figure", lambda figure, path: kept.append(figure))
     return kept
 
 
@@ -114,7 +110,7 @@ def test_bounds_are_rounded_to_the_safe_side(folder: Path, drawn: list[Any]) -> 
     (axes,) = drawn[0].axes
     shown = [line.get_label().rpartition(" ")[2] for line in axes.lines]
     assert shown == ["0.9999", "0.0001"]
-    assert axes.get_title(loc="left").endswith("radius 0.9527")
+    assert axes.figure.get_suptitle().endswith("radius 0.9527")
 
 
 def test_the_last_speed_of_each_name_is_shown(tmp_path: Path, drawn: list[Any]) -> None:

@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from certify.errors import UserError
-from certify.registry import Registry
+from certify.registry import Registry, unknown_name
+from certify.smoothing.numeric import as_float, as_int
+from certify.smoothing.rounding import exact
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from analysis.comparison.attacked import Attacked
+    from analysis.comparison.results import Condition
+    from analysis.comparison.runner import Craft
     from certify.models.classifier import Classifier
     from certify.models.defence import Defence
     from certify.models.query_access import Answers
+
+_EPS = "a distance above 0 in [0, 1] pixels, such as 8/255 (linf) or 0.5 (l2)"
+_LEAST = {"queries": 1, "steps": 0, "eot": 1, "seed": 0}
 
 LABELS, SCORES = "labels", "scores"
 CLASSIFIER, DEFENCE, SURROGATES = "gradients of the classifier", "gradients of the defence", "surrogates"
@@ -70,6 +78,9 @@ class Attack:
 
 
 BOTH = ("blind", "adaptive")
+GROUPS = {"both": BOTH, "blind": ("blind",), "adaptive": ("adaptive",)}
+"""Groups of conditions by the name of the option that selects them."""
+
 ATTACKS = Registry("attack", "certify.attacks")
 ATTACKS.add(
     "hopskipjump",
@@ -111,14 +122,87 @@ def find_attack(name: str, norm: str | None = None) -> Attack:
     return attack
 
 
-def check_attacks(names: Sequence[str], *, norm: str, surrogates: int = 0) -> None:
-    """Refuse unknown attacks, unsupported norms, missing surrogates or a missing library, before anything is loaded.
+@dataclass(frozen=True)
+class AttackSettings:
+    """Attacks and their parameters.
+
+    Attributes:
+        names: of the attacks.
+        eps: radius of the norm ball in [0, 1] pixels.
+        norm: of the ball.
+        queries: maximum number of queries per image for each attack.
+        steps: of attacks by gradients.
+        eot: forward passes per gradient of a random defence.
+        seed: of everything random.
+        surrogates: for the attack ``transfer``.
+        eps_text: ``eps`` as the user wrote it; by default a short decimal, or a fraction of 255.
+    """
+
+    names: Sequence[str]
+    eps: float
+    norm: str
+    queries: int
+    steps: int
+    eot: int
+    seed: int
+    surrogates: Sequence[Classifier] = ()
+    eps_text: str = ""
+
+    def __post_init__(self) -> None:
+        eps = as_float(self.eps, "eps", _EPS)
+        if not 0 < eps < math.inf:
+            raise UserError(f"eps = {exact(eps)}: expected {_EPS}")
+        if self.norm not in NORMS:
+            raise UserError(f"norm {self.norm!r}; expected one of {', '.join(NORMS)}")
+        checked: dict[str, float | str] = {"eps": eps, "eps_text": self.eps_text or _distance_text(eps)}
+        for name, least in _LEAST.items():
+            checked[name] = as_int(getattr(self, name), name)
+            if checked[name] < least:  # type: ignore[operator]
+                raise UserError(f"{name} = {checked[name]}: expected a whole number from {least}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def record(self) -> dict[str, object]:
+        """Return the settings that the comparison's header records besides those of its plan."""
+        surrogates = [one.identity() for one in self.surrogates]
+        numbers = {"eps_text": self.eps_text, "queries": self.queries, "steps": self.steps, "eot": self.eot}
+        record = {**numbers, "surrogates": surrogates}
+        if any(not one.closed for one in self.surrogates):
+            record["surrogate_records"] = [one.record() for one in self.surrogates]
+        return record
+
+
+def _distance_text(eps: float) -> str:
+    """Format a distance without rounding it, as a fraction of 255 where that is shorter."""
+    decimal, fraction = exact(eps), f"{round(255 * eps)}/255"
+    return fraction if round(255 * eps) / 255 == eps and len(fraction) < len(decimal) else decimal
+
+
+def check_attacks(names: Sequence[str], *, norm: str, group: str = "both", surrogates: int = 0) -> None:
+    """Refuse attacks that are unknown or cannot run, before anything is loaded.
+
+    Args:
+        names: of the attacks.
+        norm: of their ball.
+        group: ``"both"``, ``"blind"`` or ``"adaptive"``.
+        surrogates: number of surrogates.
 
     Raises:
-        UserError: any of these.
+        UserError: an unknown attack or group, an unsupported norm, missing or unused surrogates, a missing library.
     """
+    if group not in GROUPS:
+        raise unknown_name("group", group, GROUPS)
+    if len(set(names)) < len(names):
+        raise UserError(f"attacks {', '.join(names)}: expected each once")
+    if surrogates and not any(find_attack(name).needs == SURROGATES for name in names):
+        raise UserError("surrogates without the attack transfer: leave them out, or add transfer to the attacks")
     for name in names:
-        if find_attack(name, norm).needs == SURROGATES and not surrogates:
+        attack = find_attack(name, norm)
+        if not set(GROUPS[group]) & set(attack.groups):
+            raise UserError(
+                f"group {group}: attack {name} is {attack.groups[0]} only; leave out the attack or the group"
+            )
+        if attack.needs == SURROGATES and not surrogates:
             raise UserError(f"attack {name} needs surrogates: other classifiers of the same task")
     for name in names:
         need_extra(name)
@@ -155,28 +239,12 @@ def need_extra(name: str) -> None:
         )
 
 
-def crafter(
-    classifier: Classifier,
-    *,
-    eps: float,
-    norm: str,
-    queries: int,
-    steps: int,
-    eot: int,
-    seed: int = 0,
-    surrogates: Sequence[Classifier] = (),
-) -> Callable[[Any, Defence, Tensor, Tensor, Sequence[str]], Any]:
-    """Return a function that runs attacks with fixed parameters, for a table of defences.
+def crafter(classifier: Classifier, settings: AttackSettings) -> Craft:
+    """Return a function that runs attacks with these settings, for a table of defences.
 
     Args:
         classifier: without its purifier.
-        eps: radius of the ball in [0, 1] pixels.
-        norm: ``linf`` or ``l2``.
-        queries: query budget per image.
-        steps: of attacks by gradients.
-        eot: forward passes per gradient of a random defence.
-        seed: of all attacks.
-        surrogates: for transfer.
+        settings: of all attacks.
 
     Returns:
         ``craft(condition, target, images, labels, ids)``, which returns an ``Attacked``. ``condition.name`` names the
@@ -189,29 +257,29 @@ def crafter(
     from certify.models.query_access import QueryAccess
     from certify.smoothing.rng import stream_key
 
-    check_surrogates(classifier, surrogates)
-    numbers = {"steps": steps, "eot": eot}
+    check_surrogates(classifier, settings.surrogates)
+    numbers = {"steps": settings.steps, "eot": settings.eot}
 
-    def craft(condition: Any, target: Defence, images: Tensor, labels: Tensor, ids: Sequence[str]) -> Attacked:
+    def craft(condition: Condition, target: Defence, images: Tensor, labels: Tensor, ids: Sequence[str]) -> Attacked:
         name = condition.name
-        chosen = find_attack(name, norm)
+        chosen = find_attack(name, settings.norm)
         access = []
         if chosen.by_queries:
             answers: Answers = "labels" if chosen.needs == LABELS else "scores"
-            keys = [stream_key(seed, i, f"queries {name} {target.name}") for i in ids]
-            access = [QueryAccess(target, answers, budget=queries, key=key) for key in keys]
+            keys = [stream_key(settings.seed, i, f"queries {name} {target.name}") for i in ids]
+            access = [QueryAccess(target, answers, budget=settings.queries, key=key) for key in keys]
         return attack(
             name,
             images,
             labels,
             ids,
-            norm=norm,
-            eps=eps,
-            seed=seed,
+            norm=settings.norm,
+            eps=settings.eps,
+            seed=settings.seed,
             access=access,
             classifier=classifier,
             defence=target,
-            surrogates=surrogates,
+            surrogates=settings.surrogates,
             **{option: value for option, value in numbers.items() if option in chosen.options},
         )
 

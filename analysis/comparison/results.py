@@ -10,11 +10,18 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from analysis.comparison.sandwich import Crossing, require_none
+from certify.results import Plot, Table, data_frame
 from certify.runs.records import ImageRow, Outcome, RunHeader
 from certify.runs.run_file import ComparisonRun, Run
+from certify.text import printable
+
+if TYPE_CHECKING:
+    import pandas
 
 GROUPS = {"plain": "no attack", "blind": "purifier-blind", "adaptive": "adaptive", "certified": "certified"}
 """Groups of conditions in the order of the table, with their display names."""
@@ -115,15 +122,76 @@ class Pair:
     p_value: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """A comparison's file.
+    """A comparison of defences, finished or not.
+
+    ``len(comparison)`` and iteration give a row per image, defence and condition, with ``image``, ``defence``,
+    ``condition``, ``label``, ``answers``, the distances ``l2`` and ``linf`` in [0, 1] pixels, and ``queries``.
 
     Attributes:
-        run: header and lines.
+        run: header and rows, as in the file.
     """
 
     run: ComparisonRun
+
+    @property
+    def rows(self) -> list[Outcome]:
+        """A row per image, defence and condition."""
+        return self.run.images
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Outcome]:
+        return iter(self.rows)
+
+    def table(self, *, style: str = "text") -> Table:
+        """Return the tables of ``certify compare``: accuracies with 95 % intervals, costs, and paired tests.
+
+        Args:
+            style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"``.
+
+        Raises:
+            UserError: an unknown style.
+        """
+        from analysis.comparison.tables import tabulate_comparison
+
+        return Table(tabulate_comparison(self, style))
+
+    def plot(self, path: str | Path | None = None) -> Plot:
+        """Draw the accuracies with their 95 % intervals, and return the plot.
+
+        Args:
+            path: of the picture to write (.png, .svg or .pdf); None writes none.
+
+        Raises:
+            UserError: a format that cannot be written.
+            RunFault: the file cannot be written.
+        """
+        from analysis.comparison.plot import draw_comparison
+
+        return Plot(draw_comparison(self, path))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a data frame with a row per defence and condition: accuracy, its interval, queries, seconds.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        from analysis.comparison.tables import records
+
+        return data_frame(records(self), ["defence", "group", "condition"])
+
+    def __repr__(self) -> str:
+        header = self.run.header
+        unfinished = f", unfinished: {len(self)} of {header.expected} outcomes" if self.run.partial else ""
+        what = f"{header.model} on {header.data}, {len(self.defences)} defences, {len(self.conditions)} conditions"
+        return printable(f"<Comparison: {what}, {header.norm} distance {header.eps_text}{unfinished}>")
+
+    def _repr_html_(self) -> str:
+        """Show the tables in a notebook."""
+        return self.table()._repr_html_()
 
     @property
     def defences(self) -> list[str]:
@@ -146,8 +214,10 @@ class Comparison:
         """Return the outcomes of a cell that have answers."""
         return [o for o in self._outcomes.get((defence, condition.key), ()) if o.error is None]
 
-    def cell(self, defence: str, condition: Condition) -> Cell | None:
-        """Return the result of a defence under a condition, or None if there is none."""
+    def cell(self, defence: str, condition: Condition | str) -> Cell | None:
+        """Return the result of a defence under a condition (or its key: ``"adaptive: square"``); None without one."""
+        if isinstance(condition, str):
+            condition = next((c for c in self.columns if condition == c.key), Condition(condition, "plain"))
         if condition == WORST:
             return self._worst(defence)
         outcomes = self._outcomes.get((defence, condition.key), [])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from analysis.comparison.attacked import Attacked
 from analysis.comparison.results import Condition, outcome_id
 from analysis.comparison.sandwich import crossing
 from certify.engine.contract import breakage_left, check_defence
@@ -58,7 +59,7 @@ class Proposed:
         return Proposed(self.images[list(rows)], [self.queries[i] for i in rows], [self.notes[i] for i in rows])
 
 
-Craft = Callable[[Condition, Defence, Tensor, Tensor, Sequence[str]], Proposed]
+Craft = Callable[[Condition, Defence, Tensor, Tensor, Sequence[str]], Proposed | Attacked]
 """Runs the attack of a condition: target, images, labels ``(B,)`` and ids to proposed images."""
 
 
@@ -84,7 +85,7 @@ class Plan:
     seed: int = 0
     certify_n: int = 1000
     alpha: float = 0.001
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _, repeats, alpha = check_counts(1, self.repeats, self.alpha)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
+from typing import TypedDict
 
 from analysis.comparison.results import GROUPS, Cell, Comparison, Condition
 from analysis.tables import render
@@ -140,9 +140,26 @@ def _failures(comparison: Comparison, style: str) -> list[str]:
     return ["\n".join(start + printable(line) for line in lines)] if lines else []
 
 
-def records(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return an object per cell, with all numbers."""
-    rows = []
+class Record(TypedDict):
+    """One cell of the table as JSON; null where a cell has no figures, because it failed or is unfinished."""
+
+    defence: str
+    group: str
+    condition: str
+    images: int
+    accuracy: float | None
+    low95: float | None
+    high95: float | None
+    worst_of_repeats: float | None
+    repeats: int
+    queries: float
+    seconds: float
+    failed: str
+
+
+def records(comparison: Comparison) -> list[Record]:
+    """Return a record per cell, with all numbers."""
+    rows: list[Record] = []
     for d in comparison.defences:
         for c in comparison.columns:
             cell = comparison.cell(d, c)
@@ -169,7 +186,5 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def _csv(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
-    rows = records(comparison)
-    header = list(rows[0]) if rows else ["defence"]
-    return header, [list(row.values()) for row in rows]
+def _csv(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
+    return list(Record.__annotations__), [list(row.values()) for row in records(comparison)]

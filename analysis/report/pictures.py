@@ -14,7 +14,7 @@ from PIL import Image
 
 from analysis.curves import Curve
 from analysis.figures import COLOURS, canvas, log_ticks
-from analysis.plots import drawn_curves
+from analysis.plots import plot_curves
 from certify.smoothing.norms import IN_WORDS
 
 STAGES = ("clean", "noisy", "denoised")
@@ -25,21 +25,21 @@ _IN_PAGE = {"#000000": "currentColor", "#dddddd": "var(--line)", COLOURS[0]: "va
 
 def curve_svg(curve: Curve) -> str:
     """Draw certified accuracy over radius."""
-    with drawn_curves([curve]) as figure:
-        (axes,) = figure.axes
-        if legend := axes.get_legend():  # missing if no curve has a name
-            legend.remove()  # a single curve, described in the text
-        axes.locator_params(axis="x", nbins=6)
-        axes.set_xlabel(f"{IN_WORDS[curve.norm]} radius (images in [0, 1] pixels)")
-        title = f"{curve.quantity} over {IN_WORDS[curve.norm]} radius; the table has its numbers"
-        return _inline(figure, "curve", title)
+    figure = plot_curves([curve])
+    for legend in list(figure.legends):
+        legend.remove()  # a single curve, described in the text
+    (axes,) = figure.axes
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel(f"{IN_WORDS[curve.norm]} radius (images in [0, 1] pixels)")
+    title = f"{curve.quantity} over {IN_WORDS[curve.norm]} radius; the table has its numbers"
+    return _inline(figure, "curve", title)
 
 
 def latency_svg(seconds: Sequence[float]) -> str:
     """Draw a histogram of response times on a logarithmic axis."""
     milliseconds = np.maximum(1000 * np.asarray(seconds), 1e-3)
     low, high = milliseconds.min() / 1.05, milliseconds.max() * 1.05
-    with canvas(4.8, 1.9, style={"axes.grid.axis": "y"}) as (figure, axes):
+    with canvas(4.8, 1.9, grid="y") as (figure, axes):
         bins = np.geomspace(low, high, min(40, max(8, int(len(milliseconds) ** 0.5))) + 1)
         axes.hist(milliseconds, bins=bins, color=COLOURS[0], rwidth=0.92)
         axes.set_xscale("log")

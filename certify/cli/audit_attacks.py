@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.attack_context import build, check_defence_names, one_size, split_names
-from certify.cli.console import progress_bar
+from certify.cli.attack_context import settings_from, split_defences, split_names
+from certify.cli.console import progress_bar, warn
 from certify.cli.option_groups import AttackOptions
 from certify.cli.options import option, overridden, refuse_given
 from certify.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.comparison.runner import Plan
+    from torch import Tensor
+
+    from analysis.attacks import AttackSettings
+    from analysis.comparison.results import Condition
+    from analysis.comparison.runner import Craft, Proposed
     from certify.blackbox.plan import Audit
     from certify.blackbox.remote_classifier import RemoteClassifier
     from certify.blackbox.types import Answer, Client
     from certify.images.dataset import ImageSet
+    from certify.models.defence import Defence
 
 COMPARISON = "comparison.jsonl"
 _REPEATS = 5  # answers of a random defence per image
@@ -53,7 +58,7 @@ def check_attacks(options: AuditAttackOptions) -> None:
     from analysis.attacks import check_attacks as check
     from analysis.attacks import find_attack
 
-    check_defence_names(split_names("--defences", options.defences))
+    split_defences(options.defences)
     names = split_names("--attacks", options.attacks)
     check(names, norm=options.norm)
     blocked = [name for name in names if not find_attack(name, options.norm).by_queries]
@@ -105,25 +110,31 @@ def attack_service(
         LedgerBudgetSpent: the budget is spent; finished outcomes are in the file.
         UserError: nothing to attack, or images of several sizes.
     """
-    from analysis.comparison.runner import check_defences, compare, make_header
+    from certify.comparing import AttackContext, PlannedComparison, build_defence
     from certify.runs.run_file import ComparisonFile
-    from denoisers.defences import undefended
 
     classifier, images = _target(job, client, answers)
     service: Any = classifier  # a classifier to attacks that need queries alone
+    settings = settings_from(options, split_names("--attacks", options.attacks), seed=job.settings.seed)
     names = split_names("--defences", options.defences or "")
-    defences = {name: build(name, service, trust_code=trust_code) for name in names}
-    seed = job.settings.seed
-    plan = _plan(options, seed, job.settings.procedure.alpha)
-    check_defences(defences, images, plan)
-    header = make_header(plan, defences, images, model=classifier.name, data=data, command=command)
-    craft = _crafter(options, seed, service, {id(defence): text for text, defence in defences.items()})
-    path = job.folder / COMPARISON
+    defences = {name: build_defence(name, name, service, trust_code=trust_code, warn=warn) for name in names}
+    craft = _crafter(settings, service, {id(defence): name for name, defence in defences.items()})
+    planned = PlannedComparison.of(
+        AttackContext(service, images, defences, settings, craft),
+        "both",
+        repeats=_REPEATS,
+        certify_n=0,
+        alpha=job.settings.procedure.alpha,
+        model=classifier.name,
+        data=data,
+        command=command,
+    )
+    path, expected = job.folder / COMPARISON, planned.header.expected
     with (
-        ComparisonFile(path, header, trust_identity=job.trust_identity) as file,
-        progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
+        ComparisonFile(path, planned.header, trust_identity=job.trust_identity) as file,
+        progress_bar(expected, "outcomes", hidden=quiet) as bar,
     ):
-        compare(defences, undefended(service), images, plan, file, craft, bar.update)
+        planned.run(file, bar.update)
     return path
 
 
@@ -132,6 +143,7 @@ def _target(job: Audit, client: Client, answers: Mapping[str, Answer]) -> tuple[
     from certify.blackbox.answer_rows import clean_answer
     from certify.blackbox.label_index import LabelIndex
     from certify.blackbox.remote_classifier import RemoteClassifier
+    from certify.comparing import one_size
 
     vocabulary = LabelIndex(job.class_map)
     kept, labels, scored = [], [], True
@@ -158,28 +170,18 @@ def _target(job: Audit, client: Client, answers: Mapping[str, Answer]) -> tuple[
     return classifier, dataclasses.replace(job.images, items=kept, labels=labels, input=own_input)
 
 
-def _plan(options: AuditAttackOptions, seed: int, alpha: float) -> Plan:
-    from analysis.comparison.results import Condition
-    from analysis.comparison.runner import CLEAN, RANDOM, Plan
-
-    attacks = split_names("--attacks", options.attacks)
-    conditions = [CLEAN, RANDOM, *(Condition(name, group) for group in ("blind", "adaptive") for name in attacks)]
-    settings = {"eps_text": options.eps.text, "queries": options.queries, "steps": 0, "eot": 1, "surrogates": []}
-    return Plan(conditions, options.eps.value, options.norm, _REPEATS, seed, 0, alpha, settings)
-
-
-def _crafter(options: AuditAttackOptions, seed: int, classifier: Any, names: Mapping[int, str]) -> Any:
+def _crafter(settings: AttackSettings, classifier: Any, names: Mapping[int, str]) -> Craft:
     """Attack image by image, so that queries carry the image's id; ``names`` are those of the defences, by identity."""
     import torch
 
     from analysis.attacks import crafter
     from analysis.comparison.runner import Proposed
 
-    craft = crafter(
-        classifier, eps=options.eps.value, norm=options.norm, queries=options.queries, steps=1, eot=1, seed=seed
-    )
+    craft = crafter(classifier, settings)
 
-    def one_by_one(condition: Any, target: Any, images: Any, labels: Any, ids: Any) -> Proposed:
+    def one_by_one(
+        condition: Condition, target: Defence, images: Tensor, labels: Tensor, ids: Sequence[str]
+    ) -> Proposed:
         proposed = []
         for i, name in enumerate(ids):
             classifier.begin(name, f"attack {condition.name} {names.get(id(target), 'none')}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from certify.cli.attack_context import AttackContext, attack_names, load_attack_context
+from certify.cli.attack_context import load_attack_context
 from certify.cli.console import progress_bar, say, speaker, tell
 from certify.cli.option_groups import (
     TABLE_FORMATS,
@@ -21,20 +21,16 @@ from certify.cli.option_groups import (
 from certify.cli.options import Options, command, command_line, option, overridden
 from certify.cli.output_files import output_path, stoppable
 from certify.cli.parameter_types import Count
-from certify.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.comparison.runner import Plan
     from certify.runs.records import ComparisonHeader
-
-DEFENCES_BY_DEFAULT = "none,gs,median,bits,jpeg,tv"
 
 
 class ComparisonOptions(Options, section="Defences"):
     """Defences and how they are compared."""
 
     defences: str = option(
-        default=DEFENCES_BY_DEFAULT,
+        default="none,gs,median,bits,jpeg,tv",
         help="NAME:KEY=VALUE:..., separated by commas (`certify list defences`, `certify list denoisers`).",
     )
     group: str = option(
@@ -122,19 +118,21 @@ def _run_comparison(
     output: ComparisonOutput,
 ) -> Path:
     """Run or resume the comparison; return the file of its outcomes."""
-    from analysis.comparison.runner import check_defences, make_header
-    from analysis.comparison.runner import compare as run_all
+    from certify.comparing import PlannedComparison
     from certify.runs.run_file import ComparisonFile
-    from denoisers.defences import undefended
 
-    groups = _check_groups(options.group, attack_names(attack.attacks))
     quiet = output.quiet or output.as_json
-    context = load_attack_context(model, data, attack, options.defences, demo_images=50, eot=options.eot, quiet=quiet)
-    plan = _plan(groups, options, attack, certified, context)
-    bare = undefended(context.classifier)
-    check_defences({"": bare, **context.defences}, context.images, plan)
-    source = data.data or "digits"
-    header = make_header(plan, context.defences, context.images, model=model.model, data=source, command=command_line())
+    planned = PlannedComparison.of(
+        load_attack_context(model, data, attack, options.defences, group=options.group, eot=options.eot, quiet=quiet),
+        options.group,
+        repeats=options.repeats,
+        certify_n=certified.certify_n,
+        alpha=certified.alpha,
+        model=model.model,
+        data=data.data or "digits",
+        command=command_line(),
+    )
+    header = planned.header
     path = output_path(output.out, _file_words(header), header)
     with ComparisonFile(path, header, trust_identity=output.trust_identity) as file:
         present = f": {len(file.done):,} of {header.expected:,} outcomes are there already" if file.resumed else ""
@@ -143,57 +141,8 @@ def _run_comparison(
             progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
             stoppable(file, header.expected, "outcomes"),
         ):
-            run_all(context.defences, bare, context.images, plan, file, context.craft, bar.update)
+            planned.run(file, bar.update)
     return path
-
-
-def _check_groups(group: str, attacks: list[str]) -> tuple[str, ...]:
-    """Return the groups of conditions; refuse attacks that belong to none of them, before anything is loaded."""
-    from analysis.attacks import BOTH, find_attack
-
-    groups = BOTH if group == "both" else (group,)
-    for name in attacks:
-        possible = find_attack(name).groups
-        if not set(groups) & set(possible):
-            raise UserError(f"--group {group}: attack {name} is {possible[0]} only; leave it or --group out")
-    return groups
-
-
-def _plan(
-    groups: tuple[str, ...],
-    options: ComparisonOptions,
-    attack: GradientAttackOptions,
-    certified: CertifiedColumn,
-    context: AttackContext,
-) -> Plan:
-    from analysis.attacks import find_attack
-    from analysis.comparison.results import Condition
-    from analysis.comparison.runner import CLEAN, RANDOM, SMOOTHING, Plan, applies
-
-    conditions = [CLEAN, RANDOM]
-    for group in groups:
-        conditions += [Condition(name, group) for name in context.attacks if group in find_attack(name).groups]
-    if certified.certify_n and any(applies(d, SMOOTHING) for d in context.defences.values()):
-        conditions.append(SMOOTHING)
-    settings = {
-        "eps_text": attack.eps.text,
-        "queries": attack.queries,
-        "steps": attack.steps,
-        "eot": options.eot,
-        "surrogates": [s.identity() for s in context.surrogates],
-    }
-    if any(not s.closed for s in context.surrogates):
-        settings["surrogate_records"] = [s.record() for s in context.surrogates]
-    return Plan(
-        conditions,
-        attack.eps.value,
-        attack.norm,
-        options.repeats,
-        attack.seed,
-        certified.certify_n,
-        certified.alpha,
-        settings,
-    )
 
 
 def _file_words(header: ComparisonHeader) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from certify.cli.attack_context import readable_images
+from certify.cli.attack_context import load_readable
 from certify.cli.console import progress_bar, say, tell, warn_of_units
 from certify.cli.load import check_classifier, classifier_from, denoiser_for, device_from, load_image_set
 from certify.cli.option_groups import DataOptions, DeviceOptions, JsonOptions, OptionalModelOptions
@@ -71,7 +71,7 @@ def evaluate_denoiser(
     sigmas = _check_options(noise, model, output)
     classifier = classifier_from(model.model, model) if model.model else None
     chosen = _choose_images(model, data, classifier, quiet=output.as_json)
-    images = readable_images(chosen, strict=data.strict, quiet=output.as_json)
+    images = load_readable(chosen, strict=data.strict, quiet=output.as_json)
     device = device_from(compute.device)
 
     import torch

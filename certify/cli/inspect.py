@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from certify.cli.attack_context import AttackContext, check_defence_names, load_attack_context, split_names
+from certify.cli.attack_context import load_attack_context, split_defences
 from certify.cli.console import say, tell
 from certify.cli.option_groups import DataOptions, GradientAttackOptions, JsonOptions, ModelOptions
 from certify.cli.options import Options, command, option
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from analysis.grid import Panel, Row
+    from certify.comparing import AttackContext
     from certify.models.defence import Defence
 
 _RANDOM = "random noise"
@@ -69,10 +70,10 @@ def inspect(
         check_format(path)
     shown_defences = defences.defences
     if not output.pictures:  # only pictures show defences; without them names are checked and nothing is built
-        check_defence_names(split_names("--defences", shown_defences))
+        split_defences(shown_defences)
         shown_defences = "none"
-    context = load_attack_context(model, data, attack, shown_defences, demo_images=50, quiet=output.as_json)
-    if not context.attacks:
+    context = load_attack_context(model, data, attack, shown_defences, quiet=output.as_json)
+    if not context.attacks.names:
         raise UserError("--attacks none: there is nothing to measure; name one or more (`certify list attacks`)")
     clean, attacked = _attack_images(attack, context)
     noises = {name: noise_statistics(images, clean) for name, images in attacked.items()}
@@ -110,7 +111,7 @@ def _attack_images(attack: GradientAttackOptions, context: AttackContext) -> tup
     labels = torch.tensor(context.images.labels)
     attacked = {_RANDOM: randomly_moved(clean, ids, attack.eps.value, attack.norm, attack.seed)}
     bare = undefended(context.classifier)
-    for name in context.attacks:
+    for name in context.attacks.names:
         attacked[name] = context.craft(Condition(name, "blind"), bare, clean, labels, ids).images
     return clean, attacked
 
@@ -132,7 +133,7 @@ def _draw(
     from certify.smoothing.rng import block_generator, stream_key
     from denoisers.defences import undefended
 
-    first = context.attacks[0]
+    first = context.attacks.names[0]
     defences = {name: defence for name, defence in context.defences.items() if isinstance(defence, Defence)}
     bare = undefended(context.classifier)
     places = [i * len(clean) // min(rows, len(clean)) for i in range(min(rows, len(clean)))]
