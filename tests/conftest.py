@@ -21,7 +21,16 @@ from certify.models.classifier import Classifier
 _CACHE = os.environ["CERTIFY_CACHE"] = tempfile.mkdtemp(prefix="certify-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
+# Tests run in parallel; more threads would only compete.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes
+
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of ``-n auto``: one per core this process may use, but no more than 8, as each imports torch."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @pytest.fixture

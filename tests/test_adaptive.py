@@ -96,6 +96,7 @@ def test_decisions_do_not_depend_on_batches_or_on_other_images(batch_size: int, 
     assert {d.outcomes for d in together.values()} >= {("robust", "robust"), ("not certifiable", "not certifiable")}
 
 
+@pytest.mark.slow
 def test_false_decisions_are_rare(linear_classifier: Any) -> None:
     """Real decisions, noise and all, of half-spaces at and around the radius, at a large alpha."""
     generator, alpha, total, wrong, settled = torch.Generator().manual_seed(1), 0.1, 300, 0, 0
@@ -251,7 +252,7 @@ def test_measuring_all_agreeing_votes_stops_near_the_cap_of_n() -> None:
     assert watch.drawn < 6000
 
 
-@pytest.mark.parametrize("p", [0.5, 0.8, 0.97])
+@pytest.mark.parametrize("p", [*(pytest.param(p, marks=pytest.mark.slow) for p in (0.5, 0.8)), 0.97])
 def test_measured_bounds_hold_under_optional_stopping(p: float) -> None:
     """300 images whose votes are drawn with a known p, stopped by their own votes: radii too large at most alpha."""
     rng, alpha, total, wrong = np.random.default_rng(11), 0.1, 300, 0

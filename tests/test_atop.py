@@ -274,6 +274,7 @@ def test_the_discriminator_is_spectrally_normalised() -> None:
     assert judge(images, mask).shape == (2, 1, 4, 4)
 
 
+@pytest.mark.slow
 def test_pre_train_fine_tune_and_defend(digits: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two commands; the classifier stays, the generator moves, and the file is a purifier alone."""
     monkeypatch.chdir(tmp_path)
@@ -315,6 +316,7 @@ def train(data: Any, out: Path, recipe: Recipe, **how: Any) -> loop.Outcome:
     return train_denoiser("masked-unet", data, recipe, out, conduct, options=SMALL)
 
 
+@pytest.mark.slow
 def test_training_learns_to_complete(data: Any, tmp_path: Path) -> None:
     """Held-out images: nearer to the truth than the best constant image and than the input itself."""
     trained = train(data, tmp_path, Recipe("complete", (), epochs=6, rate=1e-2), validations=1)
@@ -326,6 +328,7 @@ def test_training_learns_to_complete(data: Any, tmp_path: Path) -> None:
     assert trained.best["score"] < 0.95 * min(baselines)
 
 
+@pytest.mark.slow
 def test_a_killed_training_resumes_with_its_discriminator(data: Any, tmp_path: Path) -> None:
     recipe = Recipe("complete", (), epochs=0.57, rate=1e-2, settings={"gan": True})
     whole = train(data, tmp_path / "whole", recipe, validations=2)

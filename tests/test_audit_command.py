@@ -231,6 +231,7 @@ def test_a_small_budget_is_kept_and_a_larger_one_resumes(
     assert len(names) == 2 * len(set(names))  # sent and answered, each once
 
 
+@pytest.mark.slow
 def test_a_model_describes_itself_once_beside_the_budget(
     tmp_path: Path, service: Service, digits: Classifier, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +260,7 @@ def test_a_model_describes_itself_once_beside_the_budget(
     same_as_a_local_run(tmp_path / "b", digits)
 
 
+@pytest.mark.slow
 def test_deciding_with_a_denoiser_and_given_labels(
     tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +278,7 @@ def test_deciding_with_a_denoiser_and_given_labels(
     assert (tmp_path / "a" / "pictures" / "000-denoised.png").is_file()
 
 
+@pytest.mark.slow
 def test_requests_without_an_answer_count_as_spent(tmp_path: Path, service: Service) -> None:
     """A request that was refused when the budget ended has no answer: it was paid for all the same."""
     command = [
@@ -301,6 +304,7 @@ def test_requests_without_an_answer_count_as_spent(tmp_path: Path, service: Serv
     assert (sum(row.open for row in stages), sum(row.lost for row in stages)) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_second_process_overwrites_nothing(
     tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,7 +346,8 @@ def test_attacks_stop_when_the_service_is_down(
     assert len(read_run(tmp_path / "run.jsonl").images) == 2
 
 
-@pytest.mark.parametrize("attack", [pytest.param("hopskipjump", marks=pytest.mark.slow), "square"])
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ["hopskipjump", "square"])
 def test_attacks_go_through_the_same_ledger_and_budget(
     tmp_path: Path, service: Service, attack: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -591,6 +591,7 @@ def test_decoded_values(content: bytes, rgb: list[list[int]], grey: list[int]) -
 # A disk that fills up
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
     resource = pytest.importorskip("resource")
     argv = (D + "--max 4 --out whole.jsonl").split()

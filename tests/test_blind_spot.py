@@ -146,6 +146,7 @@ def train(data: TrainingData, out: Path, objective: str, **settings: Any) -> Any
     return train_denoiser("blind-spot", data, recipe, out, how, options=SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["context", "restore"])
 def test_it_learns_from_images_alone(objective: str, data: TrainingData, tmp_path: Path) -> None:
     """Held-out images: error below that of the mean training image."""

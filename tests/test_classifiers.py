@@ -266,6 +266,7 @@ def test_random_function_is_refused() -> None:
         SmoothedClassifier(classifier, sigma=0.25).predict(torch.zeros(1, 8, 8), n=100)
 
 
+@pytest.mark.slow
 def test_user_module_named_analysis_can_be_imported(tmp_path: Path) -> None:
     """With -m, and with a model out of it, the current folder comes first."""
     for name in ("analysis", "training", "denoisers"):
@@ -326,6 +327,7 @@ def test_torchvision_settings_are_the_models_own(tmp_path: Path) -> None:
     assert classifier.class_names[0][:2] == ("n01440764", "tench")
 
 
+@pytest.mark.slow
 def test_a_published_model_from_the_cache_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The hub's cache, laid out as its client does, serves a machine that is offline (in a process of its own)."""
     import timm

@@ -218,6 +218,7 @@ def test_predict_warns_of_too_few_samples(capsys: pytest.CaptureFixture[str]) ->
     assert "n = 10 can decide nothing at alpha = 0.001: pass --n 11" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     """The figures follow from each other, in words and as JSON; a function of labels only is measured too."""
     run("bench", "--model", "digits", "--seconds", "0.05", "--pairs", "2", "--n", "1000", "--compile", "off", "--json")
@@ -244,6 +245,7 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert "warming up" in err
 
 
+@pytest.mark.slow
 def test_bench_accepts_an_untrained_model(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--seconds", "0.05", "--pairs", "1", "--n", "1000", "--reference-batch", "10", "--compile", "off"]
     run("bench", "--model", "cifar_resnet20", "--weights", "untrained", *options)

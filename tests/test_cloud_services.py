@@ -194,6 +194,7 @@ def test_no_reply_is_a_network_error(name: str, pictures: list[Picture]) -> None
     assert secret(name).key not in str(found.value)
 
 
+@pytest.mark.slow
 def test_a_service_that_hangs_is_abandoned_in_time(pictures: list[Picture]) -> None:
     log: Log = []
     with serving(failing(log, 200, b"{}", {}, seconds=3)) as url:
@@ -231,6 +232,7 @@ logging.getLogger("test").warning("the end")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["silent", "talking"])
 def test_what_boto3_logs_is_silenced(cloud: tuple[str, Log], how: str) -> None:
     """Also with every logger at DEBUG; without the silencing, boto3 logs secrets."""

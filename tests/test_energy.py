@@ -175,6 +175,7 @@ def test_score_ascent_from_a_gaussian_model_removes_noise_as_computed_by_hand() 
     assert (found - clean).pow(2).mean() < 0.5 * (noisy - clean).pow(2).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_a_trained_network_removes_noise(name: str, weights: dict[str, Path], data: TrainingData) -> None:
     net = read_denoiser(weights[name]).net

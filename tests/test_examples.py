@@ -12,10 +12,12 @@ import pytest
 import certify
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = ("own_module", "own_noise", "three_sigmas", "denoised_smoothing", "audit_function")
+QUICK = ("own_module", "own_noise")
+SLOW = ("three_sigmas", "denoised_smoothing", "audit_function")
+SCRIPTS = (*QUICK, *SLOW)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_script_runs_and_certifies(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,6 +127,7 @@ class TestPrecision:
 
 
 class TestCompilation:
+    @pytest.mark.slow
     def test_the_same_votes(self) -> None:
         """Compiled: the same labels but for ties in the last bit, batches filled up, and several images in one."""
         base = Pipeline(classifier(), trained(DnCNN(8, 3)), 0.5)
@@ -185,6 +186,7 @@ class TestCompilation:
         assert real.compiled, real.why
         assert (labels(run, base, 50) == before).sum() >= 49
 
+    @pytest.mark.slow
     def test_without_a_compiler(self, tmp_path: Path) -> None:
         """The real thing: no C++ compiler can be found. The run continues eagerly, says so once, and records it."""
         command = [sys.executable, "-m", "certify", "--model", "digits", "--sigma", "0.25", "--n", "100", "--max", "2"]

@@ -145,6 +145,7 @@ CHECKS: list[tuple[Callable[..., None], dict[str, str]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("check", "member"), CHECKS, ids=[check.__name__ for check, _ in CHECKS])
 def test_the_registries_own_tests(
     check: Callable[..., None], member: dict[str, str], added: Any, linear_classifier: Any
@@ -186,6 +187,7 @@ def shown_in(output: str, shown: str) -> None:
             raise AssertionError(f"not printed, or not there: {line!r} in\n{output}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_commands_of_the_page(
     name: str, added: Any, workplace: Path, digits: Classifier, capsys: pytest.CaptureFixture[str]

@@ -174,6 +174,7 @@ def test_holm_in_ten_lines() -> None:
     assert steps > 20
 
 
+@pytest.mark.slow
 def test_the_familywise_error_rate_is_at_most_alpha() -> None:
     """Every image exactly on the border, so every certificate is wrong: alone they are wrong in most families."""
     families, m, n, alpha = 2000, 20, 500, 0.1

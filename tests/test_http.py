@@ -278,6 +278,7 @@ def test_answers_in_flight_are_logged_when_the_consumer_stops(tmp_path: Path) ->
         assert sum(1 for _ in client(queries(20))) == 20  # the budget of those not sent is there again
 
 
+@pytest.mark.slow
 def test_the_grace_period_is_longer_than_a_request_may_take(tmp_path: Path) -> None:
     assert QueryLimits().grace > TIMEOUT
     assert query_limits(ServiceOptions(), concurrency=1, timeout=120.0).grace > 120

@@ -174,6 +174,7 @@ def test_a_run_is_not_resumed_with_a_retrained_model(model: str, here: Path, cap
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["labels"])
 def test_shards_of_a_retrained_model_do_not_merge(kind: str, here: Path, capsys: Capture) -> None:
     """Two of the same model do."""
@@ -236,6 +237,7 @@ def without_fingerprints(path: str, change: Callable[[dict[str, Any]], None] | N
     Path(path).write_text("\n".join([json.dumps(strip(json.loads(header))), *rows]) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["denoiser"])
 def test_a_file_without_a_fingerprint_is_resumed_on_trust_alone(kind: str, here: Path, capsys: Capture) -> None:
     """It is read, recomputed and merged with a warning; the advice is what works."""
@@ -341,6 +343,7 @@ def test_a_comparison_knows_the_weights_of_its_denoisers(here: Path, capsys: Cap
     assert "defences[0].members[0].purifier." in only_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_with_the_same_guide_alone(here: Path, capsys: Capture) -> None:
     command = "train --denoiser dncnn --classifier reads_files:Net --objective stability --data digits-train --max 40 "
     command += "--sigma 0.25 --epochs 0.5 --held-out 10 --validations 1 --out t --quiet"

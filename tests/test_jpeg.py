@@ -446,6 +446,7 @@ def test_four_of_five_images_are_coded() -> None:
             make_objective("jpeg-noise", settings)
 
 
+@pytest.mark.slow
 def test_training_on_coded_images_and_its_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fine-tuning improves on the initial weights at its level, and the card names the codec."""
     monkeypatch.chdir(tmp_path)

@@ -353,6 +353,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int) -> None:
     assert Counter(name for name, _ in uses).keys() == found.answers.keys()
 
 
+@pytest.mark.slow
 def test_kills(tmp_path: Path) -> None:
     kill_again_and_again(tmp_path / "run", 10, 0)
 

@@ -433,6 +433,7 @@ def test_arrays_with_floats_above_one_are_refused(capfd: Capture) -> None:
 # Choosing
 
 
+@pytest.mark.slow
 def test_ids_with_commas(capfd: Capture) -> None:
     lay_out("d/a,b.png", "d/a.png", "d/c.png")
     line = refused(capfd, D + "--data d --ids a,b.png")

@@ -118,6 +118,7 @@ class TestChoice:
         assert run is base
         assert real.plain
 
+    @pytest.mark.slow
     def test_the_same_work_is_run_alike_in_every_process(self, tmp_path: Path) -> None:
         """No file, clock or random number has a say."""
         code = (

@@ -104,6 +104,7 @@ def test_a_torn_header_starts_again(finished: Path, tmp_path: Path) -> None:
     assert without_times(path) == without_times(finished)
 
 
+@pytest.mark.slow
 def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     """SIGKILL at several moments; at most the image in work is lost, and the end result is the same."""
     settings = [*COMMAND, "--n", "40000", "--out"]
@@ -132,6 +133,7 @@ def _wait_for_images(path: Path, count: int, process: subprocess.Popen[str]) -> 
     wait_for(there, 300)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt_says_how_to_go_on(tmp_path: Path, sent: signal.Signals, code: int) -> None:

@@ -406,6 +406,7 @@ def test_nondeterminism_is_the_first_warning(tmp_path: Path, digits: Classifier,
         assert [before, after] == firsts
 
 
+@pytest.mark.slow
 def test_the_warning_about_failures_depends_on_their_share(tmp_path: Path, digits: Classifier, few: ImageSet) -> None:
     def failing(every: int, settings: Settings = DECIDE) -> Page:
         def mood(name: str, number: int) -> tuple[int, str]:

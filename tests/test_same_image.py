@@ -69,6 +69,7 @@ def test_memory_and_type_make_no_difference(noise: str, digits: Classifier) -> N
         assert g.certify(other, n0=20, n=300) == expected
 
 
+@pytest.mark.slow
 def test_digests_of_a_run_agree(tmp_path: Path) -> None:
     """One npz with two images that are equal: same digest in the run file, by 32 digits."""
     digest = hashlib.sha256(b"(1, 8, 8)" + DARK.numpy().tobytes()).hexdigest()[:32]

@@ -142,6 +142,7 @@ def clean(found: dict[str, str]) -> None:
 JSON = ["--protocol", "json", "--protocol-option", "labels=labels"]
 
 
+@pytest.mark.slow
 def test_keys_in_labels_and_errors_are_hidden(audit: Callable[..., dict[str, str]]) -> None:
     echoes = list(ECHOES.values())
 

@@ -221,6 +221,7 @@ def test_wealth_is_a_martingale_under_p0(side: str) -> None:
         assert mean <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["both", "above", "below"])
 def test_log_wealth_is_never_above_the_exact_one(side: str) -> None:
     ctx.prec = 300

@@ -841,6 +841,7 @@ def test_the_in_memory_log_counts_requests_and_forgets_answered_queries(digits: 
 # The command, as a process
 
 
+@pytest.mark.slow
 def test_the_process_survives_broken_http_and_finishes_requests_when_stopped(images: np.ndarray) -> None:
     work = "--n0 10 --n 200000 --samples-per-request 300000 --batch-size 500 --precision float32 --compile off"
     with process(*work.split(), "--concurrency", "6") as (started, address):
@@ -867,6 +868,7 @@ def test_the_process_survives_broken_http_and_finishes_requests_when_stopped(ima
         assert started.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_reports_unanswered_requests(images: np.ndarray) -> None:
     work = "--n 3000000 --samples-per-request 4000000 --batch-size 100 --precision float32 --compile off"
     with process(*work.split()) as (started, address), ThreadPoolExecutor(1) as pool:

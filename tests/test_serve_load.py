@@ -97,6 +97,7 @@ def is_cut(connection: socket.socket) -> bool:
 # Connections
 
 
+@pytest.mark.slow
 def test_silent_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("certify.serve.server._HEAD", 1.2)
     with plain_server() as address:

@@ -20,7 +20,10 @@ COMMAND = ["--model", "digits", "--data", "digits", "--sigma", "0.25", "--n", "3
 KINDS = {"certify": [], "decide": ["--radius", "0.1,0.25"], "measure": ["--tolerance", "0.5"], "predict": []}
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(
+    scope="module",
+    params=["certify", "decide", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("measure", "predict"))],
+)
 def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     """A run by one process, and by three shards."""
     folder = tmp_path_factory.mktemp("shards")

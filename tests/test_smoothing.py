@@ -101,6 +101,7 @@ def test_failed_trials_cannot_help_a_prediction() -> None:
         assert found.p_value == prediction_from_votes(Votes((60, 3 + failures, 1)), alpha=0.001).p_value
 
 
+@pytest.mark.slow
 def test_the_p_value_of_a_prediction_is_the_exact_one_rounded_up() -> None:
     ctx.prec = 400
     for n in (1, 2, 7, 100, 1000, 30_000, 1_000_000):
@@ -131,7 +132,9 @@ def test_certificates_from_exact_probabilities_hold() -> None:
     assert wrong / total <= alpha + 5 * math.sqrt(alpha * (1 - alpha) / total)
 
 
-@pytest.mark.parametrize(("shape", "total"), [((3, 4, 4), 2000), ((3, 32, 32), 300)])
+@pytest.mark.parametrize(
+    ("shape", "total"), [pytest.param((3, 4, 4), 2000, marks=pytest.mark.slow), ((3, 32, 32), 300)]
+)
 def test_whole_chain_on_half_spaces(shape: tuple[int, int, int], total: int, linear_classifier: Any) -> None:
     """Real certificates, noise and all, of half-spaces in 48 and 3,072 dimensions: violations within alpha."""
     generator = torch.Generator().manual_seed(0)

@@ -101,6 +101,7 @@ def test_missing_options_are_errors_before_the_images_are_read(
     assert "--objective stability needs a frozen classifier" in err
 
 
+@pytest.mark.slow
 def test_a_classifier_under_noise(capsys: Capture) -> None:
     """Under the noise of its training it is more accurate than the shipped classifier."""
     options = "--train-classifier digits --sigma 0.5 --data digits-train --epochs 20 --rate 3e-3 --out c --quiet"
@@ -203,6 +204,7 @@ def test_a_path_with_an_equals_sign_is_a_path() -> None:
         "sigma=0.25/denoiser.safetensors")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_lineage_of_initial_weights_stays_on_the_card(capsys: Capture) -> None:
     """White-box weights stay white-box after further training, and are refused for query access."""
     own = ["--classifier", "digits", "--objective", "stability", "--sigma", "0.25"]

@@ -173,6 +173,7 @@ def test_another_noise_level_gets_a_warning_with_both_numbers(
     assert "trained for" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_auto_on_the_digits(tmp_path: Path) -> None:
     """The one trained for exactly this classifier, named in the record, and better than none."""
     line = ["--model", "digits", "--sigma", "0.5", "--n", "1000", "--skip", "5", "--quiet", "--out"]

@@ -47,6 +47,7 @@ def run(
     return train_denoiser("unet", data, recipe, out, config, classifiers=frozen, options=SMALL, init=init)
 
 
+@pytest.mark.slow
 def test_mse_training_beats_the_identity_and_the_linear_estimate(data: Any, tmp_path: Path) -> None:
     """Held-out images: error below that of the noisy image (sigma^2) and of the untrained network (Wiener's)."""
     sigma = 0.25
@@ -59,6 +60,7 @@ def test_mse_training_beats_the_identity_and_the_linear_estimate(data: Any, tmp_
     assert again["psnr@0.25"] == pytest.approx(trained.best["psnr@0.25"], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_stability_training_raises_accuracy_and_leaves_the_classifier_unchanged(
     data: Any, digits: Classifier, tmp_path: Path
 ) -> None:
@@ -77,6 +79,7 @@ def test_stability_training_raises_accuracy_and_leaves_the_classifier_unchanged(
     assert card.training["precision"] == "float32"
 
 
+@pytest.mark.slow
 def test_zeroth_order_training_improves_on_squared_error(data: Any, digits: Classifier, tmp_path: Path) -> None:
     """More images keep the label of the clean image, and no gradient of the classifier is used."""
 

@@ -131,6 +131,7 @@ class TestLoop:
         assert torch.equal(torch.cat(seen), torch.cat(drawn)[:450])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_n() -> None:
     """Peak memory of 400,000 samples is that of 20,000, in processes of their own."""
     code = """
