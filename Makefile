@@ -27,7 +27,7 @@ docs: ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 coverage: ## Say which lines no quick test reaches
-	$(PYTHON) -m coverage run -m pytest && $(PYTHON) -m coverage combine -q && $(PYTHON) -m coverage report
+	$(PYTHON) -m coverage run -m pytest -n 0 && $(PYTHON) -m coverage combine -q && $(PYTHON) -m coverage report
 
 check: lint types docs test ## Run all of these that are quick: before a commit
 

@@ -382,6 +382,7 @@ def test_without_attack_and_classifier_the_card_claims_no_queries(data: Any, tmp
     assert read_card(tmp_path / "denoiser.safetensors").access == "none"
 
 
+@pytest.mark.slow
 def test_a_network_with_a_mask_is_compiled_on_prepared_images(
     data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_the_same_call_resumes_and_replays(tmp_path: Path) -> None:
         certify.audit(ask, IMAGES, out=folder, **{**OPTIONS, "sigma": 0.5})
 
 
+@pytest.mark.slow
 def test_decisions_and_reference_labels(tmp_path: Path) -> None:
     decided = certify.audit(
         Bright(), IMAGES, ["dark", "bright", "bright"], radius=0.2, out=tmp_path / "a", **{**OPTIONS, "n": None}

@@ -305,6 +305,7 @@ def defence(weights: dict[str, Path]) -> Defence:
     return build_defence(f"ebm:weights={weights['score']}:draws=3:steps=4", load_classifier("digits"))
 
 
+@pytest.mark.slow
 def test_the_defence_draws_again_for_every_pass_and_ignores_their_order(
     defence: Defence, data: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +333,7 @@ def test_the_defence_draws_again_for_every_pass_and_ignores_their_order(
     assert (step["purifier"]["noise"], step["purifier"]["steps"]) == (0.25, 4)
 
 
+@pytest.mark.slow
 def test_an_attackers_gradient_goes_through_the_defence(defence: Defence, data: TrainingData) -> None:
     x = (data.take(data.held_out[:2]).float() / 255).requires_grad_()
     keys = [stream_key(0, str(i), "test") for i in range(2)]
@@ -340,6 +342,7 @@ def test_an_attackers_gradient_goes_through_the_defence(defence: Defence, data: 
     assert slope.flatten(1).norm(dim=1).min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -360,6 +363,7 @@ def test_bad_options(options: str, message: str, weights: dict[str, Path]) -> No
         build_defence(f"ebm:weights={weights['score']}:{options}", load_classifier("digits"))
 
 
+@pytest.mark.slow
 def test_without_noise_one_draw_is_enough(weights: dict[str, Path]) -> None:
     assert build_defence(f"ebm:weights={weights['energy']}:noise=0", load_classifier("digits")).draws == 1
 
@@ -391,6 +395,7 @@ def test_the_moving_average_by_hand() -> None:
     assert make_average(net, 0.0) is None
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_with_the_same_averaged_weights(data: TrainingData, tmp_path: Path) -> None:
     recipe = Recipe("dsm", (0.01, 1.0), True, epochs=0.3, ema=0.9)
     whole = run("score", data, tmp_path / "whole", recipe, validations=2)

@@ -142,6 +142,7 @@ class TestCompilation:
         again = list(count_votes(run, Gaussian(0.5), jobs[::-1], batch_size=50, fixed_shape=True))
         assert [t.votes for t in again[::-1]] == [t.votes for t in fast]
 
+    @pytest.mark.slow
     def test_weights_are_frozen(self) -> None:
         """Freezing takes effect only where it is set while tracing; then convolutions hold packed weights."""
         base = Pipeline(classifier())

@@ -153,10 +153,11 @@ def test_the_registries_own_tests(
     """Each with its own other parameters, in all combinations."""
     fixtures = {"linear_classifier": linear_classifier, "photo": to_pictures(torch.rand(1, 3, 5, 4))[0]}
     given = member | {name: fixtures[name] for name in inspect.signature(check).parameters if name in fixtures}
-    marks = [mark.args for mark in getattr(check, "pytestmark", []) if mark.args[0] not in member]
+    marks = [mark.args for mark in getattr(check, "pytestmark", []) if mark.args and mark.args[0] not in member]
     for values in itertools.product(*(values for _, values in marks)):
         others: dict[str, Any] = {}
-        for (names, _), value in zip(marks, values, strict=True):
+        for (names, _), given_value in zip(marks, values, strict=True):
+            value = given_value.values[0] if hasattr(given_value, "marks") else given_value  # of pytest.param
             others |= {names: value} if isinstance(names, str) else dict(zip(names, value, strict=True))
         check(**given, **others)
 

@@ -276,6 +276,7 @@ def stop_when_it_pays(size: tuple[int, int], alpha: float, draw: np.random.Gener
     return h.reshape(size), trials.reshape(size)
 
 
+@pytest.mark.slow
 def test_holm_is_refused_if_the_counted_votes_choose_the_class() -> None:
     """Bonferroni keeps alpha under a stopping time that makes Holm err far more often."""
     families, m, alpha = 200, 200, 0.1

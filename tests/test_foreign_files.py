@@ -322,7 +322,9 @@ def test_checkpoints_of_common_trainers_load(kind: str) -> None:
     assert classifier.weights == "c.ckpt" + (f" (without {prefix} in its names)" if prefix else "")
 
 
-@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema"])
+@pytest.mark.parametrize(
+    "key", ["state_dict_ema", *(pytest.param(key, marks=pytest.mark.slow) for key in ("model_ema", "ema"))]
+)
 def test_choice_among_several_sets_of_weights_is_announced(key: str, capsys: Capture) -> None:
     torch.save({"state_dict": resnet(), key: named("module.", other()), "epoch": 3}, "c.pth")
     line = warning(capsys, WEIGHTS + "c.pth")
@@ -662,6 +664,7 @@ def test_a_configuration_that_cannot_be_built_is_named(change: dict[str, Any], s
     assert error(capsys, RUN + "--model mine").startswith(f"certify: {said}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["test_resnet", "resnet50"])
 def test_no_warning_about_settings_that_the_user_gives(architecture: str, capsys: Capture) -> None:
     hub_folder("mine")
@@ -686,6 +689,7 @@ def test_no_warning_about_settings_that_the_user_gives(architecture: str, capsys
         assert said.endswith("describes resnet50, not test_resnet: its mean and std are not used")
 
 
+@pytest.mark.slow
 def test_configuration_of_another_architecture_warns(capsys: Capture) -> None:
     state = hub_folder("mine")
     config = json.loads(Path("mine/config.json").read_text())
@@ -761,6 +765,7 @@ def five(): return net(5)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "channels"), [("two", 2), ("four", 4), ("five", 5)])
 def test_classifiers_with_other_channels_than_grey_and_rgb(name: str, channels: int, capsys: Capture) -> None:
     """Pictures are refused when they are loaded, by a line whose advice works: arrays, channels first or last."""

@@ -93,7 +93,9 @@ FAULTS = {  # fault -> True if another attempt may bring the answer
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=[pytest.mark.slow] * fault.startswith(("hang", "drip"))) for fault in FAULTS]
+)
 def test_a_fault_costs_what_was_sent_and_nothing_else(fault: str, tmp_path: Path) -> None:
     """Every third request fails (one, where that takes time); what is answered is what a faultless service answers."""
     wanted, slow = queries(8), fault.startswith(("hang", "drip"))

@@ -118,6 +118,7 @@ def only_line(capsys: Capture) -> str:
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", [False, True])
 def test_files_beside_an_onnx_graph_belong_to_it(branch: bool, here: Path, capsys: Capture) -> None:
     for seed in (0, 1):

@@ -71,6 +71,7 @@ def test_the_spectrum_of_white_noise_is_flat() -> None:
     assert spectrum == pytest.approx(1 / 1023, rel=5 / math.sqrt(24 * 4))
 
 
+@pytest.mark.slow
 def test_the_command(
     digits: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

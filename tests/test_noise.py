@@ -43,7 +43,7 @@ def test_moments(name: str) -> None:
     assert abs((left * right).mean()) < 5 * 0.25**2 / math.sqrt(left.numel())
 
 
-@pytest.mark.parametrize("norm_name", [None, *ORDERS])
+@pytest.mark.parametrize("norm_name", [None, *(pytest.param(norm, marks=pytest.mark.slow) for norm in ORDERS)])
 @pytest.mark.parametrize("name", list(NOISES))
 def test_no_radius_exceeds_a_half_space_s(name: str, norm_name: str | None, linear_classifier: Any) -> None:
     """Half-spaces: the true radius is the margin over the dual norm of w; certificates exceed it at most alpha often.

@@ -175,6 +175,7 @@ class TestChoice:
         base = Pipeline(classifier(nn.Sequential(nn.Flatten(), nn.Linear(768, 5))))
         assert count_operations(base, IMAGE) == 2 * 768 * 5
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("endless")
     def test_compilation_is_given_up_in_time(self, tmp_path: Path) -> None:
         """The run is eager and records why; the compiler's thread ends."""
@@ -190,6 +191,7 @@ class TestChoice:
         assert header["compiled"] is False
         wait_for(lambda: "certify-within" not in [thread.name for thread in threading.enumerate()])
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("endless")
     def test_a_requested_compilation_has_no_limit(self) -> None:
         _, real = choose_execution(Pipeline(classifier()), IMAGE, 100_000, EngineOptions(compile="on"))

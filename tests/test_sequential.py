@@ -295,6 +295,7 @@ def test_thresholds_are_shared_and_grow() -> None:
         assert (there.low[: t + 1] == whole.low[: t + 1]).all()
 
 
+@pytest.mark.slow
 def test_the_earliest_decision() -> None:
     for rule in RULES:
         for p0 in (0.5, 0.84, 0.999):

@@ -230,6 +230,7 @@ def test_the_largest_request_is_accepted(digits: Any) -> None:
         assert reply.json()["id"] == nested["id"]
 
 
+@pytest.mark.slow
 def test_a_slow_body_holds_no_slot_and_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     body = json.dumps(request(ONE)).encode()
     head = b"POST %s HTTP/1.1\r\nhost: x\r\n" % INFER.encode()

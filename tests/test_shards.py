@@ -159,6 +159,7 @@ def test_places_are_interleaved_and_cover_every_image_once() -> None:
     assert list(Shard(2, 3).places(8)) == [1, 4, 7]
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_has_its_place_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("d").mkdir()

@@ -132,9 +132,8 @@ def test_certificates_from_exact_probabilities_hold() -> None:
     assert wrong / total <= alpha + 5 * math.sqrt(alpha * (1 - alpha) / total)
 
 
-@pytest.mark.parametrize(
-    ("shape", "total"), [pytest.param((3, 4, 4), 2000, marks=pytest.mark.slow), ((3, 32, 32), 300)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "total"), [((3, 4, 4), 2000), ((3, 32, 32), 300)])
 def test_whole_chain_on_half_spaces(shape: tuple[int, int, int], total: int, linear_classifier: Any) -> None:
     """Real certificates, noise and all, of half-spaces in 48 and 3,072 dimensions: violations within alpha."""
     generator = torch.Generator().manual_seed(0)

@@ -59,6 +59,7 @@ def test_bfloat16_with_hardware_support(
     assert f"on cpu, {expected}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_surrogates_of_an_objective_without_a_classifier() -> None:
     """They only report accuracy: squared error needs no classifier."""
     run("train", *"--train-classifier digits --sigma 0 --out c --quiet".split(), *SHORT)
@@ -77,6 +78,7 @@ def test_the_last_line_names_the_defence_of_a_purifier(capsys: Capture) -> None:
     assert build_defence(last.split()[-1], load_classifier("digits")).name == "ebm"
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_given_weights() -> None:
     run(*UNET, *SHORT, "--sigma", "0.25", "--out", "a")
     more = ["--classifier", "digits", "--objective", "classification", "--init", "a/denoiser.safetensors"]
@@ -198,6 +200,7 @@ def test_one_class_is_not_enough_for_labels(capsys: Capture) -> None:
     assert "class" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_path_with_an_equals_sign_is_a_path() -> None:
     run(*UNET, *SHORT, "--sigma", "0.25", "--out", "sigma=0.25")
     run(*"--model digits --sigma 0.25 --n 100 --n0 10 --max 2 --quiet --out r.jsonl".split(), "--denoiser",
@@ -224,6 +227,7 @@ def test_the_lineage_of_initial_weights_stays_on_the_card(capsys: Capture) -> No
     assert "--init was trained with the target itself" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_unknown_class_folders_are_accepted_without_labels() -> None:
     data = photos([(32, 32)] * 6)  # class0, class1: not CIFAR's
     common = ["--sigma", "0.25", "--data", data, "--epochs", "1", "--batch-size", "2", "--validations", "1"]
@@ -234,6 +238,7 @@ def test_unknown_class_folders_are_accepted_without_labels() -> None:
         assert file.get_tensor("fc.weight").shape[0] == 2
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_classifier() -> None:
     options = "--train-classifier digits --sigma 0.5 --data digits-train --epochs 0.5 --validations 1 --quiet --out"
     for out in ("a", "b"):

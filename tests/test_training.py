@@ -123,6 +123,7 @@ def test_a_class_head_uses_the_bottleneck_and_is_discarded(data: Any, tmp_path: 
         train_denoiser("dncnn", data, Recipe("mse+classes"), tmp_path, TrainerConfig(make_accelerator("cpu")))
 
 
+@pytest.mark.slow
 def test_only_the_named_parts_are_trained(data: Any, tmp_path: Path) -> None:
     """All else is unchanged, batch statistics included; parts that the initial weights lack are new, and listed."""
     how = TrainerConfig(make_accelerator("cpu"), validations=1)
@@ -229,6 +230,7 @@ def test_gradients_reach_the_denoiser_only(data: Any, digits: Classifier) -> Non
         assert all(p.grad is None for p in digits.parameters())
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_with_the_same_weights(data: Any, digits: Classifier, tmp_path: Path) -> None:
     recipe = Recipe("mse+stability", (0.12, 0.5), epochs=0.7, optimizer="adam-then-sgd")
     frozen = FrozenClassifiers([digits])
@@ -247,6 +249,7 @@ def test_a_killed_training_ends_with_the_same_weights(data: Any, digits: Classif
         run(data, tmp_path / "parts", Recipe("mse", epochs=0.7), frozen=frozen)
 
 
+@pytest.mark.slow
 def test_a_training_killed_between_two_renames_resumes(data: Any, tmp_path: Path) -> None:
     recipe = Recipe(epochs=0.5)
     run(data, tmp_path, recipe, validations=1, checkpoint_seconds=0.0, stop_after=3)
@@ -271,7 +274,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     assert run(data, tmp_path, recipe, validations=14).finished  # resumes from there
 
 
-@pytest.mark.parametrize("largest", [100, 10_000, 80_000], ids=["metrics", "weights", "checkpoint"])
+@pytest.mark.parametrize(
+    "largest",
+    [
+        pytest.param(100, id="metrics", marks=pytest.mark.slow),
+        pytest.param(10_000, id="weights", marks=pytest.mark.slow),
+        pytest.param(80_000, id="checkpoint"),
+    ],
+)
 def test_a_full_disk_keeps_the_checkpoint(data: Any, tmp_path: Path, largest: int) -> None:
     recipe = Recipe(epochs=1)
     run(data, tmp_path, recipe, validations=1, checkpoint_seconds=0.0, stop_after=5)
@@ -311,6 +321,7 @@ def test_held_out_images_are_a_random_part_of_all_classes(digits: Classifier) ->
     assert set(fewer.held_out.tolist()) < set(data.held_out.tolist())
 
 
+@pytest.mark.slow
 def test_another_image_size_is_not_resumed(data: Any, digits: Classifier, tmp_path: Path) -> None:
     run(data, tmp_path, Recipe(epochs=0.5), validations=1, checkpoint_seconds=0.0, stop_after=2)
     with pytest.raises(UserError, match="holds another training"):
@@ -320,6 +331,7 @@ def test_another_image_size_is_not_resumed(data: Any, digits: Classifier, tmp_pa
         run(data, tmp_path, Recipe(epochs=0.5), validations=1)
 
 
+@pytest.mark.slow
 def test_one_accelerator_for_two_trainings(data: Any, tmp_path: Path) -> None:
     config = TrainerConfig(make_accelerator("cpu"), validations=1)
     for name, seed in (("a", 0), ("b", 1)):

@@ -85,6 +85,7 @@ def test_no_command_runs_torchscript_without_consent(command: str, here: Path, c
     assert Path("thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_the_advice_works(here: Path) -> None:
     """For a classifier and for a denoiser, in a shard, too; as a whole command and from Python."""
     out = "--trust-code --out r.jsonl"
