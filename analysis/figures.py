@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
+DPI = 200
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 """Colours of Okabe and Ito, distinguishable for colour-blind readers and in grey; black is for text."""
@@ -52,20 +53,22 @@ def canvas(
     path: str | Path | None = None,
     *,
     columns: int = 1,
+    rows: Sequence[float] = (1.0,),
     grid: str = "both",
     title: str | None = None,
 ) -> Iterator[tuple[Figure, Any]]:
     """Create a figure in this package's style, which applies within the block, and write it at the end of the block.
 
-    Yields ``(figure, axes)``; ``axes`` is an array if there are several columns. The state of pyplot, such as a
-    notebook's own figures and backend, is not touched.
+    Yields ``(figure, axes)``; ``axes`` is an array if there are several. The state of pyplot, such as a notebook's own
+    figures and backend, is not touched.
 
     Args:
         width: in inches.
         height: in inches.
         path: file to write (.png, .svg or .pdf); None writes none.
         columns: number of axes, side by side.
-        grid: axes with grid lines: ``"x"``, ``"y"`` or ``"both"``.
+        rows: relative height of each row of axes.
+        grid: axes with grid lines: ``"x"``, ``"y"``, ``"both"`` or ``"neither"``.
         title: above the axes, wrapped.
 
     Raises:
@@ -77,11 +80,12 @@ def canvas(
 
     if path is not None:
         check_format(path)
-    with rc_context({**STYLE, "axes.grid.axis": grid}):
+    lines = {"axes.grid": grid != "neither", "axes.grid.axis": "both" if grid == "neither" else grid}
+    with rc_context({**STYLE, **lines}):
         figure = Figure(figsize=(width, height), layout="constrained")
         if title:
             figure.suptitle(title, fontsize=9, x=0.01, ha="left", wrap=True)
-        yield figure, figure.subplots(1, columns)
+        yield figure, figure.subplots(len(rows), columns, squeeze=len(rows) == 1, height_ratios=rows)
         if path is not None:
             save_figure(figure, Path(path))
 
@@ -111,7 +115,7 @@ def wrapped(labels: Sequence[str]) -> tuple[list[str], float]:
     return lines, 0.17 * max(0, sum(1 + label.count("\n") for label in lines) - 2)
 
 
-def save_figure(figure: Figure, path: Path, dpi: float = 200) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically; the same figure gives the same bytes.
 
     Raises:
@@ -121,6 +125,7 @@ def save_figure(figure: Figure, path: Path, dpi: float = 200) -> None:
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     try:
         with replacing(path) as temporary:
+            dpi = min(DPI, 2**14 / max(figure.get_size_inches()))
             figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata)
     except OSError as error:
         raise RunFault(f"could not write {path}: {error.strerror}; the run files are untouched") from None

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures import check_format, save_figure
+from analysis.figures import DPI, canvas, literal
 from certify.errors import UserError
-from certify.text import printable_lines
+from certify.text import printable, printable_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RIGHT, WRONG = "✓", "✗"
 """Marks beside a label, so that it can be read without colour."""
 
 _COLOURS = {True: "#1a7f37", False: "#c1121f", None: "#222222"}
-_DPI = 200
+_MARKS = {True: f"{RIGHT} ", False: f"{WRONG} ", None: ""}
+_GREY = "#555555"
 _SMALLEST, _LARGEST = 1.15, 3.0  # longer side of a picture in inches
 _GAP, _LINE, _CHARACTER = 0.09, 0.15, 0.064  # inches: between pictures, a line of text, a character of it
 
@@ -65,52 +68,30 @@ def draw_grid(
         UserError: an unknown format, no rows or columns, or images of neither one nor three channels.
         RunFault: the file cannot be written.
     """
-    check_format(path)
     _check(rows, columns)
-    from matplotlib.figure import Figure
-
     panels = [panel for row in rows for panel in row.panels]
     heights = [max(p.image.shape[1] / max(p.image.shape[1:]) for p in row.panels) for row in rows]
-    side = float(np.clip(max(max(p.image.shape[1:]) for p in panels) / _DPI, _SMALLEST, _LARGEST))
-    width = side * max(p.image.shape[2] / max(p.image.shape[1:]) for p in panels)
-    width = max(width, _SMALLEST)
+    side = float(np.clip(max(max(p.image.shape[1:]) for p in panels) / DPI, _SMALLEST, _LARGEST))
+    width = max(side * max(p.image.shape[2] / max(p.image.shape[1:]) for p in panels), _SMALLEST) + _GAP
+    most = int(width / _CHARACTER)
+    left = _CHARACTER * min(most, max(len(row.name) for row in rows)) + 0.2
     under = _LINE * (any(p.label for p in panels) + any(p.note for p in panels)) + _GAP
-    most = int((width + _GAP) / _CHARACTER)
-    left = 0.15 + _CHARACTER * min(most, max(len(text) for text in (names, *(row.name for row in rows))))
-
-    total = left + len(columns) * (width + _GAP) + 0.1
-    above = textwrap.wrap(title, int(total / 0.082))
-    below = textwrap.wrap(caption, int(total / 0.052))
-    top = 0.12 + 0.2 * len(above) + _LINE * (1 + max(c.count("\n") for c in columns)) + 0.1
-    height = top + sum(side * h + under for h in heights) + _LINE * len(below) + 0.12
-    figure = Figure(figsize=(total, height), facecolor="white")
-
-    def write(x: float, y: float, text: str, **style: Any) -> None:
-        """Write text at inches from the left and from the top."""
-        figure.text(x / total, 1 - y / height, printable_lines(text), parse_math=False, **style)
-
-    write(total / 2, 0.12, "\n".join(above), ha="center", va="top", fontsize=10, linespacing=1.25)
-    write(0.08, top - 0.06, names, va="bottom", fontsize=8, color="#555555")
-    centres = [left + column * (width + _GAP) + width / 2 for column in range(len(columns))]
-    for centre, heading in zip(centres, columns, strict=True):
-        write(centre, top - 0.06, heading, ha="center", va="bottom", fontsize=8.5)
-    y = top
-    for row, share in zip(rows, heights, strict=True):
-        tall = side * share
-        write(0.08, y + tall / 2, _shorten(row.name, most), va="center", fontsize=8)
-        for centre, panel in zip(centres, row.panels, strict=True):
-            box = (centre - width / 2) / total, 1 - (y + tall) / height, width / total, tall / height
-            _show(figure.add_axes(box), panel, side)
-            line = y + tall + 0.03
-            if panel.label:
-                mark = {True: f"{RIGHT} ", False: f"{WRONG} ", None: ""}[panel.right]
-                text = mark + _shorten(panel.label, most - 2)
-                write(centre, line, text, ha="center", va="top", fontsize=8, color=_COLOURS[panel.right])
-                line += _LINE
-            write(centre, line, panel.note, ha="center", va="top", fontsize=7, color="#555555")
-        y += tall + under
-    write(0.08, y + 0.02, "\n".join(below), va="top", fontsize=7, color="#555555", linespacing=1.3)
-    save_figure(figure, Path(path), dpi=min(_DPI, 2**14 / max(total, height)))
+    text = 0.4 + _LINE * (1 + max(c.count("\n") for c in columns)) + 0.13 * (len(caption) // 80 + 1)
+    total, height = left + len(columns) * width, text + sum(side * h + under for h in heights)
+    caption = printable_lines(f"On the left the {names}. {caption}" if names else caption)
+    with canvas(total, height, path, columns=len(columns), rows=heights, grid="neither", title=literal(title)) as (
+        figure,
+        grid,
+    ):
+        figure.supxlabel(literal(caption), fontsize=7, color=_GREY, x=0.01, ha="left", wrap=True)
+        lines = np.atleast_2d(grid)
+        for axes, heading in zip(lines[0], columns, strict=True):
+            axes.set_title(printable_lines(heading), fontsize=8.5, parse_math=False)
+        for line, row in zip(lines, rows, strict=True):
+            name = _shorten(row.name, most)
+            line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center", parse_math=False)
+            for axes, panel in zip(line, row.panels, strict=True):
+                _show(axes, panel, side, most)
 
 
 def _check(rows: Sequence[Row], columns: Sequence[str]) -> None:
@@ -124,18 +105,22 @@ def _check(rows: Sequence[Row], columns: Sequence[str]) -> None:
                 raise UserError(f"a picture of shape {panel.image.shape}; expected (1, H, W) or (3, H, W)")
 
 
-def _show(axes: Any, panel: Panel, side: float) -> None:
-    """Draw a picture in its frame; pixels stay squares unless there are more of them than dots."""
+def _show(axes: Axes, panel: Panel, side: float, most: int) -> None:
+    """Draw a picture with its label; pixels stay squares unless there are more of them than dots."""
     image = np.clip(np.moveaxis(panel.image, 0, -1), 0.0, 1.0)
-    dots = side * _DPI
-    interpolation = "nearest" if max(image.shape[:2]) <= dots else "antialiased"
-    axes.imshow(
-        image[..., 0] if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=1, interpolation=interpolation
-    )
+    interpolation = "nearest" if max(image.shape[:2]) <= side * DPI else "antialiased"
+    picture = image[..., 0] if image.shape[2] == 1 else image
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
     axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(linewidth=0.4, color="#999999")
+    axes.spines[:].set(visible=True, linewidth=0.4, color="#999999")
+    label = _MARKS[panel.right] + _shorten(panel.label, most - 2) if panel.label else ""
+    axes.set_xlabel(label, fontsize=8, color=_COLOURS[panel.right], labelpad=2, parse_math=False)
+    if panel.note:
+        down = 12 if panel.label else 3  # points, below the label
+        style = {"ha": "center", "va": "top", "fontsize": 7, "color": _GREY, "parse_math": False}
+        axes.annotate(panel.note, (0.5, 0), (0, -down), "axes fraction", "offset points", **style)  # type: ignore[arg-type]
 
 
 def _shorten(text: str, most: int) -> str:
+    text = printable(text)
     return text if len(text) <= most else text[: max(1, most - 1)] + "…"

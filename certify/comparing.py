@@ -1,7 +1,7 @@
 """Compare defences of a frozen classifier: accuracies without attack and under attacks, beside certificates.
 
-:func:`compare` is the function for scripts. ``certify compare`` and ``certify inspect`` load the objects that their
-options name, and share the rest: :func:`attack_context` and :class:`PlannedComparison`.
+:func:`compare` is the function for scripts. ``certify compare`` loads the objects that its options name, and takes the
+same steps (:mod:`analysis.comparison.plan`, :mod:`analysis.comparison.runner`).
 """
 
 from __future__ import annotations
@@ -10,24 +10,18 @@ import contextlib
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from certify.api import DataOptions, check_options, chosen_options, collect_images, progress_bar
-from certify.errors import CertifyWarning, ImageError, UserError, first_line
+from certify.errors import CertifyWarning, ImageError, UserError
 from certify.smoothed_classifier import ModelOptions
 
 if TYPE_CHECKING:
-    from analysis.attacks import AttackSettings
     from analysis.comparison.results import Comparison
-    from analysis.comparison.runner import Craft, Plan
     from certify.images.dataset import ImageSet
     from certify.models.classifier import Classifier
-    from certify.models.defence import Defence
-    from certify.runs.records import ComparisonHeader
-    from certify.runs.run_file import ComparisonFile
 
 DEFENCES = ("none", "gs", "median", "bits", "jpeg", "tv")
 ATTACKS = ("blind-pgd", "square")
@@ -107,6 +101,8 @@ def compare(
         RunFault: an attack refutes a certificate.
     """
     from analysis.attacks import AttackSettings, check_attacks
+    from analysis.comparison.plan import Plan, attack_context, make_header
+    from analysis.comparison.runner import compare as run
     from analysis.runs import read_comparison
     from certify.runs.run_file import ComparisonFile
 
@@ -120,23 +116,17 @@ def compare(
     settings = dataclasses.replace(settings, surrogates=tuple(_surrogate(one, size) for one in surrogates))
     trust = options.get("trust_code", False)
     context = attack_context(classifier, chosen, named, settings, trust_code=trust, warn=_warn)
-    planned = PlannedComparison.of(
-        context,
-        group,
-        repeats=repeats,
-        certify_n=certify_n,
-        alpha=alpha,
-        model=name,
-        data=str(images) if isinstance(images, str | Path) else chosen.name,
-        command="certify.compare",
-    )
+    context.check_defences()
+    plan = Plan.of(context, group, repeats=repeats, certify_n=certify_n, alpha=alpha)
+    data = str(images) if isinstance(images, str | Path) else chosen.name
+    header = make_header(plan, context, model=name, data=data, command="certify.compare")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else None
         path = folder / "comparison.jsonl" if folder else Path(str(out))
         trusted = options.get("trust_identity", False)
-        file = stack.enter_context(ComparisonFile(path, planned.header, trust_identity=trusted))
-        bar = progress_bar(planned.header.expected, 0, " outcomes", shown=options.get("progress", True))
-        planned.run(file, stack.enter_context(bar))
+        file = stack.enter_context(ComparisonFile(path, header, trust_identity=trusted))
+        bar = progress_bar(header.expected, 0, " outcomes", shown=options.get("progress", True))
+        run(context, plan, file, stack.enter_context(bar))
         comparison = read_comparison(path)
     comparison.require_sound()
     return comparison
@@ -205,172 +195,6 @@ def _surrogate(model: Any, size: tuple[int, int, int] | None) -> Classifier:
         name, _, weights = model.partition("=")
         return load_classifier(name, weights=weights or None)
     return load_classifier(model, input_size=size)
-
-
-@dataclass(frozen=True)
-class AttackContext:
-    """A classifier, the images to attack, and its defences.
-
-    Attributes:
-        classifier: frozen.
-        images: with labels; all of them can be read.
-        defences: by name; a text is the reason why one could not be built.
-        attacks: their settings.
-        craft: runs an attack under a condition (:func:`analysis.attacks.crafter`).
-    """
-
-    classifier: Classifier
-    images: ImageSet
-    defences: Mapping[str, Defence | str]
-    attacks: AttackSettings
-    craft: Craft
-
-
-def attack_context(
-    classifier: Classifier,
-    images: ImageSet,
-    defences: Mapping[str, Any],
-    attacks: AttackSettings,
-    *,
-    trust_code: bool = False,
-    warn: Warn,
-) -> AttackContext:
-    """Build the defences of a classifier, and the function that attacks them.
-
-    Args:
-        classifier: frozen.
-        images: that can be read (:func:`readable_images`).
-        defences: by name (:func:`name_defences`).
-        attacks: their settings.
-        trust_code: run code in model files.
-        warn: called with the reason if a defence cannot be built.
-
-    Raises:
-        UserError: images without labels or of several sizes, a mistake in the options of a defence, or surrogates of
-            another task.
-    """
-    from analysis.attacks import crafter
-
-    if classifier.input.size is None:  # attacks take batches
-        one_size(f"the images of {images.name}", {tuple(images.load(i).shape) for i in range(len(images))})
-    if not images.labelled:
-        raise UserError(
-            f"{images.name} has no labels, and accuracies need them; expected labels, or a folder for each class"
-        )
-    built = {
-        name: build_defence(name, one, classifier, trust_code=trust_code, warn=warn) for name, one in defences.items()
-    }
-    return AttackContext(classifier, images, built, attacks, crafter(classifier, attacks))
-
-
-def build_defence(
-    name: str, defence: Any, classifier: Classifier, *, trust_code: bool = False, warn: Warn
-) -> Defence | str:
-    """Return a defence of the classifier, or why it cannot be built: then only its own row is left without figures.
-
-    Args:
-        name: in the table.
-        defence: text, module, function or ``Defence``.
-        classifier: frozen.
-        trust_code: run code in model files.
-        warn: called with the reason.
-
-    Raises:
-        UserError: a mistake in the name or its options.
-    """
-    from certify.models.defence import Defence, Member
-    from denoisers.adapters import adapt
-    from denoisers.defences import build_defence as build
-
-    if isinstance(defence, Defence):
-        return defence
-    try:
-        if isinstance(defence, str):
-            return build(defence, classifier, trust_code=trust_code)
-        return Defence(name, [Member(adapt(defence), classifier)])
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        warn(f"defence {name}: {reason}; its row is left without figures")
-        return reason
-
-
-@dataclass(frozen=True)
-class PlannedComparison:
-    """A comparison that is ready to run.
-
-    Attributes:
-        context: classifier, images, defences and attacks.
-        plan: conditions and parameters.
-        bare: the classifier alone, which blind attacks target.
-        header: of its file.
-    """
-
-    context: AttackContext
-    plan: Plan
-    bare: Defence
-    header: ComparisonHeader
-
-    @classmethod
-    def of(
-        cls,
-        context: AttackContext,
-        group: str,
-        *,
-        repeats: int,
-        certify_n: int,
-        alpha: float,
-        model: str,
-        data: str,
-        command: str,
-    ) -> PlannedComparison:
-        """Plan the comparison, and check each defence on the first image.
-
-        Args:
-            context: what is compared.
-            group: of attacks: ``"both"``, ``"blind"`` or ``"adaptive"``.
-            repeats: answers of a random defence per image.
-            certify_n: maximum number of samples for the certified column; 0 leaves it out.
-            alpha: failure probability of each certificate.
-            model: name of the classifier, for the header.
-            data: name of the images, for the header.
-            command: for the header.
-
-        Raises:
-            ContractError: a denoiser or classifier is not a fixed function of one image.
-        """
-        from analysis.attacks import GROUPS, find_attack
-        from analysis.comparison.results import Condition
-        from analysis.comparison.runner import CLEAN, RANDOM, SMOOTHING, Plan, applies, check_defences, make_header
-        from denoisers.defences import undefended
-
-        attacks, defences, images = context.attacks, context.defences, context.images
-        conditions = [CLEAN, RANDOM]
-        for one in GROUPS[group]:
-            conditions += [Condition(name, one) for name in attacks.names if one in find_attack(name).groups]
-        if certify_n and any(applies(defence, SMOOTHING) for defence in defences.values()):
-            conditions.append(SMOOTHING)
-        plan = Plan(conditions, attacks.eps, attacks.norm, repeats, attacks.seed, certify_n, alpha, attacks.record())
-        bare = undefended(context.classifier)
-        check_defences({"": bare, **defences}, images, plan)
-        header = make_header(plan, defences, images, model=model, data=data, command=command)
-        return cls(context, plan, bare, header)
-
-    def run(self, file: ComparisonFile, progress: Callable[[int], None]) -> None:
-        """Run whatever is missing in the file; ``progress`` is called with the number of new outcomes."""
-        from analysis.comparison.runner import compare as run_all
-
-        context = self.context
-        run_all(context.defences, self.bare, context.images, self.plan, file, context.craft, progress)
-
-
-def one_size(images: str, sizes: Collection[tuple[int, ...]]) -> tuple[int, int, int]:
-    """Return the size (C, H, W) that all of these images have; refuse several, which do not fit into a batch."""
-    if len(sizes) != 1:
-        raise UserError(f"{images} have {len(sizes)} sizes; expected one: pass --input-size CxHxW")
-    ((channels, height, width),) = sizes
-    return channels, height, width
 
 
 def readable_images(images: ImageSet, *, strict: bool, warn: Warn) -> ImageSet:

@@ -17,10 +17,12 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import certify
+from analysis.attacks import AttackSettings
 from analysis.comparison import runner as engine
+from analysis.comparison.plan import CLEAN, RANDOM, SMOOTHING, AttackContext, Plan, make_header
 from analysis.comparison.plot import draw_comparison
 from analysis.comparison.results import Cell, Comparison, Condition, wilson
-from analysis.comparison.runner import CLEAN, RANDOM, SMOOTHING, Plan, Proposed, compare, make_header
+from analysis.comparison.runner import Proposed, compare
 from analysis.comparison.tables import records, tabulate_comparison
 from analysis.runs import read_comparison
 from certify import SmoothedClassifier
@@ -32,7 +34,7 @@ from certify.models.defence import Defence, Member
 from certify.runs.records import Outcome
 from certify.runs.run_file import ComparisonFile, ComparisonRun
 from certify.smoothing.rng import stream_key
-from denoisers.defences import build_defence, undefended
+from denoisers.defences import build_defence
 
 BLIND, ADAPTIVE = Condition("shove", "blind"), Condition("shove", "adaptive")
 
@@ -70,10 +72,12 @@ def shove(condition: Condition, target: Defence, x: Tensor, labels: Tensor, ids:
 
 def run(path: Path, given: Any, digits: Classifier, images: ImageSet, craft: Any = shove, **plan: Any) -> Comparison:
     conditions = plan.pop("conditions", [CLEAN, RANDOM, BLIND, ADAPTIVE, SMOOTHING])
-    numbers = Plan(conditions, 0.2, "linf", repeats=3, certify_n=200, settings={"eps_text": "0.2"}, **plan)
-    header = make_header(numbers, given, images, model="digits", data="digits")
+    settings = AttackSettings((), 0.2, "linf", queries=1, steps=1, eot=1, seed=0)
+    context = AttackContext(digits, images, given, settings, craft)
+    numbers = Plan(conditions, settings, repeats=3, certify_n=200, **plan)
+    header = make_header(numbers, context, model="digits", data="digits")
     with ComparisonFile(path, header) as file:
-        compare(given, undefended(digits), images, numbers, file, craft)
+        compare(context, numbers, file)
     return read_comparison(path)
 
 

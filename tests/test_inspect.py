@@ -57,7 +57,7 @@ def test_unused_defences_are_not_built(monkeypatch: pytest.MonkeyPatch, capsys: 
         built.append(defence)
         return "not needed"
 
-    monkeypatch.setattr("certify.comparing.build_defence", build)
+    monkeypatch.setattr("analysis.comparison.plan.build_defence", build)
     wanted = ["--model", "digits", "--max", "2", "--attacks", "blind-pgd", "--steps", "1", "--defences", "gs,median"]
     command("inspect", *wanted)
     assert built == ["none"]

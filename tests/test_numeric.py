@@ -16,7 +16,8 @@ import torch
 from command import run_of_json
 from scipy.stats import binom
 
-from analysis.comparison.runner import Plan
+from analysis.attacks import AttackSettings
+from analysis.comparison.plan import Plan
 from analysis.curves import curve, proportion_interval
 from analysis.envelope import Envelope
 from analysis.families import accuracy_interval, betting_p, binomial_p, family, p_values, simultaneous
@@ -96,6 +97,10 @@ def rule(name: str) -> Any:
     return RULES.get(name)
 
 
+def plan(eps: Any = 0.1, count: Any = 1, **options: Any) -> Plan:
+    return Plan((), AttackSettings((), eps, "linf", queries=count, steps=count, eot=count, seed=count), **options)
+
+
 def smoothed(sigma: Any = 0.25, **options: Any) -> SmoothedClassifier:
     class Half:
         num_classes = 2
@@ -146,7 +151,7 @@ ALPHA: dict[str, Callable[[Any], Any]] = {
     "prediction_from_votes": lambda a: prediction_from_votes(Votes((530, 470)), alpha=a),
     "largest_radius": lambda a: [largest_radius(Gaussian(1.0), 1000, a, name) for name in BOUNDS],
     "Certify": lambda a: asdict(Certify(n=1000, alpha=a)),
-    "Plan": lambda a: asdict(Plan((), 0.1, "l2", alpha=a)),
+    "Plan": lambda a: asdict(plan(alpha=a)),
     "RadiusDecision": lambda a: RadiusDecision(
         2, n=100, radii=[0.1], noise=Gaussian(0.25), alpha=a, rule="one-sided"
     ).result(),
@@ -176,7 +181,7 @@ SHARE: dict[str, Callable[[Any], Any]] = {
     "confidence of a curve": lambda c: rounded(curve(RUN).interval([0.1, 0.2], c)),
     "confidence of an envelope": lambda c: rounded(Envelope((curve(RUN),)).interval([0.1, 0.2], c)),
     "sigma of a classifier": lambda s: asdict(smoothed(s).certify(IMAGE, n0=10, n=200)),
-    "eps": lambda e: asdict(Plan((), e, "linf")) | {"l2": Plan((), e, "linf").l2_radius(17)},
+    "eps": lambda e: asdict(plan(e)) | {"l2": plan(e).l2_radius(17)},
     **{f"sigma of {name}": lambda s, name=name: make_noise(name, s).radius(0.93) for name in NOISES},
     **{f"scale of {name}": lambda s, name=name: make_noise(name, s).scale for name in NOISES},
 }
@@ -214,7 +219,7 @@ COUNT: dict[str, Callable[[Any], Any]] = {
     "largest_radius": lambda n: largest_radius(Gaussian(1.0), n, 0.01),
     "implied_factor": lambda n: implied_factor("l2", "linf", n),
     "Settings": lambda n: json.dumps(asdict(Settings(Certify(n, n), n))),
-    "Plan": lambda n: json.dumps(asdict(Plan((), 0.1, "l2", certify_n=n, repeats=n, seed=n))),
+    "Plan": lambda n: json.dumps(asdict(plan(count=n, certify_n=n, repeats=n))),
     "batch size": lambda n: smoothed_votes(n),
     "seed": lambda n: bound_draw(n, "x"),
     "certify": lambda n: smoothed().certify(IMAGE, n0=n, n=n, seed=n),

@@ -12,7 +12,7 @@ from certify.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.attacks import AttackSettings
-    from certify.comparing import AttackContext
+    from analysis.comparison.plan import AttackContext
     from certify.images.dataset import ImageSet
 
 DEMO_IMAGES = 50
@@ -66,7 +66,7 @@ def load_attack_context(
             )
         data = dataclasses.replace(data, data="digits", max_images=data.max_images or DEMO_IMAGES)
     check_attacks(names, norm=attack.norm, group=group, surrogates=len(attack.surrogate))
-    from certify.comparing import attack_context
+    from analysis.comparison.plan import attack_context
 
     classifier = classifier_from(model.model, model)
     images = load_readable(load_image_set(data, classifier), strict=data.strict, quiet=quiet)

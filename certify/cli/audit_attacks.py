@@ -110,7 +110,8 @@ def attack_service(
         LedgerBudgetSpent: the budget is spent; finished outcomes are in the file.
         UserError: nothing to attack, or images of several sizes.
     """
-    from certify.comparing import AttackContext, PlannedComparison, build_defence
+    from analysis.comparison.plan import AttackContext, Plan, build_defence, make_header
+    from analysis.comparison.runner import compare
     from certify.runs.run_file import ComparisonFile
 
     classifier, images = _target(job, client, answers)
@@ -119,31 +120,25 @@ def attack_service(
     names = split_names("--defences", options.defences or "")
     defences = {name: build_defence(name, name, service, trust_code=trust_code, warn=warn) for name in names}
     craft = _crafter(settings, service, {id(defence): name for name, defence in defences.items()})
-    planned = PlannedComparison.of(
-        AttackContext(service, images, defences, settings, craft),
-        "both",
-        repeats=_REPEATS,
-        certify_n=0,
-        alpha=job.settings.procedure.alpha,
-        model=classifier.name,
-        data=data,
-        command=command,
-    )
-    path, expected = job.folder / COMPARISON, planned.header.expected
+    context = AttackContext(service, images, defences, settings, craft)
+    context.check_defences()
+    plan = Plan.of(context, "both", repeats=_REPEATS, certify_n=0, alpha=job.settings.procedure.alpha)
+    header = make_header(plan, context, model=classifier.name, data=data, command=command)
+    path = job.folder / COMPARISON
     with (
-        ComparisonFile(path, planned.header, trust_identity=job.trust_identity) as file,
-        progress_bar(expected, "outcomes", hidden=quiet) as bar,
+        ComparisonFile(path, header, trust_identity=job.trust_identity) as file,
+        progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
     ):
-        planned.run(file, bar.update)
+        compare(context, plan, file, bar.update)
     return path
 
 
 def _target(job: Audit, client: Client, answers: Mapping[str, Answer]) -> tuple[RemoteClassifier, ImageSet]:
     """Return the service as a classifier of the classes it has returned, and the images labelled with one of them."""
+    from analysis.comparison.plan import one_size
     from certify.blackbox.answer_rows import clean_answer
     from certify.blackbox.label_index import LabelIndex
     from certify.blackbox.remote_classifier import RemoteClassifier
-    from certify.comparing import one_size
 
     vocabulary = LabelIndex(job.class_map)
     kept, labels, scored = [], [], True

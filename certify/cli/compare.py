@@ -118,21 +118,17 @@ def _run_comparison(
     output: ComparisonOutput,
 ) -> Path:
     """Run or resume the comparison; return the file of its outcomes."""
-    from certify.comparing import PlannedComparison
+    from analysis.comparison.plan import Plan, make_header
+    from analysis.comparison.runner import compare as run
     from certify.runs.run_file import ComparisonFile
 
     quiet = output.quiet or output.as_json
-    planned = PlannedComparison.of(
-        load_attack_context(model, data, attack, options.defences, group=options.group, eot=options.eot, quiet=quiet),
-        options.group,
-        repeats=options.repeats,
-        certify_n=certified.certify_n,
-        alpha=certified.alpha,
-        model=model.model,
-        data=data.data or "digits",
-        command=command_line(),
-    )
-    header = planned.header
+    group, eot = options.group, options.eot
+    context = load_attack_context(model, data, attack, options.defences, group=group, eot=eot, quiet=quiet)
+    context.check_defences()
+    n, alpha = certified.certify_n, certified.alpha
+    plan = Plan.of(context, group, repeats=options.repeats, certify_n=n, alpha=alpha)
+    header = make_header(plan, context, model=model.model, data=data.data or "digits", command=command_line())
     path = output_path(output.out, _file_words(header), header)
     with ComparisonFile(path, header, trust_identity=output.trust_identity) as file:
         present = f": {len(file.done):,} of {header.expected:,} outcomes are there already" if file.resumed else ""
@@ -141,7 +137,7 @@ def _run_comparison(
             progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
             stoppable(file, header.expected, "outcomes"),
         ):
-            planned.run(file, bar.update)
+            run(context, plan, file, bar.update)
     return path
 
 

@@ -17,8 +17,8 @@ from certify.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from analysis.comparison.plan import AttackContext
     from analysis.grid import Panel, Row
-    from certify.comparing import AttackContext
     from certify.models.defence import Defence
 
 _RANDOM = "random noise"
@@ -104,15 +104,13 @@ def _attack_images(attack: GradientAttackOptions, context: AttackContext) -> tup
 
     from analysis.comparison.results import Condition
     from analysis.comparison.runner import randomly_moved
-    from denoisers.defences import undefended
 
     ids = [item.id for item in context.images.items]
     clean = torch.stack([context.images.load(i) for i in range(len(ids))])
     labels = torch.tensor(context.images.labels)
     attacked = {_RANDOM: randomly_moved(clean, ids, attack.eps.value, attack.norm, attack.seed)}
-    bare = undefended(context.classifier)
     for name in context.attacks.names:
-        attacked[name] = context.craft(Condition(name, "blind"), bare, clean, labels, ids).images
+        attacked[name] = context.craft(Condition(name, "blind"), context.bare, clean, labels, ids).images
     return clean, attacked
 
 
@@ -131,11 +129,9 @@ def _draw(
     from certify.models.defence import Defence
     from certify.models.labels import readable
     from certify.smoothing.rng import block_generator, stream_key
-    from denoisers.defences import undefended
 
     first = context.attacks.names[0]
     defences = {name: defence for name, defence in context.defences.items() if isinstance(defence, Defence)}
-    bare = undefended(context.classifier)
     places = [i * len(clean) // min(rows, len(clean)) for i in range(min(rows, len(clean)))]
     names = context.classifier.class_names
 
@@ -150,7 +146,7 @@ def _draw(
             return Panel(purified[0].clamp(0, 1).numpy(), text, label == truth)
 
         added = (0.5 + (moved - image)[0] / (2 * (moved - image).abs().max().clamp_min(1e-9))).numpy()
-        panels = [panel(bare, image), panel(bare, moved), Panel(added)]
+        panels = [panel(context.bare, image), panel(context.bare, moved), Panel(added)]
         assert truth is not None
         return Row(readable(names, truth), [*panels, *(panel(defence, moved) for defence in defences.values())])
 
