@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from certify.api import DataOptions, check_options, chosen_options, collect_images, procedure_for, progress_bar
-from certify.blackbox.audit import run_audit
-from certify.blackbox.client.query_client import QueryClient
+from certify.api import collect_images, procedure_for, progress_bar
+from certify.blackbox.answers import read_class_map
+from certify.blackbox.audit import Observer, run_audit
 from certify.blackbox.client.rate_limit import QueryLimits
-from certify.blackbox.function_service import function_name
-from certify.blackbox.ledger_contents import LedgerContents, read_header
-from certify.blackbox.plan import Audit, Service, plan
-from certify.blackbox.results import LEDGER, RUN
-from certify.blackbox.service_spec import ServiceSpec, checked_service, open_sender
+from certify.blackbox.function_service import label_text
+from certify.blackbox.plan import Audit, check_reference_labels, reference_labels
+from certify.blackbox.record import RUN
+from certify.blackbox.service_spec import ServiceSpec, checked_service, function_service
 from certify.engine.hardware import find_device
 from certify.errors import CertifyWarning, UserError
 from certify.images.dataset import ImageSet, InputOnly, load_images
@@ -30,16 +30,70 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from certify.blackbox.ledger import Ledger
-    from certify.blackbox.types import Client
-
 Size = tuple[int, int, int]
+
+
+class ImageOptions(TypedDict, total=False):
+    """Options of :func:`certify.load_images`; the last two are for names and paths alone."""
+
+    skip: int
+    start: int
+    max_images: int | None
+    ids: Sequence[str] | None
+    root: str | Path | None
+    download: bool
+
+
+class ServiceOptions(TypedDict, total=False):
+    """Options of an HTTP API.
+
+    Attributes:
+        protocol: of the API (``certify list protocols``); required.
+        protocol_options: of the protocol, such as ``{"labels": "labels"}``.
+        api_key_env: environment variable that holds the API's key.
+        auth_header: ``NAME: VALUE`` with ``{key}`` in it, in place of the protocol's header.
+        auth_query: ``NAME={key}``, to send the key in the URL's query instead.
+        insecure: send the key over plain HTTP to another machine.
+    """
+
+    protocol: str
+    protocol_options: Mapping[str, Any] | None
+    api_key_env: str | None
+    auth_header: str | None
+    auth_query: str | None
+    insecure: bool
+
+
+class AuditOptions(ImageOptions, ServiceOptions, total=False):
+    """Further options of an audit.
+
+    Attributes:
+        class_map: from the classifier's labels to classes, or a file of it (``label,class``, or JSON).
+        input_size: (C, H, W) to which images are resized.
+        rounded: round images to the 8-bit grid first; for the noise ``exact``.
+        rate: requests per second at most.
+        retries: of a request to an API that fails or is declined; each counts against the budget; 4 unless given.
+        timeout: seconds per request to an API; 60 unless given.
+        price_per_1000: price of 1,000 requests, to state the cost.
+        trust_identity: resume although the folder does not prove that denoiser and function are still the same.
+        observer: displays plan, progress and warnings, in place of a progress bar and Python's warnings.
+    """
+
+    class_map: Mapping[str, str] | str | Path | None
+    input_size: Size | None
+    rounded: bool
+    rate: float | None
+    retries: int
+    timeout: float
+    price_per_1000: float | None
+    trust_identity: bool
+    observer: Observer
 
 
 def audit(
     ask: Any,
     images: Any,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[Any] | str | Path | None = None,
     *,
     sigma: float,
     budget: int,
@@ -57,28 +111,24 @@ def audit(
     concurrency: int = 1,
     repeat_clean: int = 3,
     device: str | torch.device = "auto",
-    protocol: str | None = None,
-    protocol_options: Mapping[str, Any] | None = None,
-    api_key_env: str | None = None,
-    rate: float | None = None,
-    retries: int = 4,
-    timeout: float = 60.0,
     progress: bool = True,
-    **options: Unpack[DataOptions],
+    **options: Unpack[AuditOptions],
 ) -> Run:
     """Certify a black-box classifier by queries alone, within a budget; every reply is logged before it is used.
 
-    The same call resumes an interrupted audit in ``out`` and repeats no answered query. The folder holds the ledger,
-    the run file, ``audit.json`` and an HTML report, as after ``certify audit``; ``certify replay`` recomputes the
-    certificates from the ledger. For each image separately, with probability at least 1 - alpha over the noise draws,
-    its certificate is true or an abstention, provided that the classifier is a fixed function of the image; clean
-    images are queried repeatedly to detect one that is not.
+    The same call resumes an interrupted audit in ``out`` and repeats no answered query, except that a Python function
+    is called again for up to three clean images, to refuse another function of the same name. The folder holds the
+    ledger, the run file, ``audit.json`` and an HTML report, as after ``certify audit``; ``certify replay`` recomputes
+    the certificates from the ledger. For each image separately, with probability at least 1 - alpha over the noise
+    draws, its certificate is true or an abstention, provided that the classifier is a fixed function of the image;
+    clean images are queried repeatedly to detect one that is not.
 
     Args:
         ask: a function of one 8-bit image, uint8 ``(H, W, C)``, that returns a label, labels (best first), or a mapping
             from labels to scores (an exception is a failed trial); or the URL of an HTTP API.
         images: as for :func:`certify`; they are sent as they are.
-        labels: N reference labels, as the classifier names them; None takes its own answers to the clean images.
+        labels: N reference labels (names or class numbers), as the classifier returns them; a CSV of ``file,label``; or
+            ``"given"`` for the data's own. None takes the classifier's answers to the clean images.
         sigma: standard deviation of the noise, in [0, 1] pixels.
         budget: queries in total, retries included; never exceeded.
         out: folder of the audit.
@@ -95,105 +145,121 @@ def audit(
         concurrency: queries at a time; above 1 a function must be safe to call from several threads.
         repeat_clean: repetitions of one clean image at the start.
         device: of noise and denoiser.
-        protocol: of the API (``certify list protocols``); required with a URL.
-        protocol_options: of the protocol, such as ``{"labels": "labels"}``.
-        api_key_env: environment variable that holds the API's key.
-        rate: requests per second at most.
-        retries: of a request to an API that fails or is declined; each counts against the budget.
-        timeout: seconds per request to an API.
         progress: show a progress bar.
-        **options: ``skip``, ``start``, ``max_images``, ``ids``, and with a name or path ``root``, ``download``.
+        **options: of the images, of an HTTP API, and further ones (:class:`certify.auditing.AuditOptions`).
 
     Returns:
         The run; ``run.partial`` is true if the budget was spent before its end.
 
     Raises:
-        UserError: arguments out of range or a folder that belongs to another audit.
+        UserError: arguments out of range, a folder that belongs to another audit, or another function than before.
         RunFault: the classifier does not answer.
     """
-    check_options(DataOptions, options)
+    _refuse_unknown(options)
     sequential = radius is not None or tolerance is not None
     samples_each = (1000 if sequential else 100) if n is None else n
     procedure = procedure_for(
         n0=n0, n=samples_each, alpha=alpha, bound=bound, radius=radius, tolerance=tolerance, rule=rule
     )
-    if callable(ask):
-        spec = ServiceSpec(function_name(ask), "python", {}, function=ask)
-    elif protocol is None:
-        raise UserError("protocol is missing: expected the name of the API's protocol (`certify list protocols`)")
-    else:
-        spec = checked_service(ask, protocol, protocol_options or {}, api_key_env=api_key_env)
-    spec = spec.as_recorded(read_header(Path(out) / LEDGER))
-    chosen, size, given = _load(images, labels, options)
-    cleaner = find_denoiser(denoiser, sigma, size)
-    limits = QueryLimits(concurrency, rate, 1 if callable(ask) else retries + 1, grace=timeout + 5)
-    with open_sender(spec, timeout=timeout, connections=concurrency + 1) as (send, spec):
-        encoding = str(spec.format.about.get("encoding", "png"))
-        service = Service(spec.endpoint, spec.format.name, spec.format.about, encoding)
-        service.probe_size = size
-        job = Audit(
-            Path(out),
-            service,
-            chosen,
-            Settings(procedure, seed),
-            make_noise(noise, sigma),
-            budget,
-            None if cleaner is None else cleaner.eval(),
-            given,
-            repeat_clean=repeat_clean,
-            concurrency=concurrency,
-            device=find_device(device),
-        )
-
-        @contextlib.contextmanager
-        def open_client(ledger: Ledger, budget: int) -> Iterator[Client]:
-            yield QueryClient(send, spec.format, ledger, budget=budget, limits=limits)
-
-        with progress_bar(len(chosen), 0, " images", shown=progress) as advance:
-            about = run_audit(
-                job,
-                plan(job, rate=rate),
-                spec,
-                open_client,
-                data=chosen.name,
-                denoiser=job.pipeline.denoiser_name,
-                command="certify.audit",
-                progress=advance,
-                report=_write_report,
-            )
-    if about["fixed_function"] is False:
-        warnings.warn(
-            "some clean images got other labels at its end: the certificates hold for no single function",
-            CertifyWarning,
-            stacklevel=2,
-        )
-    return Run.read(Path(out) / RUN, allow_partial=True)
-
-
-def _load(
-    images: Any, labels: Sequence[str] | None, options: Mapping[str, Any]
-) -> tuple[ImageSet, Size | None, dict[str, str] | None]:
-    """Return the images as they are sent, the shape of the first usable one, and the reference labels by id."""
-    of_data = chosen_options(DataOptions, options)
-    collection = collect_images(images, None, of_data)
-    view = InputOnly.at(None)
-    if collection is None:
-        chosen = load_images(str(images), view, labels="none", **of_data)
-        order = [item.id for item in chosen.items]
-    else:
-        chosen = collection.without_labels().image_set(view.input, 0, **of_data)
-        order = [item.id for item in collection.items]
-    size = chosen.first_shape()
-    if labels is None:
-        return chosen, size, None
-    labels = labels.tolist() if hasattr(labels, "tolist") else labels  # of a tensor or array
-    if len(labels) != len(order):
-        raise UserError(f"{len(labels)} labels for {len(order)} images; expected one reference label per image")
-    given = {name: str(label) for name, label in zip(order, labels, strict=True)}
-    return chosen, size, {item.id: given[item.id] for item in chosen.items}
-
-
-def _write_report(folder: Path, ledger: LedgerContents) -> None:
+    spec = _service(ask, options)
+    class_map = options.get("class_map")
+    if isinstance(class_map, str | Path):
+        class_map = read_class_map(class_map)
+    chosen, order = _load_images(images, options)
+    cleaner = find_denoiser(denoiser, sigma, options.get("input_size") or chosen.first_shape())
+    timeout = options.get("timeout", 60.0)
+    attempts = 1 if callable(ask) else options.get("retries", 4) + 1
+    request = Audit(
+        Path(out),
+        spec,
+        chosen,
+        Settings(procedure, seed),
+        make_noise(noise, sigma, rounded=options.get("rounded", False)),
+        budget,
+        None if cleaner is None else cleaner.eval(),
+        _reference_labels(labels, chosen, order, class_map),
+        class_map,
+        repeat_clean=repeat_clean,
+        limits=QueryLimits(concurrency, options.get("rate"), attempts, grace=timeout + 5),
+        timeout=timeout,
+        input_size=options.get("input_size"),
+        price_per_1000=options.get("price_per_1000"),
+        device=find_device(device),
+        trust_identity=options.get("trust_identity", False),
+        command="certify.audit",
+    )
     from analysis.report.page import try_report
 
-    try_report(folder, ledger, lambda text: warnings.warn(text, CertifyWarning, stacklevel=2))
+    with progress_bar(len(chosen), 0, " images", shown=progress and "observer" not in options) as advance:
+        run_audit(request, options.get("observer") or Observer(advanced=advance, warn=_warn), try_report)
+    return Run.read(request.folder / RUN, allow_partial=True)
+
+
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Refuse options that :func:`audit` does not have, with the nearest names."""
+    for name in options.keys() - AuditOptions.__annotations__.keys():
+        near = get_close_matches(name, [*AuditOptions.__annotations__, *signature(audit).parameters], n=3)
+        raise UserError(f"unknown option {name!r}; nearest: {', '.join(near) or 'none; see help(certify.audit)'}")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, CertifyWarning, stacklevel=4)
+
+
+def _service(ask: Any, options: AuditOptions) -> ServiceSpec:
+    """Return the service that ``ask`` and the options name, checked without a query.
+
+    Raises:
+        UserError: neither a function nor a URL, or options that do not belong to it.
+    """
+    given = {name: options[name] for name in ServiceOptions.__annotations__ if name in options}  # type: ignore[literal-required]
+    if callable(ask):
+        if extra := sorted(given.keys() | options.keys() & {"retries", "timeout"}):
+            raise UserError(f"{extra[0]} with a Python function: it is for the URL of an API; leave it out")
+        return function_service(ask)
+    if not isinstance(ask, str):
+        raise UserError(f"ask is of type {type(ask).__name__}; expected a function of one image, or the URL of an API")
+    protocol = given.pop("protocol", None)
+    if protocol is None:
+        raise UserError("protocol is missing: expected the name of the API's protocol (`certify list protocols`)")
+    return checked_service(ask, protocol, given.pop("protocol_options", None) or {}, **given)
+
+
+def _load_images(images: Any, options: AuditOptions) -> tuple[ImageSet, list[str]]:
+    """Return the images as they are sent, and the ids of all that were passed or named."""
+    given = {name: options[name] for name in ImageOptions.__annotations__ if name in options}  # type: ignore[literal-required]
+    view = InputOnly.at(options.get("input_size"))
+    collection = collect_images(images, None, given)
+    if collection is None:
+        chosen = load_images(str(images), view, labels="none", **given)
+        return chosen, [item.id for item in chosen.items]
+    return collection.without_labels().image_set(view.input, 0, **given), [item.id for item in collection.items]
+
+
+def _reference_labels(
+    labels: Sequence[Any] | str | Path | None, chosen: ImageSet, order: list[str], class_map: Mapping[str, str] | None
+) -> dict[str, str] | None:
+    """Return the reference label of each chosen image by id; None for the classifier's own answers.
+
+    Raises:
+        UserError: not one label per image, or something that is no label, such as None.
+    """
+    if labels is None:
+        return None
+    if isinstance(labels, str | Path):
+        return reference_labels(chosen, None if labels == "given" else labels, class_map)
+    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)  # of a tensor or array
+    if len(values) != len(order):
+        raise UserError(f"{len(values)} labels for {len(order)} images; expected one reference label per image")
+    given: dict[str, str] = {}
+    for name, value in zip(order, values, strict=True):
+        text = label_text(value)
+        if text is None:
+            raise UserError(
+                f"the label of image {name} is {value!r}; expected a name or a class number, or labels=None for the "
+                "classifier's own answers"
+            )
+        given[name] = text
+    wanted = {item.id: given[item.id] for item in chosen.items}
+    check_reference_labels(wanted, class_map)
+    return wanted

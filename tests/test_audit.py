@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,18 @@ import torch
 from small_audit import WORDS
 
 from certify import SmoothedClassifier, load_images
+from certify.blackbox.answers import OUTSIDE, LabelIndex, read_class_map, stage_of
 from certify.blackbox.audit_loop import MAX_DOWN, send_queries
-from certify.blackbox.determinism import Probed, probes
-from certify.blackbox.encoding import to_tensor
-from certify.blackbox.label_index import OUTSIDE, LabelIndex, read_class_map
-from certify.blackbox.plan import Audit, Service, make_header, plan, prepare
-from certify.blackbox.query_votes import AsSent, stage_of
+from certify.blackbox.client.rate_limit import QueryLimits
+from certify.blackbox.determinism import probe_warnings
+from certify.blackbox.encoding import AsSent, to_tensor
+from certify.blackbox.plan import Audit, plan, prepare
+from certify.blackbox.record import FINISHED, SPENT, AuditRecord, Probed
 from certify.blackbox.replay import replay
-from certify.blackbox.results import FINISHED, SPENT, conclude
+from certify.blackbox.results import conclude
+from certify.blackbox.service_spec import ServiceSpec
 from certify.blackbox.types import Answer, Picture, Query, Scored
-from certify.cli.audit_messages import warn_of_probe
+from certify.cli.console import warn
 from certify.errors import RunFault, UserError
 from certify.images.dataset import ImageSet
 from certify.models.classifier import Classifier, InputSpec
@@ -61,10 +62,9 @@ class Fake:
     def spent(self) -> int:
         return len(self.sent)
 
-    @contextmanager
-    def open(self, budget: int) -> Iterator[Fake]:
+    def open(self, budget: int) -> Fake:
         self.budget = budget
-        yield self
+        return self
 
     def __call__(self, queries: Iterable[Query]) -> Iterator[Answer]:
         for query in queries:
@@ -106,16 +106,16 @@ def some_images(count: int = COUNT, skip: int = 7) -> ImageSet:
 
 
 def set_up(folder: Path, settings: Settings = FIXED, *, images: ImageSet | None = None, **more: Any) -> Audit:
-    service = Service("http://127.0.0.1:9/predict", "json", {"labels": "label"}, "png")
-    noise = make_noise("gaussian", 0.25)
-    return Audit(folder, service, images or some_images(), settings, noise, **{"budget": 100_000, **more})
+    service = ServiceSpec("http://127.0.0.1:9/predict", "json", {"labels": "label"})
+    more = {"budget": 100_000, "limits": QueryLimits(more.pop("concurrency", 1)), **more}
+    return Audit(folder, service, images or some_images(), settings, make_noise("gaussian", 0.25), **more)
 
 
-def run_audit(audit: Audit, fake: Fake) -> dict[str, Any]:
-    header, about = prepare(audit, make_header(audit, data="digits"), plan(audit))
+def run_audit(audit: Audit, fake: Fake) -> AuditRecord:
+    header, about = prepare(audit, plan(audit))
     status, reason = "stopped", ""
     try:
-        status = send_queries(audit, header, about, fake.open)
+        status = send_queries(audit, about, fake.open)
     except RunFault as error:
         reason = str(error)
         raise
@@ -470,12 +470,14 @@ def test_a_service_without_labels_for_noise_is_not_down(tmp_path: Path, digits: 
     assert run_audit(set_up(tmp_path / "a"), Fake(digits, respond))["status"] == FINISHED
     assert [(row["prediction"], row["failures"]) for row in lines(tmp_path / "a")] == [(-1, FIXED.procedure.n)] * COUNT
     nothing = Fake(digits, lambda name, image: failed(name, "an answer without labels"))
-    with pytest.raises(RunFault, match="for this image alone, start after it with --start"):
+    with pytest.raises(RunFault, match="for this image alone, leave it out"):
         run_audit(set_up(tmp_path / "b"), nothing)
 
 
 def test_labels_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    warn_of_probe([Probed("a", {"cat\x1b]0;x\x07": 2, "dög\r": 1}, 0, None)])
+    probe = Probed(id="a", labels={"cat\x1b]0;x\x07": 2, "dög\r": 1}, failures=0, spread=None, tie=False)
+    for text in probe_warnings([probe]):
+        warn(text)
     said = capsys.readouterr().err
     assert "cat\\x1b]0;x\\x07 2 times, dög\\r 1 times" in said
     assert said[:-1].isprintable()
@@ -487,13 +489,15 @@ def test_the_replay_command_can_be_pasted(tmp_path: Path, digits: Classifier) ->
 
 
 def test_the_probe_is_reported_before_any_noisy_copy(tmp_path: Path, digits: Classifier) -> None:
-    audit, fake, told = set_up(tmp_path), Fake(digits), list[dict[str, Answer]]()
-    header, about = prepare(audit, make_header(audit, data="digits"), plan(audit))
-    send_queries(audit, header, about, fake.open, probed=lambda answers: told.append(dict(answers)))
-    (known,) = told
+    def respond(name: str, image: torch.Tensor) -> Answer | None:
+        return Answer(name, (Scored("cat", 0.9 if "probe" in name else 0.8),)) if "noise" not in name else None
+
+    audit, fake, told = set_up(tmp_path), Fake(digits, respond), list[tuple[str, list[str]]]()
+    _, about = prepare(audit, plan(audit))
+    send_queries(audit, about, fake.open, warn=lambda text: told.append((text, list(fake.answers))))
+    ((text, known),) = told
+    assert text == "the scores of one image vary by 0.1 between repeated queries; its label does not"
     assert [stage_of(name) for name in known] == ["clean"] * COUNT + ["probe"] * 3
-    (found,) = probes(known)
-    assert sum(found.labels.values()) == 4
 
 
 def test_another_audit_is_refused(tmp_path: Path, digits: Classifier) -> None:
@@ -505,15 +509,14 @@ def test_another_audit_is_refused(tmp_path: Path, digits: Classifier) -> None:
 
 
 def test_plan(tmp_path: Path, digits: Classifier) -> None:
-    found = plan(
-        set_up(tmp_path, Settings(Certify(n0=20, n=100)), images=some_images(8), budget=500), price=1.5, rate=10.0
-    )
+    numbers: dict[str, Any] = {"images": some_images(8), "price_per_1000": 1.5}
+    found = plan(set_up(tmp_path, Settings(Certify(n0=20, n=100)), budget=500, limits=QueryLimits(1, 10.0), **numbers))
     assert found.queries == {"clean": 8, "probe": 3, "selection": 160, "estimation": 800, "drift": 8}
     assert found.most == 979
     assert found.covers == (500 - 3 - 8 - 8) // 120
     assert found.radius_cap == pytest.approx(1.50 * 0.25, abs=0.002)
     assert (found.cost, found.cost_most, found.seconds) == (0.75, 0.75, 50.0)
-    ample = plan(set_up(tmp_path, Settings(Certify(n0=20, n=100)), images=some_images(8), budget=2000), price=1.5)
+    ample = plan(set_up(tmp_path, Settings(Certify(n0=20, n=100)), budget=2000, **numbers))
     assert (ample.cost, ample.cost_most, ample.covers) == (979 * 1.5 / 1000, 3.0, 8)
     for budget in (60, 96, 97, 150, 300, 500):  # the plan says what the budget really finishes
         some = set_up(tmp_path / str(budget), Settings(Certify(n0=2, n=8)), images=some_images(20), budget=budget)

@@ -24,9 +24,9 @@ from analysis.report.audit_folder import read_audit
 from analysis.report.page import _stage_rows
 from analysis.runs import read_comparison
 from certify import SmoothedClassifier, load_images, read_run
+from certify.blackbox.encoding import AsSent
 from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import read_ledger
-from certify.blackbox.query_votes import AsSent
 from certify.models.classifier import Classifier
 
 KEY = "a-secret-key-1234567890"
@@ -209,7 +209,7 @@ def test_a_small_budget_is_kept_and_a_larger_one_resumes(
     run(*command, "--budget", "0")
     assert service.requests == 0
     err = capsys.readouterr().err
-    assert "--budget 0 finishes no image: one takes 40 requests, probes included" in err
+    assert "a budget of 0 finishes no image: one takes 40 requests, probes included" in err
     run(*command[:-1], "--budget", "39", "--dry-run")
     assert "finishes no image" in capsys.readouterr().err
     run(*command[:-1], "--budget", "40", "--dry-run")
@@ -220,7 +220,7 @@ def test_a_small_budget_is_kept_and_a_larger_one_resumes(
     assert "unfinished         budget spent" in said
     assert len(read_run(tmp_path / "run.jsonl", allow_partial=True).images) == 2
     run(*command[:-1], "--budget", "400", "--dry-run")
-    assert "ledger.jsonl: 70 requests are spent already" in capsys.readouterr().err
+    assert "ledger.jsonl: 70 of 400 requests are spent" in capsys.readouterr().err
     run(*command, "--budget", "400", "--sigma", "0.5", "--dry-run", code=2)
     assert "holds a run with other settings (sigma 0.25 there, 0.5 here" in capsys.readouterr().err
     assert service.requests == 70

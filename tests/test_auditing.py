@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 
 import certify
 from certify import SmoothedClassifier, UserError, load_classifier
+from certify.blackbox.audit import Observer
+from certify.blackbox.function_service import function_fingerprint
 from certify.errors import CertifyWarning, ContractError, RunFault
 from tests.command import run as command
 
@@ -67,7 +71,7 @@ def test_the_same_call_resumes_and_replays(tmp_path: Path) -> None:
     assert not whole.partial
     done = ask.calls
     assert certify.audit(ask, IMAGES, out=folder, **OPTIONS).images == whole.images
-    assert ask.calls == done
+    assert ask.calls == done + len(IMAGES)  # the clean images, to see that it is the same function
     assert json.loads((folder / "audit.json").read_text())["fixed_function"] is True
     assert (folder / "report.html").exists()
     command("replay", str(folder))
@@ -108,13 +112,130 @@ def test_a_function_that_changes_during_the_audit_is_named(tmp_path: Path) -> No
     def tired(image: np.ndarray) -> str:
         return "dark" if ask.calls > 300 else str(ask(image))
 
-    with pytest.warns(CertifyWarning, match="other labels at its end"):
+    with pytest.warns(CertifyWarning, match="at the end the service returned other labels"):
         certify.audit(tired, IMAGES, out=tmp_path / "drift", **OPTIONS)
 
 
 def test_an_answer_of_another_type_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFault, match="the function returned NoneType; expected a label, a sequence"):
         certify.audit(lambda image: None, IMAGES[:1], out=tmp_path / "none", **OPTIONS)
+
+
+def test_values_that_are_no_labels_are_named(tmp_path: Path) -> None:
+    for labels, shown in ((["dark", None, "bright"], "None"), (torch.tensor([1.0, 2.0, 3.0]), r"1\.0")):
+        with pytest.raises(UserError, match=f"the label of image [01] is {shown}; expected a name or a class number"):
+            certify.audit(Bright(), IMAGES, labels, out=tmp_path / "labels", **OPTIONS)  # type: ignore[arg-type]
+    answers: list[tuple[Any, str]] = [
+        ({None: 0.9, "dark": 0.1}, "None as a label"),
+        (["dark", None], "None as a label"),
+        ({"dark": None}, "None as the score of 'dark'"),
+        (0.5, "float"),
+        (True, "bool"),
+    ]
+    for i, (answer, said) in enumerate(answers):
+        with pytest.raises(RunFault, match=f"the function returned {said}; expected a label, a sequence"):
+            certify.audit(lambda image, a=answer: a, IMAGES[:1], out=tmp_path / str(i), **OPTIONS)  # type: ignore[misc]
+
+
+def test_options_of_something_else_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="api_key_env with a Python function"):
+        certify.audit(Bright(), IMAGES, api_key_env="KEY", out=tmp_path / "x", **OPTIONS)
+    with pytest.raises(UserError, match="unknown option 'concurency'; nearest: concurrency"):
+        certify.audit(Bright(), IMAGES, concurency=2, out=tmp_path / "x", **OPTIONS)  # type: ignore[call-arg]
+    url = "https://example.org/predict"
+    for options, said in (({"label": "x"}, "unknown option 'label' of protocol json; its options: labels"), ({}, "")):
+        with pytest.raises(UserError, match=said or "protocol json needs its option labels"):
+            certify.audit(url, IMAGES, protocol="json", protocol_options=options, out=tmp_path / "x", **OPTIONS)
+    with pytest.raises(UserError, match="protocol v2 needs its option model"):
+        certify.audit(url, IMAGES, protocol="v2", out=tmp_path / "x", **OPTIONS)
+    with pytest.raises(UserError, match="budget -1: expected a whole number from 0"):
+        certify.audit(Bright(), IMAGES, out=tmp_path / "x", **{**OPTIONS, "budget": -1})
+    with pytest.raises(UserError, match="ask is of type int; expected a function"):
+        certify.audit(7, IMAGES, out=tmp_path / "x", **OPTIONS)
+    assert not (tmp_path / "x").exists()
+
+
+def test_messages_of_python_name_no_options_of_the_command() -> None:
+    """Such as ``--out``: the command spells an argument's name as its option, Python leaves it as it is."""
+    package = Path(certify.__file__).parent
+    for path in (*(package / "blackbox").rglob("*.py"), package / "auditing.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise):
+                assert " --" not in ast.unparse(node), f"{path}:{node.lineno}"
+
+
+def level(threshold: float, network: torch.nn.Module | None = None) -> Any:
+    """Return a function whose name does not depend on what it computes."""
+
+    def ask(image: np.ndarray) -> str:
+        values = torch.from_numpy(image.astype(np.float32))
+        return "bright" if (values if network is None else network(values)).mean() > threshold else "dark"
+
+    return ask
+
+
+def test_another_function_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    def scale(by: float) -> torch.nn.Module:
+        network = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(network.weight, by)
+        return network.requires_grad_(False)
+
+    folder = tmp_path / "answers"
+    first = certify.audit(level(127.5), IMAGES, out=folder, **OPTIONS)
+    with pytest.raises(UserError, match="for image 0 it returns bright, the ledger holds dark; pass the earlier"):
+        certify.audit(level(10), IMAGES, out=folder, **OPTIONS)
+    assert certify.audit(level(127.5), IMAGES, out=folder, **OPTIONS).images == first.images
+    folder = tmp_path / "network"
+    certify.audit(level(127.5, scale(1.0)), IMAGES, out=folder, **OPTIONS)
+    with pytest.raises(UserError, match="the ledger of another function of the same name"):
+        certify.audit(level(127.5, scale(1.01)), IMAGES, out=folder, **OPTIONS)
+    certify.audit(level(127.5, scale(1.01)), IMAGES, out=folder, trust_identity=True, **OPTIONS)
+
+
+def test_fingerprints_of_functions() -> None:
+    def code(body: str) -> Any:
+        space: dict[str, Any] = {"__name__": "somewhere"}
+        exec(body, space)
+        return space["ask"]
+
+    same = "def ask(image):\n    return helper(image) in {'a', 'b'}\ndef helper(image):\n    return 'a'\n"
+    kept = function_fingerprint(code(same))
+    assert kept == function_fingerprint(code("# a comment\n\n" + same))
+    assert kept != function_fingerprint(code(same.replace("return 'a'", "return 'b'")))
+    assert kept != function_fingerprint(code(same.replace("{'a', 'b'}", "{'a', 'c'}")))
+    assert function_fingerprint(Bright("list")) == function_fingerprint(Bright("list"))
+    assert function_fingerprint(functools.partial(level(3.0), 1)) != function_fingerprint(len)
+    assert function_fingerprint(len) is None
+
+
+def test_a_class_map_and_labels_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("0,dim\n1,dim\n2,light\n")
+    options = {**OPTIONS, "class_map": {"dark": "dim", "bright": "light"}}
+    run = certify.audit(Bright(), IMAGES, tmp_path / "labels.csv", out=tmp_path / "a", **options)
+    assert [row.class_name for row in run] == ["dim", "dim", "light"]
+    assert [row.label == row.prediction for row in run] == [True, True, True]
+    with pytest.raises(UserError, match="the class map has no class 'dark', a reference label"):
+        certify.audit(Bright(), IMAGES, ["dark", "dark", "light"], out=tmp_path / "b", **options)
+
+
+def test_an_observer_is_told_what_the_command_prints(tmp_path: Path) -> None:
+    told: list[str] = []
+    observer = Observer(
+        planned=lambda audit, planned: told.append(f"{planned.most} queries, {planned.cost:.2f}"),
+        opened=lambda ledger, spent, budget: told.append(f"{ledger.name}: {spent}"),
+        started=lambda images: told.append(f"{images} images"),
+        advanced=lambda images: told.append(f"{images} finished"),
+        warn=told.append,
+    )
+    options = {**OPTIONS, "observer": observer, "price_per_1000": 2.0, "n": 10, "n0": 5}
+    certify.audit(Bright(), IMAGES, out=tmp_path / "a", **options)
+    assert told == ["54 queries, 0.11", "ledger.jsonl: 0", "3 images", "3 finished"]
+    certify.audit(Bright(), IMAGES, out=tmp_path / "b", **{**options, "budget": 5})
+    assert told[5:7] == [
+        "a budget of 5 finishes no image: one takes 24 requests, probes included; replies are kept, "
+        "and a larger budget resumes in the same folder",
+        "ledger.jsonl: 0",
+    ]
 
 
 def test_a_url_needs_its_protocol(tmp_path: Path) -> None:

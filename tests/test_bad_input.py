@@ -396,7 +396,7 @@ CASES = [
     case("audit budget", A + "--budget=-1", "--budget", "'-1'", "from 0"),
     case("audit option", A + "--protocol-option label=x", "'label=...'", "options of json: labels, scores"),
     case("audit key", A + "--api-key-env NOT_THERE", "$NOT_THERE is not set", "export"),
-    case("audit key of nothing", A + "--auth-header X-Key:{key}", "without --api-key-env"),
+    case("audit key of nothing", A + "--auth-header X-Key:{key}", "--auth-query without --api-key-env"),
     case(
         "audit key of AWS", CLOUD + "rekognition --api-key-env PATH --auth-query k={key}", "boto3 signs requests itself"
     ),

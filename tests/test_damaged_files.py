@@ -191,11 +191,11 @@ WRONG: list[tuple[str, int, str, str]] = [
     ),
     (
         *("audit/ledger.jsonl", 3, f"seconds={10**400}"),
-        "FILE is damaged at line 3; it is left alone: put back a copy of it, or name another --out",
+        "FILE is damaged at line 3; it is left alone: put back a copy of it, or choose another folder",
     ),
     (
         *("audit/ledger.jsonl", 1, "format=[]"),
-        "FILE has a damaged header: 'format' is not an object; put back a copy of it, or name another --out",
+        "FILE has a damaged header: 'format' is not an object; put back a copy of it, or choose another folder",
     ),
 ]
 

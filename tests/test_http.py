@@ -214,7 +214,7 @@ def test_known_answers_cost_nothing_and_need_the_same_picture(tmp_path: Path) ->
     [
         ("status:401", "HTTP 401: something; check the key"),
         ("status:403", "--api-key-env"),
-        ("status:404", "check --endpoint and --protocol"),
+        ("status:404", "check the endpoint and the protocol"),
         ("redirect:https://elsewhere.example/x", "it points to 'https://elsewhere.example/x'"),
     ],
 )

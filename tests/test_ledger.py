@@ -21,7 +21,7 @@ from fault_server import RAW, FaultServer, Seen, label_of, picture, queries
 
 from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import LOST, ledger_header, read_header, read_ledger
-from certify.blackbox.results import write_about
+from certify.blackbox.record import AuditRecord, write_about
 from certify.blackbox.types import Answer, Query, Scored
 from certify.errors import RunFault, UserError
 from certify.runs.files import replacing
@@ -184,7 +184,7 @@ def test_nobody_else_reads_an_audit(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         path = kept(tmp_path / "audit" / "ledger.jsonl")
-        write_about(path.parent, {})
+        write_about(path.parent, AuditRecord.from_json({}))
         with replacing(tmp_path / "curve.svg") as beside:
             beside.write_text("")
     finally:

@@ -35,11 +35,10 @@ from starlette.requests import Request as HttpRequest
 from certify import SmoothedClassifier, load_images
 from certify.blackbox.client.query_client import QueryClient
 from certify.blackbox.client.rate_limit import QueryLimits
-from certify.blackbox.encoding import to_pictures, to_tensor
+from certify.blackbox.encoding import AsSent, to_pictures, to_tensor
 from certify.blackbox.ledger import InMemoryLog
 from certify.blackbox.protocols.v2 import metadata_request, options_from, v2
 from certify.blackbox.protocols.v2_codec import LENGTH_HEADER
-from certify.blackbox.query_votes import AsSent
 from certify.blackbox.types import Answer, Picture, Query, Reply, Request, Scored
 from certify.engine.contract import QUERIES
 from certify.engine.noisy_classifier import noise_name

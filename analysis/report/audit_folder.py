@@ -12,11 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from certify.blackbox.determinism import Drifted, Probed, drifts, probes
-from certify.blackbox.label_index import class_of
+from certify.blackbox.answers import CLEAN, ESTIMATION, SELECTION, class_of, parts_of
+from certify.blackbox.determinism import drifts, probes
 from certify.blackbox.ledger_contents import LOST, LedgerContents, read_ledger
-from certify.blackbox.query_votes import CLEAN, ESTIMATION, SELECTION, parts_of
-from certify.blackbox.results import ABOUT, LEDGER, RUN, read_about
+from certify.blackbox.record import ABOUT, LEDGER, RUN, Drifted, Probed, read_about
 from certify.blackbox.types import Answer
 from certify.errors import UserError
 from certify.runs.records import ImageRow, RunHeader
@@ -160,7 +159,7 @@ def read_audit(folder: str | Path, ledger: LedgerContents | None = None) -> Audi
     if not any((folder / part).is_file() for part in parts):
         raise UserError(f"{folder} holds none of {', '.join(parts)}; expected the folder of `certify audit --out`")
     faults: list[str] = []
-    about: dict[str, Any] = {}
+    about: Mapping[str, Any] = {}
     run = None
     try:
         about = read_about(folder)

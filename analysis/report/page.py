@@ -21,9 +21,9 @@ from analysis.report import verdict as words
 from analysis.report.audit_folder import AuditFolder, read_audit
 from analysis.report.method import method
 from analysis.report.pictures import STAGES, Thumbnails, curve_svg, latency_svg
+from certify.blackbox.answers import CLEAN, DRIFT, ESTIMATION, PROBE, RESUMED, SELECTION, stage_of
 from certify.blackbox.client.credentials import public
 from certify.blackbox.ledger_contents import LedgerContents
-from certify.blackbox.query_votes import CLEAN, DRIFT, ESTIMATION, PROBE, SELECTION, stage_of
 from certify.errors import RunFault, UserError, first_line
 from certify.runs.files import replacing
 from certify.runs.identity import identity
@@ -43,6 +43,7 @@ _STAGES = {
     PROBE: "the same image again at once: is the service deterministic?",
     SELECTION: "noisy copies that choose a label",
     ESTIMATION: "noisy copies whose votes count",
+    RESUMED: "clean images when the audit was resumed: is it the same function?",
     DRIFT: "the same image at the end: has the service changed?",
 }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from analysis.report.audit_folder import AuditFolder
 from certify.blackbox.client.credentials import public
-from certify.blackbox.results import FINISHED, RUNNING, SPENT, STOPPED
+from certify.blackbox.record import FINISHED, RUNNING, SPENT, STOPPED
 from certify.runs.records import ImageRow
 from certify.smoothing.norms import DECIMALS, IN_WORDS
 from certify.smoothing.rounding import complement, exact, floor_to, times

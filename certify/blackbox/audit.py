@@ -2,95 +2,164 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from certify.blackbox.audit_loop import send_queries
+from certify.blackbox.audit_loop import AuditClient, send_queries
+from certify.blackbox.client.query_client import QueryClient
+from certify.blackbox.determinism import drift_warnings
+from certify.blackbox.function_service import function_fingerprint
 from certify.blackbox.ledger import Ledger
-from certify.blackbox.ledger_contents import LedgerContents, ledger_header
-from certify.blackbox.plan import Audit, AuditPlan, make_header, prepare
+from certify.blackbox.ledger_contents import LedgerContents, ledger_header, read_header, read_ledger
+from certify.blackbox.plan import Audit, existing_header, make_header, plan, prepare
+from certify.blackbox.record import LEDGER, SPENT, STOPPED, AuditPlan, AuditRecord
 from certify.blackbox.remote_classifier import LedgerBudgetSpent, ServiceSilent
-from certify.blackbox.results import LEDGER, SPENT, STOPPED, conclude
-from certify.blackbox.service_spec import ServiceSpec
-from certify.blackbox.types import Answer, Client
+from certify.blackbox.results import conclude
+from certify.blackbox.service_spec import open_sender
+from certify.blackbox.types import Client, Sender
 from certify.errors import CertifyError, RunFault, Stopped
 
-OpenClient = Callable[[Ledger, int], AbstractContextManager[Client]]
-"""Opens a client that logs to this ledger and sends at most this many requests in all."""
+Report = Callable[[Path, LedgerContents, Callable[[str], None]], None]
+"""Writes the report of a folder with this ledger; problems go to the function."""
 
 
-def run_audit(
-    audit: Audit,
-    plan: AuditPlan,
-    service: ServiceSpec,
-    open_client: OpenClient,
-    *,
-    data: str,
-    denoiser: str,
-    command: str,
-    opened: Callable[[Ledger], None] = lambda ledger: None,
-    progress: Callable[[int], None] = lambda images: None,
-    probed: Callable[[Mapping[str, Answer]], None] = lambda answers: None,
-    attack: Callable[[Client, Mapping[str, Answer]], None] | None = None,
-    report: Callable[[Path, LedgerContents], None] = lambda folder, ledger: None,
-) -> Mapping[str, Any]:
+def _ignore(*_: object) -> None:
+    """Display nothing."""
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Functions that display an audit while it runs.
+
+    Attributes:
+        planned: called with the audit and its plan, before anything is sent.
+        opened: called with the ledger's path, the number of requests spent in this folder so far, and the budget.
+        started: called with the number of images, before the first query.
+        advanced: called with the number of images that were finished since the last call.
+        attacking: called when the certificates are finished and the attack begins.
+        waiting: called with a message if the end has to wait for requests in flight.
+        warn: called with a warning of one line.
+    """
+
+    planned: Callable[[Audit, AuditPlan], None] = _ignore
+    opened: Callable[[Path, int, int], None] = _ignore
+    started: Callable[[int], None] = _ignore
+    advanced: Callable[[int], object] = _ignore
+    attacking: Callable[[], None] = _ignore
+    waiting: Callable[[str], None] = _ignore
+    warn: Callable[[str], None] = _ignore
+
+
+def rehearse(audit: Audit, observer: Observer) -> AuditPlan:
+    """Plan an audit, and check its folder and denoiser; nothing is sent or written.
+
+    Raises:
+        UserError: the folder belongs to another audit.
+        ContractError: the denoiser is not a fixed function of one image.
+    """
+    audit = audit.as_recorded()
+    planned = _announce(audit, observer)
+    existing_header(audit, make_header(audit))
+    audit.check_denoiser()
+    ledger = audit.folder / LEDGER
+    if ledger.exists():
+        observer.opened(ledger, read_ledger(ledger).spent, audit.budget)
+    return planned
+
+
+def run_audit(audit: Audit, observer: Observer, report: Report = lambda folder, ledger, warn: None) -> AuditRecord:
     """Start or resume an audit in its folder.
 
     Run file and ``audit.json`` are written from the recorded answers however the queries end: finished, budget spent,
     interrupted, or a fault. Queries that are answered in the ledger are not sent again.
 
     Args:
-        audit: what is certified, and the budget.
-        plan: of :func:`certify.blackbox.plan.plan`.
-        service: where queries go.
-        open_client: opens a query client.
-        data: name of the images, for the run file.
-        denoiser: name of the denoiser, for the run file.
-        command: for the record; without secrets.
-        opened: called once the ledger is open.
-        progress: called with the number of further finished images.
-        probed: called with the answers once the determinism probe is over, before most of the budget is spent.
-        attack: called after the certificates with a client and the answers; spends from the same budget.
-        report: called at the end with the folder and the contents of the ledger.
+        audit: its inputs.
+        observer: displays the plan, the progress and warnings.
+        report: writes the report at the end.
 
     Returns:
-        The contents of ``audit.json``.
+        The content of ``audit.json``.
 
     Raises:
         RunFault: the service does not answer.
         Stopped: Ctrl-C.
         UserError: the folder belongs to another audit.
     """
+    audit = audit.as_recorded()
+    connections = audit.limits.concurrency + 1
+    with open_sender(audit.spec, timeout=audit.timeout, connections=connections) as (send, spec):
+        audit = dataclasses.replace(audit, spec=spec)
+        planned = _announce(audit, observer)
+        with _open_ledger(audit) as ledger:
+            # The lock comes first: nothing that another process writes here may be overwritten.
+            record = _run(audit, planned, send, ledger, observer, report)
+    for text in drift_warnings(record.drift):
+        observer.warn(text)
+    return record
+
+
+def _run(
+    audit: Audit, planned: AuditPlan, send: Sender, ledger: Ledger, observer: Observer, report: Report
+) -> AuditRecord:
+    """Query and conclude, with the ledger locked."""
+    header, record = prepare(audit, planned)
+    observer.opened(ledger.path, ledger.spent, audit.budget)
+    observer.started(planned.images)
+
+    def open_client(budget: int) -> Client:
+        return QueryClient(send, audit.spec.format, ledger, budget=budget, limits=audit.limits, tell=observer.waiting)
+
+    status, reason = STOPPED, "the command was stopped"
+    try:
+        ended = send_queries(audit, record, open_client, progress=observer.advanced, warn=observer.warn)
+        if audit.attack is not None:
+            observer.attacking()
+            audit.attack.run(audit, AuditClient(open_client(audit.budget)), ledger.contents.answers)
+        status, reason = ended, ""
+    except LedgerBudgetSpent:
+        status, reason = SPENT, ""
+    except ServiceSilent as error:
+        reason = str(error)
+        raise RunFault(reason) from None
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped; every answer is kept in {ledger.path}; the same command resumes there") from None
+    except CertifyError as error:
+        reason = str(error)
+        raise
+    finally:
+        contents = ledger.contents
+        sent = contents.spent, contents.queries
+        record = conclude(audit.folder, header, record, contents.answers, status=status, reason=reason, sent=sent)
+        report(audit.folder, contents, observer.warn)
+    return record
+
+
+def _announce(audit: Audit, observer: Observer) -> AuditPlan:
+    """Return the plan, shown to the observer, with a warning if the budget finishes no image."""
+    planned = plan(audit)
+    observer.planned(audit, planned)
+    if planned.most > audit.budget and not planned.covers and not audit.settings.procedure.sequential:
+        observer.warn(
+            f"a budget of {audit.budget} finishes no image: one takes {planned.least:,} requests, probes included; "
+            "replies are kept, and a larger budget resumes in the same folder"
+        )
+    return planned
+
+
+def _open_ledger(audit: Audit) -> Ledger:
+    """Open the audit's ledger, which belongs to one service, format and encoding, and to one Python function.
+
+    Raises:
+        UserError: it belongs to another audit, is in use or damaged.
+    """
     path = audit.folder / LEDGER
-    with Ledger(path, ledger_header(service.endpoint, service.format, encoding=audit.service.encoding)) as ledger:
-        # The lock comes first: nothing that another process writes here may be overwritten.
-        header, about = prepare(audit, make_header(audit, data=data, denoiser=denoiser, command=command), plan)
-        status, reason = STOPPED, "the command was stopped"
-        opened(ledger)
-        try:
-            ended = send_queries(
-                audit, header, about, functools.partial(open_client, ledger), progress=progress, probed=probed
-            )
-            if attack is not None:
-                with open_client(ledger, audit.budget) as client:
-                    attack(client, ledger.contents.answers)
-            status, reason = ended, ""
-        except LedgerBudgetSpent:
-            status, reason = SPENT, ""
-        except ServiceSilent as error:
-            reason = str(error)
-            raise RunFault(reason) from None
-        except KeyboardInterrupt:
-            raise Stopped(f"stopped; every answer is kept in {path}; the same command resumes there") from None
-        except CertifyError as error:
-            reason = str(error)
-            raise
-        finally:
-            contents = ledger.contents
-            sent = contents.spent, contents.queries
-            about = conclude(audit.folder, header, about, contents.answers, status=status, reason=reason, sent=sent)
-            report(audit.folder, contents)
-    return about
+    settings: dict[str, Any] = {"encoding": audit.service.encoding}
+    if audit.spec.function is not None:
+        fingerprint = function_fingerprint(audit.spec.function)
+        recorded = read_header(path) if audit.trust_identity else None
+        settings["function"] = recorded.get("function") if recorded else fingerprint
+    return Ledger(path, ledger_header(audit.spec.endpoint, audit.spec.format, **settings))

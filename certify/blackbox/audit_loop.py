@@ -9,36 +9,34 @@ function), and some clean images again at the end. Certificates follow from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from certify.blackbox.answer_rows import clean_answer
-from certify.blackbox.determinism import probes, require_deterministic
-from certify.blackbox.encoding import encode, to_pictures
-from certify.blackbox.label_index import LabelIndex
-from certify.blackbox.plan import CHUNK, DRIFT_IMAGES, Audit
-from certify.blackbox.query_votes import (
+from certify.blackbox.answers import (
     CLEAN,
     DRIFT,
     ESTIMATION,
     PROBE,
+    RESUMED,
     SELECTION,
-    label_remotely,
+    LabelIndex,
+    clean_answer,
     query_name,
     stage_of,
 )
-from certify.blackbox.results import FINISHED, SPENT, writing
+from certify.blackbox.determinism import probe_warnings, probes, require_deterministic, require_same_function
+from certify.blackbox.encoding import encode, to_pictures
+from certify.blackbox.plan import CHUNK, DRIFT_IMAGES, Audit
+from certify.blackbox.query_votes import label_remotely
+from certify.blackbox.record import FINISHED, SPENT, AuditRecord, writing
 from certify.blackbox.types import Answer, Client, Picture, Query
 from certify.engine.adaptive import Sampling, settle
 from certify.engine.monte_carlo import Job
 from certify.errors import RunFault
 from certify.models.query_access import BudgetSpent
-from certify.runs.records import RunHeader
 from certify.smoothing.procedures import Sequential
 from certify.smoothing.rng import stream_key
 
@@ -47,17 +45,21 @@ MAX_DOWN = 10
 each would cost a trial. A reply without a label is an answer, however many there are."""
 
 
+SAME_IMAGES = 3
+"""Clean images that a resumed Python function is asked about again, at most."""
+
+
 class AuditClient:
     """Collect all answers by name, and stop when the service is down.
 
     Args:
-        client: that answers the queries; may be set later.
+        client: answers the queries; may be replaced by one with another budget.
 
     Attributes:
         answers: so far, by name.
     """
 
-    def __init__(self, client: Client | None = None) -> None:
+    def __init__(self, client: Client) -> None:
         self.answers: dict[str, Answer] = {}
         self.client = client
         self._down = 0
@@ -65,7 +67,6 @@ class AuditClient:
     @property
     def spent(self) -> int:
         """Requests sent so far."""
-        assert self.client is not None
         return self.client.spent
 
     def __call__(self, queries: Iterable[Query]) -> Iterator[Answer]:
@@ -74,7 +75,6 @@ class AuditClient:
         Raises:
             RunFault: ``MAX_DOWN`` consecutive queries had no reply, or an error status.
         """
-        assert self.client is not None
         for answer in self.client(queries):
             self.answers[answer.name] = answer
             self._down = self._down + 1 if answer.down and not answer.known else 0
@@ -82,54 +82,58 @@ class AuditClient:
             if self._down >= MAX_DOWN:
                 raise RunFault(
                     f"{MAX_DOWN} queries in a row got no answer (the last: {answer.failure}); the audit stopped, every "
-                    "answer is kept: the same command resumes when the service answers again"
+                    "answer is kept: the same call resumes when the service answers again"
                 )
 
 
 def send_queries(
     audit: Audit,
-    header: RunHeader,
-    about: Mapping[str, Any],
-    open_client: Callable[[int], AbstractContextManager[Client]],
+    record: AuditRecord,
+    open_client: Callable[[int], Client],
     *,
-    progress: Callable[[int], None] = lambda images: None,
-    probed: Callable[[Mapping[str, Answer]], None] = lambda answers: None,
+    progress: Callable[[int], object] = lambda images: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Send all queries that have no answer yet, within the budget.
 
     Args:
         audit: the audit.
-        header: of the run file.
-        about: of :func:`~certify.blackbox.plan.prepare`.
+        record: of :func:`~certify.blackbox.plan.prepare`.
         open_client: opens a client with the given budget.
         progress: called with the number of images that were finished since the last call.
-        probed: called with the answers after the determinism probe, before most of the budget is spent.
+        warn: called with the outcome of the determinism probe if it casts doubt on the service, before most of the
+            budget is spent.
 
     Returns:
         ``FINISHED``, or ``SPENT`` if the budget did not cover all queries.
 
     Raises:
         ContractError: the determinism probe got different labels; no noisy copy was queried.
+        UserError: a Python function is not the one that the audit began with.
         RunFault: the service does not answer.
     """
-    client, usable = AuditClient(), [i for i, image in enumerate(about["images"]) if not image["error"]]
+    usable = [i for i, image in enumerate(record.images) if not image.error]
     reserved, status = min(len(usable), DRIFT_IMAGES), FINISHED
+    client = AuditClient(open_client(max(0, audit.budget - reserved)))
     try:
-        with open_client(max(0, audit.budget - reserved)) as client.client:
-            for start in range(0, len(usable), CHUNK):
-                chunk = usable[start : start + CHUNK]
-                _query_clean(audit, client, chunk, alone=not start)
-                if not start:
-                    _probe(audit, client, chunk)
-                    require_deterministic(probes(client.answers, audit.class_map))
-                    probed(client.answers)
-                _sample(audit, client, chunk)
-                progress(len(chunk))
+        for start in range(0, len(usable), CHUNK):
+            chunk = usable[start : start + CHUNK]
+            _query_clean(audit, client, chunk, alone=not start)
+            if not start:
+                if audit.spec.function is not None:
+                    _check_function(audit, client, chunk, warn)
+                _probe(audit, client, chunk)
+                probed = probes(client.answers, audit.class_map)
+                require_deterministic(probed)
+                for text in probe_warnings(probed):
+                    warn(text)
+            _sample(audit, client, chunk)
+            progress(len(chunk))
     except BudgetSpent:
         status = SPENT
     try:
-        with open_client(audit.budget) as client.client:
-            _check_drift(audit, client, usable)
+        client.client = open_client(audit.budget)
+        _check_drift(audit, client, usable)
     except BudgetSpent:
         status = SPENT
     return status
@@ -159,13 +163,29 @@ def _query_clean(audit: Audit, ask: AuditClient, chunk: Sequence[int], *, alone:
                 queries.append(Query(query_name(audit.images.items[i].id, CLEAN, number), picture))
             answers = list(ask(queries))
             if alone and group is groups[0] and not answers[0].ranked and not answers[0].known:
-                skip = "; if it has none for this image alone, start after it with --start and another --out"
+                skip = "; if it has none for this image alone, leave it out and choose another folder"
                 raise RunFault(
                     f"the service gave no label for the first image: {answers[0].failure}; no other query was sent. "
-                    f"The same command tries again{'' if answers[0].down else skip}"
+                    f"The same call tries again{'' if answers[0].down else skip}"
                 )
             todo = [i for i, answer in zip(todo, answers, strict=True) if not answer.ranked and answer.known]
             number += 1
+
+
+def _check_function(audit: Audit, ask: AuditClient, chunk: Sequence[int], warn: Callable[[str], None]) -> None:
+    """Query some clean images that an earlier run has answers for again, whose function was perhaps another one."""
+    before: dict[int, Answer] = {}
+    for i in chunk:
+        clean = clean_answer(ask.answers, audit.images.items[i].id)
+        if clean is not None and clean.known and clean.ranked and len(before) < SAME_IMAGES:
+            before[i] = clean
+    number = ask.spent  # unique: each such check sends requests
+    queries = [Query(query_name(audit.images.items[i].id, RESUMED, number), _picture(audit, i)) for i in before]
+    try:
+        for (i, clean), now in zip(before.items(), ask(queries), strict=True):
+            require_same_function(clean, now, audit.images.items[i].id, audit.class_map)
+    except BudgetSpent:
+        warn("the budget is spent: whether this is the function that the audit began with was not checked")
 
 
 def _probe(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
@@ -230,7 +250,7 @@ def _sample(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
     samplings = (
         Sampling(audit.load(i), key(name, stage), procedure.test(1, audit.noise), (name, stage)) for i, name in names
     )
-    for _ in settle(label, samplings, batch_size=audit.concurrency, clean=False, in_order=True):
+    for _ in settle(label, samplings, batch_size=audit.limits.concurrency, clean=False, in_order=True):
         pass
 
 

@@ -1,68 +1,22 @@
 """Check that a service is a fixed function, which a certificate requires: compare its answers about the same picture.
 
-The warnings of the command, ``audit.json`` and the report all use these functions of the answers by name.
+Warnings, ``audit.json`` and the report all use these functions of the answers by name.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from certify.blackbox.answer_rows import clean_answer
-from certify.blackbox.label_index import class_of
-from certify.blackbox.query_votes import DRIFT, PROBE, parts_of
+from certify.blackbox.answers import DRIFT, PROBE, class_of, clean_answer, parts_of
+from certify.blackbox.record import Drifted, Probed
 from certify.blackbox.types import Answer
-from certify.errors import ContractError
+from certify.errors import ContractError, UserError
 
 _ROUNDING = 0.01  # of the larger score: 16-bit arithmetic may break a tie by that much
 
 NO_LABEL = "no label of the class map"
 """The class of an answer whose labels are all outside the class map."""
-
-
-@dataclass(frozen=True)
-class Probed:
-    """One image of the determinism probe, which was queried repeatedly at the start.
-
-    Attributes:
-        id: of the image.
-        labels: number of answers for each class, the most frequent first; without answers that have no label.
-        failures: repetitions without a label.
-        spread: largest minus smallest score of the class; None unless all answers have the same class and a score.
-        tie: True if the classes of the answers have equal scores, up to rounding, in every answer.
-    """
-
-    id: str
-    labels: dict[str, int]
-    failures: int
-    spread: float | None
-    tie: bool = False
-
-
-@dataclass(frozen=True)
-class Drifted:
-    """One image of the drift check, which was queried at the start and at the end.
-
-    Attributes:
-        id: of the image.
-        before: class of the first answer; None without a label.
-        after: class of the latest answer at the end; None without a label.
-    """
-
-    id: str
-    before: str | None
-    after: str | None
-
-    @property
-    def compared(self) -> bool:
-        """True if there is a label at both times."""
-        return self.before is not None and self.after is not None
-
-    @property
-    def changed(self) -> bool:
-        """True if the two labels differ."""
-        return self.compared and self.before != self.after
 
 
 def fixed(probed: Sequence[Probed], drifted: Sequence[Drifted]) -> bool | None:
@@ -85,13 +39,13 @@ def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
     for image, again in _of_stage(answers, PROBE).items():
         clean = clean_answer(answers, image)
         answered = [a for a in (clean, *again.values()) if a is not None and a.ranked]
-        labels = Counter(class_of(a.ranked, class_map) or NO_LABEL for a in answered)
+        labels = Counter(filter(None, (_vote(a, class_map) for a in answered)))
         scores = [a.ranked[0].score for a in answered]
         known = [score for score in scores if score is not None]
         spread = max(known) - min(known) if known and len(known) == len(scores) and len(labels) == 1 else None
         tie = len(labels) > 1 and all(_tied(answer, labels, class_map) for answer in answered)
         failures = sum(not a.ranked for a in again.values())
-        outcomes.append(Probed(image, dict(labels.most_common()), failures, spread, tie))
+        outcomes.append(Probed(id=image, labels=dict(labels.most_common()), failures=failures, spread=spread, tie=tie))
     return outcomes
 
 
@@ -110,11 +64,68 @@ def require_deterministic(probed: Sequence[Probed]) -> None:
     """
     for probe in probed:
         if len(probe.labels) > 1 and not probe.tie:
-            labels = ", ".join(f"{label} {count} times" for label, count in probe.labels.items())
             raise ContractError(
-                f"the service answers differently when queried again about image {probe.id} ({labels}): a certificate "
-                "needs a fixed function of one image; nothing is certified, every answer is kept in the ledger"
+                f"the service answers differently when queried again about image {probe.id} ({_counted(probe)}): a "
+                "certificate needs a fixed function of one image; nothing is certified, every answer is kept in the "
+                "ledger"
             )
+
+
+def probe_warnings(probed: Sequence[Probed]) -> Iterator[str]:
+    """Yield a warning for each image that shows that the service is not deterministic."""
+    for probe in probed:
+        if len(probe.labels) > 1:
+            yield (
+                f"NON-DETERMINISTIC: repeated queries of image {probe.id} returned different labels: {_counted(probe)}"
+                ". A certificate presupposes a fixed function; these do not hold for this service"
+            )
+        elif probe.spread:
+            yield f"the scores of one image vary by {probe.spread:.3g} between repeated queries; its label does not"
+
+
+def drift_warnings(drifted: Sequence[Drifted]) -> Iterator[str]:
+    """Yield a warning if the service changed during the audit."""
+    compared = [one for one in drifted if one.compared]
+    changed = [one.id for one in compared if one.changed]
+    if changed:
+        yield (
+            f"DRIFT: at the end the service returned other labels for {len(changed)} of {len(compared)} clean "
+            f"images ({', '.join(changed[:3])}); the certificates do not hold for any single function"
+        )
+
+
+def _counted(probe: Probed) -> str:
+    return ", ".join(f"{label} {count} times" for label, count in probe.labels.items())
+
+
+def require_same_function(before: Answer, now: Answer, image: str, class_map: Mapping[str, str] | None) -> None:
+    """Raise an error if a function now answers differently about a clean image than when the audit began.
+
+    Args:
+        before: the recorded answer, with a label.
+        now: the answer of the function that is to resume the audit.
+        image: id of the image.
+        class_map: from labels to classes, or None.
+
+    Raises:
+        UserError: another label, another score, or no answer.
+    """
+    then, here = _vote(before, class_map), _vote(now, class_map)
+    scores = [answer.ranked[0].score for answer in (before, now) if answer.ranked]
+    if then == here and len(scores) == 2:
+        a, b = scores
+        if a is None or b is None or abs(a - b) <= _ROUNDING * max(abs(a), abs(b)):
+            return
+        then, here = f"{then} with score {a:.4g}", f"{here} with {b:.4g}"
+    raise UserError(
+        f"this is not the function that the audit began with: for image {image} it returns {here or now.failure}, the "
+        f"ledger holds {then}; pass the earlier function to resume, or choose another folder"
+    )
+
+
+def _vote(answer: Answer, class_map: Mapping[str, str] | None) -> str | None:
+    """Return the class of an answer, ``NO_LABEL`` if the class map has none, or None for a failure."""
+    return (class_of(answer.ranked, class_map) or NO_LABEL) if answer.ranked else None
 
 
 def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Drifted]:
@@ -122,10 +133,8 @@ def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
     outcomes = []
     for image, later in _of_stage(answers, DRIFT).items():
         clean, last = clean_answer(answers, image), later[max(later)]
-        before, after = (
-            class_of(a.ranked, class_map) or NO_LABEL if a is not None and a.ranked else None for a in (clean, last)
-        )
-        outcomes.append(Drifted(image, before, after))
+        before, after = (None if a is None else _vote(a, class_map) for a in (clean, last))
+        outcomes.append(Drifted(id=image, before=before, after=after))
     return outcomes
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from certify.blackbox.types import Picture
 from certify.errors import RunFault, UserError
 from certify.images.decode import decode
+from certify.types import BaseClassifier
 
 _LEVELS = 255
 _COMPRESSION = 1  # of zlib: noise hardly compresses, so more effort only costs time
@@ -98,3 +100,31 @@ def read_encoding(encoding: str) -> tuple[str, int]:
     if match is None or not 1 <= quality <= _BEST:
         raise UserError(f"encoding {encoding!r}; expected png, jpeg, or jpeg with a quality of 1 to 100, as in jpeg90")
     return match[1] or match[2], quality
+
+
+class AsSent:
+    """A local classifier behind the steps before a service: clipping, rounding to 8 bits, and the encoding.
+
+    A local run of it and an audit of a service that computes the same function give the same votes on the same noise.
+
+    Args:
+        classifier: any base classifier.
+        encoding: as of :func:`certify.blackbox.encoding.encode`.
+    """
+
+    def __init__(self, classifier: BaseClassifier, encoding: str = "png") -> None:
+        self.classifier, self.encoding = classifier, encoding
+        self.num_classes = classifier.num_classes
+        self.input = getattr(classifier, "input", None)
+        self.class_names = getattr(classifier, "class_names", None)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Labels ``(B,)`` of images ``(B, C, H, W)``."""
+        pictures = to_pictures(images)
+        if self.encoding != "png":
+            pictures = [round_trip(picture, self.encoding) for picture in pictures]
+        return self.classifier(torch.stack([to_tensor(picture) for picture in pictures]).to(images.device))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the classifier's description, and the encoding."""
+        return {**self.classifier.describe(), "picture": {"bits": 8, "encoding": self.encoding}}

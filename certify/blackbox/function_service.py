@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import hashlib
+import inspect
 import io
 import json
-from collections.abc import Callable, Mapping
+import platform
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +31,75 @@ def function_name(function: Ask) -> str:
     return f"python:{own.__module__}.{own.__qualname__}"
 
 
+def function_fingerprint(function: Ask) -> str | None:
+    """Return a hash of a function's code and of the networks that it uses: ``"python 3.12: 16 digits"``.
+
+    It covers the bytecode of the function, of the functions and classes of its module that it calls, and the parameters
+    of every ``torch.nn.Module`` that it refers to by a closure, a global name or an attribute. What it reads otherwise
+    (files, addresses, other objects) is not covered: on resuming, its answers to clean images are compared, too.
+
+    Returns:
+        None for a function without bytecode, such as a built-in one.
+    """
+    digest = hashlib.sha256()
+    own: Any = function
+    while isinstance(own, functools.partial):
+        own = own.func
+    parts = list(_parts(function, getattr(own, "__module__", ""), set()))
+    for part in parts:
+        digest.update(part)
+    version = ".".join(platform.python_version_tuple()[:2])  # which decides on the bytecode
+    return f"python {version}: {digest.hexdigest()[:16]}" if parts else None
+
+
+def comparable(fingerprint: str | None, other: str | None) -> bool:
+    """True if two fingerprints differ only if the functions do: both exist and are of one version of Python."""
+    return None not in (fingerprint, other) and str(fingerprint).split(":")[0] == str(other).split(":")[0]
+
+
+def _parts(value: Any, module: str, seen: set[int]) -> Iterator[bytes]:
+    """Yield what is hashed of a value, and of the values that it refers to."""
+    from torch import nn
+
+    from certify.models.identity import state_digest
+
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    inner: list[Any] = []
+    if isinstance(value, functools.partial):
+        inner = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.MethodType):
+        inner = [value.__func__, value.__self__]
+    elif isinstance(value, types.FunctionType):
+        if value.__module__ != module:
+            return
+        yield _code(value.__code__)
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            variables = inspect.getclosurevars(value)
+            inner = [*variables.nonlocals.values(), *variables.globals.values(), *(value.__defaults__ or ())]
+    elif isinstance(value, nn.Module):
+        yield (state_digest(value) or type(value).__qualname__).encode()
+        inner = [type(value)]
+    elif isinstance(value, type):
+        inner = [f for f in vars(value).values() if isinstance(f, types.FunctionType)] * (value.__module__ == module)
+    elif type(value).__module__ == module:
+        inner = [type(value), *getattr(value, "__dict__", {}).values()]
+    for one in inner:
+        yield from _parts(one, module, seen)
+
+
+def _code(code: types.CodeType) -> bytes:
+    """Return bytecode, names and constants; without line numbers, so that comments and layout do not matter."""
+    constants = [_code(c).hex() if isinstance(c, types.CodeType) else _stable(c) for c in code.co_consts]
+    return repr((code.co_code.hex(), code.co_names, constants)).encode()
+
+
+def _stable(constant: Any) -> str:
+    """Return the text of a constant; a set's elements are sorted, because their order varies between processes."""
+    return repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+
+
 def function_sender(function: Ask) -> Sender:
     """Return what calls the function, in a thread, once per request; an exception is an answer of status 500."""
 
@@ -41,18 +116,32 @@ def function_sender(function: Ask) -> Sender:
     return send
 
 
+def label_text(label: Any) -> str | None:
+    """Return the text of a label, which is a name or a class number; None for anything else, such as None or 0.5."""
+    if isinstance(label, np.generic) or getattr(label, "ndim", None) == 0:
+        label = label.item()
+    return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
+
+
 def _as_json(answer: Any) -> list[list[Any]] | str:
-    """Return (label, score) pairs, best first; the name of the type for anything that is no answer."""
-    if isinstance(answer, Mapping):
-        scores = {str(label): float(score) for label, score in answer.items()}
-        return [[label, score] for label, score in sorted(scores.items(), key=lambda pair: -pair[1])]
-    if isinstance(answer, np.generic) or getattr(answer, "ndim", None) == 0:
-        answer = answer.item()
-    if isinstance(answer, str | int) and not isinstance(answer, bool):
-        return [[str(answer), None]]
-    if isinstance(answer, list | tuple) and all(isinstance(label, str | int | np.integer) for label in answer):
-        return [[str(label), None] for label in answer]
-    return type(answer).__name__
+    """Return (label, score) pairs, best first; a description of anything that is no answer."""
+    scored = isinstance(answer, Mapping)
+    entries: Iterable[tuple[Any, Any]]
+    entries = answer.items() if isinstance(answer, Mapping) else ((label, None) for label in _as_labels(answer))
+    pairs: list[list[Any]] = []
+    for label, score in entries:
+        text = label_text(label)
+        if text is None:
+            return type(answer).__name__ if label is answer else f"{label!r:.40} as a label"
+        try:
+            pairs.append([text, float(score) if scored else None])
+        except (TypeError, ValueError):
+            return f"{score!r:.40} as the score of {text!r:.40}"
+    return sorted(pairs, key=lambda pair: -pair[1]) if scored else pairs
+
+
+def _as_labels(answer: Any) -> Sequence[Any]:
+    return answer if isinstance(answer, list | tuple) else [answer]
 
 
 def _request(picture: Picture) -> Request:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from certify.blackbox.function_service import comparable
 from certify.blackbox.ledger_contents import LedgerContents, parse
 from certify.blackbox.types import Answer, Query
 from certify.errors import RunFault, UserError
@@ -76,7 +77,7 @@ class Ledger:
             raise UserError(
                 f"{self.path}: query {query.name!r} was another picture when it was sent (SHA-256 {entry.pixels[:12]} "
                 f"then, {pixels[:12]} now): image, noise, seed, denoiser or version of a library changed; "
-                "restore them to resume, or name another --out"
+                "restore them to resume, or choose another folder"
             )
         return entry.answer
 
@@ -163,7 +164,7 @@ class Ledger:
         try:
             content = self.path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}; name another --out") from None
+            raise UserError(f"cannot read {self.path}: {error.strerror}; choose another folder") from None
         old = parse(content, self.path)
         try:
             if old is None:
@@ -231,7 +232,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    keys = [k for k in {**old, **new} if k not in _PROVENANCE and old.get(k) != new.get(k)]
+    """Refuse to resume the ledger of another service, format, setting or function.
+
+    Raises:
+        UserError: says what differs.
+    """
+    keys = [k for k in {**old, **new} if k not in (*_PROVENANCE, "function") and old.get(k) != new.get(k)]
     if keys:
         shown = "; ".join(f"{k} {json.dumps(old.get(k))} there, {json.dumps(new.get(k))} here" for k in keys)
-        raise UserError(f"{path} is the ledger of another audit ({shown}); it was not changed: name another --out")
+        raise UserError(f"{path} is the ledger of another audit ({shown}); it was not changed: choose another folder")
+    before, now = old.get("function"), new.get("function")
+    if comparable(before, now) and before != now:
+        raise UserError(
+            f"{path} is the ledger of another function of the same name (its code or networks: {before} there, {now} "
+            "here); pass the earlier function, set trust_identity if both compute the same, or choose another folder"
+        )

@@ -21,23 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from certify import __version__
+from certify.blackbox.record import SCORED_LABEL
 from certify.blackbox.types import Answer, Format, Scored
 from certify.errors import UserError
 from certify.runs.run_file import now
-from certify.runs.schema import AMOUNT, COUNT, NUMBER, OBJECT, TEXT, Kind, fault, parse_object
+from certify.runs.schema import AMOUNT, COUNT, OBJECT, TEXT, fault, parse_object
 
 SCHEMA = 2
 LOST = "sent before a stop, no answer kept"
 
-_HEADER = {"schema": COUNT, "endpoint": TEXT, "format": OBJECT}
-_LABEL = Kind(
-    "a label and a score",
-    lambda v: isinstance(v, list) and len(v) == 2 and TEXT.fits(v[0]) and NUMBER.or_null().fits(v[1]),
-)
+_HEADER = {"schema": COUNT, "endpoint": TEXT, "format": OBJECT, "function": TEXT.or_null()}
 _LINE = {
     **dict.fromkeys(("type", "name", "pixels", "why"), TEXT),
     **dict.fromkeys(("attempt", "attempts"), COUNT),
-    "ranked": _LABEL.list(),
+    "ranked": SCORED_LABEL.list(),
     "failure": TEXT.or_null(),
     "seconds": AMOUNT,
 }
@@ -195,7 +192,7 @@ def parse(content: bytes, path: Path) -> LedgerContents | None:
             contents.add(parse_object(line) or {})
         except (KeyError, TypeError, ValueError):
             raise UserError(
-                f"{path} is damaged at line {number}; it is left alone: put back a copy of it, or name another --out"
+                f"{path} is damaged at line {number}; it is left alone: put back a copy of it, or choose another folder"
             ) from None
     return contents
 
@@ -210,13 +207,13 @@ def _header(line: bytes, path: Path) -> dict[str, Any]:
     if header is None or header.get("type") != "ledger" or not isinstance(header.get("schema"), int):
         raise UserError(f"{path} is not a ledger of certify: its first line is not a header")
     if wrong := fault(header, _HEADER):
-        raise UserError(f"{path} has a damaged header: {wrong}; put back a copy of it, or name another --out")
+        raise UserError(f"{path} has a damaged header: {wrong}; put back a copy of it, or choose another folder")
     if header["schema"] != SCHEMA:
         newer = header["schema"] > SCHEMA
         age, remedy = ("a newer", "update") if newer else ("an older", "resume with that version of")
         raise UserError(
             f"{path} was written by {age} version (schema {header['schema']}, not {SCHEMA}); {remedy} "
-            "certify-toolkit, or name another --out"
+            "certify-toolkit, or choose another folder"
         )
     return header
 

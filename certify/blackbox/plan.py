@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify.blackbox.query_votes import CLEAN, DRIFT, PROBE, TOGETHER
-from certify.blackbox.results import RUN, RUNNING, write_about, write_rows
+from certify.blackbox.answers import CLEAN, DRIFT, PROBE
+from certify.blackbox.client.rate_limit import QueryLimits
+from certify.blackbox.ledger_contents import read_header
+from certify.blackbox.query_votes import TOGETHER
+from certify.blackbox.record import (
+    GIVEN,
+    LEDGER,
+    OWN,
+    RUN,
+    RUNNING,
+    AuditImage,
+    AuditPlan,
+    AuditRecord,
+    write_about,
+    write_rows,
+)
+from certify.blackbox.service_spec import ServiceSpec
+from certify.blackbox.types import Answer, Client
 from certify.engine.contract import check_contract
 from certify.engine.noisy_classifier import image_digest
-from certify.errors import ImageError
+from certify.errors import ImageError, UserError
 from certify.images.dataset import ImageSet
+from certify.models.labels import match_labels
 from certify.models.pipeline import Pipeline
 from certify.runs.config import Settings
 from certify.runs.config import make_header as run_header
 from certify.runs.identity import refuse_other_run
 from certify.runs.records import SCHEMA, Reference, RunHeader
 from certify.runs.run_file import peek_header
+from certify.smoothing.numeric import as_int
 from certify.smoothing.procedures import samples
 from certify.types import Noise
 
@@ -36,34 +55,24 @@ DRIFT_IMAGES = 20
 CHUNK = 16
 """Images whose clean copies are queried together."""
 
-OWN, GIVEN = "service", "given"
-"""Sources of reference labels: the service's answers to the clean images, or the data."""
+Size = tuple[int, int, int]
 
 
 class Service:
     """Describe the last step of the pipeline for the record: a function that is reached by queries alone.
 
     Args:
-        endpoint: its address, without credentials.
-        protocol: name of the format.
-        options: of the format that affect the votes.
-        encoding: of the pictures.
+        spec: the service.
         size: (C, H, W) to which images are resized; None leaves them as they are.
+        probe_size: (C, H, W) of images that the denoiser before it can take, or None.
     """
 
     num_classes = 0  # unknown
 
-    def __init__(
-        self,
-        endpoint: str,
-        protocol: str,
-        options: Mapping[str, Any],
-        encoding: str,
-        size: tuple[int, int, int] | None = None,
-    ) -> None:
-        self.endpoint, self.protocol, self.options = endpoint, protocol, dict(options)
-        self.encoding, self.size = encoding, size
-        self.probe_size = size
+    def __init__(self, spec: ServiceSpec, size: Size | None = None, probe_size: Size | None = None) -> None:
+        form = spec.format
+        self.endpoint, self.protocol, self.options = spec.endpoint, form.name, dict(form.about)
+        self.encoding, self.size, self.probe_size = str(form.about.get("encoding", "png")), size, probe_size
 
     def __call__(self, images: Tensor) -> Tensor:
         """Not supported: queries go through the ledger."""
@@ -82,12 +91,25 @@ class Service:
 
 
 @dataclass(frozen=True)
+class Attack:
+    """An attack on the service after its certificates, within the same budget.
+
+    Attributes:
+        queries: at most.
+        run: called with the audit, a client, and the answers so far.
+    """
+
+    queries: int
+    run: Callable[[Audit, Client, Mapping[str, Answer]], None]
+
+
+@dataclass(frozen=True)
 class Audit:
     """The inputs of an audit.
 
     Attributes:
         folder: of the results.
-        service: the audited service.
+        spec: the audited service.
         images: as they are sent without noise.
         settings: of the run.
         noise: the smoothing distribution.
@@ -96,14 +118,23 @@ class Audit:
         given: the reference label of each image by id; None takes the service's answers.
         class_map: from the service's labels to classes, or None.
         repeat_clean: repetitions of one clean image at the start.
-        concurrency: requests in flight at a time.
-        about: further keys of ``audit.json``, such as prices and limits; no secrets.
+        limits: on concurrency, rate and attempts.
+        timeout: seconds per request.
+        input_size: (C, H, W) to which images are resized; None leaves them as they are.
+        price_per_1000: of requests, or None.
+        attack: after the certificates, or None.
         device: for noise and denoiser.
-        trust_identity: resume although the folder does not prove that the denoiser is still the same.
+        trust_identity: resume although the folder does not prove that denoiser and function are still the same.
+        data: name of the images, for the record; empty for their own.
+        denoiser_name: for the record; empty for its own.
+        command: for the record; without secrets.
+
+    Raises:
+        UserError: a budget or a number of repetitions that is not a whole number from 0.
     """
 
     folder: Path
-    service: Service
+    spec: ServiceSpec
     images: ImageSet
     settings: Settings
     noise: Noise
@@ -112,15 +143,39 @@ class Audit:
     given: Mapping[str, str] | None = None
     class_map: Mapping[str, str] | None = None
     repeat_clean: int = 3
-    concurrency: int = 1
-    about: Mapping[str, Any] = field(default_factory=dict)
+    limits: QueryLimits = field(default_factory=QueryLimits)
+    timeout: float = 60.0
+    input_size: Size | None = None
+    price_per_1000: float | None = None
+    attack: Attack | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     trust_identity: bool = False
+    data: str = ""
+    denoiser_name: str = ""
+    command: str = ""
 
-    @property
+    def __post_init__(self) -> None:
+        for name in ("budget", "repeat_clean"):
+            value = as_int(getattr(self, name), name)
+            if value < 0:
+                raise UserError(f"{name} {value}: expected a whole number from 0")
+            object.__setattr__(self, name, value)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file; expected a folder for the audit")
+
+    @functools.cached_property
+    def service(self) -> Service:
+        """The service, as the last step of the pipeline."""
+        return Service(self.spec, self.input_size, self.input_size or self.images.first_shape())
+
+    @functools.cached_property
     def pipeline(self) -> Pipeline:
         """The denoiser and the service."""
         return Pipeline(self.service, self.denoiser, self.noise.scale).to(self.device)
+
+    def as_recorded(self) -> Audit:
+        """Return the audit with the options of the service that its ledger recorded, if there is one."""
+        return dataclasses.replace(self, spec=self.spec.as_recorded(read_header(self.folder / LEDGER)))
 
     def check_denoiser(self) -> None:
         """Check the denoiser on noisy copies of the first usable image, without a query.
@@ -144,7 +199,45 @@ class Audit:
         return self.noise.input(self.images.load(index)).to(self.device)
 
 
-def make_header(audit: Audit, *, data: str, denoiser: str = "none", command: str = "") -> RunHeader:
+def reference_labels(
+    images: ImageSet, file: str | Path | None = None, class_map: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the data's own label of each image, by id.
+
+    Args:
+        images: with class folders, unless there is a file.
+        file: CSV of file and label, or None.
+        class_map: from the service's labels to classes, or None.
+
+    Raises:
+        UserError: an image without a label, or a label that the class map does not have.
+    """
+    ids = [item.id for item in images.items]
+    if file is not None:
+        labels, _ = match_labels(file, ids)
+    else:
+        labels = {item.id: item.name for item in images.items if item.name is not None}
+    without = next((i for i in ids if i not in labels), None)
+    if without is not None:
+        raise UserError(f"no reference label for image {without!r}; expected class folders, or a CSV of file,label")
+    check_reference_labels(labels, class_map)
+    return labels
+
+
+def check_reference_labels(labels: Mapping[str, str], class_map: Mapping[str, str] | None) -> None:
+    """Refuse reference labels that the class map does not have, since no answer could equal them.
+
+    Raises:
+        UserError: names the first one.
+    """
+    classes = sorted(set((class_map or {}).values()))
+    unknown = sorted(set(labels.values()).difference(classes)) if class_map else []
+    if unknown:
+        known = ", ".join(map(repr, classes[:3]))
+        raise UserError(f"the class map has no class {unknown[0]!r}, a reference label; its classes include {known}")
+
+
+def make_header(audit: Audit) -> RunHeader:
     """Return the run file's header: everything that shapes the certificates."""
     header = run_header(
         audit.settings,
@@ -153,14 +246,14 @@ def make_header(audit: Audit, *, data: str, denoiser: str = "none", command: str
         audit.images,
         audit.pipeline,
         audit.device,
-        model=audit.service.endpoint,
-        data=data,
-        denoiser=denoiser,
+        model=audit.spec.endpoint,
+        data=audit.data or audit.images.name,
+        denoiser=audit.denoiser_name or audit.pipeline.denoiser_name,
         precision="float32",
         compiled=False,
         folded=False,
         batch_size=TOGETHER,
-        command=command,
+        command=audit.command,
     )
     return header.replace(
         in_order=True,  # the images of an unfinished run are the first ones, not the easy ones
@@ -173,59 +266,15 @@ def _digest(given: Mapping[str, str] | None) -> str | None:
     return None if given is None else hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class AuditPlan:
-    """The largest cost of an audit and the largest radius it can certify.
-
-    Attributes:
-        images: number of images.
-        queries: by stage.
-        most: sum of ``queries``.
-        budget: requests.
-        covers: images that the budget finishes if each takes all its samples and nothing is repeated.
-        least: budget that finishes one image.
-        radius_cap: largest radius, or None if the procedure has none.
-        earliest: smallest number of samples that can settle an image, or None at a fixed n.
-        price_per_1000: of requests, or None.
-        cost: without retries, or None.
-        cost_most: if retries use up the budget, or None.
-        rate: requests per second at most, or None.
-        concurrency: requests in flight at a time.
-        seconds: at that rate, without retries, or None.
-    """
-
-    images: int
-    queries: Mapping[str, int]
-    most: int
-    budget: int
-    covers: int
-    least: int
-    radius_cap: float | None
-    earliest: int | None
-    price_per_1000: float | None
-    cost: float | None
-    cost_most: float | None
-    rate: float | None
-    concurrency: int
-    seconds: float | None
-
-
-def plan(audit: Audit, *, price: float | None = None, rate: float | None = None, attacks: int = 0) -> AuditPlan:
-    """Plan an audit.
-
-    Args:
-        audit: the audit.
-        price: of 1,000 requests, or None.
-        rate: requests per second at most, or None.
-        attacks: queries of attacks at most, which are sent last.
-    """
-    procedure, count = audit.settings.procedure, len(audit.images)
+def plan(audit: Audit) -> AuditPlan:
+    """Return the largest cost of an audit and the largest radius that it can certify."""
+    procedure, count, price, rate = audit.settings.procedure, len(audit.images), audit.price_per_1000, audit.limits.rate
     each, prospects = samples(procedure), procedure.prospects(audit.noise)
     beside = audit.repeat_clean + min(count, DRIFT_IMAGES)
     clean = tuple(min(count, -(-k // CHUNK) * CHUNK) for k in range(1, count + 1))  # all of a chunk come first
     queries = {CLEAN: count, PROBE: audit.repeat_clean, **{k: count * n for k, n in procedure.stages.items()}}
     queries[DRIFT] = min(count, DRIFT_IMAGES)
-    queries |= {"attacks": attacks} if attacks else {}
+    queries |= {"attacks": audit.attack.queries} if audit.attack else {}
     most = sum(queries.values())
     spent = min(most, audit.budget)
     return AuditPlan(
@@ -241,7 +290,7 @@ def plan(audit: Audit, *, price: float | None = None, rate: float | None = None,
         cost=None if price is None else spent * price / 1000,
         cost_most=None if price is None else audit.budget * price / 1000,
         rate=rate,
-        concurrency=audit.concurrency,
+        concurrency=audit.limits.concurrency,
         seconds=None if rate is None else spent / rate,
     )
 
@@ -260,60 +309,79 @@ def existing_header(audit: Audit, header: RunHeader) -> RunHeader | None:
     return known
 
 
-def prepare(audit: Audit, header: RunHeader, planned: AuditPlan) -> tuple[RunHeader, dict[str, Any]]:
+def prepare(audit: Audit, planned: AuditPlan) -> tuple[RunHeader, AuditRecord]:
     """Create the audit's folder with an empty run file and ``audit.json``, or resume an existing one.
 
     Returns:
-        The run file's header, and the contents of ``audit.json``.
+        The run file's header, and the content of ``audit.json``.
 
     Raises:
         UserError: the folder holds an audit with other settings.
         ContractError: the denoiser is not a fixed function of one image; nothing is written.
         RunFault: it cannot be written.
     """
+    header = make_header(audit)
     known = existing_header(audit, header)
     audit.check_denoiser()
     if known is not None:
         pipeline = known.pipeline if known.has("pipeline") else header.pipeline
         header = header.replace(created=known.created, pipeline=pipeline)
-    images: list[dict[str, Any]] = []
-    for index, item in enumerate(audit.images.items):
-        entry: dict[str, Any] = {"id": item.id, "pictures": f"{index:03d}", "values": None, "image": None, "error": ""}
-        try:
-            image = audit.load(index)
-            entry |= {"values": image.numel(), "image": image_digest(image), "size": list(image.shape)}
-        except ImageError as error:
-            entry["error"] = str(error)
-        images.append(entry | {"given": audit.given[item.id] if audit.given is not None else None})
-    sizes = {tuple(entry["size"]) for entry in images if not entry["error"]}
-    about = {
-        "type": "audit",
-        "schema": SCHEMA,
-        "created": header.created,
-        "finished": None,
-        "status": RUNNING,
-        "reason": "",
-        "command": header.command,
-        "endpoint": audit.service.endpoint,
-        "protocol": audit.service.protocol,
-        "format": audit.service.options,
-        "encoding": audit.service.encoding,
-        "size": list(sizes.pop()) if len(sizes) == 1 else None,
-        "denoiser": header.denoiser,
-        "pipeline": header.pipeline,
-        "labels": OWN if audit.given is None else GIVEN,
-        "class_map": header.class_map,
-        "vocabulary": [],
-        "plan": dataclasses.asdict(planned),
-        "images": images,
-        "fixed_function": None,
-        "determinism": [],
-        "drift": [],
-        "versions": header.versions,
-        "replay": f"certify replay {shlex.quote(str(audit.folder))}",
-        **audit.about,
-    }
+    images = [_image(audit, index) for index in range(len(audit.images))]
+    sizes = {tuple(image.size) for image in images if not image.error}
+    record = AuditRecord(
+        schema=SCHEMA,
+        created=header.created,
+        finished=None,
+        status=RUNNING,
+        reason="",
+        command=header.command,
+        endpoint=audit.spec.endpoint,
+        protocol=audit.service.protocol,
+        format=audit.service.options,
+        encoding=audit.service.encoding,
+        size=list(sizes.pop()) if len(sizes) == 1 else None,
+        denoiser=header.denoiser,
+        pipeline=header.pipeline,
+        labels=OWN if audit.given is None else GIVEN,
+        class_map=header.class_map,
+        vocabulary=[],
+        plan=planned,
+        images=images,
+        fixed_function=None,
+        determinism=[],
+        drift=[],
+        versions=header.versions,
+        replay=f"certify replay {shlex.quote(str(audit.folder))}",
+        settings={
+            "sigma": audit.noise.scale,
+            "seed": audit.settings.seed,
+            "retries": audit.limits.attempts - 1,
+            "timeout": audit.timeout,
+            "repeat_clean": audit.repeat_clean,
+            "input_size": audit.input_size and list(audit.input_size),
+        },
+    )
     if known is None:
         write_rows(audit.folder, header, [])
-    write_about(audit.folder, about)
-    return header, about
+    write_about(audit.folder, record)
+    return header, record
+
+
+def _image(audit: Audit, index: int) -> AuditImage:
+    name = audit.images.items[index].id
+    image = AuditImage(
+        id=name,
+        pictures=f"{index:03d}",
+        numel=None,
+        image=None,
+        error="",
+        given=None if audit.given is None else audit.given[name],
+        reference=None,
+        answer=(),
+        failure="",
+    )
+    try:
+        pixels = audit.load(index)
+    except ImageError as error:
+        return image.replace(error=str(error))
+    return image.replace(numel=pixels.numel(), image=image_digest(pixels), size=list(pixels.shape))

@@ -2,28 +2,25 @@
 
 The noise is drawn in the same blocks as for a local classifier, so a service gives the same votes as a local classifier
 that computes the same function. Between denoiser and service there is one more step, which belongs to the certified
-function: clipping and rounding to 8 bits. :class:`AsSent` puts that step in front of a local classifier.
+function: clipping and rounding to 8 bits (:class:`certify.blackbox.encoding.AsSent`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from certify.blackbox.encoding import round_trip, to_pictures, to_tensor
-from certify.blackbox.label_index import LabelIndex
+from certify.blackbox.answers import LabelIndex, query_name
+from certify.blackbox.encoding import to_pictures
+from certify.blackbox.results import votes_of
 from certify.blackbox.types import Answer, Picture, Query
 from certify.engine.monte_carlo import Job, Tally, noisy_copies
 from certify.errors import RunFault
 from certify.models.query_access import BudgetSpent
-from certify.types import BaseClassifier, Noise, Votes
-
-CLEAN, PROBE, DRIFT, SELECTION, ESTIMATION = "clean", "probe", "drift", "selection", "estimation"
-"""Stages: the clean image, its repetitions at the start and at the end, and the two of the noisy copies."""
+from certify.types import Noise
 
 TOGETHER = 32
 """Copies per batch of the denoiser: always as many, so that rounding does not depend on how many are left."""
@@ -31,22 +28,6 @@ TOGETHER = 32
 Ask = Callable[[Iterable[Query]], Iterator[Answer]]
 Purify = Callable[[Tensor], Tensor]
 Show = Callable[[str, Picture, Picture], None]
-
-
-def query_name(image: str, stage: str, number: int | str) -> str:
-    """Return the name of a query, unique within an audit."""
-    return f"{image} | {stage} | {number}"
-
-
-def parts_of(name: str) -> tuple[str, str, str]:
-    """Return image, stage and number of a query's name, each empty if the name has none."""
-    image, stage, number = [*name.rsplit(" | ", 2), "", ""][:3]
-    return image, stage, number
-
-
-def stage_of(name: str) -> str:
-    """Return the stage of a query's name."""
-    return parts_of(name)[1]
 
 
 def label_remotely(
@@ -90,7 +71,7 @@ def label_remotely(
             image, stage = job.tag
             if failed is not None and bool(failed.any()):
                 raise RunFault(
-                    f"image {image}: a draw of the noise failed (less than once in 1e9 images); pass a --seed"
+                    f"image {image}: a draw of the noise failed (less than once in 1e9 images); pass another seed"
                 )
             for part in noisy.split(TOGETHER):
                 for i, picture in enumerate(to_pictures(_purified(part, purify))):
@@ -127,40 +108,4 @@ def _purified(part: Tensor, purify: Purify | None) -> Tensor:
 
 
 def _tally(labels: list[int]) -> Tally:
-    tensor = torch.tensor(labels, dtype=torch.int64)
-    return Tally(votes_of(labels), tensor)
-
-
-def votes_of(labels: Iterable[int]) -> Votes:
-    """Count labels as votes; negative ones are trials that vote for no class."""
-    tensor = torch.tensor(list(labels), dtype=torch.int64)
-    counts = torch.bincount(tensor[tensor >= 0])
-    return Votes(tuple(counts.tolist()), int((tensor < 0).sum()))
-
-
-class AsSent:
-    """A local classifier behind the steps before a service: clipping, rounding to 8 bits, and the encoding.
-
-    A local run of it and an audit of a service that computes the same function give the same votes on the same noise.
-
-    Args:
-        classifier: any base classifier.
-        encoding: as of :func:`certify.blackbox.encoding.encode`.
-    """
-
-    def __init__(self, classifier: BaseClassifier, encoding: str = "png") -> None:
-        self.classifier, self.encoding = classifier, encoding
-        self.num_classes = classifier.num_classes
-        self.input = getattr(classifier, "input", None)
-        self.class_names = getattr(classifier, "class_names", None)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Labels ``(B,)`` of images ``(B, C, H, W)``."""
-        pictures = to_pictures(images)
-        if self.encoding != "png":
-            pictures = [round_trip(picture, self.encoding) for picture in pictures]
-        return self.classifier(torch.stack([to_tensor(picture) for picture in pictures]).to(images.device))
-
-    def describe(self) -> dict[str, Any]:
-        """Return the classifier's description, and the encoding."""
-        return {**self.classifier.describe(), "picture": {"bits": 8, "encoding": self.encoding}}
+    return Tally(votes_of(labels), torch.tensor(labels, dtype=torch.int64))

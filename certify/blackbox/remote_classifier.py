@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from certify.blackbox.answers import class_of, query_name
 from certify.blackbox.encoding import to_pictures
-from certify.blackbox.label_index import class_of
-from certify.blackbox.query_votes import Ask, query_name
+from certify.blackbox.query_votes import Ask
 from certify.blackbox.types import Answer, Query, Ranked
 from certify.errors import RunFault, UserError
 from certify.models.classifier import InputSpec

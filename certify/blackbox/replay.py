@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from certify.blackbox.answer_rows import rows_of
-from certify.blackbox.label_index import LabelIndex
+from certify.blackbox.answers import LabelIndex
 from certify.blackbox.ledger_contents import read_ledger
-from certify.blackbox.results import ABOUT, LEDGER, RUN, read_about
+from certify.blackbox.record import ABOUT, LEDGER, RUN, read_about
+from certify.blackbox.results import rows_of
 from certify.blackbox.types import Answer
 from certify.errors import UserError
 from certify.runs.identity import differences, unproven
@@ -82,7 +82,7 @@ def replay(
         warn(f"{there.path}: {doubt}")
     if answers is None:
         answers = read_ledger(folder / LEDGER).answers
-    rows = rows_of(header, about["images"], answers, LabelIndex(about.get("class_map")))
+    rows = rows_of(header, about.images, answers, LabelIndex(about.class_map))
     before, now = ({row.id: row for row in some} for some in (there.images, rows))
     differing = [i for i in before | now if same and not _equal(before.get(i), now.get(i))]
     return Replayed(Run(there.path, header, rows), tuple(differing))

@@ -1,96 +1,158 @@
-"""Write the results of an audit, run file and ``audit.json``, from its answers alone."""
+"""The results of an audit, from its answers alone: rows of the run file, and ``audit.json``.
+
+Certificates are computed here alone, for an audit and for its replay, from the answers by name and the settings in the
+run file's header: no data, no model, no transport.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from certify.blackbox.answer_rows import clean_answer, rows_of
+from certify.blackbox.answers import OUTSIDE, LabelIndex, class_of, clean_answer, numbered, stage_of
 from certify.blackbox.determinism import drifts, fixed, probes
-from certify.blackbox.label_index import LabelIndex, class_of
-from certify.blackbox.query_votes import stage_of
+from certify.blackbox.record import AuditImage, AuditRecord, Spent, write_about, write_rows
 from certify.blackbox.types import Answer
-from certify.errors import RunFault, UserError
-from certify.runs.files import replacing
 from certify.runs.records import ImageRow, RunHeader
-from certify.runs.run_file import now, write_run
-from certify.runs.schema import AMOUNT, COUNT, OBJECT, TEXT, Record, fault, parse_object, record
-
-RUN, ABOUT, LEDGER = "run.jsonl", "audit.json", "ledger.jsonl"
-"""Files in an audit's folder, beside the pictures and the report."""
-
-RUNNING, FINISHED, SPENT, STOPPED = "running", "finished", "budget spent", "stopped"
-"""Status of an audit: running (or killed), or how it ended."""
-
-_IMAGE = record(
-    "an object with an id",
-    {"id": TEXT},
-    {
-        **dict.fromkeys(("image", "error", "given", "reference", "failure"), TEXT.or_null()),
-        "pictures": TEXT,
-        "values": COUNT.or_null(),
-    },
-)
-_ABOUT = {
-    **dict.fromkeys(("created", "finished", "status", "reason", "command", "replay"), TEXT.or_null()),
-    **dict.fromkeys(("endpoint", "protocol", "denoiser", "labels"), TEXT.or_null()),
-    **dict.fromkeys(("versions", "settings"), OBJECT),
-    "class_map": TEXT.by_name().or_null(),
-    "pipeline": OBJECT.list(),
-    "vocabulary": TEXT.list(),
-    "images": _IMAGE.list(),
-    "plan": record(
-        "an object",
-        {},
-        {
-            **dict.fromkeys(("radius_cap", "price_per_1000", "cost", "rate"), AMOUNT.or_null()),
-            **dict.fromkeys(("budget", "most", "images"), COUNT),
-        },
-    ),
-}
-"""Keys of ``audit.json`` that are read; each may be missing."""
+from certify.runs.run_file import now
+from certify.smoothing.procedures import AnswerKeys, Procedure, Sequential
+from certify.smoothing.rng import bound_draw
+from certify.smoothing.sequential_tests import SequentialTest
+from certify.types import ABSTAIN, Radii, Votes
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """Read the ``audit.json`` of an audit's folder.
+def rows_of(
+    header: RunHeader, images: Sequence[AuditImage], answers: Mapping[str, Answer], index: LabelIndex
+) -> list[ImageRow]:
+    """Return the rows that the answers prove, in the order of the images.
 
-    Raises:
-        UserError: it is missing or damaged.
+    An image that stopped before it was settled has a row if its stopping rule is anytime-valid (it is marked
+    ``unfinished``, and is undecided, or certified as far as its votes go), and none at a fixed n.
+
+    Args:
+        header: of the run.
+        images: of the audit.
+        answers: by name.
+        index: numbers the classes, in the order of these rows.
     """
-    path = folder / ABOUT
-    try:
-        about = parse_object(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected the folder of `certify audit`") from None
-    wrong = "no JSON object" if about is None else fault(about, _ABOUT)
-    if about is None or wrong:
-        raise UserError(f"{path} is damaged: {wrong}; put back a copy of it, or run the audit's command again")
-    return Record(about, str(path))
+    rows = (_row(header, image, answers, index) for image in images)
+    return [row for row in rows if row is not None]
+
+
+def _row(header: RunHeader, image: AuditImage, answers: Mapping[str, Answer], index: LabelIndex) -> ImageRow | None:
+    name, given, procedure = image.id, image.given, header.procedure
+    if image.error:
+        return ImageRow.unusable(procedure, name, None, image.error)
+    clean = clean_answer(answers, name)
+    if clean is None:
+        return None
+    base = index.vote(clean.ranked)
+    if given is None and base < 0:
+        why = clean.failure or "it has no label of the class map"
+        reason = f"the service's own answer gives no reference label: {why}"
+        return ImageRow.unusable(procedure, name, None, reason, clean.seconds)
+    label = base if given is None else index.number(given)
+    trials = _Trials(procedure, header.seed, name, answers, index, header.radii_for(image.numel))
+    test = procedure.test(1, trials.noise) if isinstance(procedure, Sequential) else None
+    keys = trials.fixed() if test is None else trials.sequential(test)
+    if keys is None:
+        return None
+    row, names, used = ImageRow.of(name, label, keys), index.names, [clean, *trials.used]
+    numbers = sorted({int(c) for c in (*row.votes, *row.selection)} | {c for c in (base, label) if c >= 0})
+    return row.replace(
+        outside=trials.labels[: row.trials].count(OUTSIDE),
+        base=max(base, ABSTAIN),
+        class_name=None if row.abstained else names[row.prediction],
+        base_class=names[base] if base >= 0 else None,
+        classes={str(c): names[c] for c in numbers},
+        image=image.image,
+        size=image.numel,
+        queries=len(used),
+        seconds=round(sum(answer.seconds for answer in used), 6),
+    )
+
+
+@dataclass
+class _Trials:
+    """The answers about noisy copies of one image, and the votes that they are.
+
+    Attributes:
+        procedure: of the run.
+        seed: of the run.
+        name: id of the image.
+        answers: by name.
+        index: numbers the classes.
+        noise: states radii in its norm.
+        used: the answers that counted, in their order.
+        labels: the labels of the last stage.
+    """
+
+    procedure: Procedure
+    seed: int
+    name: str
+    answers: Mapping[str, Answer]
+    index: LabelIndex
+    noise: Radii
+    used: list[Answer] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    def _take(self, coming: Iterator[Answer], count: int) -> list[int]:
+        """Use the next answers, at most so many; return their labels."""
+        piece = list(itertools.islice(coming, count))
+        self.used += piece
+        return [self.index.vote(answer.ranked) for answer in piece]
+
+    def fixed(self) -> AnswerKeys | None:
+        """Answer from the procedure's fixed number of samples; None if some are missing."""
+        votes = {}
+        for stage, n in self.procedure.stages.items():
+            self.labels = self._take(numbered(self.answers, self.name, stage), n)
+            if len(self.labels) < n:
+                return None
+            votes[stage] = votes_of(self.labels)
+        uniform = bound_draw(self.seed, self.name)
+        return self.procedure.record(self.procedure.answer(votes, self.noise, uniform)) | AnswerKeys(uniform=uniform)
+
+    def sequential(self, test: SequentialTest) -> AnswerKeys | None:
+        """Answer from as many samples as the sequential test needs, or as there are; None if there are none."""
+        (stage,) = self.procedure.stages
+        coming = numbered(self.answers, self.name, stage)
+        while test.pending and (piece := self._take(coming, test.pending)):
+            self.labels += piece
+            test.add(np.array(piece, dtype=np.int64))
+        if not test.drawn:
+            return None
+        answer = self.procedure.record(test.result())
+        return answer | AnswerKeys(drawn=test.drawn) | (AnswerKeys(unfinished=True) if test.pending else AnswerKeys())
+
+
+def votes_of(labels: Sequence[int]) -> Votes:
+    """Count labels as votes; negative ones are trials that vote for no class."""
+    votes = [label for label in labels if label >= 0]
+    return Votes(tuple(np.bincount(votes).tolist()) if votes else (), len(labels) - len(votes))
 
 
 def conclude(
     folder: Path,
     header: RunHeader,
-    about: Mapping[str, Any],
+    record: AuditRecord,
     answers: Mapping[str, Answer],
     *,
     status: str,
     reason: str = "",
     sent: tuple[int, int] | None = None,
-) -> dict[str, Any]:
+) -> AuditRecord:
     """Write run file and ``audit.json`` from the answers, and return the latter.
 
     Args:
         folder: of the audit.
         header: of the run file.
-        about: of :func:`~certify.blackbox.plan.prepare`.
+        record: of :func:`~certify.blackbox.plan.prepare`.
         answers: by name.
         status: how the audit ended.
         reason: why, if there is more to say.
@@ -99,31 +161,30 @@ def conclude(
     Raises:
         RunFault: they cannot be written.
     """
-    index = LabelIndex(about["class_map"])
-    rows = rows_of(header, about["images"], answers, index)
+    index = LabelIndex(record.class_map)
+    rows = rows_of(header, record.images, answers, index)
     write_rows(folder, header, rows)
-    price = about["plan"]["price_per_1000"]
-    probed, drifted = probes(answers, about["class_map"]), drifts(answers, about["class_map"])
-    attempts, queries = sent or (sum(answer.attempts for answer in answers.values()), len(answers))
-    concluded = {
-        **about,
-        "finished": now(),
-        "status": status,
-        "reason": reason,
-        "vocabulary": index.names,
-        "images": [{**image, **_reference(image, answers, about["class_map"])} for image in about["images"]],
-        "fixed_function": fixed(probed, drifted),
-        "determinism": [dataclasses.asdict(one) for one in probed],
-        "drift": [dataclasses.asdict(one) for one in drifted],
-        "asked": {
-            "requests": attempts,
-            "queries": dict(Counter(stage_of(name) for name in answers)),
-            "retries": attempts - queries,
-            "failures": dict(Counter(answer.failure for answer in answers.values() if not answer.ranked)),
-            "cost": None if price is None else attempts * price / 1000,
-            "seconds": _quantiles([answer.seconds for answer in answers.values() if answer.ranked]),
-        },
-    }
+    price = record.plan.price_per_1000
+    probed, drifted = probes(answers, record.class_map), drifts(answers, record.class_map)
+    requests, queries = sent or (sum(answer.attempts for answer in answers.values()), len(answers))
+    concluded = record.replace(
+        finished=now(),
+        status=status,
+        reason=reason,
+        vocabulary=index.names,
+        images=[_with_answer(image, answers, record.class_map) for image in record.images],
+        fixed_function=fixed(probed, drifted),
+        determinism=probed,
+        drift=drifted,
+        asked=Spent(
+            requests=requests,
+            queries=dict(Counter(stage_of(name) for name in answers)),
+            retries=requests - queries,
+            failures=dict(Counter(answer.failure for answer in answers.values() if not answer.ranked)),
+            cost=None if price is None else requests * price / 1000,
+            seconds=_quantiles([answer.seconds for answer in answers.values() if answer.ranked]),
+        ),
+    )
     write_about(folder, concluded)
     return concluded
 
@@ -135,45 +196,12 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     return {name: float(np.quantile(seconds, q)) for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
 
 
-def _reference(
-    image: Mapping[str, Any], answers: Mapping[str, Answer], class_map: Mapping[str, str] | None
-) -> dict[str, Any]:
-    clean = clean_answer(answers, image["id"])
+def _with_answer(image: AuditImage, answers: Mapping[str, Answer], class_map: Mapping[str, str] | None) -> AuditImage:
+    clean = clean_answer(answers, image.id)
     if clean is None:
-        return {"reference": image["given"], "answer": [], "failure": "not asked"}
-    ranked = [[one.label, one.score] for one in clean.ranked]
-    return {
-        "reference": image["given"] or class_of(clean.ranked, class_map),
-        "answer": ranked,
-        "failure": clean.failure,
-    }
-
-
-def write_rows(folder: Path, header: RunHeader, rows: Sequence[ImageRow]) -> None:
-    """Write the run file, replacing an earlier one.
-
-    Raises:
-        RunFault: it cannot be written.
-    """
-    with writing(folder / RUN) as path:
-        write_run(path, header, rows)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Make the folder of a file that the block writes; an error such as a full disk is a ``RunFault``."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield path
-    except OSError as error:
-        raise RunFault(f"could not write {path}: {error.strerror}; all answers so far are kept in the ledger") from None
-
-
-def write_about(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write ``audit.json`` atomically, replacing an earlier one.
-
-    Raises:
-        RunFault: it cannot be written.
-    """
-    with writing(folder / ABOUT) as path, replacing(path, sync=True, private=True) as beside:
-        beside.write_text(json.dumps(about, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        return image.replace(reference=image.given, answer=[], failure="not asked")
+    return image.replace(
+        reference=image.given or class_of(clean.ranked, class_map),
+        answer=[[one.label, one.score] for one in clean.ranked],
+        failure=clean.failure,
+    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from certify.blackbox.function_service import FUNCTION_FORMAT, Ask, function_sender
+from certify.blackbox.function_service import FUNCTION_FORMAT, Ask, function_name, function_sender
 from certify.errors import RunFault, UserError, first_line
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class ServiceSpec:
         protocol: name in :data:`certify.blackbox.protocols.FORMATS`.
         options: of the protocol, by name.
         credential: API key, or None.
+        insecure: send the key over plain HTTP to another machine.
         function: a Python function in place of an HTTP service, or None.
     """
 
@@ -32,6 +34,7 @@ class ServiceSpec:
     protocol: str
     options: Mapping[str, Any]
     credential: Credential | None = None
+    insecure: bool = False
     function: Ask | None = None
 
     @property
@@ -94,7 +97,7 @@ class ServiceSpec:
         except BadReply as error:
             raise RunFault(
                 f"{self.endpoint} does not describe its model: {error}; no query was sent: try the same command again, "
-                "check the key, or give input, output, datatype and layout by --protocol-option"
+                "check the key, or give the protocol's options input, output, datatype and layout"
             ) from None
         try:
             return replace(self, options=options_from(reply, dict(self.options)))
@@ -102,8 +105,13 @@ class ServiceSpec:
             return self
 
 
+def function_service(function: Ask) -> ServiceSpec:
+    """Return a Python function as a service."""
+    return ServiceSpec(function_name(function), FUNCTION_FORMAT.name, {}, function=function)
+
+
 def checked_service(
-    url: str,
+    url: str | None,
     protocol: str,
     options: Mapping[str, Any],
     *,
@@ -115,7 +123,7 @@ def checked_service(
     """Return a service, checked without sending anything.
 
     Args:
-        url: of the endpoint.
+        url: of the endpoint; None takes the protocol's own, if it has one.
         protocol: name in :data:`certify.blackbox.protocols.FORMATS`.
         options: of the protocol.
         api_key_env: environment variable with the key, or None.
@@ -124,52 +132,74 @@ def checked_service(
         insecure: send the key over plain HTTP to another machine.
 
     Raises:
-        UserError: an invalid address or option, no key in the variable, or a text that holds the key itself.
+        UserError: an invalid address or option, a missing one, no key in the variable, or a text that holds the key.
     """
     from certify.blackbox.client.credentials import BEARER, read_credential
     from certify.blackbox.client.http import check_endpoint
-    from certify.blackbox.protocols import KEY_HEADERS
+    from certify.blackbox.protocols import ENDPOINTS, KEY_HEADERS
 
+    parameters = protocol_parameters(protocol)
+    for name in options:
+        if name not in parameters:
+            raise UserError(f"unknown option {name!r} of protocol {protocol}; its options: {', '.join(parameters)}")
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in options]
+    if missing:
+        raise UserError(f"protocol {protocol} needs its option {missing[0]}; expected {missing[0]}=VALUE")
+    url = url or ENDPOINTS.get(protocol)
+    if url is None:
+        raise UserError(f"endpoint is missing: expected the URL of the service for protocol {protocol}")
+    if api_key_env is None and (auth_header or auth_query):
+        raise UserError("auth_header or auth_query without api_key_env: there is no key to send")
+    if protocol == "rekognition" and (auth_header or auth_query):
+        raise UserError("auth_header or auth_query with rekognition: boto3 signs requests itself; leave them out")
     credential = None
     if api_key_env is not None:
         credential = read_credential(api_key_env, auth_header or KEY_HEADERS.get(protocol, BEARER), auth_query)
     endpoint = check_endpoint(url, key=credential is not None, insecure=insecure)
-    texts = (("--endpoint", endpoint), *((f"--protocol-option {name}", value) for name, value in options.items()))
+    texts = (("the endpoint", endpoint), *((f"protocol option {name}", value) for name, value in options.items()))
     for name, value in texts:
         if credential is not None and credential.key in unquote(str(value)):
             raise UserError(
                 f"{name} holds the key itself, which would be written to the records; expected it in "
-                f"${api_key_env} alone (--auth-header and --auth-query say where it is sent)"
+                f"${api_key_env} alone (auth_header and auth_query say where it is sent)"
             )
-    service = ServiceSpec(endpoint, protocol, options, credential)
+    service = ServiceSpec(endpoint, protocol, options, credential, insecure)
     _ = service.format  # refuses invalid options
     return service
 
 
+def protocol_parameters(protocol: str) -> Mapping[str, inspect.Parameter]:
+    """Return the options of a protocol by name.
+
+    Raises:
+        UserError: an unknown protocol.
+    """
+    from certify.blackbox.protocols import FORMATS
+
+    return inspect.signature(FORMATS.get(protocol)).parameters
+
+
 @contextlib.contextmanager
 def open_sender(
-    service: ServiceSpec, *, insecure: bool = False, timeout: float = 60.0, connections: int = 5
+    service: ServiceSpec, *, timeout: float = 60.0, connections: int = 5
 ) -> Iterator[tuple[Sender, ServiceSpec]]:
     """Open connections to a service; yield what sends requests, and the service with the options of its metadata.
 
     Args:
-        service: which one.
-        insecure: send the key over plain HTTP to another machine.
+        service: the service.
         timeout: seconds per request.
         connections: open at the same time, at most.
     """
     if service.function is not None:
         yield function_sender(service.function), service
         return
+    endpoint, credential, insecure = service.endpoint, service.credential, service.insecure
     if service.protocol == "rekognition":
         from certify.blackbox.client.aws import rekognition_sender
 
-        sender = rekognition_sender(service.endpoint, service.credential, insecure=insecure, timeout=timeout)
-        yield sender, service
+        yield rekognition_sender(endpoint, credential, insecure=insecure, timeout=timeout), service
         return
     from certify.blackbox.client.http import HttpSender
 
-    with HttpSender(
-        service.endpoint, service.credential, insecure=insecure, timeout=timeout, connections=connections
-    ) as http:
+    with HttpSender(endpoint, credential, insecure=insecure, timeout=timeout, connections=connections) as http:
         yield http, service.with_metadata(http)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.attack_context import settings_from, split_defences, split_names
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from analysis.attacks import AttackSettings
     from analysis.comparison.results import Condition
     from analysis.comparison.runner import Craft, Proposed
-    from certify.blackbox.plan import Audit
+    from certify.blackbox.plan import Attack, Audit
     from certify.blackbox.remote_classifier import RemoteClassifier
     from certify.blackbox.types import Answer, Client
     from certify.images.dataset import ImageSet
@@ -69,75 +68,47 @@ def check_attacks(options: AuditAttackOptions) -> None:
         )
 
 
-def most_queries(options: AuditAttackOptions, images: int) -> int:
-    """Return the maximum number of queries of the attacks, if every defence passes an image once."""
-    if options.defences is None:
-        return 0
-    defences, attacks = (
-        len(split_names("--defences", options.defences)),
-        len(split_names("--attacks", options.attacks)),
-    )
-    return images * (attacks * ((1 + defences) * options.queries + 2 * defences) + 2 * defences)
-
-
-def attack_service(
-    options: AuditAttackOptions,
-    job: Audit,
-    client: Client,
-    answers: Mapping[str, Answer],
-    *,
-    data: str,
-    trust_code: bool,
-    quiet: bool,
-    command: str,
-) -> Path:
-    """Attack the images that were not attacked yet.
+def attack_service(options: AuditAttackOptions, images: int, *, trust_code: bool, quiet: bool) -> Attack:
+    """Return the attack on the images that were not attacked yet.
 
     Args:
         options: attacks and defences.
-        job: the audit.
-        client: sends queries, within the audit's budget.
-        answers: recorded so far, by query name.
-        data: name of the images, for the record.
+        images: their number, by which queries are planned: every defence passes each once.
         trust_code: run code in model files.
         quiet: show no progress.
-        command: for the record.
-
-    Returns:
-        The comparison file.
-
-    Raises:
-        LedgerBudgetSpent: the budget is spent; finished outcomes are in the file.
-        UserError: nothing to attack, or images of several sizes.
     """
-    from analysis.comparison.plan import AttackContext, Plan, build_defence, make_header
-    from analysis.comparison.runner import compare
-    from certify.runs.run_file import ComparisonFile
+    from certify.blackbox.plan import Attack
 
-    classifier, images = _target(job, client, answers)
-    service: Any = classifier  # a classifier to attacks that need queries alone
-    settings = settings_from(options, split_names("--attacks", options.attacks), seed=job.settings.seed)
-    names = split_names("--defences", options.defences or "")
-    defences = {name: build_defence(name, name, service, trust_code=trust_code, warn=warn) for name in names}
-    craft = _crafter(settings, service, {id(defence): name for name, defence in defences.items()})
-    context = AttackContext(service, images, defences, settings, craft)
-    context.check_defences()
-    plan = Plan.of(context, "both", repeats=_REPEATS, certify_n=0, alpha=job.settings.procedure.alpha)
-    header = make_header(plan, context, model=classifier.name, data=data, command=command)
-    path = job.folder / COMPARISON
-    with (
-        ComparisonFile(path, header, trust_identity=job.trust_identity) as file,
-        progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
-    ):
-        compare(context, plan, file, bar.update)
-    return path
+    names, attacks = split_names("--defences", options.defences or ""), split_names("--attacks", options.attacks)
+    queries = images * (len(attacks) * ((1 + len(names)) * options.queries + 2 * len(names)) + 2 * len(names))
+
+    def run(job: Audit, client: Client, answers: Mapping[str, Answer]) -> None:
+        from analysis.comparison.plan import AttackContext, Plan, build_defence, make_header
+        from analysis.comparison.runner import compare
+        from certify.runs.run_file import ComparisonFile
+
+        classifier, images = _target(job, client, answers)
+        service: Any = classifier  # a classifier to attacks that need queries alone
+        settings = settings_from(options, attacks, seed=job.settings.seed)
+        defences = {name: build_defence(name, name, service, trust_code=trust_code, warn=warn) for name in names}
+        craft = _crafter(settings, service, {id(defence): name for name, defence in defences.items()})
+        context = AttackContext(service, images, defences, settings, craft)
+        context.check_defences()
+        plan = Plan.of(context, "both", repeats=_REPEATS, certify_n=0, alpha=job.settings.procedure.alpha)
+        header = make_header(plan, context, model=classifier.name, data=job.data, command=job.command)
+        with (
+            ComparisonFile(job.folder / COMPARISON, header, trust_identity=job.trust_identity) as file,
+            progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
+        ):
+            compare(context, plan, file, bar.update)
+
+    return Attack(queries, run)
 
 
 def _target(job: Audit, client: Client, answers: Mapping[str, Answer]) -> tuple[RemoteClassifier, ImageSet]:
     """Return the service as a classifier of the classes it has returned, and the images labelled with one of them."""
     from analysis.comparison.plan import one_size
-    from certify.blackbox.answer_rows import clean_answer
-    from certify.blackbox.label_index import LabelIndex
+    from certify.blackbox.answers import LabelIndex, clean_answer
     from certify.blackbox.remote_classifier import RemoteClassifier
 
     vocabulary = LabelIndex(job.class_map)

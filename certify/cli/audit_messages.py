@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.console import clock, tell, warn
+from certify.cli.console import clock, progress_bar, say, silent, tell, warn
 from certify.cli.plan import show_prospects
 from certify.cli.summary import title
 from certify.smoothing.rounding import exact
 
 if TYPE_CHECKING:
-    from certify.blackbox.determinism import Probed
-    from certify.blackbox.plan import Audit, AuditPlan
+    from certify.blackbox.audit import Observer
+    from certify.blackbox.plan import Audit
+    from certify.blackbox.record import AuditPlan, AuditRecord
     from certify.blackbox.replay import Replayed
     from certify.runs.run_file import Run
+
+
+@contextlib.contextmanager
+def display(show: Callable[[str], None]) -> Iterator[Observer]:
+    """Yield an observer that shows an audit in the terminal; its progress bar ends with the block.
+
+    Args:
+        show: prints a line, or nothing; warnings are printed in any case.
+    """
+    from certify.blackbox.audit import Observer
+
+    with contextlib.ExitStack() as stack:
+        bar: Any = None
+
+        def start(images: int) -> None:
+            nonlocal bar
+            bar = stack.enter_context(progress_bar(images, "images", hidden=show is silent))
+
+        def advance(images: int) -> None:
+            bar.update(images)
+
+        yield Observer(
+            planned=lambda audit, planned: show_plan(audit, planned, show),
+            opened=lambda path, spent, budget: show(f"ledger     {path}: {spent:,} of {budget:,} requests are spent"),
+            started=start,
+            advanced=advance,
+            attacking=stack.close,
+            waiting=say,
+            warn=warn,
+        )
 
 
 def show_plan(audit: Audit, plan: AuditPlan, say: Callable[[str], None]) -> None:
@@ -41,11 +73,6 @@ def show_plan(audit: Audit, plan: AuditPlan, say: Callable[[str], None]) -> None
         sure = f"finishes {plan.covers:,} of {plan.images:,} images without retries"
         sure = f"about {plan.covers:,} of {plan.images:,} images if each takes {procedure.n:,}" if early else sure
         say(f"budget     {audit.budget:,} requests: {sure}")
-        if not plan.covers and not early:
-            warn(
-                f"--budget {audit.budget} finishes no image: one takes {plan.least:,} requests, probes included; "
-                "replies are kept, and a larger --budget resumes in the same folder"
-            )
     else:
         say(f"budget     {audit.budget:,} requests, never exceeded")
     if plan.cost is not None:
@@ -60,59 +87,35 @@ def show_plan(audit: Audit, plan: AuditPlan, say: Callable[[str], None]) -> None
         say(f"time       {long} {clock(plan.seconds)} without retries, at {plan.rate:g} requests per second")
 
 
-def warn_of_probe(probes: Sequence[Probed]) -> None:
-    """Warn if the determinism probe shows a service that is not deterministic."""
-    for probe in probes:
-        if len(probe.labels) > 1:
-            answers = ", ".join(f"{label} {count} times" for label, count in probe.labels.items())
-            warn(
-                f"NON-DETERMINISTIC: repeated queries of image {probe.id} returned different labels: {answers}. "
-                "A certificate presupposes a fixed function; these do not hold for this service"
-            )
-        elif probe.spread:
-            warn(f"the scores of one image vary by {probe.spread:.3g} between repeated queries; its label does not")
-
-
-def warn_of_drift(about: Mapping[str, Any]) -> None:
-    """Warn if the service changed during the audit."""
-    from certify.blackbox.determinism import Drifted
-
-    compared = [one for one in (Drifted(**d) for d in about["drift"]) if one.compared]
-    changed = [one.id for one in compared if one.changed]
-    if changed:
-        warn(
-            f"DRIFT: at the end the service returned other labels for {len(changed)} of {len(compared)} clean "
-            f"images ({', '.join(changed[:3])}); the certificates do not hold for any single function"
-        )
-
-
-def print_outcome(folder: Path, about: Mapping[str, Any], *, as_json: bool) -> None:
+def print_outcome(folder: Path, record: AuditRecord, *, as_json: bool) -> None:
     """Print the table, the counts and the paths, or one JSON object."""
     from certify.runs.run_file import read_run
 
     run = read_run(folder / "run.jsonl", allow_partial=True)
     if as_json:
-        tell(json.dumps({"folder": str(folder), "audit": about, "images": [row.to_json() for row in run.images]}))
+        rows = [row.to_json() for row in run.images]
+        tell(json.dumps({"folder": str(folder), "audit": record.to_json(), "images": rows}))
         return
     tell(_table(run))
-    queried, plan = about["asked"], about["plan"]
-    failed = sum(queried["failures"].values())
+    spent, plan = record.asked, record.plan
+    assert spent is not None
+    failed = sum(spent.failures.values())
     tell(
-        f"requests           {queried['requests']:,} of a budget of {plan['budget']:,}: {queried['retries']:,} of them "
-        f"retries; {failed:,} queries failed"
+        f"requests           {spent.requests:,} of a budget of {plan.budget:,}: {spent.retries:,} of them retries; "
+        f"{failed:,} queries failed"
     )
-    if queried["cost"] is not None:
-        tell(f"cost               {queried['cost']:.2f}, at {plan['price_per_1000']:g} per 1,000 requests")
-    if queried["seconds"]:
-        times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in queried["seconds"].items())
+    if spent.cost is not None:
+        tell(f"cost               {spent.cost:.2f}, at {plan.price_per_1000:g} per 1,000 requests")
+    if spent.seconds:
+        times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in spent.seconds.items())
         tell(f"response times     {times}")
     outside = sum(row.outside or 0 for row in run.usable)
     if outside:
         tell(f"outside class map  {outside:,} noisy copies without a label of the class map")
-    tell(f"deterministic      {_determinism(about)}")
-    if about["status"] != "finished":
-        tell(f"unfinished         {about['status']}: a larger --budget resumes in the same folder")
-    tell(f"\nrun file   {folder / 'run.jsonl'}\nreport     {folder / 'report.html'}\nreplay     {about['replay']}")
+    tell(f"deterministic      {_determinism(record)}")
+    if record.status != "finished":
+        tell(f"unfinished         {record.status}: a larger --budget resumes in the same folder")
+    tell(f"\nrun file   {folder / 'run.jsonl'}\nreport     {folder / 'report.html'}\nreplay     {record.replay}")
 
 
 def print_attacks(folder: Path) -> None:
@@ -126,19 +129,16 @@ def print_attacks(folder: Path) -> None:
         tell(f"\n{tabulate_comparison(comparison, 'text')}\n\nattacks    {folder / COMPARISON}")
 
 
-def _determinism(about: Mapping[str, Any]) -> str:
+def _determinism(record: AuditRecord) -> str:
     """Return the results of determinism probe and drift check in one line."""
-    from certify.blackbox.determinism import Drifted, Probed
-
-    probes, drifts = [Probed(**d) for d in about["determinism"]], [Drifted(**d) for d in about["drift"]]
-    again = sum(sum(probe.labels.values()) for probe in probes)
-    agree = all(len(probe.labels) == 1 for probe in probes)
-    first = f"{again} queries of one clean image {'agree' if agree else 'DIFFER'}" if probes else "not probed"
-    drift = [one for one in drifts if one.compared]
-    moved = sum(one.changed for one in drift)
-    if not drift:
+    again = sum(sum(probe.labels.values()) for probe in record.determinism)
+    agree = all(len(probe.labels) == 1 for probe in record.determinism)
+    first = f"{again} queries of one clean image {'agree' if agree else 'DIFFER'}" if again else "not probed"
+    compared = [one for one in record.drift if one.compared]
+    if not compared:
         return f"{first}; no check at the end"
-    return f"{first}; at the end {len(drift) - moved} of {len(drift)} clean images have the same label"
+    same = sum(not one.changed for one in compared)
+    return f"{first}; at the end {same} of {len(compared)} clean images have the same label"
 
 
 def print_replay(replayed: Replayed, *, anew: bool) -> None:

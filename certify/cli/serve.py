@@ -221,9 +221,10 @@ def _open_classifier(
     limits = query_limits(service, concurrency=service.query_concurrency, timeout=service.query_timeout)
     assert spec is not None
     assert model.input_size is not None
-    with service_spec.open_sender(
-        spec, insecure=service.insecure, timeout=service.query_timeout, connections=limits.concurrency + 1
-    ) as (send, described):
+    with service_spec.open_sender(spec, timeout=service.query_timeout, connections=limits.concurrency + 1) as (
+        send,
+        described,
+    ):
         client = QueryClient(send, described.format, InMemoryLog(), budget=service.budget, limits=limits)
         about = {"endpoint": described.endpoint, "format": described.format.name, **described.format.about}
         endpoint = Endpoint(client, model.input_size, model.num_classes or _CLASSES, about)

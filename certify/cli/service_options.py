@@ -50,34 +50,23 @@ def service_from(options: ServiceOptions) -> ServiceSpec:
     Raises:
         UserError: options that are missing, wrong, or contain the key itself.
     """
-    from certify.blackbox.protocols import ENDPOINTS, FORMATS
-    from certify.blackbox.service_spec import checked_service
+    from certify.blackbox.service_spec import checked_service, protocol_parameters
 
     protocol = options.protocol
     assert protocol is not None
-    parameters = inspect.signature(FORMATS.get(protocol)).parameters
+    parameters = protocol_parameters(protocol)
     values = _protocol_options(options.extra, protocol, parameters)
     if "encoding" in parameters:
         values.setdefault("encoding", options.encoding)
     elif options.encoding != "png":
         raise UserError(f"--encoding {options.encoding}: protocol {protocol} sends pixels as they are; leave it out")
-    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in values]
-    if missing:
-        raise UserError(f"protocol {protocol} needs --protocol-option {missing[0]}=VALUE")
-    url = options.endpoint or ENDPOINTS.get(protocol)
-    if url is None:
-        raise UserError(f"--endpoint is missing: expected the URL of the service for --protocol {protocol}")
-    if options.api_key_env is None and (options.auth_header or options.auth_query):
-        raise UserError("--auth-header and --auth-query without --api-key-env: there is no key to send")
     if options.sdk and protocol != "rekognition":
         raise UserError(
             f"--sdk: protocol {protocol} is queried over HTTP alone; leave --sdk out, also to resume an audit "
             "that was begun with it"
         )
-    if protocol == "rekognition" and (options.auth_header or options.auth_query):
-        raise UserError("--auth-header and --auth-query with rekognition: boto3 signs requests itself; leave them out")
     return checked_service(
-        url,
+        options.endpoint,
         protocol,
         values,
         api_key_env=options.api_key_env,

@@ -30,25 +30,6 @@ def _missing(where: str, key: str) -> MissingKey:
     return MissingKey(f"{where} has no {key!r}, which is needed here; expected a file that certify wrote")
 
 
-class Record(dict[str, Any]):
-    """A JSON object from a file; a missing key is an error of one line.
-
-    Args:
-        value: of the object.
-        where: it stands, for the error: ``run.jsonl, line 3``.
-    """
-
-    def __init__(self, value: Mapping[str, Any], where: str) -> None:
-        super().__init__(value)
-        self.where = where
-        for name, inner in value.items():
-            if type(inner) is dict:
-                self[name] = Record(inner, f"{name!r} of {where}")
-
-    def __missing__(self, key: str) -> Any:
-        raise _missing(self.where, key)
-
-
 def parse_object(content: bytes) -> dict[str, Any] | None:
     """Return the JSON object in these bytes; None where there is anything else, NaN and infinities included."""
     try:

@@ -76,17 +76,19 @@ def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> st
         shown = re.split("[?&#]", url.rpartition("@")[2])[0]  # no part of a password
         raise UserError(f"endpoint {shown!r}: expected http://HOST[:PORT]/PATH or https://...")
     if parts.username is not None or parts.password is not None:
-        raise UserError("the endpoint holds a user name or password; expected it without, and the key by --api-key-env")
+        raise UserError(
+            "the endpoint holds a user name or password; expected the URL without them, and the key by api_key_env"
+        )
     named = secret_name(parts.query)
     if named is not None:
         raise UserError(
             f"the endpoint's query holds {named!r}, which looks like a key; expected the URL without it, and "
-            f"--api-key-env NAME --auth-query '{named}={{key}}'"
+            f"the key by api_key_env with auth_query '{named}={{key}}'"
         )
     if key and parts.scheme == "http" and not insecure and not is_loopback(host):
         raise UserError(
             f"the key would go to {host} over plain HTTP, where anybody on the way can read it; write https://, or "
-            "--insecure to send it nevertheless"
+            "allow it with the option insecure"
         )
     return parts._replace(fragment="").geturl()
 

@@ -304,12 +304,10 @@ def _backoff(error: Exception) -> bool | float:
 def _remedy(reply: Reply) -> str:
     """Return the remedy for a status that every query would meet; empty where it may be about one picture."""
     if reply.status in _KEY_REFUSED:
-        return "check the key, the variable that --api-key-env names, and --auth-header"
+        return "check the key, the variable that holds it (api_key_env), and the header that carries it (auth_header)"
     if reply.status in (404, 405, 410):
-        return "check --endpoint and --protocol"
+        return "check the endpoint and the protocol"
     if 300 <= reply.status < 400:
         where = next((v for k, v in reply.headers.items() if k.lower() == "location"), "") or "another address"
-        return (
-            f"it points to {where[:200]!r}, and redirects are not followed: if you trust that, make it the --endpoint"
-        )
+        return f"it points to {where[:200]!r}, and redirects are not followed: if you trust that, make it the endpoint"
     return ""

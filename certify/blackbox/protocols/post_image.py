@@ -45,12 +45,14 @@ def post_image(
     """
     one_of("send", send, _ENCODINGS)
     if not labels and not scores:
-        raise UserError("--protocol json needs --protocol-option labels=<JMESPath>, such as labels=predictions[0].name")
+        raise UserError(
+            "protocol json needs its option labels, a JMESPath expression, such as labels=predictions[0].name"
+        )
     if not re.fullmatch(r"[^\"\\\r\n]+", key):
         raise UserError(f"key {key!r}; expected a name without quotation marks, such as image")
     if (named := secret_name(urlsplit(path).query)) is not None:
         raise UserError(
-            f"the query of path holds {named!r}, which looks like a key; expected it by --api-key-env and --auth-query"
+            f"the query of path holds {named!r}, which looks like a key; expected it by api_key_env and auth_query"
         )
     find_labels, find_scores = _finder("labels", labels), _finder("scores", scores)
     kind = media_type(encoding)

@@ -1,4 +1,4 @@
-"""Number the labels of a service: by first appearance, or through a class map.
+"""The answers of a service by query name, and the classes that they vote for.
 
 The labels that a service knows are not known beforehand. Votes are counted over the labels that it returns: every label
 is a class, and a certificate that holds for any number of classes holds for a number that grows. With a class map
@@ -8,16 +8,57 @@ no class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from certify.blackbox.types import Ranked
+from certify.blackbox.types import Answer, Ranked
 from certify.errors import UserError
 from certify.models import labels
 from certify.types import FAILED
 
+CLEAN, PROBE, RESUMED, DRIFT, SELECTION, ESTIMATION = "clean", "probe", "resumed", "drift", "selection", "estimation"
+"""Stages: the clean image, its repetitions (at the start, on resuming, at the end), and the two of the noisy copies."""
+
 OUTSIDE = -2
 """The outcome of an answer without a label in the class map; negative, so that it is not a class number."""
+
+
+def query_name(image: str, stage: str, number: int | str) -> str:
+    """Return the name of a query, unique within an audit."""
+    return f"{image} | {stage} | {number}"
+
+
+def parts_of(name: str) -> tuple[str, str, str]:
+    """Return image, stage and number of a query's name, each empty if the name has none."""
+    image, stage, number = [*name.rsplit(" | ", 2), "", ""][:3]
+    return image, stage, number
+
+
+def stage_of(name: str) -> str:
+    """Return the stage of a query's name."""
+    return parts_of(name)[1]
+
+
+def numbered(answers: Mapping[str, Answer], image: str, stage: str) -> Iterator[Answer]:
+    """Yield the answers of one image and stage, from number 0 up to the first that is missing."""
+    for number in itertools.count():
+        answer = answers.get(query_name(image, stage, number))
+        if answer is None:
+            return
+        yield answer
+
+
+def clean_answer(answers: Mapping[str, Answer], image: str) -> Answer | None:
+    """Return the service's answer to the clean image: the first with a label, else the last; None without any.
+
+    It is not a vote, so a failed one may be queried again when an audit is resumed.
+    """
+    last = None
+    for last in numbered(answers, image, CLEAN):
+        if last.ranked:
+            break
+    return last
 
 
 def class_of(ranked: Ranked, class_map: Mapping[str, str] | None = None) -> str | None:
@@ -64,5 +105,5 @@ def read_class_map(path: str | Path) -> dict[str, str]:
     """
     class_map = labels.read_class_map(path)
     if not class_map or not all(isinstance(v, str | int) for v in class_map.values()):
-        raise UserError(f'--class-map {path}: expected an object {{"label of the service": "class"}}')
+        raise UserError(f'class map {path}: expected an object {{"label of the service": "class"}}')
     return {label: str(name) for label, name in class_map.items()}

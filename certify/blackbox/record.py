@@ -1,0 +1,287 @@
+"""The records in an audit's folder: ``audit.json``, the run file, and the names of the files.
+
+``audit.json`` holds what the run file does not: the service, the plan, the images and how their clean copies were
+answered, the determinism checks, and what was spent. Each key is spelled here alone; an older file may lack any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from certify.errors import RunFault, UserError
+from certify.runs.files import replacing
+from certify.runs.records import ImageRow, RunHeader
+from certify.runs.run_file import write_run
+from certify.runs.schema import (
+    AMOUNT,
+    COUNT,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    REQUIRED,
+    TEXT,
+    Absent,
+    JsonRecord,
+    Key,
+    Kind,
+    object_of,
+    parse_object,
+)
+
+RUN, ABOUT, LEDGER = "run.jsonl", "audit.json", "ledger.jsonl"
+"""Files in an audit's folder, beside the pictures and the report."""
+
+RUNNING, FINISHED, SPENT, STOPPED = "running", "finished", "budget spent", "stopped"
+"""Status of an audit: running (or killed), or how it ended."""
+
+OWN, GIVEN = "service", "given"
+"""Sources of reference labels: the service's answers to the clean images, or the user."""
+
+SCORED_LABEL = Kind(
+    "a label and a score",
+    lambda v: isinstance(v, list) and len(v) == 2 and TEXT.fits(v[0]) and NUMBER.or_null().fits(v[1]),
+)
+_COUNT_BY_NAME = COUNT.by_name()
+_ANYTHING = Kind("anything", lambda value: True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AuditPlan(JsonRecord):
+    """The largest cost of an audit and the largest radius it can certify.
+
+    Attributes:
+        images: number of images.
+        queries: by stage.
+        most: sum of ``queries``.
+        budget: requests.
+        covers: images that the budget finishes if each takes all its samples and nothing is repeated.
+        least: budget that finishes one image.
+        radius_cap: largest radius, or None if the procedure has none.
+        earliest: smallest number of samples that can settle an image, or None at a fixed n.
+        price_per_1000: of requests, or None.
+        cost: without retries, or None.
+        cost_most: if retries use up the budget, or None.
+        rate: requests per second at most, or None.
+        concurrency: requests in flight at a time.
+        seconds: at that rate, without retries, or None.
+    """
+
+    images: Annotated[int, COUNT]
+    queries: Annotated[Mapping[str, int], _COUNT_BY_NAME]
+    most: Annotated[int, COUNT]
+    budget: Annotated[int, COUNT]
+    covers: Annotated[int, COUNT]
+    least: Annotated[int, COUNT]
+    radius_cap: Annotated[float | None, AMOUNT.or_null(), Absent(None)]
+    earliest: Annotated[int | None, COUNT.or_null(), Absent(None)]
+    price_per_1000: Annotated[float | None, AMOUNT.or_null(), Absent(None)]
+    cost: Annotated[float | None, AMOUNT.or_null(), Absent(None)]
+    cost_most: Annotated[float | None, AMOUNT.or_null(), Absent(None)]
+    rate: Annotated[float | None, AMOUNT.or_null(), Absent(None)]
+    concurrency: Annotated[int, COUNT]
+    seconds: Annotated[float | None, AMOUNT.or_null(), Absent(None)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AuditImage(JsonRecord):
+    """An image of an audit.
+
+    Attributes:
+        id: unique in the audit.
+        pictures: the beginning of the names of its pictures.
+        numel: number of its values, C * H * W; None if it cannot be used.
+        image: hash of its values; None if it cannot be used.
+        size: C, H, W.
+        error: why it cannot be used; empty if it can.
+        given: the label that was given for it, or None.
+        reference: the label for which it is certified: the given one, or the service's own; None without one.
+        answer: labels and scores of the service for the clean image, best first.
+        failure: why there are none.
+    """
+
+    id: Annotated[str, TEXT, REQUIRED]
+    pictures: Annotated[str, TEXT, Absent("")]
+    numel: Annotated[int | None, COUNT.or_null(), Key("values"), Absent(None)]
+    image: Annotated[str | None, TEXT.or_null(), Absent(None)]
+    size: Annotated[Sequence[int], COUNT.list()] = ()
+    error: Annotated[str | None, TEXT.or_null(), Absent("")]
+    given: Annotated[str | None, TEXT.or_null(), Absent(None)]
+    reference: Annotated[str | None, TEXT.or_null(), Absent(None)]
+    answer: Annotated[Sequence[Sequence[Any]], SCORED_LABEL.list(), Absent(())]
+    failure: Annotated[str | None, TEXT.or_null(), Absent("")]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Probed(JsonRecord):
+    """One image of the determinism probe, which was queried repeatedly at the start.
+
+    Attributes:
+        id: of the image.
+        labels: number of answers for each class, the most frequent first; without answers that have no label.
+        failures: repetitions without a label.
+        spread: largest minus smallest score of the class; None unless all answers have the same class and a score.
+        tie: True if the classes of the answers have equal scores, up to rounding, in every answer.
+    """
+
+    id: Annotated[str, TEXT, REQUIRED]
+    labels: Annotated[Mapping[str, int], _COUNT_BY_NAME, REQUIRED]
+    failures: Annotated[int, COUNT, Absent(0)]
+    spread: Annotated[float | None, AMOUNT.or_null(), Absent(None)]
+    tie: Annotated[bool, FLAG, Absent(False)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Drifted(JsonRecord):
+    """One image of the drift check, which was queried at the start and at the end.
+
+    Attributes:
+        id: of the image.
+        before: class of the first answer; None without a label.
+        after: class of the latest answer at the end; None without a label.
+    """
+
+    id: Annotated[str, TEXT, REQUIRED]
+    before: Annotated[str | None, TEXT.or_null(), Absent(None)]
+    after: Annotated[str | None, TEXT.or_null(), Absent(None)]
+
+    @property
+    def compared(self) -> bool:
+        """True if there is a label at both times."""
+        return self.before is not None and self.after is not None
+
+    @property
+    def changed(self) -> bool:
+        """True if the two labels differ."""
+        return self.compared and self.before != self.after
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Spent(JsonRecord):
+    """What an audit has spent.
+
+    Attributes:
+        requests: sent, retries and those without an answer included.
+        queries: answered, by stage.
+        retries: requests that repeated an earlier one.
+        failures: number of failed queries for each reason.
+        cost: of the requests, or None without a price.
+        seconds: quantiles of the response times, by name.
+    """
+
+    requests: Annotated[int, COUNT]
+    queries: Annotated[Mapping[str, int], _COUNT_BY_NAME]
+    retries: Annotated[int, COUNT]
+    failures: Annotated[Mapping[str, int], _COUNT_BY_NAME]
+    cost: Annotated[float | None, AMOUNT.or_null(), Absent(None)]
+    seconds: Annotated[Mapping[str, float], AMOUNT.by_name()]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AuditRecord(JsonRecord, type_name="audit"):
+    """The content of ``audit.json``.
+
+    Attributes:
+        schema: version of the format.
+        created: time of the audit's start.
+        finished: time of its end, or None.
+        status: one of ``RUNNING``, ``FINISHED``, ``SPENT``, ``STOPPED``.
+        reason: why it stopped, if there is more to say.
+        command: that started or resumed it last; without secrets.
+        endpoint: of the service.
+        protocol: of the service.
+        format: options of the protocol.
+        encoding: of the pictures.
+        size: C, H, W of the images if all have the same, or None.
+        denoiser: its name.
+        pipeline: the denoiser and the service, as in the run file's header.
+        labels: source of the reference labels, ``OWN`` or ``GIVEN``.
+        class_map: from the service's labels to classes, or None.
+        vocabulary: names of the classes, by number.
+        plan: of the audit.
+        images: of the audit.
+        fixed_function: True if repeated queries got the same labels, False if not, None if nothing was repeated.
+        determinism: outcome of the determinism probe.
+        drift: outcome of the drift check.
+        versions: of libraries.
+        replay: command that recomputes the certificates.
+        settings: further settings.
+        asked: what was spent, once the audit has ended.
+    """
+
+    schema: Annotated[int, COUNT, Absent(0)]
+    created: Annotated[str | None, TEXT.or_null(), Absent("")]
+    finished: Annotated[str | None, TEXT.or_null(), Absent(None)]
+    status: Annotated[str | None, TEXT.or_null(), Absent("")]
+    reason: Annotated[str | None, TEXT.or_null(), Absent("")]
+    command: Annotated[str | None, TEXT.or_null(), Absent("")]
+    endpoint: Annotated[str | None, TEXT.or_null(), Absent("")]
+    protocol: Annotated[str | None, TEXT.or_null(), Absent("")]
+    format: Annotated[Mapping[str, Any], OBJECT, Absent({})]
+    encoding: Annotated[Any, _ANYTHING, Absent("")]
+    size: Annotated[Sequence[int] | None, COUNT.list().or_null(), Absent(None)]
+    denoiser: Annotated[str | None, TEXT.or_null(), Absent(None)]
+    pipeline: Annotated[Sequence[Mapping[str, Any]], OBJECT.list(), Absent(())]
+    labels: Annotated[str | None, TEXT.or_null(), Absent(OWN)]
+    class_map: Annotated[Mapping[str, str] | None, TEXT.by_name().or_null(), Absent(None)]
+    vocabulary: Annotated[Sequence[str], TEXT.list(), Absent(())]
+    plan: Annotated[AuditPlan, object_of(AuditPlan)]
+    images: Annotated[Sequence[AuditImage], object_of(AuditImage, "an object with an id").list()]
+    fixed_function: Annotated[bool | None, FLAG.or_null(), Absent(None)]
+    determinism: Annotated[Sequence[Probed], object_of(Probed).list(), Absent(())]
+    drift: Annotated[Sequence[Drifted], object_of(Drifted).list(), Absent(())]
+    versions: Annotated[Mapping[str, str], OBJECT, Absent({})]
+    replay: Annotated[str | None, TEXT.or_null(), Absent("")]
+    settings: Annotated[Mapping[str, Any], OBJECT, Absent({})]
+    asked: Annotated[Spent | None, object_of(Spent)] = None
+
+
+def read_about(folder: Path) -> AuditRecord:
+    """Read the ``audit.json`` of an audit's folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = folder / ABOUT
+    try:
+        value = parse_object(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected the folder of `certify audit`") from None
+    wrong = "no JSON object" if value is None else AuditRecord.fault(value)
+    if value is None or wrong:
+        raise UserError(f"{path} is damaged: {wrong}; put back a copy of it, or run the audit's command again")
+    return AuditRecord.from_json(value, str(path))
+
+
+def write_about(folder: Path, record: AuditRecord) -> None:
+    """Write ``audit.json`` atomically, replacing an earlier one.
+
+    Raises:
+        RunFault: it cannot be written.
+    """
+    with writing(folder / ABOUT) as path, replacing(path, sync=True, private=True) as beside:
+        beside.write_text(json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_rows(folder: Path, header: RunHeader, rows: Sequence[ImageRow]) -> None:
+    """Write the run file, replacing an earlier one.
+
+    Raises:
+        RunFault: it cannot be written.
+    """
+    with writing(folder / RUN) as path:
+        write_run(path, header, rows)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Create the folder of a file that the block writes; an error such as a full disk becomes a ``RunFault``."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+    except OSError as error:
+        raise RunFault(f"could not write {path}: {error.strerror}; all answers so far are kept in the ledger") from None
