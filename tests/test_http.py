@@ -213,7 +213,7 @@ def test_known_answers_cost_nothing_and_need_the_same_picture(tmp_path: Path) ->
     ("fault", "remedy"),
     [
         ("status:401", "HTTP 401: something; check the key"),
-        ("status:403", "--api-key-env"),
+        ("status:403", "api_key_env"),
         ("status:404", "check the endpoint and the protocol"),
         ("redirect:https://elsewhere.example/x", "it points to 'https://elsewhere.example/x'"),
     ],
@@ -486,7 +486,7 @@ def test_cookies_are_not_kept_and_redirects_not_followed(key: str) -> None:
         ("http://ho st/", "expected http://HOST"),
         ("http://host:99999/", "expected http://HOST"),
         (f"http://user:{KEY[:6]}@host/", "user name or password"),
-        ("https://host/x?Api_Key=abcdefgh", "--auth-query 'Api_Key={key}'"),
+        ("https://host/x?Api_Key=abcdefgh", "auth_query 'Api_Key={key}'"),
         *((f"https://host/x?size=5&{name}=abcdefgh", f"holds {name!r}") for name in SECRETS),
     ],
 )
