@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import json
+import math
 import re
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import tracemalloc
 import zlib
@@ -302,6 +306,55 @@ def test_an_uploaded_image_is_classified_like_its_tensor(
     assert (said["label"], said["radius"], said["samples"]) == (wanted.prediction, wanted.radius, N0 + 300)
     assert {v["label"]: v["votes"] for v in said["votes"]} == {c: k for c, k in enumerate(wanted.counts) if k}
     assert said["votes_cast"] == 300
+
+
+def test_the_reply_to_the_page_holds_the_image_that_was_certified(
+    client: TestClient, digits: Classifier, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (16, 16), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    certified = load_images(str(tmp_path / "a.png"), digits, labels="none").load(0)
+    reply = client.post("/classify", content=(tmp_path / "a.png").read_bytes(), headers=IMAGE).json()
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["picture"]))))
+    assert np.array_equal(shown, (certified[0].numpy() * 255).round())
+
+
+@pytest.mark.slow
+def test_the_page_offers_an_example(digits: Classifier, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Image.new("L", (8, 8), 51).save(tmp_path / "mine.png")
+    for options, expected in ((), None), (("--example", str(tmp_path / "mine.png")), 51):
+        with process("--n", "100", *options) as (_, address):
+            assert '"example": true' in httpx2.get(address).text
+            content = httpx2.get(f"{address}/example").content
+            reply = httpx2.post(f"{address}/classify", content=content, headers=IMAGE)
+        image = np.asarray(Image.open(io.BytesIO(content)))
+        assert image.shape == (8, 8)
+        if expected is None:
+            assert reply.json()["name"] == "8"  # a digit, which it recognises
+        else:
+            assert np.all(image == expected)
+    run("serve", "--model", "digits", "--sigma", "0.25", "--port", "0", "--example", str(tmp_path / "none.png"), code=2)
+    assert "--example" in capfd.readouterr().err
+
+
+def test_a_server_without_an_example_says_so(client: TestClient) -> None:
+    assert '"example": false' in client.get("/").text
+    assert client.get("/example").status_code == 404
+
+
+def test_the_repository_index_names_the_model(client: TestClient) -> None:
+    assert client.post("/v2/repository/index").json() == [{"name": "digits", "version": "1", "state": "READY"}]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_random_change_of_the_page_has_the_certified_norm(client: TestClient) -> None:
+    (function,) = re.findall(r"^function randomChange\(.*?^}$", client.get("/").text, re.DOTALL | re.MULTILINE)
+    changes = "['l1', 'l2', 'linf'].map((norm) => [...randomChange(3072, norm, 0.37)])"
+    script = f"{function}\nconsole.log(JSON.stringify({changes}))"
+    printed = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout
+    for change, order in zip(json.loads(printed), (1, 2, math.inf), strict=True):
+        assert np.linalg.norm(change, order) == pytest.approx(0.37, rel=1e-9)
+        assert abs(np.mean(np.sign(change))) < 5 / math.sqrt(3072)
 
 
 def test_the_page_displays_a_radius_rounded_down(client: TestClient, images: np.ndarray) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -110,6 +111,10 @@ class ServerOptions(Options, section="Server"):
         metavar="NAME",
         help="Host name by which it is reached, such as a proxy's; repeatable. Addresses, localhost and this machine's "
         "name need none. Pages of other sites may not ask.",
+    )
+    example: str | None = option(
+        metavar="FILE",
+        help="Image that the page at / offers to try (default: a handwritten digit, or a drawn landscape).",
     )
     name: str | None = option(help="Model name in URLs (default: from --model).")
     max_bytes: int = option(
@@ -280,9 +285,12 @@ def _serve(
         "denoiser": smoothed.base.denoiser_name,
         "input": "x".join(map(str, spec.size)),
     }
-    handler = RequestHandler(
-        service, name, lambda content: _picture(content, spec, limits.max_pixels), metrics, admission, about
-    )
+
+    def decode(content: bytes) -> np.ndarray:
+        return _picture(content, spec, limits.max_pixels)
+
+    example = _example(server.example, spec.size, decode, digits=smoothed.classifier.describe().get("name") == "digits")
+    handler = RequestHandler(service, name, decode, metrics, admission, about, example)
     _show(name, service, noise, remote=isinstance(smoothed.classifier, Endpoint), budget=budget)
     with service:
         if smoothed.execution is not None:
@@ -332,6 +340,32 @@ def _show(name: str, service: Service, noise: NoiseOptions, *, remote: bool, bud
     say(f"radius     at most {ceil_to(cap, DECIMALS[service.stated.norm])} ({service.stated.norm}) at this n and alpha")
     if cap == 0.0:
         warn(f"n = {procedure.n} can certify nothing at alpha = {alpha}: every image will abstain")
+
+
+def _example(
+    path: str | None, size: tuple[int, int, int], decode: Callable[[bytes], np.ndarray], *, digits: bool
+) -> bytes | None:
+    """Return the PNG file of the page's example: the user's file, or a digit or landscape at the classifier's size.
+
+    None if the classifier takes neither grey nor colour images.
+    """
+    import torch
+
+    from certify.blackbox.encoding import encode, to_pictures
+    from certify.serve.example import digit, landscape
+
+    if size[0] not in (1, 3):
+        return None
+    if path is None:
+        image = digit() if digits and size == (1, 8, 8) else landscape(size)
+    else:
+        try:
+            image = torch.from_numpy(decode(Path(path).read_bytes()))
+        except OSError as error:
+            raise UserError(f"--example {path}: cannot be read: {error.strerror}") from None
+        except UserError as error:
+            raise UserError(f"--example {path}: the image {error}") from None
+    return encode(to_pictures(image[None])[0])
 
 
 def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:

@@ -15,10 +15,13 @@ from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+import torch
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from certify.blackbox.encoding import encode_base64, to_pictures
 from certify.errors import UserError
 from certify.serve.admission import Refused
 from certify.serve.protocol import (
@@ -32,10 +35,11 @@ from certify.serve.protocol import (
 )
 from certify.serve.request_handler import MetricsMiddleware, RequestHandler
 from certify.smoothing.norms import DECIMALS
-from certify.smoothing.rounding import floor_to
+from certify.smoothing.rounding import exact, floor_to
 from certify.text import printable
 
 _SHOWN = 10  # classes on the page
+_MAX_PICTURE = 2**20  # pixels of an image that is sent back
 _MESSAGE_TYPES = ("application/json", "application/octet-stream")
 _PAGE = (resources.files("certify.serve") / "page.html").read_text(encoding="utf-8")
 
@@ -106,6 +110,12 @@ def _add_protocol(app: FastAPI, handler: RequestHandler) -> None:
     async def ready() -> Response:
         return readiness()
 
+    @app.post("/v2/repository/index")
+    async def index() -> Response:
+        """List the models, here one: Triton's extension, by which clients find the name."""
+        state = "READY" if handler.ready else "UNAVAILABLE"
+        return JSONResponse([{"name": model, "version": VERSION, "state": state}])
+
     @app.get("/v2/models/{name}/ready")
     @app.get("/v2/models/{name}/versions/{version}/ready")
     async def model_ready(name: str, version: str = VERSION) -> Response:
@@ -136,12 +146,21 @@ def _add_protocol(app: FastAPI, handler: RequestHandler) -> None:
 
 
 def _add_page(app: FastAPI, handler: RequestHandler) -> None:
-    """Add the page, and the route that it uses."""
-    html, page_headers = page(handler.model, handler.about), _page_headers()
+    """Add the page, and the routes that it uses."""
+    decided = handler.service.procedure.radii
+    shown_first = {"example": handler.example is not None, "decides": exact(decided[0]) if decided else None}
+    html, page_headers = page(handler.model, {**handler.about, **shown_first}), _page_headers()
 
     @app.get("/")
     async def home() -> Response:
         return HTMLResponse(html, headers=page_headers)
+
+    @app.get("/example")
+    async def example() -> Response:
+        """Return the image that the page offers."""
+        if handler.example is None:
+            raise Refused(404, "this server has no example image")
+        return Response(handler.example, media_type="image/png")
 
     @app.post("/classify")
     async def classify(request: Request) -> Response:
@@ -153,14 +172,20 @@ def _add_page(app: FastAPI, handler: RequestHandler) -> None:
         )
         options = parse_options(request.query_params)
 
+        picture = None
+
         def parse(body: bytes) -> InferenceRequest:
+            nonlocal picture
             try:
-                return InferenceRequest(handler.decode_picture(body)[None], options)
+                image = handler.decode_picture(body)
             except UserError as error:
                 raise Refused(400, f"the image {error}") from None
+            picture = _as_png(image)
+            return InferenceRequest(image[None], options)
 
         _, (answer,) = await handler.answer(request, parse)
         shown = {
+            "picture": picture,  # at the classifier's input size
             "name": printable(answer.name),
             "radius_text": floor_to(answer.radius, DECIMALS[handler.service.stated.norm]),  # as the page displays it
             "votes": _top_classes(answer.votes, handler.service.class_name),
@@ -175,6 +200,14 @@ def _check_content(request: Request, fits: Callable[[str], bool], expected: str)
         raise Refused(415, f"content type {kind[:40]!r}: expected {expected}")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(415, "compressed bodies are not accepted: send it without Content-Encoding")
+
+
+def _as_png(image: np.ndarray) -> str | None:
+    """Return an image ``(C, H, W)`` in [0, 1] as PNG in base64; None if it is large, or neither grey nor colour."""
+    channels, height, width = image.shape
+    if channels not in (1, 3) or height * width > _MAX_PICTURE:
+        return None
+    return encode_base64(to_pictures(torch.from_numpy(image)[None])[0])
 
 
 def _top_classes(votes: Sequence[int], class_name: Callable[[int], str]) -> list[dict[str, Any]]:

@@ -61,6 +61,7 @@ class RequestHandler:
         metrics: to be updated.
         admission: of the requests that cost something.
         about: settings that every response states: numbers and strings.
+        example: PNG file of an image that the page offers; None for no offer.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class RequestHandler:
         metrics: Metrics,
         admission: Admission,
         about: Mapping[str, Any],
+        example: bytes | None = None,
     ) -> None:
-        self.service, self.model, self.decode_picture = service, model, decode_picture
+        self.service, self.model, self.decode_picture, self.example = service, model, decode_picture, example
         self.metrics, self.admission, self.about = metrics, admission, dict(about)
         metrics.queue.set_function(lambda: admission.inside)
         self._pool, self._readers = ThreadPoolExecutor(_READERS, "certify-read"), asyncio.Semaphore(_READERS)
