@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from certify.errors import UserError
-from certify.registry import unknown_name
-from certify.smoothed_classifier import ModelOptions, SmoothingOptions
-from certify.smoothing.procedures import Certify, Decide, Measure, Predict, Procedure, expected_samples, samples
-from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE
+from certify.errors import UserError, warn
+from certify.registry import check_options, chosen_options
+from certify.smoothed_classifier import ModelOptions, SmoothedClassifier, SmoothingOptions
+from certify.smoothing.bounds import BOUNDS
+from certify.smoothing.procedures import Certify, Decide, Measure, Predict
+from certify.smoothing.rounding import exact
+from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE, MEASURING_BOUND, RULES
+from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from certify.images.dataset import ImageSet
     from certify.images.in_memory import Collection
     from certify.results import Run
-    from certify.smoothed_classifier import SmoothedClassifier
+    from certify.runs.transaction import Job, Observer
+
+    AnyProcedure = Certify | Decide | Measure | Predict
 
 
 class DataOptions(TypedDict, total=False):
@@ -39,12 +44,15 @@ class Options(ModelOptions, SmoothingOptions, DataOptions, total=False):
 
     Attributes:
         strict: stop at the first image that cannot be used, instead of recording it as an abstention.
+        cluster: do the work on a Ray cluster: ``"local:K"`` (K workers on this machine), ``"local"``, ``"auto"`` (the
+            cluster this machine belongs to) or ``"ray://HOST:PORT"``; the model is loaded there by name or sent there.
         shard: ``"i/n"``: certify part i of n of the images; :meth:`certify.Run.merge` joins the parts.
         trust_identity: resume a run file that cannot prove that its model is still the same.
         progress: show a progress bar, in a terminal or notebook.
     """
 
     strict: bool
+    cluster: str | None
     shard: str | None
     trust_identity: bool
     progress: bool
@@ -56,13 +64,13 @@ def certify(
     labels: Any = None,
     *,
     sigma: float | None = None,
-    n0: int = 100,
+    n0: int | None = None,
     n: int | None = None,
     alpha: float = 0.001,
     bound: str | None = None,
     radius: float | Iterable[float] | None = None,
     tolerance: float | None = None,
-    rule: str = DEFAULT_RULE,
+    rule: str | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     **options: Unpack[Options],
@@ -80,25 +88,30 @@ def certify(
             folder or file as of ``--data``.
         labels: N class indices (with a path: as of ``--labels``); None takes the data's own, if it has any.
         sigma: standard deviation of the noise, in [0, 1] pixels.
-        n0: samples that select the class.
+        n0: samples that select the class, 100 unless given; none are drawn with ``radius`` or ``tolerance``.
         n: samples that bound its probability, 100,000 unless given; at most so many with ``radius`` (20,000 unless
             given) or ``tolerance``.
         alpha: failure probability per image.
         bound: name of a bound (``certify list bounds``), Clopper-Pearson unless given.
         radius: decide only whether images are robust at these radii, with as few samples as possible.
         tolerance: stop each image once its radius is known to this relative tolerance.
-        rule: name of the stopping rule with ``radius``.
+        rule: name of the stopping rule with ``radius`` (``certify list rules``).
         seed: of all noise; secret if an adversary may choose images.
-        out: run file to write or resume (``.jsonl``); None keeps the run in memory.
+        out: run file to write or resume (``.jsonl``), or a folder for it; None keeps the run in memory.
         **options: keyword arguments of :func:`load_classifier`, :class:`SmoothedClassifier` (whose ``device`` is here
-            ``"auto"`` by default) and :func:`load_images`, and ``shard``, ``strict``, ``trust_identity``, ``progress``
-            (:class:`certify.api.Options`).
+            ``"auto"`` by default) and :func:`load_images`, and ``cluster``, ``shard``, ``strict``, ``trust_identity``,
+            ``progress`` (:class:`certify.api.Options`).
 
     Returns:
         The run: a row per image, ``run.table()``, ``run.plot()``.
 
     Raises:
         UserError: arguments out of range or that contradict each other; a model or images that cannot be used.
+        RunFault: the classifier, a worker or the disk failed; a run file keeps what was finished.
+
+    Warns:
+        CertifyWarning: what is probably a mistake (units, radii out of reach, accuracy near chance, failed samples) and
+            images that are left out.
     """
     procedure = procedure_for(n0=n0, n=n, alpha=alpha, bound=bound, radius=radius, tolerance=tolerance, rule=rule)
     return _run(procedure, model, images, labels, sigma, seed, out, options)
@@ -126,36 +139,68 @@ def predict(
 
 def procedure_for(
     *,
-    n0: int,
+    n0: int | None,
     n: int | None,
     alpha: float,
     bound: str | None,
     radius: float | Iterable[float] | None,
     tolerance: float | None,
-    rule: str,
-) -> Procedure:
-    """Return the procedure that these parameters ask for.
+    rule: str | None,
+    default_n0: int = 100,
+    default_n: int = 100_000,
+    sequential_n: int | None = None,
+) -> AnyProcedure:
+    """Return the procedure that these parameters ask for; None stands for a parameter that is not given.
+
+    Args:
+        n0: as for :func:`certify`, and so are those up to ``rule``.
+        n: samples, at most so many with a radius or tolerance.
+        alpha: failure probability per image.
+        bound: confidence bound.
+        radius: one or several to decide at.
+        tolerance: of a measured radius.
+        rule: stopping rule.
+        default_n0: n0 unless given.
+        default_n: n unless given.
+        sequential_n: n unless given with a radius or tolerance; None: :data:`DEFAULT_CAP` with a radius, else
+            ``default_n``.
 
     Raises:
         UserError: parameters out of range or that contradict each other.
     """
+    BOUNDS.get(bound or "clopper-pearson")
+    RULES.get(rule or DEFAULT_RULE)
+    if radius is None and tolerance is None:
+        if rule is not None:
+            raise UserError(f"--rule {rule} without --radius: there is nothing to stop early; add --radius R")
+        return Certify(
+            default_n0 if n0 is None else n0, default_n if n is None else n, alpha, bound or "clopper-pearson"
+        )
     if radius is not None and tolerance is not None:
-        raise UserError("radius and tolerance: expected one of them; decide at a radius, or estimate it")
-    if radius is not None or tolerance is not None:
-        name = "radius" if radius is not None else "tolerance"
-        if bound is not None and (radius is not None or bound != Measure.bound):
-            raise UserError(
-                f"bound {bound!r} with {name}: a bound for a fixed n is invalid when images stop early; leave it out"
-            )
+        raise UserError("--radius and --tolerance: decide at a radius, or measure it to a tolerance; expected one")
+    option = "--radius" if radius is not None else "--tolerance"
+    if n0 is not None:
+        raise UserError(f"--n0 with {option}: no selection samples are drawn there; leave it out")
+    if bound is not None and (radius is not None or bound != MEASURING_BOUND):
+        raise UserError(
+            f"--bound {bound} with {option}: a bound for a fixed n is invalid under sequential stopping; "
+            "leave --bound out" + (" (--rule names the stopping rule)" if radius is not None else "")
+        )
     if radius is not None:
-        return Decide(radius, DEFAULT_CAP if n is None else n, alpha, rule)  # type: ignore[arg-type]
-    if tolerance is not None:
-        return Measure(tolerance, 100_000 if n is None else n, alpha)
-    return Certify(n0, 100_000 if n is None else n, alpha, bound or "clopper-pearson")
+        decide = Decide(radius, n or sequential_n or DEFAULT_CAP, alpha, rule or DEFAULT_RULE)  # type: ignore[arg-type]
+        if wrong := [exact(r) for r in decide.radii if not 0 <= r < float("inf")]:
+            raise UserError(f"--radius {','.join(wrong)}: expected numbers from 0")
+        return decide
+    if rule not in (None, MEASURING_BOUND):
+        raise UserError(
+            f"--rule {rule} with --tolerance: expected {MEASURING_BOUND}, the rule that is valid at any time"
+        )
+    assert tolerance is not None
+    return Measure(tolerance, n or sequential_n or default_n, alpha)
 
 
 def _run(
-    procedure: Procedure,
+    procedure: AnyProcedure,
     model: Any,
     images: Any,
     labels: Any,
@@ -164,119 +209,151 @@ def _run(
     out: str | Path | None,
     options: Mapping[str, Any],
 ) -> Run:
-    """Load, sample and collect; a run that was begun in ``out`` is resumed."""
-    from certify.results import Run, RunInMemory, read_run
-    from certify.runs.config import Settings, execution_of, run_header, with_execution
-    from certify.runs.records import RunHeader
-    from certify.runs.run_file import RunFile, peek_header
-    from certify.runs.runner import process
-    from certify.runs.shards import Shard
+    """Do a run, or resume the one in ``out``; warn of what the summary of the command shows."""
+    from certify.results import Run, RunInMemory
+    from certify.runs.files import output_path
+    from certify.runs.transaction import execute, run_words, warn_of_results
 
-    check_options(Options, options)
-    settings = Settings(procedure, seed)
-    shard = Shard.parse(options["shard"]) if options.get("shard") else None
-    smoothed, chosen, name = _load(model, images, labels, sigma, options)
-    places = range(len(chosen)) if shard is None else shard.places(len(chosen))
-    work = len(chosen) if shard is None else shard.largest(len(chosen))  # alike in all shards, and so the execution
-    denoiser = options.get("denoiser")
-    header = run_header(
-        smoothed,
-        chosen,
-        settings,
-        model=name,
-        data=str(images) if isinstance(images, str | Path) else chosen.name,
-        denoiser=denoiser if isinstance(denoiser, str) else smoothed.base.denoiser_name,
-        command=f"certify.{procedure.kind}",
-    )
-    header = header if shard is None else shard.header(header)
-    with contextlib.ExitStack() as stack:
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "run.jsonl") if out is None else Path(out)
-        begun = peek_header(path)
-        first = chosen.first_usable()
-        if first is not None and smoothed.execution is None:
-            execution = execution_of(begun, smoothed.options) if isinstance(begun, RunHeader) else None
-            smoothed.prepare(first, work * expected_samples(procedure), execution)
-        if smoothed.execution is not None:
-            header = with_execution(header, smoothed.execution)
-        file = stack.enter_context(RunFile(path, header, trust_identity=options.get("trust_identity", False)))
-        each, unit = (1, " images") if procedure.sequential else (samples(procedure), " samples")
-        bar = progress_bar(len(places) * each, len(file.done) * each, unit, shown=options.get("progress", True))
-        advance = stack.enter_context(bar)
-        process(smoothed, chosen, settings, file, places=places, strict=options.get("strict", False), progress=advance)
-        run = read_run(path)
-    order = {item.id: place for place, item in enumerate(chosen.items)}  # images that stop early are written first
+    job = load_job(procedure, model, images, labels, sigma=sigma, seed=seed, options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        run = execute(
+            job,
+            lambda header: output_path(out or Path(folder, "run.jsonl"), run_words(header), header),
+            command=f"certify.{procedure.kind}",
+            observer=_bar(shown=options.get("progress", True)),
+        )
+    warn_of_results(run)
+    if run.omissions:
+        first = next(row for row in run.images if row.error is not None)
+        warn(f"{run.omissions}; the first, {first.id}: {first.error}")
+    order = {item.id: place for place, item in enumerate(job.images.items)}  # images that stop early are written first
     rows = sorted(run.images, key=lambda row: order[row.id])
-    return Run(path, run.header, rows) if out is not None else RunInMemory(Path(path.name), run.header, rows)
+    return Run(run.path, run.header, rows) if out is not None else RunInMemory(Path(run.path.name), run.header, rows)
 
 
-def _load(
-    model: Any, images: Any, labels: Any, sigma: float | None, options: Mapping[str, Any]
-) -> tuple[SmoothedClassifier, ImageSet, str]:
-    """Return the smoothed classifier, the images as it takes them, and the classifier's name."""
-    from certify.images.dataset import load_images
-    from certify.models.classifier import InputSpec
-    from certify.smoothed_classifier import SmoothedClassifier
+def _bar(*, shown: bool) -> Observer:
+    """Return the observer of a run in Python: a progress bar."""
+    from certify.runs.transaction import Observer
 
-    of_data = chosen_options(DataOptions, options)
-    collection = collect_images(images, labels, of_data)
+    class Bar(Observer):
+        @contextlib.contextmanager
+        def progress(self, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+            with progress_bar(total, unit, hidden=not shown, scaled=unit == "samples") as bar:
+                yield bar.update
+
+    return Bar()
+
+
+def load_job(
+    procedure: AnyProcedure,
+    model: Any,
+    images: Any,
+    labels: Any = None,
+    *,
+    sigma: float | None,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Job:
+    """Load everything that a run needs: Python objects, or what names and paths stand for.
+
+    Args:
+        procedure: the question about each image.
+        model: as for :func:`certify`, and so are the others.
+        images: to certify.
+        labels: their classes.
+        sigma: of the noise.
+        seed: of the noise.
+        options: of :class:`Options`.
+
+    Raises:
+        UserError: an unknown option, options that contradict each other, or what cannot be loaded.
+    """
+    check_options(Options, options)
+    from certify.cluster.connect import Address
+    from certify.runs.config import Settings
+    from certify.runs.shards import Shard
+    from certify.runs.transaction import Job
+
+    settings = Settings(procedure, seed)
+    shard = None if options.get("shard") is None else Shard.parse(options["shard"])
+    device = options.get("device", "auto")
+    address = None if options.get("cluster") is None else Address.usable(options["cluster"], device)
     of_model = chosen_options(ModelOptions, options) | chosen_options(SmoothingOptions, options)
-    if not isinstance(model, SmoothedClassifier):
-        smoothed = SmoothedClassifier(model, sigma, **{"device": "auto", **of_model})
-    elif sigma is not None or of_model:
-        given = min(of_model) if of_model else "sigma"
+    if isinstance(model, SmoothedClassifier) and (sigma is not None or of_model or address is not None):
+        given = "cluster" if address is not None else min(of_model, default="sigma")
         raise UserError(
             f"{given} with a SmoothedClassifier: it has its own; pass it there, or pass the base classifier"
         )
-    else:
-        smoothed = model
+    load = functools.partial(load_smoothed, model, sigma, of_model)
+    smoothed, chosen = _load_images(load(device if address is None else "cpu"), images, labels, options)
+    denoiser = options.get("denoiser")
+    workers = None
+    if address is not None:
+        from certify.cluster.driver import started
+
+        size = smoothed.classifier.probe_size  # type: ignore[attr-defined]
+        workers = functools.partial(started, address, functools.partial(load, size=size), smoothed, device)
+    return Job(
+        smoothed,
+        chosen,
+        settings,
+        model=model if isinstance(model, str) else getattr(smoothed.classifier, "name", type(model).__name__),
+        data=str(images) if isinstance(images, str | Path) else chosen.name,
+        denoiser=denoiser if isinstance(denoiser, str) else smoothed.base.denoiser_name,
+        shard=shard,
+        workers=workers,
+        strict=options.get("strict", False),
+        trust_identity=options.get("trust_identity", False),
+    )
+
+
+def load_smoothed(
+    model: Any, sigma: float | None, options: Mapping[str, Any], device: str, size: tuple[int, int, int] | None = None
+) -> SmoothedClassifier:
+    """Return the smoothed classifier on a device; ``size`` (C, H, W) for one that does not state its input size."""
+    if isinstance(model, SmoothedClassifier):
+        return model
+    smoothed = SmoothedClassifier(model, sigma, **{**options, "device": device})
+    if size is not None:
+        smoothed.adapt_to(size)
+    return smoothed
+
+
+def _load_images(
+    smoothed: SmoothedClassifier, images: Any, labels: Any, options: Mapping[str, Any]
+) -> tuple[SmoothedClassifier, ImageSet]:
+    """Return the images as the smoothed classifier takes them, and the classifier at their size."""
+    from certify.images.dataset import load_images
+    from certify.models.classifier import InputSpec
+
+    of_data = chosen_options(DataOptions, options)
+    collection = collect_images(images, labels, of_data)
     if collection is not None:
         smoothed.adapt_to(collection.first_shape())
-    classifier: Any = smoothed.classifier
-    name = getattr(classifier, "name", type(classifier).__name__)
-    if collection is None:
-        return smoothed, load_images(str(images), classifier, labels=labels, **of_data), name
-    spec = getattr(classifier, "input", InputSpec(None))
-    return smoothed, collection.image_set(spec, smoothed.num_classes, **of_data), name
+        spec = getattr(smoothed.classifier, "input", InputSpec(None))
+        return smoothed, collection.image_set(spec, smoothed.num_classes, **of_data)
+    chosen = load_images(str(images), smoothed.classifier, labels=labels, **of_data)  # type: ignore[arg-type]
+    if getattr(smoothed.classifier, "probe_size", chosen) is None and (shape := chosen.first_shape()) is not None:
+        smoothed.adapt_to(shape)  # a classifier that takes any size
+    return smoothed, chosen
 
 
 def collect_images(images: Any, labels: Any, options: dict[str, Any]) -> Collection | None:
     """Return images that are Python objects; None for a name or path. Takes ``ids`` out of the options.
 
     Raises:
-        UserError: options that only names and paths have.
+        UserError: options that only names and paths have, or labels that only objects have.
     """
     from certify.images.in_memory import collect
 
     if isinstance(images, str | Path):
+        if not isinstance(labels, str | Path | None):
+            raise UserError(
+                f"labels of type {type(labels).__name__} with images {str(images)!r}: expected a CSV file of "
+                "file,label, or None for the data's own; class indices go with images as Python objects"
+            )
         return None
     collection = collect(images, labels, options.pop("ids", None))
     if extra := sorted(options.keys() & {"class_map", "root", "download"}):
         raise UserError(f"{extra[0]} with images of type {collection.name}: expected a name or path of data with it")
     return collection
-
-
-def check_options(group: type, options: Mapping[str, Any]) -> None:
-    """Refuse options that a group does not have.
-
-    Raises:
-        UserError: an unknown option, with the nearest names.
-    """
-    if unknown := options.keys() - group.__annotations__.keys():
-        raise unknown_name("option", min(unknown), group.__annotations__)
-
-
-def chosen_options(group: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a group that are given."""
-    return {name: options[name] for name in group.__annotations__ if name in options}
-
-
-@contextlib.contextmanager
-def progress_bar(total: int, done: int, unit: str, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar in a terminal or notebook; yield its update function."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # in a notebook without ipywidgets the bar is text
-        from tqdm.auto import tqdm
-    with tqdm(
-        total=total, initial=done, unit=unit, unit_scale=True, disable=None if shown else True, leave=False
-    ) as bar:
-        yield lambda count: bar.update(count) and None

@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from certify.api import collect_images, procedure_for, progress_bar
+from certify.api import collect_images, procedure_for
 from certify.blackbox.answers import read_class_map
 from certify.blackbox.audit import Observer, run_audit
 from certify.blackbox.client.rate_limit import QueryLimits
@@ -24,7 +24,7 @@ from certify.results import Run
 from certify.runs.config import Settings
 from certify.smoothed_classifier import find_denoiser
 from certify.smoothing.noise import make_noise
-from certify.smoothing.stopping_rules import DEFAULT_RULE
+from certify.text import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -98,13 +98,13 @@ def audit(
     sigma: float,
     budget: int,
     out: str | Path,
-    n0: int = 20,
+    n0: int | None = None,
     n: int | None = None,
     alpha: float = 0.001,
     bound: str | None = None,
     radius: float | Iterable[float] | None = None,
     tolerance: float | None = None,
-    rule: str = DEFAULT_RULE,
+    rule: str | None = None,
     noise: str = "gaussian",
     denoiser: nn.Module | Callable[..., Any] | str | None = None,
     seed: int = 0,
@@ -132,7 +132,7 @@ def audit(
         sigma: standard deviation of the noise, in [0, 1] pixels.
         budget: queries in total, retries included; never exceeded.
         out: folder of the audit.
-        n0: as for :func:`certify`.
+        n0: as for :func:`certify`; 20 unless given.
         n: as for :func:`certify`; 100 unless given, 1,000 at most with ``radius`` or ``tolerance``.
         alpha: failure probability per image.
         bound: as for :func:`certify`.
@@ -156,10 +156,17 @@ def audit(
         RunFault: the classifier does not answer.
     """
     _refuse_unknown(options)
-    sequential = radius is not None or tolerance is not None
-    samples_each = (1000 if sequential else 100) if n is None else n
     procedure = procedure_for(
-        n0=n0, n=samples_each, alpha=alpha, bound=bound, radius=radius, tolerance=tolerance, rule=rule
+        n0=n0,
+        n=n,
+        alpha=alpha,
+        bound=bound,
+        radius=radius,
+        tolerance=tolerance,
+        rule=rule,
+        default_n0=20,
+        default_n=100,
+        sequential_n=1000,
     )
     spec = _service(ask, options)
     class_map = options.get("class_map")
@@ -190,8 +197,8 @@ def audit(
     )
     from analysis.report.page import try_report
 
-    with progress_bar(len(chosen), 0, " images", shown=progress and "observer" not in options) as advance:
-        run_audit(request, options.get("observer") or Observer(advanced=advance, warn=_warn), try_report)
+    with progress_bar(len(chosen), "images", hidden=not progress or "observer" in options) as bar:
+        run_audit(request, options.get("observer") or Observer(advanced=bar.update, warn=_warn), try_report)
     return Run.read(request.folder / RUN, allow_partial=True)
 
 

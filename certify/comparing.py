@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from certify.api import DataOptions, check_options, chosen_options, collect_images, progress_bar
-from certify.errors import CertifyWarning, ImageError, UserError
+from certify.api import DataOptions, collect_images
+from certify.errors import ImageError, UserError
+from certify.errors import warn as _warn
+from certify.registry import check_options, chosen_options
 from certify.smoothed_classifier import ModelOptions
+from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from analysis.comparison.results import Comparison
@@ -125,8 +127,8 @@ def compare(
         path = folder / "comparison.jsonl" if folder else Path(str(out))
         trusted = options.get("trust_identity", False)
         file = stack.enter_context(ComparisonFile(path, header, trust_identity=trusted))
-        bar = progress_bar(header.expected, 0, " outcomes", shown=options.get("progress", True))
-        run(context, plan, file, stack.enter_context(bar))
+        bar = progress_bar(header.expected, "outcomes", hidden=not options.get("progress", True))
+        run(context, plan, file, stack.enter_context(bar).update)
         comparison = read_comparison(path)
     comparison.require_sound()
     return comparison
@@ -218,7 +220,3 @@ def readable_images(images: ImageSet, *, strict: bool, warn: Warn) -> ImageSet:
         raise UserError(f"none of the {len(images)} images of {images.name} can be read; expected one or more")
     items, labels = [images.items[i] for i in kept], [images.labels[i] for i in kept]
     return dataclasses.replace(images, items=items, labels=labels)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, CertifyWarning, stacklevel=4)

@@ -2,6 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+
+_SAME = (
+    "alpha batch-size bound budget class-map cluster compile concurrency denoiser device download ids input-size "
+    "labels mean model n n0 noise norm num-classes out precision protocol radius rate root rule seed shard sigma "
+    "skip start std strict tolerance trust-code trust-identity weights"
+)
+_PARAMETERS = {option: option.replace("-", "_") for option in _SAME.split()}  # of the public functions
+_PARAMETERS |= {"data": "images", "max": "max_images", "round": "rounded"}
+_FLAGS = {"download", "round", "strict", "trust-code", "trust-identity"}
+_OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)(?:[ =](?=[A-Z\d'\[(]|-\d)('[^']*'|[^\s,;:]+))?")
+_in_command = False
+
+
+@contextlib.contextmanager
+def options_in_messages() -> Iterator[None]:
+    """Let messages name options as the command spells them (``--max 3``), not as Python does (``max_images=3``)."""
+    global _in_command  # noqa: PLW0603  # threads of the command write messages too
+    before, _in_command = _in_command, True
+    try:
+        yield
+    finally:
+        _in_command = before
+
+
+def python_spelling(text: str) -> str:
+    """Return a message with options spelled as parameters; commands in backticks and other options stay."""
+
+    def parameter(found: re.Match[str]) -> str:
+        option, value = found.groups()
+        if option not in _PARAMETERS:
+            return found[0]
+        name = _PARAMETERS[option]
+        value = "True" if option in _FLAGS else value
+        return name if value is None else f"{name}={value}"
+
+    return _OPTION.sub(parameter, text)
+
+
+class _Message(Exception):
+    """An error or warning whose text is written with the command's options."""
+
+    def __str__(self) -> str:
+        text = Exception.__str__(self)  # not that of KeyError, which some errors are too
+        return text if _in_command else python_spelling(text)
+
 
 def first_line(error: BaseException, longest: int = 200) -> str:
     """Return the first line of an error's text (the last one of a TorchScript traceback), or the name of its type."""
@@ -28,11 +77,16 @@ def in_words(error: BaseException) -> str:
     return str(error) if isinstance(error, CertifyError) else f"{type(error).__name__}: {first_line(error)}"
 
 
-class CertifyWarning(UserWarning):
+class CertifyWarning(_Message, UserWarning):
     """Warning about something that works: a choice among several, or a value that was hardly meant."""
 
 
-class CertifyError(Exception):
+def warn(text: str) -> None:
+    """Issue a :class:`CertifyWarning`, which the command shows as one line."""
+    warnings.warn(text, CertifyWarning, stacklevel=3)
+
+
+class CertifyError(_Message):
     """Base of every error this package raises on purpose; its text is one line for a person to read."""
 
     exit_code = 1

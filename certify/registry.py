@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from certify.errors import UserError, first_line
@@ -30,6 +30,21 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
     else:  # what has many names has a list
         advice = f"expected one of {', '.join(names)}" if len(names) <= _FEW else f"see `certify list {kind}s`"
     return UserError(f"unknown {kind} {name!r}; {advice}{'; ' + hint if hint else ''}")
+
+
+def check_options(group: type, options: Iterable[str]) -> None:
+    """Refuse options that a ``TypedDict`` does not have.
+
+    Raises:
+        UserError: an unknown option, with the nearest names.
+    """
+    if unknown := set(options) - group.__annotations__.keys():
+        raise unknown_name("option", min(unknown), group.__annotations__)
+
+
+def chosen_options(group: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a ``TypedDict`` that are given."""
+    return {name: options[name] for name in group.__annotations__ if name in options}
 
 
 class Registry:

@@ -6,14 +6,16 @@ import hashlib
 import html
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from certify.errors import UserError
 from certify.runs import run_file
+from certify.runs.files import new_run_file
 from certify.smoothing.norms import IN_WORDS
+from certify.smoothing.numeric import as_float
 from certify.smoothing.procedures import Predict
 from certify.smoothing.rounding import exact, floor_to
 from certify.text import printable
@@ -91,30 +93,42 @@ class Run(run_file.Run):
                 return row
         raise KeyError(key)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.images or any(row.id == key for row in self.images)
+
     def certified_accuracy(self, radius: float = 0.0) -> float:
-        """Return the share of images that are certified, with the right class if they have labels, at this radius."""
+        """Return the share of images that are certified, with the right class if they have labels, at this radius.
+
+        Raises:
+            UserError: a run of predictions, which have no radius; a radius below 0.
+        """
         from analysis.curves import curve
 
-        return float(curve(self).accuracy([radius])[0])
+        refuse_predictions(self)
+        return float(curve(self).accuracy(check_radii([radius]))[0])
 
     def table(self, radii: Sequence[float] | None = None, *, style: str = "text") -> Table:
         """Return the table of certified accuracy with its 95 % interval over images.
 
-        As text it is the table at the end of ``certify run``; in the other styles that of ``certify table``.
+        As text it is the table at the end of ``certify run``, with the number of images that are left out; in the other
+        styles that of ``certify table``.
 
         Args:
             radii: in [0, 1] pixels; round numbers up to the largest possible radius unless given.
             style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"``.
 
         Raises:
-            UserError: a run of predictions, which have no radius; an unknown style.
+            UserError: a run of predictions, which have no radius; radii below 0; an unknown style.
         """
         from analysis.curves import curves, table_radii
         from analysis.tables import compare, one_run
 
+        refuse_predictions(self)
         (own,) = curves([self])
-        radii = table_radii(self) if radii is None else radii
-        return Table(one_run(own, radii) if style == "text" else compare([own], radii, style, intervals=True))
+        radii = table_radii(self) if radii is None else check_radii(radii)
+        if style != "text":
+            return Table(compare([own], radii, style, intervals=True))
+        return Table("\n\n".join(part for part in (one_run(own, radii), self.omissions) if part))
 
     def plot(self, path: str | Path | None = None, *others: Run, title: str | None = None, band: bool = True) -> Plot:
         """Draw certified accuracy against the radius, with those of other runs, and return the plot.
@@ -126,12 +140,13 @@ class Run(run_file.Run):
             band: shade the 95 % interval over images.
 
         Raises:
-            UserError: runs that cannot be compared, or a format that cannot be written.
+            UserError: runs that cannot be compared or hold predictions, or a format that cannot be written.
             RunFault: the file cannot be written.
         """
         from analysis.curves import curves
         from analysis.plots import plot_curves
 
+        refuse_predictions(self, *others)
         return Plot(plot_curves(curves([self, *others]), path, title=title, band=band))
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -187,7 +202,7 @@ class Run(run_file.Run):
         """Return a run with this content, written to ``out`` unless that is None."""
         if out is None:
             return RunInMemory(self.path, *content)
-        return Run.of(run_file.write_derived(run_file.new_run_file(out), *content))
+        return Run.of(run_file.write_derived(new_run_file(out), *content))
 
     @classmethod
     def of(cls, run: run_file.Run) -> Run:
@@ -200,6 +215,11 @@ class Run(run_file.Run):
         parts = [f"{header.model}, sigma = {exact(header.sigma)}, {len(self.images)} images"]
         if self.partial:
             parts.append(f"unfinished: {header.expected} expected")
+        if self.omissions:
+            parts.append(self.omissions)
+        failures, trials = self.failures
+        if failures:
+            parts.append(f"{failures:,} of {trials:,} samples failed")
         if self.usable and header.kind != Predict.kind:
             from analysis.curves import curve, table_radii
 
@@ -218,6 +238,32 @@ class Run(run_file.Run):
         if not self.usable or self.header.kind == Predict.kind:
             return f"<p>{html.escape(self._summary())}</p>"
         return f"<p>{html.escape(self._summary())}</p>{self.table()._repr_html_()}"
+
+
+def refuse_predictions(*runs: Run) -> None:
+    """Refuse runs without radii.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for run in runs:
+        if run.header.kind == Predict.kind:
+            raise UserError(f"{run.path} holds predictions, which have no radius; expected a run of certify.certify")
+
+
+def check_radii(radii: Any) -> list[float]:
+    """Return the radii of a table as floats.
+
+    Raises:
+        UserError: not a list of numbers from 0.
+    """
+    expected = "a list of numbers from 0, such as [0, 0.25, 0.5]"
+    if isinstance(radii, str) or not isinstance(radii, Iterable) or getattr(radii, "ndim", 1) != 1:
+        raise UserError(f"radii = {radii!r}: expected {expected}")
+    found = [as_float(radius, "radius") for radius in radii]
+    if not found or not all(0 <= radius < float("inf") for radius in found):
+        raise UserError(f"radii = {radii!r}: expected {expected}")
+    return found
 
 
 class RunInMemory(Run):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack, overload
 
 from certify.engine.noisy_classifier import NoisyClassifier, Target
 from certify.errors import UserError
+from certify.registry import check_options, chosen_options
+from certify.smoothing.noise import warn_of_units
 from certify.smoothing.procedures import Certify, Decide, Measure, Predict, Procedure, Sequential
 from certify.smoothing.rng import bound_draw
 from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE
@@ -53,7 +55,7 @@ class _AnswerOptions(TypedDict, total=False):
     alpha: float
     seed: int
     image_id: str | Sequence[str] | None
-    progress: Callable[[int], None] | None
+    progress: Callable[[int], object] | None
 
 
 class _CertifyOptions(_AnswerOptions, total=False):
@@ -72,7 +74,12 @@ class _Options(ModelOptions, SmoothingOptions, total=False):
 
 
 def find_denoiser(
-    denoiser: Any, sigma: float, image: tuple[int, int, int] | None, identity: Callable[[], str] | None = None
+    denoiser: Any,
+    sigma: float,
+    image: tuple[int, int, int] | None,
+    identity: Callable[[], str] | None = None,
+    *,
+    trust_code: bool = False,
 ) -> nn.Module | None:
     """Return the module that ``denoiser=`` means; None for no denoiser.
 
@@ -81,6 +88,7 @@ def find_denoiser(
         sigma: noise level, in [0, 1] pixels.
         image: (C, H, W) of the images, or None.
         identity: returns the identity of the classifier behind it, by which ``"auto"`` chooses; None: unknown.
+        trust_code: run the program in a TorchScript file.
 
     Raises:
         UserError: unknown name, a denoiser for other images, or TorchScript by name.
@@ -93,10 +101,11 @@ def find_denoiser(
 
     if not isinstance(denoiser, str):
         return adapt(denoiser)
-    if find_source(denoiser).kind == "torchscript":
+    if find_source(denoiser).kind == "torchscript" and not trust_code:
         how = f"denoisers.load_denoiser({denoiser!r}, trust_code=True)"
         raise UserError(f"denoiser={denoiser!r} is TorchScript, a program; if you trust it, pass denoiser={how}")
-    return load_denoiser(denoiser, sigma=sigma, image=image, classifier=None if identity is None else identity())
+    known = None if identity is None else identity()
+    return load_denoiser(denoiser, sigma=sigma, image=image, classifier=known, trust_code=trust_code)
 
 
 class SmoothedClassifier(NoisyClassifier):
@@ -123,9 +132,11 @@ class SmoothedClassifier(NoisyClassifier):
         sigma: float | None = None,
         **options: Unpack[_Options],
     ) -> None:
-        self._model_options = {name: options.pop(name) for name in ModelOptions.__annotations__ if name in options}  # type: ignore[misc]
+        check_options(_Options, options)
+        self._model_options = chosen_options(ModelOptions, options)
         self._waiting: tuple[Any, Any] | None = None
-        super().__init__(classifier, sigma, **options)  # type: ignore[arg-type,misc]
+        super().__init__(classifier, sigma, **chosen_options(SmoothingOptions, options))  # type: ignore[arg-type]
+        warn_of_units(self.noise.scale)
 
     def _attach(self, classifier: Any, denoiser: Any) -> None:
         """Load the classifier; one without an input size, at the first image."""
@@ -151,6 +162,8 @@ class SmoothedClassifier(NoisyClassifier):
             classifier, denoiser = self._waiting
             super()._attach(load_classifier(classifier, **{**self._model_options, "input_size": size}), denoiser)
             self._waiting = None
+        elif getattr(self.classifier, "probe_size", size) is None:
+            self.classifier.probe_size = size  # type: ignore[attr-defined]
 
     def check(self, image: Image) -> torch.Tensor:
         """Return the image as it is certified, as :meth:`NoisyClassifier.check`."""
@@ -174,7 +187,11 @@ class SmoothedClassifier(NoisyClassifier):
         """Return the module that ``denoiser=`` means."""
         size, identity = getattr(self.classifier, "input", None), getattr(self.classifier, "identity", None)
         return find_denoiser(
-            denoiser, self.noise.scale, None if size is None else size.size, identity if callable(identity) else None
+            denoiser,
+            self.noise.scale,
+            None if size is None else size.size,
+            identity if callable(identity) else None,
+            trust_code=self._model_options.get("trust_code", False),
         )
 
     @overload
@@ -194,7 +211,7 @@ class SmoothedClassifier(NoisyClassifier):
         tolerance: float | None = None,
         seed: int = 0,
         image_id: str | Sequence[str] | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> Certificate | list[Certificate]:
         """Certify one image, or each image of a batch.
 
@@ -244,7 +261,7 @@ class SmoothedClassifier(NoisyClassifier):
         rule: str = DEFAULT_RULE,
         seed: int = 0,
         image_id: str | Sequence[str] | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> Decision | list[Decision]:
         """Decide whether the smoothed classifier is certifiably robust at given radii, with as few samples as possible.
 
@@ -282,7 +299,7 @@ class SmoothedClassifier(NoisyClassifier):
         alpha: float = 0.001,
         seed: int = 0,
         image_id: str | Sequence[str] | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> Prediction | list[Prediction]:
         """Predict the smoothed classifier's class, or abstain; wrong with probability at most alpha per image.
 
@@ -297,7 +314,7 @@ class SmoothedClassifier(NoisyClassifier):
         image: Image | Sequence[Image],
         seed: int,
         image_id: str | Sequence[str] | None,
-        progress: Callable[[int], None] | None,
+        progress: Callable[[int], object] | None,
     ) -> Any:
         """Return the procedure's answer about one image, or a list of answers about several, which share batches."""
         several = isinstance(image, list | tuple) or getattr(image, "ndim", 3) == 4
@@ -305,7 +322,10 @@ class SmoothedClassifier(NoisyClassifier):
         names = list(image_id) if several and isinstance(image_id, list | tuple) else [image_id] * len(images)
         if len(names) != len(images) or (several and isinstance(image_id, str)):
             raise UserError(f"image_id = {image_id!r}: expected one for each of {len(images)} images")
-        targets = [Target(*pair, tag=place) for place, pair in enumerate(zip(images, names, strict=True))]  # type: ignore[arg-type]
+        targets = [
+            Target(self.check(one), name, place)  # type: ignore[arg-type]
+            for place, (one, name) in enumerate(zip(images, names, strict=True))
+        ]
         answers: list[Any] = [None] * len(images)
         if isinstance(procedure, Sequential):
             test = functools.partial(procedure.test, self.num_classes)
@@ -313,12 +333,11 @@ class SmoothedClassifier(NoisyClassifier):
                 answers[settled.tag.tag] = settled.test.result()
         else:
             for target, tallies in self.sample(targets, procedure.stages, seed=seed, progress=progress):
-                tensor = self.check(target.image)
-                uniform = bound_draw(seed, target.noise_name(tensor))
+                uniform = bound_draw(seed, target.noise_name)
                 votes = {stage: tally.votes for stage, tally in tallies.items()}
-                answers[target.tag] = procedure.answer(votes, self.stated(tensor.numel()), uniform)
+                answers[target.tag] = procedure.answer(votes, self.stated(target.image.numel()), uniform)
         return answers if several else answers[0]
 
     def base_label(self, image: Image) -> int:
         """Return the base classifier's own label of one image without noise."""
-        return self.base_labels([image])[0]
+        return self.base_labels([self.check(image)])[0]

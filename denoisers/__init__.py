@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from certify.errors import warn
 from certify.registry import Registry
 
 if TYPE_CHECKING:
@@ -67,8 +68,6 @@ def load_denoiser(
     Raises:
         UserError: no such denoiser (the nearest names are listed), or weights that take no noise level.
     """
-    import warnings
-
     from denoisers.find import find_denoiser
     from denoisers.weights import Trained
 
@@ -76,5 +75,5 @@ def load_denoiser(
     if isinstance(denoiser, Trained) and sigma is not None:
         denoiser.check_use(sigma)
         if not denoiser.card.covers(sigma):
-            warnings.warn(denoiser.card.mismatch(sigma), stacklevel=2)
+            warn(denoiser.card.mismatch(sigma))
     return denoiser

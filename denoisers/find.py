@@ -79,7 +79,7 @@ def choose(
         UserError: no such weights; the message lists those for images of this size.
     """
     if sigma is None or image is None:
-        missing = "the noise level (from Python sigma=0.25)" if sigma is None else "the images' size (--input-size)"
+        missing = "the noise level (--sigma)" if sigma is None else "the images' size (--input-size)"
         raise UserError(f"denoiser 'auto' needs {missing}; give it, or name a denoiser (`certify list denoisers`)")
     same_size = {n: card for n, card in cards.items() if tuple(card.image) == tuple(image) and not card.purifier}
     fitting = [name for name, card in same_size.items() if card.covers(sigma)]
@@ -88,7 +88,7 @@ def choose(
         size = "x".join(map(str, image))
         raise UserError(
             f"--denoiser auto: no shipped denoiser for {size} images at sigma {sigma:g}"
-            f" ({have or 'none of this size'}); train one: certify train --denoiser unet --data D --sigma {sigma:g}"
+            f" ({have or 'none of this size'}); train one: `certify train --denoiser unet --data D --sigma {sigma:g}`"
         )
 
     def preference(name: str) -> tuple[int, bool, str]:

@@ -83,4 +83,5 @@ class Brightness:
 def check_denoiser(denoiser: Any, shape: tuple[int, int, int], sigma: float) -> None:
     """Check the contract of a denoiser on an image of this shape."""
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    SmoothedClassifier(Brightness(), sigma, denoiser=denoiser).check_contract(image)
+    g = SmoothedClassifier(Brightness(), sigma, denoiser=denoiser)
+    g.check_contract(g.check(image))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import certify
 from certify import SmoothedClassifier, UserError, load_classifier
+from certify.errors import CertifyWarning
 from certify.runs.run_file import read_run
 from tests.command import run as command
 
@@ -120,6 +125,48 @@ def test_python_and_the_command_write_the_same_run(question: str, tmp_path: Path
     assert [row.to_json() for row in run] == [row.to_json() for row in written]  # in the order of the images
 
 
+def test_merged_and_recomputed_shards_are_those_of_the_command(tmp_path: Path) -> None:
+    line = f"--model digits --data digits --skip 60 --max 4 --sigma 0.25 --n 100 --quiet {IN_WORDS}"
+    theirs = [str(tmp_path / f"command{i}.jsonl") for i in (1, 2)]
+    ours = []
+    for i, path in enumerate(theirs, 1):
+        command(*line.split(), "--shard", f"{i}/2", "--out", path)
+        options: Any = {"skip": 60, "max_images": 4, "shard": f"{i}/2", "progress": False, **EXECUTION}
+        ours.append(certify.certify("digits", "digits", sigma=0.25, n=100, out=f"{tmp_path}/{i}.jsonl", **options))
+    command("merge", *theirs, "-o", str(tmp_path / "merged.jsonl"))
+    ours[0].merge(ours[1], out=tmp_path / "ours.jsonl")
+    compare(tmp_path / "merged.jsonl", tmp_path / "ours.jsonl")
+    command("recompute", f"{tmp_path}/merged.jsonl", "--alpha", "0.01", "--out", f"{tmp_path}/again.jsonl")
+    certify.read_run(tmp_path / "ours.jsonl").recompute(alpha=0.01, out=tmp_path / "ours_again.jsonl")
+    compare(tmp_path / "again.jsonl", tmp_path / "ours_again.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["run", "predict"])
+def test_python_and_the_command_write_the_same_run_on_a_cluster(verb: str, tmp_path: Path) -> None:
+    """By name as from the command, and as an object, which is sent to the workers."""
+    pytest.importorskip("ray")
+    theirs, ours = tmp_path / "command.jsonl", tmp_path / "python.jsonl"
+    line = f"{verb} --model digits --data digits --skip 60 --max 4 --sigma 0.25 --n 100 --quiet {IN_WORDS}"
+    done = subprocess.run(
+        [sys.executable, "-m", "certify", *line.split(), "--cluster", "local:2", "--out", str(theirs)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    function = certify.certify if verb == "run" else certify.predict
+    options: Any = {"cluster": "local:2", "progress": False, **EXECUTION}
+    function("digits", "digits", skip=60, max_images=4, sigma=0.25, n=100, out=ours, **options)
+    for path in (theirs, ours):  # whoever is first
+        header, *rows = path.read_text().splitlines()
+        path.write_text("\n".join([header, *sorted(rows, key=lambda row: int(json.loads(row)["id"]))]))
+    compare(theirs, ours)
+    alone = function(Halfspaces(), IMAGES, LABELS, sigma=0.25, n=300, **EXECUTION)
+    sent = function(Halfspaces(), IMAGES, LABELS, sigma=0.25, n=300, **options)
+    assert [row.replace(seconds=0.0) for row in sent] == [row.replace(seconds=0.0) for row in alone]
+
+
 def test_predict_and_the_command_write_the_same_run(tmp_path: Path) -> None:
     theirs, ours = tmp_path / "command.jsonl", tmp_path / "python.jsonl"
     line = f"predict --model digits --data digits --skip 60 --max 4 --sigma 0.25 --n 100 --quiet {IN_WORDS}"
@@ -135,6 +182,10 @@ def compare(theirs: Path, ours: Path) -> None:
         first, second = json.loads(left), json.loads(right)
         for key in (PROVENANCE if first["type"] == "run" else {"seconds"}) & first.keys():
             first[key] = second[key]
+        for part in (*first.get("merged", ()), first.get("recomputed") or {}):
+            part.clear()
+        for part in (*second.get("merged", ()), second.get("recomputed") or {}):
+            part.clear()
         assert first == second
 
 
@@ -162,8 +213,26 @@ def test_a_call_resumes_its_file_and_refuses_another(tmp_path: Path) -> None:
         ((IMAGES * 9 - 3,), {}, "none of the 4 images can be used; the first, 0: image with values from -0.3"),
         ((IMAGES,), {"ids": ["a"]}, "1 ids for 4 images"),
         ((IMAGES,), {"class_map": "x.csv"}, "class_map with images of type Tensor"),
-        ((IMAGES,), {"radius": 0.1, "tolerance": 0.1}, "radius and tolerance: expected one of them"),
-        ((IMAGES,), {"radius": 0.1, "bound": "best"}, "bound 'best' with radius"),
+        ((IMAGES,), {"ids": 5}, r"ids = 5: expected a list of ids"),
+        ((IMAGES,), {"radius": 0.1, "tolerance": 0.1}, "radius and tolerance: .* expected one"),
+        ((IMAGES,), {"radius": 0.1, "bound": "best"}, "bound best with radius: .* leave bound out"),
+        ((IMAGES,), {"radius": 0.1, "n0": 5}, "n0 with radius: no selection samples"),
+        ((IMAGES,), {"radius": -1}, "radius=-1: expected numbers from 0"),
+        ((IMAGES,), {"rule": "betting"}, "rule betting without radius"),
+        ((IMAGES,), {"skip": 0}, "skip = 0: expected a whole number from 1"),
+        ((IMAGES,), {"skip": -1}, "skip = -1: expected a whole number from 1"),
+        ((IMAGES,), {"start": -1}, "start = -1: expected a whole number from 0"),
+        ((IMAGES,), {"max_images": -1}, "max_images = -1: expected a whole number from 1"),
+        ((IMAGES,), {"shard": 1}, "shard=1: expected i/n, such as 1/8"),
+        ((IMAGES,), {"shard": "3/2"}, "shard=3/2: expected i/n with i from 1 to n"),
+        ((IMAGES,), {"cluster": 2}, "cluster='2': expected local"),
+        ((IMAGES,), {"cluster": "local:2", "device": "cuda:1"}, "device cuda:1 with cluster"),
+        ((IMAGES,), {"input_size": (1, 8)}, r"input_size = \(1, 8\): expected channels, height and width"),
+        ((IMAGES,), {"input_size": "3x6x6"}, "input_size = '3x6x6': expected channels, height and width"),
+        ((IMAGES,), {"out": "foo.csv"}, "out foo.csv: expected a file ending in .jsonl"),
+        (("digits", [1, 2, 3]), {}, "labels of type list with images 'digits'"),
+        (("digits",), {"skip": 0, "input_size": (1, 8, 8)}, "skip = 0: expected a whole number from 1"),
+        (("digits",), {"ids": "1297", "input_size": (1, 8, 8)}, "ids = '1297': expected a list of ids"),
         ((IMAGES,), {"batchsize": 3}, "unknown option 'batchsize'; nearest: batch_size"),
         ((IMAGES,), {"sigma": None}, "give either sigma"),
         ((IMAGES,), {"device": "cuda:9"}, "device 'cuda:9' does not exist on this machine"),
@@ -172,6 +241,42 @@ def test_a_call_resumes_its_file_and_refuses_another(tmp_path: Path) -> None:
 def test_arguments_that_cannot_be_used(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         certify.certify(Halfspaces(), *arguments, **{"sigma": 0.25, "n": 50, **options})
+
+
+def test_no_message_in_python_names_an_option_of_the_command() -> None:
+    with pytest.raises(UserError) as error:
+        SmoothedClassifier("cifar_resnet20", sigma=0.25)
+    assert str(error.value).endswith("pass a checkpoint: weights=FILE")
+    with pytest.raises(UserError, match="unknown option 'denoisr'; nearest: denoiser"):
+        SmoothedClassifier("digits", sigma=0.25, denoisr="median")  # type: ignore[call-arg]
+
+
+def noise_of_nan(x: torch.Tensor) -> torch.Tensor:
+    """Scores of Halfspaces, NaN above a mean of 0.8."""
+    scores: torch.Tensor = Halfspaces()(x)
+    return scores.masked_fill(x.mean(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] > 0.8, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": 64}, r"sigma = 64 is very large for images in \[0, 1\]; did you mean sigma=0.251"),
+        ({"n": 5}, r"n = 5 .* pass n="),
+        ({"labels": [0] * 20}, "all 20 images are of class 0: is the data sorted"),
+        ({"labels": [1, 0] * 10}, "without noise the classifier is right on 0 of 20 images, which is near chance"),
+        ({"model": noise_of_nan}, r"[\d,]+ of [\d,]+ samples failed \(NaN"),
+        ({"bad": 1}, "1 image could not be used and is left out; the first, 3: image with values from 2.7"),
+    ],
+)
+def test_python_warns_of_what_the_command_warns_of(options: dict[str, Any], message: str) -> None:
+    given = {"model": Halfspaces(), "sigma": 0.25, "n": 50, "labels": None, **options}
+    images = IMAGES if given["labels"] is None else IMAGES[2:3].expand(20, -1, -1, -1)
+    images = list(images[:-1]) + [images[-1] * 3] * given.pop("bad", 0) if "bad" in given else images
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        certify.certify(given.pop("model"), images, given.pop("labels"), **given)
+    own = [str(warning.message) for warning in caught if warning.category is CertifyWarning]
+    assert any(re.search(message, text) for text in own), own
 
 
 def test_a_smoothed_classifier_has_its_own_options() -> None:
@@ -186,7 +291,10 @@ def test_a_smoothed_classifier_has_its_own_options() -> None:
 def test_an_unusable_image_is_recorded() -> None:
     images = list(IMAGES)
     images[1] = images[1] * 3
-    run = certify.certify(Halfspaces(), images, LABELS, sigma=0.25, n=50)
+    with pytest.warns(CertifyWarning, match=r"^1 image could not be used and is left out; the first, 1: image with"):
+        run = certify.certify(Halfspaces(), images, LABELS, sigma=0.25, n=50)
+    assert "4 images; 1 image could not be used and is left out; certified accuracy" in repr(run)
+    assert run.table([0]).endswith("\n\n1 image could not be used and is left out")
     assert run[1].error is not None
     assert "expected [0, 1]" in run[1].error
     assert [row.error for row in run.usable] == [None] * 3
@@ -206,6 +314,21 @@ def test_rows_of_a_run(finished: certify.Run) -> None:
     assert len(finished) == 4
     with pytest.raises(KeyError):
         _ = finished["e"]
+    assert "c" in finished
+    assert finished[2] in finished
+    assert "e" not in finished
+
+
+def test_questions_that_a_run_cannot_answer(finished: certify.Run) -> None:
+    predictions = certify.predict(Halfspaces(), IMAGES, LABELS, sigma=0.25, n=50)
+    for ask in (lambda: predictions.certified_accuracy(), lambda: predictions.table(), lambda: predictions.plot()):
+        with pytest.raises(UserError, match="holds predictions, which have no radius"):
+            ask()
+    with pytest.raises(UserError, match="holds predictions, which have no radius"):
+        finished.plot(None, predictions)
+    for radii in (0.5, [], [-1], "0,1", ["a"], [float("nan")]):
+        with pytest.raises(UserError, match=r"radi(us|i) = .*: expected"):
+            finished.table(radii)  # type: ignore[arg-type]
 
 
 def test_the_table_is_the_one_of_the_command(

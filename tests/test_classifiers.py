@@ -395,7 +395,7 @@ def test_torchscript(tmp_path: Path) -> None:
     x = torch.rand(7, 3, 8, 8)
     assert torch.allclose(classifier.logits(x), small()((x - 0.5) / 0.25), atol=1e-5)
     assert (classifier.num_classes, classifier.input.mean) == (5, (0.5, 0.5, 0.5))
-    with pytest.raises(UserError, match="--input-size"):
+    with pytest.raises(UserError, match="input_size"):
         load_classifier(str(path), trust_code=True)
 
 

@@ -303,7 +303,7 @@ def test_a_network_in_training_mode_inside_a_function_is_refused(image: Tensor) 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda x: torch.zeros(len(x), 7), "returned 7 scores per image; expected 10, as --num-classes says"),
+        (lambda x: torch.zeros(len(x), 7), "returned 7 scores per image; expected 10, as num_classes says"),
         (lambda x: torch.zeros(1, dtype=torch.int64), r"returned torch.int64 \(1,\) for 16 images; expected integer"),
         (lambda x: torch.full((len(x),), 10), r"returned 16 of 16 labels outside 0 to 9 \(from 10 to 10; -1 is a"),
         (lambda x: torch.full((len(x),), 0.5), "returned labels that are not whole numbers"),
@@ -402,7 +402,8 @@ def test_honest_classifiers_pass_and_no_random_state_changes(name: str) -> None:
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     for seed in range(4):
         image = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(seed))
-        SmoothedClassifier(classifier, 0.25).check_contract(image)
+        g = SmoothedClassifier(classifier, 0.25)
+        g.check_contract(g.check(image))
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
 
@@ -515,9 +516,7 @@ def test_a_denoiser_that_fails_on_a_later_image_is_named_as_the_denoiser() -> No
 
 
 def test_auto_without_a_level_or_a_size_says_what_is_missing() -> None:
-    with pytest.raises(
-        UserError, match=r"^denoiser 'auto' needs the noise level \(from Python sigma=0.25\); give it, or"
-    ):
+    with pytest.raises(UserError, match=r"^denoiser 'auto' needs the noise level \(sigma\); give it, or"):
         load_denoiser("auto")
-    with pytest.raises(UserError, match=r"^denoiser 'auto' needs the images' size \(--input-size\); give it, or"):
+    with pytest.raises(UserError, match=r"^denoiser 'auto' needs the images' size \(input_size\); give it, or"):
         SmoothedClassifier(load_classifier(coin_labels, num_classes=2), 0.25, denoiser="auto")

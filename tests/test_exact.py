@@ -215,7 +215,9 @@ def test_a_ten_thousandth_of_a_grey_level_is_off_the_grid(value: int, step: floa
 
 def test_images_off_the_grid_are_refused_or_rounded() -> None:
     image = torch.tensor([0.0, 0.5, 1.0, 100.4 / 255]).view(1, 2, 2)
-    with pytest.raises(UserError, match=r"^2 of the image's 4 values are off the 8-bit grid .*--round.*$") as error:
+    with pytest.raises(
+        UserError, match=r"^2 of the image's 4 values are off the 8-bit grid .*rounded=True.*$"
+    ) as error:
         ExactGaussian(0.25).input(image)
     assert "\n" not in str(error.value)
     rounded = make_noise("exact", 0.25, rounded=True).input(image)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from certify import Gaussian, SmoothedClassifier, UserError, load_classifier
 from certify.engine.execution import Execution, prepare
 from certify.engine.monte_carlo import Job, count_votes
+from certify.errors import CertifyWarning
 from certify.models.classifier import Classifier, ClassifierSpec, square_input
 from certify.models.pipeline import Pipeline
 from certify.smoothing.rng import stream_key
@@ -118,11 +119,11 @@ class TestPrecision:
         assert run is base
         assert real.plain
         assert "not made of torch modules" in real.why[-1]
-        with pytest.raises(UserError, match="drop --precision"):
+        with pytest.raises(UserError, match="drop precision"):
             prepare(base, replace(PLAIN, precision="bfloat16"), IMAGE)
 
     def test_a_network_that_cannot_be_cast(self) -> None:
-        with pytest.raises(UserError, match=r"does not run in bfloat16.*--precision float32"):
+        with pytest.raises(UserError, match=r"does not run in bfloat16.*precision float32"):
             prepare(Pipeline(classifier(Float32Only())), replace(PLAIN, precision="bfloat16"), IMAGE)
 
 
@@ -218,15 +219,14 @@ def test_a_run_resumes_as_it_began(tmp_path: Path) -> None:
     run(*command, "--precision", "float32", code=2)
 
 
-def test_disagreement_with_float32_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    from certify.cli.summary import _warn_of_disagreement
+def test_disagreement_with_float32_is_a_warning() -> None:
+    from certify.runs.transaction import warn_of_results
 
-    rows = [{"agreement": [94, 100]}, {"agreement": [95, 100]}, {}]
-    _warn_of_disagreement(run_of_json("r", {}, rows))
-    assert "only 189 of 200 labels" in (err := capsys.readouterr().err)
-    assert "--precision float32" in err
-    _warn_of_disagreement(run_of_json("r", {}, [{"agreement": [95, 100]}]))
-    assert capsys.readouterr().err == ""
+    counts = {"trials": 1, "failures": 0}
+    rows = [{**counts, "agreement": [94, 100]}, {**counts, "agreement": [95, 100]}, counts]
+    with pytest.warns(CertifyWarning, match=r"only 189 of 200 labels .* pass precision float32"):
+        warn_of_results(run_of_json("r", {}, rows))
+    warn_of_results(run_of_json("r", {}, rows[1:]))
 
 
 @pytest.mark.slow

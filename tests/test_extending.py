@@ -364,7 +364,7 @@ def test_a_linear_classifier_s_radius_is_its_margin(added: Any, workplace: Path)
         np.savez("bad.npz", **({"coef": weight[None], "intercept": [0.0], "size": (1, 4, 4)} | {key: value}))
         with pytest.raises(UserError, match=re.escape(words)):
             load_classifier("linear:bad.npz")
-    with pytest.raises(UserError, match="drop --weights"):
+    with pytest.raises(UserError, match="drop weights"):
         load_classifier("linear:two.npz", num_classes=2)
 
 

@@ -196,7 +196,7 @@ def test_nobody_else_reads_an_audit(tmp_path: Path) -> None:
 
 def test_a_ledger_is_no_link(tmp_path: Path) -> None:
     (tmp_path / "ledger").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"cannot write .*: it is a symbolic link; name another --out"):
+    with pytest.raises(UserError, match=r"cannot write .*: it is a symbolic link; name another out"):
         Ledger(tmp_path / "ledger", HEADER)
     assert not (tmp_path / "elsewhere").exists()
 

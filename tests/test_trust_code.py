@@ -18,7 +18,7 @@ from denoisers import load_denoiser
 Capture = pytest.CaptureFixture[str]
 LINE = (
     " is TorchScript, a program: loading and running it can do anything that you can, such as overwrite files; "
-    "if you trust where it comes from, add --trust-code (from Python: trust_code=True)\n"
+    "if you trust where it comes from, add --trust-code\n"
 )
 RUN = "--data digits --sigma 0.25 --n 50 --n0 10 --max 2 --quiet "
 
@@ -101,7 +101,7 @@ def test_python_api_requires_consent(here: Path) -> None:
     for load in (load_classifier, load_denoiser):
         with pytest.raises(UserError) as refused:
             load("net.pt")
-        assert f"{refused.value}\n" == f"net.pt{LINE}"
+        assert f"{refused.value}\n" == f"net.pt{LINE}".replace("--trust-code", "trust_code=True")
     assert Path("thesis.txt").read_text() == "years of work"
 
 

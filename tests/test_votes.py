@@ -181,7 +181,7 @@ GREY = torch.full((3, 2, 2), 130, dtype=torch.uint8)
 def checked(f: Memory, batch_size: int) -> SmoothedClassifier:
     """A smoothed classifier with exact noise, its contract checked: the calls from here on are for votes."""
     g = SmoothedClassifier(f, 0.25, noise="exact", batch_size=batch_size)
-    g.check_contract(GREY)
+    g.check_contract(g.check(GREY))
     f.calls = 0
     f.sizes.clear()
     return g
@@ -216,7 +216,7 @@ def test_exact_noise_keeps_its_batch_shape_when_memory_runs_out_later(
         answer(g, GREY)
     assert str(error.value) == (
         "out of memory in a batch of 16 images, which fitted before; this noise needs one batch shape for all samples "
-        "of an image: free memory, or pass --batch-size 8 (batch_size in Python)"
+        "of an image: free memory, or pass batch_size=8"
     )
     assert set(twice.sizes) == {16}
 
@@ -248,7 +248,7 @@ def test_exact_noise_keeps_one_batch_shape(linear_classifier: Any) -> None:
 
     g = SmoothedClassifier(Spy(torch.ones(12), 6.0), 0.25, noise="exact", batch_size=64)
     image = torch.full((3, 2, 2), 128, dtype=torch.uint8)
-    g.check_contract(image)
+    g.check_contract(g.check(image))
     sizes.clear()
     assert g.votes(image, 150, stage="estimation").trials == 150
     assert g.decide(image, radius=0.1).drawn > 0

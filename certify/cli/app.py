@@ -17,11 +17,11 @@ import click
 import cloup
 
 from certify import __version__
-from certify.cli import audit, bench, compare, distribute, evaluate, info, inspect, plot, run, serve, show, train
+from certify.cli import audit, bench, compare, evaluate, info, inspect, plot, run, serve, show, train
 from certify.cli.console import say, warn
 from certify.cli.options import MAIN
 from certify.cli.parameter_types import TYPED_ARGUMENTS
-from certify.errors import CertifyError, CertifyWarning, UserError
+from certify.errors import CertifyError, CertifyWarning, UserError, options_in_messages
 
 
 class CertifyGroup(cloup.Group):
@@ -98,7 +98,7 @@ SETTINGS = cloup.Context.settings(
         cloup.Section(
             "Denoisers and defences", [train.train, evaluate.evaluate_denoiser, compare.compare, inspect.inspect]
         ),
-        cloup.Section("Results", [plot.plot, show.table, show.recompute, distribute.merge, show.replay, show.report]),
+        cloup.Section("Results", [plot.plot, show.table, show.recompute, run.merge, show.replay, show.report]),
         cloup.Section("This machine", [info.list_, info.doctor, bench.bench]),
     ],
 )
@@ -119,6 +119,12 @@ def group() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
+    """Run the command (:func:`_run`), whose messages name its options."""
+    with options_in_messages():
+        _run(args)
+
+
+def _run(args: list[str] | None) -> None:
     """Run the command and exit the process.
 
     Exit codes: 0 success, 1 a fault during the work, 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM (as batch systems do).

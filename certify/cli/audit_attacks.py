@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.attack_context import settings_from, split_defences, split_names
-from certify.cli.console import progress_bar, warn
+from certify.cli.console import warn
 from certify.cli.option_groups import AttackOptions
 from certify.cli.options import option, overridden, refuse_given
 from certify.errors import UserError
+from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor

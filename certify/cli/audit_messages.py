@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.console import clock, progress_bar, say, silent, tell, warn
-from certify.cli.plan import show_prospects
+from certify.cli.console import clock, say, show_prospects, silent, tell, warn
 from certify.cli.summary import title
 from certify.smoothing.rounding import exact
+from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from certify.blackbox.audit import Observer
@@ -66,6 +66,8 @@ def show_plan(audit: Audit, plan: AuditPlan, say: Callable[[str], None]) -> None
         f"bits and sent as {audit.service.encoding}"
     )
     show_prospects(procedure, noise, noise.scale, say)
+    for warning in procedure.prospects(noise).warnings:
+        warn(warning)
     most = "at most " if early else ""
     parts = ", ".join(f"{count:,} {stage}" for stage, count in plan.queries.items())
     say(f"plan       {most}{plan.most:,} queries ({parts}); each may take retries, which count")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from certify.cli.attack_context import load_attack_context
-from certify.cli.console import progress_bar, say, speaker, tell
+from certify.cli.console import say, speaker, stoppable, tell
 from certify.cli.option_groups import (
     TABLE_FORMATS,
     DataOptions,
@@ -19,8 +19,8 @@ from certify.cli.option_groups import (
     SampleOptions,
 )
 from certify.cli.options import Options, command, command_line, option, overridden
-from certify.cli.output_files import output_path, stoppable
 from certify.cli.parameter_types import Count
+from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from certify.runs.records import ComparisonHeader
@@ -120,6 +120,7 @@ def _run_comparison(
     """Run or resume the comparison; return the file of its outcomes."""
     from analysis.comparison.plan import Plan, make_header
     from analysis.comparison.runner import compare as run
+    from certify.runs.files import output_path
     from certify.runs.run_file import ComparisonFile
 
     quiet = output.quiet or output.as_json

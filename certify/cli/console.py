@@ -1,18 +1,24 @@
-"""Terminal output: lines on stderr and stdout without control characters, a progress bar, durations."""
+"""Terminal output: lines on stderr and stdout without control characters, durations, Ctrl-C."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from certify.errors import Stopped
+from certify.smoothing.norms import DECIMALS, IN_WORDS
+from certify.smoothing.rounding import ceil_to
 from certify.text import printable, printable_lines
 
 if TYPE_CHECKING:
-    from certify.runs.run_file import Run
+    from certify.engine.execution import Execution
+    from certify.engine.noisy_classifier import NoisyClassifier
+    from certify.runs.run_file import RecordFile, Run
+    from certify.smoothing.procedures import Procedure
+    from certify.types import Radii
 
 
 def say(text: str) -> None:
@@ -62,18 +68,6 @@ def few_warnings(where: str = "", most: int = 10) -> Iterator[Callable[[str], No
             warn(f"{given - most:,} more images are left out{where}")
 
 
-_LARGE = 4.0  # sigma in [0, 1] pixels above which the unit is in doubt; Cohen et al. use at most 1
-
-
-def warn_of_units(sigma: float) -> None:
-    """Warn of a noise level that is probably meant in pixels of 255."""
-    if sigma > _LARGE:
-        warn(
-            f"sigma = {sigma:g} is very large for images in [0, 1]; did you mean "
-            f"--sigma {sigma / 255:.3g} ({sigma:g}/255)?"
-        )
-
-
 def warn_of_precisions(runs: Sequence[Run]) -> None:
     """Warn if runs that are compared used different precisions, such as those that ``auto`` chose."""
     precisions = sorted({run.header.precision for run in runs if run.header.has("precision")})
@@ -90,8 +84,38 @@ def clock(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def progress_bar(total: int, unit: str, *, hidden: bool = False, scaled: bool = False) -> Any:
-    """Return a tqdm bar on stderr, on a terminal only; ``scaled`` writes 12k for 12,000."""
-    from tqdm import tqdm
+@contextlib.contextmanager
+def stoppable(file: RecordFile[Any, Any], expected: int, what: str) -> Iterator[None]:
+    """Turn Ctrl-C into an error of one line that says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"stopped after {len(file.done):,} of {expected:,} {what}, which are in {file.path}"
+        raise Stopped(f"{kept}; the same command resumes there") from None
 
-    return tqdm(total=total, unit=f" {unit}", unit_scale=scaled, disable=hidden or None, leave=False, file=sys.stderr)
+
+def show_prospects(
+    procedure: Procedure, stated: Radii, sigma: float, say: Callable[[str], None], noise: str = "", implied: str = ""
+) -> None:
+    """Show the sampling plan and the largest radii it can certify."""
+    prospects = procedure.prospects(stated)
+    say(f"procedure  {procedure.describe()}{noise}")
+    for line in prospects.lines:
+        say(f"radius     {line}")
+    if prospects.largest is not None and not procedure.radii:
+        cap = prospects.largest
+        in_sigma = f" ({ceil_to(cap / sigma, 2)} sigma)" if stated.norm == "l2" else ""
+        most = f"{ceil_to(cap, DECIMALS[stated.norm])}{in_sigma}"
+        say(f"radius     {IN_WORDS[stated.norm]}, at most {most} at this n and alpha{implied}")
+
+
+def show_engine(execution: Execution, smoothed: NoisyClassifier, say: Callable[[str], None], where: str = "") -> None:
+    """Show how the base classifier is run, where (by default in this process), and why."""
+    import torch
+
+    from certify.engine.hardware import in_threads
+
+    threads = f" ({in_threads(torch.get_num_threads())})" if smoothed.device.type == "cpu" else ""
+    say(f"engine     {execution.describe()}, on {where or f'{smoothed.device}{threads}'}")
+    for why in execution.why:
+        say(f"           {why}")

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from certify.cli.attack_context import load_readable
-from certify.cli.console import progress_bar, say, tell, warn_of_units
+from certify.cli.console import say, tell
 from certify.cli.load import check_classifier, classifier_from, denoiser_for, device_from, load_image_set
 from certify.cli.option_groups import DataOptions, DeviceOptions, JsonOptions, OptionalModelOptions
 from certify.cli.options import Options, command, given_by_user, option, refuse_given
-from certify.cli.output_files import file_name
 from certify.cli.parameter_types import Count, Numbers
-from certify.cli.plan import warn_near_chance
+from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from certify.cli.denoiser_quality import Evaluation
@@ -78,6 +77,7 @@ def evaluate_denoiser(
 
     from certify.cli.denoiser_quality import Evaluation, describe, draw, to_json
     from certify.models.identity import describe_module
+    from certify.runs.transaction import warn_near_chance
     from training.evaluate import Example, measure, summarise
 
     if device.startswith("cuda"):  # float32 means float32, as when certifying
@@ -130,7 +130,7 @@ def evaluate_denoiser(
 def _check_options(noise: EvaluationNoise, model: OptionalModelOptions, output: FigureOptions) -> list[float]:
     """Refuse what can be refused without importing torch; return the noise levels without duplicates."""
     from analysis.figures import check_format
-    from certify.smoothing.noise import make_noise
+    from certify.smoothing.noise import make_noise, warn_of_units
     from denoisers.names import require_trusted
 
     require_trusted(noise.denoiser, trust_code=model.trust_code)
@@ -182,4 +182,6 @@ def _copied(outcome: Outcome) -> Outcome:
 def _default_figure(evaluation: Evaluation) -> Path:
     levels = "sigma" + "_".join(f"{report.sigma:g}" for report in evaluation.reports)
     words = ["denoiser", evaluation.denoiser_name, Path(evaluation.images.name).stem, levels]
+    from certify.runs.files import file_name
+
     return Path("runs") / f"{file_name(words)}.png"

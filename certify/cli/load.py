@@ -8,7 +8,6 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from certify.cli.console import warn
 from certify.cli.option_groups import (
     ComputeOptions,
     DataOptions,
@@ -24,12 +23,10 @@ from certify.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from certify.api import AnyProcedure
     from certify.images.dataset import ImageSet, InputOnly
     from certify.models.classifier import Classifier
     from certify.smoothed_classifier import SmoothedClassifier
-    from certify.smoothing.procedures import Certify, Decide, Measure, Predict
-
-    AnyProcedure = Certify | Decide | Measure | Predict
 
 DEMO_SAMPLES = 1000
 """Samples per image at most, where no --data is given."""
@@ -60,48 +57,26 @@ def check_noise(noise: DenoiserOptions) -> None:
 
 
 def procedure_from(statistics: StatisticsOptions, sequential_n: int | None = None) -> AnyProcedure:
-    """Return the procedure that the options ask for.
-
-    Args:
-        statistics: the options; --radius and --tolerance choose a sequential test.
-        sequential_n: default of --n for a sequential test; None: :data:`DEFAULT_CAP` for --radius, otherwise --n's own.
+    """Return the procedure that the options ask for; ``sequential_n`` is the default of --n for a sequential test.
 
     Raises:
         UserError: options that contradict each other.
     """
-    from certify.smoothing.bounds import BOUNDS
-    from certify.smoothing.procedures import Certify, Decide, Measure
-    from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE, MEASURING_BOUND, RULES
+    from certify.api import procedure_for
 
-    BOUNDS.get(statistics.bound)
-    radii, tolerance, rule = statistics.radius, statistics.tolerance, statistics.rule
-    RULES.get(rule or DEFAULT_RULE)
-    check_radii(radii, "--radius")
-    if radii is not None and tolerance is not None:
-        raise UserError("--radius and --tolerance: decide at a radius, or measure it to a tolerance; expected one")
-    if radii is None and tolerance is None:
-        if rule is not None:
-            raise UserError(f"--rule {rule} without --radius: there is nothing to stop early; add --radius R")
-        return Certify(statistics.n0, statistics.n, statistics.alpha, statistics.bound)
-    option = "--radius" if radii is not None else "--tolerance"
-    if given_by_user("n0"):
-        raise UserError(f"--n0 with {option}: no selection samples are drawn there; leave it out")
-    if given_by_user("bound") and (radii is not None or statistics.bound != MEASURING_BOUND):
-        raise UserError(
-            f"--bound {statistics.bound} with {option}: a bound for a fixed n is invalid under sequential stopping; "
-            "leave --bound out" + (" (--rule names the stopping rule)" if radii is not None else "")
-        )
-    n = statistics.n
-    if not given_by_user("n") and (radii is not None or sequential_n is not None):
-        n = sequential_n or DEFAULT_CAP
-    if radii is not None:
-        return Decide(tuple(radii), n, statistics.alpha, rule or DEFAULT_RULE)
-    assert tolerance is not None
-    if rule not in (None, MEASURING_BOUND):
-        raise UserError(
-            f"--rule {rule} with --tolerance: expected {MEASURING_BOUND}, the rule that is valid at any time"
-        )
-    return Measure(tolerance, n, statistics.alpha)
+    check_radii(statistics.radius, "--radius")
+    return procedure_for(
+        n0=statistics.n0 if given_by_user("n0") else None,
+        n=statistics.n if given_by_user("n") else None,
+        alpha=statistics.alpha,
+        bound=statistics.bound if given_by_user("bound") else None,
+        radius=statistics.radius,
+        tolerance=statistics.tolerance,
+        rule=statistics.rule,
+        default_n0=statistics.n0,
+        default_n=statistics.n,
+        sequential_n=sequential_n,
+    )
 
 
 def load_smoothed(
@@ -110,7 +85,6 @@ def load_smoothed(
     noise: DenoiserOptions,
     compute: ComputeOptions,
     *,
-    norm: str | None = None,
     probe_size: tuple[int, int, int] | None = None,
 ) -> SmoothedClassifier:
     """Load the smoothed classifier that the options name, with its denoiser, on its device.
@@ -120,31 +94,15 @@ def load_smoothed(
         options: its weights and input.
         noise: noise and denoiser.
         compute: device and execution.
-        norm: of the radii; None: the noise's own.
         probe_size: input size (C, H, W) for the identity of a classifier that takes any, where no image is at hand.
     """
-    from certify.smoothed_classifier import SmoothedClassifier
+    from certify.api import load_smoothed
+    from certify.smoothed_classifier import ModelOptions, SmoothingOptions
 
-    device = device_from(compute.device)
-    classifier = classifier_from(model, options)
-    classifier.probe_size = probe_size or classifier.probe_size
-    size = classifier.input.size
-    denoiser = None
-    if noise.denoiser != "none":
-        denoiser = denoiser_for(noise.denoiser, noise.sigma, size, classifier, trust_code=options.trust_code)
-    name, rounded = (noise.noise, noise.rounded) if isinstance(noise, NoiseOptions) else ("gaussian", False)
-    return SmoothedClassifier(
-        classifier,
-        noise.sigma,
-        denoiser=denoiser,
-        noise=name,
-        norm=norm,
-        rounded=rounded,
-        device=device,
-        precision=compute.precision,
-        compile=compute.compile,
-        batch_size=compute.batch_size,
-    )
+    values = {**vars(options), **vars(noise), **vars(compute)}
+    names = [*ModelOptions.__annotations__, *SmoothingOptions.__annotations__]
+    given = {name: values[name] for name in names if values.get(name) is not None}
+    return load_smoothed(model, noise.sigma, given, compute.device, probe_size)
 
 
 def classifier_from(model: str, options: InputOptions) -> Classifier:
@@ -183,16 +141,10 @@ def denoiser_for(
     Raises:
         UserError: no such denoiser, one for other images, or weights without a noise level.
     """
-    from denoisers.find import find_denoiser
-    from denoisers.weights import Trained
+    from denoisers import load_denoiser
 
     identity = classifier.identity() if classifier is not None else None
-    denoiser = find_denoiser(name, sigma=sigma, image=image, classifier=identity, trust_code=trust_code)
-    if isinstance(denoiser, Trained):
-        denoiser.check_use(sigma)
-        if not denoiser.card.covers(sigma):
-            warn(denoiser.card.mismatch(sigma))
-    return denoiser
+    return load_denoiser(name, sigma=sigma, image=image, classifier=identity, trust_code=trust_code)
 
 
 def device_from(name: str) -> str:

@@ -1,140 +1,102 @@
-"""Plan of a run, shown before it starts: model, data, procedure, engine, and warnings of settings that cannot work."""
+"""Terminal output of a run while it goes on: what the options mean, how it is run, its cost and its progress."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from certify.cli.console import warn, warn_of_units
-from certify.errors import CertifyError
-from certify.smoothing.norms import DECIMALS, IN_WORDS
-from certify.smoothing.rounding import ceil_to
+from certify.cli.console import clock, few_warnings, show_engine, show_prospects, speaker, stoppable
+from certify.runs.transaction import Observer
+from certify.smoothing.norms import IN_WORDS
+from certify.smoothing.procedures import samples
+from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from certify.engine.execution import Execution
-    from certify.images.dataset import ImageSet
-    from certify.runs.config import Settings
     from certify.runs.records import RunHeader
-    from certify.smoothed_classifier import SmoothedClassifier
-    from certify.smoothing.procedures import Procedure
-    from certify.types import Radii
-
-_TRIED = 50  # images without noise at most, to check that labels and classifier agree
+    from certify.runs.run_file import RunFile
+    from certify.runs.transaction import Engine, Job
 
 
-def show_plan(
-    smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, header: RunHeader, say: Callable[[str], None]
-) -> None:
-    """Show what the options were resolved to, and warn of settings that cannot work."""
-    sigma = smoothed.noise.scale
-    for step in header.pipeline:
-        if step["step"] == "denoiser":
-            about = f" ({step['objective']}, trained for sigma {step['trained_for']})" if "trained_for" in step else ""
-            say(f"denoiser   {step['name']}{about}, between the noise and the classifier")
-            continue
-        size = "x".join(map(str, step["input"])) if step["input"] else "any size"
-        norm = f"mean {_list(step['mean'])} std {_list(step['std'])}" if step["mean"] else "none"
-        say(f"model      {step['name']}: {step['num_classes']} classes, input {size}, weights: {step['weights']}")
-        say(f"input      {step['transform']}; the noise is added there; then normalisation: {norm}")
-    count = f"{len(images):,} of {images.available:,} images"
-    say(f"data       {header.data}: {count}; labels: {images.rule}{images.omissions}")
-    classes = {label for label in images.labels if label is not None}
-    if len(images) >= 20 and len(classes) == 1 and smoothed.num_classes > 1:
-        warn(f"all {len(images)} images are of class {classes.pop()}: is the data sorted? take every K-th with --skip")
-    warn_of_units(sigma)
-    procedure = settings.procedure
-    first = images.first_usable()
-    if first is not None:
-        smoothed.check(first)
-    stated = smoothed.stated(first.numel() if first is not None else 1)
-    own = "" if stated.norm == smoothed.noise.norm else f", implied by the {IN_WORDS[smoothed.noise.norm]} radius"
-    noise = f", {smoothed.noise.name} noise, sigma = {sigma:g} in [0, 1] pixels"
-    show_prospects(procedure, stated, sigma, say, noise, own)
+class Console(Observer):
+    """Shows a run on stderr; a context manager that turns Ctrl-C into one line.
 
+    Args:
+        demonstration: a line about the images and samples that were chosen for the user, if they were.
+        quiet: show warnings only.
+    """
 
-def show_prospects(
-    procedure: Procedure, stated: Radii, sigma: float, say: Callable[[str], None], noise: str = "", implied: str = ""
-) -> None:
-    """Show the sampling plan and the largest radii it can certify; warn of radii that it cannot."""
-    prospects = procedure.prospects(stated)
-    say(f"procedure  {procedure.describe()}{noise}")
-    for line in prospects.lines:
-        say(f"radius     {line}")
-    if prospects.largest is not None and not procedure.radii:
-        cap = prospects.largest
-        in_sigma = f" ({ceil_to(cap / sigma, 2)} sigma)" if stated.norm == "l2" else ""
-        most = f"{ceil_to(cap, DECIMALS[stated.norm])}{in_sigma}"
-        say(f"radius     {IN_WORDS[stated.norm]}, at most {most} at this n and alpha{implied}")
-    for warning in prospects.warnings:
-        warn(warning)
+    def __init__(self, demonstration: str, *, quiet: bool) -> None:
+        self._say, self._quiet, self._demonstration = speaker(quiet=quiet), quiet, demonstration
+        self._stack = contextlib.ExitStack()
+        self._warn_left_out: Callable[[str], None] = lambda text: None
+        self.rate: float | None = None  # samples per second of one device
 
+    def __enter__(self) -> Console:
+        return self
 
-class Engine(Protocol):
-    """Runs the base classifier: in this process, or on the workers of a cluster."""
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
-    execution: Execution | None
+    def resolved(self, job: Job, header: RunHeader, image: Tensor | None) -> None:
+        """Show model, data and procedure."""
+        smoothed, images, say = job.smoothed, job.images, self._say
+        for step in header.pipeline:
+            if step["step"] == "denoiser":
+                trained = step.get("trained_for")
+                about = f" ({step['objective']}, trained for sigma {trained})" if trained else ""
+                say(f"denoiser   {step['name']}{about}, between the noise and the classifier")
+                continue
+            size = "x".join(map(str, step["input"])) if step["input"] else "any size"
+            norm = f"mean {_list(step['mean'])} std {_list(step['std'])}" if step["mean"] else "none"
+            say(f"model      {step['name']}: {step['num_classes']} classes, input {size}, weights: {step['weights']}")
+            say(f"input      {step['transform']}; the noise is added there; then normalisation: {norm}")
+        count = f"{len(images):,} of {images.available:,} images"
+        say(f"data       {header.data}: {count}; labels: {images.rule}{images.omissions}")
+        noise, stated = smoothed.noise, smoothed.stated(1 if image is None else image.numel())
+        implied = "" if stated.norm == noise.norm else f", implied by the {IN_WORDS[noise.norm]} radius"
+        about = f", {noise.name} noise, sigma = {noise.scale:g} in [0, 1] pixels"
+        show_prospects(job.settings.procedure, stated, noise.scale, say, about, implied)
 
-    def prepare(self, image: Tensor, samples: int, execution: Execution | None = None) -> Execution:
-        """Choose how to run it for this number of samples, or run it with the given settings."""
-        ...
+    def preparing(self) -> None:
+        """Say that this takes a while."""
+        self._say("engine     preparing the classifier ...")
 
-    def base_labels(self, images: Sequence[Tensor]) -> list[int] | None:
-        """Return labels of images without noise; None if that is not possible here."""
-        ...
+    def running(self, job: Job, execution: Execution, where: str) -> None:
+        """Show how the base classifier is run."""
+        show_engine(execution, job.smoothed, self._say, where)
 
-    def measure_rate(self, image: Tensor) -> float | None:
-        """Return samples per second of one device; None if that is not possible here."""
-        ...
+    def opened(self, file: RunFile, expected: int) -> None:
+        """Show the run file; from now on Ctrl-C says what is kept."""
+        present = f": {len(file.done):,} of {expected:,} images are there already" if file.resumed else ""
+        self._say(f"run file   {file.path}{present}")
+        if self._demonstration:
+            self._say(self._demonstration)
+        self._stack.enter_context(stoppable(file, expected, "images"))
+        self._warn_left_out = self._stack.enter_context(few_warnings("; the run file says why"))
 
+    def ready(self, job: Job, engine: Engine, image: Tensor, left: int, devices: int) -> None:
+        """Measure the speed and show the cost."""
+        self.rate = engine.measure_rate(image)
+        if self.rate is not None:
+            procedure = job.settings.procedure
+            each = samples(procedure)
+            most = "at most " if procedure.sequential else ""
+            work = f"{left:,} images x {most}{each:,} samples = {left * each:,}"
+            self._say(f"cost       {work}: {most}about {clock(left * each / (self.rate * devices))}")
 
-def show_engine(
-    execution: Execution, smoothed: SmoothedClassifier, say: Callable[[str], None], where: str = ""
-) -> None:
-    """Show how the base classifier is run, where (by default in this process), and why."""
-    import torch
+    @contextlib.contextmanager
+    def progress(self, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+        """Show a progress bar."""
+        with progress_bar(total, unit, hidden=self._quiet, scaled=unit == "samples") as bar:
+            yield bar.update
 
-    from certify.engine.hardware import in_threads
-
-    threads = f" ({in_threads(torch.get_num_threads())})" if smoothed.device.type == "cpu" else ""
-    say(f"engine     {execution.describe()}, on {where or f'{smoothed.device}{threads}'}")
-    for why in execution.why:
-        say(f"           {why}")
-
-
-def check_base(engine: Engine, smoothed: SmoothedClassifier, images: ImageSet) -> None:
-    """Warn if the classifier without noise is near chance: then labels or normalisation are probably wrong."""
-    if not images.labelled:
-        return
-    loaded, truth = [], []
-    for i in range(0, len(images), max(1, -(-len(images) // _TRIED))):
-        with contextlib.suppress(CertifyError):
-            loaded.append(smoothed.check(images.load(i)))
-            truth.append(images.labels[i])
-    labels = engine.base_labels(loaded)
-    if labels is None:
-        return
-    warn_near_chance(
-        sum(a == b for a, b in zip(labels, truth, strict=True)),
-        len(loaded),
-        smoothed.num_classes,
-        denoised=smoothed.base.denoiser is not None,
-    )
-
-
-def warn_near_chance(correct: int, total: int, classes: int, *, denoised: bool = False) -> None:
-    """Warn if this many correct labels are near chance; ``denoised``: the classifier is behind a denoiser."""
-    from certify.runs.runner import near_chance
-
-    if total and near_chance(correct, total, classes):
-        who = "the classifier behind the denoiser" if denoised else "the classifier"
-        first = "a denoiser of other images or noise (without it: --denoiser none)? " if denoised else ""
-        warn(
-            f"without noise {who} is right on {correct} of {total} images, which is near chance: {first}"
-            "wrong class order (--class-map)? normalised twice or not at all (--mean, --std)? another model's weights?"
-        )
+    def left_out(self, text: str) -> None:
+        """Warn of an image; of many, the first are named."""
+        self._warn_left_out(text)
 
 
 def _list(values: Any) -> str:

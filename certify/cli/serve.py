@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from certify.cli.console import say, warn
+from certify.cli.console import say, show_engine, warn
 from certify.cli.info import EXTRAS
 from certify.cli.load import check_classifier, check_noise, denoiser_for, device_from, load_smoothed
 from certify.cli.option_groups import ComputeOptions, InputOptions, NoiseOptions, SampleOptions, StatisticsOptions
 from certify.cli.options import Options, command, given_by_user, option, overridden, refuse_given
 from certify.cli.parameter_types import Count, Positive
-from certify.cli.plan import show_engine
 from certify.cli.service_options import ServiceOptions, query_limits, service_from
 from certify.errors import UserError
 

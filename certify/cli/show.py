@@ -16,7 +16,6 @@ from certify.cli.audit_messages import print_replay
 from certify.cli.console import tell, warn, warn_of_precisions
 from certify.cli.option_groups import TABLE_FORMATS, CurveOptions, JsonOptions, RadiiOptions, RecomputeOptions
 from certify.cli.options import check_radii, command, command_line, flag, option, refuse_given
-from certify.cli.output_files import run_path
 from certify.cli.parameter_types import Positive
 from certify.cli.summary import summarise
 from certify.errors import RunFault, UserError
@@ -160,6 +159,8 @@ def recompute(run: str, options: RecomputeOptions, columns: RadiiOptions, output
     words = [source.stem, *([f"alpha{exact(alpha)}"] if alpha is not None else []), *([bound] if bound else [])]
     if len(words) == 1:
         raise UserError("recompute without --alpha and --bound would change nothing; pass one of them")
+    from certify.runs.files import run_path
+
     target = run_path(output.out, source.parent, "-".join(words) + ".jsonl")
     recomputed = recompute_file(source, target, alpha=alpha, bound=bound, command=command_line(), warn=warn)
     summarise(recomputed, columns.radii, as_json=output.as_json)
@@ -180,7 +181,8 @@ def replay(folder: str, options: RecomputeOptions, output: ReplayOutput) -> None
     anew; an image of a sequential test is then settled by the replies that exist, or is undecided.
     """
     from certify.blackbox.replay import replay as recompute
-    from certify.runs.run_file import new_run_file, write_derived
+    from certify.runs.files import new_run_file
+    from certify.runs.run_file import write_derived
 
     target = None if output.out is None else new_run_file(output.out)
     replayed = recompute(folder, alpha=options.alpha, bound=options.bound, command=command_line(), warn=warn)

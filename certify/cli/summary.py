@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.console import clock, tell, warn
-from certify.errors import UserError
+from certify.cli.console import clock, tell
 from certify.smoothing.rounding import exact, floor_to
 from certify.text import printable
 
@@ -30,12 +29,9 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
     Raises:
         UserError: no image could be used.
     """
-    rows = run.usable
-    if not rows:
-        first = run.images[0]
-        raise UserError(f"none of the {len(run.images)} images could be used; the first, {first.id}: {first.error}")
-    _warn_of_failures(rows)
-    _warn_of_disagreement(run)
+    from certify.runs.transaction import warn_of_results
+
+    warn_of_results(run)
     curve, picture = None, None
     if run.header.kind != "predict":
         from analysis.curves import curves, table_radii
@@ -52,29 +48,6 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
         from analysis.plots import plot_curves
 
         plot_curves([curve], picture)  # last: when it cannot be written, the numbers are out already
-
-
-def _warn_of_failures(rows: list[ImageRow]) -> None:
-    failures, trials = sum(row.failures for row in rows), sum(row.trials for row in rows)
-    if failures and failures == trials:
-        warn("every sample failed (NaN or no finite answer): the base classifier returns no usable scores")
-    elif failures:
-        warn(f"{failures:,} of {trials:,} samples failed (NaN or no finite answer); they count against every class")
-
-
-def _agreement(run: Run) -> tuple[int, int]:
-    """Return the number of labels that agree with plain float32, and of labels compared."""
-    pairs = [row.agreement for row in run.usable if row.agreement is not None]
-    return sum(same for same, _ in pairs), sum(compared for _, compared in pairs)
-
-
-def _warn_of_disagreement(run: Run) -> None:
-    same, compared = _agreement(run)
-    if compared and same < 0.95 * compared:
-        warn(
-            f"only {same:,} of {compared:,} labels agree with plain float32: the certificates hold for the "
-            "classifier as it was run; pass --precision float32 to certify the float32 classifier"
-        )
 
 
 def how_it_ran(header: RunHeader) -> str:
@@ -124,7 +97,7 @@ def _as_json(
     labelled = rows[0].label is not None
     base, smoothed, abstained = _count(rows)
     deciding = bool(run.header.radii)  # makes no statement about the prediction alone
-    same, compared = _agreement(run)
+    same, compared = run.agreement
     return {
         "run": str(run.path),
         "images": len(rows),
@@ -162,8 +135,8 @@ def _describe(run: Run, curve: Curve | None, radii: list[float], rate: float | N
 
     rows, header = run.usable, run.header
     lines = [title(run)]
-    if len(rows) < len(run.images):
-        lines.append(f"{len(run.images) - len(rows)} images could not be used and are left out")
+    if run.omissions:
+        lines.append(run.omissions)
         aside = [row for row in run.images if (row.error or "").startswith(SET_ASIDE)]
         lines += [f"image {printable(row.id)} {printable(row.error or '')}" for row in aside[:_NAMED]]
     lines.append("")
@@ -187,7 +160,7 @@ def _describe(run: Run, curve: Curve | None, radii: list[float], rate: float | N
     if header.stopping is not None:
         lines.append(f"samples                    {_saved(run, rate)}")
     lines.append(f"ran as                     {how_it_ran(header)}")
-    same, compared = _agreement(run)
+    same, compared = run.agreement
     if compared:
         lines.append(f"labels as in plain float32 {floor_to(100 * same / compared, 2)}% of {compared:,} compared")
     error = f"wrong with probability at most {exact(header.alpha)}"

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.console import progress_bar, speaker, tell, warn_of_units
+from certify.cli.console import speaker, tell
 from certify.cli.load import check_data, classifier_from, device_from, surrogate_from
 from certify.cli.options import command, command_line, refuse_given
 from certify.cli.training_options import (
@@ -21,6 +21,7 @@ from certify.cli.training_options import (
     refuse_unused,
 )
 from certify.errors import Stopped, UserError
+from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from certify.models.classifier import Classifier
@@ -58,6 +59,8 @@ def train(
         ARCHITECTURES.get(network.denoiser)
         if recipe.sigmas and min(recipe.sigmas) <= 0:
             raise UserError("--sigma 0: a denoiser needs noise; expected levels above 0")
+    from certify.smoothing.noise import warn_of_units
+
     warn_of_units(max(recipe.sigmas, default=0.0))
     if ":" in compute.device:
         raise UserError(f"--device {compute.device}: expected cuda; CUDA_VISIBLE_DEVICES chooses which")

@@ -40,12 +40,27 @@ class Address:
     workers: int | None = None
 
     @classmethod
+    def usable(cls, text: str, device: Any) -> Address:
+        """Parse the value of ``--cluster``; refuse what cannot work before anything is loaded.
+
+        Raises:
+            UserError: anything else, a device that Ray cannot assign, or Ray is not installed.
+            RunFault: the address does not answer.
+        """
+        address = cls.parse(text)
+        if str(device) not in ("auto", "cpu", "cuda"):
+            raise UserError(f"--device {device} with --cluster: Ray assigns the devices; expected auto, cpu or cuda")
+        require_ray(address)
+        return address
+
+    @classmethod
     def parse(cls, text: str) -> Address:
         """Parse the value of ``--cluster``.
 
         Raises:
             UserError: anything else.
         """
+        text = text if isinstance(text, str) else repr(text)
         if "@" in text:  # and no part of it is displayed
             raise UserError(
                 "--cluster: the address holds a user name or password, which Ray does not take; expected ray://HOST:PORT"

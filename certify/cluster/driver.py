@@ -7,6 +7,9 @@ alone writes the run file.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,17 +17,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from certify.cluster.connect import Slot
-from certify.cluster.worker import Line, Plan, Unfit, Worker, WorkerSpec, WorkItem
-from certify.errors import RunFault, UserError, in_words
+from certify.cluster.connect import Address, Slot, connected
+from certify.cluster.worker import Line, Plan, Unfit, Worker, WorkerSpec, WorkItem, build_engine, code_identity
+from certify.errors import ImageError, RunFault, UserError, in_words, warn
+from certify.runs.records import ImageRow
 from certify.runs.run_file import SET_ASIDE
+from certify.runs.runner import pending, refuse_unusable, store
+from certify.smoothing.procedures import samples
+from certify.smoothing.sequential_tests import LEAST
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from certify.engine.execution import Execution
+    from certify.engine.noisy_classifier import NoisyClassifier
+    from certify.images.dataset import ImageSet
     from certify.runs.config import Settings
-    from certify.runs.records import ImageRow
+    from certify.runs.run_file import RunFile
 
 TRIES = 3
 """Deaths of a worker on one image alone until the image is set aside."""
@@ -34,6 +43,8 @@ PATIENCE = 600.0
 
 _POLL = 2.0  # seconds of one wait, after which signals are handled
 _READERS = 8  # threads that read images ahead of the workers
+_BATCHES = 20  # that a worker fills at once; the last one of them may be half empty
+_MOST = 4096  # images that a worker gets at once: they run again when it dies
 
 
 @dataclass(eq=False)
@@ -62,7 +73,7 @@ class WorkerPool:
         warn: called with a message about every worker that fails or is left out.
     """
 
-    def __init__(self, slots: Sequence[Slot], spec: WorkerSpec, warn: Callable[[str], None]) -> None:
+    def __init__(self, slots: Sequence[Slot], spec: WorkerSpec, warn: Callable[[str], None] = warn) -> None:
         import ray
 
         self._ray, self._warn = ray, warn
@@ -121,6 +132,55 @@ class WorkerPool:
         """Measure the samples per second of one worker; None where it does not survive this image."""
         answered = self._ask("ask", "measure_rate", self._plan, image.numpy(), tries=1)
         return None if answered is None else answered[1]
+
+    def process(
+        self,
+        images: ImageSet,
+        settings: Settings,
+        file: RunFile,
+        *,
+        places: Sequence[int],
+        strict: bool,
+        progress: Callable[[int], object],
+        warn: Callable[[str], None],
+    ) -> None:
+        """Do the work of :func:`certify.runs.runner.process` on the workers; append the lines as they come.
+
+        The same images give the same lines as there, except for ``seconds``. An image that its worker repeatedly does
+        not survive is recorded with its ``error``. ``progress`` is called with images.
+
+        Raises:
+            ImageError: with ``strict``, the first unusable image.
+            UserError: a worker with other code or weights than this process.
+            RunFault: no worker is left, or the run file cannot be written; what it holds is kept.
+        """
+        tasks = {task.place: task for task in pending(images, file, images.load, places, strict=strict)}
+        unusable = next((task for task in tasks.values() if task.id in file.done), None)  # only with strict
+        if unusable is not None:
+            raise refuse_unusable(unusable, file.done[unusable.id].error)
+
+        def read(place: int) -> WorkItem:
+            task = tasks[place]
+            try:
+                return WorkItem(place, task.id, task.label, images.items[place].read())
+            except ImageError as error:
+                return WorkItem(place, task.id, task.label, None, str(error))
+
+        for place, answer in self.answers(list(tasks), read, settings, most=self._images_at_once(settings)):
+            task, row = tasks[place], answer
+            if isinstance(row, str):  # the image was set aside
+                row = ImageRow.unusable(settings.procedure, task.id, task.label, row)
+            if strict and row.error is not None:
+                raise refuse_unusable(task, row.error)
+            store(file, place, row, warn)
+            progress(1)
+
+    def _images_at_once(self, settings: Settings) -> int:
+        """Return how many images fill a worker's batches: a sequential test begins with few samples and takes more."""
+        batch = self.execution.batch_size if self.execution is not None else 1
+        first = LEAST if settings.procedure.sequential else samples(settings.procedure)
+        batches = _BATCHES // 4 if settings.procedure.sequential else _BATCHES
+        return max(1, min(_MOST, -(-batches * batch // first)))
 
     def answers(
         self, places: Sequence[int], read: Callable[[int], WorkItem], settings: Settings, *, most: int
@@ -257,6 +317,29 @@ class WorkerPool:
 
     def _because(self) -> str:
         return f"; the last one: {self._reason}" if self._reason else ""
+
+
+@contextlib.contextmanager
+def started(
+    address: Address, load: Callable[[str], NoisyClassifier], smoothed: NoisyClassifier, device: str, images: int
+) -> Iterator[WorkerPool]:
+    """Start the workers of a cluster, no more than images, for the duration of the block.
+
+    Args:
+        address: of the cluster.
+        load: loads the smoothed classifier on the device of this name; it is sent to the workers.
+        smoothed: the smoothed classifier of this process, for its identity.
+        device: ``auto``, ``cpu`` or ``cuda``: the workers' device.
+        images: number of images to process.
+    """
+    import torch
+
+    gpus, threads = torch.cuda.device_count(), torch.get_num_threads()
+    with connected(address, device=device, gpus=gpus, threads=threads, most=images) as slots:
+        build = functools.partial(build_engine, load, "cuda" if slots[0].gpus else "cpu")
+        spec = WorkerSpec(build, os.getcwd(), code_identity(), smoothed.base.record())
+        with contextlib.closing(WorkerPool(slots, spec)) as pool:
+            yield pool
 
 
 def _once(method: Any) -> Any:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from certify.cluster.worker_engine import WorkerEngine
     from certify.engine.execution import Execution
+    from certify.engine.noisy_classifier import NoisyClassifier
     from certify.runs.config import Settings
     from certify.runs.records import ImageRow
 
@@ -90,6 +91,13 @@ class Plan:
     execution: Execution
     example: np.ndarray
     facts: Mapping[str, Any]
+
+
+def build_engine(load: Callable[[str], NoisyClassifier], device: str) -> WorkerEngine:
+    """Build the engine of a worker, which loads the smoothed classifier itself."""
+    from certify.cluster.worker_engine import WorkerEngine
+
+    return WorkerEngine(lambda: load(device))
 
 
 class Worker:

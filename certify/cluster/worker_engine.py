@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from certify.errors import ImageError
 from certify.images.preprocess import preprocess
@@ -43,15 +42,15 @@ class WorkerEngine:
 
     def prepare(self, image: np.ndarray, samples: int, execution: Execution | None) -> Execution:
         """Choose how to run the base classifier: :meth:`certify.engine.noisy_classifier.NoisyClassifier.prepare`."""
-        return self._smoothed.prepare(np.array(image), samples, execution)
+        return self._smoothed.prepare(self._checked(image), samples, execution)
 
     def measure_rate(self, image: np.ndarray) -> float:
         """Measure the samples per second, once prepared."""
-        return self._smoothed.measure_rate(torch.from_numpy(np.array(image)))
+        return self._smoothed.measure_rate(self._checked(image))
 
     def base_labels(self, images: Sequence[np.ndarray]) -> list[int]:
         """Return labels of images without noise."""
-        return self._smoothed.base_labels([np.array(image) for image in images])
+        return self._smoothed.base_labels(map(self._checked, images))
 
     def answer(self, items: Sequence[WorkItem], settings: Settings) -> list[Line]:
         """Return the lines of these images."""
@@ -62,4 +61,7 @@ class WorkerEngine:
         if item.raw is None:
             raise ImageError(item.error)
         raw = item.raw if isinstance(item.raw, bytes) else np.array(item.raw)  # arrays from Ray's store are read-only
-        return preprocess(raw, self._smoothed.classifier.input)  # type: ignore[attr-defined]
+        return self._smoothed.check(preprocess(raw, self._smoothed.classifier.input))  # type: ignore[attr-defined]
+
+    def _checked(self, image: np.ndarray) -> Tensor:
+        return self._smoothed.check(np.array(image))

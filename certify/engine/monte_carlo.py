@@ -66,7 +66,7 @@ def count_votes(
     batch_size: int,
     fixed_shape: bool = False,
     settled: dict[torch.Size, int] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[Tally]:
     """Label the noisy copies of all jobs, and yield the tallies in the order of the jobs.
 
@@ -285,7 +285,7 @@ def _label_in_one_shape(
             if labels is None:
                 raise RunFault(
                     f"out of memory in a batch of {size} images, which fitted before; this noise needs one batch shape "
-                    f"for all samples of an image: free memory, or pass --batch-size {size // 2} (batch_size in Python)"
+                    f"for all samples of an image: free memory, or pass --batch-size {size // 2}"
                 )
         if labels is None:
             size = settled.get(shape, (size + 1) // 2)

@@ -35,12 +35,12 @@ class Target:
     """An image to sample.
 
     Attributes:
-        image: ``(C, H, W)``, float in [0, 1] or uint8.
+        image: ``(C, H, W)``, as :meth:`NoisyClassifier.check` returns it.
         name: names its noise; None: a hash of the image.
         tag: returned with the result.
     """
 
-    image: torch.Tensor | np.ndarray
+    image: torch.Tensor
     name: str | None = None
     tag: Any = None
 
@@ -48,9 +48,10 @@ class Target:
         if not isinstance(self.name, str | None):
             raise UserError(f"image_id = {self.name!r}: expected text, such as {str(self.name)!r}")
 
-    def noise_name(self, tensor: torch.Tensor) -> str:
-        """Return the name of the image's noise, given the image as it is certified."""
-        return noise_name(tensor) if self.name is None else self.name
+    @functools.cached_property
+    def noise_name(self) -> str:
+        """Name of the image's noise."""
+        return noise_name(self.image) if self.name is None else self.name
 
 
 class NoisyClassifier:
@@ -136,13 +137,13 @@ class NoisyClassifier:
         """Number of classes K."""
         return self.base.num_classes
 
-    def check_contract(self, image: torch.Tensor | np.ndarray, *, again: bool = False, queries: bool = True) -> None:
+    def check_contract(self, image: torch.Tensor, *, again: bool = False, queries: bool = True) -> None:
         """Check denoiser and classifier on noisy copies of one image, once; their training mode, every time.
 
         Called before anything is counted (:mod:`certify.engine.contract`).
 
         Args:
-            image: a real image, ``(C, H, W)``.
+            image: a real image, ``(C, H, W)``, as :meth:`check` returns it; so in all methods below.
             again: check on this image too if another one was used before.
             queries: allow queries to a classifier that takes one image per query.
 
@@ -151,16 +152,15 @@ class NoisyClassifier:
         """
         from certify.engine import contract
 
-        tensor = self.check(image)
         contract.refuse_training_mode(self.base.denoiser, self.classifier)
         paid = queries and getattr(self.classifier, "one_by_one", False)
         todo = {"local", "queries"} if again else self._unchecked
         if "local" in todo or (paid and "queries" in todo):
-            there = tensor.to(self.device)
+            there = image.to(self.device)
             contract.check_contract(self.classifier, self.base.denoiser, self.noise, there, queries=paid)
             self._unchecked -= {"local", "queries"} if paid else {"local"}
 
-    def prepare(self, image: torch.Tensor | np.ndarray, samples: int, execution: Execution | None = None) -> Execution:
+    def prepare(self, image: torch.Tensor, samples: int, execution: Execution | None = None) -> Execution:
         """Choose how to run the base classifier for this many samples, and run it so from now on.
 
         Args:
@@ -173,7 +173,7 @@ class NoisyClassifier:
         from certify.engine.policy import choose_execution
 
         self.check_contract(image, queries=False)
-        example = self.check(image).to(self.device)
+        example = image.to(self.device)
         self._batch_sizes = {}
         if execution is None:
             self._run, self.execution = choose_execution(self.base, example, samples, self.options)
@@ -185,13 +185,13 @@ class NoisyClassifier:
         """Return the noise's radii in this classifier's norm, for images of this many values (C * H * W)."""
         return in_norm(self.noise, self.norm, values)
 
-    def measure_rate(self, image: torch.Tensor | np.ndarray) -> float:
+    def measure_rate(self, image: torch.Tensor) -> float:
         """Return the samples per second of this machine, noise included, once prepared; for estimates of run time."""
         from certify.engine.monte_carlo import measure_rate
 
         if self.execution is None:
             raise RuntimeError("not prepared yet: call prepare first")
-        return measure_rate(self._run, self.check(image).to(self.device), self.noise, self.execution.batch_size)
+        return measure_rate(self._run, image.to(self.device), self.noise, self.execution.batch_size)
 
     def sample(
         self,
@@ -200,7 +200,7 @@ class NoisyClassifier:
         *,
         seed: int = 0,
         clean: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> Iterator[tuple[Target, dict[str, Tally]]]:
         """Label noisy copies of each image, stage by stage; images share batches.
 
@@ -227,12 +227,11 @@ class NoisyClassifier:
 
         def jobs() -> Iterator[Job]:
             for target in itertools.chain([first], queue):
-                tensor = self.check(target.image)
-                there = tensor.to(self.device)
+                there = target.image.to(self.device)
                 if clean:
                     yield Job(there, None, 1, keep=1, tag=(target, "clean"))
                 for stage, trials in stages.items():
-                    key = stream_key(seed, target.noise_name(tensor), stage)
+                    key = stream_key(seed, target.noise_name, stage)
                     yield Job(there, key, trials, keep=KEPT, tag=(target, stage))
 
         expected = len(stages) + clean
@@ -250,7 +249,7 @@ class NoisyClassifier:
         test: Callable[[Radii], SequentialTest],
         *,
         seed: int = 0,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> Iterator[Settled]:
         """Label samples of each image until its sequential test is settled, and yield images as they are settled.
 
@@ -272,14 +271,13 @@ class NoisyClassifier:
 
         def samplings() -> Iterator[Sampling]:
             for target in itertools.chain([first], queue):
-                tensor = self.check(target.image)
-                key = stream_key(seed, target.noise_name(tensor), "estimation")
-                yield Sampling(tensor.to(self.device), key, test(self.stated(tensor.numel())), target)
+                key = stream_key(seed, target.noise_name, "estimation")
+                yield Sampling(target.image.to(self.device), key, test(self.stated(target.image.numel())), target)
 
         yield from settle(label, samplings(), batch_size=batch_size, keep=KEPT)
 
     def labeller(
-        self, image: torch.Tensor | np.ndarray, samples: int, progress: Callable[[int], None] | None = None
+        self, image: torch.Tensor, samples: int, progress: Callable[[int], object] | None = None
     ) -> tuple[Callable[[Iterable[Job]], Iterator[Tally]], int]:
         """Return the vote loop, which lacks only its jobs, and its batch size.
 
@@ -293,8 +291,10 @@ class NoisyClassifier:
 
         if self.execution is None and samples:
             self.prepare(image, samples)
-        size = self.options.batch_size or default_batch_size(self.check(image).to(self.device))
-        execution = self.execution or Execution("float32", False, False, size)
+        execution = self.execution
+        if execution is None:
+            size = self.options.batch_size or default_batch_size(image.to(self.device))
+            execution = Execution("float32", False, False, size)
         paid = getattr(self.classifier, "one_by_one", False)  # a copy that only fills a batch would be a query too
         label = functools.partial(
             count_votes,
@@ -315,29 +315,27 @@ class NoisyClassifier:
         stage: str,
         seed: int = 0,
         image_id: str | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> Votes:
         """Count the votes of n noisy copies of one image ``(C, H, W)``.
 
         The noise is fixed by ``seed``, ``image_id`` (default: a hash of the image) and ``stage``.
         """
-        ((_, tallies),) = self.sample([Target(image, image_id)], {stage: n}, seed=seed, progress=progress)
+        ((_, tallies),) = self.sample([Target(self.check(image), image_id)], {stage: n}, seed=seed, progress=progress)
         return tallies[stage].votes
 
-    def base_labels(self, images: Iterable[torch.Tensor | np.ndarray]) -> list[int]:
+    def base_labels(self, images: Iterable[torch.Tensor]) -> list[int]:
         """Return the base classifier's labels of images without noise (``FAILED`` where it has none)."""
-        sampled = self.sample((Target(image) for image in images), {}, clean=True)
+        sampled = self.sample(map(Target, images), {}, clean=True)
         return [int(tallies["clean"].labels[0]) for _, tallies in sampled]
 
-    def agreement(
-        self, image: torch.Tensor | np.ndarray, labels: torch.Tensor, *, stage: str, seed: int, image_id: str
-    ) -> int:
+    def agreement(self, image: torch.Tensor, labels: torch.Tensor, *, stage: str, seed: int, image_id: str) -> int:
         """Count the first labels of a stage that plain float32 reproduces from the same noise."""
         from certify.engine.execution import default_batch_size
         from certify.engine.monte_carlo import Job, count_votes
         from certify.smoothing.rng import stream_key
 
-        there = self.check(image).to(self.device)
+        there = image.to(self.device)
         job = Job(there, stream_key(seed, image_id, stage), len(labels), keep=len(labels))
         (plain,) = count_votes(self.base, self.noise, [job], batch_size=default_batch_size(there))
         return int((plain.labels == labels).sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +17,7 @@ from certify.images.items import Item, Source, Unread
 from certify.images.preprocess import channels_of, preprocess
 from certify.images.sources import open_source
 from certify.models.labels import OR_NONE, ClassNames, UnclearLabels, class_index, map_names, match_labels, name_index
+from certify.smoothing.numeric import as_int
 
 if TYPE_CHECKING:
     from certify.models.classifier import InputSpec
@@ -200,9 +201,22 @@ def _check_channels(source: Source, spec: InputSpec, data: str) -> None:
         )
 
 
+def check_selection(skip: int, start: int, max_images: int | None, ids: Sequence[str] | None) -> None:
+    """Refuse a choice of images that makes no sense, whatever the images are.
+
+    Raises:
+        UserError: a number out of range, or ids that are no list.
+    """
+    for name, number, least in (("skip", skip, 1), ("start", start, 0), ("max_images", max_images, 1)):
+        expected = f"a whole number from {least}"
+        if number is not None and as_int(number, name, expected) < least:
+            raise UserError(f"{name} = {number}: expected {expected}")
+    if ids is not None and (isinstance(ids, str) or not isinstance(ids, Iterable)):
+        raise UserError(f"ids = {ids!r}: expected a list of ids, such as ['{ids}']")
+
+
 def _select(source: Source, skip: int, start: int, max_images: int | None, ids: Sequence[str] | None) -> Sequence[Item]:
-    if skip < 1 or (max_images is not None and max_images < 1):
-        raise UserError(f"--skip {skip} --max {max_images}: expected whole numbers from 1")
+    check_selection(skip, start, max_images, ids)
     items: Sequence[Item] = source.items
     if ids:
         by_id = source.by_id(ids)

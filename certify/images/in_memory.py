@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from certify.errors import ImageError, UserError, first_line
-from certify.images.dataset import ImageSet
+from certify.images.dataset import ImageSet, check_selection
 from certify.images.items import Item
 from certify.images.preprocess import preprocess
 from certify.models.classifier import InputSpec
@@ -65,6 +65,7 @@ class Collection:
         Raises:
             UserError: a label that is no class of the classifier, or a selection of no image.
         """
+        check_selection(skip, start, max_images, None)
         chosen = range(len(self.items))[start::skip][:max_images]
         if not chosen:
             raise UserError(f"start = {start}, skip = {skip}: no image left of {len(self.items)}")
@@ -91,6 +92,7 @@ def collect(images: Any, labels: Any = None, ids: Sequence[str] | None = None) -
     Raises:
         UserError: something else, no images, or labels and ids that do not fit.
     """
+    check_selection(1, 0, None, ids)
     if isinstance(images, DataLoader):
         reads, own = _batches(images)
     elif isinstance(images, Tensor | np.ndarray):

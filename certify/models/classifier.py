@@ -222,7 +222,7 @@ class Classifier(nn.Module):
             if stated is None:
                 raise UserError(
                     f"classifier {self.name!r} has no stated input size; "
-                    "give its input size, such as --input-size 3x32x32 (from Python: input_size=(3, 32, 32))"
+                    "give its input size, such as --input-size 3x32x32"
                 )
             return stated
         probe = torch.rand((4, *self.input.size), generator=torch.Generator().manual_seed(0))
@@ -239,8 +239,7 @@ class Classifier(nn.Module):
             )
         if output.ndim == 1 and stated is None:
             raise UserError(
-                f"classifier {self.name!r} returns labels only; say how many classes there are: --num-classes K "
-                "(from Python: num_classes=K)"
+                f"classifier {self.name!r} returns labels only; say how many classes there are: --num-classes K"
             )
         if output.ndim == 2 and stated not in (None, output.shape[1]):
             raise UserError(f"classifier {self.name!r} has {output.shape[1]} classes, not {stated}; drop --num-classes")

@@ -232,5 +232,5 @@ def require_consent(path: str | Path, *, trust_code: bool) -> None:
     if not trust_code:
         raise UserError(
             f"{path} is TorchScript, a program: loading and running it can do anything that you can, such as overwrite "
-            "files; if you trust where it comes from, add --trust-code (from Python: trust_code=True)"
+            "files; if you trust where it comes from, add --trust-code"
         )

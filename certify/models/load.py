@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from certify.errors import CertifyWarning, UserError
 from certify.models import resolve
 from certify.models.callables import build_from_object
 from certify.models.classifier import Classifier, ClassifierSpec, ConfigFile, FailsOnImages, InputSpec, square_input
+from certify.smoothing.numeric import as_int
 
 
 def load_classifier(
@@ -50,6 +51,8 @@ def load_classifier(
         UserError: an unknown name, weights that do not fit, or contradictory settings.
         RunFault: weights that cannot be downloaded.
     """
+    if input_size is not None:
+        input_size = _check_size(input_size)
     spec: ClassifierSpec
     if isinstance(model, str):
         source = resolve.find_source(model, weights)
@@ -70,6 +73,16 @@ def load_classifier(
     except FailsOnImages as error:
         given = f"; is --input-size {'x'.join(map(str, input_size))} the right one?" if input_size else ""
         raise UserError(f"{error}{given}") from error
+
+
+def _check_size(size: Any) -> tuple[int, int, int]:
+    """Return an input size as three Python integers from 1; refuse anything else."""
+    expected = "channels, height and width, such as (3, 224, 224)"
+    values = tuple(size) if isinstance(size, Iterable) and not isinstance(size, str) else ()
+    numbers = [as_int(value, "input_size", expected) for value in values]
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise UserError(f"input_size = {size!r}: expected {expected}")
+    return numbers[0], numbers[1], numbers[2]
 
 
 def _warn_of_config(

@@ -7,13 +7,53 @@ import errno
 import io
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from certify.errors import UserError
+from certify.runs.identity import identity_digest
 
 _SHARED, _PRIVATE = 0o666, 0o600  # file modes, before the umask
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+
+
+def file_name(words: Sequence[str]) -> str:
+    """Join words to a part of a file's name."""
+    return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
+
+
+def run_path(out: str | Path | None, folder: Path, name: str) -> Path:
+    """Return the path of a run file: ``out`` if it ends in .jsonl, else ``name`` in the folder ``out`` or ``folder``.
+
+    Raises:
+        UserError: ``out`` has another suffix and is no folder.
+    """
+    target = Path(out or folder)
+    if target.suffix == ".jsonl" and out:
+        return target
+    if target.suffix and out and not str(out).endswith("/") and not target.is_dir():
+        raise UserError(f"--out {out}: expected a file ending in .jsonl, or a folder (a new one: end it with /)")
+    return target / name
+
+
+def output_path(out: str | Path | None, words: Sequence[str], header: Mapping[str, Any]) -> Path:
+    """Return :func:`run_path` for a name of these words and a digest of the settings, by default in ``runs/``."""
+    return run_path(out, Path("runs"), f"{file_name(words)}-{identity_digest(header)}.jsonl")
+
+
+def new_run_file(path: str | Path) -> Path:
+    """Return the path of a derived run file, checked before anything is read or computed for it.
+
+    Raises:
+        UserError: not the name of a run file, or the file exists.
+    """
+    target = Path(path)
+    if target.suffix != ".jsonl":
+        raise UserError(f"--out {path}: expected a file ending in .jsonl")
+    if target.exists():
+        raise UserError(f"{path} is there already and is left alone: name another --out")
+    return target
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from certify.errors import UserError
+from certify.runs.files import new_run_file
 from certify.runs.identity import unproven
 from certify.runs.records import ImageRow, RunHeader
-from certify.runs.run_file import Run, new_run_file, now, read_run, write_derived
+from certify.runs.run_file import Run, now, read_run, write_derived
 from certify.smoothing.bounds import check_alpha
 from certify.smoothing.rng import bound_draw
 

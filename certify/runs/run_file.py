@@ -114,6 +114,24 @@ class Run(Records[RunHeader, ImageRow]):
     header_class = RunHeader
     row_class = ImageRow
 
+    @property
+    def agreement(self) -> tuple[int, int]:
+        """Numbers of labels that agree with plain float32, and of labels compared."""
+        pairs = [row.agreement for row in self.usable if row.agreement is not None]
+        return sum(same for same, _ in pairs), sum(compared for _, compared in pairs)
+
+    @property
+    def failures(self) -> tuple[int, int]:
+        """Numbers of failed samples and of all samples."""
+        return sum(row.failures for row in self.usable), sum(row.trials for row in self.usable)
+
+    @property
+    def omissions(self) -> str:
+        """The number of images without a result, as a sentence; empty if there are none."""
+        count = len(self.images) - len(self.usable)
+        many = "images could not be used and are" if count > 1 else "image could not be used and is"
+        return f"{count} {many} left out" if count else ""
+
 
 class ComparisonRun(Records[ComparisonHeader, Outcome]):
     """A comparison as it was read."""
@@ -313,20 +331,6 @@ def write_run(path: str | Path, header: RunHeader, rows: Iterable[ImageRow]) -> 
     """
     with replacing(path, sync=True) as beside, beside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line.to_json(), allow_nan=False) + "\n" for line in (header, *rows))
-
-
-def new_run_file(path: str | Path) -> Path:
-    """Return the path of a derived run file, checked before anything is read or computed for it.
-
-    Raises:
-        UserError: not the name of a run file, or the file exists.
-    """
-    target = Path(path)
-    if target.suffix != ".jsonl":
-        raise UserError(f"--out {path}: expected a file ending in .jsonl")
-    if target.exists():
-        raise UserError(f"{path} is there already and is left alone: name another --out")
-    return target
 
 
 def write_derived(target: Path, header: RunHeader, rows: list[ImageRow]) -> Run:

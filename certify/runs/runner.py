@@ -5,6 +5,7 @@ Bookkeeping around :mod:`certify.engine.noisy_classifier`; the command line adds
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from certify.engine.noisy_classifier import NoisyClassifier, Target, image_digest
-from certify.errors import ImageError
+from certify.errors import CertifyError, ImageError
 from certify.images.dataset import ImageSet
 from certify.models.labels import readable
 from certify.runs.config import Settings
@@ -37,13 +38,43 @@ class Task:
         place: its number among the chosen images, from 0.
         id: key of its noise streams.
         label: its class, or None.
-        load: returns the image ``(C, H, W)``, float32 in [0, 1]; raises :class:`ImageError` if it cannot be used.
+        load: returns the image as :meth:`NoisyClassifier.check` does; raises :class:`ImageError` if it cannot be used.
     """
 
     place: int
     id: str
     label: int | None
     load: Callable[[], Tensor]
+
+
+class CheckedImages:
+    """Chosen images as a smoothed classifier takes them; the first usable one is loaded and checked once.
+
+    Args:
+        smoothed: checks them.
+        images: the chosen images.
+    """
+
+    def __init__(self, smoothed: NoisyClassifier, images: ImageSet) -> None:
+        self._smoothed, self._images = smoothed, images
+        self._place, self.first = -1, None
+        for place in range(len(images)):
+            with contextlib.suppress(CertifyError):
+                image = images.load(place)
+                break
+        else:
+            return
+        self._place, self.first = place, smoothed.check(image)
+
+    def load(self, place: int) -> Tensor:
+        """Return an image as :meth:`NoisyClassifier.check` does.
+
+        Raises:
+            ImageError: it cannot be used.
+        """
+        if place == self._place and self.first is not None:
+            return self.first
+        return self._smoothed.check(self._images.load(place))
 
 
 def process(
@@ -54,26 +85,33 @@ def process(
     *,
     places: Sequence[int] | None = None,
     strict: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
     warn: Callable[[str], None] = _LOG.warning,
+    load: Callable[[int], Tensor] | None = None,
 ) -> None:
     """Answer about every image that the file does not hold yet, and append its row.
 
     An image that cannot be used is reported, recorded with its ``error`` and counts as an abstention without trials;
     with ``strict`` it ends the run. ``progress`` is called with samples, or with images where they stop early.
-    ``places`` are those of the images of the file, all of them by default.
+    ``places`` are those of the images of the file, all of them by default; ``load`` is :meth:`CheckedImages.load`.
 
     Raises:
         ImageError: with ``strict``, the first unusable image.
         RunFault: the run file cannot be written.
     """
-    tasks = pending(images, file, places, strict=strict)
+    load = load or CheckedImages(smoothed, images).load
+    tasks = pending(images, file, load, places, strict=strict)
     for place, line in answered(smoothed, tasks, settings, strict=strict, progress=progress):
         store(file, place, line, warn)
 
 
 def pending(
-    images: ImageSet, file: RunFile, places: Sequence[int] | None = None, *, strict: bool = False
+    images: ImageSet,
+    file: RunFile,
+    load: Callable[[int], Tensor],
+    places: Sequence[int] | None = None,
+    *,
+    strict: bool = False,
 ) -> Iterator[Task]:
     """Yield the images that the file does not hold yet; with ``strict`` also those that it holds as unusable."""
     for place in range(len(images)) if places is None else places:
@@ -81,8 +119,8 @@ def pending(
         known = file.done.get(item.id)
         if known is not None and not (strict and known.error is not None):
             continue
-        load = functools.partial(images.load, place) if known is None else functools.partial(_unusable_again, known)
-        yield Task(place, item.id, images.labels[place], load)
+        read = functools.partial(load, place) if known is None else functools.partial(_unusable_again, known)
+        yield Task(place, item.id, images.labels[place], read)
 
 
 def _unusable_again(known: ImageRow) -> Tensor:
@@ -98,7 +136,7 @@ def store(file: RunFile, place: int, row: ImageRow, warn: Callable[[str], None])
 
 def refuse_unusable(task: Task, reason: object) -> ImageError:
     """Return the error of ``--strict`` about the first image that cannot be used."""
-    return ImageError(f"image {task.id} {reason}; drop --strict to go on without it")
+    return ImageError(f"image {task.id} {reason}; drop --strict to leave it out")
 
 
 def answered(
@@ -107,7 +145,7 @@ def answered(
     settings: Settings,
     *,
     strict: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[int, ImageRow]]:
     """Yield the rows of these images with their places: in order at a fixed n, else as images are settled.
 
@@ -127,7 +165,7 @@ def answered(
     def usable() -> Iterator[Target]:
         for order, task in enumerate(tasks):
             try:
-                image = smoothed.check(task.load())
+                image = task.load()
             except ImageError as error:
                 unusable.append((order, task, error))
                 if strict:
@@ -153,7 +191,6 @@ def answered(
     answers = _sequential if isinstance(procedure, Sequential) else _fixed
     for target, clean, keys, labels in answers(smoothed, usable(), settings, tell):
         task, image = target.tag.task, target.image
-        assert isinstance(image, Tensor)
         yield from unusable_before(target.tag.order)
         row = _with_provenance(ImageRow.of(task.id, task.label, keys), smoothed, image, clean)
         if settings.compared(task.place) and smoothed.execution is not None and not smoothed.execution.plain:
@@ -189,14 +226,12 @@ Answered = tuple[Target, int, AnswerKeys, Tensor]
 
 
 def _fixed(
-    smoothed: NoisyClassifier, images: Iterable[Target], settings: Settings, tell: Callable[[int], None]
+    smoothed: NoisyClassifier, images: Iterable[Target], settings: Settings, tell: Callable[[int], object]
 ) -> Iterator[Answered]:
     """Answer from the same number of samples for every image, in their order."""
     procedure, seed = settings.procedure, settings.seed
     for target, tallies in smoothed.sample(images, procedure.stages, seed=seed, clean=True, progress=tell):
-        assert isinstance(target.image, Tensor)
-        assert target.name is not None
-        uniform = bound_draw(seed, target.name)
+        uniform = bound_draw(seed, target.noise_name)
         votes = {stage: tallies[stage].votes for stage in procedure.stages}
         answer = procedure.answer(votes, smoothed.stated(target.image.numel()), uniform)
         keys = procedure.record(answer)
@@ -206,7 +241,7 @@ def _fixed(
 
 
 def _sequential(
-    smoothed: NoisyClassifier, images: Iterable[Target], settings: Settings, tell: Callable[[int], None]
+    smoothed: NoisyClassifier, images: Iterable[Target], settings: Settings, tell: Callable[[int], object]
 ) -> Iterator[Answered]:
     """Answer from as many samples as each image needs, in the order in which they are settled."""
     procedure = settings.procedure

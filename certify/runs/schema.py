@@ -23,8 +23,6 @@ _CLASSES = 1_000_000  # class numbers are below: votes become a list over classe
 class MissingKey(UserError, KeyError):
     """A record lacks a key that is needed."""
 
-    __str__ = Exception.__str__
-
 
 def _missing(where: str, key: str) -> MissingKey:
     return MissingKey(f"{where} has no {key!r}, which is needed here; expected a file that certify wrote")

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from certify.errors import UserError
+from certify.runs.files import new_run_file
 from certify.runs.identity import differences, unproven
 from certify.runs.records import ImageRow, RunHeader, ShardPlace
-from certify.runs.run_file import Run, new_run_file, now, read_run, write_derived
+from certify.runs.run_file import Run, now, read_run, write_derived
 
 _LOG = logging.getLogger("certify")
 
@@ -47,7 +48,7 @@ class Shard:
         Raises:
             UserError: anything else.
         """
-        first, _, second = text.partition("/")
+        first, _, second = text.partition("/") if isinstance(text, str) else ("", "", "")
         if not (first.isdecimal() and second.isdecimal()):
             raise UserError(f"--shard {text!r}: expected i/n, such as 1/8 for the first of eight")
         return cls(int(first), int(second))
@@ -152,7 +153,7 @@ def _complete(parts: Sequence[_Part]) -> None:
         if run.partial:
             raise UserError(
                 f"{run.path} (shard {index}/{of}) is unfinished: {len(run.images)} of {run.header.expected} images; "
-                f"go on with: {run.header.command or 'its command'}"
+                f"resume it with `{run.header.command or 'its command'}`"
             )
 
 

@@ -91,7 +91,7 @@ class ExactGaussian(Gaussian):
         if off and not self.rounded:
             raise ImageError(
                 f"{off:,} of the image's {image.numel():,} values are off the 8-bit grid (resized?); exact noise needs "
-                "v / 255, v = 0 to 255: --round (rounded=True in Python) certifies the nearest 8-bit image"
+                "v / 255, v = 0 to 255: --round certifies the nearest 8-bit image"
             )
         return nearest
 

@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from certify.errors import UserError
+from certify.errors import UserError, warn
 from certify.registry import Registry
 from certify.smoothing.numeric import as_float
 
@@ -22,6 +22,8 @@ _OUTWARD = 1e-14
 _LOST = 1e-12  # covers the error of ndtr and ndtri as an absolute error of a probability
 
 _SIGMA = "a positive number, in [0, 1] pixels (0.25, not 64 of 255)"
+
+_LARGE = 4.0  # sigma in [0, 1] pixels above which the unit is in doubt; Cohen et al. use at most 1
 
 NOISES = Registry("noise", "certify.noises")
 
@@ -249,6 +251,15 @@ NOISES.add(
 )
 NOISES.add("uniform", Uniform, "independent uniform, l1")
 NOISES.add("laplace", Laplace, "independent Laplace, l1")
+
+
+def warn_of_units(sigma: float) -> None:
+    """Warn of a noise level that is probably meant in pixels of 255."""
+    if sigma > _LARGE:
+        warn(
+            f"sigma = {sigma:g} is very large for images in [0, 1]; did you mean "
+            f"--sigma {sigma / 255:.3g} ({sigma:g}/255)?"
+        )
 
 
 def make_noise(name: str, sigma: float, *, rounded: bool = False) -> Noise:
