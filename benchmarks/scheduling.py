@@ -36,7 +36,7 @@ from certify.cluster.connect import Address, connected
 from certify.cluster.driver import WorkerPool
 from certify.cluster.worker import Line, WorkerSpec, WorkItem, code_identity
 from certify.engine.execution import Execution
-from certify.runs.records import ImageRow, RunHeader
+from certify.runs.records import Circumstances, ImageRow, RunHeader
 from certify.runs.run_file import RunFile, read_run
 
 
@@ -47,9 +47,9 @@ class Sleeper:
         """No pipeline."""
         return []
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Circumstances:
         """Nothing that could differ."""
-        return {"device": "cpu", "accelerator": None, "torch": "none", "machine": {"threads": 1}}
+        return Circumstances("cpu", None, "none", {}, {"threads": 1})
 
     def prepare(self, image: np.ndarray, samples: int, execution: Any) -> Any:
         """Return settings that nobody uses."""

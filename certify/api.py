@@ -269,7 +269,6 @@ def load_job(
         UserError: an unknown option, options that contradict each other, or what cannot be loaded.
     """
     check_options(Options, options)
-    from certify.cluster.connect import Address
     from certify.runs.config import Settings
     from certify.runs.shards import Shard
     from certify.runs.transaction import Job
@@ -277,7 +276,11 @@ def load_job(
     settings = Settings(procedure, seed)
     shard = None if options.get("shard") is None else Shard.parse(options["shard"])
     device = options.get("device", "auto")
-    address = None if options.get("cluster") is None else Address.usable(options["cluster"], device)
+    address = None
+    if options.get("cluster") is not None:
+        from certify.cluster.connect import Address
+
+        address = Address.usable(options["cluster"], device)
     of_model = chosen_options(ModelOptions, options) | chosen_options(SmoothingOptions, options)
     if isinstance(model, SmoothedClassifier) and (sigma is not None or of_model or address is not None):
         given = "cluster" if address is not None else min(of_model, default="sigma")
@@ -344,8 +347,6 @@ def collect_images(images: Any, labels: Any, options: dict[str, Any]) -> Collect
     Raises:
         UserError: options that only names and paths have, or labels that only objects have.
     """
-    from certify.images.in_memory import collect
-
     if isinstance(images, str | Path):
         if not isinstance(labels, str | Path | None):
             raise UserError(
@@ -353,6 +354,8 @@ def collect_images(images: Any, labels: Any, options: dict[str, Any]) -> Collect
                 "file,label, or None for the data's own; class indices go with images as Python objects"
             )
         return None
+    from certify.images.in_memory import collect
+
     collection = collect(images, labels, options.pop("ids", None))
     if extra := sorted(options.keys() & {"class_map", "root", "download"}):
         raise UserError(f"{extra[0]} with images of type {collection.name}: expected a name or path of data with it")

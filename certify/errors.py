@@ -39,6 +39,8 @@ def python_spelling(text: str) -> str:
             return found[0]
         name = _PARAMETERS[option]
         value = "True" if option in _FLAGS else value
+        if value is not None and re.fullmatch(r"\d+x\d+x\d+", value):
+            value = f"({value.replace('x', ', ')})"
         return name if value is None else f"{name}={value}"
 
     return _OPTION.sub(parameter, text)

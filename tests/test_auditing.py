@@ -82,7 +82,12 @@ def test_the_same_call_resumes_and_replays(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_decisions_and_reference_labels(tmp_path: Path) -> None:
     decided = certify.audit(
-        Bright(), IMAGES, ["dark", "bright", "bright"], radius=0.2, out=tmp_path / "a", **{**OPTIONS, "n": None}
+        Bright(),
+        IMAGES,
+        ["dark", "bright", "bright"],
+        radius=0.2,
+        out=tmp_path / "a",
+        **{**OPTIONS, "n": None, "n0": None},
     )
     assert decided.header.kind == "decide"
     labels = [row.label == row.prediction for row in decided if not row.abstained]

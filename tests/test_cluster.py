@@ -27,17 +27,17 @@ from certify.cluster.worker import (
     Plan,
     Unfit,
     Worker,
+    WorkerEngine,
     WorkerSpec,
     WorkItem,
     code_identity,
     other_code,
     other_weights,
 )
-from certify.cluster.worker_engine import WorkerEngine
 from certify.errors import RunFault, UserError
 from certify.models.classifier import Classifier
 from certify.runs.config import Settings
-from certify.runs.records import ImageRow
+from certify.runs.records import Circumstances, ImageRow
 from certify.runs.runner import Task, answered
 from certify.smoothing.procedures import Certify, Decide, Measure, Predict
 
@@ -256,7 +256,7 @@ def test_a_worker_writes_the_lines_of_a_single_machine(kind: str, digits: Classi
     load = functools.partial(SmoothedClassifier, digits, 0.25)
     worker = Worker(spec_of(functools.partial(WorkerEngine, load), smoothed.base.record()))
     _, facts = worker.start()
-    assert facts["device"] == "cpu"
+    assert facts.device == "cpu"
     example = images.load(0).numpy()
     execution = worker.prepare(example, 1000, None)
     assert execution.plain
@@ -274,7 +274,7 @@ def test_a_worker_writes_the_lines_of_a_single_machine(kind: str, digits: Classi
     assert lines(restarted.answer(items[:2], settings, plan)) == {place: alone[place] for place in (0, 1)}
     assert lines(restarted.answer([bad], settings, plan))[10]["error"] == "is empty"
     with pytest.raises(Unfit, match=r"^torch 0\.9 there, 2\.\d+ on the others$|^torch .* there, 0\.9 on the others$"):
-        restarted.answer(items[:1], settings, replace(plan, facts=facts | {"torch": "0.9"}))
+        restarted.answer(items[:1], settings, replace(plan, facts=replace(facts, torch="0.9")))
 
 
 class Failing:
@@ -286,8 +286,8 @@ class Failing:
     def describe(self) -> list[dict[str, Any]]:
         return []
 
-    def facts(self) -> dict[str, Any]:
-        return {"device": "cpu", "accelerator": None, "torch": "2"}
+    def facts(self) -> Circumstances:
+        return Circumstances("cpu", None, "2", {}, {})
 
     def prepare(self, image: Any, samples: int, execution: Any) -> Any:
         return execution

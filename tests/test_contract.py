@@ -22,7 +22,7 @@ from small_networks import network, trained
 from torch import Tensor, nn
 
 from certify import SmoothedClassifier, load_classifier, load_images, read_run
-from certify.cluster.worker_engine import WorkerEngine
+from certify.cluster.worker import WorkerEngine
 from certify.errors import CertifyError, RunFault, UserError
 from denoisers import load_denoiser
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from certify import load_classifier
 from certify.cli.load import denoiser_for
-from certify.errors import RunFault, UserError
+from certify.errors import CertifyWarning, RunFault, UserError
 from certify.models.defence import Defence, Member, majority
 from certify.smoothing.rng import stream_key
 from certify.types import FAILED
@@ -167,9 +167,9 @@ def test_weights_of_a_purifier_as_a_denoiser_warn_or_fail(purifier: str, tmp_pat
             load_denoiser(file, sigma=2.0)
 
 
-def test_the_command_warns_of_weights_trained_without_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    denoiser_for(weights(tmp_path, "ncis"), 0.25, (1, 8, 8))
-    assert "trained for the defence ncis, without noise" in capsys.readouterr().err
+def test_the_command_warns_of_weights_trained_without_noise(tmp_path: Path) -> None:
+    with pytest.warns(CertifyWarning, match="trained for the defence ncis, without noise"):
+        denoiser_for(weights(tmp_path, "ncis"), 0.25, (1, 8, 8))
 
 
 def test_the_record_of_a_denoiser_has_the_known_keys(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ import torch
 from command import run
 
 from certify import SmoothedClassifier, UserError, load_classifier, load_images, read_run
-from certify.cluster.worker import Worker, WorkerSpec, code_identity
-from certify.cluster.worker_engine import WorkerEngine
+from certify.cluster.worker import Worker, WorkerEngine, WorkerSpec, code_identity
 
 Capture = pytest.CaptureFixture[str]
 RUN = "--data digits --sigma 0.25 --n 100 --n0 10 --max 4 --quiet "

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from command import run
 
+import certify
 from certify import read_run
 from certify.errors import UserError
-from certify.runs.recompute import recompute, recompute_file
+from certify.runs.recompute import recompute
 from certify.smoothing.bounds import BOUNDS
 from certify.smoothing.stopping_rules import RULES
 
@@ -55,7 +56,7 @@ def test_the_same_as_a_live_run_with_that_alpha_and_bound(bound: str, runs: dict
     """Same noise, so the same votes; the randomized bound's draw is the same too."""
     live = tmp_path / "live.jsonl"
     run(*DIGITS, "--n", "1000", "--alpha", "0.01", "--bound", bound, "--out", str(live))
-    again = recompute_file(runs["fixed"], tmp_path / "again.jsonl", alpha=0.01, bound=bound)
+    again = certify.read_run(runs["fixed"]).recompute(alpha=0.01, bound=bound, out=tmp_path / "again.jsonl")
     assert read_run(again.path).header == again.header
     for a, b in zip(read_run(live).usable, read_run(again.path).usable, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}

@@ -11,10 +11,11 @@ import pytest
 from command import rows_without_seconds, run
 from PIL import Image
 
+import certify
 from certify import read_run
 from certify.errors import UserError
 from certify.runs.identity import identity
-from certify.runs.shards import Shard, merge_files
+from certify.runs.shards import Shard, merge_shards
 
 COMMAND = ["--model", "digits", "--data", "digits", "--sigma", "0.25", "--n", "300", "--skip", "45", "--quiet"]
 KINDS = {"certify": [], "decide": ["--radius", "0.1,0.25"], "measure": ["--tolerance", "0.5"], "predict": []}
@@ -53,7 +54,7 @@ def test_merged_shards_are_the_run(
     assert identity(found.header) == identity(single.header)
     assert [part["run"] for part in found.header["merged"]] == ["1.jsonl", "2.jsonl", "3.jsonl"]
     with pytest.raises(UserError, match=r"merged\.jsonl is there already"):
-        merge_files(shards, merged)
+        certify.read_run(shards[0]).merge(*map(certify.read_run, shards[1:]), out=merged)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +105,7 @@ def test_shards_that_do_not_make_a_run_are_refused_by_name(
 
     def refused(*paths: Path) -> str:
         with pytest.raises(UserError) as error:
-            merge_files(paths, tmp_path / "merged.jsonl")
-        assert not (tmp_path / "merged.jsonl").exists()
+            merge_shards(read_run(path, allow_partial=True) for path in paths)
         return str(error.value)
 
     assert "1 of 3 shards are missing: 2/3" in refused(one, three)

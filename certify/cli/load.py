@@ -17,7 +17,7 @@ from certify.cli.option_groups import (
     NoiseOptions,
     StatisticsOptions,
 )
-from certify.cli.options import check_radii, given_by_user
+from certify.cli.options import Options, check_radii, given_by_user
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,10 +99,19 @@ def load_smoothed(
     from certify.api import load_smoothed
     from certify.smoothed_classifier import ModelOptions, SmoothingOptions
 
-    values = {**vars(options), **vars(noise), **vars(compute)}
-    names = [*ModelOptions.__annotations__, *SmoothingOptions.__annotations__]
-    given = {name: values[name] for name in names if values.get(name) is not None}
+    given = options_for(ModelOptions, options) | options_for(SmoothingOptions, noise, compute)
     return load_smoothed(model, noise.sigma, given, compute.device, probe_size)
+
+
+def options_for(target: type, *groups: Options) -> dict[str, object]:
+    """Return the options of a function in Python (a ``TypedDict``) from the fields of these groups with its names."""
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    return {name: values[name] for name in target.__annotations__ if values.get(name) is not None}
+
+
+def ids_from(options: ImageOptions) -> list[str] | None:
+    """Return the ids in ``--ids``, which are separated as in a CSV file."""
+    return [i for row in csv.reader(io.StringIO(options.ids, newline="")) for i in row] if options.ids else None
 
 
 def classifier_from(model: str, options: InputOptions) -> Classifier:
@@ -205,7 +214,7 @@ def load_image_set(options: ImageOptions, classifier: Classifier | InputOnly) ->
         skip=options.skip,
         start=options.start,
         max_images=options.max_images,
-        ids=[i for row in csv.reader(io.StringIO(options.ids, newline="")) for i in row] if options.ids else None,
+        ids=ids_from(options),
         labels=labelled.labels if labelled else "none",
         class_map=labelled.class_map if labelled else None,
         root=options.root,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 from typing import TYPE_CHECKING
 
 import click
 
-from certify.cli.load import check_classifier, check_data, check_noise, demo_data, procedure_from
+from certify.cli.load import check_classifier, check_data, check_noise, demo_data, ids_from, options_for, procedure_from
 from certify.cli.option_groups import (
     ClusterOptions,
     DataOptions,
@@ -23,7 +20,6 @@ from certify.cli.option_groups import (
 )
 from certify.cli.options import Options, check_radii, command, command_line, option
 from certify.cli.summary import summarise
-from certify.errors import warn
 
 if TYPE_CHECKING:
     from certify.api import AnyProcedure
@@ -104,10 +100,14 @@ def merge(shards: tuple[str, ...], target: MergeOptions, table: RadiiOptions, ou
 
     Shards that overlap, are missing, unfinished or belong to another run are refused by name. The shards are kept.
     """
-    from certify.runs.shards import merge_files
+    from certify.runs.files import new_run_file
+    from certify.runs.run_file import Run, write_derived
+    from certify.runs.shards import merge_shards
 
     check_radii(table.radii)
-    run = merge_files(shards, target.out, command=command_line(), warn=warn)
+    path = new_run_file(target.out)
+    parts = (Run.read(shard, allow_partial=True) for shard in shards)
+    run = write_derived(path, *merge_shards(parts, command=command_line()))
     summarise(run, table.radii, as_json=output.as_json)
 
 
@@ -129,10 +129,7 @@ def _run(procedure: AnyProcedure, groups: Groups, *, radii: list[float] | None =
     from certify.runs.files import output_path
     from certify.runs.transaction import execute, run_words
 
-    values = {k: v for group in groups for k, v in vars(dataclasses.replace(group)).items()} | vars(data)
-    options = {name: values[name] for name in RunOptions.__annotations__ if values.get(name) is not None}
-    if data.ids:
-        options["ids"] = [i for row in csv.reader(io.StringIO(data.ids, newline="")) for i in row]
+    options = {**options_for(RunOptions, *groups, data), "ids": ids_from(data)}
     job = load_job(procedure, model.model, data.data, data.labels, sigma=noise.sigma, seed=noise.seed, options=options)
     with Console(demonstration, quiet=output.quiet or output.as_json) as console:
         run = execute(

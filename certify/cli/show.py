@@ -147,7 +147,9 @@ def recompute(run: str, options: RecomputeOptions, columns: RadiiOptions, output
     Choose both before you see results: the smallest of several radii has no guarantee. A bound that is invalid for
     the run is refused: fixed-n bounds for a sequential test, or where no selection votes chose the class.
     """
-    from certify.runs.recompute import recompute_file
+    from certify.runs.files import new_run_file, run_path
+    from certify.runs.recompute import recompute as recomputed
+    from certify.runs.run_file import Run, write_derived
     from certify.smoothing.bounds import BOUNDS
     from certify.smoothing.stopping_rules import RULES
 
@@ -159,11 +161,9 @@ def recompute(run: str, options: RecomputeOptions, columns: RadiiOptions, output
     words = [source.stem, *([f"alpha{exact(alpha)}"] if alpha is not None else []), *([bound] if bound else [])]
     if len(words) == 1:
         raise UserError("recompute without --alpha and --bound would change nothing; pass one of them")
-    from certify.runs.files import run_path
-
-    target = run_path(output.out, source.parent, "-".join(words) + ".jsonl")
-    recomputed = recompute_file(source, target, alpha=alpha, bound=bound, command=command_line(), warn=warn)
-    summarise(recomputed, columns.radii, as_json=output.as_json)
+    target = new_run_file(run_path(output.out, source.parent, "-".join(words) + ".jsonl"))
+    changed = recomputed(Run.read(source), alpha=alpha, bound=bound, command=command_line())
+    summarise(write_derived(target, *changed), columns.radii, as_json=output.as_json)
 
 
 class ReplayOutput(JsonOptions):

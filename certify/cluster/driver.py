@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from certify.cluster.connect import Address, Slot, connected
 from certify.cluster.worker import Line, Plan, Unfit, Worker, WorkerSpec, WorkItem, build_engine, code_identity
 from certify.errors import ImageError, RunFault, UserError, in_words, warn
-from certify.runs.records import ImageRow
+from certify.runs.records import Circumstances, ImageRow
 from certify.runs.run_file import SET_ASIDE
 from certify.runs.runner import pending, refuse_unusable, store
 from certify.smoothing.procedures import samples
@@ -53,7 +53,13 @@ class _Handle:
 
     actor: Any
     name: str = "a worker"
-    facts: Mapping[str, Any] | None = None
+    facts: Circumstances | None = None
+
+    @property
+    def known(self) -> Circumstances:
+        """Device, versions and machine of a worker that has started."""
+        assert self.facts is not None
+        return self.facts
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,17 +102,17 @@ class WorkerPool:
         for worker in list(self._workers):
             self._remove(worker)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Circumstances:
         """Return device, versions and machine of the first worker, for the header; the others have the same device."""
-        facts = self._first().facts or {}
-        return {**facts, "machine": {**facts["machine"], "workers": len(self)}}
+        facts = self._first().known
+        return replace(facts, machine={**facts.machine, "workers": len(self)})
 
     def where(self) -> str:
         """Return the number of workers and their device as text."""
         from certify.engine.hardware import in_threads
 
-        facts = self._first().facts or {}
-        device = facts["accelerator"] or f"{facts['device']} ({in_threads(facts['machine']['threads'])})"
+        facts = self._first().known
+        device = facts.accelerator or f"{facts.device} ({in_threads(facts.machine['threads'])})"
         return f"{len(self)} workers, each on {device}"
 
     def prepare(self, image: Tensor, samples: int, execution: Execution | None = None) -> Execution:
@@ -120,7 +126,7 @@ class WorkerPool:
         if answered is None:
             raise RunFault(f"{TRIES} workers failed when they tried the base classifier{self._because()}")
         worker, execution = answered
-        self._plan, self.execution = Plan(execution, example, worker.facts or {}), execution
+        self._plan, self.execution = Plan(execution, example, worker.known), execution
         return execution
 
     def base_labels(self, images: Sequence[Tensor]) -> list[int] | None:

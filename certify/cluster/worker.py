@@ -7,6 +7,7 @@ modules that do are loaded when the pipeline is built, after the version of this
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -17,17 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certify import __version__
-from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.errors import CertifyError, ImageError, RunFault, UserError, first_line
 from certify.runs.identity import FINGERPRINT, same_answers
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
-    from certify.cluster.worker_engine import WorkerEngine
     from certify.engine.execution import Execution
     from certify.engine.noisy_classifier import NoisyClassifier
     from certify.runs.config import Settings
-    from certify.runs.records import ImageRow
+    from certify.runs.records import Circumstances, ImageRow
 
 Line = tuple[int, "ImageRow"]
 """An image's place among the chosen images, and its row of the run file."""
@@ -90,13 +91,62 @@ class Plan:
 
     execution: Execution
     example: np.ndarray
-    facts: Mapping[str, Any]
+    facts: Circumstances
+
+
+class WorkerEngine:
+    """Answers images with a smoothed classifier.
+
+    Args:
+        load: makes the smoothed classifier, from weights that this machine can read.
+    """
+
+    def __init__(self, load: Callable[[], NoisyClassifier]) -> None:
+        self._smoothed = load()
+
+    def describe(self) -> Sequence[Mapping[str, Any]]:
+        """Return the pipeline's steps, with hashes of what was loaded here, as in the run file's header."""
+        return self._smoothed.base.record()
+
+    def facts(self) -> Circumstances:
+        """Return device, versions and machine, as in the run file's header."""
+        from certify.runs.config import circumstances
+
+        return circumstances(self._smoothed.device)
+
+    def prepare(self, image: np.ndarray, samples: int, execution: Execution | None) -> Execution:
+        """Choose how to run the base classifier: :meth:`certify.engine.noisy_classifier.NoisyClassifier.prepare`."""
+        return self._smoothed.prepare(self._checked(image), samples, execution)
+
+    def measure_rate(self, image: np.ndarray) -> float:
+        """Measure the samples per second, once prepared."""
+        return self._smoothed.measure_rate(self._checked(image))
+
+    def base_labels(self, images: Sequence[np.ndarray]) -> list[int]:
+        """Return labels of images without noise."""
+        return self._smoothed.base_labels(map(self._checked, images))
+
+    def answer(self, items: Sequence[WorkItem], settings: Settings) -> list[Line]:
+        """Return the lines of these images."""
+        from certify.runs.runner import Task, answered
+
+        tasks = (Task(item.place, item.id, item.label, functools.partial(self._load, item)) for item in items)
+        return list(answered(self._smoothed, tasks, settings))
+
+    def _load(self, item: WorkItem) -> Tensor:
+        from certify.images.preprocess import preprocess
+
+        if item.raw is None:
+            raise ImageError(item.error)
+        raw = item.raw if isinstance(item.raw, bytes) else item.raw.copy()  # arrays from Ray's store are read-only
+        return self._smoothed.check(preprocess(raw, self._smoothed.classifier.input))  # type: ignore[attr-defined]
+
+    def _checked(self, image: np.ndarray) -> Tensor:
+        return self._smoothed.check(image.copy())
 
 
 def build_engine(load: Callable[[str], NoisyClassifier], device: str) -> WorkerEngine:
     """Build the engine of a worker, which loads the smoothed classifier itself."""
-    from certify.cluster.worker_engine import WorkerEngine
-
     return WorkerEngine(lambda: load(device))
 
 
@@ -107,10 +157,10 @@ class Worker:
         self._spec = spec
         self._name = f"the worker on {socket.gethostname()} (process {os.getpid()})"
         self._built: WorkerEngine | None = None
-        self._facts: Mapping[str, Any] = {}
+        self._facts: Circumstances | None = None
         self._prepared: Execution | None = None
 
-    def start(self) -> tuple[str, Mapping[str, Any]]:
+    def start(self) -> tuple[str, Circumstances]:
         """Build the pipeline; return the worker's name for messages, and the facts of its machine.
 
         Raises:
@@ -118,6 +168,7 @@ class Worker:
             Unfit: the pipeline cannot be built here.
         """
         self._engine()
+        assert self._facts is not None
         return self._name, self._facts
 
     def prepare(self, image: np.ndarray, samples: int, execution: Execution | None) -> Execution:
@@ -126,7 +177,7 @@ class Worker:
         return self._prepared
 
     def ask(self, method: str, plan: Plan, *arguments: Any) -> Any:
-        """Call a method of the :class:`certify.cluster.worker_engine.WorkerEngine`, run as planned.
+        """Call a method of the :class:`WorkerEngine`, run as planned.
 
         Raises:
             Unfit: this machine cannot run the base classifier as planned.
@@ -168,8 +219,9 @@ class Worker:
     def _follow(self, plan: Plan) -> None:
         self._engine()
         for key in SAME:
-            if self._facts[key] != plan.facts[key]:
-                raise Unfit(f"{key} {self._facts[key]} there, {plan.facts[key]} on the others")
+            there, others = getattr(self._facts, key), getattr(plan.facts, key)
+            if there != others:
+                raise Unfit(f"{key} {there} there, {others} on the others")
         if self._prepared is None or not self._prepared.runs_like(plan.execution):
             real = self.prepare(plan.example, 1, plan.execution)
             if not real.runs_like(plan.execution):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
-from certify.errors import UserError
-from certify.runs.files import new_run_file
+from certify.errors import UserError, warn
 from certify.runs.identity import unproven
 from certify.runs.records import ImageRow, RunHeader
-from certify.runs.run_file import Run, now, read_run, write_derived
+from certify.runs.run_file import Run, now
 from certify.smoothing.bounds import check_alpha
 from certify.smoothing.rng import bound_draw
-
-_LOG = logging.getLogger("certify")
 
 
 def recompute(
@@ -23,7 +18,8 @@ def recompute(
     """Return header and rows of the same votes at another alpha or bound.
 
     Each certificate fails with probability at most the new alpha, provided that alpha and bound were chosen without
-    looking at the results. What the run's design cannot support is refused.
+    looking at the results. What the run's design cannot support is refused. Warns of a run that cannot prove that all
+    its images met the same model.
 
     Args:
         run: as it was read.
@@ -36,6 +32,8 @@ def recompute(
     """
     if not run.header.has("kind") or not run.header.has("noise"):
         raise UserError(f"{run.path} names no procedure or noise; expected a run file of certify")
+    if doubt := unproven(run.header):
+        warn(f"{run.path}: {doubt}")
     changed = recomputed_header(run, run.origin, alpha=alpha, bound=bound, command=command)
     return changed, [_renewed(changed, row) for row in run.images]
 
@@ -71,29 +69,3 @@ def _renewed(header: RunHeader, row: ImageRow) -> ImageRow:
         number = str(renewed.prediction)
         name = (row.classes or {}).get(number, number)
     return renewed.replace(class_name=name)
-
-
-def recompute_file(
-    source: str | Path,
-    target: str | Path,
-    *,
-    alpha: float | None = None,
-    bound: str | None = None,
-    allow_partial: bool = False,
-    command: str = "",
-    warn: Callable[[str], None] = _LOG.warning,
-) -> Run:
-    """Write the recomputed run beside the old one, whole or not at all.
-
-    Warns of a run that cannot prove that all its images met the same model.
-
-    Raises:
-        UserError: as :func:`recompute`; the target is there already, or no run file by its name.
-        RunFault: it cannot be written.
-    """
-    target = new_run_file(target)
-    run = read_run(source, allow_partial=allow_partial)
-    if doubt := unproven(run.header):
-        warn(f"{run.path}: {doubt}")
-    header, rows = recompute(run, alpha=alpha, bound=bound, command=command)
-    return write_derived(target, header, rows)

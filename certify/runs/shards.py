@@ -8,19 +8,14 @@ that a single process would have written.
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from certify.errors import UserError
-from certify.runs.files import new_run_file
+from certify.errors import UserError, warn
 from certify.runs.identity import differences, unproven
 from certify.runs.records import ImageRow, RunHeader, ShardPlace
-from certify.runs.run_file import Run, now, read_run, write_derived
-
-_LOG = logging.getLogger("certify")
+from certify.runs.run_file import Run, now
 
 
 @dataclass(frozen=True)
@@ -80,9 +75,7 @@ def whole_header(part: RunHeader) -> RunHeader:
     return part if part.shard is None else part.replace(expected=part.shard.images, shard=None)
 
 
-def merge_shards(
-    runs: Iterable[Run], *, command: str = "", warn: Callable[[str], None] = _LOG.warning
-) -> tuple[RunHeader, list[ImageRow]]:
+def merge_shards(runs: Iterable[Run], *, command: str = "") -> tuple[RunHeader, list[ImageRow]]:
     """Return header and rows of the run whose shards these are, the images in the order of their selection.
 
     A shard that cannot prove which model it met is merged with a warning; the merged file cannot prove it either.
@@ -166,21 +159,6 @@ def _placed(part: _Part, row: ImageRow) -> tuple[int, ImageRow]:
     return row.place, row.replace(place=None)
 
 
-def _origin(run: Run) -> dict[str, Any]:
+def _origin(run: Run) -> Mapping[str, Any]:
     """Return where a part came from, for the record."""
     return run.origin | {key: run.header.get(key) for key in ("created", "command", "machine")}
-
-
-def merge_files(
-    paths: Sequence[str | Path], target: str | Path, *, command: str = "", warn: Callable[[str], None] = _LOG.warning
-) -> Run:
-    """Write the merged run, whole or not at all.
-
-    Raises:
-        UserError: as :func:`merge_shards`; the target is there already, or no run file by its name.
-        RunFault: it cannot be written.
-    """
-    target = new_run_file(target)
-    runs = (read_run(path, allow_partial=True) for path in paths)
-    header, rows = merge_shards(runs, command=command, warn=warn)
-    return write_derived(target, header, rows)

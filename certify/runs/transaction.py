@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from certify.engine.noisy_classifier import NoisyClassifier
 from certify.errors import CertifyError, UserError, warn
 from certify.images.dataset import ImageSet
 from certify.runs.config import Settings, execution_of, run_header, with_execution
-from certify.runs.records import RunHeader
+from certify.runs.records import Circumstances, RunHeader
 from certify.runs.run_file import Run, RunFile, peek_header
 from certify.runs.runner import CheckedImages, near_chance, process
 from certify.runs.shards import Shard
@@ -53,7 +53,7 @@ class Pool(Engine, Protocol):
 
     def __len__(self) -> int: ...
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Circumstances:
         """Return device, versions and machine of the workers, for the header."""
         ...
 
@@ -167,7 +167,7 @@ def execute(job: Job, path: Callable[[RunHeader], Path], *, command: str, observ
     if first is not None and any("fingerprint" in step for step in header.pipeline):
         smoothed.check_contract(first)  # before fingerprints are compared: randomness would look like another model
     with contextlib.nullcontext() if job.workers is None else job.workers(len(places)) as pool:
-        header = header if pool is None else header.replace(**pool.facts())
+        header = header if pool is None else header.replace(**vars(pool.facts()))
         header = header if job.shard is None else job.shard.header(header)
         target = path(header)
         observer.resolved(job, header, first)
