@@ -137,6 +137,16 @@ class Plain(nn.Module):
             return self.pipeline(images)  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """One of the functions that take turns: it draws so many samples, in batches."""
+
+    sample: Callable[[int], object]
+    batch: int
+    settings: str = ""
+    prepared: float = 0.0
+
+
 def compare(
     smoothed: SmoothedClassifier,
     images: list[Tensor],
@@ -161,9 +171,9 @@ def compare(
             batches of 1,000 would need tens of gigabytes).
         progress: called with the current step.
     """
-    image = images[0].to(smoothed.device)
-    batch = reference_batch or _usual_batch(image)
-    plain = Plain(smoothed.base)
+    image, plain = images[0].to(smoothed.device), Plain(smoothed.base)
+    large = image.numel() > 2**14 and image.device.type == "cpu"
+    batch = reference_batch or (16 if large else 1000)
 
     progress("preparing the classifier")
     start = time.perf_counter()
@@ -171,62 +181,41 @@ def compare(
     prepared = time.perf_counter() - start
     ceiling = product_speed(execution.precision, smoothed.device)  # and at the end: a shared machine has slow moments
 
-    def engine(samples: int) -> None:
-        smoothed.votes(images[0], samples, stage="benchmark")
-
     def reference(samples: int) -> None:
         reference_votes(plain, image, smoothed.noise.scale, samples, batch, smoothed.num_classes)
 
-    def alternative(run: BaseClassifier, settings: Execution) -> Callable[[int], None]:
-        def votes(samples: int) -> None:
-            job = Job(image, stream_key(0, "", "benchmark"), samples)
-            size = settings.batch_size
-            list(count_votes(run, smoothed.noise, [job], batch_size=size, fixed_shape=settings.compiled))
-
-        return votes
-
-    runs: list[tuple[Callable[[int], None], int]] = [(engine, execution.batch_size), (reference, batch)]
-    others: list[tuple[str, float]] = []
-    for settings in _alternatives(execution, smoothed.options) if convertible(smoothed.base) else ():
-        progress(f"preparing {settings.describe()}")
-        start = time.perf_counter()
-        try:
-            run, real = prepare(smoothed.base, settings, image, compile_seconds=COMPILE_SECONDS)
-        except UserError:  # it cannot be cast
-            continue
-        if not real.runs_like(execution) or real.batch_size != execution.batch_size:
-            runs.append((alternative(run, real), real.batch_size))
-            others.append((real.describe(), time.perf_counter() - start))
-    rates, lengths = _in_turn(runs, pairs, seconds, turn, progress)
+    engine = _Entry(lambda samples: smoothed.votes(images[0], samples, stage="benchmark"), execution.batch_size)
+    entries = [engine, _Entry(reference, batch), *_alternatives(smoothed, image, execution, progress)]
+    rates, lengths = _in_turn(entries, pairs, seconds, turn, progress)
     columns = list(zip(*rates, strict=True))
-    mine, theirs = (statistics.median(column) for column in columns[:2])
-    ratio = _spread(columns[0], columns[1])
+    rate, plain_rate = (statistics.median(column) for column in columns[:2])
+    ratio, smallest, largest = _spread(columns[0], columns[1])
     progress("comparing labels")
     same, compared = _agreement(smoothed, images)
     ceiling = max(ceiling, product_speed(execution.precision, smoothed.device))
     flops = count_operations(plain, image)
     return Measured(
-        engine=mine,
-        reference=theirs,
-        ratio=ratio[0],
-        ratio_min=ratio[1],
-        ratio_max=ratio[2],
+        engine=rate,
+        reference=plain_rate,
+        ratio=ratio,
+        ratio_min=smallest,
+        ratio_max=largest,
         pairs=pairs,
         turn=(lengths[0], lengths[1]),
         reference_batch=batch,
         prepared=prepared,
-        certificate=prepared + n / mine,
-        certificate_reference=n / theirs,
+        certificate=prepared + n / rate,
+        certificate_reference=n / plain_rate,
         n=n,
         flops=flops,
         ceiling=ceiling,
-        share=mine * flops / ceiling,
+        share=rate * flops / ceiling,
         same=same,
         compared=compared,
         ran_as=asdict(execution),
         alternatives=[
-            Alternative(name, *_spread(column, columns[0]), cost)
-            for (name, cost), column in zip(others, columns[2:], strict=True)
+            Alternative(entry.settings, *_spread(column, columns[0]), entry.prepared)
+            for entry, column in zip(entries[2:], columns[2:], strict=True)
         ],
         machine=machine_name(smoothed.device),
         threads=torch.get_num_threads(),
@@ -234,7 +223,28 @@ def compare(
     )
 
 
-def _alternatives(chosen: Execution, options: EngineOptions) -> Iterator[Execution]:
+def _alternatives(
+    smoothed: SmoothedClassifier, image: Tensor, execution: Execution, progress: Callable[[str], None]
+) -> Iterator[_Entry]:
+    """Prepare the settings that differ from the chosen ones in one respect, where this machine can run them."""
+    for settings in _variants(execution, smoothed.options) if convertible(smoothed.base) else ():
+        progress(f"preparing {settings.describe()}")
+        start = time.perf_counter()
+        try:
+            run, real = prepare(smoothed.base, settings, image, compile_seconds=COMPILE_SECONDS)
+        except UserError:  # it cannot be cast
+            continue
+        if real.runs_like(execution) and real.batch_size == execution.batch_size:
+            continue
+
+        def sample(samples: int, run: BaseClassifier = run, real: Execution = real) -> None:
+            job = Job(image, stream_key(0, "", "benchmark"), samples)
+            list(count_votes(run, smoothed.noise, [job], batch_size=real.batch_size, fixed_shape=real.compiled))
+
+        yield _Entry(sample, real.batch_size, real.describe(), time.perf_counter() - start)
+
+
+def _variants(chosen: Execution, options: EngineOptions) -> Iterator[Execution]:
     """Yield settings that differ from the chosen ones in one respect that the options leave to the policy."""
     if options.precision == "auto":
         yield replace(chosen, precision="float32" if chosen.precision == "bfloat16" else "bfloat16")
@@ -253,42 +263,32 @@ def _spread(rates: Sequence[float], others: Sequence[float]) -> tuple[float, flo
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def _usual_batch(image: Tensor) -> int:
-    large = image.numel() > 2**14 and image.device.type == "cpu"
-    return 16 if large else 1000
-
-
 def _in_turn(
-    runs: Sequence[tuple[Callable[[int], None], int]],
-    pairs: int,
-    seconds: float,
-    turn: int | None,
-    progress: Callable[[str], None],
+    entries: Sequence[_Entry], pairs: int, seconds: float, turn: int | None, progress: Callable[[str], None]
 ) -> tuple[list[list[float]], list[int]]:
-    """Return the rates of the functions in every round, after a warm-up, and the samples of their turns."""
+    """Return the rates of all entries in every round, after a warm-up, and the samples of their turns."""
     progress("warming up")
     lengths = []
-    for run, batch in runs:
-        run(batch)
-        lengths.append(turn or _samples_in(seconds, run, batch))
+    for entry in entries:
+        entry.sample(entry.batch)
+        lengths.append(turn or _samples_in(seconds, entry))
     rates = []
     for pair in range(pairs):
         progress(f"round {pair + 1} of {pairs}")
-        rates.append([_rate(run, samples) for (run, _), samples in zip(runs, lengths, strict=True)])
+        rates.append([_rate(entry, samples) for entry, samples in zip(entries, lengths, strict=True)])
     return rates, lengths
 
 
-def _rate(run: Callable[[int], None], samples: int) -> float:
+def _rate(entry: _Entry, samples: int) -> float:
     start = time.perf_counter()
-    run(samples)
+    entry.sample(samples)
     return samples / (time.perf_counter() - start)
 
 
-def _samples_in(seconds: float, run: Callable[[int], None], batch: int) -> int:
+def _samples_in(seconds: float, entry: _Entry) -> int:
     """Return how many samples take this long, in whole batches."""
-    guess = _rate(run, batch)
-    speed = _rate(run, max(1, round(guess / batch)) * batch)  # a second's worth
-    return max(1, round(speed * seconds / batch)) * batch
+    batches = max(1, round(_rate(entry, entry.batch) / entry.batch))  # of about a second
+    return max(1, round(_rate(entry, batches * entry.batch) * seconds / entry.batch)) * entry.batch
 
 
 def product_speed(precision: str, device: torch.device) -> float:
@@ -327,34 +327,34 @@ def _agreement(smoothed: SmoothedClassifier, images: list[Tensor]) -> tuple[int,
     return same, compared
 
 
-def in_words(found: Measured) -> str:
+def describe(result: Measured) -> str:
     """Return the measurement as text."""
-    ran = found.ran_as
+    ran = result.ran_as
     rows = [
-        ("machine", f"{found.machine}, {found.threads} threads, torch {found.torch}"),
-        ("reference", f"{found.reference:,.1f} samples/s (float32, eager, batches of {found.reference_batch})"),
-        ("engine", f"{found.engine:,.1f} samples/s ({Execution(**ran).describe()})"),
+        ("machine", f"{result.machine}, {result.threads} threads, torch {result.torch}"),
+        ("reference", f"{result.reference:,.1f} samples/s (float32, eager, batches of {result.reference_batch})"),
+        ("engine", f"{result.engine:,.1f} samples/s ({Execution(**ran).describe()})"),
         *(("", why) for why in ran["why"]),
-        ("ratio", f"{found.ratio:.2f} ({found.ratio_min:.2f} to {found.ratio_max:.2f} over {found.pairs} rounds)"),
+        ("ratio", f"{result.ratio:.2f} ({result.ratio_min:.2f} to {result.ratio_max:.2f} over {result.pairs} rounds)"),
     ]
-    if found.flops:
+    if result.flops:
         rows.append(
             (
                 "ceiling",
-                f"{found.engine * found.flops / 1e9:,.0f} of the {found.ceiling / 1e9:,.0f} GFLOP/s of a matrix "
-                f"product in {ran['precision']}: {found.share:.0%}",
+                f"{result.engine * result.flops / 1e9:,.0f} of the {result.ceiling / 1e9:,.0f} GFLOP/s of a matrix "
+                f"product in {ran['precision']}: {result.share:.0%}",
             )
         )
     rows += [
         (
             "certificate",
-            f"{found.certificate:,.1f} s at n = {found.n:,} (of which {found.prepared:.1f} s to prepare); "
-            f"reference {found.certificate_reference:,.1f} s",
+            f"{result.certificate:,.1f} s at n = {result.n:,} (of which {result.prepared:.1f} s to prepare); "
+            f"reference {result.certificate_reference:,.1f} s",
         ),
-        ("labels", f"{found.same} of {found.compared} are those of plain float32"),
+        ("labels", f"{result.same} of {result.compared} are those of plain float32"),
     ]
     heads = itertools.chain(["alternative"], itertools.repeat(""))
-    for head, other in zip(heads, found.alternatives, strict=False):
+    for head, other in zip(heads, result.alternatives, strict=False):
         speed = f"{other.ratio:.2f} ({other.ratio_min:.2f} to {other.ratio_max:.2f}) times the speed"
         rows.append((head, f"{speed}: {other.settings} ({other.prepared:.1f} s to prepare)"))
     return "\n".join(f"{name:<11} {text}".rstrip() for name, text in rows)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from analysis.bench import Measured, Plain, compare, in_words, reference_votes
+from analysis.bench import Measured, Plain, compare, describe, reference_votes
 from certify import SmoothedClassifier, load_classifier, load_images
 from certify.models.resolve import UNTRAINED
 from denoisers.dncnn import DnCNN
@@ -58,7 +58,7 @@ def speed(case: str, o: argparse.Namespace) -> None:
     """Ratio, spread and share of the ceiling."""
     g, images = smoothed(case, o)
     found = compare(g, images, n=o.n, pairs=o.pairs, turn=o.turn, reference_batch=o.reference_batch)
-    print(in_words(found) + "\n", flush=True)
+    print(describe(found) + "\n", flush=True)
     save(case, asdict(found))
 
 

@@ -142,8 +142,8 @@ GUARANTEED = re.compile(
 ALLOWED = {
     ("preprocess.py", "low"): "range of the values of an image, in an error",
     ("preprocess.py", "high"): "range of the values of an image, in an error",
-    ("bench.py", "found.certificate"): "seconds that a certificate takes",
-    ("bench.py", "found.certificate_reference"): "seconds that a certificate takes",
+    ("bench.py", "result.certificate"): "seconds that a certificate takes",
+    ("bench.py", "result.certificate_reference"): "seconds that a certificate takes",
     ("report.html", '{% macro pct(share) %}{{ "%.2f" | format(100 * share) }}%{% endmacro %}'): "bar widths",
     ("report.html", '"%.3g" | format(probe.spread)'): "spread of a score",
     ("page.html", 'const count = (n) => n.toLocaleString("en");'): "counts",

@@ -100,6 +100,12 @@ class AuditFolder:
         return self.spent - (self.ledger.queries if self.ledger else 0)
 
     @property
+    def price(self) -> str:
+        """Cost of the requests with its currency; empty without a price."""
+        per_1000 = self.plan.get("price_per_1000")
+        return f"{self.spent * per_1000 / 1000:,.2f} {self.plan.get('currency') or ''}".strip() if per_1000 else ""
+
+    @property
     def failed(self) -> list[Query]:
         """Queries without a label."""
         return [query for query in self.queries if not query.answered]

@@ -19,7 +19,6 @@ import numpy as np
 from analysis.curves import Curve, curve, default_radii, proportion_interval
 from analysis.report import verdict as words
 from analysis.report.audit_folder import AuditFolder, read_audit
-from analysis.report.method import method
 from analysis.report.pictures import STAGES, Thumbnails, curve_svg, latency_svg
 from certify.blackbox.answers import CLEAN, DRIFT, ESTIMATION, PROBE, RESUMED, SELECTION, stage_of
 from certify.blackbox.client.credentials import public
@@ -29,7 +28,7 @@ from certify.runs.files import replacing
 from certify.runs.identity import identity
 from certify.runs.records import ImageRow
 from certify.smoothing.norms import DECIMALS, IN_WORDS
-from certify.smoothing.rounding import ceil_to, exact, floor_to
+from certify.smoothing.rounding import ceil_to, complement, exact, floor_to, times
 from certify.text import printable
 
 NAME = "report.html"
@@ -96,7 +95,8 @@ def render(audit: AuditFolder) -> str:
         lstrip_blocks=True,
     )
     environment.filters["count"] = lambda number: f"{number:,}"
-    environment.filters |= {"floor_to": floor_to, "ceil_to": ceil_to, "exact": exact, "public": public, "time": _time}
+    environment.filters |= {"floor_to": floor_to, "ceil_to": ceil_to, "exact": exact, "complement": complement}
+    environment.filters |= {"times": times, "public": public, "time": _time}
     return environment.get_template(NAME).render(page(audit))
 
 
@@ -131,11 +131,9 @@ def page(audit: AuditFolder) -> dict[str, Any]:
         "thumbnails": thumbnails,
         "picture_stages": STAGES,
         "failures": Counter(query.answer.failure for query in audit.failed).most_common(MAX_KINDS),
-        "cost": _cost(audit),
         "stages": _stage_rows(audit),
         "latency": latency_svg(audit.seconds) if len(audit.seconds) > 1 else None,
         "quantiles": _quantiles(audit.seconds),
-        "method": method(audit),
         "settings": _settings(audit),
         "versions": audit.about.get("versions") or audit.header.versions,
         "command": public(str(audit.about.get("command") or audit.header.command)),
@@ -193,8 +191,8 @@ def _tiles(audit: AuditFolder) -> list[tuple[str, str, str]]:
     if audit.queries:
         budget = f"of a budget of {plan['budget']:,}" if plan.get("budget") is not None else "no budget was set"
         tiles.append(("requests sent", f"{audit.spent:,}", f"{budget}; {audit.retries:,} of them retries"))
-        if price := _price(audit):
-            tiles.append(("cost", price, f"at {plan['price_per_1000']:g} per 1,000 requests"))
+        if audit.price:
+            tiles.append(("cost", audit.price, f"at {plan['price_per_1000']:g} per 1,000 requests"))
         failed, total = len(audit.failed), len(audit.queries)
         tiles.append(("failed queries", f"{failed:,}", f"of {total:,}, {failed / total:.1%}"))
     if audit.seconds:
@@ -206,26 +204,6 @@ def _tiles(audit: AuditFolder) -> list[tuple[str, str, str]]:
 def clock(seconds: float) -> str:
     """Format a duration with three digits, in milliseconds if it is below a second."""
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
-def _price(audit: AuditFolder) -> str:
-    per_1000 = audit.plan.get("price_per_1000")
-    return f"{audit.spent * per_1000 / 1000:,.2f} {audit.plan.get('currency') or ''}".strip() if per_1000 else ""
-
-
-def _cost(audit: AuditFolder) -> list[tuple[str, str]]:
-    """Return what was spent, by name."""
-    cost = [("requests sent", f"{audit.spent:,}"), ("of them retries", f"{audit.retries:,}")]
-    budget = audit.plan.get("budget")
-    if budget is not None:
-        cost += [("budget", f"{budget:,}"), ("remaining budget", f"{budget - audit.spent:,}")]
-    if _price(audit):
-        cost.append(("cost of the requests", _price(audit)))
-    if audit.header.stopping is not None and audit.noisy:
-        n = audit.header.n
-        fixed = n * sum(row.error is None for row in audit.rows)
-        cost += [("noisy copies queried", f"{len(audit.noisy):,}"), (f"with a fixed n = {n:,}", f"{fixed:,}")]
-    return cost
 
 
 @dataclass(frozen=True)

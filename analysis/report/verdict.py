@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -12,18 +11,12 @@ from certify.blackbox.client.credentials import public
 from certify.blackbox.record import FINISHED, RUNNING, SPENT, STOPPED
 from certify.runs.records import ImageRow
 from certify.smoothing.norms import DECIMALS, IN_WORDS
-from certify.smoothing.rounding import complement, exact, floor_to, times
+from certify.smoothing.rounding import complement, exact, floor_to
 from certify.types import NOT_CERTIFIABLE, UNDECIDED
 
 KEEPS, OTHER, NOT, OPEN, NOTHING = "keeps its label", "another label", "not certifiable", "undecided", "no answer"
 SOME_FAILURES, MANY_FAILURES = 0.01, 0.1
 """Share of failed trials from which the report warns, and from which the warning stands at the top."""
-
-_MEANS_NOT = (
-    "It says nothing about a single query without noise and voting; about larger changes, other images or other kinds "
-    "of change, such as rotations; about the service after its provider changes it; or about whether its labels are "
-    "correct."
-)
 
 
 def outcome(row: ImageRow) -> str:
@@ -70,16 +63,10 @@ class Verdict:
 
     Attributes:
         headline: one sentence with the numbers.
-        means: its meaning.
-        means_not: common misreadings.
-        scale: the largest radius in grey levels, or empty.
         counts: images of each outcome.
     """
 
     headline: str
-    means: str
-    means_not: str
-    scale: str
     counts: Counter[str]
 
 
@@ -106,7 +93,7 @@ def verdict(audit: AuditFolder) -> Verdict | None:
         NOTHING: "gave nothing to certify",
     }
     parts += [f"{counts[kind]:,} {words}" for kind, words in others.items() if counts[kind]]
-    return Verdict("; ".join(parts) + ".", _means(audit), _MEANS_NOT, _scale(audit), counts)
+    return Verdict("; ".join(parts) + ".", counts)
 
 
 def _size(audit: AuditFolder) -> str:
@@ -120,30 +107,6 @@ def _size(audit: AuditFolder) -> str:
     return (
         f"an image-specific radius (median {floor_to(statistics.median_low(kept), digits)}, largest "
         f"{floor_to(kept[-1], digits)})"
-    )
-
-
-def _means(audit: AuditFolder) -> str:
-    alpha, total = audit.header.alpha, len(audit.rows)
-    system = f"the denoiser {audit.denoiser} cleans each copy, the service" if audit.denoiser else "the service"
-    return (
-        "No change of the image below that size, whoever chooses it, changes the answer of the smoothed service (noise "
-        f"is added to copies of the image, {system} labels each, and the most frequent label wins). Each such "
-        f"statement is wrong with probability at most {exact(alpha)}, one or more of the {total:,} with probability "
-        f"at most {exact(min(1.0, times(alpha, total)))}."
-    )
-
-
-def _scale(audit: AuditFolder) -> str:
-    """Describe the largest radius by changes that a reader can imagine; empty without an l2 radius."""
-    values = next((row.size for row in audit.rows if row.size), None)
-    radius = max(row.radius or 0.0 for row in audit.rows)
-    if not values or not radius or audit.header.norm != "l2":
-        return ""
-    return (
-        f"For scale: a change of l2 size {floor_to(radius)} can change one value of the image by "
-        f"{floor_to(100 * radius, 0)}% of its range, or each of the {values:,} values by "
-        f"{floor_to(255 * radius / math.sqrt(values), 2)} of 255 grey levels."
     )
 
 

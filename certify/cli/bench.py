@@ -51,7 +51,7 @@ def bench(
     check_classifier(model.model, model, noise.denoiser)
     smoothed = load_smoothed(model.model, model, noise, compute)
 
-    from analysis.bench import compare, in_words
+    from analysis.bench import compare, describe
     from certify.images.dataset import load_images
 
     data = "digits" if model.model == "digits" else "photos"
@@ -67,4 +67,4 @@ def bench(
         progress=(lambda text: None) if output.as_json else (lambda text: say(f"{text} ...")),
     )
     case = model.model if noise.denoiser == "none" else f"{noise.denoiser}+{model.model}"
-    tell(json.dumps({"case": case, **asdict(result)}) if output.as_json else in_words(result))
+    tell(json.dumps({"case": case, **asdict(result)}) if output.as_json else describe(result))
