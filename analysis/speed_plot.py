@@ -67,7 +67,7 @@ def plot_speeds(speeds: Sequence[Speed], path: str | Path, *, title: str | None 
         RunFault: the file cannot be written.
     """
     last = {speed.case: speed for speed in speeds}
-    with canvas(5.6, 1.0 + 0.36 * len(last), path, grid="x", title=title) as (_, axes):
+    with canvas(5.6, 1.0 + 0.36 * len(last), path, grid="x", title=title) as (figure, axes):
         for place, speed in enumerate(last.values()):
             errors = [[speed.ratio - speed.ratio_min], [speed.ratio_max - speed.ratio]]
             axes.barh(place, speed.ratio, height=0.6, color=COLOURS[0], xerr=errors, ecolor="#333333", capsize=2)
@@ -77,4 +77,5 @@ def plot_speeds(speeds: Sequence[Speed], path: str | Path, *, title: str | None 
         axes.set_yticks(range(len(last)), [literal(name, LABEL) for name in last])
         widest = max(speed.ratio_max for speed in last.values())
         axes.set(xlim=(0, 1.35 * widest), ylim=(len(last) - 0.4, -0.6))
-        axes.set_xlabel("samples per second, this engine : plain loop; bars: their ratio\n(line: equally fast)")
+        text = "samples per second, this engine : plain loop; bars: their ratio (line: equally fast)"
+        figure.supxlabel(text, fontsize=9, wrap=True)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import fsum
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -226,7 +227,7 @@ class Comparison:
         usable = self._usable(defence, condition)
         return Cell(
             images=len(usable),
-            right=sum(map(_share, usable)),
+            right=fsum(map(_share, usable)),
             worst=sum(_share(o) == 1 for o in usable),
             repeats=max((len(o.answers) for o in usable), default=0),
             failed=next((o.error for o in outcomes if o.error is not None), ""),
@@ -257,7 +258,7 @@ class Comparison:
         failed = next((cell.failed for cell in cells if cell.failed), "")
         if not least and not failed:
             return None
-        return Cell(len(least), sum(least), sum(s == 1 for s in least), max(c.repeats for c in cells), failed)
+        return Cell(len(least), fsum(least), sum(s == 1 for s in least), max(c.repeats for c in cells), failed)
 
     def notes(self, defence: str, condition: Condition) -> dict[str, int]:
         """Count the images of each remark about gradients; other remarks repeat what the table shows."""
