@@ -48,7 +48,7 @@ class ServiceOptions(TypedDict, total=False):
     """Options of an HTTP API.
 
     Attributes:
-        protocol: of the API (``certify list protocols``); required.
+        protocol: of the API (``certify list protocols``); v2 unless given, which reads its options from the server.
         protocol_options: of the protocol, such as ``{"labels": "labels"}``.
         api_key_env: environment variable that holds the API's key.
         auth_header: ``NAME: VALUE`` with ``{key}`` in it, in place of the protocol's header.
@@ -226,10 +226,7 @@ def _service(ask: Any, options: AuditOptions) -> ServiceSpec:
         return function_service(ask)
     if not isinstance(ask, str):
         raise UserError(f"ask is of type {type(ask).__name__}; expected a function of one image, or the URL of an API")
-    protocol = given.pop("protocol", None)
-    if protocol is None:
-        raise UserError("protocol is missing: expected the name of the API's protocol (`certify list protocols`)")
-    return checked_service(ask, protocol, given.pop("protocol_options", None) or {}, **given)
+    return checked_service(ask, given.pop("protocol", "v2"), given.pop("protocol_options", None) or {}, **given)
 
 
 def _load_images(images: Any, options: AuditOptions) -> tuple[ImageSet, list[str]]:

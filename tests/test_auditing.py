@@ -151,8 +151,6 @@ def test_options_of_something_else_are_refused(tmp_path: Path) -> None:
     for options, said in (({"label": "x"}, "unknown option 'label' of protocol json; its options: labels"), ({}, "")):
         with pytest.raises(UserError, match=said or "protocol json needs its option labels"):
             certify.audit(url, IMAGES, protocol="json", protocol_options=options, out=tmp_path / "x", **OPTIONS)
-    with pytest.raises(UserError, match="protocol v2 needs its option model"):
-        certify.audit(url, IMAGES, protocol="v2", out=tmp_path / "x", **OPTIONS)
     with pytest.raises(UserError, match="budget -1: expected a whole number from 0"):
         certify.audit(Bright(), IMAGES, out=tmp_path / "x", **{**OPTIONS, "budget": -1})
     with pytest.raises(UserError, match="ask is of type int; expected a function"):
@@ -243,8 +241,6 @@ def test_an_observer_is_told_what_the_command_prints(tmp_path: Path) -> None:
     ]
 
 
-def test_a_url_needs_its_protocol(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="protocol is missing"):
-        certify.audit("https://example.org/predict", IMAGES, out=tmp_path / "x", **OPTIONS)
+def test_an_unknown_protocol_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown protocol"):
         certify.audit("https://example.org/predict", IMAGES, protocol="nothing", out=tmp_path / "x", **OPTIONS)

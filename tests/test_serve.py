@@ -36,13 +36,16 @@ from servers import wait_for
 from serving import ALPHA, INFER, LIMITS, N0, SEED, SIZE, Held, N, outputs, process, request, send, serving
 from starlette.requests import Request as HttpRequest
 
-from certify import SmoothedClassifier, load_images
+import certify
+from certify import SmoothedClassifier, load_images, read_run
+from certify.blackbox.answers import ABSTENTION, OUTSIDE, LabelIndex
 from certify.blackbox.client.query_client import QueryClient
 from certify.blackbox.client.rate_limit import QueryLimits
 from certify.blackbox.encoding import AsSent, to_pictures, to_tensor
 from certify.blackbox.ledger import InMemoryLog
-from certify.blackbox.protocols.v2 import metadata_request, options_from, v2
+from certify.blackbox.protocols.v2 import metadata_request, only_model, options_from, v2
 from certify.blackbox.protocols.v2_codec import LENGTH_HEADER
+from certify.blackbox.service_spec import ServiceSpec
 from certify.blackbox.types import Answer, Picture, Query, Reply, Request, Scored
 from certify.engine.contract import QUERIES
 from certify.engine.noisy_classifier import noise_name
@@ -258,6 +261,58 @@ def test_the_v2_client_of_this_package_reads_responses(
             reply = client.post(asks.path, content=asks.body, headers=dict(asks.headers))
             (found,) = way.reply(Reply(reply.status_code, reply.content, reply.headers))
             assert found.label == str(wanted.prediction)
+
+
+def test_a_client_of_this_package_needs_the_address_alone(client: TestClient) -> None:
+    """The server names its model, which of its outputs is the label, and how an abstention reads."""
+
+    async def sender(asked: Request) -> Reply:
+        reply = client.request(asked.method, asked.path, content=asked.body, headers=dict(asked.headers))
+        return Reply(reply.status_code, reply.content, reply.headers)
+
+    found = ServiceSpec("http://here", "v2", {}).with_metadata(sender)
+    assert found.options["model"] == "digits"
+    assert found.options["output"] == "name"
+    recorded = {"format": dict(found.format.about)}
+    again = ServiceSpec("http://here", "v2", {}).as_recorded(recorded)
+    assert not again.needs_metadata
+    assert again.format.about == found.format.about
+    output = {"name": "name", "datatype": "BYTES", "shape": [1], "data": ["abstained"]}
+    (answer,) = found.format.reply(Reply(200, json.dumps({"outputs": [output]}).encode(), {}))
+    assert answer.label == ABSTENTION
+    assert LabelIndex().vote((answer,)) == OUTSIDE
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (200, [{"name": "b"}, {"name": "a"}], "the server has the models a, b: give the protocol option model=NAME"),
+        (200, [], "the server has the models none"),
+        (404, {"error": "no such path"}, "the server does not list its models .*model=NAME"),
+    ],
+)
+def test_a_server_without_exactly_one_model_is_refused(status: int, body: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        only_model(Reply(status, json.dumps(body).encode(), {}))
+
+
+@pytest.mark.slow
+def test_an_audit_of_a_smoothed_service_names_its_abstentions(tmp_path: Path) -> None:
+    """By the command and from Python, with the address alone; the service abstains often at this n."""
+    common = {"sigma": 0.25, "n0": 5, "n": 30, "budget": 400}
+    with process("--n", "20", "--n0", "5", "--seed", "1") as (_, address):
+        options = [text for name, value in common.items() for text in (f"--{name}", str(value))]
+        run("audit", "--endpoint", address, "--data", "digits", "--skip", "100", *options, "--out", str(tmp_path / "a"))
+        audited = certify.audit(address, "digits", skip=100, out=tmp_path / "b", progress=False, **common)  # type: ignore[arg-type]
+    for path in (tmp_path / "a", tmp_path / "b"):
+        rows = read_run(path / "run.jsonl").images
+        assert sum(row.outside or 0 for row in rows) > 0
+        for row in rows:
+            assert sum(row.votes.values()) + row.failures == row.trials
+            assert (row.outside or 0) <= row.failures
+            assert not {"abstained", ABSTENTION, "-1"} & set((row.classes or {}).values())
+    assert [row.votes for row in audited] == [row.votes for row in read_run(tmp_path / "a" / "run.jsonl").images]
+    assert "abstained" in (tmp_path / "a" / "report.html").read_text()
 
 
 def test_health_metadata_and_unknown_names(client: TestClient) -> None:

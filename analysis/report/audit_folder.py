@@ -112,8 +112,13 @@ class AuditFolder:
 
     @property
     def outside(self) -> list[Query]:
-        """Queries answered with labels that are not in the class map."""
+        """Queries answered without a vote: abstentions, or labels that are not in the class map."""
         return [query for query in self.queries if query.answered and query.label is None]
+
+    @property
+    def no_vote(self) -> str:
+        """The kind of answers that vote for no class."""
+        return "not in the class map" if self.about.get("class_map") else "abstained"
 
     @property
     def noisy(self) -> list[Query]:

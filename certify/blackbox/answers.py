@@ -3,7 +3,7 @@
 The labels that a service knows are not known beforehand. Votes are counted over the labels that it returns: every label
 is a class, and a certificate that holds for any number of classes holds for a number that grows. With a class map
 several labels may belong to one class, and an answer without any of them is a separate outcome: a trial that votes for
-no class.
+no class. So is the abstention of a service that is itself a smoothed classifier.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ CLEAN, PROBE, RESUMED, DRIFT, SELECTION, ESTIMATION = "clean", "probe", "resumed
 """Stages: the clean image, its repetitions (at the start, on resuming, at the end), and the two of the noisy copies."""
 
 OUTSIDE = -2
-"""The outcome of an answer without a label in the class map; negative, so that it is not a class number."""
+"""The outcome of an abstention, or of an answer without a label in the class map; negative: not a class number."""
+
+ABSTENTION = "(abstention)"
+"""The label that a protocol returns if the service abstains; it votes for no class."""
 
 
 def query_name(image: str, stage: str, number: int | str) -> str:
@@ -63,7 +66,8 @@ def clean_answer(answers: Mapping[str, Answer], image: str) -> Answer | None:
 
 def class_of(ranked: Ranked, class_map: Mapping[str, str] | None = None) -> str | None:
     """Return the class that an answer votes for: its best label, or the best in the class map; None for no vote."""
-    names = (one.label if class_map is None else class_map.get(one.label) for one in ranked)
+    given = (one.label for one in ranked if one.label != ABSTENTION)
+    names = (label if class_map is None else class_map.get(label) for label in given)
     return next((name for name in names if name is not None), None)
 
 
@@ -90,7 +94,7 @@ class LabelIndex:
         return self._numbers.setdefault(name, len(self._numbers))
 
     def vote(self, ranked: Ranked) -> int:
-        """Return the number of :func:`class_of`; ``OUTSIDE`` if the class map has none, ``FAILED`` without one."""
+        """Return the number of :func:`class_of`; ``OUTSIDE`` if it is None, ``FAILED`` for an answer without labels."""
         name = class_of(ranked, self.class_map)
         if name is None:
             return OUTSIDE if ranked else FAILED

@@ -15,8 +15,8 @@ from certify.errors import ContractError, UserError
 
 _ROUNDING = 0.01  # of the larger score: 16-bit arithmetic may break a tie by that much
 
-NO_LABEL = "no label of the class map"
-"""The class of an answer whose labels are all outside the class map."""
+NO_CLASS = "no class"
+"""The class of an abstention, or of an answer whose labels are all outside the class map."""
 
 
 def fixed(probed: Sequence[Probed], drifted: Sequence[Drifted]) -> bool | None:
@@ -124,8 +124,8 @@ def require_same_function(before: Answer, now: Answer, image: str, class_map: Ma
 
 
 def _vote(answer: Answer, class_map: Mapping[str, str] | None) -> str | None:
-    """Return the class of an answer, ``NO_LABEL`` if the class map has none, or None for a failure."""
-    return (class_of(answer.ranked, class_map) or NO_LABEL) if answer.ranked else None
+    """Return the class of an answer, ``NO_CLASS`` if it has none, or None for a failure."""
+    return (class_of(answer.ranked, class_map) or NO_CLASS) if answer.ranked else None
 
 
 def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Drifted]:

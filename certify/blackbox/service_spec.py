@@ -66,29 +66,34 @@ class ServiceSpec:
         """
         if header is None or not self.needs_metadata:
             return self
-        from certify.blackbox.protocols.v2 import DESCRIBED
+        from certify.blackbox.protocols.v2 import RECORDED
 
         recorded = header.get("format") or {}
-        options = {key: recorded[key] for key in DESCRIBED if key in recorded}
+        options = {key: recorded[key] for key in RECORDED if key in recorded}
         return replace(self, options={**options, **self.options})
 
     def with_metadata(self, send: Sender) -> ServiceSpec:
-        """Return the service with the options that a v2 model's metadata gives; unchanged where there is none.
+        """Return the service with the model that a v2 server has, and the options that its metadata gives.
+
+        Without metadata the options are unchanged.
 
         Raises:
             RunFault: the server cannot be reached, is not ready, or refuses the key.
+            UserError: no model was named, and the server does not list one model.
         """
         from certify.blackbox.client.http import run_async
         from certify.blackbox.protocols.parsing import check_status
-        from certify.blackbox.protocols.v2 import metadata_request, options_from
+        from certify.blackbox.protocols.v2 import index_request, metadata_request, only_model, options_from
         from certify.blackbox.types import BadReply
 
         if not self.needs_metadata:
             return self
+        given = dict(self.options)
         try:
-            reply = run_async(send(metadata_request(self.options["model"], self.options.get("version", ""))))
+            given["model"] = given.get("model") or only_model(run_async(send(index_request())))
+            reply = run_async(send(metadata_request(given["model"], given.get("version", ""))))
         except BadReply:  # longer than any metadata
-            return self
+            return replace(self, options=given)
         except OSError as error:
             raise RunFault(f"{self.endpoint} cannot be reached: {first_line(error)}; no query was sent") from None
         try:
@@ -100,9 +105,9 @@ class ServiceSpec:
                 "check the key, or give the protocol's options input, output, datatype and layout"
             ) from None
         try:
-            return replace(self, options=options_from(reply, dict(self.options)))
+            return replace(self, options=options_from(reply, given))
         except BadReply:
-            return self
+            return replace(self, options=given)
 
 
 def function_service(function: Ask) -> ServiceSpec:

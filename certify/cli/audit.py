@@ -38,7 +38,12 @@ SEQUENTIAL_N = 1000
 class AuditServiceOptions(ServiceOptions):
     """The service, and limits on its requests."""
 
-    protocol: str = overridden(ServiceOptions, "protocol", required=True)
+    protocol: str = overridden(
+        ServiceOptions,
+        "protocol",
+        default="v2",
+        help="Protocol of the service (`certify list protocols`); v2 reads its options from the server.",
+    )
     concurrency: int = option(type=Count("requests at a time"), default=4, help="Maximum number of requests in flight.")
     timeout: float = option(
         type=Positive("seconds above 0"),

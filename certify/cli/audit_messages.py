@@ -113,7 +113,7 @@ def print_outcome(folder: Path, record: AuditRecord, *, as_json: bool) -> None:
         tell(f"response times     {times}")
     outside = sum(row.outside or 0 for row in run.usable)
     if outside:
-        tell(f"outside class map  {outside:,} noisy copies without a label of the class map")
+        tell(f"no vote            {outside:,} noisy copies: the service abstained, or gave no label of the class map")
     tell(f"deterministic      {_determinism(record)}")
     if record.status != "finished":
         tell(f"unfinished         {record.status}: a larger --budget resumes in the same folder")

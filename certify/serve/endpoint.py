@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from certify.blackbox.answers import class_of
 from certify.blackbox.encoding import to_pictures
 from certify.blackbox.types import Answer, Client, Query
 from certify.models.classifier import square_input
@@ -54,9 +55,9 @@ class Endpoint:
         return torch.tensor(labels, dtype=torch.int64, device=images.device)
 
     def _label(self, answer: Answer) -> int:
-        if not answer.ranked:
+        name = class_of(answer.ranked)
+        if name is None:
             return FAILED
-        name = answer.ranked[0].label
         if name not in self._classes:
             if len(self._classes) >= self.num_classes:
                 self.beyond += 1

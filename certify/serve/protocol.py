@@ -345,7 +345,7 @@ def model_metadata(model: str, size: Sequence[int], num_classes: int, about: Map
             "name": name,
             "datatype": datatype,
             "shape": [-1, num_classes] if name == "votes" else [-1],
-            "parameters": {"content": described},
+            "parameters": {"content": described} | ({"abstention": ABSTAINED} if name == "name" else {}),
         }
         for name, (datatype, described) in _OUTPUTS.items()
     ]

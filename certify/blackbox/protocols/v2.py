@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from certify.blackbox.answers import ABSTENTION
 from certify.blackbox.protocols.parsing import (
     at,
     check_status,
@@ -39,7 +40,7 @@ from certify.errors import UserError
 
 def v2(
     *,
-    model: str,
+    model: str = "",
     version: str = "",
     input: str = "input",
     output: str = "",
@@ -49,11 +50,12 @@ def v2(
     std: Any = 1.0,
     binary: bool = False,
     top: int = 0,
+    abstention: str = "",
 ) -> Format:
     """Return the format; :func:`options_from` reads names, datatype and layout from the model's metadata.
 
     Args:
-        model: name on the server.
+        model: name on the server; if empty, the only one that the server lists.
         version: of the model; empty for the server's choice.
         input: name of the input tensor.
         output: name of the output tensor; if empty, the reply must have exactly one.
@@ -64,6 +66,7 @@ def v2(
         binary: send and request tensors as bytes behind the JSON: smaller and faster if the server supports it.
         top: number of best classes, with their names, to request by Triton's classification extension; 0 requests the
             tensor.
+        abstention: text by which the output says that the service abstains; empty if it always answers.
 
     Raises:
         UserError: an unusable option.
@@ -74,16 +77,49 @@ def v2(
             f"top {top}: expected 0, or more classes of an output that is named, as in output=probabilities"
         )
     about = {"model": model, "version": version, "input": input, "output": output, **tensor.about}
+    about |= {"abstention": abstention} if abstention else {}
+
+    def read(reply: Reply) -> Ranked:
+        answer = read_answer(reply, output, bool(top))
+        return ranked([ABSTENTION]) if abstention and answer[0].label == abstention else answer
+
     return Format(
         "v2",
         lambda picture: _request(picture, f"v2/{versioned(model, version)}/infer", tensor, input, output, binary, top),
-        lambda reply: read_answer(reply, output, bool(top)),
+        read,
         {**about, "binary": binary, "top": top},
     )
 
 
-DESCRIBED = ("input", "output", "datatype", "layout")
-"""Options that are read from the model's metadata unless given."""
+DESCRIBED = ("model", "input", "output", "datatype", "layout")
+"""Options that are requested from the server unless given."""
+
+RECORDED = (*DESCRIBED, "abstention")
+"""Options that a ledger's header records for resuming."""
+
+
+def index_request() -> Request:
+    """Return the request for the list of models (Triton's repository extension). It is not a query."""
+    return Request(b"{}", "v2/repository/index", headers={"Content-Type": "application/json"})
+
+
+def only_model(reply: Reply) -> str:
+    """Return the name of the only model that a server lists.
+
+    Args:
+        reply: to :func:`index_request`.
+
+    Raises:
+        UserError: no list of models, or not one model.
+    """
+    try:
+        models = read_json(reply)
+        names = sorted({label(at(model, "name")) for model in models}) if isinstance(models, list) else []
+    except BadReply as error:
+        raise UserError(f"the server does not list its models ({error}); give the protocol option model=NAME") from None
+    if len(names) != 1:
+        raise UserError(f"the server has the models {', '.join(names) or 'none'}: give the protocol option model=NAME")
+    return names[0]
 
 
 def metadata_request(model: str, version: str = "") -> Request:
@@ -107,8 +143,12 @@ def options_from(reply: Reply, given: Mapping[str, Any]) -> dict[str, Any]:
     inputs, outputs = (_named(at(body, key), key) for key in ("inputs", "outputs"))
     if "input" not in options:
         options["input"] = _only(inputs, "input", len(inputs) == 1)
+    abstaining = {name: text for name, tensor in outputs.items() if (text := parameter(tensor, "abstention"))}
     if "output" not in options and outputs:
-        options["output"] = _only(outputs, "output", len(outputs) == 1)
+        best = abstaining or outputs  # the label of a smoothed classifier, among its other outputs
+        options["output"] = _only(best, "output", len(best) == 1)
+    if options.get("output") in abstaining:
+        options["abstention"] = label(abstaining[options["output"]])
     about = inputs.get(options["input"], {})
     if "datatype" not in options and "datatype" in about:
         if about["datatype"] not in DATATYPES:
