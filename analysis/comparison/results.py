@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
-from math import fsum
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -80,7 +80,7 @@ class Cell:
     """
 
     images: int
-    right: float
+    right: Fraction
     worst: int
     repeats: int
     failed: str = ""
@@ -90,12 +90,12 @@ class Cell:
     @property
     def accuracy(self) -> float:
         """Share of correct answers, averaged over images and repeats."""
-        return self.right / self.images
+        return float(self.right / self.images)
 
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval over images (conservative if an image has several answers)."""
-        return wilson(self.right, self.images)
+        return wilson(float(self.right), self.images)
 
 
 def wilson(successes: float, total: int) -> tuple[float, float]:
@@ -227,7 +227,7 @@ class Comparison:
         usable = self._usable(defence, condition)
         return Cell(
             images=len(usable),
-            right=fsum(map(_share, usable)),
+            right=sum(map(_share, usable), Fraction()),
             worst=sum(_share(o) == 1 for o in usable),
             repeats=max((len(o.answers) for o in usable), default=0),
             failed=next((o.error for o in outcomes if o.error is not None), ""),
@@ -250,7 +250,7 @@ class Comparison:
         cells = [cell for c in adaptive if (cell := self.cell(defence, c)) is not None]
         if len(cells) < len(adaptive) or not cells:
             return None
-        shares: dict[str, list[float]] = {}
+        shares: dict[str, list[Fraction]] = {}
         for c in adaptive:
             for o in self._usable(defence, c):
                 shares.setdefault(o.image, []).append(_share(o))
@@ -258,7 +258,9 @@ class Comparison:
         failed = next((cell.failed for cell in cells if cell.failed), "")
         if not least and not failed:
             return None
-        return Cell(len(least), fsum(least), sum(s == 1 for s in least), max(c.repeats for c in cells), failed)
+        return Cell(
+            len(least), sum(least, Fraction()), sum(s == 1 for s in least), max(c.repeats for c in cells), failed
+        )
 
     def notes(self, defence: str, condition: Condition) -> dict[str, int]:
         """Count the images of each remark about gradients; other remarks repeat what the table shows."""
@@ -309,6 +311,6 @@ class Comparison:
             require_none(run, crossings)
 
 
-def _share(outcome: Outcome) -> float:
-    """Return the share of correct answers."""
-    return outcome.answers.count(outcome.label) / len(outcome.answers)
+def _share(outcome: Outcome) -> Fraction:
+    """Return the share of correct answers, which adds up without rounding errors."""
+    return Fraction(list(outcome.answers).count(outcome.label), len(outcome.answers))
