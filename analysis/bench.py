@@ -1,7 +1,7 @@
 """Compare the vote engine with the plain loop and with other execution settings, in one process, on the user's model.
 
-All take turns, so that a machine whose speed drifts favours none; every ratio is the median over the rounds. The
-comparison reports on the execution policy (:mod:`certify.engine.policy`) and never changes its choice.
+They take turns, so that a machine whose speed drifts favours none of them; every ratio is the median over the rounds.
+The comparison reports on the execution policy (:mod:`certify.engine.policy`) and never changes its choice.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Measured:
         ratio_min: smallest.
         ratio_max: largest.
         pairs: number of rounds.
-        turn: samples of the engine's and of the reference's turns.
+        turn: samples of one measurement, of the engine and of the reference.
         reference_batch: samples per forward pass of the reference.
         prepared: seconds to prepare the classifier, folding and compilation included.
         certificate: seconds for one certificate of n samples with this engine, preparation included.
@@ -106,7 +106,7 @@ class Measured:
 
 def reference_votes(plain: Plain, image: Tensor, sigma: float, n: int, batch: int, num_classes: int) -> Tensor:
     """Count votes ``(K,)`` in the field's loop (Cohen, Rosenfeld and Kolter 2019): float32, eager, one generator."""
-    keep_freed_memory(64 << 20)  # as in a process that this engine never ran in
+    keep_freed_memory(64 << 20)  # glibc's own setting, as without this engine
     counts = torch.zeros(num_classes, dtype=torch.int64, device=image.device)
     with torch.no_grad():
         left = n
@@ -165,8 +165,8 @@ def compare(
         images: real ones, ``(C, H, W)``; the first is timed, all serve to compare labels.
         n: samples of a certificate.
         pairs: number of rounds, after one to warm up.
-        seconds: of a turn.
-        turn: samples of a turn, in place of ``seconds``.
+        seconds: length of one measurement.
+        turn: samples of one measurement, in place of ``seconds``.
         reference_batch: None takes 1,000, or 16 for images over 2^14 values on a processor (faster there, and
             batches of 1,000 would need tens of gigabytes).
         progress: called with the current step.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -199,7 +198,7 @@ def _values(runs: Sequence[Run], key: str) -> set[str]:
     return {str(run.header[key]) for run in runs if run.header.get(key) is not None}
 
 
-def _denoiser(header: RunHeader) -> Any:
+def _denoiser(header: RunHeader) -> str | None:
     """Return the requested denoiser, or the one that ``auto`` chose."""
     requested = header.denoiser
     steps = header.pipeline if requested == "auto" else ()

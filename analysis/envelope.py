@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -158,7 +157,7 @@ def group(curves: Sequence[Curve]) -> list[Envelope]:
                 "named after their sigma); an envelope is over one of them: pass only its runs"
             )
         groups.setdefault(same_recipe if peers else same_weights, []).append(c)
-    # a method named like a run with its settings
+    # names() names runs, so each method is a run with its settings
     runs = [Run(members[0].run.path, RunHeader.from_json(json.loads(key))) for key, members in groups.items()]
     return [
         Envelope(tuple(sorted(members, key=_sigma)), name)
@@ -166,16 +165,16 @@ def group(curves: Sequence[Curve]) -> list[Envelope]:
     ]
 
 
-def method(header: RunHeader, *, own: bool = False) -> dict[str, Any]:
-    """Return the settings that define the method of a run: its header without sigma, seed and provenance.
+def method(header: RunHeader, *, own: bool = False) -> dict[str, object]:
+    """Return the settings that identify the method of a run: its header without sigma, seed and provenance.
 
     Args:
         header: of the run.
-        own: weights differ per sigma: replace the run's sigma within names by "σ".
+        own: True if each sigma has its own weights: the run's sigma within names is replaced by "σ".
     """
     settings = {key: header[key] for key in METHOD if header.get(key) is not None}
     settings["tolerance"] = None if header.stopping is None else header.stopping.tolerance
-    steps: list[dict[str, Any]] = []
+    steps: list[Mapping[str, object]] = []
     for step in header.pipeline:
         role = "model" if step.get("step") == "classifier" else "denoiser"
         kept = {key: value for key, value in step.items() if key != "sigma"}
@@ -193,14 +192,14 @@ def method(header: RunHeader, *, own: bool = False) -> dict[str, Any]:
     return settings
 
 
-def _without_sigma(name: Any, sigma: float) -> Any:
+def _without_sigma(name: object, sigma: float) -> object:
     """Replace this noise level in a name by "σ"."""
     if not isinstance(name, str):
         return name
     return re.sub(r"(?<![\d.])\d+\.\d+(?!\d)", lambda number: "σ" if float(number[0]) == sigma else number[0], name)
 
 
-def _key(described: Mapping[str, Any]) -> str:
+def _key(described: Mapping[str, object]) -> str:
     return json.dumps(described, sort_keys=True)
 
 

@@ -34,7 +34,7 @@ from certify.smoothing.rounding import exact
 
 CORRECTIONS = {"holm": "Holm", "bonferroni": "Bonferroni"}
 
-_OUTWARD = 1e-9  # relative; exceeds the error of betainc (certify.bounds.tail_error) and of exp
+_OUTWARD = 1e-9  # relative; exceeds the error of betainc (certify.smoothing.bounds.tail_error) and of exp
 _P0_OUTWARD = 1e-15  # relative; exceeds the error of Noise.probability
 
 
@@ -166,7 +166,7 @@ def family(run: Run) -> Family:
     classes, evaluations = [], []
     for row, (selection, estimation) in zip(rows, stages, strict=True):
         chosen = (selection if fixed else estimation).leader
-        if not fixed and not row.abstained:  # the class decided last; any class may be tested
+        if not fixed and not row.abstained:  # the class of the last decision; any class may be tested
             chosen = row.prediction
         classes.append(chosen)
         evaluations.append([(estimation.of(chosen), estimation.trials), *_earlier_votes(row, chosen)])

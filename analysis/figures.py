@@ -13,6 +13,7 @@ from certify.runs.files import replacing
 from certify.text import printable
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -100,7 +101,7 @@ LABEL = 40
 """Maximum number of characters of a label beside an axis."""
 
 
-def log_ticks(axis: Any, text: str, subs: Sequence[float] = (1.0, 2.0, 5.0)) -> None:
+def log_ticks(axis: Axis, text: str, subs: Sequence[float] = (1.0, 2.0, 5.0)) -> None:
     """Put ticks on a logarithmic axis at these multiples of powers of ten, labelled by plain numbers."""
     from matplotlib.ticker import LogLocator
 

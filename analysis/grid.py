@@ -1,4 +1,4 @@
-"""A grid of captioned pictures: the same images in each row, before and after a transformation."""
+"""A grid of captioned pictures: each row shows one image, before and after transformations."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from analysis.figures import COLOURS, LINES, canvas, literal, wrapped
 from certify.smoothing.norms import IN_TEX
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _OFFSET = 3.0  # points between marks at the same radius
@@ -84,7 +85,7 @@ def plot_curves(
     return figure
 
 
-def _points(axes: Any, line: Line, colour: str, name: str, band: bool, offset: float) -> None:
+def _points(axes: Axes, line: Line, colour: str, name: str, band: bool, offset: float) -> None:
     """Plot the accuracy at decided radii, moved sideways by ``offset`` points so that no mark hides another."""
     from matplotlib.transforms import ScaledTranslation
 
@@ -98,9 +99,9 @@ def _points(axes: Any, line: Line, colour: str, name: str, band: bool, offset: f
     )
 
 
-def _single_runs(axes: Any, envelope: Envelope, colour: str) -> None:
+def _single_runs(axes: Axes, envelope: Envelope, colour: str) -> None:
     """Plot the single runs of an envelope faintly."""
-    faint = {"color": colour, "lw": 0.7, "alpha": 0.6}
+    faint: dict[str, Any] = {"color": colour, "lw": 0.7, "alpha": 0.6}
     for curve in envelope.runs:
         if curve.decided:
             axes.plot(curve.decided, curve.accuracy(curve.decided), ls="", marker="o", ms=2.5, mew=0, **faint)

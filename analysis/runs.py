@@ -21,7 +21,7 @@ from certify.text import read_text
 
 
 class NoRadii(UserError):
-    """The run holds predictions without radii."""
+    """The run holds predictions, which have no radius."""
 
 
 LOG_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")

@@ -21,7 +21,7 @@ from certify.text import printable, printable_lines
 
 FORMATS = {"text": "simple", "markdown": "pipe", "latex": "latex_booktabs", "csv": ""}
 
-_FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a cell that begins so, and what it computes can run programs
+_FORMULA = ("=", "+", "-", "@")  # a spreadsheet evaluates a cell that starts with these, which can run programs
 
 _IN_LATEX = {"σ": r"$\sigma$", "≥": r"$\geq$"}
 
@@ -38,15 +38,15 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str, *, 
             [f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in r] for r in rows
         ]
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([header, *rows])  # with all digits of each number
+        csv.writer(out, lineterminator="\n").writerows([header, *rows])  # numbers at full precision
         return out.getvalue().rstrip("\n")
     from tabulate import tabulate
 
-    if style == "markdown":  # a bar would begin a column
+    if style == "markdown":  # a bar would start a new column
         header, *rows = [[c.replace("|", r"\|") if isinstance(c, str) else c for c in row] for row in (header, *rows)]
     align = ["left", *("right" for _ in header[1:])]
     table: str = tabulate(rows, headers=list(header), tablefmt=FORMATS[style], disable_numparse=True, colalign=align)
-    for sign, command in _IN_LATEX.items() if style == "latex" else ():  # tabulate would escape them in the cells
+    for sign, command in _IN_LATEX.items() if style == "latex" else ():  # in the cells, tabulate would escape them
         table = table.replace(sign, command)
     return table
 

@@ -17,9 +17,9 @@ from certify.smoothing.norms import DECIMALS, IN_TEX
 from certify.smoothing.rounding import ceil_to, exact, floor_to
 from certify.types import ABSTAIN, Votes
 
-_MAX_BARS = 8  # classes with a bar of their own
-_STEPS, _FEWEST = 13, 20  # numbers of samples on the axis, and the smallest of them
-_MANY = 10_000  # from here on, ticks at powers of ten only
+_MAX_BARS = 8  # classes with their own bar
+_STEPS, _FEWEST = 13, 20  # number of points of a line, and n at the first of them
+_MANY = 10_000  # n from which ticks are at powers of ten only
 
 
 def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None = None) -> None:
@@ -114,11 +114,11 @@ def radii_with(run: Run, size: int, seed: int = 0) -> np.ndarray:
         seed: of the subsampling.
     """
     header = run.header
-    chance = np.random.default_rng([seed, size])
+    rng = np.random.default_rng([seed, size])
     radii = []
     for row in run.usable:
         selection, votes = row.selection_votes, row.estimation_votes
-        drawn = chance.multivariate_hypergeometric([*votes.counts, votes.failures], size)
+        drawn = rng.multivariate_hypergeometric([*votes.counts, votes.failures], size)
         certificate = certificate_from_votes(
             selection,
             Votes(tuple(int(count) for count in drawn[:-1]), int(drawn[-1])),

@@ -26,7 +26,7 @@ from certify.smoothing.rng import block_generator
 
 
 class _Finished(Exception):
-    """The attack is done: a deterministic model misclassifies an image in the ball."""
+    """A deterministic model misclassifies an image in the ball, so the attack can stop."""
 
 
 class _Objective(nn.Module):
@@ -59,7 +59,7 @@ class _Objective(nn.Module):
 
         Raises:
             UserError: they have no gradient.
-            _Finished: the attack is done.
+            _Finished: the attack can stop.
         """
         self.sent += len(images) * self.each
         log_scores = self.log_scores(images)
@@ -188,7 +188,7 @@ class _StraightThrough(nn.Module):
     def forward(self, images: Tensor, sigma: float | None = None, *, generator: Any = None) -> Tensor:
         with torch.no_grad():
             purified: Tensor = self.purifier(images.detach(), sigma, generator=generator)
-        return purified + (images - images.detach())  # adds 0
+        return purified + (images - images.detach())  # adds 0, and the gradient of the identity
 
 
 def differentiable(defence: Defence, draws: int | None = None) -> Defence:
@@ -201,7 +201,7 @@ def differentiable(defence: Defence, draws: int | None = None) -> Defence:
 
     Args:
         defence: to be attacked.
-        draws: passes through each member; None: the defence's own.
+        draws: passes through each member; None: as many as the defence has.
     """
 
     def with_gradient(purifier: nn.Module) -> nn.Module | None:
@@ -307,18 +307,18 @@ def transfer(
 ) -> Proposal:
     """Momentum (MI-FGSM, Dong et al. 2018) on the mean logits of surrogates with diverse inputs (Xie et al. 2019).
 
-    Our version of diverse inputs, for classifiers with a fixed input size: the image is shrunk to between ``smallest``
-    and all of its side, and placed at random on black.
+    Diverse inputs are adapted to classifiers with a fixed input size: the image is shrunk by a random factor between
+    ``smallest`` and 1, and placed at random on black.
 
     Args:
         image: clean, ``(C, H, W)``.
         label: the true class.
         task: with surrogates and a ball.
-        steps: gradients.
-        step: length of one, in parts of eps.
+        steps: number of gradients.
+        step: step size as a share of eps.
         decay: of the momentum.
         diversity: probability of a diverse input at each step.
-        smallest: side of the smallest image as a share of the original.
+        smallest: smallest factor by which the sides shrink.
 
     Raises:
         UserError: surrogates of different tasks, settings out of range.
@@ -340,7 +340,7 @@ def transfer(
         return labels_from_logits(logits(images))
 
     objective = _Objective(log_scores, 0)  # no queries to the target
-    # the last image, as published: the first one that the surrogates misclassify transfers worse
+    # the last image, as in the paper; the first that the surrogates misclassify transfers worse
     return _ascend(
         image, label, task, objective, judge, first, steps=steps, step=step, random_start=False, decay=decay, last=True
     )

@@ -36,13 +36,13 @@ _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 class _Finished(Exception):
-    """The attack is done: an image in the ball, or the clean image, is misclassified."""
+    """An image in the ball, or the clean image, is misclassified, so the attack can stop."""
 
 
 class QuerySearch:
     """Query interface of an attack, which keeps the nearest misclassified image.
 
-    A single wrong answer of a random target proves little. Therefore the nearest misclassified image of a batch that
+    A single wrong answer of a random target proves little, so the nearest misclassified image of a batch that
     lies in the ball (the clean image included) is queried ``CONFIRM`` times more, within the same budget and once per
     image; only mostly wrong answers count. If there are none, the image in the ball with the most wrong answers is
     kept, ties broken by the lowest margin if there are scores; the clean image only if there is no other. Without a
@@ -67,7 +67,7 @@ class QuerySearch:
 
         Raises:
             BudgetSpent: nothing was sent.
-            _Finished: the attack is done.
+            _Finished: the attack can stop.
         """
         images = torch.from_numpy(np.ascontiguousarray(batch)).float()
         answers = self.access(images)
@@ -76,7 +76,9 @@ class QuerySearch:
         far = distance.masked_fill(labels == self.label, float("inf"))
         if self.access.random:
             answers = self._confirm(images, answers, labels, distance)
-            labels = labels.masked_fill(distance == 0, self.label)  # a chance error on the clean image is no start
+            labels = labels.masked_fill(
+                distance == 0, self.label
+            )  # a chance error on the clean image is not a starting point
         elif far.min() < self.nearest:
             nearest = int(far.argmin())
             self._keep(images[nearest], int(labels[nearest]), float(far[nearest]))
@@ -256,10 +258,10 @@ def square(image: Tensor, label: int, task: Task, *, fraction: float = 0.8) -> P
         scores = cache.pop(key, None)
         if scores is None:
             scores = _logarithms(search(batch))
-            if search.access.random:  # ART must not stop at one wrong answer
+            if search.access.random:  # one wrong answer must not stop ART
                 scores[:, label] += _NEVER
-        cache[key] = scores  # the latest last
-        while len(cache) > 2:  # the current image, and the one it tries
+        cache[key] = scores  # moved to the end
+        while len(cache) > 2:  # the current image and the candidate
             del cache[next(iter(cache))]
         return scores
 

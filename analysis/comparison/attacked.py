@@ -1,7 +1,7 @@
 """Run attacks, and measure the images they propose.
 
-Distances, norm ball, [0, 1] range and success are never taken from an attack. Nothing is projected either: a proposal
-outside the ball or [0, 1] is a failure, and says so.
+Distance, norm ball, [0, 1] range and success are measured here and never taken from an attack. Nothing is projected: a
+proposal outside the ball or outside [0, 1] counts as a failure, with a note.
 
 Images are attacked one by one. The libraries draw from the global generators of numpy, Python and torch. These are
 seeded from (seed, image id, attack) for each image and restored afterwards, so that a result does not depend on the
@@ -16,7 +16,6 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +28,6 @@ from certify.models.defence import Defence
 from certify.models.query_access import QueryAccess
 from certify.smoothing.rng import stream_key
 from certify.smoothing.rounding import ceil_to, exact
-
-_ARGUMENTS = {CLASSIFIER: "classifier", DEFENCE: "defence", SURROGATES: "surrogates"}
-"""For attacks without queries: their requirement, and its argument of :func:`attack` and field of ``Task``."""
 
 SLACK = 1e-6
 """Tolerance for float32 rounding at the edge of a ball."""
@@ -166,28 +162,40 @@ def attack(
     """
     chosen = find_attack(name, norm)
     need_extra(name)
-    _check(name, chosen, images, labels, ids, eps, access, options)
-    given: dict[str, Any] = {"classifier": classifier, "defence": defence, "surrogates": surrogates or None}
-    own = {word: given[word] for need, word in _ARGUMENTS.items() if need == chosen.needs}
-    if None in own.values():
-        raise UserError(f"attack {name} needs {chosen.needs}; pass {_ARGUMENTS[chosen.needs]}=")
+    _check(name, chosen, images, labels, ids, eps)
+    if wrong := [key for key in options if key not in chosen.options]:
+        raise UserError(f"attack {name} has no option {wrong[0]!r}; its options: {', '.join(chosen.options)}")
+    if chosen.by_queries:
+        _check_access(name, chosen, len(images), access)
     known = [c.identity() for c in ([classifier] if classifier else []) + (defence.classifiers if defence else [])]
+    given = {CLASSIFIER: classifier, DEFENCE: defence, SURROGATES: surrogates or None}
+    if chosen.needs in given and given[chosen.needs] is None:
+        argument = {CLASSIFIER: "classifier", DEFENCE: "defence", SURROGATES: "surrogates"}[chosen.needs]
+        raise UserError(f"attack {name} needs {chosen.needs}; pass {argument}=")
     if chosen.needs == SURROGATES and any(s.identity() in known for s in surrogates):
         raise UserError(f"attack {name}: a surrogate is the target itself (same weights); expected other classifiers")
-    proposals = []
-    for i, image in enumerate(images.detach().cpu().float()):
+    clean, proposals = images.detach().cpu().float(), []
+    for i, image in enumerate(clean):
         key = stream_key(seed, ids[i], f"attack {name} {norm}")
-        task = Task(norm, eps, key, access[i] if chosen.by_queries else None, **own)
+        task = Task(
+            norm,
+            eps,
+            key,
+            access[i] if chosen.by_queries else None,
+            classifier if chosen.needs == CLASSIFIER else None,
+            defence if chosen.needs == DEFENCE else None,
+            surrogates if chosen.needs == SURROGATES else (),
+        )
         with seeded(key):
             proposals.append(chosen(image, int(labels[i]), task, **options))
-    return _measured(name, norm, eps, images.detach().cpu().float(), labels, proposals)
+    return _measured(name, norm, eps, clean, labels, proposals)
 
 
 def _measured(
     name: str, norm: str, eps: float | None, clean: Tensor, labels: Tensor, proposals: Sequence[Proposal]
 ) -> Attacked:
-    why = [invalid(p.image, x, norm, eps) for p, x in zip(proposals, clean, strict=True)]
-    shown = [x if wrong else p.image for p, x, wrong in zip(proposals, clean, why, strict=True)]
+    reasons = [invalid(p.image, x, norm, eps) for p, x in zip(proposals, clean, strict=True)]
+    shown = [x if reason else p.image for p, x, reason in zip(proposals, clean, reasons, strict=True)]
     moved = torch.stack(shown) if shown else clean
     return Attacked(
         name,
@@ -196,22 +204,13 @@ def _measured(
         moved,
         tuple(distances(moved, clean, "l2").tolist()),
         tuple(distances(moved, clean, "linf").tolist()),
-        tuple(not w and p.answer != int(y) for p, y, w in zip(proposals, labels, why, strict=True)),
+        tuple(not r and p.answer != int(y) for p, y, r in zip(proposals, labels, reasons, strict=True)),
         tuple(p.queries for p in proposals),
-        tuple("; ".join(n for n in (w, p.note) if n) for p, w in zip(proposals, why, strict=True)),
+        tuple("; ".join(filter(None, (reason, p.note))) for p, reason in zip(proposals, reasons, strict=True)),
     )
 
 
-def _check(
-    name: str,
-    chosen: Attack,
-    images: Tensor,
-    labels: Tensor,
-    ids: Sequence[str],
-    eps: float | None,
-    access: Sequence[QueryAccess],
-    options: dict[str, object],
-) -> None:
+def _check(name: str, chosen: Attack, images: Tensor, labels: Tensor, ids: Sequence[str], eps: float | None) -> None:
     if images.ndim != 4 or len(labels) != len(images) or len(ids) != len(images):
         raise UserError(
             f"attack {name}: images {tuple(images.shape)}, {len(labels)} labels, {len(ids)} ids; expected "
@@ -223,11 +222,6 @@ def _check(
         raise UserError(f"attack {name}: eps {eps}; expected a number above 0, such as 8/255 (linf) or 0.5 (l2)")
     if eps is None and chosen.ball:
         raise UserError(f"attack {name} works within a ball; pass eps=, such as 8/255 (linf) or 0.5 (l2)")
-    wrong = [key for key in options if key not in chosen.options]
-    if wrong:
-        raise UserError(f"attack {name} has no option {wrong[0]!r}; its options: {', '.join(chosen.options)}")
-    if chosen.by_queries:
-        _check_access(name, chosen, len(images), access)
 
 
 def _check_access(name: str, chosen: Attack, count: int, access: Sequence[QueryAccess]) -> None:

@@ -96,10 +96,15 @@ def crossing(
         alpha: maximum probability that the class is wrong.
         seed: of the noise.
     """
-    from analysis.comparison.attacked import distances  # imports torch, which reading a comparison does not need
+    from analysis.comparison.attacked import (
+        distances,
+    )  # lazily: it imports torch, which reading a comparison does not need
 
     alpha = check_alpha(alpha)
-    near, far = smoothed.noise.input(clean), smoothed.noise.input(attacked)  # rounded if the noise is on a grid
+    near, far = (
+        smoothed.noise.input(clean),
+        smoothed.noise.input(attacked),
+    )  # rounded where the noise is defined on a grid
     predicted = smoothed.predict(attacked, n=n, alpha=alpha, seed=seed, image_id=f"{image_id} attacked")
     return Crossing(image_id, "l2", float(distances(far[None], near[None], "l2")), predicted.prediction, alpha)
 

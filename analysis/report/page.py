@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from analysis.curves import Curve, curve, default_radii, proportion_interval
-from analysis.report import verdict as words
+from analysis.report import verdict as verdicts
 from analysis.report.audit_folder import AuditFolder, read_audit
 from analysis.report.pictures import STAGES, Thumbnails, curve_svg, latency_svg
 from certify.blackbox.answers import CLEAN, DRIFT, ESTIMATION, PROBE, RESUMED, SELECTION, stage_of
@@ -35,7 +35,7 @@ NAME = "report.html"
 THUMBNAIL_BYTES, MAX_ROWS, MAX_KINDS = 14 * 2**20, 4000, 20
 """Limits on thumbnails, images in the table and kinds of failures: the file stays below about 20 MB."""
 
-_TOP = 3  # labels per image whose votes are shown
+_TOP = 3  # labels per image with a bar of their own
 
 _STAGES = {
     CLEAN: "the unmodified image, for its reference label",
@@ -116,10 +116,10 @@ def page(audit: AuditFolder) -> dict[str, Any]:
         "audit": audit,
         "title": public(str(endpoint or audit.folder.name)),
         "now": datetime.datetime.now(datetime.UTC).isoformat(),
-        "verdict": words.verdict(audit),
-        "notices": words.warnings(audit),
+        "verdict": verdicts.verdict(audit),
+        "notices": verdicts.warnings(audit),
         "tiles": _tiles(audit),
-        "outcomes": words.outcomes(audit),
+        "outcomes": verdicts.outcomes(audit),
         "decided": _decided(audit),
         "plot": plot,
         "curve": curve_svg(plot) if plot else None,
@@ -175,13 +175,13 @@ def _tiles(audit: AuditFolder) -> list[tuple[str, str, str]]:
     """Return the key figures: name, number, and explanation."""
     tiles, plan = [], audit.plan
     if audit.rows:
-        kept = sum(words.outcome(row) == words.KEEPS for row in audit.rows)
+        kept = sum(verdicts.outcome(row) == verdicts.KEEPS for row in audit.rows)
         low, high = proportion_interval(kept, len(audit.rows))
         about = f"95 % interval over images: {floor_to(float(low), 3)} to {ceil_to(float(high), 3)}"
         nothing = sum(row.error is not None for row in audit.rows)
         about += f"; {nothing:,} of them with nothing to certify, which the curve leaves out" if nothing else ""
         tiles.append(("keep their label", f"{kept:,} of {len(audit.rows):,}", about))
-    radii = sorted(row.radius or 0.0 for row in audit.rows if words.outcome(row) == words.KEEPS)
+    radii = sorted(row.radius or 0.0 for row in audit.rows if verdicts.outcome(row) == verdicts.KEEPS)
     if radii and not audit.header.radii:
         digits = DECIMALS[audit.header.norm]
         median, largest = (floor_to(r, digits) for r in (radii[(len(radii) - 1) // 2], radii[-1]))
@@ -283,12 +283,12 @@ def _groups(audit: AuditFolder, thumbnails: Thumbnails) -> dict[str, list[ImageE
     entries: dict[Any, tuple[int | None, Mapping[str, Any]]] = {
         entry.get("id"): (i, entry) for i, entry in enumerate(audit.about.get("images") or ())
     }
-    order = [words.OTHER, words.NOT, words.OPEN, words.NOTHING, words.KEEPS]
+    order = [verdicts.OTHER, verdicts.NOT, verdicts.OPEN, verdicts.NOTHING, verdicts.KEEPS]
     groups: dict[str, list[ImageEntry]] = {}
-    for row in sorted(audit.rows, key=lambda row: order.index(words.outcome(row)))[:MAX_ROWS]:
+    for row in sorted(audit.rows, key=lambda row: order.index(verdicts.outcome(row)))[:MAX_ROWS]:
         index, entry = entries.get(row.id, (None, {}))
         prefix = str(entry.get("pictures") or ("" if index is None else f"{index:03d}"))
-        groups.setdefault(words.outcome(row), []).append(_image(audit, row, thumbnails.of(prefix)))
+        groups.setdefault(verdicts.outcome(row), []).append(_image(audit, row, thumbnails.of(prefix)))
     return groups
 
 
@@ -329,7 +329,7 @@ def _settings(audit: AuditFolder) -> list[tuple[str, str]]:
     return [(key, public(_text(value))) for key, value in both.items() if value not in (None, "", [], {})]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
         return ", ".join(map(_text, value))
     return exact(value) if isinstance(value, float) else str(value)

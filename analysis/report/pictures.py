@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -17,9 +17,12 @@ from analysis.figures import COLOURS, canvas, log_ticks
 from analysis.plots import plot_curves
 from certify.smoothing.norms import IN_WORDS
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 STAGES = ("clean", "noisy", "denoised")
 _SMALL = 64  # pixels; pictures up to this size are embedded as they were sent
-_SIDES = ((60, 160), (400, 96), (10**9, 64))  # (number of images up to, side of their thumbnails in pixels)
+_SIDES = ((60, 160), (400, 96), (10**9, 64))  # (maximum number of images, side of their thumbnails in pixels)
 _IN_PAGE = {"#000000": "currentColor", "#dddddd": "var(--line)", COLOURS[0]: "var(--accent)"}
 
 
@@ -48,7 +51,7 @@ def latency_svg(seconds: Sequence[float]) -> str:
         return _inline(figure, "latency", "histogram of response times")
 
 
-def _inline(figure: Any, name: str, title: str) -> str:
+def _inline(figure: Figure, name: str, title: str) -> str:
     """Return a figure as an ``<svg>`` element in the page's colours and font; its ids begin with ``name``."""
     import matplotlib
 
@@ -86,7 +89,7 @@ class Thumbnails:
 
     def of(self, prefix: str) -> dict[str, str]:
         """Return one image's pictures by stage, without missing or unreadable ones; none beyond the limit."""
-        if not re.fullmatch(r"[\w-]+", prefix):  # a file name within this folder
+        if not re.fullmatch(r"[\w-]+", prefix):  # only names of files in this folder
             return {}
         paths = {stage: self._folder / f"{prefix}-{stage}.png" for stage in STAGES}
         if not self._left:
@@ -95,7 +98,7 @@ class Thumbnails:
         uris = {stage: uri for stage, path in paths.items() if (uri := self._uri(path))}
         size = sum(map(len, uris.values()))
         if size > self._left:
-            self._left, self.left_out = 0, self.left_out + 1  # none after the first that does not fit
+            self._left, self.left_out = 0, self.left_out + 1  # after the first that does not fit, none is embedded
             return {}
         self._left -= size
         return uris

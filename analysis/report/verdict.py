@@ -1,4 +1,4 @@
-"""The report's verdict and warnings in plain words."""
+"""The report's verdict and warnings, as sentences."""
 
 from __future__ import annotations
 
