@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from certify.api import collect_images, procedure_for
+from certify.blackbox import N0, REPEAT_CLEAN, RETRIES, SEQUENTIAL_N, TIMEOUT, N
 from certify.blackbox.answers import read_class_map
 from certify.blackbox.audit import Observer, run_audit
 from certify.blackbox.client.rate_limit import QueryLimits
@@ -109,7 +110,7 @@ def audit(
     denoiser: nn.Module | Callable[..., Any] | str | None = None,
     seed: int = 0,
     concurrency: int = 1,
-    repeat_clean: int = 3,
+    repeat_clean: int = REPEAT_CLEAN,
     device: str | torch.device = "auto",
     progress: bool = True,
     **options: Unpack[AuditOptions],
@@ -164,9 +165,9 @@ def audit(
         radius=radius,
         tolerance=tolerance,
         rule=rule,
-        default_n0=20,
-        default_n=100,
-        sequential_n=1000,
+        default_n0=N0,
+        default_n=N,
+        sequential_n=SEQUENTIAL_N,
     )
     spec = _service(ask, options)
     class_map = options.get("class_map")
@@ -174,8 +175,8 @@ def audit(
         class_map = read_class_map(class_map)
     chosen, order = _load_images(images, options)
     cleaner = find_denoiser(denoiser, sigma, options.get("input_size") or chosen.first_shape())
-    timeout = options.get("timeout", 60.0)
-    attempts = 1 if callable(ask) else options.get("retries", 4) + 1
+    timeout = options.get("timeout", TIMEOUT)
+    attempts = 1 if callable(ask) else options.get("retries", RETRIES) + 1
     request = Audit(
         Path(out),
         spec,

@@ -20,6 +20,7 @@ from PIL import Image
 from servers import free_ports, process
 from small_audit import WORDS
 
+import certify
 from analysis.report.audit_folder import read_audit
 from analysis.report.page import _stage_rows
 from analysis.runs import read_comparison
@@ -200,6 +201,42 @@ def test_audit_over_http(
     ledger.write_text(other)
     run("replay", str(tmp_path / "a"), code=1)
     assert "certificates differ" in capsys.readouterr().err
+
+
+def test_python_and_the_command_conduct_the_same_audit(tmp_path: Path, service: Service) -> None:
+    options = ["--denoiser", "median", "--price-per-1000", "2", "--quiet", "--budget", "400", "--concurrency", "2"]
+    run("audit", *service.arguments, *NUMBERS, *options, "--out", str(tmp_path / "a"))
+    certify.audit(
+        service.arguments[1],
+        "digits",
+        sigma=0.25,
+        n0=5,
+        n=20,
+        seed=2,
+        budget=400,
+        denoiser="median",
+        concurrency=2,
+        progress=False,
+        skip=90,
+        protocol="json",
+        protocol_options={"labels": "labels", "scores": "scores"},
+        price_per_1000=2.0,
+        out=tmp_path / "b",
+    )
+    rows, headers, records = [], [], []
+    for name in ("a", "b"):
+        found = read_run(tmp_path / name / "run.jsonl")
+        rows.append([{k: v for k, v in row.items() if k != "seconds"} for row in found.images])
+        headers.append({k: v for k, v in found.header.items() if k not in ("created", "command")})
+        about = json.loads((tmp_path / name / "audit.json").read_text())
+        for key in ("created", "finished", "command", "replay"):
+            del about[key]
+        del about["asked"]["seconds"]
+        records.append(about)
+    assert rows[0] == rows[1]
+    assert headers[0] == headers[1]
+    assert records[0] == records[1]
+    assert records[0]["asked"]["cost"] == 0.33
 
 
 def test_a_small_budget_is_kept_and_a_larger_one_resumes(

@@ -46,7 +46,7 @@ each would cost a trial. A reply without a label is an answer, however many ther
 
 
 SAME_IMAGES = 3
-"""Clean images that a resumed Python function is asked about again, at most."""
+"""Maximum number of clean images that are queried again when the audit of a Python function is resumed."""
 
 
 class AuditClient:

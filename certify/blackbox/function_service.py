@@ -58,7 +58,7 @@ def comparable(fingerprint: str | None, other: str | None) -> bool:
 
 
 def _parts(value: Any, module: str, seen: set[int]) -> Iterator[bytes]:
-    """Yield what is hashed of a value, and of the values that it refers to."""
+    """Yield the bytes to hash for a value and for the values that it refers to."""
     from torch import nn
 
     from certify.models.identity import state_digest
@@ -101,7 +101,7 @@ def _stable(constant: Any) -> str:
 
 
 def function_sender(function: Ask) -> Sender:
-    """Return what calls the function, in a thread, once per request; an exception is an answer of status 500."""
+    """Return a sender that calls the function in a thread; an exception becomes a reply of status 500."""
 
     def call(body: bytes) -> Reply:
         try:

@@ -28,10 +28,9 @@ _REMEMBERED = 10_000  # unanswered queries in memory; far fewer are in flight at
 
 
 class Ledger:
-    """Append to a ledger, new or resumed; a :class:`~certify.blackbox.types.QueryLog` and a context manager.
+    """Append to a ledger, new or resumed; a context manager. Used on one event loop.
 
-    A line is on the disk when the coroutine that wrote it returns; coroutines that write during one flush share the
-    next.
+    A line is on the disk when the coroutine that wrote it returns; lines written during one flush share the next.
 
     Args:
         path: of the file.
@@ -41,17 +40,16 @@ class Ledger:
         contents: the state of all queries; one in flight counts as lost.
 
     Raises:
-        UserError: the file belongs to another endpoint, format or setting, is damaged or in use, or cannot be written.
+        UserError: the file belongs to another endpoint, format, setting or function, is damaged or in use, or cannot be
+            written.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.contents = LedgerContents(dict(header))
-        self._length = 0  # bytes
+        self._length = self._flushed = 0  # bytes written, and of these, bytes on the disk
         self._fault = ""
         self._disk = ThreadPoolExecutor(1, "certify-ledger")
-        self._flusher: asyncio.Task[None] | None = None
-        self._flushed: asyncio.Future[None] | None = None  # the outcome of the next flush
         self._file = open_to_append(self.path, private=True)  # replies may be confidential
         try:
             self._resume()
@@ -98,19 +96,11 @@ class Ledger:
         await self._append({**row, **hashes, "time": now})
 
     async def refused(self, name: str, why: str) -> None:
-        """Log that a request brought no answer and that the query may be sent again.
-
-        Raises:
-            RunFault: it could not be logged.
-        """
+        """Log that a request brought no answer and that the query may be sent again."""
         await self._append({"type": "refused", "name": name, "attempt": self.attempts(name), "why": why})
 
     async def answer(self, answer: Answer) -> None:
-        """Log the answer to a query, which may be used only then.
-
-        Raises:
-            RunFault: it could not be logged.
-        """
+        """Log the answer to a query, which may be used only then."""
         row = {
             "type": "answer",
             "name": answer.name,
@@ -133,25 +123,27 @@ class Ledger:
                 self._file.truncate(self._length)  # a partial line must not be followed by others
             raise self._fail(error) from None
         self._length += len(line)
-        self._flushed = self._flushed or asyncio.get_running_loop().create_future()
-        self._flusher = self._flusher or asyncio.ensure_future(self._flush())
-        await asyncio.shield(self._flushed)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._disk, self._flush, self._length)
+        except (OSError, ValueError, RuntimeError) as error:  # the latter two if it was closed meanwhile
+            raise self._fail(error) from None
 
-    async def _flush(self) -> None:
-        """Flush as long as lines are waiting for it; those written during one flush share the next."""
-        while self._flushed is not None:
-            flushed, self._flushed = self._flushed, None
+    def _flush(self, length: int) -> None:
+        """Wait until this many bytes are on the disk, on its thread; one flush covers all lines written before it."""
+        if self._fault:
+            raise OSError(0, self._fault)
+        if self._flushed < length:
+            written = self._length
             try:
-                await asyncio.get_running_loop().run_in_executor(self._disk, os.fsync, self._file.fileno())
-            except (OSError, ValueError, RuntimeError) as error:  # the latter two if it was closed meanwhile
-                flushed.set_exception(self._fail(error))
-            else:
-                flushed.set_result(None)
-        self._flusher = None
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._fail(error)
+                raise
+            self._flushed = written
 
     def _fail(self, error: Exception) -> RunFault:
         """Refuse everything from here on: it is no longer certain what is on the disk."""
-        self._fault = getattr(error, "strerror", None) or "it was closed"
+        self._fault = self._fault or getattr(error, "strerror", None) or "it was closed"
         return self._error(self._fault)
 
     def _error(self, why: str) -> RunFault:
@@ -178,7 +170,7 @@ class Ledger:
             _sync_folder(self.path.parent)
         except OSError as error:
             raise self._fail(error) from None
-        self._length = os.fstat(self._file.fileno()).st_size
+        self._length = self._flushed = os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Close the file; its lines are on the disk already."""
@@ -193,7 +185,7 @@ class Ledger:
 
 
 class InMemoryLog:
-    """A :class:`~certify.blackbox.types.QueryLog` that counts requests and forgets queries once they are answered."""
+    """Count requests, and forget queries once they are answered, in place of a :class:`Ledger`."""
 
     def __init__(self) -> None:
         self.spent = 0

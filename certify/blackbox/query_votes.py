@@ -23,7 +23,7 @@ from certify.models.query_access import BudgetSpent
 from certify.types import Noise
 
 TOGETHER = 32
-"""Copies per batch of the denoiser: always as many, so that rounding does not depend on how many are left."""
+"""Copies per batch of the denoiser; constant, so that rounding does not depend on how many copies are left."""
 
 Ask = Callable[[Iterable[Query]], Iterator[Answer]]
 Purify = Callable[[Tensor], Tensor]

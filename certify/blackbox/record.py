@@ -92,11 +92,9 @@ class AuditImage(JsonRecord):
     """An image of an audit.
 
     Attributes:
-        id: unique in the audit.
         pictures: the beginning of the names of its pictures.
         numel: number of its values, C * H * W; None if it cannot be used.
         image: hash of its values; None if it cannot be used.
-        size: C, H, W.
         error: why it cannot be used; empty if it can.
         given: the label that was given for it, or None.
         reference: the label for which it is certified: the given one, or the service's own; None without one.
@@ -162,15 +160,9 @@ class Drifted(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Spent(JsonRecord):
-    """What an audit has spent.
+    """What an audit has spent: answered queries by stage, failures by reason, quantiles of the response times.
 
-    Attributes:
-        requests: sent, retries and those without an answer included.
-        queries: answered, by stage.
-        retries: requests that repeated an earlier one.
-        failures: number of failed queries for each reason.
-        cost: of the requests, or None without a price.
-        seconds: quantiles of the response times, by name.
+    ``requests`` are those sent, retries and those without an answer included.
     """
 
     requests: Annotated[int, COUNT]
@@ -185,32 +177,8 @@ class Spent(JsonRecord):
 class AuditRecord(JsonRecord, type_name="audit"):
     """The content of ``audit.json``.
 
-    Attributes:
-        schema: version of the format.
-        created: time of the audit's start.
-        finished: time of its end, or None.
-        status: one of ``RUNNING``, ``FINISHED``, ``SPENT``, ``STOPPED``.
-        reason: why it stopped, if there is more to say.
-        command: that started or resumed it last; without secrets.
-        endpoint: of the service.
-        protocol: of the service.
-        format: options of the protocol.
-        encoding: of the pictures.
-        size: C, H, W of the images if all have the same, or None.
-        denoiser: its name.
-        pipeline: the denoiser and the service, as in the run file's header.
-        labels: source of the reference labels, ``OWN`` or ``GIVEN``.
-        class_map: from the service's labels to classes, or None.
-        vocabulary: names of the classes, by number.
-        plan: of the audit.
-        images: of the audit.
-        fixed_function: True if repeated queries got the same labels, False if not, None if nothing was repeated.
-        determinism: outcome of the determinism probe.
-        drift: outcome of the drift check.
-        versions: of libraries.
-        replay: command that recomputes the certificates.
-        settings: further settings.
-        asked: what was spent, once the audit has ended.
+    ``labels`` is ``OWN`` or ``GIVEN``; ``vocabulary`` names the classes by number; ``fixed_function`` is True if
+    repeated queries got the same labels, False if not, None if nothing was repeated; ``asked`` is written at the end.
     """
 
     schema: Annotated[int, COUNT, Absent(0)]

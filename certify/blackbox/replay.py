@@ -67,25 +67,25 @@ def replay(
     """
     folder = Path(folder)
     about = read_about(folder)
-    there = read_run(folder / RUN, allow_partial=True)
-    header, same = there.header, alpha is None and bound is None
+    recorded = read_run(folder / RUN, allow_partial=True)
+    header, same = recorded.header, alpha is None and bound is None
     pipeline = list(header.pipeline) if header.has("pipeline") else None
     if other := differences({"pipeline": about.get("pipeline", pipeline)}, {"pipeline": pipeline}):
         raise UserError(
             f"{folder / ABOUT} and {folder / RUN} are of different audits ({other}); expected the files of one audit"
         )
     if same:
-        header.procedure.changed(header.alpha, header.bound, there.path)  # refuses an unsupported bound
+        header.procedure.changed(header.alpha, header.bound, recorded.path)  # refuses an unsupported bound
     else:
-        header = recomputed_header(there, {"run": str(folder)}, alpha=alpha, bound=bound, command=command)
+        header = recomputed_header(recorded, {"run": str(folder)}, alpha=alpha, bound=bound, command=command)
     if doubt := unproven(header):
-        warn(f"{there.path}: {doubt}")
+        warn(f"{recorded.path}: {doubt}")
     if answers is None:
         answers = read_ledger(folder / LEDGER).answers
     rows = rows_of(header, about.images, answers, LabelIndex(about.class_map))
-    before, now = ({row.id: row for row in some} for some in (there.images, rows))
+    before, now = ({row.id: row for row in some} for some in (recorded.images, rows))
     differing = [i for i in before | now if same and not _equal(before.get(i), now.get(i))]
-    return Replayed(Run(there.path, header, rows), tuple(differing))
+    return Replayed(Run(recorded.path, header, rows), tuple(differing))
 
 
 def _equal(before: ImageRow | None, now: ImageRow | None) -> bool:

@@ -29,7 +29,7 @@ from certify.types import ABSTAIN, Radii, Votes
 def rows_of(
     header: RunHeader, images: Sequence[AuditImage], answers: Mapping[str, Answer], index: LabelIndex
 ) -> list[ImageRow]:
-    """Return the rows that the answers prove, in the order of the images.
+    """Return the rows that follow from the answers, in the order of the images.
 
     An image that stopped before it was settled has a row if its stopping rule is anytime-valid (it is marked
     ``unfinished``, and is undecided, or certified as far as its votes go), and none at a fixed n.
@@ -79,7 +79,7 @@ def _row(header: RunHeader, image: AuditImage, answers: Mapping[str, Answer], in
 
 @dataclass
 class _Trials:
-    """The answers about noisy copies of one image, and the votes that they are.
+    """The answers about noisy copies of one image, counted as votes.
 
     Attributes:
         procedure: of the run.
@@ -88,7 +88,7 @@ class _Trials:
         answers: by name.
         index: numbers the classes.
         noise: states radii in its norm.
-        used: the answers that counted, in their order.
+        used: the answers that were used, in order.
         labels: the labels of the last stage.
     """
 
@@ -101,9 +101,9 @@ class _Trials:
     used: list[Answer] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
-    def _take(self, coming: Iterator[Answer], count: int) -> list[int]:
-        """Use the next answers, at most so many; return their labels."""
-        piece = list(itertools.islice(coming, count))
+    def _take(self, answers: Iterator[Answer], count: int) -> list[int]:
+        """Use up to ``count`` further answers and return their labels."""
+        piece = list(itertools.islice(answers, count))
         self.used += piece
         return [self.index.vote(answer.ranked) for answer in piece]
 
@@ -121,8 +121,8 @@ class _Trials:
     def sequential(self, test: SequentialTest) -> AnswerKeys | None:
         """Answer from as many samples as the sequential test needs, or as there are; None if there are none."""
         (stage,) = self.procedure.stages
-        coming = numbered(self.answers, self.name, stage)
-        while test.pending and (piece := self._take(coming, test.pending)):
+        remaining = numbered(self.answers, self.name, stage)
+        while test.pending and (piece := self._take(remaining, test.pending)):
             self.labels += piece
             test.add(np.array(piece, dtype=np.int64))
         if not test.drawn:

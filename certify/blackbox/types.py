@@ -158,32 +158,3 @@ class Client(Protocol):
     def spent(self) -> int:
         """Requests sent so far, retries and those of earlier runs with this ledger included."""
         ...
-
-
-class QueryLog(Protocol):
-    """The requests that were sent and their outcomes; used on one event loop."""
-
-    @property
-    def spent(self) -> int:
-        """Requests sent so far."""
-        ...
-
-    def find(self, query: Query) -> Answer | None:
-        """Return the answer to a query, if there is one."""
-        ...
-
-    def attempts(self, name: str) -> int:
-        """Return the number of requests sent for a query so far."""
-        ...
-
-    async def sent(self, query: Query, body: bytes) -> None:
-        """Log that a request with this body is about to be sent."""
-        ...
-
-    async def refused(self, name: str, why: str) -> None:
-        """Log that a request brought no answer and that the query may be sent again."""
-        ...
-
-    async def answer(self, answer: Answer) -> None:
-        """Log the answer to a query."""
-        ...

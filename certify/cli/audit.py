@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from certify.blackbox import N0, REPEAT_CLEAN, SEQUENTIAL_N, TIMEOUT, N
 from certify.cli.audit_attacks import AuditAttackOptions, attack_service, check_attacks
 from certify.cli.audit_messages import display, print_attacks, print_outcome
 from certify.cli.console import silent, speaker, tell
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from certify.blackbox.plan import Audit
     from certify.blackbox.service_spec import ServiceSpec
 
-SEQUENTIAL_N = 1000
-"""Samples per image at most, with --radius and --tolerance."""
-
 
 class AuditServiceOptions(ServiceOptions):
     """The service, and limits on its requests."""
@@ -47,7 +45,7 @@ class AuditServiceOptions(ServiceOptions):
     concurrency: int = option(type=Count("requests at a time"), default=4, help="Maximum number of requests in flight.")
     timeout: float = option(
         type=Positive("seconds above 0"),
-        default=60.0,
+        default=TIMEOUT,
         help="Seconds per request; for rekognition, seconds to connect and seconds without a byte.",
     )
     budget: int = option(
@@ -86,17 +84,17 @@ class AuditImageOptions(ImageOptions):
 class AuditStatistics(StatisticsOptions):
     """The question about each image, and the determinism probe."""
 
-    n0: int = overridden(StatisticsOptions, "n0", default=20)
+    n0: int = overridden(StatisticsOptions, "n0", default=N0)
     n: int = overridden(
         StatisticsOptions,
         "n",
-        default=100,
+        default=N,
         help="Noise samples per image used to estimate the class probability; the maximum with --radius and "
         f"--tolerance (default there: {SEQUENTIAL_N}).",
     )
     repeat_clean: int = option(
         type=Count("repetitions", least=0),
-        default=3,
+        default=REPEAT_CLEAN,
         help="Repeated queries of one clean image at the start, which show whether the service is deterministic.",
     )
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from certify.blackbox import RETRIES
 from certify.cli.options import Options, flag, option
 from certify.cli.parameter_types import Count, Positive
 from certify.errors import UserError
@@ -39,7 +40,7 @@ class ServiceOptions(Options, section="Service"):
     )
     retries: int = option(
         type=Count("repetitions", least=0),
-        default=4,
+        default=RETRIES,
         help="Retries of a query that was declined (429, 5xx) or lost; each counts against the budget.",
     )
 

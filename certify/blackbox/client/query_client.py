@@ -1,8 +1,8 @@
-"""Query a service within a budget: several requests at a time, each logged before it is sent and before it is used.
+"""Query a service within a budget, several requests at a time; requests are logged before they are sent.
 
-A request counts against the budget before it is sent. Requests that the service declines (429, 5xx) or that get lost
-(resets, timeouts) are sent again after a wait, each time as a further request; a query that still has no label is a
-failed answer. A query whose answer is in the log is never sent again.
+A request counts against the budget before it is sent, and a reply is logged before it is used. Requests that the
+service declines (429, 5xx) or that are lost (resets, timeouts) are retried after a wait, and each retry counts; a query
+that still has no label is a failed answer. A query whose answer is in the log is never sent again.
 
 Everything but the caller's own iteration happens on one event loop, so counts and log need no locks.
 """
@@ -17,12 +17,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from certify.blackbox.client.http import event_loop, on_event_loop, run_async
 from certify.blackbox.client.rate_limit import QueryLimits, RateLimiter, retry_after
 from certify.blackbox.protocols.parsing import quoting, safe_text
-from certify.blackbox.types import Answer, BadReply, Busy, Format, Query, QueryLog, Ranked, Reply, Request, Sender
+from certify.blackbox.types import Answer, BadReply, Busy, Format, Query, Ranked, Reply, Request, Sender
 from certify.errors import CertifyError, RunFault, UserError, first_line
+
+if TYPE_CHECKING:
+    from certify.blackbox.ledger import InMemoryLog, Ledger
 
 _RETRIED = (408, 425, 429)  # as are all of 5xx but 501
 _KEY_REFUSED = (401, 403, 407)  # an expired or blocked key is not about a picture, so no query fails because of it
@@ -41,7 +45,7 @@ class _Retry(Exception):
 
 
 class _Refused(Exception):
-    """The service refuses the key, the address or any query for now, and would refuse every other query likewise.
+    """The service refuses the key or the address, or accepts no queries for now: every other query would fail, too.
 
     Args:
         why: the reply, in one line.
@@ -63,15 +67,15 @@ class _BudgetSpent(Exception):
 
 @dataclass
 class _Call:
-    """The state of one call of the client; ``fault`` gets the first error that ends it."""
+    """The state of one call of the client; ``fault`` holds the first error, which ends the call."""
 
     tasks: dict[asyncio.Task[Answer], Query] = field(default_factory=dict)
     in_flight: set[asyncio.Task[Answer]] = field(default_factory=set)
     fault: concurrent.futures.Future[Answer] = field(default_factory=concurrent.futures.Future)
     ended: bool = False
 
-    def landed(self, exchange: asyncio.Task[Answer]) -> None:
-        """Note that a request is not in flight any more; its error, if any, is the query's to raise."""
+    def finish(self, exchange: asyncio.Task[Answer]) -> None:
+        """Remove a request that is no longer in flight; its query raises the error, if there is one."""
         self.in_flight.discard(exchange)
         if not exchange.cancelled():
             exchange.exception()
@@ -89,7 +93,7 @@ class QueryClient:
     Args:
         send: of :mod:`certify.blackbox.client.http` or :mod:`certify.blackbox.client.aws`.
         format: the protocol of the service.
-        log: an open :class:`~certify.blackbox.ledger.Ledger`, or an in-memory log.
+        log: open; gets every request and answer.
         budget: requests that may be sent in the log's whole life; None for no limit.
         limits: on concurrency, rate and attempts.
         tell: called with a message when the end of a call has to wait for requests in flight.
@@ -102,7 +106,7 @@ class QueryClient:
         self,
         send: Sender,
         format: Format,
-        log: QueryLog,
+        log: Ledger | InMemoryLog,
         *,
         budget: int | None = None,
         limits: QueryLimits | None = None,
@@ -219,7 +223,7 @@ class QueryClient:
                 # A task of its own, which the end of the call does not cancel: the reply to what was sent is logged.
                 exchange = asyncio.ensure_future(self._exchange(query, request, last=attempt.num == attempts))
                 call.in_flight.add(exchange)
-                exchange.add_done_callback(call.landed)
+                exchange.add_done_callback(call.finish)
                 await asyncio.wait((exchange,))
                 return exchange.result()
         raise AssertionError("an attempt returns or raises")
@@ -295,7 +299,7 @@ async def _wind_down(call: _Call, seconds: float) -> int:
 
 
 def _backoff(error: Exception) -> bool | float:
-    """Return whether there may be another attempt, or the seconds until then."""
+    """Return True if there may be another attempt, False if not, or the seconds until then."""
     if not isinstance(error, _Retry):
         return False
     return True if error.seconds is None else error.seconds
