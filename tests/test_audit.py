@@ -20,8 +20,7 @@ from certify.blackbox.determinism import probe_warnings
 from certify.blackbox.encoding import AsSent, to_tensor
 from certify.blackbox.plan import Audit, plan, prepare
 from certify.blackbox.record import FINISHED, SPENT, AuditRecord, Probed
-from certify.blackbox.replay import replay
-from certify.blackbox.results import conclude
+from certify.blackbox.results import conclude, replay
 from certify.blackbox.service_spec import ServiceSpec
 from certify.blackbox.types import Answer, Picture, Query, Scored
 from certify.cli.console import warn

@@ -9,6 +9,7 @@ function), and some clean images again at the end. Certificates follow from the 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -29,12 +30,12 @@ from certify.blackbox.answers import (
 )
 from certify.blackbox.determinism import probe_warnings, probes, require_deterministic, require_same_function
 from certify.blackbox.encoding import encode, to_pictures
-from certify.blackbox.plan import CHUNK, DRIFT_IMAGES, Audit
-from certify.blackbox.query_votes import label_remotely
+from certify.blackbox.plan import CHUNK, DENOISER_BATCH, DRIFT_IMAGES, Audit
 from certify.blackbox.record import FINISHED, SPENT, AuditRecord, writing
+from certify.blackbox.results import votes_of
 from certify.blackbox.types import Answer, Client, Picture, Query
 from certify.engine.adaptive import Sampling, settle
-from certify.engine.monte_carlo import Job
+from certify.engine.monte_carlo import Job, Tally, noisy_copies
 from certify.errors import RunFault
 from certify.models.query_access import BudgetSpent
 from certify.smoothing.procedures import Sequential
@@ -211,47 +212,106 @@ def _probe(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
 def _sample(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
     """Query noisy copies of these images, until each is settled or has n samples."""
     procedure, label_index = audit.settings.procedure, LabelIndex(audit.class_map)
-    pipeline = audit.pipeline
-    places = {audit.images.items[i].id: i for i in chunk}
-
-    def purify(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return pipeline.denoise(images)
-
-    def show(image: str, noisy: Picture, sent: Picture) -> None:
-        _save(audit, places[image], "noisy", noisy)
-        if audit.denoiser is not None:
-            _save(audit, places[image], "denoised", sent)
-
-    def key(name: str, stage: str) -> bytes:
-        return stream_key(audit.settings.seed, name, stage)
 
     def has_reference(index: int) -> bool:
         """True if there is a label to certify the image for."""
         clean = clean_answer(ask.answers, audit.images.items[index].id)
         return audit.given is not None or (clean is not None and label_index.vote(clean.ranked) >= 0)
 
-    label = partial(
-        label_remotely,
-        ask=ask,
-        noise=audit.noise,
-        index=label_index,
-        purify=purify if audit.denoiser is not None else None,
-        show=show,
-    )
-    names = [(i, audit.images.items[i].id) for i in chunk if has_reference(i)]
+    def key(index: int, stage: str) -> bytes:
+        return stream_key(audit.settings.seed, audit.images.items[index].id, stage)
+
+    label = partial(_label_noisy, audit, ask, label_index)
+    todo = [i for i in chunk if has_reference(i)]
     if not isinstance(procedure, Sequential):
         stages = procedure.stages.items()
-        jobs = (Job(audit.load(i), key(name, k), n, tag=(name, k)) for i, name in names for k, n in stages)
+        jobs = (Job(audit.load(i), key(i, stage), n, tag=(i, stage)) for i in todo for stage, n in stages)
         for _ in label(jobs):
             pass
         return
     (stage,) = procedure.stages
-    samplings = (
-        Sampling(audit.load(i), key(name, stage), procedure.test(1, audit.noise), (name, stage)) for i, name in names
-    )
+    samplings = (Sampling(audit.load(i), key(i, stage), procedure.test(1, audit.noise), (i, stage)) for i in todo)
     for _ in settle(label, samplings, batch_size=audit.limits.concurrency, clean=False, in_order=True):
         pass
+
+
+def _label_noisy(audit: Audit, ask: AuditClient, label_index: LabelIndex, jobs: Iterable[Job]) -> Iterator[Tally]:
+    """Query the service on the noisy copies of all jobs; yield their tallies, with labels, in the order of the jobs.
+
+    The remote counterpart of :func:`certify.engine.monte_carlo.count_votes`: the noise is drawn in the same blocks, so a
+    service gives the same votes as a local classifier that computes the same function. When the budget is spent, the
+    answers of the current job are yielded as a shorter tally before the error is raised, because an anytime-valid rule
+    may use them.
+
+    Args:
+        audit: the audit.
+        ask: answers queries in order, within the budget.
+        label_index: numbers the labels; grows with the answers.
+        jobs: with noise; pulled ahead of the answers. The tag is the image's index and the stage.
+
+    Raises:
+        BudgetSpent: the budget does not cover the next query.
+        RunFault: a draw of the noise failed, which no query can represent.
+    """
+    pending: deque[Job] = deque()
+
+    def started() -> Iterator[Job]:
+        for job in jobs:
+            pending.append(job)
+            yield job
+
+    labels: list[int] = []
+    answers = ask(_noisy_queries(audit, started()))
+    while True:
+        try:
+            answer = next(answers)
+        except StopIteration:
+            return
+        except BudgetSpent:
+            if labels:
+                yield _tally(labels)
+            raise
+        labels.append(label_index.vote(answer.ranked))
+        if len(labels) == pending[0].trials:
+            pending.popleft()
+            yield _tally(labels)
+            labels = []
+
+
+def _noisy_queries(audit: Audit, jobs: Iterable[Job]) -> Iterator[Query]:
+    """Yield the queries of all jobs; save the first noisy copy of each stream, and that copy as sent."""
+    numbers: dict[bytes, int] = {}  # samples of each stream so far
+    for job, noisy, failed in noisy_copies(jobs, audit.noise):
+        assert job.key is not None
+        index, stage = job.tag
+        name = audit.images.items[index].id
+        if failed is not None and bool(failed.any()):
+            raise RunFault(
+                f"image {name}: a draw of the noise failed (less than once in 1e9 images); pass another seed"
+            )
+        for part in noisy.split(DENOISER_BATCH):
+            for i, picture in enumerate(to_pictures(_denoise(audit, part))):
+                number = numbers.setdefault(job.key, job.start)
+                if number == 0:
+                    _save(audit, index, "noisy", to_pictures(part[i : i + 1])[0])
+                    if audit.denoiser is not None:
+                        _save(audit, index, "denoised", picture)
+                numbers[job.key] = number + 1
+                yield Query(query_name(name, stage, number), picture)
+
+
+@torch.no_grad()
+def _denoise(audit: Audit, part: Tensor) -> Tensor:
+    """Return the images ``(B, C, H, W)`` to send for up to ``DENOISER_BATCH`` noisy copies, in batches of one size."""
+    if audit.denoiser is None:
+        return part
+    missing = DENOISER_BATCH - len(part)
+    filled = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
+    return audit.pipeline.denoise(filled)[: len(part)]
+
+
+def _tally(labels: list[int]) -> Tally:
+    return Tally(votes_of(labels), torch.tensor(labels, dtype=torch.int64))
 
 
 def _check_drift(audit: Audit, ask: AuditClient, usable: Sequence[int]) -> None:

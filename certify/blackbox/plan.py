@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from certify.blackbox.answers import CLEAN, DRIFT, PROBE
 from certify.blackbox.client.rate_limit import QueryLimits
 from certify.blackbox.ledger_contents import read_header
-from certify.blackbox.query_votes import TOGETHER
 from certify.blackbox.record import (
     GIVEN,
     LEDGER,
@@ -54,6 +53,9 @@ DRIFT_IMAGES = 20
 
 CHUNK = 16
 """Images whose clean copies are queried together."""
+
+DENOISER_BATCH = 32
+"""Noisy copies per batch of the denoiser; constant, so that rounding does not depend on how many copies are left."""
 
 Size = tuple[int, int, int]
 
@@ -252,7 +254,7 @@ def make_header(audit: Audit) -> RunHeader:
         precision="float32",
         compiled=False,
         folded=False,
-        batch_size=TOGETHER,
+        batch_size=DENOISER_BATCH,
         command=audit.command,
     )
     return header.replace(

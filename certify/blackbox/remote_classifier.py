@@ -13,8 +13,7 @@ from torch import Tensor
 
 from certify.blackbox.answers import class_of, query_name
 from certify.blackbox.encoding import to_pictures
-from certify.blackbox.query_votes import Ask
-from certify.blackbox.types import Answer, Query, Ranked
+from certify.blackbox.types import Answer, Client, Query, Ranked
 from certify.errors import RunFault, UserError
 from certify.models.classifier import InputSpec
 from certify.models.query_access import BudgetSpent
@@ -35,7 +34,7 @@ class RemoteClassifier:
     """Labels and scores of a service; takes the place of the classifier in :class:`certify.models.defence.Defence`.
 
     Args:
-        ask: answers queries within the budget.
+        client: answers queries within the budget.
         classes: by number; number ``len(classes)`` is any other label.
         size: (C, H, W) of the images.
         describe: returns the service's description.
@@ -48,7 +47,7 @@ class RemoteClassifier:
 
     def __init__(
         self,
-        ask: Ask,
+        client: Client,
         classes: Sequence[str],
         size: tuple[int, int, int],
         describe: Callable[[], dict[str, Any]],
@@ -56,7 +55,7 @@ class RemoteClassifier:
         class_map: Mapping[str, str] | None = None,
         scored: bool = True,
     ) -> None:
-        self._ask, self._scored, self._class_map = ask, scored, class_map
+        self._client, self._scored, self._class_map = client, scored, class_map
         self._numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
         self.describe = describe
         self.name = str(describe()["name"])
@@ -126,7 +125,9 @@ class RemoteClassifier:
                 self._number += 1
             queries.append(Query(name, picture))
         try:
-            answers = {answer.name: answer for answer in self._ask({query.name: query for query in queries}.values())}
+            answers = {
+                answer.name: answer for answer in self._client({query.name: query for query in queries}.values())
+            }
         except BudgetSpent as error:
             raise LedgerBudgetSpent(str(error)) from None
         except RunFault as error:

@@ -1,14 +1,16 @@
-"""The results of an audit, from its answers alone: rows of the run file, and ``audit.json``.
+"""The results of an audit and of its replay, from the answers alone: rows of the run file, and ``audit.json``.
 
-Certificates are computed here alone, for an audit and for its replay, from the answers by name and the settings in the
-run file's header: no data, no model, no transport.
+Certificates are computed here alone, from the answers by name, the images and labels in ``audit.json``, and the settings
+in the run file's header: no data, no model, no transport.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,14 +18,30 @@ import numpy as np
 
 from certify.blackbox.answers import OUTSIDE, LabelIndex, class_of, clean_answer, numbered, stage_of
 from certify.blackbox.determinism import drifts, fixed, probes
-from certify.blackbox.record import AuditImage, AuditRecord, Spent, write_about, write_rows
+from certify.blackbox.ledger_contents import read_ledger
+from certify.blackbox.record import (
+    ABOUT,
+    LEDGER,
+    RUN,
+    AuditImage,
+    AuditRecord,
+    Spent,
+    read_about,
+    write_about,
+    write_rows,
+)
 from certify.blackbox.types import Answer
+from certify.errors import UserError
+from certify.runs.identity import differences, unproven
+from certify.runs.recompute import recomputed_header
 from certify.runs.records import ImageRow, RunHeader
-from certify.runs.run_file import now
+from certify.runs.run_file import Run, now, read_run
 from certify.smoothing.procedures import AnswerKeys, Procedure, Sequential
 from certify.smoothing.rng import bound_draw
 from certify.smoothing.sequential_tests import SequentialTest
 from certify.types import ABSTAIN, Radii, Votes
+
+_LOG = logging.getLogger("certify")
 
 
 def rows_of(
@@ -204,4 +222,99 @@ def _with_answer(image: AuditImage, answers: Mapping[str, Answer], class_map: Ma
         reference=image.given or class_of(clean.ranked, class_map),
         answer=[[one.label, one.score] for one in clean.ranked],
         failure=clean.failure,
+    )
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The certificates that follow from the answers in a folder.
+
+    Attributes:
+        run: the certificates, with the path of the run file that they were compared with.
+        differing: ids of images whose certificate in the run file differs; compared at the run's own alpha and bound
+            only.
+    """
+
+    run: Run
+    differing: tuple[str, ...]
+
+
+def replay(
+    folder: str | Path,
+    *,
+    alpha: float | None = None,
+    bound: str | None = None,
+    answers: Mapping[str, Answer] | None = None,
+    command: str = "",
+    warn: Callable[[str], None] = _LOG.warning,
+) -> Replayed:
+    """Recompute the certificates of an audit from its ledger, ``audit.json`` and the run file's header.
+
+    At another alpha an image with early stopping is settled by the samples that it has, or undecided.
+
+    Args:
+        folder: of the audit.
+        alpha: failure probability per image; None keeps the audit's.
+        bound: name of a bound; None keeps the audit's.
+        answers: by name, if they were read already.
+        command: for the header.
+        warn: called with a sentence if the run file does not prove that one denoiser was used throughout.
+
+    Raises:
+        UserError: no such folder, a damaged file, a run file and an ``audit.json`` of different denoisers, or a bound
+            that is invalid for the way the votes were sampled.
+    """
+    folder = Path(folder)
+    about = read_about(folder)
+    recorded = read_run(folder / RUN, allow_partial=True)
+    header, same = recorded.header, alpha is None and bound is None
+    pipeline = list(header.pipeline) if header.has("pipeline") else None
+    if other := differences({"pipeline": about.get("pipeline", pipeline)}, {"pipeline": pipeline}):
+        raise UserError(
+            f"{folder / ABOUT} and {folder / RUN} are of different audits ({other}); expected the files of one audit"
+        )
+    if same:
+        header.procedure.changed(header.alpha, header.bound, recorded.path)  # refuses an unsupported bound
+    else:
+        header = recomputed_header(recorded, {"run": str(folder)}, alpha=alpha, bound=bound, command=command)
+    if doubt := unproven(header):
+        warn(f"{recorded.path}: {doubt}")
+    if answers is None:
+        answers = read_ledger(folder / LEDGER).answers
+    rows = rows_of(header, about.images, answers, LabelIndex(about.class_map))
+    before, now = ({row.id: row for row in some} for some in (recorded.images, rows))
+    differing = [i for i in before | now if same and not _equal(before.get(i), now.get(i))]
+    return Replayed(Run(recorded.path, header, rows), tuple(differing))
+
+
+def _equal(before: ImageRow | None, now: ImageRow | None) -> bool:
+    """True if both rows hold the same certificate."""
+    if before is None or now is None:
+        return before is now
+    a, b = _comparable(before), _comparable(now)
+    numbers = zip(_derived(before), _derived(now), strict=True)
+    return a == b and all(
+        old == new or bool(old and new and math.isclose(old, new, rel_tol=1e-6)) for old, new in numbers
+    )
+
+
+def _derived(row: ImageRow) -> tuple[float | None, ...]:
+    """Numbers that follow from the votes; versions may round them differently, by less than one millionth."""
+    return row.radius, row.p_lower, row.p_other, row.p_value
+
+
+def _comparable(row: ImageRow) -> ImageRow:
+    """The rest of a row, with names for class numbers, which depend on the rows before it."""
+    row = row.replace(radius=None, p_lower=None, p_other=None, p_value=None, image=str(row.image)[:16])
+    if row.classes is None:
+        return row
+    names = {int(c): name for c, name in row.classes.items()}
+    return row.replace(
+        classes=None,
+        votes={names[int(c)]: count for c, count in row.votes.items()},
+        selection={names[int(c)]: count for c, count in row.selection.items()},
+        decisions=[outcome.replace(look=[names.get(outcome.look[0]), *outcome.look[1:]]) for outcome in row.outcomes],
+        label=names.get(-1 if row.label is None else row.label),
+        prediction=names.get(row.prediction),
+        base=names.get(-1 if row.base is None else row.base),
     )

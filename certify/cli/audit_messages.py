@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from certify.blackbox.audit import Observer
     from certify.blackbox.plan import Audit
     from certify.blackbox.record import AuditPlan, AuditRecord
-    from certify.blackbox.replay import Replayed
+    from certify.blackbox.results import Replayed
     from certify.runs.run_file import Run
 
 

@@ -180,7 +180,7 @@ def replay(folder: str, options: RecomputeOptions, output: ReplayOutput) -> None
     States whether they equal those of RUN/run.jsonl. With another --alpha or --bound, the same replies are evaluated
     anew; an image of a sequential test is then settled by the replies that exist, or is undecided.
     """
-    from certify.blackbox.replay import replay as recompute
+    from certify.blackbox.results import replay as recompute
     from certify.runs.files import new_run_file
     from certify.runs.run_file import write_derived
 
