@@ -238,8 +238,8 @@ def _sample(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
 def _label_noisy(audit: Audit, ask: AuditClient, label_index: LabelIndex, jobs: Iterable[Job]) -> Iterator[Tally]:
     """Query the service on the noisy copies of all jobs; yield their tallies, with labels, in the order of the jobs.
 
-    The remote counterpart of :func:`certify.engine.monte_carlo.count_votes`: the noise is drawn in the same blocks, so a
-    service gives the same votes as a local classifier that computes the same function. When the budget is spent, the
+    The remote counterpart of :func:`certify.engine.monte_carlo.count_votes`: the noise is drawn in the same blocks, so
+    a service gives the same votes as a local classifier that computes the same function. When the budget is spent, the
     answers of the current job are yielded as a shorter tally before the error is raised, because an anytime-valid rule
     may use them.
 

@@ -1,7 +1,7 @@
 """The results of an audit and of its replay, from the answers alone: rows of the run file, and ``audit.json``.
 
-Certificates are computed here alone, from the answers by name, the images and labels in ``audit.json``, and the settings
-in the run file's header: no data, no model, no transport.
+Certificates are computed here alone, from the answers by name, the images and labels in ``audit.json``, and the
+settings in the run file's header: no data, no model, no transport.
 """
 
 from __future__ import annotations
