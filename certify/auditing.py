@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
@@ -19,7 +18,7 @@ from certify.blackbox.plan import Audit, check_reference_labels, reference_label
 from certify.blackbox.record import RUN
 from certify.blackbox.service_spec import ServiceSpec, checked_service, function_service
 from certify.engine.hardware import find_device
-from certify.errors import CertifyWarning, UserError
+from certify.errors import UserError
 from certify.images.dataset import ImageSet, InputOnly, load_images
 from certify.results import Run
 from certify.runs.config import Settings
@@ -77,7 +76,7 @@ class AuditOptions(ImageOptions, ServiceOptions, total=False):
         timeout: seconds per request to an API; 60 unless given.
         price_per_1000: price of 1,000 requests, to state the cost.
         trust_identity: resume although the folder does not prove that denoiser and function are still the same.
-        observer: displays plan, progress and warnings, in place of a progress bar and Python's warnings.
+        observer: displays plan and progress, in place of a progress bar.
     """
 
     class_map: Mapping[str, str] | str | Path | None
@@ -199,7 +198,7 @@ def audit(
     from analysis.report.page import try_report
 
     with progress_bar(len(chosen), "images", hidden=not progress or "observer" in options) as bar:
-        run_audit(request, options.get("observer") or Observer(advanced=bar.update, warn=_warn), try_report)
+        run_audit(request, options.get("observer") or Observer(advanced=bar.update), try_report)
     return Run.read(request.folder / RUN, allow_partial=True)
 
 
@@ -208,10 +207,6 @@ def _refuse_unknown(options: Mapping[str, Any]) -> None:
     for name in options.keys() - AuditOptions.__annotations__.keys():
         near = get_close_matches(name, [*AuditOptions.__annotations__, *signature(audit).parameters], n=3)
         raise UserError(f"unknown option {name!r}; nearest: {', '.join(near) or 'none; see help(certify.audit)'}")
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, CertifyWarning, stacklevel=4)
 
 
 def _service(ask: Any, options: AuditOptions) -> ServiceSpec:

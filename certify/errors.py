@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Iterator
 
 _SAME = (
-    "alpha batch-size bound budget class-map cluster compile concurrency denoiser device download ids input-size "
-    "labels mean model n n0 noise norm num-classes out precision protocol radius rate root rule seed shard sigma "
-    "skip start std strict tolerance trust-code trust-identity weights"
+    "alpha api-key-env auth-header auth-query batch-size bound budget class-map cluster compile concurrency "
+    "denoiser device download ids input-size insecure labels mean model n n0 noise norm num-classes out "
+    "precision price-per-1000 protocol radius rate repeat-clean retries root rule seed shard sigma skip start "
+    "std strict timeout tolerance trust-code trust-identity weights"
 )
 _PARAMETERS = {option: option.replace("-", "_") for option in _SAME.split()}  # of the public functions
 _PARAMETERS |= {"data": "images", "max": "max_images", "round": "rounded"}
-_FLAGS = {"download", "round", "strict", "trust-code", "trust-identity"}
+_FLAGS = {"download", "insecure", "round", "strict", "trust-code", "trust-identity"}
 _OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)(?:[ =](?=[A-Z\d'\[(]|-\d)('[^']*'|[^\s,;:]+))?")
 _in_command = False
 

@@ -487,13 +487,16 @@ def test_the_replay_command_can_be_pasted(tmp_path: Path, digits: Classifier) ->
     assert shlex.split(about["replay"]) == ["certify", "replay", str(tmp_path / "my audit")]
 
 
-def test_the_probe_is_reported_before_any_noisy_copy(tmp_path: Path, digits: Classifier) -> None:
+def test_the_probe_is_reported_before_any_noisy_copy(
+    tmp_path: Path, digits: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def respond(name: str, image: torch.Tensor) -> Answer | None:
         return Answer(name, (Scored("cat", 0.9 if "probe" in name else 0.8),)) if "noise" not in name else None
 
     audit, fake, told = set_up(tmp_path), Fake(digits, respond), list[tuple[str, list[str]]]()
     _, about = prepare(audit, plan(audit))
-    send_queries(audit, about, fake.open, warn=lambda text: told.append((text, list(fake.answers))))
+    monkeypatch.setattr("certify.blackbox.audit_loop.warn", lambda text: told.append((text, list(fake.answers))))
+    send_queries(audit, about, fake.open)
     ((text, known),) = told
     assert text == "the scores of one image vary by 0.1 between repeated queries; its label does not"
     assert [stage_of(name) for name in known] == ["clean"] * COUNT + ["probe"] * 3

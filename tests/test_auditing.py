@@ -16,7 +16,7 @@ import certify
 from certify import SmoothedClassifier, UserError, load_classifier
 from certify.blackbox.audit import Observer
 from certify.blackbox.function_service import function_fingerprint
-from certify.errors import CertifyWarning, ContractError, RunFault
+from certify.errors import CertifyWarning, ContractError, RunFault, python_spelling
 from tests.command import run as command
 
 LEVELS = (0.3, 0.45, 0.7)
@@ -158,13 +158,23 @@ def test_options_of_something_else_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_messages_of_python_name_no_options_of_the_command() -> None:
-    """Such as ``--out``: the command spells an argument's name as its option, Python leaves it as it is."""
+def test_messages_name_options_that_python_spells_its_own_way() -> None:
+    """Each option in a message is a parameter of ``certify.audit``, as which it is shown outside of the command."""
     package = Path(certify.__file__).parent
     for path in (*(package / "blackbox").rglob("*.py"), package / "auditing.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Raise):
-                assert " --" not in ast.unparse(node), f"{path}:{node.lineno}"
+            if isinstance(node, ast.Raise | ast.Return):
+                assert " --" not in python_spelling(ast.unparse(node)), f"{path}:{node.lineno}"
+    with pytest.raises(UserError, match="auth_header or auth_query without api_key_env"):
+        certify.audit(
+            "https://example.org",
+            IMAGES,
+            protocol="json",
+            protocol_options={"labels": "x"},
+            auth_header="X: {key}",
+            out="x",
+            **OPTIONS,
+        )
 
 
 def level(threshold: float, network: torch.nn.Module | None = None) -> Any:
@@ -225,20 +235,15 @@ def test_an_observer_is_told_what_the_command_prints(tmp_path: Path) -> None:
     told: list[str] = []
     observer = Observer(
         planned=lambda audit, planned: told.append(f"{planned.most} queries, {planned.cost:.2f}"),
-        opened=lambda ledger, spent, budget: told.append(f"{ledger.name}: {spent}"),
+        opened=lambda ledger, spent, budget: told.append(f"{ledger.name}: {spent} of {budget}"),
         started=lambda images: told.append(f"{images} images"),
         advanced=lambda images: told.append(f"{images} finished"),
-        warn=told.append,
     )
-    options = {**OPTIONS, "observer": observer, "price_per_1000": 2.0, "n": 10, "n0": 5}
+    options = {**OPTIONS, "observer": observer, "price_per_1000": 2.0, "n": 10, "n0": 5, "alpha": 0.05}
     certify.audit(Bright(), IMAGES, out=tmp_path / "a", **options)
-    assert told == ["54 queries, 0.11", "ledger.jsonl: 0", "3 images", "3 finished"]
-    certify.audit(Bright(), IMAGES, out=tmp_path / "b", **{**options, "budget": 5})
-    assert told[5:7] == [
-        "a budget of 5 finishes no image: one takes 24 requests, probes included; replies are kept, "
-        "and a larger budget resumes in the same folder",
-        "ledger.jsonl: 0",
-    ]
+    assert told == ["54 queries, 0.11", "ledger.jsonl: 0 of 1000", "3 images", "3 finished"]
+    with pytest.warns(CertifyWarning, match="a budget of 5 finishes no image: one takes 24 requests"):
+        certify.audit(Bright(), IMAGES, out=tmp_path / "b", **{**options, "budget": 5})
 
 
 def test_an_unknown_protocol_is_refused(tmp_path: Path) -> None:

@@ -486,7 +486,7 @@ def test_cookies_are_not_kept_and_redirects_not_followed(key: str) -> None:
         ("http://ho st/", "expected http://HOST"),
         ("http://host:99999/", "expected http://HOST"),
         (f"http://user:{KEY[:6]}@host/", "user name or password"),
-        ("https://host/x?Api_Key=abcdefgh", "auth_query 'Api_Key={key}'"),
+        ("https://host/x?Api_Key=abcdefgh", "auth_query='Api_Key={key}'"),
         *((f"https://host/x?size=5&{name}=abcdefgh", f"holds {name!r}") for name in SECRETS),
     ],
 )

@@ -20,7 +20,7 @@ from certify.blackbox.remote_classifier import LedgerBudgetSpent, ServiceSilent
 from certify.blackbox.results import conclude
 from certify.blackbox.service_spec import open_sender
 from certify.blackbox.types import Client, Sender
-from certify.errors import CertifyError, RunFault, Stopped
+from certify.errors import CertifyError, RunFault, Stopped, warn
 
 Report = Callable[[Path, LedgerContents, Callable[[str], None]], None]
 """Writes the report of a folder with this ledger; problems go to the function."""
@@ -41,7 +41,6 @@ class Observer:
         advanced: called with the number of images that were finished since the last call.
         attacking: called when the certificates are finished and the attack begins.
         waiting: called with a message if the end has to wait for requests in flight.
-        warn: called with a warning of one line.
     """
 
     planned: Callable[[Audit, AuditPlan], None] = _ignore
@@ -50,7 +49,6 @@ class Observer:
     advanced: Callable[[int], object] = _ignore
     attacking: Callable[[], None] = _ignore
     waiting: Callable[[str], None] = _ignore
-    warn: Callable[[str], None] = _ignore
 
 
 def rehearse(audit: Audit, observer: Observer) -> AuditPlan:
@@ -78,7 +76,7 @@ def run_audit(audit: Audit, observer: Observer, report: Report = lambda folder, 
 
     Args:
         audit: its inputs.
-        observer: displays the plan, the progress and warnings.
+        observer: displays the plan and the progress.
         report: writes the report at the end.
 
     Returns:
@@ -98,7 +96,7 @@ def run_audit(audit: Audit, observer: Observer, report: Report = lambda folder, 
             # The lock comes first: nothing that another process writes here may be overwritten.
             record = _run(audit, planned, send, ledger, observer, report)
     for text in drift_warnings(record.drift):
-        observer.warn(text)
+        warn(text)
     return record
 
 
@@ -115,7 +113,7 @@ def _run(
 
     status, reason = STOPPED, "the command was stopped"
     try:
-        ended = send_queries(audit, record, open_client, progress=observer.advanced, warn=observer.warn)
+        ended = send_queries(audit, record, open_client, progress=observer.advanced)
         if audit.attack is not None:
             observer.attacking()
             audit.attack.run(audit, AuditClient(open_client(audit.budget)), ledger.contents.answers)
@@ -134,16 +132,18 @@ def _run(
         contents = ledger.contents
         sent = contents.spent, contents.queries
         record = conclude(audit.folder, header, record, contents.answers, status=status, reason=reason, sent=sent)
-        report(audit.folder, contents, observer.warn)
+        report(audit.folder, contents, warn)
     return record
 
 
 def _announce(audit: Audit, observer: Observer) -> AuditPlan:
-    """Return the plan, shown to the observer, with a warning if the budget finishes no image."""
+    """Return the plan; show it to the observer, and warn of a procedure or a budget that certifies nothing."""
     planned = plan(audit)
     observer.planned(audit, planned)
+    for text in audit.settings.procedure.prospects(audit.noise).warnings:
+        warn(text)
     if planned.most > audit.budget and not planned.covers and not audit.settings.procedure.sequential:
-        observer.warn(
+        warn(
             f"a budget of {audit.budget} finishes no image: one takes {planned.least:,} requests, probes included; "
             "replies are kept, and a larger budget resumes in the same folder"
         )

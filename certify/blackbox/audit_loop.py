@@ -36,7 +36,7 @@ from certify.blackbox.results import votes_of
 from certify.blackbox.types import Answer, Client, Picture, Query
 from certify.engine.adaptive import Sampling, settle
 from certify.engine.monte_carlo import Job, Tally, noisy_copies
-from certify.errors import RunFault
+from certify.errors import RunFault, warn
 from certify.models.query_access import BudgetSpent
 from certify.smoothing.procedures import Sequential
 from certify.smoothing.rng import stream_key
@@ -93,17 +93,16 @@ def send_queries(
     open_client: Callable[[int], Client],
     *,
     progress: Callable[[int], object] = lambda images: None,
-    warn: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Send all queries that have no answer yet, within the budget.
+
+    Warns of a determinism probe that casts doubt on the service before most of the budget is spent.
 
     Args:
         audit: the audit.
         record: of :func:`~certify.blackbox.plan.prepare`.
         open_client: opens a client with the given budget.
         progress: called with the number of images that were finished since the last call.
-        warn: called with the outcome of the determinism probe if it casts doubt on the service, before most of the
-            budget is spent.
 
     Returns:
         ``FINISHED``, or ``SPENT`` if the budget did not cover all queries.
@@ -122,7 +121,7 @@ def send_queries(
             _query_clean(audit, client, chunk, alone=not start)
             if not start:
                 if audit.spec.function is not None:
-                    _check_function(audit, client, chunk, warn)
+                    _check_function(audit, client, chunk)
                 _probe(audit, client, chunk)
                 probed = probes(client.answers, audit.class_map)
                 require_deterministic(probed)
@@ -173,7 +172,7 @@ def _query_clean(audit: Audit, ask: AuditClient, chunk: Sequence[int], *, alone:
             number += 1
 
 
-def _check_function(audit: Audit, ask: AuditClient, chunk: Sequence[int], warn: Callable[[str], None]) -> None:
+def _check_function(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
     """Query some clean images that an earlier run has answers for again, whose function was perhaps another one."""
     before: dict[int, Answer] = {}
     for i in chunk:

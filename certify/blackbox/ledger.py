@@ -237,5 +237,5 @@ def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) ->
     if comparable(before, now) and before != now:
         raise UserError(
             f"{path} is the ledger of another function of the same name (its code or networks: {before} there, {now} "
-            "here); pass the earlier function, set trust_identity if both compute the same, or choose another folder"
+            "here); pass the earlier function, add --trust-identity if both compute the same, or choose another folder"
         )

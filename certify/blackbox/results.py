@@ -7,10 +7,9 @@ settings in the run file's header: no data, no model, no transport.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from certify.blackbox.record import (
     write_rows,
 )
 from certify.blackbox.types import Answer
-from certify.errors import UserError
+from certify.errors import UserError, warn
 from certify.runs.identity import differences, unproven
 from certify.runs.recompute import recomputed_header
 from certify.runs.records import ImageRow, RunHeader
@@ -40,8 +39,6 @@ from certify.smoothing.procedures import AnswerKeys, Procedure, Sequential
 from certify.smoothing.rng import bound_draw
 from certify.smoothing.sequential_tests import SequentialTest
 from certify.types import ABSTAIN, Radii, Votes
-
-_LOG = logging.getLogger("certify")
 
 
 def rows_of(
@@ -246,11 +243,11 @@ def replay(
     bound: str | None = None,
     answers: Mapping[str, Answer] | None = None,
     command: str = "",
-    warn: Callable[[str], None] = _LOG.warning,
 ) -> Replayed:
     """Recompute the certificates of an audit from its ledger, ``audit.json`` and the run file's header.
 
-    At another alpha an image with early stopping is settled by the samples that it has, or undecided.
+    At another alpha an image with early stopping is settled by the samples that it has, or undecided. Warns of a run
+    file that does not prove that one denoiser was used throughout.
 
     Args:
         folder: of the audit.
@@ -258,7 +255,6 @@ def replay(
         bound: name of a bound; None keeps the audit's.
         answers: by name, if they were read already.
         command: for the header.
-        warn: called with a sentence if the run file does not prove that one denoiser was used throughout.
 
     Raises:
         UserError: no such folder, a damaged file, a run file and an ``audit.json`` of different denoisers, or a bound

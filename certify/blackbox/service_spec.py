@@ -154,9 +154,9 @@ def checked_service(
     if url is None:
         raise UserError(f"endpoint is missing: expected the URL of the service for protocol {protocol}")
     if api_key_env is None and (auth_header or auth_query):
-        raise UserError("auth_header or auth_query without api_key_env: there is no key to send")
+        raise UserError("--auth-header or --auth-query without --api-key-env: there is no key to send")
     if protocol == "rekognition" and (auth_header or auth_query):
-        raise UserError("auth_header or auth_query with rekognition: boto3 signs requests itself; leave them out")
+        raise UserError("--auth-header or --auth-query with rekognition: boto3 signs requests itself; leave them out")
     credential = None
     if api_key_env is not None:
         credential = read_credential(api_key_env, auth_header or KEY_HEADERS.get(protocol, BEARER), auth_query)
@@ -166,7 +166,7 @@ def checked_service(
         if credential is not None and credential.key in unquote(str(value)):
             raise UserError(
                 f"{name} holds the key itself, which would be written to the records; expected it in "
-                f"${api_key_env} alone (auth_header and auth_query say where it is sent)"
+                f"${api_key_env} alone (--auth-header and --auth-query say where it is sent)"
             )
     service = ServiceSpec(endpoint, protocol, options, credential, insecure)
     _ = service.format  # refuses invalid options

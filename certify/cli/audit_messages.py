@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.console import clock, say, show_prospects, silent, tell, warn
+from certify.cli.console import clock, say, show_prospects, silent, tell
 from certify.cli.summary import title
 from certify.smoothing.rounding import exact
 from certify.text import progress_bar
@@ -26,7 +26,7 @@ def display(show: Callable[[str], None]) -> Iterator[Observer]:
     """Yield an observer that shows an audit in the terminal; its progress bar ends with the block.
 
     Args:
-        show: prints a line, or nothing; warnings are printed in any case.
+        show: prints a line, or nothing.
     """
     from certify.blackbox.audit import Observer
 
@@ -47,7 +47,6 @@ def display(show: Callable[[str], None]) -> Iterator[Observer]:
             advanced=advance,
             attacking=stack.close,
             waiting=say,
-            warn=warn,
         )
 
 
@@ -66,8 +65,6 @@ def show_plan(audit: Audit, plan: AuditPlan, say: Callable[[str], None]) -> None
         f"bits and sent as {audit.service.encoding}"
     )
     show_prospects(procedure, noise, noise.scale, say)
-    for warning in procedure.prospects(noise).warnings:
-        warn(warning)
     most = "at most " if early else ""
     parts = ", ".join(f"{count:,} {stage}" for stage, count in plan.queries.items())
     say(f"plan       {most}{plan.most:,} queries ({parts}); each may take retries, which count")

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, TypeVar, dataclass_transform, get_origin, get_type_hints
 
 import click
 import cloup
 
-from certify.errors import CertifyError, UserError
+from certify.errors import UserError
 from certify.smoothing.rounding import exact
 
 T = TypeVar("T")
@@ -115,11 +114,7 @@ def command(
         def callback(**given: Any) -> None:
             filled = {arg: fill(group, given) for arg, group in groups.items()}
             used = {field.name for group in groups.values() for field in dataclasses.fields(group)}
-            try:
-                function(**filled, **{arg: value for arg, value in given.items() if arg not in used})
-            except CertifyError as error:
-                error.args = (_as_options(str(error), params),)
-                raise
+            function(**filled, **{arg: value for arg, value in given.items() if arg not in used})
 
         arguments = list(reversed(getattr(function, "__click_params__", [])))
         callback.__dict__.pop("__click_params__", None)
@@ -127,14 +122,6 @@ def command(
         return made
 
     return decorate
-
-
-def _as_options(text: str, params: Iterable[click.Option]) -> str:
-    """Return a message of the Python API with ``--api-key-env`` for ``api_key_env``: names with an underscore."""
-    for option in params:
-        if option.name and "_" in option.name:
-            text = re.sub(rf"\b{option.name}\b(?!=)", max(option.opts, key=len), text)
-    return text
 
 
 def fill(group: type[T], values: dict[str, Any]) -> T:

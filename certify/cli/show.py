@@ -185,7 +185,7 @@ def replay(folder: str, options: RecomputeOptions, output: ReplayOutput) -> None
     from certify.runs.run_file import write_derived
 
     target = None if output.out is None else new_run_file(output.out)
-    replayed = recompute(folder, alpha=options.alpha, bound=options.bound, command=command_line(), warn=warn)
+    replayed = recompute(folder, alpha=options.alpha, bound=options.bound, command=command_line())
     if target is not None:
         run = write_derived(target, replayed.run.header, replayed.run.images)
         replayed = dataclasses.replace(replayed, run=run)

@@ -86,7 +86,7 @@ def read_credential(variable: str, header: str = BEARER, query: str | None = Non
     if not key:
         shown = f"${variable}" if _VARIABLE.fullmatch(variable) else "the variable named"
         raise UserError(
-            f"api_key_env: {shown} is not set, or empty; expected the name of an environment variable that holds "
+            f"--api-key-env: {shown} is not set, or empty; expected the name of an environment variable that holds "
             "the key, such as SERVICE_KEY after `export SERVICE_KEY=...`"
         )
     if len(key) < _SHORTEST or not key.isascii() or not key.isprintable():
@@ -96,12 +96,12 @@ def read_credential(variable: str, header: str = BEARER, query: str | None = Non
     if query is not None:
         name, _, value = query.partition("=")
         if value != "{key}" or not _TOKEN.fullmatch(name):
-            raise UserError("auth_query: expected NAME={key}, written so: the key itself stays in the environment")
+            raise UserError("--auth-query: expected NAME={key}, written so: the key itself stays in the environment")
         return Credential(variable, key, query=f"{name}={quote(key, safe='')}")
     name, colon, value = header.partition(":")
     if not colon or value.count("{key}") != 1 or not _TOKEN.fullmatch(name.strip()) or not value.isascii():
         raise UserError(
-            f"auth_header: expected NAME: VALUE with {{key}} in it, such as {BEARER!r}: the key itself stays in the "
+            f"--auth-header: expected NAME: VALUE with {{key}} in it, such as {BEARER!r}: the key itself stays in the "
             "environment"
         )
     return Credential(variable, key, {name.strip(): value.strip().replace("{key}", key)})

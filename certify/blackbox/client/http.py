@@ -77,18 +77,18 @@ def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> st
         raise UserError(f"endpoint {shown!r}: expected http://HOST[:PORT]/PATH or https://...")
     if parts.username is not None or parts.password is not None:
         raise UserError(
-            "the endpoint holds a user name or password; expected the URL without them, and the key by api_key_env"
+            "the endpoint holds a user name or password; expected the URL without them, and the key by --api-key-env"
         )
     named = secret_name(parts.query)
     if named is not None:
         raise UserError(
             f"the endpoint's query holds {named!r}, which looks like a key; expected the URL without it, and "
-            f"the key by api_key_env with auth_query '{named}={{key}}'"
+            f"--api-key-env NAME --auth-query '{named}={{key}}'"
         )
     if key and parts.scheme == "http" and not insecure and not is_loopback(host):
         raise UserError(
             f"the key would go to {host} over plain HTTP, where anybody on the way can read it; write https://, or "
-            "allow it with the option insecure"
+            "--insecure to send it nevertheless"
         )
     return parts._replace(fragment="").geturl()
 

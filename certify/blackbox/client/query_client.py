@@ -308,7 +308,7 @@ def _backoff(error: Exception) -> bool | float:
 def _remedy(reply: Reply) -> str:
     """Return the remedy for a status that every query would meet; empty where it may be about one picture."""
     if reply.status in _KEY_REFUSED:
-        return "check the key, the variable that holds it (api_key_env), and the header that carries it (auth_header)"
+        return "check the key, the variable that --api-key-env names, and --auth-header"
     if reply.status in (404, 405, 410):
         return "check the endpoint and the protocol"
     if 300 <= reply.status < 400:

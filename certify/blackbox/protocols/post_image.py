@@ -52,7 +52,7 @@ def post_image(
         raise UserError(f"key {key!r}; expected a name without quotation marks, such as image")
     if (named := secret_name(urlsplit(path).query)) is not None:
         raise UserError(
-            f"the query of path holds {named!r}, which looks like a key; expected it by api_key_env and auth_query"
+            f"the query of path holds {named!r}, which looks like a key; expected it by --api-key-env and --auth-query"
         )
     find_labels, find_scores = _finder("labels", labels), _finder("scores", scores)
     kind = media_type(encoding)
