@@ -24,7 +24,7 @@ from certify.blackbox.results import conclude, replay
 from certify.blackbox.service_spec import ServiceSpec
 from certify.blackbox.types import Answer, Picture, Query, Scored
 from certify.cli.console import warn
-from certify.errors import RunFault, UserError
+from certify.errors import CertifyWarning, RunFault, UserError
 from certify.images.dataset import ImageSet
 from certify.models.classifier import Classifier, InputSpec
 from certify.models.query_access import BudgetSpent
@@ -425,7 +425,8 @@ def test_labels_that_change_at_a_tie_are_a_warning(tmp_path: Path, digits: Class
 
         return answer
 
-    (probe,) = run_audit(set_up(tmp_path / "tie"), Fake(digits, respond(0.494)))["determinism"]
+    with pytest.warns(CertifyWarning, match="NON-DETERMINISTIC"):
+        (probe,) = run_audit(set_up(tmp_path / "tie"), Fake(digits, respond(0.494)))["determinism"]
     assert (probe["labels"], probe["tie"]) == ({"dog": 3, "cat": 1}, True)
     with pytest.raises(UserError, match=r"\(dog 3 times, cat 1 times\)"):
         run_audit(set_up(tmp_path / "no tie"), Fake(digits, respond(0.5)))
