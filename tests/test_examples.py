@@ -64,3 +64,15 @@ def test_the_python_of_the_reference_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert blocks
     monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks), {})
+
+
+@pytest.mark.slow
+def test_the_python_beside_other_libraries_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("art")
+    text = (EXAMPLES.parent / "docs/from-papers.md").read_text(encoding="utf-8")
+    blocks = [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if block.startswith("import certify")
+    ]
+    assert len(blocks) == text.count("import certify") == 5
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks), {})
