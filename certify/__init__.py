@@ -70,7 +70,10 @@ _HOME = {
     "prediction_from_votes": "smoothing.certificates",
     "read_comparison": "analysis.runs",
     "read_run": "results",
+    "train_denoiser": "training.api",
 }
+
+_SIBLINGS = ("analysis.", "training.")
 
 __version__ = "0.1.0"
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
@@ -80,7 +83,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'certify' has no attribute {name!r}")
     home = _HOME[name]
-    return getattr(importlib.import_module(home if home.startswith("analysis.") else f"certify.{home}"), name)
+    return getattr(importlib.import_module(home if home.startswith(_SIBLINGS) else f"certify.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -268,7 +268,7 @@ def load_job(
     Raises:
         UserError: an unknown option, options that contradict each other, or what cannot be loaded.
     """
-    check_options(Options, options)
+    check_options(Options, options, certify)
     from certify.runs.config import Settings
     from certify.runs.shards import Shard
     from certify.runs.transaction import Job

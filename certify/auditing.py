@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -20,6 +18,7 @@ from certify.blackbox.service_spec import ServiceSpec, checked_service, function
 from certify.engine.hardware import find_device
 from certify.errors import UserError
 from certify.images.dataset import ImageSet, InputOnly, load_images
+from certify.registry import check_options
 from certify.results import Run
 from certify.runs.config import Settings
 from certify.smoothed_classifier import find_denoiser
@@ -155,7 +154,7 @@ def audit(
         UserError: arguments out of range, a folder that belongs to another audit, or another function than before.
         RunFault: the classifier does not answer.
     """
-    _refuse_unknown(options)
+    check_options(AuditOptions, options, audit)
     procedure = procedure_for(
         n0=n0,
         n=n,
@@ -200,13 +199,6 @@ def audit(
     with progress_bar(len(chosen), "images", hidden=not progress or "observer" in options) as bar:
         run_audit(request, options.get("observer") or Observer(advanced=bar.update), try_report)
     return Run.read(request.folder / RUN, allow_partial=True)
-
-
-def _refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Refuse options that :func:`audit` does not have, with the nearest names."""
-    for name in options.keys() - AuditOptions.__annotations__.keys():
-        near = get_close_matches(name, [*AuditOptions.__annotations__, *signature(audit).parameters], n=3)
-        raise UserError(f"unknown option {name!r}; nearest: {', '.join(near) or 'none; see help(certify.audit)'}")
 
 
 def _service(ask: Any, options: AuditOptions) -> ServiceSpec:

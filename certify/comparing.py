@@ -108,7 +108,7 @@ def compare(
     from analysis.runs import read_comparison
     from certify.runs.run_file import ComparisonFile
 
-    check_options(Options, options)
+    check_options(Options, options, compare)
     settings = AttackSettings(attacks, eps, norm, queries, steps, eot, seed)
     check_attacks(attacks, norm=norm, group=group, surrogates=len(surrogates))
     named = name_defences(defences)

@@ -6,6 +6,7 @@ Other packages add to a registry that has a group of entry points, without a cha
 from __future__ import annotations
 
 import difflib
+import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -32,14 +33,23 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
     return UserError(f"unknown {kind} {name!r}; {advice}{'; ' + hint if hint else ''}")
 
 
-def check_options(group: type, options: Iterable[str]) -> None:
+def check_options(group: type, options: Iterable[str], function: Callable[..., Any]) -> None:
     """Refuse options that a ``TypedDict`` does not have.
+
+    Args:
+        group: the ``TypedDict``.
+        options: names that were given.
+        function: they were given to; its own parameters are suggested too.
 
     Raises:
         UserError: an unknown option, with the nearest names.
     """
-    if unknown := set(options) - group.__annotations__.keys():
-        raise unknown_name("option", min(unknown), group.__annotations__)
+    if unknown := min(set(options) - group.__annotations__.keys(), default=None):
+        near = difflib.get_close_matches(
+            unknown, {*group.__annotations__, *inspect.signature(function).parameters}, n=4
+        )
+        advice = f"nearest: {', '.join(near)}" if near else f"see help({function.__qualname__})"
+        raise UserError(f"unknown option {unknown!r}; {advice}")
 
 
 def chosen_options(group: type, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class SmoothedClassifier(NoisyClassifier):
         sigma: float | None = None,
         **options: Unpack[_Options],
     ) -> None:
-        check_options(_Options, options)
+        check_options(_Options, options, SmoothedClassifier)
         self._model_options = chosen_options(ModelOptions, options)
         self._waiting: tuple[Any, Any] | None = None
         super().__init__(classifier, sigma, **chosen_options(SmoothingOptions, options))  # type: ignore[arg-type]

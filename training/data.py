@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from certify.errors import ImageError, UserError
 from certify.images.dataset import ImageConsumer, ImageSet, InputOnly, load_images
+from certify.images.in_memory import Collection
 from certify.images.sources import DATASETS, open_source
 from certify.models.classifier import InputSpec, square_input
 from certify.models.labels import UnclearLabels
@@ -49,7 +50,7 @@ class TrainingData:
 
 
 def load_training_data(
-    data: str,
+    data: str | Collection,
     viewer: ImageConsumer | None = None,
     *,
     size: tuple[int, int, int] | None = None,
@@ -62,7 +63,7 @@ def load_training_data(
     """Load training images, in the format that a classifier takes.
 
     Args:
-        data: a dataset's name or a path, as for certifying.
+        data: a dataset's name or a path, as for certifying, or images as Python objects.
         viewer: a classifier, which defines size, transform and classes; None: those of the data.
         size: (C, H, W), if there is no viewer and the images differ in size.
         labelled: True if labels are required; otherwise class folders need not match the viewer's classes.
@@ -76,11 +77,11 @@ def load_training_data(
     """
     view = viewer or _own_view(data, size, root, download)
     images = _open(data, view, root, download, labelled=labelled)
-    if max_images is not None and max_images < len(
-        images
-    ):  # spread: the first images of class folders are of one class
-        spread = [images.items[i * len(images) // max_images].id for i in range(max_images)]
-        images = _open(data, view, root, download, labelled=labelled, ids=spread)
+    if max_images is not None and max_images < len(images):
+        spread = [i * len(images) // max_images for i in range(max_images)]  # the first of class folders are one class
+        chosen = data.choose(spread) if isinstance(data, Collection) else data
+        ids = None if isinstance(data, Collection) else [images.items[i].id for i in spread]
+        images = _open(chosen, view, root, download, labelled=labelled, ids=ids)
     image = tuple(_load(images, 0).shape)
     assert len(image) == 3
     n = len(images)
@@ -97,7 +98,7 @@ def load_training_data(
 
 
 def _open(
-    data: str,
+    data: str | Collection,
     view: ImageConsumer,
     root: str | None,
     download: bool,
@@ -106,6 +107,8 @@ def _open(
     ids: Sequence[str] | None = None,
 ) -> ImageSet:
     """Open the images, with labels if they are required or available."""
+    if isinstance(data, Collection):
+        return data.image_set(view.input, view.num_classes)
     if data in DATASETS and (f"{data}-train" in DATASETS or data == "imagenet"):
         other = f"--data {data}-train" if f"{data}-train" in DATASETS else "the folder of the training images"
         raise UserError(f"--data {data} are the images for certification, not for training; expected {other}")
@@ -118,24 +121,30 @@ def _open(
         return load_images(data, view, ids=ids, root=root, download=download, labels="none")
 
 
-def count_classes(data: str, root: str | None = None, download: bool = False) -> int:
+def count_classes(data: str | Collection, root: str | None = None, download: bool = False) -> int:
     """Count the classes that the images' folders or labels name; 0 without labels.
 
     Raises:
         UserError: no such data, or images beside the class folders.
     """
+    if isinstance(data, Collection):
+        return 1 + max((label for label in data.labels if label is not None), default=-1)
     source = open_source(data, root=root, download=download)
     if source.strays:
         raise UserError(f"{source.strays}; take them out")
     return len(source.names or ())
 
 
-def _own_view(data: str, size: tuple[int, int, int] | None, root: str | None, download: bool) -> InputOnly:
+def _own_view(data: str | Collection, size: tuple[int, int, int] | None, root: str | None, download: bool) -> InputOnly:
     """Take the classes from the data, and the size from the first image unless it is given."""
-    source = open_source(data, root=root, download=download)
     if size is not None:
         spec = square_input(size, resize=size[1])
-    else:
+    elif isinstance(data, Collection):
+        spec = InputSpec(data.first_shape())
+    if isinstance(data, Collection):
+        return InputOnly(spec, count_classes(data))
+    source = open_source(data, root=root, download=download)
+    if size is None:
         shape = tuple(_load(ImageSet(source.name, source.items[:1], [None], 1, "", {}, InputSpec(None)), 0).shape)
         spec = InputSpec((shape[0], shape[1], shape[2]))
     return InputOnly(spec, len(source.names or ()))

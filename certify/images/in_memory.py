@@ -42,6 +42,10 @@ class Collection:
         """Return the same images without labels."""
         return Collection(self.items, [None] * len(self.items), self.name)
 
+    def choose(self, places: Sequence[int]) -> Collection:
+        """Return the images at these places."""
+        return Collection([self.items[i] for i in places], [self.labels[i] for i in places], self.name)
+
     def first_shape(self) -> tuple[int, int, int]:
         """Return (C, H, W) of the first usable image.
 
