@@ -143,11 +143,14 @@ def connected(address: Address, *, device: str, gpus: int, threads: int, most: i
     """
     own = address.where == "local"
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
-    if own and "RAY_AUTH_MODE" not in os.environ:  # read when Ray is imported: a token in the environment alone
+    # Read when Ray is imported: a token in the environment alone. A script that has imported Ray itself goes without.
+    if own and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
+    if ray.is_initialized():
+        raise UserError("this process is connected to a Ray cluster already: call ray.shutdown() first")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if own:
