@@ -295,7 +295,8 @@ def load_job(
         from certify.cluster.driver import started
 
         size = smoothed.classifier.probe_size  # type: ignore[attr-defined]
-        workers = functools.partial(started, address, functools.partial(load, size=size), smoothed, device)
+        sent = not isinstance(model, str) or not isinstance(of_model.get("denoiser"), str | None)
+        workers = functools.partial(started, address, functools.partial(load, size=size), smoothed, device, sent=sent)
     return Job(
         smoothed,
         chosen,

@@ -327,7 +327,13 @@ class WorkerPool:
 
 @contextlib.contextmanager
 def started(
-    address: Address, load: Callable[[str], NoisyClassifier], smoothed: NoisyClassifier, device: str, images: int
+    address: Address,
+    load: Callable[[str], NoisyClassifier],
+    smoothed: NoisyClassifier,
+    device: str,
+    images: int,
+    *,
+    sent: bool = False,
 ) -> Iterator[WorkerPool]:
     """Start the workers of a cluster, no more than images, for the duration of the block.
 
@@ -337,13 +343,14 @@ def started(
         smoothed: the smoothed classifier of this process, for its identity.
         device: ``auto``, ``cpu`` or ``cuda``: the workers' device.
         images: number of images to process.
+        sent: True if ``load`` holds a classifier or denoiser as an object.
     """
     import torch
 
     gpus, threads = torch.cuda.device_count(), torch.get_num_threads()
     with connected(address, device=device, gpus=gpus, threads=threads, most=images) as slots:
         build = functools.partial(build_engine, load, "cuda" if slots[0].gpus else "cpu")
-        spec = WorkerSpec(build, os.getcwd(), code_identity(), smoothed.base.record())
+        spec = WorkerSpec(build, os.getcwd(), code_identity(), smoothed.base.record(), sent)
         with contextlib.closing(WorkerPool(slots, spec)) as pool:
             yield pool
 

@@ -69,6 +69,7 @@ class WorkerSpec:
         folder: the driver's working folder, to which paths are relative, if the worker has it too.
         code: the driver's :func:`code_identity`.
         steps: the driver's pipeline with its hashes.
+        sent: True if a classifier or denoiser is sent as an object, with the driver's own code.
         threads: of the processor that it uses; None leaves it to torch.
     """
 
@@ -76,6 +77,7 @@ class WorkerSpec:
     folder: str
     code: Mapping[str, str]
     steps: Sequence[Mapping[str, Any]]
+    sent: bool = False
     threads: int | None = None
 
 
@@ -211,7 +213,7 @@ class Worker:
                 engine = self._spec.build()
             except CertifyError as error:  # no such file here, no such device
                 raise Unfit(str(error)) from error
-            if refused := other_weights(self._spec.steps, engine.describe(), self._name):
+            if refused := other_weights(self._spec.steps, engine.describe(), self._name, sent=self._spec.sent):
                 raise UserError(refused)
             self._built, self._facts = engine, engine.facts()
         return self._built
@@ -250,13 +252,23 @@ def other_code(driver: Mapping[str, str], worker: Mapping[str, str], name: str) 
     )
 
 
-def other_weights(driver: Sequence[Mapping[str, Any]], worker: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Return why the worker of this name has another pipeline than the driver; empty if it is the same."""
+def other_weights(
+    driver: Sequence[Mapping[str, Any]], worker: Sequence[Mapping[str, Any]], name: str, *, sent: bool = False
+) -> str:
+    """Return why the worker of this name has another pipeline than the driver; empty if it is the same.
+
+    Args:
+        driver: the driver's steps.
+        worker: those of the worker.
+        name: of the worker.
+        sent: do not compare files of code: the driver has sent the object itself.
+    """
     if len(driver) != len(worker):
         return f"{name} has a pipeline of {len(worker)} steps, this driver one of {len(driver)}"
     for own, other in zip(driver, worker, strict=True):
         for key in sorted(own.keys() | other.keys(), key=lambda key: key not in ("sha256", "code_sha256")):
-            if key == FINGERPRINT and same_answers(own.get(key), other.get(key)):
+            same = key == FINGERPRINT and same_answers(own.get(key), other.get(key))
+            if same or (sent and key == "code_sha256"):
                 continue
             if key == FINGERPRINT:
                 return (
