@@ -36,7 +36,8 @@ from certify.cluster.connect import Address, connected
 from certify.cluster.driver import WorkerPool
 from certify.cluster.worker import Line, WorkerSpec, WorkItem, code_identity
 from certify.engine.execution import Execution
-from certify.runs.records import Circumstances, ImageRow, RunHeader
+from certify.runs.config import Circumstances
+from certify.runs.records import ImageRow, RunHeader
 from certify.runs.run_file import RunFile, read_run
 
 

@@ -36,8 +36,8 @@ from certify.cluster.worker import (
 )
 from certify.errors import RunFault, UserError
 from certify.models.classifier import Classifier
-from certify.runs.config import Settings
-from certify.runs.records import Circumstances, ImageRow
+from certify.runs.config import Circumstances, Settings
+from certify.runs.records import ImageRow
 from certify.runs.runner import Task, answered
 from certify.smoothing.procedures import Certify, Decide, Measure, Predict
 

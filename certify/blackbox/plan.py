@@ -34,6 +34,7 @@ from certify.blackbox.record import (
 from certify.blackbox.service_spec import ServiceSpec
 from certify.blackbox.types import Answer, Client
 from certify.engine.contract import check_contract
+from certify.engine.execution import Execution
 from certify.engine.noisy_classifier import image_digest
 from certify.errors import ImageError, UserError
 from certify.images.dataset import ImageSet
@@ -248,14 +249,13 @@ def make_header(audit: Audit) -> RunHeader:
         audit.images,
         audit.pipeline,
         audit.device,
-        model=audit.spec.endpoint,
-        data=audit.data or audit.images.name,
-        denoiser=audit.denoiser_name or audit.pipeline.denoiser_name,
-        precision="float32",
-        compiled=False,
-        folded=False,
-        batch_size=DENOISER_BATCH,
-        command=audit.command,
+        Execution("float32", folded=False, compiled=False, batch_size=DENOISER_BATCH),
+        {
+            "model": audit.spec.endpoint,
+            "data": audit.data or audit.images.name,
+            "denoiser": audit.denoiser_name or audit.pipeline.denoiser_name,
+            "command": audit.command,
+        },
     )
     return header.replace(
         in_order=True,  # the images of an unfinished run are the first ones, not the easy ones

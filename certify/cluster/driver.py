@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from certify.cluster.connect import Address, Slot, connected
 from certify.cluster.worker import Line, Plan, Unfit, Worker, WorkerSpec, WorkItem, build_engine, code_identity
 from certify.errors import ImageError, RunFault, UserError, in_words, warn
-from certify.runs.records import Circumstances, ImageRow
+from certify.runs.records import ImageRow
 from certify.runs.run_file import SET_ASIDE
 from certify.runs.runner import pending, refuse_unusable, store
 from certify.smoothing.procedures import samples
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from certify.engine.execution import Execution
     from certify.engine.noisy_classifier import NoisyClassifier
     from certify.images.dataset import ImageSet
-    from certify.runs.config import Settings
+    from certify.runs.config import Circumstances, Settings
     from certify.runs.run_file import RunFile
 
 TRIES = 3

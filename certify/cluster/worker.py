@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from certify.engine.execution import Execution
     from certify.engine.noisy_classifier import NoisyClassifier
-    from certify.runs.config import Settings
-    from certify.runs.records import Circumstances, ImageRow
+    from certify.runs.config import Circumstances, Settings
+    from certify.runs.records import ImageRow
 
 Line = tuple[int, "ImageRow"]
 """An image's place among the chosen images, and its row of the run file."""

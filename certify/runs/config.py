@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 
@@ -15,7 +17,7 @@ from certify.engine.policy import EngineOptions
 from certify.images.dataset import ImageSet
 from certify.models.pipeline import Pipeline
 from certify.registry import PLUGINS
-from certify.runs.records import SCHEMA, Circumstances, RunHeader, Stopping
+from certify.runs.records import SCHEMA, RunHeader, Stopping
 from certify.runs.run_file import now
 from certify.runs.schema import MissingKey
 from certify.smoothing.numeric import as_int
@@ -47,6 +49,26 @@ class Settings:
         return index % -(-1000 * KEPT // expected_samples(self.procedure)) == 0
 
 
+@dataclass(frozen=True)
+class Circumstances:
+    """The device and machine that run the base classifier: fields of the header with these names."""
+
+    device: str
+    accelerator: str | None
+    torch: str
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+
+
+class Names(TypedDict, total=False):
+    """What the command calls its parts, for the record."""
+
+    model: Required[str]
+    data: Required[str]
+    denoiser: str
+    command: str
+
+
 def make_header(
     settings: Settings,
     noise: Noise,
@@ -54,23 +76,16 @@ def make_header(
     images: ImageSet,
     pipeline: Pipeline,
     device: torch.device,
-    *,
-    model: str,
-    data: str,
-    denoiser: str,
-    precision: str,
-    compiled: bool | str,
-    folded: bool | str,
-    batch_size: int | str,
-    command: str,
+    engine: Execution | EngineOptions,
+    names: Names,
 ) -> RunHeader:
-    """Return the header that live runs and audits have in common."""
+    """Return the header that live runs and audits have in common, with the actual or the requested engine settings."""
     procedure = settings.procedure
     return RunHeader(
         schema=SCHEMA,
-        model=model,
-        data=data,
-        denoiser=denoiser,
+        model=names["model"],
+        data=names["data"],
+        denoiser=names.get("denoiser", "none"),
         noise=noise.name,
         rounded=bool(getattr(noise, "rounded", False)),
         norm=norm,
@@ -82,48 +97,24 @@ def make_header(
         bound=procedure.bound,
         stopping=None if procedure.stopping is None else Stopping(**vars(procedure.stopping)),
         seed=settings.seed,
-        precision=precision,
-        compiled=compiled,
-        folded=folded,
+        precision=engine.precision,
+        compiled=engine.compiled if isinstance(engine, Execution) else engine.compile,
+        folded=engine.folded if isinstance(engine, Execution) else "auto",
         **vars(circumstances(device)),
         expected=len(images),
         images=images.describe(),
         pipeline=pipeline.record(),
         stream=STREAM,
-        batch_size=batch_size,
+        batch_size=engine.batch_size or "auto",
         created=now(),
-        command=command,
+        command=names.get("command", ""),
     )
 
 
-def run_header(
-    smoothed: NoisyClassifier,
-    images: ImageSet,
-    settings: Settings,
-    *,
-    model: str,
-    data: str,
-    denoiser: str = "none",
-    command: str = "",
-) -> RunHeader:
+def run_header(smoothed: NoisyClassifier, images: ImageSet, settings: Settings, **names: Unpack[Names]) -> RunHeader:
     """Return the header of a run, with the requested engine settings (:func:`with_execution` sets the actual ones)."""
-    options = smoothed.options
-    header = make_header(
-        settings,
-        smoothed.noise,
-        smoothed.norm,
-        images,
-        smoothed.base,
-        smoothed.device,
-        model=model,
-        data=data,
-        denoiser=denoiser,
-        precision=options.precision,
-        compiled=options.compile,
-        folded="auto",
-        batch_size=options.batch_size or "auto",
-        command=command,
-    )
+    options, noise = smoothed.options, smoothed.noise
+    header = make_header(settings, noise, smoothed.norm, images, smoothed.base, smoothed.device, options, names)
     return header.replace(unread=list(images.unread), execution={"asked": asdict(options)})
 
 

@@ -106,17 +106,6 @@ class Stopping(JsonRecord):
     tolerance: Annotated[float | None, POSITIVE.or_null(), Absent(None)]
 
 
-@dataclass(frozen=True)
-class Circumstances:
-    """The device and machine that run the base classifier: fields of the header with these names."""
-
-    device: str
-    accelerator: str | None
-    torch: str
-    versions: Mapping[str, str]
-    machine: Mapping[str, Any]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ShardPlace(JsonRecord):
     """The place of a shard in its run: part ``index`` (from 1) of ``of``, of a run of ``images`` images."""
@@ -192,13 +181,10 @@ class RunHeader(Header, type_name="run"):
         return () if self.stopping is None else self.stopping.radii
 
     def radii_for(self, size: int | None) -> Radii:
-        """Return the smoothing distribution, with radii in the norm of the run.
-
-        Args:
-            size: C * H * W of the image; None if its row does not say.
+        """Return the radii of the noise in the norm of the run, for an image of C * H * W = ``size`` values.
 
         Raises:
-            UserError: an implied norm, and an unknown number of values.
+            UserError: an implied norm, and an image whose row does not state its size (None).
         """
         noise = make_noise(self.noise, self.sigma, rounded=self.rounded)
         norm = self.norm if self.has("norm") else noise.norm
@@ -297,29 +283,14 @@ class ImageRow(Row, type_name="image"):
 
     @classmethod
     def of(cls, image_id: str, label: int | None, answer: AnswerKeys, **others: Any) -> ImageRow:
-        """Return the row of an image.
-
-        Args:
-            image_id: its id.
-            label: its class, or None.
-            answer: keys that its procedure wrote (:meth:`certify.smoothing.procedures.Procedure.record`).
-            others: further fields.
-        """
+        """Return the row of an image, with the keys of its answer (``Procedure.record``) and other fields."""
         return cls.from_json({"id": image_id, "label": label, **answer}, f"image {image_id!r}").replace(**others)
 
     @classmethod
     def unusable(
         cls, procedure: Procedure, image_id: str, label: int | None, reason: str, seconds: float = 0.0
     ) -> ImageRow:
-        """Return the row of an image that could not be used: an abstention without trials.
-
-        Args:
-            procedure: of the run.
-            image_id: of the image.
-            label: its class, or None.
-            reason: the error.
-            seconds: since the row before.
-        """
+        """Return the row of an image that could not be used, for this reason: an abstention without trials."""
         nothing = 0.0 if procedure.kind in _WITH_RADIUS else None
         answer = answer_keys(ABSTAIN, nothing, nothing, Votes(()))
         return cls.of(image_id, label, answer, base=None, image=None, error=reason, seconds=seconds)

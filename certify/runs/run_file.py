@@ -140,19 +140,7 @@ class ComparisonRun(Records[ComparisonHeader, Outcome]):
     row_class = Outcome
 
 
-def read_run(path: str | Path, *, allow_partial: bool = False) -> Run:
-    """Read a run file.
-
-    Args:
-        path: of the file.
-        allow_partial: accept an unfinished run.
-
-    Raises:
-        UserError: not a run file, written by a newer version, torn in the middle, an image twice, more images than the
-            header expects, or unfinished (unless ``allow_partial``).
-    """
-    return Run.read(path, allow_partial=allow_partial)
-
+read_run = Run.read
 
 _HEADERS: dict[str, type[Header]] = {kind.type_name: kind for kind in (RunHeader, ComparisonHeader)}
 

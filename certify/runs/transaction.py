@@ -20,8 +20,8 @@ from certify.engine.execution import Execution
 from certify.engine.noisy_classifier import NoisyClassifier
 from certify.errors import CertifyError, UserError, warn
 from certify.images.dataset import ImageSet
-from certify.runs.config import Settings, execution_of, run_header, with_execution
-from certify.runs.records import Circumstances, RunHeader
+from certify.runs.config import Circumstances, Settings, execution_of, run_header, with_execution
+from certify.runs.records import RunHeader
 from certify.runs.run_file import Run, RunFile, peek_header
 from certify.runs.runner import CheckedImages, near_chance, process
 from certify.runs.shards import Shard
