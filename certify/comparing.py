@@ -17,7 +17,7 @@ from certify.api import DataOptions, collect_images
 from certify.errors import ImageError, UserError
 from certify.errors import warn as _warn
 from certify.registry import check_options, chosen_options
-from certify.smoothed_classifier import ModelOptions
+from certify.smoothed_classifier import ModelOptions, SmoothedClassifier
 from certify.text import progress_bar
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def compare(
     labels: Any = None,
     *,
     defences: Mapping[str, Any] | Sequence[Any] = DEFENCES,
-    attacks: Sequence[str] = ATTACKS,
+    attacks: str | Sequence[str] = ATTACKS,
     eps: float = 8 / 255,
     norm: str = "linf",
     group: str = "both",
@@ -109,6 +109,9 @@ def compare(
     from certify.runs.run_file import ComparisonFile
 
     check_options(Options, options, compare)
+    if isinstance(model, SmoothedClassifier):
+        raise UserError("a SmoothedClassifier: expected its base classifier, and the defence denoised:sigma=SIGMA")
+    attacks = [attacks] if isinstance(attacks, str) else list(attacks)
     settings = AttackSettings(attacks, eps, norm, queries, steps, eot, seed)
     check_attacks(attacks, norm=norm, group=group, surrogates=len(surrogates))
     named = name_defences(defences)

@@ -407,7 +407,7 @@ def test_defences_and_classifier_of_ones_own(digits: Classifier, images: ImageSe
         [c] for c in labels
     ]
     assert len(found) == found.run.header.expected
-    assert "3 defences" in repr(found)
+    assert "defences none, darker, pool; clean, random noise>" in repr(found)
     assert "darker" in found.table()
     assert found.table()._repr_html_() == found._repr_html_()
     found.plot(tmp_path / "c.svg")
@@ -417,12 +417,19 @@ def test_defences_and_classifier_of_ones_own(digits: Classifier, images: ImageSe
     assert frame.loc["darker", "no attack", "clean"].accuracy == found.cell("darker", "clean").accuracy  # type: ignore[union-attr]
 
 
+def needs_level(noisy: Tensor, sigma: float) -> Tensor:
+    return noisy
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"defences": ["medain"]}, "unknown denoiser 'medain'"),
         ({"defences": [nn.Identity(), nn.Identity()]}, "two defences named Identity; expected a mapping"),
         ({"defences": []}, "no defences to compare"),
+        ({"defences": {"mine": 3}}, "defence mine: expected a name, a module or a function of images, not int"),
+        ({"defences": [needs_level]}, "defence needs_level needs the noise level"),
+        ({"model": SmoothedClassifier("digits", 0.25)}, "a SmoothedClassifier: expected its base classifier"),
         ({"attacks": ["pdg"]}, "unknown attack 'pdg'"),
         ({"attacks": ["adaptive-pgd"], "group": "blind"}, "group blind: attack adaptive-pgd is adaptive only"),
         ({"group": "bilnd"}, "unknown group 'bilnd'; nearest: blind"),
@@ -435,9 +442,9 @@ def test_defences_and_classifier_of_ones_own(digits: Classifier, images: ImageSe
     ],
 )
 def test_arguments_that_are_refused(options: dict[str, Any], message: str) -> None:
-    given = {"labels": [0], "defences": ["none"], "attacks": [], "progress": False} | options
+    given = {"model": "digits", "labels": [0], "defences": "none", "attacks": [], "progress": False} | options
     with pytest.raises(UserError, match=re.escape(message)):
-        certify.compare("digits", torch.zeros(1, 1, 8, 8), **given)
+        certify.compare(images=torch.zeros(1, 1, 8, 8), **given)
 
 
 def test_images_that_cannot_be_read_are_left_out_with_a_warning() -> None:

@@ -19,7 +19,7 @@ from certify.runs.records import SCHEMA, ComparisonHeader, ConditionRecord, Defe
 from certify.smoothing.certificates import check_counts
 from certify.smoothing.numeric import as_int
 from certify.smoothing.rng import stream_key
-from denoisers.adapters import adapt
+from denoisers.adapters import Adapted, adapt
 from denoisers.defences import Noisy, undefended
 from denoisers.defences import build_defence as build
 
@@ -120,10 +120,19 @@ def build_defence(
     """
     if isinstance(defence, Defence):
         return defence
+    if not isinstance(defence, str) and (not callable(defence) or isinstance(defence, type)):
+        raise UserError(
+            f"defence {name}: expected a name, a module or a function of images, not {type(defence).__name__}"
+        )
     try:
         if isinstance(defence, str):
             return build(defence, classifier, trust_code=trust_code)
-        return Defence(name, [Member(adapt(defence), classifier)])
+        module = adapt(defence)
+        if isinstance(module, Adapted) and module.level is not None:
+            raise UserError(
+                f"defence {name} needs the noise level, and no noise is added; expected a function of images"
+            )
+        return Defence(name, [Member(module, classifier)])
     except UserError:
         raise
     except Exception as error:

@@ -187,8 +187,9 @@ class Comparison:
     def __repr__(self) -> str:
         header = self.run.header
         unfinished = f", unfinished: {len(self)} of {header.expected} outcomes" if self.run.partial else ""
-        what = f"{header.model} on {header.data}, {len(self.defences)} defences, {len(self.conditions)} conditions"
-        return printable(f"<Comparison: {what}, {header.norm} distance {header.eps_text}{unfinished}>")
+        names = f"defences {', '.join(self.defences)}; {', '.join(c.key for c in self.conditions)}"
+        ball = f"{header.norm} distance {header.eps_text}"
+        return printable(f"<Comparison: {header.model} on {header.data}, {ball}; {names}{unfinished}>")
 
     def _repr_html_(self) -> str:
         """Show the tables in a notebook."""
