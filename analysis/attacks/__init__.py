@@ -41,7 +41,9 @@ class Attack:
     """An attack and its requirements; a call runs it on one image.
 
     Attributes:
-        run: ``module:function``, ``(image (C, H, W), label, task, **options)`` to a proposal.
+        run: ``module:function`` of the clean image ``(C, H, W)``, its true class, a
+            :class:`~analysis.comparison.attacked.Task` and the attack's own options, which returns a
+            :class:`~analysis.comparison.attacked.Proposal`.
         needs: queries for ``LABELS`` or ``SCORES``, or ``CLASSIFIER``, ``DEFENCE`` or ``SURROGATES``.
         groups: ``blind`` if it can attack the classifier without purifier, ``adaptive`` if it can attack the whole
             defended classifier; attacks by queries can do both.

@@ -30,7 +30,10 @@ class _Finished(Exception):
 
 
 class _Objective(nn.Module):
-    """The function to maximise, as a module for ART; counts images and zero gradients, and keeps the best image.
+    """The function to maximise, as a module for ART; counts images and zero gradients.
+
+    With a ``goal`` (clean image, label, norm and radius of the ball) it also keeps the best image in the ball:
+    misclassified ones first, then the highest loss.
 
     Args:
         log_scores: images ``(B, C, H, W)`` to log-probabilities ``(B, K)``.
@@ -48,11 +51,6 @@ class _Objective(nn.Module):
         self.best: Tensor | None = None
         self.rank = (False, -math.inf)
         self.goal: tuple[Tensor, int, str, float] | None = None
-
-    def keep(self, image: Tensor, label: int, task: Task) -> None:
-        """Keep the best image in the ball from now on: misclassified ones first, then the highest loss."""
-        assert task.eps is not None
-        self.goal = image[None], label, task.norm, task.eps
 
     def forward(self, images: Tensor) -> Tensor:
         """Return log-probabilities ``(B, K)``.
@@ -140,7 +138,7 @@ def _ascend(
         verbose=False,
     )
     if not last:
-        objective.keep(image, label, task)
+        objective.goal = image[None], label, task.norm, task.eps
     moved = image[None]
     with suppress(_Finished):
         moved = torch.from_numpy(library.generate(image[None].numpy(), y=np.eye(classes, dtype=np.float32)[[label]]))
@@ -159,16 +157,9 @@ def blind_pgd(
 ) -> Proposal:
     """PGD (Madry et al. 2018) on the cross entropy of the bare classifier, without knowledge of a purifier.
 
-    It does not end with the first misclassification: among the misclassified images on its path it proposes the one
-    with the highest loss, which a purifier is least likely to correct.
-
-    Args:
-        image: clean, ``(C, H, W)``.
-        label: the true class.
-        task: with a classifier and a ball.
-        steps: number of gradients.
-        step: step size as a share of eps.
-        random_start: start at a random point of the ball.
+    It takes ``steps`` gradient steps of ``step`` times eps, from a random point of the ball if ``random_start``. It
+    does not end with the first misclassification: among the misclassified images on its path it proposes the one with
+    the highest loss, which a purifier is least likely to correct.
     """
     classifier = task.classifier
     assert classifier is not None
@@ -262,16 +253,7 @@ def adaptive_pgd(
 
     Against a deterministic defence the attack ends with the first image that the defence itself (not its approximation)
     misclassifies. Against a random one, the image with the highest estimated loss is proposed, misclassified ones
-    first.
-
-    Args:
-        image: clean, ``(C, H, W)``.
-        label: the true class.
-        task: with a defence and a ball.
-        steps: number of gradients.
-        step: step size as a share of eps.
-        random_start: start at a random point of the ball.
-        eot: passes per gradient of a random defence; a deterministic one needs a single pass.
+    first. The other options are those of :func:`blind_pgd`.
 
     Raises:
         UserError: fewer than one pass.
@@ -307,18 +289,9 @@ def transfer(
 ) -> Proposal:
     """Momentum (MI-FGSM, Dong et al. 2018) on the mean logits of surrogates with diverse inputs (Xie et al. 2019).
 
-    Diverse inputs are adapted to classifiers with a fixed input size: the image is shrunk by a random factor between
-    ``smallest`` and 1, and placed at random on black.
-
-    Args:
-        image: clean, ``(C, H, W)``.
-        label: the true class.
-        task: with surrogates and a ball.
-        steps: number of gradients.
-        step: step size as a share of eps.
-        decay: of the momentum.
-        diversity: probability of a diverse input at each step.
-        smallest: smallest factor by which the sides shrink.
+    It takes ``steps`` gradient steps of ``step`` times eps, with a momentum of ``decay``. Diverse inputs, used with
+    probability ``diversity`` at each step, are adapted to classifiers with a fixed input size: the image is shrunk by a
+    random factor between ``smallest`` and 1, and placed at random on black.
 
     Raises:
         UserError: surrogates of different tasks, settings out of range.

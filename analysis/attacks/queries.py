@@ -174,15 +174,10 @@ def _logarithms(scores: np.ndarray) -> np.ndarray:
 def hopskipjump(image: Tensor, label: int, task: Task, *, init: int = 100, directions: int = 100) -> Proposal:
     """HopSkipJump (Chen, Jordan and Wainwright 2020), untargeted: find the nearest misclassified image.
 
-    It ends with the budget, or with the first misclassified image within the ball, if there is a ball; for a random
-    target, with the first confirmed one (:class:`QuerySearch`).
-
-    Args:
-        image: clean, ``(C, H, W)``.
-        label: the true class.
-        task: with an access that has a budget.
-        init: number of uniform random images tried as a start.
-        directions: of the first gradient estimate; their number grows with the square root of the iteration.
+    It starts from one of at most ``init`` uniform random images. Its first gradient estimate takes ``directions``
+    queries, later ones more, in proportion to the square root of the iteration. It ends with the budget, or with the
+    first misclassified image within the ball, if there is a ball; for a random target, with the first confirmed one
+    (:class:`QuerySearch`).
     """
     from art.attacks.evasion import HopSkipJump
     from art.estimators.classification import BlackBoxClassifier
@@ -225,16 +220,11 @@ def hopskipjump(image: Tensor, label: int, task: Task, *, init: int = 100, direc
 def square(image: Tensor, label: int, task: Task, *, fraction: float = 0.8) -> Proposal:
     """Square (Andriushchenko, Croce, Flammarion and Hein 2020): random squares that reduce the true class's margin.
 
-    The margin is that of log-scores, so that it also moves for a confident classifier. Each iteration queries one new
+    The first squares cover ``fraction`` of the pixels, or less if such a square would not fit. The margin is that of
+    log-scores, so that it also moves for a confident classifier. Each iteration queries one new
     image, as in the paper; ART's repeated queries for its current image are answered from a cache, for random defences
     too. In l-infinity the search is ART's. In l2 it is ours, after the paper: ART 1.20 divides by the desired norm of a
     new window, which destroys earlier progress and produces NaN images.
-
-    Args:
-        image: clean, ``(C, H, W)``.
-        label: the true class.
-        task: with an access to probabilities that has a budget, and a ball.
-        fraction: share of the pixels that the first squares cover; less if the square would not fit.
 
     Raises:
         UserError: a fraction out of range, or images that are too small.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from analysis.comparison.sandwich import Crossing, require_none
 from certify.results import Plot, Table, data_frame
-from certify.runs.records import ImageRow, Outcome, RunHeader
+from certify.runs.records import DefenceRecord, ImageRow, Outcome, RunHeader
 from certify.runs.run_file import ComparisonRun, Run
 from certify.text import printable
 
@@ -199,6 +199,10 @@ class Comparison:
     def defences(self) -> list[str]:
         """Names of the defences, in the order they were given."""
         return [d.named for d in self.run.header.defences]
+
+    def about(self, defence: str) -> DefenceRecord:
+        """Return the header's record of a defence."""
+        return next(d for d in self.run.header.defences if d.named == defence)
 
     @property
     def conditions(self) -> list[Condition]:

@@ -14,10 +14,12 @@ from certify.text import printable
 def tabulate_comparison(comparison: Comparison, style: str = "text") -> str:
     """Render defences by conditions, with intervals, costs, explanations, and pairs against the bare classifier."""
     if style == "csv":
-        return render(*_csv(comparison), style)
+        cells = [list(row.values()) for row in records(comparison)]
+        return render(list(Record.__annotations__), cells, style)
     caption = "\n".join(map(printable, caption_of(comparison)))
     caption = textwrap.indent(caption, "% ") + "\n" if style == "latex" else f"{caption}\n\n"
-    tables = [_accuracies(comparison, style), _costs(comparison, style), _pairs(comparison, style)]
+    between = "\n" if style == "text" else " "  # a terminal is narrower than a page
+    tables = [table(comparison, between) for table in (_accuracies, _costs, _pairs)]
     parts = [render(*table, style, multiline=True) for table in tables if table is not None]
     return caption + "\n\n".join([*parts, *_failures(comparison, style)])
 
@@ -51,75 +53,72 @@ def caption_of(comparison: Comparison) -> list[str]:
     return lines
 
 
-def title(condition: Condition, style: str = "text") -> str:
+Table = tuple[list[str], list[list[str]]]
+"""Heading and rows."""
+
+
+def _title(condition: Condition, between: str) -> str:
     """Return a column's heading, always with its group."""
     if condition.group == "plain":
         return printable(condition.name)
-    between = "\n" if style == "text" else ": "
-    return f"{condition.group}{between}{printable(condition.short)}"
+    return f"{condition.group}{':' * (between == ' ')}{between}{printable(condition.short)}"
 
 
 def _name(comparison: Comparison, defence: str) -> str:
-    frozen = next(d.frozen for d in comparison.run.header.defences if d.named == defence)
-    return printable(defence) + " *" * (not frozen)
+    return printable(defence) + " *" * (not comparison.about(defence).frozen)
 
 
-def _accuracies(comparison: Comparison, style: str) -> tuple[list[str], list[list[str]]]:
-    header = ["defence", *(title(c, style) for c in comparison.columns)]
+def _accuracies(comparison: Comparison, between: str) -> Table:
+    columns = comparison.columns
     rows = [
-        [_name(comparison, d), *(_cell(comparison.cell(d, c), c, style) for c in comparison.columns)]
+        [_name(comparison, d), *(_cell(comparison.cell(d, c), c, between) for c in columns)]
         for d in comparison.defences
     ]
-    return header, rows
+    return ["defence", *(_title(c, between) for c in columns)], rows
 
 
-def _cell(cell: Cell | None, condition: Condition, style: str) -> str:
+def _cell(cell: Cell | None, condition: Condition, between: str) -> str:
     if cell is None:
         return "-"
     if cell.failed:
         return "failed"
     low, high = cell.interval
-    between = "\n" if style == "text" else " "  # a terminal is narrower than a page
     shown = ceil_to if condition.attacked else floor_to  # a stronger attack may leave less
     return f"{shown(cell.accuracy, 3)}{between}[{floor_to(low, 2)}, {ceil_to(high, 2)}]"
 
 
-def _costs(comparison: Comparison, style: str) -> tuple[list[str], list[list[str]]]:
+def _costs(comparison: Comparison, between: str) -> Table:
     """Return milliseconds, network passes, and images that each attack sent through its target, per image."""
-    attacks = [c for c in comparison.conditions if c.group in ("blind", "adaptive")]
-    spent = {c: [comparison.cell(d, c) for d in comparison.defences] for c in attacks}
-    counted = [c for c in attacks if any(cell and cell.queries for cell in spent[c])]
-    between = "\n" if style == "text" else " "
+    cells = {d: {c: comparison.cell(d, c) for c in comparison.conditions} for d in comparison.defences}
+    counted = [
+        c
+        for c in comparison.conditions
+        if c.attacked and any(cell and cell.queries for cell in (row[c] for row in cells.values()))
+    ]
     header = ["cost", f"ms{between}per image", f"network{between}passes"]
-    header += [f"images sent{between}{title(c, style)}" for c in counted]
+    header += [f"images sent{between}{_title(c, between)}" for c in counted]
     rows = []
-    for d in comparison.defences:
-        about = next(a for a in comparison.run.header.defences if a.named == d)
-        clean = comparison.cell(d, comparison.conditions[0])
+    for d, row in cells.items():
+        clean, passes = row[comparison.conditions[0]], comparison.about(d).passes
         ms = f"{1000 * clean.seconds:.2g}" if clean and clean.images else "-"
-        cells = [comparison.cell(d, c) for c in counted]
-        queries = [f"{cell.queries:.0f}" if cell and cell.images else "-" for cell in cells]
-        rows.append([_name(comparison, d), ms, "-" if about.passes is None else str(about.passes), *queries])
+        queries = [f"{cell.queries:.0f}" if cell and cell.images else "-" for cell in (row[c] for c in counted)]
+        rows.append([_name(comparison, d), ms, "-" if passes is None else str(passes), *queries])
     return header, rows
 
 
-def _pairs(comparison: Comparison, style: str) -> tuple[list[str], list[list[str]]] | None:
+def _pairs(comparison: Comparison, between: str) -> Table | None:
     """Compare each defence with the bare classifier on the same images."""
-    if "none" not in comparison.defences or len(comparison.defences) < 2:
+    others = [d for d in comparison.defences if d != "none"]
+    if not others or len(others) == len(comparison.defences):
         return None
     columns = [c for c in comparison.conditions if c.group != "certified"]
-    between = "\n" if style == "text" else " "
-    header = [f"same images,{between}against none", *(title(c, style) for c in columns)]
-    rows = []
-    for d in comparison.defences:
-        if d == "none":
-            continue
-        cells = []
-        for c in columns:
-            pair = comparison.pair(d, "none", c)
-            cells.append("-" if pair is None else f"+{pair.better} -{pair.worse}{between}p {_p(pair.p_value)}")
-        rows.append([_name(comparison, d), *cells])
-    return header, rows
+
+    def text(defence: str, condition: Condition) -> str:
+        pair = comparison.pair(defence, "none", condition)
+        return "-" if pair is None else f"+{pair.better} -{pair.worse}{between}p {_p(pair.p_value)}"
+
+    header = [f"same images,{between}against none", *(_title(c, between) for c in columns)]
+    return header, [[_name(comparison, d), *(text(d, c) for c in columns)] for d in others]
 
 
 def _p(value: float) -> str:
@@ -184,7 +183,3 @@ def records(comparison: Comparison) -> list[Record]:
                 }
             )
     return rows
-
-
-def _csv(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
-    return list(Record.__annotations__), [list(row.values()) for row in records(comparison)]
