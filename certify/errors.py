@@ -105,6 +105,17 @@ class Stopped(RunFault):
     exit_code = 130
 
 
+class BudgetSpent(RunFault):
+    """More queries were requested than the budget has left; none of them was sent."""
+
+    def __init__(self, spent: int, budget: int, requested: int) -> None:
+        super().__init__(
+            f"query budget: {spent} of {budget} queries are spent and {requested} more were requested; none of them "
+            "was sent, and earlier results are kept: give a larger budget to continue"
+        )
+        self.spent, self.budget, self.requested = spent, budget, requested
+
+
 class UserError(CertifyError, ValueError):
     """A mistake in what was asked: says what came, what was expected and what to write instead."""
 

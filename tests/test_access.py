@@ -15,9 +15,9 @@ from small_networks import classifier
 from torch import Tensor, nn
 
 from certify import load_classifier
-from certify.errors import RunFault, UserError
+from certify.errors import BudgetSpent, RunFault, UserError
 from certify.models.defence import Defence, Member
-from certify.models.query_access import BudgetSpent, QueryAccess
+from certify.models.query_access import QueryAccess
 from certify.smoothing.rng import stream_key
 from denoisers.randomness import Generators, normal
 

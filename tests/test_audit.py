@@ -24,10 +24,9 @@ from certify.blackbox.results import conclude, replay
 from certify.blackbox.service_spec import ServiceSpec
 from certify.blackbox.types import Answer, Picture, Query, Scored
 from certify.cli.console import warn
-from certify.errors import CertifyWarning, RunFault, UserError
+from certify.errors import BudgetSpent, CertifyWarning, RunFault, UserError
 from certify.images.dataset import ImageSet
 from certify.models.classifier import Classifier, InputSpec
-from certify.models.query_access import BudgetSpent
 from certify.runs.config import Settings, run_header
 from certify.runs.run_file import RunFile, read_run
 from certify.runs.runner import process

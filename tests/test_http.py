@@ -30,8 +30,7 @@ from certify.blackbox.ledger_contents import ledger_header, read_ledger
 from certify.blackbox.protocols.cloud_vision import clarifai
 from certify.blackbox.types import Answer, BadReply, Query, Reply, Request
 from certify.cli.service_options import ServiceOptions, query_limits
-from certify.errors import CertifyError, RunFault, UserError
-from certify.models.query_access import BudgetSpent
+from certify.errors import BudgetSpent, CertifyError, RunFault, UserError
 
 CLARIFAI = {"status": {"code": 10000}, "outputs": [{"data": {"concepts": [{"name": "cat", "value": 0.9}]}}]}
 SECRETS = "X-Amz-Signature x-functions-key sv_sig pwd passwd authorization cred jwt client_secret id_token code".split()

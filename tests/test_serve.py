@@ -49,9 +49,8 @@ from certify.blackbox.service_spec import ServiceSpec
 from certify.blackbox.types import Answer, Picture, Query, Reply, Request, Scored
 from certify.engine.contract import QUERIES
 from certify.engine.noisy_classifier import noise_name
-from certify.errors import UserError
+from certify.errors import BudgetSpent, UserError
 from certify.models.classifier import Classifier
-from certify.models.query_access import BudgetSpent
 from certify.serve.admission import Admission, Limits, Refused
 from certify.serve.app import site_check
 from certify.serve.batching import Service, class_names, stream_name

@@ -20,9 +20,9 @@ from torch.nn.functional import one_hot
 
 from analysis.attacks import LABELS
 from analysis.comparison.attacked import SLACK, Proposal, Task, distances
-from certify.errors import UserError
+from certify.errors import BudgetSpent, UserError
 from certify.models.classifier import labels_from_logits
-from certify.models.query_access import BudgetSpent, QueryAccess
+from certify.models.query_access import QueryAccess
 
 _TINY = 1e-30
 _NEVER = 100.0

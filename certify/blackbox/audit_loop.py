@@ -36,8 +36,7 @@ from certify.blackbox.results import votes_of
 from certify.blackbox.types import Answer, Client, Picture, Query
 from certify.engine.adaptive import Sampling, settle
 from certify.engine.monte_carlo import Job, Tally, noisy_copies
-from certify.errors import RunFault, warn
-from certify.models.query_access import BudgetSpent
+from certify.errors import BudgetSpent, RunFault, warn
 from certify.smoothing.procedures import Sequential
 from certify.smoothing.rng import stream_key
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from certify.blackbox.answers import class_of, query_name
 from certify.blackbox.encoding import to_pictures
 from certify.blackbox.types import Answer, Client, Query, Ranked
-from certify.errors import RunFault, UserError
+from certify.errors import BudgetSpent, RunFault, UserError
 from certify.models.classifier import InputSpec
-from certify.models.query_access import BudgetSpent
 from certify.types import FAILED
 
 _ABSENT = 1e-12  # score of a class that is not in the answer

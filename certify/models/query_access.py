@@ -17,23 +17,12 @@ from typing import Literal, SupportsIndex
 import torch
 from torch import Tensor
 
-from certify.errors import RunFault, UserError
+from certify.errors import BudgetSpent, RunFault, UserError
 from certify.models.classifier import Classifier, labels_from_logits
 from certify.models.defence import Defence
 
 Answers = Literal["labels", "scores"]
 Target = Defence | Classifier | Callable[[Tensor], Tensor]
-
-
-class BudgetSpent(RunFault):
-    """More queries were requested than the budget has left; none of them was sent."""
-
-    def __init__(self, spent: int, budget: int, requested: int) -> None:
-        super().__init__(
-            f"query budget: {spent} of {budget} queries are spent and {requested} more were requested; none of them "
-            "was sent, and earlier results are kept: give a larger budget to continue"
-        )
-        self.spent, self.budget, self.requested = spent, budget, requested
 
 
 @dataclass

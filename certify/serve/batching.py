@@ -25,8 +25,7 @@ import torch
 
 from certify.engine.adaptive import Label, Sampling, settle
 from certify.engine.noisy_classifier import noise_name
-from certify.errors import ContractError, UserError, in_words
-from certify.models.query_access import BudgetSpent
+from certify.errors import BudgetSpent, ContractError, UserError, in_words
 from certify.serve.admission import Limits, Refused
 from certify.serve.protocol import ABSTAINED, Answer, RequestOptions
 from certify.smoothed_classifier import SmoothedClassifier

@@ -23,7 +23,7 @@ from certify.blackbox.client.http import event_loop, on_event_loop, run_async
 from certify.blackbox.client.rate_limit import QueryLimits, RateLimiter, retry_after
 from certify.blackbox.protocols.parsing import quoting, safe_text
 from certify.blackbox.types import Answer, BadReply, Busy, Format, Query, Ranked, Reply, Request, Sender
-from certify.errors import CertifyError, RunFault, UserError, first_line
+from certify.errors import BudgetSpent, RunFault, UserError, first_line
 
 if TYPE_CHECKING:
     from certify.blackbox.ledger import InMemoryLog, Ledger
@@ -59,10 +59,6 @@ class _Refused(Exception):
 
 class _ErrorStatus(BadReply):
     """A final error status: a failed trial that says nothing about the picture."""
-
-
-class _BudgetSpent(Exception):
-    """The budget does not cover another request."""
 
 
 @dataclass
@@ -155,15 +151,8 @@ class QueryClient:
                     yield call.result(pending.popleft())
             while pending:
                 yield call.result(pending.popleft())
-        except _BudgetSpent:
-            raise self._budget_error() from None
         finally:
             self._end(call)
-
-    def _budget_error(self) -> CertifyError:
-        from certify.models.query_access import BudgetSpent  # which needs torch
-
-        return BudgetSpent(self.spent, self._budget or 0, 1)
 
     def _end(self, call: _Call) -> None:
         """Send nothing more for a call, and wait for its requests in flight."""
@@ -190,7 +179,7 @@ class QueryClient:
             request = self._loop.run_in_executor(None, self._format.request, query.picture)  # encodes ahead
             async with self._slots:
                 return await self._attempts(query, await request, call)
-        except (asyncio.CancelledError, _BudgetSpent):
+        except (asyncio.CancelledError, BudgetSpent):
             raise
         except BaseException as error:
             call.ended = True
@@ -218,7 +207,7 @@ class QueryClient:
                 if call.ended:
                     raise asyncio.CancelledError
                 if self._budget is not None and self._claimed >= self._budget:
-                    raise _BudgetSpent
+                    raise BudgetSpent(self._claimed, self._budget, 1)
                 self._claimed += 1
                 # A task of its own, which the end of the call does not cancel: the reply to what was sent is logged.
                 exchange = asyncio.ensure_future(self._exchange(query, request, last=attempt.num == attempts))
