@@ -14,11 +14,12 @@ from small_audit import WORDS
 
 from certify import SmoothedClassifier, load_images
 from certify.blackbox.answers import OUTSIDE, LabelIndex, read_class_map, stage_of
+from certify.blackbox.audit import prepare
 from certify.blackbox.audit_loop import MAX_DOWN, send_queries
 from certify.blackbox.client.rate_limit import QueryLimits
 from certify.blackbox.determinism import probe_warnings
 from certify.blackbox.encoding import AsSent, to_tensor
-from certify.blackbox.plan import Audit, plan, prepare
+from certify.blackbox.plan import Audit, plan
 from certify.blackbox.record import FINISHED, SPENT, AuditRecord, Probed
 from certify.blackbox.results import conclude, replay
 from certify.blackbox.service_spec import ServiceSpec

@@ -205,6 +205,22 @@ def test_another_function_of_the_same_name_is_refused(tmp_path: Path) -> None:
     certify.audit(level(127.5, scale(1.01)), IMAGES, out=folder, trust_identity=True, **OPTIONS)
 
 
+def test_audits_without_a_comparable_fingerprint_are_resumed(tmp_path: Path) -> None:
+    """Those of earlier versions, and of another version of Python: the answers to clean images decide."""
+    certify.audit(Bright(), IMAGES, out=tmp_path, **OPTIONS)
+    ledger = tmp_path / "ledger.jsonl"
+    first, rest = ledger.read_text().split("\n", 1)
+    header = json.loads(first)
+    for function in (None, "python 2.7: 0123456789abcdef"):
+        changed = {**header, "function": function} if function else {k: v for k, v in header.items() if k != "function"}
+        ledger.write_text(f"{json.dumps(changed)}\n{rest}")
+        ask = Bright()
+        certify.audit(ask, IMAGES, out=tmp_path, **OPTIONS)
+        assert ask.calls == len(IMAGES)
+        with pytest.raises(UserError, match="this is not the function that the audit began with"):
+            certify.audit(Bright("number"), IMAGES, out=tmp_path, **OPTIONS)
+
+
 def test_fingerprints_of_functions() -> None:
     def code(body: str) -> Any:
         space: dict[str, Any] = {"__name__": "somewhere"}

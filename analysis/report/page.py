@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from analysis.report.pictures import STAGES, Thumbnails, curve_svg, latency_svg
 from certify.blackbox.answers import CLEAN, DRIFT, ESTIMATION, PROBE, RESUMED, SELECTION, stage_of
 from certify.blackbox.client.credentials import public
 from certify.blackbox.ledger_contents import LedgerContents
-from certify.errors import RunFault, UserError, first_line
+from certify.errors import RunFault, UserError, first_line, warn
 from certify.runs.files import replacing
 from certify.runs.identity import identity
 from certify.runs.records import ImageRow
@@ -68,7 +68,7 @@ def write_report(folder: str | Path, *, ledger: LedgerContents | None = None) ->
     return path
 
 
-def try_report(folder: Path, ledger: LedgerContents, warn: Callable[[str], None]) -> None:
+def try_report(folder: Path, ledger: LedgerContents) -> None:
     """Write the report at the end of an audit; an error in it is a warning and must not lose the audit's results."""
     try:
         write_report(folder, ledger=ledger)

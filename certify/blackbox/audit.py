@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +17,35 @@ from certify.blackbox.determinism import drift_warnings
 from certify.blackbox.function_service import function_fingerprint
 from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import LedgerContents, ledger_header, read_header, read_ledger
-from certify.blackbox.plan import Audit, existing_header, make_header, plan, prepare
-from certify.blackbox.record import LEDGER, SPENT, STOPPED, AuditPlan, AuditRecord
+from certify.blackbox.plan import DENOISER_BATCH, Audit, plan
+from certify.blackbox.record import (
+    GIVEN,
+    LEDGER,
+    OWN,
+    RUN,
+    RUNNING,
+    SPENT,
+    STOPPED,
+    AuditImage,
+    AuditPlan,
+    AuditRecord,
+    write_about,
+    write_rows,
+)
 from certify.blackbox.remote_classifier import LedgerBudgetSpent, ServiceSilent
 from certify.blackbox.results import conclude
 from certify.blackbox.service_spec import open_sender
 from certify.blackbox.types import Client, Sender
-from certify.errors import CertifyError, RunFault, Stopped, warn
+from certify.engine.execution import Execution
+from certify.engine.noisy_classifier import image_digest
+from certify.errors import CertifyError, ImageError, RunFault, Stopped, warn
+from certify.runs.config import make_header as run_header
+from certify.runs.identity import refuse_other_run
+from certify.runs.records import SCHEMA, Reference, RunHeader
+from certify.runs.run_file import peek_header
 
-Report = Callable[[Path, LedgerContents, Callable[[str], None]], None]
-"""Writes the report of a folder with this ledger; problems go to the function."""
+Report = Callable[[Path, LedgerContents], None]
+"""Writes the report of a folder with this ledger."""
 
 
 def _ignore(*_: object) -> None:
@@ -68,7 +90,7 @@ def rehearse(audit: Audit, observer: Observer) -> AuditPlan:
     return planned
 
 
-def run_audit(audit: Audit, observer: Observer, report: Report = lambda folder, ledger, warn: None) -> AuditRecord:
+def run_audit(audit: Audit, observer: Observer, report: Report = _ignore) -> AuditRecord:
     """Start or resume an audit in its folder.
 
     Run file and ``audit.json`` are written from the recorded answers however the queries end: finished, budget spent,
@@ -132,7 +154,7 @@ def _run(
         contents = ledger.contents
         sent = contents.spent, contents.queries
         record = conclude(audit.folder, header, record, contents.answers, status=status, reason=reason, sent=sent)
-        report(audit.folder, contents, warn)
+        report(audit.folder, contents)
     return record
 
 
@@ -163,3 +185,123 @@ def _open_ledger(audit: Audit) -> Ledger:
         recorded = read_header(path) if audit.trust_identity else None
         settings["function"] = recorded.get("function") if recorded else fingerprint
     return Ledger(path, ledger_header(audit.spec.endpoint, audit.spec.format, **settings))
+
+
+def make_header(audit: Audit) -> RunHeader:
+    """Return the run file's header: everything that shapes the certificates."""
+    header = run_header(
+        audit.settings,
+        audit.noise,
+        audit.noise.norm,
+        audit.images,
+        audit.pipeline,
+        audit.device,
+        Execution("float32", folded=False, compiled=False, batch_size=DENOISER_BATCH),
+        {
+            "model": audit.spec.endpoint,
+            "data": audit.data or audit.images.name,
+            "denoiser": audit.denoiser_name or audit.pipeline.denoiser_name,
+            "command": audit.command,
+        },
+    )
+    return header.replace(
+        in_order=True,  # the images of an unfinished run are the first ones, not the easy ones
+        reference=Reference(labels=OWN if audit.given is None else GIVEN, sha256=_digest(audit.given)),
+        class_map=audit.class_map and dict(audit.class_map),
+    )
+
+
+def _digest(given: Mapping[str, str] | None) -> str | None:
+    return None if given is None else hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def existing_header(audit: Audit, header: RunHeader) -> RunHeader | None:
+    """Return the header of the folder's run file, which must have the same settings; None if there is no run file.
+
+    Raises:
+        UserError: the folder holds an audit with other settings.
+    """
+    known = peek_header(audit.folder / RUN)
+    if known is None:
+        return None
+    refuse_other_run(audit.folder / RUN, known, header, trust_identity=audit.trust_identity)
+    assert isinstance(known, RunHeader)  # another kind of file differs
+    return known
+
+
+def prepare(audit: Audit, planned: AuditPlan) -> tuple[RunHeader, AuditRecord]:
+    """Create the audit's folder with an empty run file and ``audit.json``, or resume an existing one.
+
+    Returns:
+        The run file's header, and the content of ``audit.json``.
+
+    Raises:
+        UserError: the folder holds an audit with other settings.
+        ContractError: the denoiser is not a fixed function of one image; nothing is written.
+        RunFault: it cannot be written.
+    """
+    header = make_header(audit)
+    known = existing_header(audit, header)
+    audit.check_denoiser()
+    if known is not None:
+        pipeline = known.pipeline if known.has("pipeline") else header.pipeline
+        header = header.replace(created=known.created, pipeline=pipeline)
+    images = [_image(audit, index) for index in range(len(audit.images))]
+    sizes = {tuple(image.size) for image in images if not image.error}
+    record = AuditRecord(
+        schema=SCHEMA,
+        created=header.created,
+        finished=None,
+        status=RUNNING,
+        reason="",
+        command=header.command,
+        endpoint=audit.spec.endpoint,
+        protocol=audit.service.protocol,
+        format=audit.service.options,
+        encoding=audit.service.encoding,
+        size=list(sizes.pop()) if len(sizes) == 1 else None,
+        denoiser=header.denoiser,
+        pipeline=header.pipeline,
+        labels=OWN if audit.given is None else GIVEN,
+        class_map=header.class_map,
+        vocabulary=[],
+        plan=planned,
+        images=images,
+        fixed_function=None,
+        determinism=[],
+        drift=[],
+        versions=header.versions,
+        replay=f"certify replay {shlex.quote(str(audit.folder))}",
+        settings={
+            "sigma": audit.noise.scale,
+            "seed": audit.settings.seed,
+            "retries": audit.limits.attempts - 1,
+            "timeout": audit.timeout,
+            "repeat_clean": audit.repeat_clean,
+            "input_size": audit.input_size and list(audit.input_size),
+        },
+    )
+    if known is None:
+        write_rows(audit.folder, header, [])
+    write_about(audit.folder, record)
+    return header, record
+
+
+def _image(audit: Audit, index: int) -> AuditImage:
+    name = audit.images.items[index].id
+    image = AuditImage(
+        id=name,
+        pictures=f"{index:03d}",
+        numel=None,
+        image=None,
+        error="",
+        given=None if audit.given is None else audit.given[name],
+        reference=None,
+        answer=(),
+        failure="",
+    )
+    try:
+        pixels = audit.load(index)
+    except ImageError as error:
+        return image.replace(error=str(error))
+    return image.replace(numel=pixels.numel(), image=image_digest(pixels), size=list(pixels.shape))

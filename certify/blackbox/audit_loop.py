@@ -99,7 +99,7 @@ def send_queries(
 
     Args:
         audit: the audit.
-        record: of :func:`~certify.blackbox.plan.prepare`.
+        record: of :func:`~certify.blackbox.audit.prepare`.
         open_client: opens a client with the given budget.
         progress: called with the number of images that were finished since the last call.
 

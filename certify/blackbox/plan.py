@@ -1,13 +1,10 @@
-"""Plan an audit before any query: what is audited, what it costs, and the folder that it starts with."""
+"""The inputs of an audit, and its plan: what is audited, how much it can cost, and what it can certify."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,32 +16,15 @@ from torch import Tensor, nn
 from certify.blackbox.answers import CLEAN, DRIFT, PROBE
 from certify.blackbox.client.rate_limit import QueryLimits
 from certify.blackbox.ledger_contents import read_header
-from certify.blackbox.record import (
-    GIVEN,
-    LEDGER,
-    OWN,
-    RUN,
-    RUNNING,
-    AuditImage,
-    AuditPlan,
-    AuditRecord,
-    write_about,
-    write_rows,
-)
+from certify.blackbox.record import LEDGER, AuditPlan
 from certify.blackbox.service_spec import ServiceSpec
 from certify.blackbox.types import Answer, Client
 from certify.engine.contract import check_contract
-from certify.engine.execution import Execution
-from certify.engine.noisy_classifier import image_digest
 from certify.errors import ImageError, UserError
 from certify.images.dataset import ImageSet
 from certify.models.labels import match_labels
 from certify.models.pipeline import Pipeline
 from certify.runs.config import Settings
-from certify.runs.config import make_header as run_header
-from certify.runs.identity import refuse_other_run
-from certify.runs.records import SCHEMA, Reference, RunHeader
-from certify.runs.run_file import peek_header
 from certify.smoothing.numeric import as_int
 from certify.smoothing.procedures import samples
 from certify.types import Noise
@@ -240,34 +220,6 @@ def check_reference_labels(labels: Mapping[str, str], class_map: Mapping[str, st
         raise UserError(f"the class map has no class {unknown[0]!r}, a reference label; its classes include {known}")
 
 
-def make_header(audit: Audit) -> RunHeader:
-    """Return the run file's header: everything that shapes the certificates."""
-    header = run_header(
-        audit.settings,
-        audit.noise,
-        audit.noise.norm,
-        audit.images,
-        audit.pipeline,
-        audit.device,
-        Execution("float32", folded=False, compiled=False, batch_size=DENOISER_BATCH),
-        {
-            "model": audit.spec.endpoint,
-            "data": audit.data or audit.images.name,
-            "denoiser": audit.denoiser_name or audit.pipeline.denoiser_name,
-            "command": audit.command,
-        },
-    )
-    return header.replace(
-        in_order=True,  # the images of an unfinished run are the first ones, not the easy ones
-        reference=Reference(labels=OWN if audit.given is None else GIVEN, sha256=_digest(audit.given)),
-        class_map=audit.class_map and dict(audit.class_map),
-    )
-
-
-def _digest(given: Mapping[str, str] | None) -> str | None:
-    return None if given is None else hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-
-
 def plan(audit: Audit) -> AuditPlan:
     """Return the largest cost of an audit and the largest radius that it can certify."""
     procedure, count, price, rate = audit.settings.procedure, len(audit.images), audit.price_per_1000, audit.limits.rate
@@ -295,95 +247,3 @@ def plan(audit: Audit) -> AuditPlan:
         concurrency=audit.limits.concurrency,
         seconds=None if rate is None else spent / rate,
     )
-
-
-def existing_header(audit: Audit, header: RunHeader) -> RunHeader | None:
-    """Return the header of the folder's run file, which must have the same settings; None if there is no run file.
-
-    Raises:
-        UserError: the folder holds an audit with other settings.
-    """
-    known = peek_header(audit.folder / RUN)
-    if known is None:
-        return None
-    refuse_other_run(audit.folder / RUN, known, header, trust_identity=audit.trust_identity)
-    assert isinstance(known, RunHeader)  # another kind of file differs
-    return known
-
-
-def prepare(audit: Audit, planned: AuditPlan) -> tuple[RunHeader, AuditRecord]:
-    """Create the audit's folder with an empty run file and ``audit.json``, or resume an existing one.
-
-    Returns:
-        The run file's header, and the content of ``audit.json``.
-
-    Raises:
-        UserError: the folder holds an audit with other settings.
-        ContractError: the denoiser is not a fixed function of one image; nothing is written.
-        RunFault: it cannot be written.
-    """
-    header = make_header(audit)
-    known = existing_header(audit, header)
-    audit.check_denoiser()
-    if known is not None:
-        pipeline = known.pipeline if known.has("pipeline") else header.pipeline
-        header = header.replace(created=known.created, pipeline=pipeline)
-    images = [_image(audit, index) for index in range(len(audit.images))]
-    sizes = {tuple(image.size) for image in images if not image.error}
-    record = AuditRecord(
-        schema=SCHEMA,
-        created=header.created,
-        finished=None,
-        status=RUNNING,
-        reason="",
-        command=header.command,
-        endpoint=audit.spec.endpoint,
-        protocol=audit.service.protocol,
-        format=audit.service.options,
-        encoding=audit.service.encoding,
-        size=list(sizes.pop()) if len(sizes) == 1 else None,
-        denoiser=header.denoiser,
-        pipeline=header.pipeline,
-        labels=OWN if audit.given is None else GIVEN,
-        class_map=header.class_map,
-        vocabulary=[],
-        plan=planned,
-        images=images,
-        fixed_function=None,
-        determinism=[],
-        drift=[],
-        versions=header.versions,
-        replay=f"certify replay {shlex.quote(str(audit.folder))}",
-        settings={
-            "sigma": audit.noise.scale,
-            "seed": audit.settings.seed,
-            "retries": audit.limits.attempts - 1,
-            "timeout": audit.timeout,
-            "repeat_clean": audit.repeat_clean,
-            "input_size": audit.input_size and list(audit.input_size),
-        },
-    )
-    if known is None:
-        write_rows(audit.folder, header, [])
-    write_about(audit.folder, record)
-    return header, record
-
-
-def _image(audit: Audit, index: int) -> AuditImage:
-    name = audit.images.items[index].id
-    image = AuditImage(
-        id=name,
-        pictures=f"{index:03d}",
-        numel=None,
-        image=None,
-        error="",
-        given=None if audit.given is None else audit.given[name],
-        reference=None,
-        answer=(),
-        failure="",
-    )
-    try:
-        pixels = audit.load(index)
-    except ImageError as error:
-        return image.replace(error=str(error))
-    return image.replace(numel=pixels.numel(), image=image_digest(pixels), size=list(pixels.shape))

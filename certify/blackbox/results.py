@@ -167,7 +167,7 @@ def conclude(
     Args:
         folder: of the audit.
         header: of the run file.
-        record: of :func:`~certify.blackbox.plan.prepare`.
+        record: of :func:`~certify.blackbox.audit.prepare`.
         answers: by name.
         status: how the audit ended.
         reason: why, if there is more to say.
