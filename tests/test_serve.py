@@ -282,12 +282,21 @@ def test_a_client_of_this_package_needs_the_address_alone(client: TestClient) ->
     assert LabelIndex().vote((answer,)) == OUTSIDE
 
 
+@pytest.mark.parametrize("names", [None, ["zero", "one"]])
+def test_a_negative_label_is_an_abstention(names: list[str] | None) -> None:
+    """Without metadata, too: an option ``output=label`` and the others given by hand must not make -1 a class."""
+    output = {"name": "label", "datatype": "INT64", "shape": [1], "data": [-1], "parameters": {"labels": names}}
+    reply = Reply(200, json.dumps({"outputs": [output]}).encode(), {})
+    (answer,) = v2(model="digits", input="image", output="label").reply(reply)
+    assert LabelIndex().vote((answer,)) == OUTSIDE
+
+
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [
         (200, [{"name": "b"}, {"name": "a"}], "the server has the models a, b: give the protocol option model=NAME"),
         (200, [], "the server has the models none"),
-        (404, {"error": "no such path"}, "the server does not list its models .*model=NAME"),
+        (404, {"error": "no such path"}, "the server does not list its models .*model=NAME, or another protocol"),
     ],
 )
 def test_a_server_without_exactly_one_model_is_refused(status: int, body: Any, message: str) -> None:
@@ -409,6 +418,33 @@ def test_the_random_change_of_the_page_has_the_certified_norm(client: TestClient
     for change, order in zip(json.loads(printed), (1, 2, math.inf), strict=True):
         assert np.linalg.norm(change, order) == pytest.approx(0.37, rel=1e-9)
         assert abs(np.mean(np.sign(change))) < 5 / math.sqrt(3072)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_script_of_the_page_displays_the_replies(client: TestClient, images: np.ndarray) -> None:
+    out = io.BytesIO()
+    Image.fromarray((images[1, 0] * 255).round().astype(np.uint8)).save(out, "PNG")
+    paths = ("classify?", "classify?radius=0.1", "classify?radius=9")
+    replies = {path: client.post(f"/{path}", content=out.getvalue(), headers=IMAGE).json() for path in paths}
+    certified = replies["classify?"] = {**replies["classify?"], "input": "1x8x8"}
+    given = json.dumps({"html": client.get("/").text, "replies": replies})
+    child = Path(__file__).parent / "page_child.js"
+    printed = subprocess.run(["node", str(child)], input=given, capture_output=True, text=True, check=True).stdout
+    said = json.loads(printed)
+    free, decided, refused = said["found"]
+    assert said["sent"] == list(paths)
+    assert free["verdict"] == decided["verdict"] == certified["name"]
+    for words in ("sigma 0.25", f"l2 norm below {certified['radius_text']}", "probability at most 0.01"):
+        assert words in free["claim"]
+    assert "below 0.1000," in decided["claim"]
+    assert free["votes"] == [[vote["name"], f"{vote['votes']:,}"] for vote in certified["votes"]]
+    assert f"{math.ceil(255 * certified['radius']) - 1} of 255 grey levels" in free["grey"]
+    assert free["allowed"]
+    before, after, _ = (np.array(panel) for panel in free["painted"])
+    assert len(before) == len(after) == 64
+    assert np.linalg.norm(after - before) / 255 == pytest.approx(certified["radius"], abs=0.05)  # 8 bits
+    assert refused["state"].startswith("No answer: ")
+    assert not refused["answer"]
 
 
 def test_the_page_displays_a_radius_rounded_down(client: TestClient, images: np.ndarray) -> None:

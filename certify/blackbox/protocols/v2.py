@@ -116,7 +116,10 @@ def only_model(reply: Reply) -> str:
         models = read_json(reply)
         names = sorted({label(at(model, "name")) for model in models}) if isinstance(models, list) else []
     except BadReply as error:
-        raise UserError(f"the server does not list its models ({error}); give the protocol option model=NAME") from None
+        raise UserError(
+            f"the server does not list its models as protocol v2 does ({error}); give the protocol option model=NAME, or "
+            "another protocol (`certify list protocols`)"
+        ) from None
     if len(names) != 1:
         raise UserError(f"the server has the models {', '.join(names) or 'none'}: give the protocol option model=NAME")
     return names[0]
@@ -196,8 +199,8 @@ def _request(
 def read_answer(reply: Reply, output: str = "", classified: bool = False) -> Ranked:
     """Return the labels of an inference reply, best first.
 
-    A tensor of one whole number or one text is a label; floating-point scores ``(1, K)`` rank the K classes. A
-    parameter ``labels`` of the tensor or the reply, a list, names the classes.
+    A tensor of one whole number or one text is a label, a negative number an abstention; floating-point scores
+    ``(1, K)`` rank the K classes. A parameter ``labels`` of the tensor or the reply, a list, names the classes.
 
     Args:
         reply: of the server.
@@ -225,7 +228,9 @@ def read_answer(reply: Reply, output: str = "", classified: bool = False) -> Ran
     if datatype not in INTEGERS or len(values) != 1:
         raise BadReply(f"{len(values)} values of {datatype[:20]!r}; expected one whole number, one text, or scores")
     number(values[0])
-    return ranked([at(names, values[0]) if isinstance(names, list) and values[0] >= 0 else values[0]])
+    if values[0] < 0:  # no class: `certify serve` abstains by -1
+        return ranked([ABSTENTION])
+    return ranked([at(names, values[0]) if isinstance(names, list) else values[0]])
 
 
 def _chosen(reply: Reply, output: str) -> tuple[dict[str, Any], bytes | None, Any]:
