@@ -68,6 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v2/repository/index":
+            self.reply(200, [{"name": "digits", "version": "1", "state": "READY"}])
+            return
         tensor = "inputs" in body
         if tensor:
             assert body["inputs"][0]["name"] == "pixels"
@@ -86,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = {"model_name": "digits", "outputs": [found]}
         self.reply(503 if declined else 200, answer)
 
-    def reply(self, status: int, answer: dict[str, Any]) -> None:
+    def reply(self, status: int, answer: Any) -> None:
         content = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -295,6 +298,23 @@ def test_a_model_describes_itself_once_beside_the_budget(
     run(*command, *given, "--out", str(tmp_path / "b"), "--quiet")
     assert (service.described, service.requests) == (2, 330)
     same_as_a_local_run(tmp_path / "b", digits)
+
+
+@pytest.mark.slow
+def test_a_classifier_is_audited_with_its_address_alone(
+    tmp_path: Path, service: Service, digits: Classifier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server lists its model and describes it; the same from the command and from Python."""
+    address = service.arguments[1].removesuffix("/predict")
+    command = ["audit", "--endpoint", address, *NUMBERS, "--budget", "165", "--out", str(tmp_path / "a")]
+    run(*command, "--dry-run")
+    assert "metadata   two requests for the model's name and metadata" in capsys.readouterr().err
+    run(*command, "--quiet")
+    same_as_a_local_run(tmp_path / "a", digits)
+    numbers = {"sigma": 0.25, "n0": 5, "n": 20, "seed": 2, "budget": 165}
+    certify.audit(address, "digits", skip=90, out=tmp_path / "b", progress=False, **numbers)  # type: ignore[arg-type]
+    same_as_a_local_run(tmp_path / "b", digits)
+    assert (service.described, service.requests) == (2, 330)
 
 
 @pytest.mark.slow

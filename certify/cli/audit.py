@@ -149,8 +149,14 @@ def audit(
     if output.dry_run:
         with display(show) as observer:
             planned = rehearse(request, observer)
-        if request.as_recorded().spec.needs_metadata:
-            show("metadata   one request for the model's metadata, before the first query and not counted")
+        described = request.as_recorded().spec
+        if described.needs_metadata:
+            number = (
+                "one request for the model's"
+                if described.options.get("model")
+                else "two requests for the model's name and"
+            )
+            show(f"metadata   {number} metadata, before the first query and not counted")
         tell(json.dumps({"plan": planned.to_json()}) if output.as_json else "dry run: nothing was sent")
         return
     with display(show) as observer:

@@ -117,7 +117,7 @@ def only_model(reply: Reply) -> str:
         names = sorted({label(at(model, "name")) for model in models}) if isinstance(models, list) else []
     except BadReply as error:
         raise UserError(
-            f"the server does not list its models as protocol v2 does ({error}); give the protocol option model=NAME, or "
+            f"the server does not list its models as v2 servers do ({error}); give the protocol option model=NAME, or "
             "another protocol (`certify list protocols`)"
         ) from None
     if len(names) != 1:
