@@ -166,10 +166,12 @@ class SmoothedClassifier(NoisyClassifier):
             self.classifier.probe_size = size  # type: ignore[attr-defined]
 
     def check(self, image: Image) -> torch.Tensor:
-        """Return the image as it is certified, as :meth:`NoisyClassifier.check`."""
-        if self._waiting is not None:
-            from certify.images.preprocess import as_image
+        """Return the image as it is certified, as :meth:`NoisyClassifier.check`; channels may be last."""
+        from certify.images.preprocess import as_image, channels_first
 
+        spec = None if self._waiting is not None else getattr(self.classifier, "input", None)
+        image = channels_first(image, spec.size[0] if spec is not None and spec.size is not None else None)
+        if self._waiting is not None:
             channels, height, width = as_image(image, None).shape
             self.adapt_to((channels, height, width))
         return super().check(image)
@@ -219,8 +221,8 @@ class SmoothedClassifier(NoisyClassifier):
         (CERTIFY of Cohen, Rosenfeld and Kolter 2019).
 
         Args:
-            image: ``(C, H, W)``, float in [0, 1] or uint8, at the classifier's input size; a batch ``(N, C, H, W)`` or
-                a sequence of images gives a list of certificates.
+            image: ``(C, H, W)`` or ``(H, W, C)``, float in [0, 1] or uint8, or of PIL, at the classifier's input size;
+                a batch ``(N, C, H, W)`` or a sequence of images gives a list of certificates.
             n0: selection samples.
             n: estimation samples, fresh ones; at most so many with a tolerance.
             alpha: failure probability per image.

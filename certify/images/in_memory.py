@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from certify.errors import ImageError, UserError, first_line
 from certify.images.dataset import ImageSet, check_selection
@@ -19,8 +21,8 @@ from certify.images.preprocess import preprocess
 from certify.models.classifier import InputSpec
 
 EXPECTED = (
-    "images (N, C, H, W) as a tensor or array, one image (C, H, W), a list of images, a Dataset, a DataLoader, "
-    "or the name or path of data"
+    "images (N, C, H, W) as a tensor or array, one image (C, H, W) or of PIL, a list of images, a Dataset, a "
+    "DataLoader, an ImageSet, or the name or path of data"
 )
 
 
@@ -88,17 +90,31 @@ def collect(images: Any, labels: Any = None, ids: Sequence[str] | None = None) -
     """Return the images of a Python object, each to be read when it is needed.
 
     Args:
-        images: a tensor or array ``(N, C, H, W)``, ``(N, H, W, C)`` or of one image; a list of images; a ``Dataset`` of
-            images or of (image, label); a ``DataLoader``, whose batches are read once, in its order.
-        labels: N class indices, in place of the data set's own; None for an image without a label.
+        images: a tensor or array ``(N, C, H, W)``, ``(N, H, W, C)`` or of one image; an image of PIL; a list of images;
+            a ``Dataset`` of images or of (image, label), which must return the same image at each read; a
+            ``DataLoader``, whose batches are read once, in its order; what :func:`certify.load_images` returned.
+        labels: N class indices, in place of the data set's own; None for an image without a label. Refused with a
+            ``DataLoader`` that shuffles.
         ids: N names, unique; the default is the position. With the seed, a name fixes the noise of its image.
 
     Raises:
         UserError: something else, no images, or labels and ids that do not fit.
     """
     check_selection(1, 0, None, ids)
-    if isinstance(images, DataLoader):
+    if isinstance(images, ImageSet):
+        if labels is None and ids is None:
+            return Collection(images.items, images.labels, images.name)
+        reads: Reads = [item.read for item in images.items]
+        own: list[int | None] | None = list(images.labels)
+    elif isinstance(images, DataLoader):
+        if (labels is not None or ids is not None) and not _in_order(images):
+            raise UserError(
+                f"{'ids' if labels is None else 'labels'} with a DataLoader that does not keep the order of its images "
+                f"({type(images.sampler).__name__}); expected shuffle=False, or batches of (images, labels)"
+            )
         reads, own = _batches(images)
+    elif isinstance(images, Image):
+        reads, own = [functools.partial(_same, images)], None
     elif isinstance(images, Tensor | np.ndarray):
         if images.ndim not in (3, 4):
             raise UserError(f"images of shape {tuple(images.shape)}; expected {EXPECTED}")
@@ -119,6 +135,16 @@ def collect(images: Any, labels: Any = None, ids: Sequence[str] | None = None) -
 
 
 Reads = list[Callable[[], Any]]
+
+
+def _in_order(loader: DataLoader[Any]) -> bool:
+    """True if batches come in the order of the data set."""
+    if isinstance(loader.dataset, IterableDataset):
+        return True
+    batches = loader.batch_sampler
+    if batches is None:
+        return isinstance(loader.sampler, SequentialSampler)
+    return type(batches) is BatchSampler and isinstance(batches.sampler, SequentialSampler)
 
 
 def _batches(loader: DataLoader[Any]) -> tuple[Reads, list[int | None] | None]:
@@ -143,19 +169,45 @@ def _elements(images: Any) -> tuple[Reads, list[int | None] | None]:
     if not count:
         return [], None
     if not _is_pair(images[0]):
-        return [functools.partial(images.__getitem__, i) for i in range(count)], None
+        return [_Element(images, i) for i in range(count)], None
     targets = getattr(images, "targets", None)
     if targets is None or len(targets) != count or getattr(images, "target_transform", None) is not None:
         targets = [images[i][1] for i in range(count)]
-    return [functools.partial(_first, images, i) for i in range(count)], _as_labels(targets, count)
+    labels = _as_labels(targets, count)
+    return [_Element(images, i, label=label, pair=True) for i, label in enumerate(labels)], labels
+
+
+@dataclass
+class _Element:
+    """One element of a data set, which must be the same at each read: the image, and the label read before."""
+
+    images: Any
+    index: int
+    label: int | None = None
+    pair: bool = False
+    digest: bytes = b""
+
+    def __call__(self) -> Any:
+        element = self.images[self.index]
+        image = element[0] if self.pair else element
+        if self.pair and _as_labels([element[1]], 1) != [self.label]:
+            raise UserError(
+                f"image {self.index}: the {type(self.images).__name__} returns label {element[1]}, and its targets "
+                f"{self.label}; pass the right ones as labels="
+            )
+        array = np.ascontiguousarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+        digest = hashlib.sha256(array.tobytes()).digest()
+        if self.digest and digest != self.digest:
+            raise UserError(
+                f"image {self.index} of the {type(self.images).__name__} differs between two reads (random "
+                "augmentation?); expected a data set that returns the same image each time"
+            )
+        self.digest = digest
+        return image
 
 
 def _is_pair(element: Any) -> bool:
     return isinstance(element, tuple | list) and len(element) == 2 and np.ndim(element[1]) == 0
-
-
-def _first(images: Any, index: int) -> Any:
-    return images[index][0]
 
 
 def _same(image: Any) -> Any:
@@ -179,9 +231,12 @@ def _read(read: Callable[[], Any]) -> np.ndarray:
 
     Raises:
         ImageError: the data set fails on it.
+        UserError: it differs from an earlier read.
     """
     try:
         image = read()
         return image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    except UserError:
+        raise
     except Exception as error:  # the user's own data set
         raise ImageError(f"cannot be read: {type(error).__name__}: {first_line(error)}") from error

@@ -92,6 +92,22 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
     return tensor.clamp(0.0, 1.0) + 0.0  # -0.0 is 0.0: equal images have equal bits, and so the same noise
 
 
+def channels_first(image: Any, channels: int | None) -> Any:
+    """Return an array, a tensor or a PIL image as ``(C, H, W)``; one of other dimensions as it is.
+
+    Args:
+        image: ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)``.
+        channels: of the classifier, or None.
+    """
+    array = image if isinstance(image, Tensor | np.ndarray) else np.asarray(image)
+    if array.ndim not in (2, 3):
+        return image
+    own, last = channels_of(array.shape, channels)
+    if array.ndim == 2:
+        return array[None]
+    return (array.permute(2, 0, 1) if isinstance(array, Tensor) else np.moveaxis(array, 2, 0))[:own] if last else array
+
+
 def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
     """Convert an array (H, W), (H, W, C) or (C, H, W) to ``(C, H, W)`` in [0, 1] with the classifier's channels.
 
@@ -99,10 +115,9 @@ def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
         ImageError: other channels, or values that :func:`as_image` refuses.
     """
     if array.ndim in (2, 3):
-        own, last = channels_of(array.shape, channels)
-        if channels is not None and own != channels and {own, channels} != {1, 3}:
-            raise ImageError(f"has {own} channels; the classifier takes {channels}")
-        array = array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)[:own] if last else array
+        array = channels_first(array, channels)
+        if channels is not None and len(array) != channels and {len(array), channels} != {1, 3}:
+            raise ImageError(f"has {len(array)} channels; the classifier takes {channels}")
     image = as_image(array, None)
     if channels == 3 and image.shape[0] == 1:
         return image.expand(3, -1, -1).contiguous()
