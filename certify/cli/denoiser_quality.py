@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from certify.smoothing.rounding import ceil_to, floor_to
 
@@ -36,7 +36,7 @@ class Evaluation:
     images: ImageSet
     shapes: Collection[tuple[int, ...]]
     reports: Sequence[DenoiserReport]
-    descriptions: Sequence[dict[str, Any]]
+    descriptions: Sequence[Mapping[str, object]]
     unreadable: int
 
     @property
@@ -104,7 +104,7 @@ def _ssim_note(window: int | None) -> str:
     return "; no SSIM without scikit-image: pip install 'certify-toolkit[train]'"
 
 
-def to_json(evaluation: Evaluation, picture: Path | None) -> dict[str, Any]:
+def to_json(evaluation: Evaluation, picture: Path | None) -> dict[str, object]:
     """Return all results; null for those that do not exist, and for an infinite PSNR."""
     first = evaluation.reports[0]
     return {
@@ -123,25 +123,24 @@ def to_json(evaluation: Evaluation, picture: Path | None) -> dict[str, Any]:
     }
 
 
-def _result(report: DenoiserReport, described: dict[str, Any]) -> dict[str, Any]:
-    def as_dict(share: Share | None) -> dict[str, Any] | None:
-        if share is None:
-            return None
-        low, high = share.interval
-        return {"share": share.value, "count": share.count, "total": share.total, "low95": low, "high95": high}
-
-    line: dict[str, Any] = {
-        "sigma": report.sigma,
-        "denoiser": described,
-        "accuracy_clean": as_dict(report.clean_accuracy),
-    }
+def _result(report: DenoiserReport, described: Mapping[str, object]) -> dict[str, object]:
+    result = {"sigma": report.sigma, "denoiser": described, "accuracy_clean": _share_json(report.clean_accuracy)}
     for kind, quality in (("noisy", report.noisy), ("denoised", report.denoised)):
-        line[f"psnr_{kind}"] = quality.psnr if math.isfinite(quality.psnr) else None
-        line[f"mse_{kind}"] = quality.mse
-        line[f"ssim_{kind}"] = quality.ssim
-        line[f"accuracy_{kind}"] = as_dict(quality.accuracy)
-        line[f"agreement_{kind}"] = as_dict(quality.agreement)
-    return line
+        result |= {
+            f"psnr_{kind}": quality.psnr if math.isfinite(quality.psnr) else None,
+            f"mse_{kind}": quality.mse,
+            f"ssim_{kind}": quality.ssim,
+            f"accuracy_{kind}": _share_json(quality.accuracy),
+            f"agreement_{kind}": _share_json(quality.agreement),
+        }
+    return result
+
+
+def _share_json(share: Share | None) -> dict[str, float] | None:
+    if share is None:
+        return None
+    low, high = share.interval
+    return {"share": share.value, "count": share.count, "total": share.total, "low95": low, "high95": high}
 
 
 def draw(evaluation: Evaluation, kept: Sequence[Sequence[Outcome]], path: Path, class_names: ClassNames | None) -> None:
