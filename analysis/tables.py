@@ -51,6 +51,12 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str, *, 
     return table
 
 
+def captioned(lines: Sequence[str], table: str, style: str) -> str:
+    """Return a table below lines of text, which are comments in LaTeX."""
+    caption = "\n".join(map(printable, lines))
+    return textwrap.indent(caption, "% ") + f"\n{table}" if style == "latex" else f"{caption}\n\n{table}"
+
+
 def compare(
     lines: Sequence[Line],
     radii: Sequence[float],
@@ -90,13 +96,11 @@ def compare(
             if line.labelled:
                 about.append(_figure(line.average_radius, DECIMALS[line.norm] - 1, least=line.stopped))
         rows.append([*about, *_cells(line, radii, relative_to or 1.0, intervals=intervals)])
-    caption = "\n".join(map(printable, _caption(lines, relative_to, intervals=intervals)))
-    caption = textwrap.indent(caption, "% ") + "\n" if style == "latex" else f"{caption}\n\n"
     text = render([*header, *(f"r = {exact(r)}" for r in radii)], rows, style)
     if style == "latex":  # tabulate would escape the dollars
         for r in radii:
             text = text.replace(f" r = {exact(r)} ", f" $r = {exact(r)}$ ", 1)
-    return caption + text
+    return captioned(_caption(lines, relative_to, intervals=intervals), text, style)
 
 
 def _figure(lower: float, digits: int = 3, *, least: bool) -> str:
@@ -215,11 +219,11 @@ def compare_families(
             ]
             rows.append([*(name if i == 0 else ["", ""]), *cells, CORRECTIONS[f.correction(correction)]])
     title, notes = _guarantees(curves, {f.correction(correction) for f in families})
+    table, filled = render(header, rows, style), [textwrap.fill(note, 110) for note in notes]
     if style == "latex":
-        lines = [title, *(line for note in notes for line in textwrap.wrap(note, 110))]
-        return "".join(f"% {line}\n" for line in lines) + render(header, rows, style)
+        return captioned("\n".join([title, *filled]).split("\n"), table, style)
     between = "\n\n" if style == "markdown" else "\n"
-    return f"{title}\n\n{render(header, rows, style)}\n\n" + between.join(textwrap.fill(note, 110) for note in notes)
+    return f"{captioned([title], table, style)}\n\n{between.join(filled)}"
 
 
 def _joint_interval(c: Curve, radii: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

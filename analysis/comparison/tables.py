@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TypedDict
 
 from analysis.comparison.results import GROUPS, Cell, Comparison, Condition
-from analysis.tables import render
+from analysis.tables import captioned, render
 from certify.smoothing.rounding import ceil_to, exact, floor_to
 from certify.text import printable
 
@@ -16,12 +15,10 @@ def tabulate_comparison(comparison: Comparison, style: str = "text") -> str:
     if style == "csv":
         cells = [list(row.values()) for row in records(comparison)]
         return render(list(Record.__annotations__), cells, style)
-    caption = "\n".join(map(printable, caption_of(comparison)))
-    caption = textwrap.indent(caption, "% ") + "\n" if style == "latex" else f"{caption}\n\n"
     between = "\n" if style == "text" else " "  # a terminal is narrower than a page
     tables = [table(comparison, between) for table in (_accuracies, _costs, _pairs)]
     parts = [render(*table, style, multiline=True) for table in tables if table is not None]
-    return caption + "\n\n".join([*parts, *_failures(comparison, style)])
+    return captioned(caption_of(comparison), "\n\n".join([*parts, *_failures(comparison, style)]), style)
 
 
 def caption_of(comparison: Comparison) -> list[str]:
