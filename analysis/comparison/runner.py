@@ -81,37 +81,60 @@ def compare(
                 todo = [i for i, id_ in enumerate(chunk.ids) if outcome_id(id_, name, condition.key) not in file.done]
                 if not todo or not applies(defence, condition):
                     continue
-                cell, part, outcomes = (name, condition.key), chunk.take(todo), []
-                why = failed.get(cell, defence if isinstance(defence, str) else "")
-                if not why and isinstance(defence, Defence):
+                part = _Part(name, condition, chunk.take(todo), plan)
+                reason = failed.get((name, condition.key), defence if isinstance(defence, str) else "")
+                if not reason and isinstance(defence, Defence):
                     adaptive = condition.group == "adaptive"  # other images are the same for all defences
                     try:
-                        proposed = _craft(context, condition, defence, part) if adaptive else common().take(todo)
-                        outcomes = _evaluate(defence, name, condition, part, proposed, plan)
+                        shown = _craft(context, condition, defence, part.chunk) if adaptive else common().take(todo)
+                        outcomes = _evaluate(defence, part, shown)
                         if condition.attacked:
-                            outcomes = _test_certificates(defence, outcomes, part, proposed, file, plan)
+                            outcomes = _test_certificates(defence, part, shown, outcomes, file)
                     except Exception as error:  # of any defence or attack
-                        why = in_words(error)
-                if why:
-                    failed[cell] = why
-                    outcomes = [_outcome(part, i, name, condition, [], error=why) for i in range(len(todo))]
+                        reason = in_words(error)
+                if reason:
+                    failed[name, condition.key] = reason
+                    outcomes = [part.outcome(i, [], error=reason) for i in range(len(todo))]
                 for outcome in outcomes:
                     file.append(outcome)
                 progress(len(outcomes))
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The images of a chunk that a defence, by its name, still has to classify under a condition."""
+
+    name: str
+    condition: Condition
+    chunk: _Chunk
+    plan: Plan
+
+    def outcome(self, i: int, answers: Sequence[int], **more: Any) -> Outcome:
+        """Return the line of the i-th image."""
+        image, key = self.chunk.ids[i], self.condition.key
+        return Outcome(
+            id=outcome_id(image, self.name, key),
+            image=image,
+            defence=self.name,
+            condition=key,
+            label=int(self.chunk.labels[i]),
+            answers=list(answers),
+            **more,
+        )
+
+
 def _test_certificates(
-    defence: Defence, outcomes: Sequence[Outcome], chunk: _Chunk, proposed: Proposed, file: ComparisonFile, plan: Plan
+    defence: Defence, part: _Part, shown: Proposed, outcomes: Sequence[Outcome], file: ComparisonFile
 ) -> list[Outcome]:
     """Add the smoothed prediction for images attacked within their certified radius whose votes changed."""
-    tested, smoothed = [], None
-    for outcome, clean, attacked in zip(outcomes, chunk.images, proposed.images, strict=True):
+    tested, smoothed, plan = [], None, part.plan
+    for outcome, clean, attacked in zip(outcomes, part.chunk.images, shown.images, strict=True):
         held = file.done.get(outcome_id(outcome.image, outcome.defence, SMOOTHING.key))
         within = held is not None and held.error is None and (outcome.l2 or 0.0) < (held.radius or 0.0)
         if held is not None and within and outcome.answers != held.answers:
             smoothed = smoothed or _smoothed(defence)
-            n, alpha = plan.certify_n, plan.alpha
-            met = crossing(smoothed, outcome.image, clean, attacked, n=n, alpha=alpha, seed=plan.attacks.seed)
+            n, alpha, seed = plan.certify_n, plan.alpha, plan.attacks.seed
+            met = crossing(smoothed, outcome.image, clean, attacked, n=n, alpha=alpha, seed=seed)
             record = Crossed(distance=met.distance, prediction=met.prediction, alpha=met.alpha)
             outcome = outcome.replace(crossing=record)  # noqa: PLW2901
         tested.append(outcome)
@@ -176,74 +199,50 @@ def _craft(context: AttackContext, condition: Condition, target: Defence, chunk:
     return Proposed(proposed.images, proposed.queries, proposed.notes or [""] * len(chunk.ids))
 
 
-def _evaluate(
-    defence: Defence, name: str, condition: Condition, chunk: _Chunk, shown: Proposed, plan: Plan
-) -> list[Outcome]:
+def _evaluate(defence: Defence, part: _Part, shown: Proposed) -> list[Outcome]:
     """Classify the proposed images, or certify the clean ones."""
+    chunk, plan, condition = part.chunk, part.plan, part.condition
     if condition.group == "certified":
         smoothed = _smoothed(defence)
-        return [_certified(smoothed, name, condition, chunk, i, plan) for i in range(len(chunk.ids))]
-    keys = [stream_key(plan.attacks.seed, image, f"judge {name} {condition.key}") for image in chunk.ids]
+        return [_certified(smoothed, part, i) for i in range(len(chunk.ids))]
+    keys = [stream_key(plan.attacks.seed, image, f"judge {part.name} {condition.key}") for image in chunk.ids]
     turns = plan.repeats if defence.random else 1
     start = time.perf_counter()
     answers = [defence(shown.images, keys, turn).tolist() for turn in range(turns)]
     seconds = (time.perf_counter() - start) / turns / len(chunk.ids)
     per_image = list(zip(*answers, strict=True))
-    failures = sum(FAILED in given for given in per_image)
-    if failures:
+    if failures := sum(FAILED in given for given in per_image):
         raise RunFault(f"no finite answer for {failures} of {len(chunk.ids)} images")
-    outcomes = []
-    for i, given in enumerate(per_image):
-        distance = shown.images[i] - chunk.images[i]
-        outcome = _outcome(
-            chunk,
+    moved = shown.images - chunk.images
+    return [
+        part.outcome(
             i,
-            name,
-            condition,
-            list(given),
-            l2=float(distance.norm()),
-            linf=float(distance.abs().max()),
+            given,
+            l2=float(moved[i].norm()),
+            linf=float(moved[i].abs().max()),
             queries=int(shown.queries[i]),
             note=shown.notes[i],
             seconds=seconds,
         )
-        outcomes.append(outcome)
-    return outcomes
+        for i, given in enumerate(per_image)
+    ]
 
 
-def _certified(
-    smoothed: SmoothedClassifier, name: str, condition: Condition, chunk: _Chunk, i: int, plan: Plan
-) -> Outcome:
+def _certified(smoothed: SmoothedClassifier, part: _Part, i: int) -> Outcome:
     """Decide whether the smoothed classifier is certifiably robust at the plan's radius."""
-    image = chunk.images[i]
+    image, plan = part.chunk.images[i], part.plan
     radius = plan.l2_radius(image.numel())
     start = time.perf_counter()
     if smoothed.noise.probability(radius) >= 1:  # rounds to 1: no number of votes suffices
-        more: dict[str, Any] = {"radius": 0.0, "outcome": NOT_CERTIFIABLE, "queries": 0, "seconds": 0.0}
-        return _outcome(chunk, i, name, condition, [ABSTAIN], **more)
+        return part.outcome(i, [ABSTAIN], radius=0.0, outcome=NOT_CERTIFIABLE, queries=0, seconds=0.0)
     decision = smoothed.decide(
-        image, radius=radius, alpha=plan.alpha, n=plan.certify_n, seed=plan.attacks.seed, image_id=chunk.ids[i]
+        image, radius=radius, alpha=plan.alpha, n=plan.certify_n, seed=plan.attacks.seed, image_id=part.chunk.ids[i]
     )
-    return _outcome(
-        chunk,
+    return part.outcome(
         i,
-        name,
-        condition,
         [decision.prediction],
         radius=decision.radius,
         outcome=decision.outcomes[-1],
         queries=decision.drawn,
         seconds=time.perf_counter() - start,
-    )
-
-
-def _outcome(chunk: _Chunk, i: int, name: str, condition: Condition, answers: list[int], **more: Any) -> Outcome:
-    return Outcome(
-        id=outcome_id(chunk.ids[i], name, condition.key),
-        image=chunk.ids[i],
-        defence=name,
-        condition=condition.key,
-        label=int(chunk.labels[i]),
-        answers=answers,
-        **more,
     )
