@@ -21,11 +21,11 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from certify import SmoothedClassifier
-from certify.cli.serve import _picture
 from certify.engine.contract import COPIES
 from certify.serve.admission import Admission, Limits
 from certify.serve.app import build_app, site_check
 from certify.serve.batching import Service, class_names
+from certify.serve.pictures import read_picture
 from certify.serve.request_handler import Metrics, RequestHandler
 from certify.serve.server import listen, serve, url_of
 from certify.smoothing.procedures import Certify
@@ -55,7 +55,7 @@ def application(
     names = names or class_names(getattr(classifier, "class_names", None))
     spec = getattr(classifier, "input", None)
     with Service(smoothed, size, procedure, limits, names, metrics.samples.inc, SEED) as service:
-        picture = picture or functools.partial(_picture, spec=spec, max_pixels=limits.max_pixels)
+        picture = picture or functools.partial(read_picture, spec=spec, max_pixels=limits.max_pixels)
         about = {"sigma": 0.25, "norm": "l2", "alpha": ALPHA}
         handler = RequestHandler(service, "digits", picture, metrics, admission, about)
         yield build_app(handler, site_check(["testserver", "x"])), service, admission, metrics

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -23,7 +23,6 @@ from certify.errors import UserError
 if TYPE_CHECKING:
     import socket
 
-    import numpy as np
     from starlette.requests import Request
 
     from certify.blackbox.service_spec import ServiceSpec
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from certify.smoothing.procedures import Certify, Decide
 
 _CLASSES = 1000  # labels of a service that are told apart, unless --num-classes says otherwise
-_MAX_ASPECT = 20  # longer side of an image file, in units of its shorter side
 _OF_MODELS = ("weights", "mean", "std", "precision", "compile")
 _OF_SERVICES = (
     *("protocol", "extra", "encoding", "sdk", "api_key_env", "auth_header", "auth_query", "insecure", "rate"),
@@ -264,6 +262,7 @@ def _serve(
     from certify.serve.app import build_app
     from certify.serve.batching import Service
     from certify.serve.endpoint import Endpoint
+    from certify.serve.pictures import example_picture, read_picture
     from certify.serve.request_handler import Metrics, RequestHandler
     from certify.serve.server import is_loopback, serve, url_of
 
@@ -285,11 +284,10 @@ def _serve(
         "input": "x".join(map(str, spec.size)),
     }
 
-    def decode(content: bytes) -> np.ndarray:
-        return _picture(content, spec, limits.max_pixels)
-
-    example = _example(server.example, spec.size, decode, digits=smoothed.classifier.describe().get("name") == "digits")
-    handler = RequestHandler(service, name, decode, metrics, admission, about, example)
+    read = functools.partial(read_picture, spec=spec, max_pixels=limits.max_pixels)
+    digits = smoothed.classifier.describe().get("name") == "digits"
+    example = example_picture(server.example, spec.size, read, digits=digits)
+    handler = RequestHandler(service, name, read, metrics, admission, about, example)
     _show(name, service, noise, remote=isinstance(smoothed.classifier, Endpoint), budget=budget)
     with service:
         if smoothed.execution is not None:
@@ -339,41 +337,6 @@ def _show(name: str, service: Service, noise: NoiseOptions, *, remote: bool, bud
     say(f"radius     at most {ceil_to(cap, DECIMALS[service.stated.norm])} ({service.stated.norm}) at this n and alpha")
     if cap == 0.0:
         warn(f"n = {procedure.n} can certify nothing at alpha = {alpha}: every image will abstain")
-
-
-def _example(
-    path: str | None, size: tuple[int, int, int], decode: Callable[[bytes], np.ndarray], *, digits: bool
-) -> bytes | None:
-    """Return the PNG file of the page's example: the user's file, or a digit or landscape at the classifier's size.
-
-    None if the classifier takes neither grey nor colour images.
-    """
-    import torch
-
-    from certify.blackbox.encoding import encode, to_pictures
-    from certify.serve.example import digit, landscape
-
-    if size[0] not in (1, 3):
-        return None
-    if path is None:
-        image = digit() if digits and size == (1, 8, 8) else landscape(size)
-    else:
-        try:
-            image = torch.from_numpy(decode(Path(path).read_bytes()))
-        except OSError as error:
-            raise UserError(f"--example {path}: cannot be read: {error.strerror}") from None
-        except UserError as error:
-            raise UserError(f"--example {path}: the image {error}") from None
-    return encode(to_pictures(image[None])[0])
-
-
-def _picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:
-    """Decode an image file to the classifier's input, ``(C, H, W)`` in [0, 1]."""
-    from certify.images.decode import DecodeLimits, decode
-    from certify.images.preprocess import resize_to_input
-
-    limits = DecodeLimits(max_pixels, max_aspect=_MAX_ASPECT)
-    return resize_to_input(decode(content, spec.size[0] if spec.size is not None else 3, limits), spec, limits).numpy()
 
 
 def _require_extra() -> None:

@@ -65,7 +65,7 @@ class Limits:
 
     def most_images(self, size: Sequence[int]) -> int:
         """Return the maximum number of images ``(C, H, W)`` per request."""
-        return max(1, min(self.max_images, self.max_pixels // (size[1] * size[2])))
+        return min(self.max_images, self.max_pixels // (size[1] * size[2]))
 
 
 class Slots:

@@ -185,8 +185,6 @@ class Service:
                 "request fewer 'samples' or fewer images",
                 "budget",
             )
-        if self._broken is not None:
-            raise _fault(self._broken)
         request = deque(_Image(pixels, options, procedure) for pixels in images)
         answers = [image.answer for image in request]
         for image in request:

@@ -215,10 +215,10 @@ def _images(tensor: Mapping[str, Any], tail: bytes, size: tuple[int, int, int], 
     valid = isinstance(shape, list) and len(shape) == 4 and all(type(n) is int and 0 < n < 2**31 for n in shape)
     if not isinstance(shape, list) or not valid or tuple(shape[1:]) != size:
         raise Refused(400, f"shape {str(shape)[:60]}: expected {_shape(size)}, at least one image")
-    if shape[0] * size[1] * size[2] > limits.max_pixels:
-        raise Refused(413, f"{shape[0]:,} images have more than {limits.max_pixels:,} pixels, the limit", "too large")
-    if shape[0] > limits.max_images:
-        raise Refused(413, f"{shape[0]:,} images; a request may have {limits.max_images:,}", "too large")
+    if shape[0] > (most := limits.most_images(size)):
+        raise Refused(
+            413, f"{shape[0]:,} images; a request may have {most:,} of {size[1]}x{size[2]} pixels", "too large"
+        )
     if parameter(tensor, "binary_data_size") is not None:
         values = _binary_values(tensor, tail, datatype, math.prod(shape))
     elif tail:
