@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from certify.api import predict as predict
     from certify.auditing import audit as audit
     from certify.comparing import compare as compare
+    from certify.comparing import evaluate_denoiser as evaluate_denoiser
     from certify.errors import CertifyError as CertifyError
     from certify.errors import UserError as UserError
     from certify.images.dataset import load_images as load_images
@@ -63,6 +64,7 @@ _HOME = {
     "certify": "api",
     "clopper_pearson_lower": "smoothing.bounds",
     "compare": "comparing",
+    "evaluate_denoiser": "comparing",
     "load_classifier": "models.load",
     "load_images": "images.dataset",
     "make_noise": "smoothing.noise",

@@ -1,7 +1,7 @@
-"""Compare defences of a frozen classifier: accuracies without attack and under attacks, beside certificates.
+"""Compare defences of a frozen classifier under attacks, beside certificates; measure a denoiser.
 
-:func:`compare` is the function for scripts. ``certify compare`` loads the objects that its options name, and takes the
-same steps (:mod:`analysis.comparison.plan`, :mod:`analysis.comparison.runner`).
+:func:`compare` and :func:`evaluate_denoiser` are for scripts. The commands load the objects that their options name,
+and take the same steps (:mod:`analysis.comparison.plan`, :mod:`analysis.comparison.runner`; :mod:`training.evaluate`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -17,13 +17,16 @@ from certify.api import DataOptions, collect_images
 from certify.errors import ImageError, UserError
 from certify.errors import warn as _warn
 from certify.registry import check_options, chosen_options
-from certify.smoothed_classifier import ModelOptions, SmoothedClassifier
+from certify.smoothed_classifier import ModelOptions, SmoothedClassifier, find_denoiser
 from certify.text import progress_bar
 
 if TYPE_CHECKING:
+    import torch
+
     from analysis.comparison.results import Comparison
     from certify.images.dataset import ImageSet
     from certify.models.classifier import Classifier
+    from training.evaluate import DenoiserReport
 
 DEFENCES = ("none", "gs", "median", "bits", "jpeg", "tv")
 ATTACKS = ("blind-pgd", "square")
@@ -32,7 +35,7 @@ Warn = Callable[[str], None]
 
 
 class Options(ModelOptions, DataOptions, total=False):
-    """Further options of a comparison.
+    """Further options of a comparison or evaluation.
 
     Attributes:
         strict: stop at the first image that cannot be read, instead of leaving it out.
@@ -115,7 +118,9 @@ def compare(
     settings = AttackSettings(attacks, eps, norm, queries, steps, eot, seed)
     check_attacks(attacks, norm=norm, group=group, surrogates=len(surrogates))
     named = name_defences(defences)
-    classifier, chosen, name = _load(model, images, labels, options)
+    classifier, chosen = _load(model, images, labels, options)
+    if classifier is None:
+        raise UserError("model = None: expected a classifier")
     chosen = readable_images(chosen, strict=options.get("strict", False), warn=_warn)
     size = classifier.input.size
     settings = dataclasses.replace(settings, surrogates=tuple(_surrogate(one, size) for one in surrogates))
@@ -124,7 +129,7 @@ def compare(
     context.check_defences()
     plan = Plan.of(context, group, repeats=repeats, certify_n=certify_n, alpha=alpha)
     data = str(images) if isinstance(images, str | Path) else chosen.name
-    header = make_header(plan, context, model=name, data=data, command="certify.compare")
+    header = make_header(plan, context, model=classifier.name, data=data, command="certify.compare")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else None
         path = folder / "comparison.jsonl" if folder else Path(str(out))
@@ -135,6 +140,64 @@ def compare(
         comparison = read_comparison(path)
     comparison.require_sound()
     return comparison
+
+
+def evaluate_denoiser(
+    denoiser: Any,
+    images: Any,
+    labels: Any = None,
+    *,
+    sigma: float,
+    model: Any = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    **options: Unpack[Options],
+) -> DenoiserReport:
+    """Measure a denoiser on images plus Gaussian noise, one noise draw per image: PSNR, SSIM and accuracies.
+
+    These are empirical figures, not certificates; they are those of ``certify evaluate-denoiser`` on the same images.
+
+    Args:
+        denoiser: name as of ``--denoiser``, module, or function of noisy images with or without the noise level.
+        images: as for :func:`certify`.
+        labels: as for :func:`certify`; used with a model only.
+        sigma: standard deviation of the noise, in [0, 1] pixels.
+        model: as for :func:`certify`; None measures images alone.
+        seed: of the noise.
+        device: of denoiser and classifier.
+        **options: keyword arguments of :func:`load_images`, with a model those of :func:`load_classifier`, ``strict``,
+            and ``progress`` (:class:`certify.comparing.Options`).
+
+    Returns:
+        PSNR in dB, SSIM (with scikit-image), and with a model its accuracy and its agreement with its labels of the
+        clean images, for noisy and denoised images.
+
+    Raises:
+        UserError: an unknown name, sigma out of range, or images that cannot be used.
+        ContractError: denoiser or classifier is not a fixed function of one image.
+    """
+    from certify.engine.hardware import find_device
+    from training.evaluate import Example, measure, summarise
+
+    check_options(Options, options, evaluate_denoiser)
+    classifier, chosen = _load(model, images, labels, options)
+    chosen = readable_images(chosen, strict=options.get("strict", False), warn=_warn)
+    size = chosen.input.size or chosen.first_shape()
+    identity = None if classifier is None else classifier.identity
+    module = find_denoiser(denoiser, sigma, size, identity, trust_code=options.get("trust_code", False))
+    if module is None:
+        raise UserError(f"denoiser = {denoiser!r}: expected a denoiser to measure")
+    where = str(find_device(device))
+    with progress_bar(len(chosen), "images", hidden=not options.get("progress", True)) as bar:
+
+        def examples() -> Iterator[Example]:
+            for i, item in enumerate(chosen.items):
+                yield Example(item.id, chosen.load(i), chosen.labels[i])
+                bar.update()
+
+        behind = None if classifier is None else classifier.to(where)
+        outcomes = measure(module.eval().to(where), examples(), sigma, classifier=behind, seed=seed, device=where)
+        return summarise(outcomes, sigma, seed)
 
 
 def name_defences(defences: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
@@ -165,14 +228,21 @@ def _name_of(defence: Any) -> str:
     return str(getattr(defence, "name", None) or getattr(defence, "__name__", type(defence).__name__))
 
 
-def _load(model: Any, images: Any, labels: Any, options: Mapping[str, Any]) -> tuple[Classifier, ImageSet, str]:
-    """Return the classifier, the images at its input, and its name."""
-    from certify.images.dataset import load_images
+def _load(model: Any, images: Any, labels: Any, options: Mapping[str, Any]) -> tuple[Classifier | None, ImageSet]:
+    """Return the classifier and the images at its input; without a model, the images without labels."""
+    from certify.images.dataset import InputOnly, load_images
     from certify.models.classifier import Classifier
     from certify.models.load import load_classifier
 
     of_data, of_model = chosen_options(DataOptions, options), chosen_options(ModelOptions, options)
     collection = collect_images(images, labels, of_data)
+    if model is None:
+        if given := sorted(of_model.keys() - {"input_size", "trust_code"}):
+            raise UserError(f"{given[0]} without a model: leave it out, or pass the model")
+        view = InputOnly.at(options.get("input_size"))
+        if collection is None:
+            return None, load_images(str(images), view, labels="none", **of_data)
+        return None, collection.without_labels().image_set(view.input, 0, **of_data)
     if isinstance(model, Classifier):
         if of_model:
             raise UserError(f"{min(of_model)} with a loaded classifier: expected it in load_classifier")
@@ -186,7 +256,7 @@ def _load(model: Any, images: Any, labels: Any, options: Mapping[str, Any]) -> t
     else:
         chosen = collection.image_set(classifier.input, classifier.num_classes, **of_data)
     classifier.probe_size = classifier.probe_size or chosen.first_shape()
-    return classifier, chosen, classifier.name
+    return classifier, chosen
 
 
 def _surrogate(model: Any, size: tuple[int, int, int] | None) -> Classifier:

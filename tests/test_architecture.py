@@ -28,7 +28,7 @@ KNOW_MORE = {
     "certify/smoothed_classifier.py": {"denoisers"},  # SmoothedClassifier(denoiser="auto")
     "certify/results.py": {"analysis"},  # Run.table, Run.plot
     "certify/auditing.py": {"denoisers", "analysis"},  # a denoiser by name, the report
-    "certify/comparing.py": {"denoisers", "analysis"},  # defences, attacks
+    "certify/comparing.py": {"denoisers", "analysis", "training"},  # defences, attacks, measurements
 }
 """Modules that users call, which import other packages when a method needs them."""
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from scipy.special import digamma, polygamma
 from torch import Tensor, nn
 
+import certify
 from analysis.curves import proportion_interval
 from analysis.grid import Panel, Row, draw_grid
 from certify import load_classifier, load_images
@@ -261,3 +263,44 @@ def test_without_a_classifier_images_keep_their_size(folder: Path, capsys: pytes
     assert "<svg" in Path("g.svg").read_text()
     run(*options, "--strict", code=2)
     assert "broken.png" in capsys.readouterr().err
+
+
+def test_python_and_the_command_measure_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "evaluate-denoiser --model digits --data digits --skip 25 --denoiser median --sigma 0.25 --seed 3"
+    run(*line.split(), "--images", "0", "--json")
+    (theirs,) = json.loads(capsys.readouterr().out)["results"]
+    ours = certify.evaluate_denoiser("median", "digits", skip=25, sigma=0.25, seed=3, model="digits", progress=False)
+    for kind, quality in (("noisy", ours.noisy), ("denoised", ours.denoised)):
+        shown = {name: theirs[f"{name}_{kind}"] for name in ("psnr", "mse", "ssim")}
+        assert shown == {"psnr": quality.psnr, "mse": quality.mse, "ssim": quality.ssim}
+        assert quality.accuracy is not None
+        assert quality.agreement is not None
+        counts = theirs[f"accuracy_{kind}"]["count"], theirs[f"agreement_{kind}"]["count"]
+        assert counts == (quality.accuracy.count, quality.agreement.count)
+    assert ours.clean_accuracy is not None
+    assert theirs["accuracy_clean"]["count"] == ours.clean_accuracy.count
+
+
+def test_a_function_on_tensors_without_a_model() -> None:
+    def half(noisy: Tensor) -> Tensor:
+        return noisy / 2
+
+    ours = certify.evaluate_denoiser(half, NATURAL, sigma=0.25, progress=False)
+    assert figures(ours) == figures(evaluate_denoiser(Made(lambda noisy, sigma: noisy / 2), NATURAL, 0.25))
+    assert ours.clean_accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"denoiser": "medain"}, "unknown denoiser 'medain'"),
+        ({"denoiser": "none"}, "denoiser = 'none': expected a denoiser to measure"),
+        ({"sigma": -1.0}, "sigma"),
+        ({"num_classes": 3}, "num_classes without a model"),
+        ({"max_imges": 3}, "max_imges"),
+    ],
+)
+def test_arguments_that_are_refused(options: dict[str, Any], message: str) -> None:
+    given = {"denoiser": "median", "sigma": 0.25, "progress": False} | options
+    with pytest.raises(UserError, match=message):
+        certify.evaluate_denoiser(images=NATURAL, **given)
