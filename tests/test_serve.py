@@ -1050,6 +1050,13 @@ def test_wrong_options_are_one_line(options: str, words: str, capfd: pytest.Capt
     assert any(word in last for word in words.split("|")), last
 
 
+def test_an_endpoint_needs_an_input_size_and_no_protocol(capfd: pytest.CaptureFixture[str]) -> None:
+    run("serve", "--endpoint", "http://127.0.0.1:9", "--sigma", "0.25", code=2)
+    assert "--endpoint without --input-size: expected" in capfd.readouterr().err
+    run("serve", "--endpoint", "http://127.0.0.1:9", "--sigma", "0.25", "--input-size", "1x8x8", "--port", "0", code=1)
+    assert "http://127.0.0.1:9 cannot be reached" in capfd.readouterr().err
+
+
 SERVICE = ("--protocol", "google-vision", "--input-size", "1x8x8", "--sigma", "0.25")
 
 

@@ -55,6 +55,12 @@ class ServedServiceOptions(ServiceOptions):
         "endpoint",
         help="URL of a black-box API, in place of --model; not needed for protocols with a fixed URL.",
     )
+    protocol: str = overridden(
+        ServiceOptions,
+        "protocol",
+        default="v2",
+        help="Protocol of the API (`certify list protocols`); v2 reads its options from the server.",
+    )
     query_concurrency: int = option(
         type=Count("requests at a time"), default=4, help="Maximum number of requests to the API in flight."
     )
@@ -155,7 +161,7 @@ def serve(
     """
     _require_extra()
     spec = _check_options(model, service, noise)
-    name = server.name or re.sub(r"[^A-Za-z0-9._-]+", "-", model.model or service.protocol or "").strip("-")
+    name = server.name or re.sub(r"[^A-Za-z0-9._-]+", "-", model.model or service.protocol).strip("-")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
         raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', such as resnet50")
     from certify.serve.admission import Limits
@@ -185,11 +191,10 @@ def _check_options(
         check_noise(noise)
         check_classifier(model.model, model, noise.denoiser)
         return None
-    if service.endpoint is None and service.protocol is None:
+    if service.endpoint is None and not given_by_user("protocol"):
         raise UserError(_ONE_OF)
-    for flag, value in (("--protocol", service.protocol), ("--input-size", model.input_size)):
-        if value is None:
-            raise UserError(f"--endpoint without {flag}: expected the protocol and the input size of the API")
+    if model.input_size is None:
+        raise UserError("--endpoint without --input-size: expected the input size of the API, such as 3x224x224")
     refuse_given(_OF_MODELS, "without --model: it applies to a model of this machine; leave it out")
     from denoisers.names import require_trusted
 
