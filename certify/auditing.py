@@ -18,7 +18,7 @@ from certify.blackbox.service_spec import ServiceSpec, checked_service, function
 from certify.engine.hardware import find_device
 from certify.errors import UserError
 from certify.images.dataset import ImageSet, InputOnly, load_images
-from certify.registry import check_options
+from certify.registry import check_options, chosen_options
 from certify.results import Run
 from certify.runs.config import Settings
 from certify.smoothed_classifier import find_denoiser
@@ -207,7 +207,7 @@ def _service(ask: Any, options: AuditOptions) -> ServiceSpec:
     Raises:
         UserError: neither a function nor a URL, or options that do not belong to it.
     """
-    given = {name: options[name] for name in ServiceOptions.__annotations__ if name in options}  # type: ignore[literal-required]
+    given = chosen_options(ServiceOptions, options)
     if callable(ask):
         if extra := sorted(given.keys() | options.keys() & {"retries", "timeout"}):
             raise UserError(f"{extra[0]} with a Python function: it is for the URL of an API; leave it out")
@@ -219,7 +219,7 @@ def _service(ask: Any, options: AuditOptions) -> ServiceSpec:
 
 def _load_images(images: Any, options: AuditOptions) -> tuple[ImageSet, list[str]]:
     """Return the images as they are sent, and the ids of all that were passed or named."""
-    given = {name: options[name] for name in ImageOptions.__annotations__ if name in options}  # type: ignore[literal-required]
+    given = chosen_options(ImageOptions, options)
     view = InputOnly.at(options.get("input_size"))
     collection = collect_images(images, None, given)
     if collection is None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
-from certify.blackbox.client.credentials import Credential, cleaned, redactor_for
+from certify.blackbox.client.credentials import Credential, redacted, redactor_for
 from certify.blackbox.client.http import TIMEOUT, check_endpoint
 from certify.blackbox.types import Reply, Request, Sender
 from certify.errors import UserError
@@ -103,7 +103,7 @@ def rekognition_sender(
     async def send(request: Request) -> Reply:
         return await asyncio.get_running_loop().run_in_executor(pool, send_blocking, request)
 
-    return cleaned(send, redactor_for(credential))
+    return redacted(send, redactor_for(credential))
 
 
 def _silence_loggers() -> None:

@@ -107,13 +107,13 @@ def read_credential(variable: str, header: str = BEARER, query: str | None = Non
     return Credential(variable, key, {name.strip(): value.strip().replace("{key}", key)})
 
 
-def cleaned(send: Sender, redactor: Redactor | None) -> Sender:
+def redacted(send: Sender, redactor: Redactor | None) -> Sender:
     """Return the sender with redacted replies and errors; errors lose their context, which could hold the key."""
     if redactor is None:
         return send
     redact = redactor.text
 
-    async def send_cleaned(request: Request) -> Reply:
+    async def send_redacted(request: Request) -> Reply:
         try:
             reply = await send(request)
         except BadReply as error:
@@ -131,11 +131,11 @@ def cleaned(send: Sender, redactor: Redactor | None) -> Sender:
             return Reply(reply.status, redactor.body(reply.body), headers)
         raise failure
 
-    return send_cleaned
+    return send_redacted
 
 
 @contextmanager
-def cleaned_logs(redactor: Redactor | None, loggers: Iterable[str]) -> Iterator[None]:
+def redacted_logs(redactor: Redactor | None, loggers: Iterable[str]) -> Iterator[None]:
     """Redact the records of these loggers, by name, in the block: HTTP libraries log URLs and headers."""
 
     def clean(record: logging.LogRecord) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from certify import __version__
-from certify.blackbox.client.credentials import Credential, cleaned, cleaned_logs, redactor_for, secret_name
+from certify.blackbox.client.credentials import Credential, redacted, redacted_logs, redactor_for, secret_name
 from certify.blackbox.types import MAX_REPLY_BYTES, BadReply, Reply, Request
 from certify.errors import UserError, first_line
 
@@ -161,11 +161,11 @@ class HttpSender:
                 f"the proxies or the certificates that the environment names cannot be used: {why}; check HTTP_PROXY, "
                 "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
             ) from None
-        self._send = cleaned(self._send_once, redactor)
+        self._send = redacted(self._send_once, redactor)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._logs = ExitStack()
-        self._logs.enter_context(cleaned_logs(redactor, _LOGGERS))
+        self._logs.enter_context(redacted_logs(redactor, _LOGGERS))
 
     def __repr__(self) -> str:
         return f"HttpSender({self.endpoint})"
