@@ -192,6 +192,8 @@ def audit(
         price_per_1000=options.get("price_per_1000"),
         device=find_device(device),
         trust_identity=options.get("trust_identity", False),
+        data=str(images) if isinstance(images, str | Path) else chosen.name,
+        denoiser_name=denoiser if isinstance(denoiser, str) else "",
         command="certify.audit",
     )
     from analysis.report.page import try_report

@@ -14,7 +14,7 @@ _SAME = (
     "std strict timeout tolerance trust-code trust-identity weights"
 )
 _PARAMETERS = {option: option.replace("-", "_") for option in _SAME.split()}  # of the public functions
-_PARAMETERS |= {"data": "images", "max": "max_images", "round": "rounded"}
+_PARAMETERS |= {"data": "images", "max": "max_images", "protocol-option": "protocol_options", "round": "rounded"}
 _FLAGS = {"download", "insecure", "round", "strict", "trust-code", "trust-identity"}
 _OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)(?:[ =](?=[A-Z\d'\[(]|-\d)('[^']*'|[^\s,;:]+))?")
 _in_command = False

@@ -149,7 +149,7 @@ def test_options_of_something_else_are_refused(tmp_path: Path) -> None:
         certify.audit(Bright(), IMAGES, concurency=2, out=tmp_path / "x", **OPTIONS)  # type: ignore[call-arg]
     url = "https://example.org/predict"
     for options, said in (({"label": "x"}, "unknown option 'label' of protocol json; its options: labels"), ({}, "")):
-        with pytest.raises(UserError, match=said or "protocol json needs its option labels"):
+        with pytest.raises(UserError, match=said or "protocol json needs protocol_options labels=<JMESPath>"):
             certify.audit(url, IMAGES, protocol="json", protocol_options=options, out=tmp_path / "x", **OPTIONS)
     with pytest.raises(UserError, match="budget -1: expected a whole number from 0"):
         certify.audit(Bright(), IMAGES, out=tmp_path / "x", **{**OPTIONS, "budget": -1})

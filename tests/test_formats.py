@@ -189,7 +189,7 @@ def test_forms_are_parsed_by_an_independent_parser(photo: Picture) -> None:
         ("v2", {"mean": 0.5, "datatype": "UINT8"}, "FP32"),
         ("v2", {"top": 3}, "output that is named"),
         ("json", {"labels": "a[", "scores": ""}, "not a JMESPath expression"),
-        ("json", {"labels": "", "scores": ""}, "needs its option labels, a JMESPath"),
+        ("json", {"labels": "", "scores": ""}, "needs protocol_options labels=<JMESPath>"),
         ("json", {"send": "put"}, "raw, multipart, base64"),
         ("json", {"path": "x?size=5&api_token=abc"}, "query of path holds 'api_token'"),
         ("json", {"key": 'a"b'}, "without quotation marks"),

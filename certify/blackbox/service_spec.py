@@ -102,7 +102,7 @@ class ServiceSpec:
         except BadReply as error:
             raise RunFault(
                 f"{self.endpoint} does not describe its model: {error}; no query was sent: try the same command again, "
-                "check the key, or give the protocol's options input, output, datatype and layout"
+                "check the key, or give input, output, datatype and layout by --protocol-option"
             ) from None
         try:
             return replace(self, options=options_from(reply, given))
@@ -149,10 +149,10 @@ def checked_service(
             raise UserError(f"unknown option {name!r} of protocol {protocol}; its options: {', '.join(parameters)}")
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in options]
     if missing:
-        raise UserError(f"protocol {protocol} needs its option {missing[0]}; expected {missing[0]}=VALUE")
+        raise UserError(f"protocol {protocol} needs --protocol-option {missing[0]}=VALUE")
     url = url or ENDPOINTS.get(protocol)
     if url is None:
-        raise UserError(f"endpoint is missing: expected the URL of the service for protocol {protocol}")
+        raise UserError(f"--endpoint is missing: expected the URL of the service for --protocol {protocol}")
     if api_key_env is None and (auth_header or auth_query):
         raise UserError("--auth-header or --auth-query without --api-key-env: there is no key to send")
     if protocol == "rekognition" and (auth_header or auth_query):

@@ -45,9 +45,7 @@ def post_image(
     """
     one_of("send", send, _ENCODINGS)
     if not labels and not scores:
-        raise UserError(
-            "protocol json needs its option labels, a JMESPath expression, such as labels=predictions[0].name"
-        )
+        raise UserError("protocol json needs --protocol-option labels=<JMESPath>, such as labels=predictions[0].name")
     if not re.fullmatch(r"[^\"\\\r\n]+", key):
         raise UserError(f"key {key!r}; expected a name without quotation marks, such as image")
     if (named := secret_name(urlsplit(path).query)) is not None:
