@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import click
 
 from certify.cli.console import tell, warn
@@ -10,7 +12,7 @@ from certify.cli.options import command, flag, option, refuse_given
 from certify.cli.show import ONLY_CERTIFICATES, named_curves, refuse_beside_comparison
 from certify.errors import UserError
 
-_CURVE_OPTIONS = ("no_band", "envelope", "names", "image", "samples")
+_OF_CURVES = ("no_band", "envelope", "names")
 
 
 class PlotOptions(CurveOptions):
@@ -32,80 +34,58 @@ def plot(runs: tuple[str, ...], options: PlotOptions) -> None:
     gives a figure of the comparison, folders of trainings give learning curves, and lines of `certify bench --json`
     give speeds.
     """
+    from analysis import learning, speed_plot, vote_plots
     from analysis.figures import check_format
-    from analysis.learning import is_training
-    from analysis.runs import is_comparison
-    from analysis.speed_plot import is_speeds
+    from analysis.runs import is_comparison, read_all
 
-    check_format(options.out)
+    out, title = options.out, options.title
+    check_format(out)
     if options.image is not None and options.samples:
         raise UserError("--image and --samples are two figures; pass one of them")
-    if any(is_training(path) for path in runs):
-        _plot_trainings(runs, options)
-    elif any(is_speeds(path) for path in runs):
-        _plot_speeds(runs, options)
-    elif any(is_comparison(path) for path in runs):
-        _plot_comparison(runs, options.out)
+    if any(map(learning.is_training, runs)):
+        _refuse_others(runs, learning.is_training, "is no training", "trainings")
+        learning.plot_learning([learning.read_learning(path) for path in runs], out, title=title)
+    elif any(map(speed_plot.is_speeds, runs)):
+        _refuse_others(runs, speed_plot.is_speeds, "holds no lines of certify bench --json", "speeds")
+        speeds = [speed for path in runs for speed in speed_plot.read_speeds(path)]
+        speed_plot.plot_speeds(speeds, out, title=title)
+    elif any(map(is_comparison, runs)):
+        _plot_comparison(runs, out)
     elif options.image is not None:
-        _plot_votes(runs, options.image, options)
+        from certify.runs.run_file import read_run
+
+        refuse_given(_OF_CURVES, f"{ONLY_CERTIFICATES} the votes of one image")
+        if len(runs) > 1:
+            raise UserError(
+                f"--image {options.image} with {len(runs)} runs: the votes of an image belong to one run; name one"
+            )
+        vote_plots.plot_votes(read_run(runs[0], allow_partial=True), options.image, out, title=title)
+    elif options.samples:
+        read = read_all(runs, warn)
+        refuse_given(_OF_CURVES, f"{ONLY_CERTIFICATES} radius against samples")
+        vote_plots.plot_samples(read, out, title=title)
     else:
-        _plot_certificates(runs, options)
-    tell(f"wrote {options.out}")
+        from analysis.envelope import group
+        from analysis.plots import plot_curves
+
+        curves = named_curves(read_all(runs, warn), options)
+        plot_curves(group(curves) if options.envelope else curves, out, title=title, band=not options.no_band)
+    tell(f"wrote {out}")
 
 
-def _plot_certificates(runs: tuple[str, ...], options: PlotOptions) -> None:
-    from analysis.runs import read_all
-
-    read = read_all(runs, warn)
-    if options.samples:
-        from analysis.vote_plots import plot_samples
-
-        refuse_given(("no_band", "envelope", "names"), f"{ONLY_CERTIFICATES} radius against samples")
-        plot_samples(read, options.out, title=options.title)
-        return
-    from analysis.envelope import group
-    from analysis.plots import plot_curves
-
-    curves = named_curves(read, options)
-    lines = group(curves) if options.envelope else curves
-    plot_curves(lines, options.out, title=options.title, band=not options.no_band)
-
-
-def _plot_votes(runs: tuple[str, ...], image: str, options: PlotOptions) -> None:
-    from analysis.vote_plots import plot_votes
-    from certify.runs.run_file import read_run
-
-    refuse_given(("no_band", "envelope", "names"), f"{ONLY_CERTIFICATES} the votes of one image")
-    if len(runs) > 1:
-        raise UserError(f"--image {image} with {len(runs)} runs: the votes of an image belong to one run; name one")
-    plot_votes(read_run(runs[0], allow_partial=True), image, options.out, title=options.title)
+def _refuse_others(paths: Sequence[str], is_kind: Callable[[str], bool], why: str, what: str) -> None:
+    """Refuse files of another kind among these, and options of curves."""
+    for path in paths:
+        if not is_kind(path):
+            raise UserError(f"{path} {why}, unlike the others; draw them apart")
+    refuse_given((*_OF_CURVES, "image", "samples"), f"{ONLY_CERTIFICATES} {what}")
 
 
 def _plot_comparison(runs: tuple[str, ...], out: str) -> None:
     from analysis.comparison.plot import draw_comparison
     from analysis.runs import read_comparison
 
-    refuse_beside_comparison(runs, ("title", *_CURVE_OPTIONS))
+    refuse_beside_comparison(runs, ("title", *_OF_CURVES, "image", "samples"))
     comparison = read_comparison(runs[0])
     comparison.require_sound()
     draw_comparison(comparison, out)
-
-
-def _plot_trainings(folders: tuple[str, ...], options: PlotOptions) -> None:
-    from analysis.learning import is_training, plot_learning, read_learning
-
-    for path in folders:
-        if not is_training(path):
-            raise UserError(f"{path} is no training, unlike the others; draw runs and trainings apart")
-    refuse_given(_CURVE_OPTIONS, f"{ONLY_CERTIFICATES} trainings")
-    plot_learning([read_learning(path) for path in folders], options.out, title=options.title)
-
-
-def _plot_speeds(files: tuple[str, ...], options: PlotOptions) -> None:
-    from analysis.speed_plot import is_speeds, plot_speeds, read_speeds
-
-    for path in files:
-        if not is_speeds(path):
-            raise UserError(f"{path} holds no lines of certify bench --json, unlike the others; draw them apart")
-    refuse_given(_CURVE_OPTIONS, f"{ONLY_CERTIFICATES} speeds")
-    plot_speeds([speed for path in files for speed in read_speeds(path)], options.out, title=options.title)
