@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from certify.types import Decision as Decision
     from certify.types import Prediction as Prediction
     from certify.types import Votes as Votes
+    from training.api import train_denoiser as train_denoiser
 
 _HOME = {
     "ABSTAIN": "types",
