@@ -197,6 +197,7 @@ def test_another_function_of_the_same_name_is_refused(tmp_path: Path) -> None:
     first = certify.audit(level(127.5), IMAGES, out=folder, **OPTIONS)
     with pytest.raises(UserError, match="for image 0 it returns bright, the ledger holds dark; pass the earlier"):
         certify.audit(level(10), IMAGES, out=folder, **OPTIONS)
+    assert json.loads((folder / "audit.json").read_text())["status"] == "finished"
     assert certify.audit(level(127.5), IMAGES, out=folder, **OPTIONS).images == first.images
     folder = tmp_path / "network"
     certify.audit(level(127.5, scale(1.0)), IMAGES, out=folder, **OPTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 from certify.blackbox.audit_loop import AuditClient, send_queries
 from certify.blackbox.client.query_client import QueryClient
-from certify.blackbox.determinism import drift_warnings
+from certify.blackbox.determinism import OtherFunction, drift_warnings
 from certify.blackbox.function_service import function_fingerprint
 from certify.blackbox.ledger import Ledger
 from certify.blackbox.ledger_contents import LedgerContents, ledger_header, read_header, read_ledger
@@ -29,6 +30,7 @@ from certify.blackbox.record import (
     AuditImage,
     AuditPlan,
     AuditRecord,
+    read_about,
     write_about,
     write_rows,
 )
@@ -38,7 +40,7 @@ from certify.blackbox.service_spec import open_sender
 from certify.blackbox.types import Client, Sender
 from certify.engine.execution import Execution
 from certify.engine.noisy_classifier import image_digest
-from certify.errors import CertifyError, ImageError, RunFault, Stopped, warn
+from certify.errors import CertifyError, ImageError, RunFault, Stopped, UserError, warn
 from certify.runs.config import make_header as run_header
 from certify.runs.identity import refuse_other_run
 from certify.runs.records import SCHEMA, Reference, RunHeader
@@ -126,6 +128,7 @@ def _run(
     audit: Audit, planned: AuditPlan, send: Sender, ledger: Ledger, observer: Observer, report: Report
 ) -> AuditRecord:
     """Query and conclude, with the ledger locked."""
+    earlier = _earlier(audit)
     header, record = prepare(audit, planned)
     observer.opened(ledger.path, ledger.spent, audit.budget)
     observer.started(planned.images)
@@ -147,6 +150,9 @@ def _run(
         raise RunFault(reason) from None
     except KeyboardInterrupt:
         raise Stopped(f"stopped; every answer is kept in {ledger.path}; the same command resumes there") from None
+    except OtherFunction:
+        status, reason = earlier
+        raise
     except CertifyError as error:
         reason = str(error)
         raise
@@ -156,6 +162,14 @@ def _run(
         record = conclude(audit.folder, header, record, contents.answers, status=status, reason=reason, sent=sent)
         report(audit.folder, contents)
     return record
+
+
+def _earlier(audit: Audit) -> tuple[str, str]:
+    """Return status and reason of the audit that is resumed, which another function must not change."""
+    with contextlib.suppress(UserError):  # a new audit, or a damaged record, which is written anew
+        record = read_about(audit.folder)
+        return record.status or STOPPED, record.reason or ""
+    return STOPPED, ""
 
 
 def _announce(audit: Audit, observer: Observer) -> AuditPlan:

@@ -108,7 +108,7 @@ def send_queries(
 
     Raises:
         ContractError: the determinism probe got different labels; no noisy copy was queried.
-        UserError: a Python function is not the one that the audit began with.
+        OtherFunction: a Python function is not the one that the audit began with.
         RunFault: the service does not answer.
     """
     usable = [i for i, image in enumerate(record.images) if not image.error]

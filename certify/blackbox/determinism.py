@@ -98,6 +98,10 @@ def _counted(probe: Probed) -> str:
     return ", ".join(f"{label} {count} times" for label, count in probe.labels.items())
 
 
+class OtherFunction(UserError):
+    """A Python function is not the one that the audit began with."""
+
+
 def require_same_function(before: Answer, now: Answer, image: str, class_map: Mapping[str, str] | None) -> None:
     """Raise an error if a function now answers differently about a clean image than when the audit began.
 
@@ -108,7 +112,7 @@ def require_same_function(before: Answer, now: Answer, image: str, class_map: Ma
         class_map: from labels to classes, or None.
 
     Raises:
-        UserError: another label, another score, or no answer.
+        OtherFunction: another label, another score, or no answer.
     """
     then, here = _vote(before, class_map), _vote(now, class_map)
     scores = [answer.ranked[0].score for answer in (before, now) if answer.ranked]
@@ -117,7 +121,7 @@ def require_same_function(before: Answer, now: Answer, image: str, class_map: Ma
         if a is None or b is None or abs(a - b) <= _ROUNDING * max(abs(a), abs(b)):
             return
         then, here = f"{then} with score {a:.4g}", f"{here} with {b:.4g}"
-    raise UserError(
+    raise OtherFunction(
         f"this is not the function that the audit began with: for image {image} it returns {here or now.failure}, the "
         f"ledger holds {then}; pass the earlier function to resume, or choose another folder"
     )
