@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from command import run as command
+from PIL import Image
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
@@ -461,3 +462,18 @@ def test_defaults_are_those_of_the_command() -> None:
     parameters = inspect.signature(certify.compare).parameters.values()
     ours = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert ours == {name: options[name] for name in ours}
+
+
+def test_a_module_of_any_size_takes_a_folder(tmp_path: Path) -> None:
+    for label in range(2):
+        (tmp_path / str(label)).mkdir()
+        Image.linear_gradient("L").resize((9, 8)).rotate(180 * label).save(tmp_path / f"{label}/a.png")
+
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x[..., 4:, :].mean((1, 2, 3)), x[..., :4, :].mean((1, 2, 3))], 1)
+
+    options: dict[str, Any] = {"attacks": [], "norm": "linf", "eps": 0.1, "progress": False}
+    found = certify.compare(Halves(), tmp_path, defences=["none", "median"], num_classes=2, **options)
+    assert [row.answers for row in found if (row.defence, row.condition) == ("none", "clean")] == [[0], [1]]
+    assert found.run.header.l2_radius == pytest.approx(0.1 * math.sqrt(3 * 8 * 9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -204,15 +205,8 @@ class Plan:
 
 
 def make_header(plan: Plan, context: AttackContext, *, model: str, data: str, command: str = "") -> ComparisonHeader:
-    """Return the header of the file: everything that determines the results, and the expected number of lines.
-
-    Raises:
-        UserError: a classifier without an input size.
-    """
+    """Return the header of the file: everything that determines the results, and the expected number of lines."""
     images, attacks, defences = context.images, plan.attacks, context.defences
-    size = images.input.size
-    if size is None:
-        raise UserError(f"{model} does not define its input size; expected --input-size CxHxW")
     described = [
         {"named": named, **(d.describe() if isinstance(d, Defence) else {"frozen": True, "built": False})}
         for named, d in defences.items()
@@ -225,7 +219,7 @@ def make_header(plan: Plan, context: AttackContext, *, model: str, data: str, co
         data=data,
         norm=attacks.norm,
         eps=attacks.eps,
-        l2_radius=plan.l2_radius(size[0] * size[1] * size[2]),
+        l2_radius=plan.l2_radius(math.prod(images.input.size or images.first_shape() or ())),
         repeats=plan.repeats,
         seed=attacks.seed,
         certify_n=plan.certify_n,
