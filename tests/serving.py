@@ -26,6 +26,7 @@ from certify.serve.admission import Admission, Limits
 from certify.serve.app import build_app, site_check
 from certify.serve.batching import Service, class_names
 from certify.serve.pictures import read_picture
+from certify.serve.protocol import Stated
 from certify.serve.request_handler import Metrics, RequestHandler
 from certify.serve.server import listen, serve, url_of
 from certify.smoothing.procedures import Certify
@@ -56,7 +57,7 @@ def application(
     spec = getattr(classifier, "input", None)
     with Service(smoothed, size, procedure, limits, names, metrics.samples.inc, SEED) as service:
         picture = picture or functools.partial(read_picture, spec=spec, max_pixels=limits.max_pixels)
-        about = {"sigma": 0.25, "norm": "l2", "alpha": ALPHA}
+        about = Stated(0.25, "gaussian", "l2", ALPHA, "none", "x".join(map(str, size)))
         handler = RequestHandler(service, "digits", picture, metrics, admission, about)
         yield build_app(handler, site_check(["testserver", "x"])), service, admission, metrics
 

@@ -104,8 +104,11 @@ def test_labels_and_radii_are_those_of_the_smoothed_classifier(
         "failures": 0,
         "abstentions": sum(c.abstained for c in wanted),
         "sigma": 0.25,
+        "noise": "gaussian",
         "norm": "l2",
         "alpha": ALPHA,
+        "denoiser": "none",
+        "input": "1x8x8",
         "alpha_all": 0.05,
     }
 
@@ -426,7 +429,7 @@ def test_the_script_of_the_page_displays_the_replies(client: TestClient, images:
     Image.fromarray((images[1, 0] * 255).round().astype(np.uint8)).save(out, "PNG")
     paths = ("classify?", "classify?radius=0.1", "classify?radius=9")
     replies = {path: client.post(f"/{path}", content=out.getvalue(), headers=IMAGE).json() for path in paths}
-    certified = replies["classify?"] = {**replies["classify?"], "input": "1x8x8"}
+    certified = replies["classify?"]
     given = json.dumps({"html": client.get("/").text, "replies": replies})
     child = Path(__file__).parent / "page_child.js"
     printed = subprocess.run(["node", str(child)], input=given, capture_output=True, text=True, check=True).stdout

@@ -268,6 +268,7 @@ def _serve(
     from certify.serve.batching import Service
     from certify.serve.endpoint import Endpoint
     from certify.serve.pictures import example_picture, read_picture
+    from certify.serve.protocol import Stated
     from certify.serve.request_handler import Metrics, RequestHandler
     from certify.serve.server import is_loopback, serve, url_of
 
@@ -280,14 +281,9 @@ def _serve(
     service = Service(smoothed, spec.size, procedure, limits, class_name, metrics.samples.inc, noise.seed)
     if isinstance(endpoint := smoothed.classifier, Endpoint):
         metrics.beyond.set_function(lambda: endpoint.beyond)
-    about = {
-        "sigma": noise.sigma,
-        "noise": smoothed.noise.name,
-        "norm": service.stated.norm,
-        "alpha": procedure.alpha,
-        "denoiser": smoothed.base.denoiser_name,
-        "input": "x".join(map(str, spec.size)),
-    }
+    size = "x".join(map(str, spec.size))
+    name_of_denoiser = smoothed.base.denoiser_name
+    about = Stated(noise.sigma, smoothed.noise.name, service.stated.norm, procedure.alpha, name_of_denoiser, size)
 
     read = functools.partial(read_picture, spec=spec, max_pixels=limits.max_pixels)
     digits = smoothed.classifier.describe().get("name") == "digits"

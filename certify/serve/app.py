@@ -12,7 +12,6 @@ import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -149,7 +148,7 @@ def _add_page(app: FastAPI, handler: RequestHandler) -> None:
     """Add the page, and the routes that it uses."""
     decided = handler.service.procedure.radii
     shown_first = {"example": handler.example is not None, "decides": exact(decided[0]) if decided else None}
-    html, page_headers = page(handler.model, {**handler.about, **shown_first}), _page_headers()
+    html, page_headers = page({"model": handler.model, **asdict(handler.about), **shown_first}), _page_headers()
 
     @app.get("/")
     async def home() -> Response:
@@ -191,7 +190,7 @@ def _add_page(app: FastAPI, handler: RequestHandler) -> None:
             "votes": _top_classes(answer.votes, handler.service.class_name),
             "votes_cast": max(1, sum(answer.votes)),
         }
-        return JSONResponse({**handler.about, **asdict(answer), **shown})
+        return JSONResponse({**asdict(handler.about), **asdict(answer), **shown})
 
 
 def _check_content(request: Request, fits: Callable[[str], bool], expected: str) -> None:
@@ -210,20 +209,15 @@ def _as_png(image: np.ndarray) -> str | None:
     return encode_base64(to_pictures(torch.from_numpy(image)[None])[0])
 
 
-def _top_classes(votes: Sequence[int], class_name: Callable[[int], str]) -> list[dict[str, Any]]:
+def _top_classes(votes: Sequence[int], class_name: Callable[[int], str]) -> list[dict[str, int | str]]:
     """Return the classes with most votes, most first, with printable names."""
     order = sorted((c for c in range(len(votes)) if votes[c]), key=lambda c: (-votes[c], c))[:_SHOWN]
     return [{"label": c, "name": printable(class_name(c)), "votes": votes[c]} for c in order]
 
 
-def page(model: str, about: Mapping[str, Any]) -> str:
-    """Return the page at ``/``, one file that loads nothing from other sites.
-
-    Args:
-        model: its name.
-        about: settings that the page shows.
-    """
-    data = json.dumps({"model": model, **about}).replace("<", "\\u003c")  # no name can end the element
+def page(shown: Mapping[str, float | str | bool | None]) -> str:
+    """Return the page at ``/``, one file that loads nothing from other sites, with the settings that it shows."""
+    data = json.dumps(shown).replace("<", "\\u003c")  # no name can end the element
     return _PAGE.replace("{{about}}", data)
 
 

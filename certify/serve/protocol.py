@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,27 @@ _MINIMA = {"radius": 0, "samples": 1, "seed": 0}
 _MAX_ID = 1000  # characters: the id is sent back
 _CHUNK = 2**16  # numbers converted at a time, during which no other thread runs
 _OVERHEAD = 1000  # maximum number of lists, objects and members of a request besides its tensor
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Settings of the server that every response states.
+
+    Attributes:
+        sigma: standard deviation of the noise, in [0, 1] pixels.
+        noise: name of its distribution.
+        norm: of the radii.
+        alpha: failure probability of the answer for one image.
+        denoiser: its name, or ``none``.
+        input: size of the classifier's input, such as ``3x224x224``.
+    """
+
+    sigma: float
+    noise: str
+    norm: str
+    alpha: float
+    denoiser: str
+    input: str
 
 
 @dataclass(frozen=True)
@@ -297,7 +318,7 @@ def _requested(message: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def write_response(
-    model: str, request: InferenceRequest, answers: Sequence[Answer], about: Mapping[str, Any]
+    model: str, request: InferenceRequest, answers: Sequence[Answer], about: Stated
 ) -> tuple[bytes, dict[str, str]]:
     """Return the body of a response and its headers.
 
@@ -312,10 +333,10 @@ def write_response(
         "failures": sum(answer.failures for answer in answers),
         "abstentions": sum(answer.label < 0 for answer in answers),
     }
-    together = {"alpha_all": min(1.0, times(about["alpha"], len(answers)))}
+    together = {"alpha_all": min(1.0, times(about.alpha, len(answers)))}
     head: dict[str, Any] = {"model_name": model, "model_version": VERSION}
     head |= {"id": request.id} if request.id is not None else {}
-    head |= {"parameters": {**claimed, **about, **together}}
+    head |= {"parameters": {**claimed, **asdict(about), **together}}
     return write_message("outputs", [*_output_tensors(request.outputs, answers)], before=head)
 
 
@@ -337,7 +358,7 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "certify", "version": __version__, "extensions": list(EXTENSIONS)}
 
 
-def model_metadata(model: str, size: Sequence[int], num_classes: int, about: Mapping[str, Any]) -> dict[str, Any]:
+def model_metadata(model: str, size: Sequence[int], num_classes: int, about: Stated) -> dict[str, Any]:
     """Return the response to ``GET /v2/models/NAME``."""
     content = "pixels in [0, 1] before normalisation; UINT8 from 0 to 255 is accepted, too"
     outputs = [
@@ -355,5 +376,5 @@ def model_metadata(model: str, size: Sequence[int], num_classes: int, about: Map
         "platform": "certify",
         "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *size], "parameters": {"content": content}}],
         "outputs": outputs,
-        "parameters": dict(about),
+        "parameters": asdict(about),
     }

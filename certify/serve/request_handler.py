@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from certify.serve.admission import Admission, Refused, client_key
 from certify.serve.batching import Service
-from certify.serve.protocol import Answer, InferenceRequest
+from certify.serve.protocol import Answer, InferenceRequest, Stated
 
 _READERS = 2  # bodies parsed or decoded at the same time: each takes several times its size in memory
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -60,7 +59,7 @@ class RequestHandler:
         decode_picture: bytes of an image file -> ``(C, H, W)`` in [0, 1]; raises ``ImageError``.
         metrics: to be updated.
         admission: of the requests that cost something.
-        about: settings that every response states: numbers and strings.
+        about: settings that every response states.
         example: PNG file of an image that the page offers; None for no offer.
     """
 
@@ -71,11 +70,11 @@ class RequestHandler:
         decode_picture: Callable[[bytes], np.ndarray],
         metrics: Metrics,
         admission: Admission,
-        about: Mapping[str, Any],
+        about: Stated,
         example: bytes | None = None,
     ) -> None:
         self.service, self.model, self.decode_picture, self.example = service, model, decode_picture, example
-        self.metrics, self.admission, self.about = metrics, admission, dict(about)
+        self.metrics, self.admission, self.about = metrics, admission, about
         metrics.queue.set_function(lambda: admission.inside)
         self._pool, self._readers = ThreadPoolExecutor(_READERS, "certify-read"), asyncio.Semaphore(_READERS)
         self._stuck = 0  # readers whose request has ended
