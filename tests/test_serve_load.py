@@ -449,8 +449,8 @@ def test_slow_pictures_of_one_client_do_not_block_others() -> None:
 
 STUCK = """
 import sys, threading
-import certify.cli.serve
-certify.cli.serve._picture = lambda *given: threading.Event().wait()
+import certify.serve.pictures
+certify.serve.pictures.read_picture = lambda *given, **named: threading.Event().wait()
 from certify.cli.app import main
 main(sys.argv[1:])
 """
