@@ -103,6 +103,11 @@ def test_a_finished_training_is_returned_and_another_is_refused(tmp_path: Path, 
         certify.train_denoiser("unet", stacked, out=tmp_path, **{**common, "seed": 1})
 
 
+def test_labels_beside_a_path_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"labels = 'labels\.csv' with a name or path of data"):
+        certify.train_denoiser("unet", "digits-train", "labels.csv", sigma=0.25, out=tmp_path / "x", **SHORT)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -262,7 +262,8 @@ def train_denoiser(
     Args:
         architecture: name of the network (``certify list architectures``).
         images: as for :func:`certify.certify`; all of one size.
-        labels: as for :func:`certify.certify`; needed by objectives that classify.
+        labels: N class indices, with images as Python objects; a name or path has its own. Needed by objectives that
+            classify.
         sigma: noise level, or several, in [0, 1] pixels; with ``continuous`` the smallest and the largest.
         out: folder for weights, checkpoint and metrics.
         classifier: the frozen classifier, for objectives that need one (all but ``mse``); with ``surrogates`` it is the
@@ -306,6 +307,8 @@ def train_denoiser(
         **{**of_recipe, "only": tuple(of_recipe.get("only", ())), "settings": dict(of_recipe.get("settings", {}))},
     )
     collection = collect_images(images, labels, {})
+    if collection is None and labels is not None:
+        raise UserError(f"labels = {str(labels)!r} with a name or path of data: expected None, the data's own labels")
     size = options.get("input_size") or (None if collection is None else collection.first_shape())
     of_job = chosen_options(JobOptions, options)
     job = TrainingJob(
