@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from certify.errors import CertifyError, UserError
+from certify.errors import CertifyError, UserError, options_in_messages
 from certify.models.classifier import Classifier
 from certify.models.load import load_classifier
 from certify.runs.config import versions
@@ -226,7 +226,8 @@ def main(given: Sequence[str] | None = None) -> None:
         tables = measure(classifier, data, o.images, gamma=o.gamma, probe=probe, seed=o.seed, command=command)
         write_tables(o.out, tables)
     except CertifyError as error:
-        parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
+        with options_in_messages():  # options as the command spells them
+            parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
     for kind, levels in tables.tables.items():
         rates = ", ".join(f"{q}: kappa {s.kappa:.3g}, {s.rate:.4f}" for q, s in levels.items())
         sys.stdout.write(f"{kind:5s} {rates} nonzero coefficients per pixel\n")
