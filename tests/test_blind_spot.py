@@ -222,5 +222,5 @@ def test_mistakes(text: str, words: str, tmp_path: Path) -> None:
 
 
 def test_another_network_is_refused(data: TrainingData, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs a blind-spot network \(--denoiser blind-spot\), not DnCNN"):
+    with pytest.raises(UserError, match=r"needs a blind-spot network \(denoiser blind-spot\), not DnCNN"):
         train_denoiser("dncnn", data, Recipe("context"), tmp_path, TrainerConfig(make_accelerator("cpu")))

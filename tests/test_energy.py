@@ -369,7 +369,7 @@ def test_without_noise_one_draw_is_enough(weights: dict[str, Path]) -> None:
 
 
 def test_score_matching_needs_a_score(data: TrainingData, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs a network with a score \(--denoiser score or energy\), not UNet"):
+    with pytest.raises(UserError, match=r"needs a network with a score \(denoiser score or energy\), not UNet"):
         run("unet", data, tmp_path, Recipe("dsm"))
 
 
