@@ -170,7 +170,8 @@ class SmoothedClassifier(NoisyClassifier):
         from certify.images.preprocess import as_image, channels_first
 
         spec = None if self._waiting is not None else getattr(self.classifier, "input", None)
-        image = channels_first(image, spec.size[0] if spec is not None and spec.size is not None else None)
+        if getattr(image, "ndim", 3) == 3:
+            image = channels_first(image, spec.size[0] if spec is not None and spec.size is not None else None)
         if self._waiting is not None:
             channels, height, width = as_image(image, None).shape
             self.adapt_to((channels, height, width))

@@ -14,7 +14,7 @@ from command import run
 from torch import Tensor
 
 from certify import load_classifier
-from certify.errors import UserError
+from certify.errors import UserError, options_in_messages
 from certify.smoothing.rng import stream_key
 from denoisers.blind_spot import BlindSpot, Iterated
 from denoisers.classical import GaussianSmoothing
@@ -222,5 +222,8 @@ def test_mistakes(text: str, words: str, tmp_path: Path) -> None:
 
 
 def test_another_network_is_refused(data: TrainingData, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs a blind-spot network \(denoiser blind-spot\), not DnCNN"):
+    with (
+        options_in_messages(),
+        pytest.raises(UserError, match=r"needs a blind-spot network \(--denoiser blind-spot\), not DnCNN"),
+    ):
         train_denoiser("dncnn", data, Recipe("context"), tmp_path, TrainerConfig(make_accelerator("cpu")))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from certify import load_classifier
-from certify.errors import UserError
+from certify.errors import UserError, options_in_messages
 from certify.models.checkpoints import read_state_dict
 from certify.models.defence import Defence
 from certify.smoothing.rng import block_generator, stream_key
@@ -369,7 +369,10 @@ def test_without_noise_one_draw_is_enough(weights: dict[str, Path]) -> None:
 
 
 def test_score_matching_needs_a_score(data: TrainingData, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs a network with a score \(denoiser score or energy\), not UNet"):
+    with (
+        options_in_messages(),
+        pytest.raises(UserError, match=r"needs a network with a score \(--denoiser score or energy\), not UNet"),
+    ):
         run("unet", data, tmp_path, Recipe("dsm"))
 
 

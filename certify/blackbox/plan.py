@@ -217,7 +217,9 @@ def check_reference_labels(labels: Mapping[str, str], class_map: Mapping[str, st
     unknown = sorted(set(labels.values()).difference(classes)) if class_map else []
     if unknown:
         known = ", ".join(map(repr, classes[:3]))
-        raise UserError(f"the class map has no class {unknown[0]!r}, a reference label; its classes include {known}")
+        raise UserError(
+            f"the class map has no class {unknown[0]!r}, a label of the data; add it to those it has: {known}"
+        )
 
 
 def plan(audit: Audit) -> AuditPlan:
