@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 
 import certify
 from certify import SmoothedClassifier, UserError, load_classifier, load_images
+from certify.images.decode import decode
 from certify.images.in_memory import collect
 
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -106,3 +108,17 @@ def test_a_grey_picture_is_an_image_of_one_channel() -> None:
     grey = Image.fromarray((IMAGES[0, 0].numpy() * 255).astype(np.uint8))
     g = SmoothedClassifier("digits", 0.25)
     assert g.predict(grey, n=50) == g.predict(np.asarray(grey)[None], n=50)
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "1", "LA", "I;16"])
+def test_pictures_without_plain_values_are_read_as_their_files(mode: str) -> None:
+    """The numbers of a palette image are no brightness."""
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    picture = Image.new("I;16", (8, 8), 257 * 51) if mode == "I;16" else colours.convert(mode)
+    file = io.BytesIO()
+    picture.save(file, "TIFF")
+    expected = decode(file.getvalue(), 3)
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)).eval()
+    classifier = load_classifier(module, input_size=(3, 8, 8))
+    by_object, by_file = (certify.certify(classifier, [one], ids=["x"], **OPTIONS)[0] for one in (picture, expected))
+    assert by_object.votes == by_file.votes

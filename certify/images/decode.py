@@ -13,6 +13,7 @@ import re
 import struct
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -142,6 +143,18 @@ def _has_more_scans(content: bytes, limit: int) -> bool:
         if kind >= _FIRST_WITH_LENGTH and kind != _SOI:
             at += max(2, int.from_bytes(content[at : at + 2], "big"))
     return scans > limit
+
+
+def to_array(image: Any) -> np.ndarray:
+    """Return an image as an array; one of PIL in a mode without plain values is converted as its file would be.
+
+    Raises:
+        ImageError: pixels whose scale or colours are not defined.
+    """
+    if isinstance(image, Image.Image) and image.mode not in ("L", "RGB", "RGBA", "F"):
+        grey = image.mode in ("1", "LA", "La") or image.mode.startswith("I")
+        image = _to_eight_bits(image, 1 if grey else 3)
+    return np.asarray(image)
 
 
 def _to_eight_bits(image: Image.Image, channels: int) -> Image.Image:

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from certify.errors import ImageError, UserError, first_line
 from certify.images.dataset import ImageSet, check_selection
+from certify.images.decode import to_array
 from certify.images.items import Item
 from certify.images.preprocess import preprocess
 from certify.models.classifier import InputSpec
@@ -235,8 +236,8 @@ def _read(read: Callable[[], Any]) -> np.ndarray:
     """
     try:
         image = read()
-        return image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
-    except UserError:
+        return image.detach().cpu().numpy() if isinstance(image, Tensor) else to_array(image)
+    except (UserError, ImageError):
         raise
     except Exception as error:  # the user's own data set
         raise ImageError(f"cannot be read: {type(error).__name__}: {first_line(error)}") from error

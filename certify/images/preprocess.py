@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from certify.errors import ImageError
-from certify.images.decode import LIMITS, DecodeLimits, decode
+from certify.images.decode import LIMITS, DecodeLimits, decode, to_array
 
 if TYPE_CHECKING:
     from certify.models.classifier import InputSpec
@@ -99,7 +99,7 @@ def channels_first(image: Any, channels: int | None) -> Any:
         image: ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)``.
         channels: of the classifier, or None.
     """
-    array = image if isinstance(image, Tensor | np.ndarray) else np.asarray(image)
+    array = image if isinstance(image, Tensor) else to_array(image)
     if array.ndim not in (2, 3):
         return image
     own, last = channels_of(array.shape, channels)
