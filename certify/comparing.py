@@ -109,6 +109,7 @@ def compare(
     from analysis.comparison.plan import Plan, attack_context, make_header
     from analysis.comparison.runner import compare as run
     from analysis.runs import read_comparison
+    from certify.models.load import as_classifier
     from certify.runs.run_file import ComparisonFile
 
     check_options(Options, options, compare)
@@ -123,7 +124,7 @@ def compare(
         raise UserError("model = None: expected a classifier")
     chosen = readable_images(chosen, strict=options.get("strict", False), warn=_warn)
     size = classifier.input.size
-    settings = dataclasses.replace(settings, surrogates=tuple(_surrogate(one, size) for one in surrogates))
+    settings = dataclasses.replace(settings, surrogates=tuple(as_classifier(one, size) for one in surrogates))
     trust = options.get("trust_code", False)
     context = attack_context(classifier, chosen, named, settings, trust_code=trust, warn=_warn)
     context.check_defences()
@@ -257,19 +258,6 @@ def _load(model: Any, images: Any, labels: Any, options: Mapping[str, Any]) -> t
         chosen = collection.image_set(classifier.input, classifier.num_classes, **of_data)
     classifier.probe_size = classifier.probe_size or chosen.first_shape()
     return classifier, chosen
-
-
-def _surrogate(model: Any, size: tuple[int, int, int] | None) -> Classifier:
-    """Return a surrogate: a name, ``NAME=WEIGHTS``, or a module or function for images of this size."""
-    from certify.models.classifier import Classifier
-    from certify.models.load import load_classifier
-
-    if isinstance(model, Classifier):
-        return model
-    if isinstance(model, str):
-        name, _, weights = model.partition("=")
-        return load_classifier(name, weights=weights or None)
-    return load_classifier(model, input_size=size)
 
 
 def readable_images(images: ImageSet, *, strict: bool, warn: Warn) -> ImageSet:

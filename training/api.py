@@ -288,6 +288,8 @@ def train_denoiser(
         Stopped: by Ctrl-C; the checkpoint is kept.
     """
     from certify.api import collect_images
+    from certify.models.load import as_classifier
+    from certify.smoothed_classifier import SmoothedClassifier
     from denoisers.weights import read_denoiser
 
     check_options(Options, options, train_denoiser)
@@ -310,35 +312,21 @@ def train_denoiser(
     if collection is None and labels is not None:
         raise UserError(f"labels = {str(labels)!r} with a name or path of data: expected None, the data's own labels")
     size = options.get("input_size") or (None if collection is None else collection.first_shape())
+    if isinstance(classifier, SmoothedClassifier):
+        classifier = classifier.classifier
     of_job = chosen_options(JobOptions, options)
     job = TrainingJob(
         recipe=recipe,
         data=str(images) if collection is None else collection,
         out=out,
         denoiser=architecture,
-        target=None if classifier is None else _frozen(classifier, size),
-        surrogates=[_frozen(surrogate, size) for surrogate in surrogates],
+        target=None if classifier is None else as_classifier(classifier, size),
+        surrogates=[as_classifier(surrogate, size) for surrogate in surrogates],
         command="certify.train_denoiser",
         **of_job,
     )
     train(job, hidden=not options.get("progress", True) or not is_first_process())
     return read_denoiser(Path(out) / WEIGHTS)
-
-
-def _frozen(classifier: Any, size: tuple[int, int, int] | None) -> Classifier:
-    """Return a frozen classifier from a name, a module, a function or a smoothed classifier."""
-    from certify.models.classifier import Classifier
-    from certify.models.load import load_classifier
-    from certify.smoothed_classifier import SmoothedClassifier
-
-    if isinstance(classifier, SmoothedClassifier):
-        classifier = classifier.classifier
-    if isinstance(classifier, Classifier):
-        return classifier
-    if isinstance(classifier, str):
-        name, _, weights = classifier.partition("=")
-        return load_classifier(name, weights=weights or None)
-    return load_classifier(classifier, input_size=size)
 
 
 def is_first_process() -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from certify.cli.console import few_warnings, speaker, warn
-from certify.cli.load import check_classifier, classifier_from, load_image_set, surrogate_from
+from certify.cli.load import check_classifier, classifier_from, load_image_set
 from certify.cli.option_groups import AttackOptions, DataOptions, GradientAttackOptions, ModelOptions
 from certify.errors import UserError
 
@@ -67,10 +67,11 @@ def load_attack_context(
         data = dataclasses.replace(data, data="digits", max_images=data.max_images or DEMO_IMAGES)
     check_attacks(names, norm=attack.norm, group=group, surrogates=len(attack.surrogate))
     from analysis.comparison.plan import attack_context
+    from certify.models.load import as_classifier
 
     classifier = classifier_from(model.model, model)
     images = load_readable(load_image_set(data, classifier), strict=data.strict, quiet=quiet)
-    surrogates = [surrogate_from(text, trust_code=model.trust_code) for text in attack.surrogate]
+    surrogates = [as_classifier(text, trust_code=model.trust_code) for text in attack.surrogate]
     settings = dataclasses.replace(settings, surrogates=surrogates)
     return attack_context(
         classifier, images, {text: text for text in texts}, settings, trust_code=model.trust_code, warn=warn

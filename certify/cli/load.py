@@ -129,14 +129,6 @@ def classifier_from(model: str, options: InputOptions) -> Classifier:
     )
 
 
-def surrogate_from(text: str, *, trust_code: bool = False) -> Classifier:
-    """Load the classifier of ``MODEL`` or ``MODEL=FILE``."""
-    from certify.models.load import load_classifier
-
-    model, _, weights = text.partition("=")
-    return load_classifier(model, weights=weights or None, trust_code=trust_code)
-
-
 def denoiser_for(
     name: str,
     sigma: float,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from certify.cli.console import speaker, tell
-from certify.cli.load import check_data, classifier_from, surrogate_from
+from certify.cli.load import check_data, classifier_from
 from certify.cli.options import command, command_line, refuse_given
 from certify.cli.training_options import (
     FrozenOptions,
@@ -63,6 +63,7 @@ def train(
     if ":" in compute.device:
         raise UserError(f"--device {compute.device}: expected cuda; CUDA_VISIBLE_DEVICES chooses which")
     check_data(data.data, data.root)
+    from certify.models.load import as_classifier
     from training.api import TrainingJob, is_first_process
     from training.api import train as run_training
 
@@ -74,7 +75,7 @@ def train(
         denoiser=network.denoiser,
         train_classifier=network.train_classifier,
         target=_target(network, frozen),
-        surrogates=[surrogate_from(text, trust_code=frozen.trust_code) for text in frozen.surrogate],
+        surrogates=[as_classifier(text, trust_code=frozen.trust_code) for text in frozen.surrogate],
         options=key_values("--option", network.extra),
         init=network.init,
         stored=output.store,

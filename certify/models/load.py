@@ -75,6 +75,25 @@ def load_classifier(
         raise UserError(f"{error}{given}") from error
 
 
+def as_classifier(model: Any, size: tuple[int, int, int] | None = None, *, trust_code: bool = False) -> Classifier:
+    """Return a frozen classifier: a loaded one as it is, ``MODEL`` or ``MODEL=FILE`` by name, or an object's.
+
+    Args:
+        model: a classifier, a name, or a module or function.
+        size: (C, H, W) of the images, for a module or function.
+        trust_code: run the program in a TorchScript file.
+
+    Raises:
+        UserError: as :func:`load_classifier`.
+    """
+    if isinstance(model, Classifier):
+        return model
+    if isinstance(model, str):
+        name, _, weights = model.partition("=")
+        return load_classifier(name, weights=weights or None, trust_code=trust_code)
+    return load_classifier(model, input_size=size)
+
+
 def _check_size(size: Any) -> tuple[int, int, int]:
     """Return an input size as three Python integers from 1; refuse anything else."""
     expected = "channels, height and width, such as (3, 224, 224)"
