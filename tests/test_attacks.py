@@ -106,7 +106,7 @@ class Lucky(nn.Module):
 
 
 class Fold(nn.Module):
-    """Takes out what moved farther than ``width``, after ``inner``: the gradient that is taken for its own goes on."""
+    """Removes what moved farther than ``width``, after ``inner``; the gradient taken for its own passes through."""
 
     differentiable = False
 

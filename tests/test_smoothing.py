@@ -299,7 +299,7 @@ def test_slips_in_python_are_told_as_such(call: Any, message: str) -> None:
 
 
 def test_images_as_people_have_them() -> None:
-    """A tensor that wants a gradient, an array that nobody may write to: the same image, and no warning."""
+    """A tensor that wants a gradient, a read-only array: the same image, and no warning."""
     g = SmoothedClassifier(load_classifier("digits"), sigma=0.25, precision="float32", compile="off")
     image = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
     own = g.certify(image, n=200)

@@ -1,4 +1,4 @@
-"""Terminal output of a run while it goes on: what the options mean, how it is run, its cost and its progress."""
+"""Terminal output of a run during its course: what the options mean, how it is run, its cost and its progress."""
 
 from __future__ import annotations
 
