@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -16,13 +15,12 @@ from certify.smoothing.bounds import BOUNDS
 from certify.smoothing.procedures import Certify, Decide, Measure, Predict
 from certify.smoothing.rounding import exact
 from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE, MEASURING_BOUND, RULES
-from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from certify.images.dataset import ImageSet
     from certify.images.in_memory import Collection
     from certify.results import Run
-    from certify.runs.transaction import Job, Observer
+    from certify.runs.transaction import Job
 
     AnyProcedure = Certify | Decide | Measure | Predict
 
@@ -212,7 +210,7 @@ def _run(
     """Do a run, or resume the one in ``out``; warn of what the summary of the command shows."""
     from certify.results import Run, RunInMemory
     from certify.runs.files import output_path
-    from certify.runs.transaction import execute, run_words, warn_of_results
+    from certify.runs.transaction import Observer, execute, run_words, warn_of_results
 
     job = load_job(procedure, model, images, labels, sigma=sigma, seed=seed, options=options)
     with tempfile.TemporaryDirectory() as folder:
@@ -220,7 +218,7 @@ def _run(
             job,
             lambda header: output_path(out or Path(folder, "run.jsonl"), run_words(header), header),
             command=f"certify.{procedure.kind}",
-            observer=_bar(shown=options.get("progress", True)),
+            observer=Observer(quiet=not options.get("progress", True)),
         )
     warn_of_results(run)
     if run.omissions:
@@ -229,19 +227,6 @@ def _run(
     order = {item.id: place for place, item in enumerate(job.images.items)}  # images that stop early are written first
     rows = sorted(run.images, key=lambda row: order[row.id])
     return Run(run.path, run.header, rows) if out is not None else RunInMemory(Path(run.path.name), run.header, rows)
-
-
-def _bar(*, shown: bool) -> Observer:
-    """Return the observer of a run in Python: a progress bar."""
-    from certify.runs.transaction import Observer
-
-    class Bar(Observer):
-        @contextlib.contextmanager
-        def progress(self, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-            with progress_bar(total, unit, hidden=not shown, scaled=unit == "samples") as bar:
-                yield bar.update
-
-    return Bar()
 
 
 def load_job(

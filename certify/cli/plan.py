@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.console import clock, few_warnings, show_engine, show_prospects, speaker, stoppable
 from certify.runs.transaction import Observer
 from certify.smoothing.norms import IN_WORDS
 from certify.smoothing.procedures import samples
-from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +29,8 @@ class Console(Observer):
     """
 
     def __init__(self, demonstration: str, *, quiet: bool) -> None:
-        self._say, self._quiet, self._demonstration = speaker(quiet=quiet), quiet, demonstration
+        super().__init__(quiet=quiet)
+        self._say, self._demonstration = speaker(quiet=quiet), demonstration
         self._stack = contextlib.ExitStack()
         self._warn_left_out: Callable[[str], None] = lambda text: None
         self.rate: float | None = None  # samples per second of one device
@@ -87,12 +87,6 @@ class Console(Observer):
             most = "at most " if procedure.sequential else ""
             work = f"{left:,} images x {most}{each:,} samples = {left * each:,}"
             self._say(f"cost       {work}: {most}about {clock(left * each / (self.rate * devices))}")
-
-    @contextlib.contextmanager
-    def progress(self, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-        """Show a progress bar."""
-        with progress_bar(total, unit, hidden=self._quiet, scaled=unit == "samples") as bar:
-            yield bar.update
 
     def left_out(self, text: str) -> None:
         """Warn of an image; of many, the first are named."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from certify.runs.run_file import Run, RunFile, peek_header
 from certify.runs.runner import CheckedImages, near_chance, process
 from certify.runs.shards import Shard
 from certify.smoothing.procedures import Certify, expected_samples, samples
+from certify.text import progress_bar
 
 _TRIED = 50  # images without noise at most, to check that labels and classifier agree
 
@@ -77,7 +78,14 @@ class Pool(Engine, Protocol):
 
 
 class Observer:
-    """Follows a run. Every method does nothing here."""
+    """Follows a run. Every method does nothing here, except that a progress bar is shown.
+
+    Args:
+        quiet: show no progress bar.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
 
     def resolved(self, job: Job, header: RunHeader, image: Tensor | None) -> None:
         """Called with what the options mean and the first usable image, before anything is sampled."""
@@ -94,9 +102,11 @@ class Observer:
     def ready(self, job: Job, engine: Engine, image: Tensor, left: int, devices: int) -> None:
         """Called when the base classifier is prepared and ``left`` images are to be sampled on so many devices."""
 
-    def progress(self, total: int, unit: str) -> AbstractContextManager[Callable[[int], object]]:
-        """Return the context of the sampling; it gives the function that is called with what was done."""
-        return contextlib.nullcontext(lambda done: None)
+    @contextlib.contextmanager
+    def progress(self, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+        """Enter the context of the sampling; it gives the function that is called with what was done."""
+        with progress_bar(total, unit, hidden=self.quiet, scaled=unit == "samples") as bar:
+            yield bar.update
 
     def left_out(self, text: str) -> None:
         """Called with a line about each image that cannot be used."""
