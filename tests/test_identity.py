@@ -286,18 +286,11 @@ def test_an_onnx_run_that_names_no_other_files_is_resumed_on_trust_alone(here: P
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_a_worker_with_other_files_is_refused(model: str, here: Path, digits: Any) -> None:
     """The worker compares its pipeline with the driver's before it is given an image."""
-    from certify.cli.load import load_smoothed
-    from certify.cli.option_groups import ComputeOptions, InputOptions, NoiseOptions
+    from certify.api import load_smoothed
 
     named = dict(zip(model.split()[::2], model.split()[1::2], strict=True))
-    load = functools.partial(
-        load_smoothed,
-        named["--model"],
-        InputOptions(),
-        NoiseOptions(sigma=0.25, denoiser=named.get("--denoiser", "none")),
-        ComputeOptions(device="cpu", precision="float32", compile="off"),
-        probe_size=(1, 8, 8),
-    )
+    options = {"denoiser": named.get("--denoiser", "none"), "precision": "float32", "compile": "off"}
+    load = functools.partial(load_smoothed, named["--model"], 0.25, options, "cpu", (1, 8, 8))
     mine = load().base.record()
     spec = WorkerSpec(lambda: WorkerEngine(load), str(here), code_identity(), mine)
     Worker(spec).start()

@@ -17,7 +17,7 @@ from certify.cli.option_groups import (
     NoiseOptions,
     StatisticsOptions,
 )
-from certify.cli.options import Options, check_radii, given_by_user
+from certify.cli.options import Options, given_by_user
 from certify.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ def procedure_from(statistics: StatisticsOptions, sequential_n: int | None = Non
     """
     from certify.api import procedure_for
 
-    check_radii(statistics.radius, "--radius")
     return procedure_for(
         n0=statistics.n0 if given_by_user("n0") else None,
         n=statistics.n if given_by_user("n") else None,
@@ -80,27 +79,14 @@ def procedure_from(statistics: StatisticsOptions, sequential_n: int | None = Non
 
 
 def load_smoothed(
-    model: str,
-    options: InputOptions,
-    noise: DenoiserOptions,
-    compute: ComputeOptions,
-    *,
-    probe_size: tuple[int, int, int] | None = None,
+    model: str, options: InputOptions, noise: DenoiserOptions, compute: ComputeOptions
 ) -> SmoothedClassifier:
-    """Load the smoothed classifier that the options name, with its denoiser, on its device.
-
-    Args:
-        model: name of the base classifier.
-        options: its weights and input.
-        noise: noise and denoiser.
-        compute: device and execution.
-        probe_size: input size (C, H, W) for the identity of a classifier that takes any, where no image is at hand.
-    """
+    """Load the smoothed classifier that the options name, with its denoiser, on its device."""
     from certify.api import load_smoothed
     from certify.smoothed_classifier import ModelOptions, SmoothingOptions
 
     given = options_for(ModelOptions, options) | options_for(SmoothingOptions, noise, compute)
-    return load_smoothed(model, noise.sigma, given, compute.device, probe_size)
+    return load_smoothed(model, noise.sigma, given, compute.device)
 
 
 def options_for(target: type, *groups: Options) -> dict[str, object]:
@@ -117,16 +103,9 @@ def ids_from(options: ImageOptions) -> list[str] | None:
 def classifier_from(model: str, options: InputOptions) -> Classifier:
     """Load the classifier of this name, with the user's settings in place of its own."""
     from certify.models.load import load_classifier
+    from certify.smoothed_classifier import ModelOptions
 
-    return load_classifier(
-        model,
-        weights=options.weights,
-        input_size=options.input_size,
-        mean=options.mean,
-        std=options.std,
-        num_classes=options.num_classes,
-        trust_code=options.trust_code,
-    )
+    return load_classifier(model, **options_for(ModelOptions, options))  # type: ignore[arg-type]
 
 
 def denoiser_for(

@@ -150,10 +150,10 @@ def refuse_given(names: Collection[str], why: str) -> None:
             raise UserError(f"{parameter.opts[0]} {why}")
 
 
-def check_radii(radii: list[float] | None, option: str = "--radii") -> None:
+def check_radii(radii: list[float] | None) -> None:
     """Refuse negative and infinite radii."""
     if radii is not None and not all(0 <= r < float("inf") for r in radii):
-        raise UserError(f"{option} {','.join(map(exact, radii))}: expected numbers from 0")
+        raise UserError(f"--radii {','.join(map(exact, radii))}: expected numbers from 0")
 
 
 def command_line() -> str:
