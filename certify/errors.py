@@ -32,7 +32,7 @@ def options_in_messages() -> Iterator[None]:
 
 
 def python_spelling(text: str) -> str:
-    """Return a message with options spelled as parameters; commands in backticks and other options stay."""
+    """Return a message with options spelled as parameters and commands as calls; text in backticks stays."""
 
     def parameter(found: re.Match[str]) -> str:
         option, value = found.groups()
@@ -44,7 +44,7 @@ def python_spelling(text: str) -> str:
             value = f"({value.replace('x', ', ')})"
         return name if value is None else f"{name}={value}"
 
-    return _OPTION.sub(parameter, text)
+    return _OPTION.sub(parameter, text).replace("same command", "same call")
 
 
 class _Message(Exception):

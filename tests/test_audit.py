@@ -368,6 +368,18 @@ def test_replay_reproduces_the_run_and_runs_at_another_alpha(
             replay(tmp_path / "a", bound="clopper-pearson", answers=fake.answers)
 
 
+def test_the_record_does_not_depend_on_the_order_in_which_answers_arrive(tmp_path: Path, digits: Classifier) -> None:
+    fake, found = Fake(digits), []
+    audit = set_up(tmp_path)
+    record = run_audit(audit, fake)
+    header, _ = prepare(audit, plan(audit))
+    for names in (sorted(fake.answers), sorted(fake.answers, reverse=True)):
+        answers = {name: fake.answers[name] for name in names}
+        found.append(conclude(tmp_path, header, record, answers, status=FINISHED).replace(finished=None))
+    assert len(found[0].drift) == COUNT
+    assert found[0] == found[1]
+
+
 def test_replay_names_the_certificates_that_differ(tmp_path: Path, digits: Classifier) -> None:
     fake = Fake(digits)
     run_audit(set_up(tmp_path), fake)

@@ -244,7 +244,7 @@ def test_a_class_map_and_labels_of_the_data(tmp_path: Path) -> None:
     run = certify.audit(Bright(), IMAGES, tmp_path / "labels.csv", out=tmp_path / "a", **options)
     assert [row.class_name for row in run] == ["dim", "dim", "light"]
     assert [row.label == row.prediction for row in run] == [True, True, True]
-    with pytest.raises(UserError, match="the class map has no class 'dark', a reference label"):
+    with pytest.raises(UserError, match="the class map has no class 'dark', a label of the data"):
         certify.audit(Bright(), IMAGES, ["dark", "dark", "light"], out=tmp_path / "b", **options)
 
 

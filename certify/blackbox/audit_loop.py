@@ -165,7 +165,7 @@ def _query_clean(audit: Audit, ask: AuditClient, chunk: Sequence[int], *, alone:
                 skip = "; if it has none for this image alone, leave it out and choose another folder"
                 raise RunFault(
                     f"the service gave no label for the first image: {answers[0].failure}; no other query was sent. "
-                    f"The same call tries again{'' if answers[0].down else skip}"
+                    f"The same command tries again{'' if answers[0].down else skip}"
                 )
             todo = [i for i, answer in zip(todo, answers, strict=True) if not answer.ranked and answer.known]
             number += 1

@@ -32,7 +32,7 @@ def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
     """Return the outcome of the determinism probe: the clean answer of each probed image against its repetitions.
 
     Args:
-        answers: by name, in the order of their first requests.
+        answers: by name.
         class_map: from labels to classes, or None.
     """
     outcomes = []
@@ -136,17 +136,17 @@ def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = 
     """Return the outcome of the drift check: the latest answers about clean images against their first."""
     outcomes = []
     for image, later in _of_stage(answers, DRIFT).items():
-        clean, last = clean_answer(answers, image), later[max(later)]
+        clean, last = clean_answer(answers, image), list(later.values())[-1]
         before, after = (None if a is None else _vote(a, class_map) for a in (clean, last))
         outcomes.append(Drifted(id=image, before=before, after=after))
     return outcomes
 
 
 def _of_stage(answers: Mapping[str, Answer], stage: str) -> dict[str, dict[int, Answer]]:
-    """Return the answers of a stage by image and number."""
+    """Return the answers of a stage by image and number, the numbers of an image in order."""
     by_image: dict[str, dict[int, Answer]] = {}
     for name, answer in answers.items():
         image, there, number = parts_of(name)
         if there == stage and number.isdecimal():
             by_image.setdefault(image, {})[int(number)] = answer
-    return by_image
+    return {image: dict(sorted(numbered.items())) for image, numbered in by_image.items()}

@@ -180,7 +180,9 @@ def conclude(
     rows = rows_of(header, record.images, answers, index)
     write_rows(folder, header, rows)
     price = record.plan.price_per_1000
-    probed, drifted = probes(answers, record.class_map), drifts(answers, record.class_map)
+    place = {image.id: k for k, image in enumerate(record.images)}  # answers are in the order in which they arrived
+    probed = sorted(probes(answers, record.class_map), key=lambda one: place.get(one.id, len(place)))
+    drifted = sorted(drifts(answers, record.class_map), key=lambda one: place.get(one.id, len(place)))
     requests, queries = sent or (sum(answer.attempts for answer in answers.values()), len(answers))
     concluded = record.replace(
         finished=now(),
