@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from certify import load_classifier
+from certify.engine import monte_carlo
 from certify.models.classifier import Classifier
 
 # Choices of other runs must not decide here.
@@ -31,6 +33,14 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 def pytest_xdist_auto_num_workers() -> int:
     """Workers of ``-n auto``: one per core this process may use, but no more than 8, as each imports torch."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_measurement() -> Iterator[None]:
+    """Runs in this process measure their speed, which they only display, on a single batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monte_carlo, "measure_rate", functools.partial(monte_carlo.measure_rate, seconds=0.0))
+        yield
 
 
 @pytest.fixture
