@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from analysis import figures
 from certify import load_classifier
 from certify.engine import monte_carlo
 from certify.models.classifier import Classifier
@@ -29,6 +31,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
+_DPI = figures.DPI
+
 
 def pytest_xdist_auto_num_workers() -> int:
     """Workers of ``-n auto``: one per core this process may use, but no more than 8, as each imports torch."""
@@ -36,11 +40,25 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _short_measurement() -> Iterator[None]:
-    """Runs in this process measure their speed, which they only display, on a single batch."""
+def _cheap_extras() -> Iterator[None]:
+    """Runs in this process measure their speed, which they only display, on one batch, and draw coarse pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monte_carlo, "measure_rate", functools.partial(monte_carlo.measure_rate, seconds=0.0))
+        patch.setattr(figures, "DPI", 50)
         yield
+
+
+@pytest.fixture
+def users_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures have the size that users get."""
+    monkeypatch.setattr(figures, "DPI", _DPI)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_imports() -> None:
+    """Garbage collections, of which accelerate forces many, pass over the imported libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -164,6 +164,7 @@ def test_table_styles(style: str, text: str, tmp_path: Path) -> None:
     assert text in table
 
 
+@pytest.mark.usefixtures("users_resolution")
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_pictures(suffix: str, tmp_path: Path) -> None:
     found = curves([read_any(write(tmp_path / f"{s}.jsonl", FOUR, sigma=s)) for s in (0.25, 0.5)])

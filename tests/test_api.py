@@ -365,6 +365,7 @@ def test_what_a_notebook_shows(finished: certify.Run) -> None:
     assert finished.table([0])._repr_html_().startswith("<pre>")
 
 
+@pytest.mark.usefixtures("users_resolution")
 def test_a_curve_of_several_runs(finished: certify.Run, tmp_path: Path) -> None:
     other = certify.certify(Halfspaces(), IMAGES, LABELS, sigma=0.5, n=300)
     plot = finished.plot(tmp_path / "curves.png", other, title="halfspaces")

@@ -27,6 +27,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.usefixtures("users_resolution")
 def test_the_default_verb(capsys: pytest.CaptureFixture[str]) -> None:
     """Table on stdout, plan on stderr; `certify run` and the bare form are one run, so the second changes nothing."""
     run(*DIGITS, "--n", "500", "--max", "4")

@@ -181,6 +181,7 @@ def test_nothing_to_evaluate() -> None:
         evaluate_denoiser(IDLE, NATURAL, -1.0)
 
 
+@pytest.mark.usefixtures("users_resolution")
 @pytest.mark.parametrize(("size", "channels"), [((8, 8), 1), ((30, 70), 3), ((700, 650), 3)])
 def test_the_grid_is_a_picture_of_sensible_size(tmp_path: Path, size: tuple[int, int], channels: int) -> None:
     image = np.linspace(-0.5, 1.5, channels * size[0] * size[1], dtype=np.float32).reshape(channels, *size)
@@ -210,6 +211,7 @@ def displayed(share: dict[str, float]) -> str:
     return f"{floor_to(share['share'], 3)} [{floor_to(share['low95'], 3)}, {ceil_to(share['high95'], 3)}]"
 
 
+@pytest.mark.usefixtures("users_resolution")
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Text and JSON agree with the function; the picture is written."""
     options = "evaluate-denoiser --model digits --denoiser median --sigma 0.25,0.5 --max 20".split()
