@@ -95,7 +95,7 @@ class Browser:
         return base64.b64decode(self.call("Page.captureScreenshot")["data"])
 
     def pdf(self) -> bytes:
-        """What printing gives, on A4."""
+        """The page printed on A4, as PDF."""
         printed = self.call("Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.69)
         return base64.b64decode(printed["data"])
 

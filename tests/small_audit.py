@@ -159,7 +159,7 @@ def make_audit(
 
 
 def usual(images: int, settings: Settings) -> dict[str, Any]:
-    """What an audit says of itself."""
+    """The contents of audit.json for a small audit."""
     return {
         "schema": 1,
         "created": "2026-01-01T10:00:00+00:00",

@@ -247,7 +247,7 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
 def test_a_log_with_a_duplicate_image_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], repeat: str
 ) -> None:
-    """As for run files: counted twice, one image would move every share; the same number may be spelled otherwise."""
+    """An image counted twice would change every share, as in run files; its number may be written differently."""
     log = tmp_path / "sigma_0.25"
     rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime", "0\t3\t3\t0.52\t1\t0:01", "20\t5\t5\t0.5\t1\t0:01"]
     log.write_text("\n".join([*rows, repeat]) + "\n")
@@ -261,7 +261,7 @@ def test_a_log_with_a_duplicate_image_is_refused(
 
 
 def test_the_order_of_a_logs_lines_does_not_matter(tmp_path: Path) -> None:
-    """How many images it lacks follows from the stride, which the lines of workers that ran side by side have too."""
+    """The number of missing images follows from the stride, also where parallel workers wrote the lines."""
     lines = [f"{i}\t1\t1\t0.5\t1\t0:01\n" for i in range(0, 10_000, 1000)]
     for name, found in (("sorted", lines), ("mixed", lines[::2] + lines[1::2]), ("partial", lines[3:0:-1])):
         (tmp_path / name).write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n" + "".join(found))

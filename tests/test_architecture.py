@@ -110,7 +110,7 @@ LIGHT = ["--help", "--version", "run --help", "train --help", "serve --help", "l
 
 
 def test_help_and_lists_do_not_import_torch() -> None:
-    """What answers from names alone starts in a moment; asked of one process, one command after the other."""
+    """Commands that only list names do not import torch; one process runs them one after the other."""
     code = (
         "import contextlib, io, sys\n"
         "from certify.cli import main\n"

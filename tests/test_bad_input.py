@@ -1,4 +1,4 @@
-"""What people get wrong: one line that says what came, what was expected and what to write instead; never a traceback.
+"""Mistakes of users give one line with the value received, the value expected and the fix; never a traceback.
 
 Exit code 2 is the user's mistake, 1 a fault on the way; neither harms a file that is there.
 """
@@ -56,7 +56,7 @@ MAP, LABELS = D + "--data d --class-map ", D + "--data d --labels "
 
 
 def written(save: Callable[..., Any], *given: Any, **named: Any) -> bytes:
-    """What ``save(file, ...)`` writes."""
+    """The bytes that ``save(file, ...)`` writes."""
     out = io.BytesIO()
     save(out, *given, **named)
     return out.getvalue()

@@ -192,7 +192,7 @@ def start(folder: Path, model: str, out: str, *more: str, cluster: Raylets | Non
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    """What it wrote on stdout and stderr."""
+    """Its stdout and stderr."""
     try:
         found, said = process.communicate(timeout=500)
     finally:

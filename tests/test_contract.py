@@ -1,4 +1,4 @@
-"""What is not one fixed function of each image is refused on every path, by name; honest networks pass."""
+"""A model that is not one fixed function of each image is refused on every path, by name; honest networks pass."""
 
 from __future__ import annotations
 
@@ -369,7 +369,7 @@ def in_bfloat16(*, float_scores: bool = False, labels: bool = False) -> Callable
 
 
 def exact_ties(images: Tensor) -> Tensor:
-    """Whether the mean is above the mean of the same pixels in another order: rounding alone decides."""
+    """True if the mean is above the mean of the same pixels in another order: rounding alone decides."""
     return (images.flatten(1).mean(1) > images.flip(2, 3).flatten(1).mean(1)).long()
 
 

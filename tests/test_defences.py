@@ -144,7 +144,7 @@ def test_a_value_may_hold_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("purifier", ["ncis", "ebm", "atop"])
 def test_weights_of_a_purifier_as_a_denoiser_warn_or_fail(purifier: str, tmp_path: Path) -> None:
-    """As a defence they need its name; under noise they give a warning, or an error if they take a mask."""
+    """Used as a defence, they need its name; under noise they give a warning, or an error if they take a mask."""
     digits = load_classifier("digits")
     file = weights(tmp_path, purifier)
     with pytest.raises(UserError, match=f"holds weights for {purifier}; write {purifier}:weights="):

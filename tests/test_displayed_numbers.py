@@ -1,4 +1,4 @@
-"""What a reader sees of a guaranteed quantity: in every output rounded to its safe side, and by no other formatting."""
+"""Guaranteed quantities are rounded to the safe side in every output, and formatted in no other way."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_tables_for_machines_have_every_digit(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("style", ["text", "markdown", "latex"])
 def test_a_radius_is_displayed_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str], style: str) -> None:
-    """What holds at 0.2499999 need not hold at 0.25: the table does not say so, nor do two radii become one."""
+    """A claim at 0.2499999 need not hold at 0.25: the table does not state it there, and two radii stay two."""
     path = write(tmp_path / "a.jsonl", 3, 3, 0.2499999)
     run("table", path, "--radii", "0.2499999,0.25", "--format", style)
     heading, *_ = (line for line in capsys.readouterr().out.splitlines() if "abstained" in line)

@@ -59,7 +59,7 @@ class Block:
         return next((int(m["code"]) for m in self.marks if m["code"]), 0)
 
     def commands(self) -> tuple[str, list[tuple[str, str]]]:
-        """What is run, and what is not with the reason."""
+        """The blocks that are run, and those that are not, with the reason."""
         out = [m for m in self.marks if m["why"]]
         if not out:
             return self.text, []
@@ -110,7 +110,7 @@ def missing(shown: str, printed: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where a reader stands: a checkout whose examples are there. What runs in it still is ended afterwards."""
+    """The reader's working directory: a checkout with its examples. Processes left in it are ended afterwards."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     STARTED[tmp_path] = []
     yield tmp_path

@@ -89,7 +89,7 @@ def test_the_look_up_is_the_definition(sigma: float, way: str) -> None:
 
 
 def test_the_definition_counts_every_interval() -> None:
-    """Where a number lies is counted again in whole numbers of Python."""
+    """The place of a number is counted again in Python integers."""
     table = draw_table(0.25)
     ends, values = table.ends.tolist(), table.values.tolist()
     numbers = [0, ends[300] - 1, ends[300], 2**59, ends[-1] - 1, ends[-1], DRAWS - 1]

@@ -1,4 +1,4 @@
-"""How the base classifier is run: the same function whichever way, and safe to fail."""
+"""Execution of the base classifier: the same function with every engine, and failures are safe."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class TestFolding:
 class TestPrecision:
     @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
     def test_noise_is_added_and_normalised_in_float32(self, precision: str) -> None:
-        """What reaches the network is the exact float32 normalisation of the exact float32 sum, cast once."""
+        """The network receives the exact float32 normalisation of the exact float32 sum, cast once."""
         seen: list[Tensor] = []
 
         class Spy(nn.Module):

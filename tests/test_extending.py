@@ -49,7 +49,7 @@ NUMBER = re.compile(r"\d[\d,]*\.?\d*")
 
 @dataclass(frozen=True)
 class Page:
-    """What a page of docs/extending tells its reader to do.
+    """The steps of a page of docs/extending.
 
     Attributes:
         path: of the file to write, below the root of the repository.
@@ -373,7 +373,7 @@ def test_a_linear_classifier_s_radius_is_its_margin(added: Any, workplace: Path)
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """What makes a package that adds to the registries, as an installer would leave it."""
+    """A package that adds to the registries, as an installer would leave it."""
 
     def install(points: str, package: str = "some-noises") -> None:
         about = tmp_path / f"{package.replace('-', '_')}-1.2.dist-info"

@@ -229,7 +229,7 @@ def test_betting_p_value_of_a_chosen_class(radius: float) -> None:
 
 
 def test_early_stopped_votes() -> None:
-    """What was settled has a p-value of at most alpha, just; other looks at the class count as well."""
+    """A settled class has a p-value of at most alpha, if only just; other looks at the class count as well."""
     noise, alpha, radii = Gaussian(1.0), 0.01, [0.2, 0.5]
     p0s = [noise.probability(r) for r in radii]
     looks = []

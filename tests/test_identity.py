@@ -194,7 +194,7 @@ def test_shards_of_a_retrained_model_do_not_merge(kind: str, here: Path, capsys:
 
 
 def test_another_arithmetic_is_no_other_model(here: Path) -> None:
-    """What another processor may do to answers, a thousand times more, resumes."""
+    """Answers that differ a thousand times more than another processor's would still resume."""
     command = f"predict --model reads_files:scores {RUN.replace('--n0 10', '')} --out r.jsonl".split()
     for dtype in ("float32", "float64", "float16", "bfloat16"):
         Path("dtype").write_text(dtype)

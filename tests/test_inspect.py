@@ -1,4 +1,4 @@
-"""What attacks add, measured and drawn by one command."""
+"""The perturbations of attacks, measured and drawn by one command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stranger does: build a wheel, install it elsewhere, run the default; paste the README's Python."""
+"""A new user's first steps: build a wheel, install it elsewhere, run the default, paste the README's Python."""
 
 from __future__ import annotations
 

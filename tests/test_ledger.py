@@ -54,7 +54,7 @@ def log(*lines: Coroutine[Any, Any, None]) -> None:
 
 
 def test_the_format_of_the_lines(tmp_path: Path) -> None:
-    """What other programs may rely on."""
+    """The keys that other programs may rely on."""
     header, *rows = [json.loads(line) for line in kept(tmp_path / "ledger").read_text().splitlines()]
     assert (header["type"], header["endpoint"], header["encoding"]) == ("ledger", "http://127.0.0.1:9/v2", "png")
     assert header["format"] == {"name": "raw", "side": 8}
@@ -248,7 +248,7 @@ def test_a_full_disk_leaves_complete_lines(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_writers_share_a_flush_and_none_runs_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a method returns, a flush has begun after its line was written and has ended."""
+    """A method returns only after a flush that began after its line was written has ended."""
     path, wanted = tmp_path / "ledger", queries(160)
     flush, flushed, flushes = os.fsync, [0], [0]
 

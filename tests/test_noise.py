@@ -122,7 +122,7 @@ def test_no_two_blocks_are_alike() -> None:
 
 
 def test_plain_seeding_would_repeat() -> None:
-    """Why streams write the whole state: a CPU generator forgets all but 32 bits of its seed. Ours do not collide."""
+    """A CPU generator keeps only 32 bits of its seed, so streams write the whole state and do not collide."""
     plain = [torch.randn(8, generator=torch.Generator().manual_seed(5 + k * 2**32)) for k in (0, 1)]
     assert (plain[0] == plain[1]).all()
     seen = {draw(image_id=str(i), block=b, size=16).numpy().tobytes() for i in range(50) for b in range(100)}

@@ -38,7 +38,7 @@ SECRET = "s3cr3t-t0ken"
 
 
 class Page(HTMLParser):
-    """What a reader of the page finds: tables by class, named values, texts by class, every attribute."""
+    """The page as parsed: tables by class, named values, texts by class, every attribute."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(convert_charrefs=True)

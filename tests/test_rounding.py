@@ -73,7 +73,7 @@ def test_settings_are_displayed_as_they_are() -> None:
 
 
 def test_sums_of_failure_probabilities_and_confidences() -> None:
-    """As a reader works them out from the decimals: 36 * 0.001 is 0.036; no confidence below 1 becomes 1."""
+    """Computed from the displayed decimals, as a reader does: 36 * 0.001 is 0.036; no confidence below 1 becomes 1."""
     assert 0.001 * 36 != 0.036
     assert (times(0.001, 36), times(0.1, 3), times(0.001, 0)) == (0.036, 0.3, 0.0)
     assert complement(0.001) == "0.999"
