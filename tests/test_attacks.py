@@ -200,7 +200,7 @@ def test_a_misclassified_clean_image_ends_the_attack(name: str, answers: Any) ->
 
 
 @pytest.mark.parametrize(("name", "answers"), [("hopskipjump", "labels"), ("square", "scores")])
-@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("norm", ["l2", pytest.param("linf", marks=pytest.mark.slow)])
 def test_one_chance_error_of_a_random_target_does_not_end_the_attack(name: str, answers: Any, norm: str) -> None:
     """Below the margin there is nothing to find, and above it what is found is really wrong."""
     ids, budget = [str(i) for i in range(6)], 150

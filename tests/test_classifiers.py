@@ -361,7 +361,7 @@ def test_torchvisions_files_are_found_in_its_cache(monkeypatch: pytest.MonkeyPat
         file.unlink()
 
 
-@pytest.mark.parametrize("leftover", [False, True])
+@pytest.mark.parametrize("leftover", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_command_fails_fast_without_network(leftover: bool, tmp_path: Path) -> None:
     """In a separate process, with an empty cache or the leftovers of a failed download."""
     if leftover:

@@ -52,7 +52,7 @@ def ever_crosses(at: Boundary, p: float, n: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("rule", list(RULES))
 @pytest.mark.parametrize("p0", P0S)
-@pytest.mark.parametrize("alpha", [0.1, 0.001])
+@pytest.mark.parametrize("alpha", [0.1, pytest.param(0.001, marks=pytest.mark.slow)])
 def test_the_chance_of_ever_being_wrong_is_at_most_alpha(rule: str, p0: float, alpha: float) -> None:
     n = 1500
     at = boundary(rule, p0, alpha, n)

@@ -7,12 +7,13 @@ loads nothing.
 from __future__ import annotations
 
 import datetime
+import functools
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from certify.runs.records import ImageRow
 from certify.smoothing.norms import DECIMALS, IN_WORDS
 from certify.smoothing.rounding import ceil_to, complement, exact, floor_to, times
 from certify.text import printable
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 NAME = "report.html"
 THUMBNAIL_BYTES, MAX_ROWS, MAX_KINDS = 14 * 2**20, 4000, 20
@@ -82,6 +86,12 @@ def render(audit: AuditFolder) -> str:
     Raises:
         UserError: jinja2 is not installed.
     """
+    return _environment().get_template(NAME).render(page(audit))
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Return the environment of the templates, which compiles each of them once per process."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError:
@@ -97,7 +107,7 @@ def render(audit: AuditFolder) -> str:
     environment.filters["count"] = lambda number: f"{number:,}"
     environment.filters |= {"floor_to": floor_to, "ceil_to": ceil_to, "exact": exact, "complement": complement}
     environment.filters |= {"times": times, "public": public, "time": _time}
-    return environment.get_template(NAME).render(page(audit))
+    return environment
 
 
 def page(audit: AuditFolder) -> dict[str, Any]:
