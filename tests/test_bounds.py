@@ -202,7 +202,7 @@ def exceeds_randomized(lower: float, k: int, n: int, alpha: float, w: float) -> 
 @pytest.mark.parametrize("alpha", [0.5, 0.9, 0.999999, 1 - 1e-12, 1 - 2.0**-53])
 @pytest.mark.parametrize("n", [1, 2, 10, 1000])
 def test_randomized_at_large_alpha(n: int, alpha: float) -> None:
-    """The cap applies where Clopper-Pearson for one vote more comes within the margin of 1; never above the exact bound."""
+    """Capped where one vote more brings Clopper-Pearson within the margin of 1; never above the exact bound."""
     for k in range(max(0, n - 3), n + 1):
         for w in (1.0, 0.5, 1e-9):
             lower = randomized_lower(k, n, alpha, w)
