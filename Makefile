@@ -12,7 +12,7 @@ test: ## Run the quick tests
 	$(PYTHON) -m pytest
 
 slow: ## Run the slow tests
-	$(PYTHON) -m pytest -m slow --durations=5
+	$(PYTHON) -m pytest -m slow --dist worksteal --durations=5
 
 lint: ## Say what ruff finds, change nothing
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
