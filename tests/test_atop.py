@@ -346,13 +346,13 @@ def test_a_classifier_without_gradients_is_refused_in_one_line(data: Any, digits
             return super().logits(images).detach()
 
     deaf = Deaf("deaf", ClassifierSpec(digits.net, digits.input, digits.class_names, 10))
-    with pytest.raises(UserError, match=r"deaf passes no gradients; .* --set adversarial=false"):
+    with pytest.raises(UserError, match=r"deaf passes no gradients; .* settings adversarial=false"):
         make_objective("atop").prepare(draw_of(data, deaf))
-    with pytest.raises(UserError, match="--set gan=False: expected true or false"):
+    with pytest.raises(UserError, match="settings gan=False: expected true or false"):
         make_objective("atop", {"gan": "False"})
-    with pytest.raises(UserError, match=r"--set weight=none: expected a number, such as 0.05"):
+    with pytest.raises(UserError, match=r"settings weight=none: expected a number, such as 0.05"):
         make_objective("atop", {"weight": "none"})
-    with pytest.raises(UserError, match="--set eps=True: expected a number"):
+    with pytest.raises(UserError, match="settings eps=True: expected a number"):
         make_objective("atop", {"eps": True})
     free = make_objective("atop", {"adversarial": False, "weight": 0})
     assert not any((free.classifier, free.labels, free.gradients))

@@ -391,7 +391,9 @@ def small() -> nn.Module:
 
 def test_torchscript(tmp_path: Path) -> None:
     path = script(small(), tmp_path / "net.pt")
-    classifier = load_classifier(str(path), trust_code=True, input_size=(3, 8, 8), mean=[0.5], std=[0.25])
+    several = load_classifier(str(path), trust_code=True, input_size=(3, 8, 8), mean=torch.full((3,), 0.5), std=[0.25])
+    classifier = load_classifier(str(path), trust_code=True, input_size=(3, 8, 8), mean=0.5, std=0.25)
+    assert classifier.identity() == several.identity()
     x = torch.rand(7, 3, 8, 8)
     assert torch.allclose(classifier.logits(x), small()((x - 0.5) / 0.25), atol=1e-5)
     assert (classifier.num_classes, classifier.input.mean) == (5, (0.5, 0.5, 0.5))

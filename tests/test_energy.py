@@ -415,5 +415,5 @@ def test_a_killed_training_ends_with_the_same_averaged_weights(data: TrainingDat
 
 @pytest.mark.parametrize("ema", [1.0, -0.1, math.nan])
 def test_an_invalid_decay_is_an_error(ema: float) -> None:
-    with pytest.raises(UserError, match=r"--ema .*expected a decay from 0 \(no average\) to below 1"):
+    with pytest.raises(UserError, match=r"ema.*expected a decay from 0 \(no average\) to below 1"):
         Recipe(ema=ema)

@@ -17,7 +17,7 @@ from certify import load_classifier, load_images
 from certify.cli.app import main
 from certify.errors import UserError, options_in_messages
 from certify.models.classifier import Classifier
-from certify.models.labels import map_names, read_labels
+from certify.models.labels import map_names, read_labels, read_rows
 
 D = "--model digits --sigma 0.25 --n 100 --n0 10 --quiet --out x.jsonl "
 Capture = pytest.CaptureFixture[str]
@@ -57,6 +57,11 @@ def any_of(classes: int) -> Classifier:
 
 
 # Numbers are numbers
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_label_files_of_every_spreadsheet(mark: str) -> None:
+    Path("labels.csv").write_text(f"file{mark}label\na.png{mark}1\nb.png{mark}2\n")
+    assert read_rows(Path("labels.csv"), "--labels") == [("a.png", "1"), ("b.png", "2")]
+
 
 NO_CLASS = ("-1", "- 1", "_1", "1_", "+1", "1.0", "-0", "1-2")
 

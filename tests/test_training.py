@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from certify import load_classifier
-from certify.errors import RunFault, UserError
+from certify.errors import RunFault, Stopped, UserError
 from certify.models.checkpoints import read_state_dict
 from certify.models.classifier import Classifier, ClassifierSpec, InputSpec
 from certify.models.identity import state_digest
@@ -149,7 +150,7 @@ def test_only_the_named_parts_are_trained(data: Any, tmp_path: Path) -> None:
         "read.weight",
         *sorted(f"tell.{i}.{name}" for i in range(2) for name in ("bias", "weight")),
     ]
-    with pytest.raises(UserError, match="--train-only way: the network has no such part; expected some of embed, "):
+    with pytest.raises(UserError, match="only way: the network has no such part; expected some of embed, "):
         train_denoiser("pooled-unet", data, Recipe(only=("way",)), tmp_path / "c", how, options=small)
 
 
@@ -257,6 +258,38 @@ def test_a_training_killed_between_two_renames_resumes(data: Any, tmp_path: Path
     assert run(data, tmp_path, recipe, validations=1).steps == recipe.steps(len(data.train))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_the_step_in_progress_first(data: Any, tmp_path: Path, number: signal.Signals) -> None:
+    """Also before the first validation; the message says so, and the resumed training is the uninterrupted one."""
+    recipe = Recipe(epochs=0.5)
+    steps = iter(range(100))
+
+    def interrupt(images: int, loss: float) -> None:
+        if next(steps) == 3:  # the first call is that of the start
+            signal.raise_signal(number)
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does
+    try:
+        with pytest.raises(Stopped, match=r"stopped after step 3 of 7; the checkpoint of step 3 is in .*; the same"):
+            run(data, tmp_path / "a", recipe, validations=1, progress=interrupt)
+    finally:
+        assert signal.signal(signal.SIGTERM, before) is signal.default_int_handler
+    told: list[str] = []
+    resumed = run(data, tmp_path / "a", recipe, validations=1, say=told.append)
+    assert told == ["resuming   from step 3 of 7"]
+    assert resumed.best == run(data, tmp_path / "b", recipe, validations=1).best
+
+
+def test_a_second_interrupt_stops_at_once(data: Any, tmp_path: Path) -> None:
+    def interrupt(images: int, loss: float) -> None:
+        if images:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped, match="stopped after step 1 of 7; no checkpoint yet"):
+        run(data, tmp_path, Recipe(epochs=0.5), validations=1, progress=interrupt)
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +321,7 @@ def test_a_full_disk_keeps_the_checkpoint(data: Any, tmp_path: Path, largest: in
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
     try:
-        with pytest.raises(RunFault, match=r"could not write to .*; the checkpoint of step 5 is kept; run the same"):
+        with pytest.raises(RunFault, match=r"could not write to .*; the checkpoint of step 5 is in .*; the same"):
             run(data, tmp_path, recipe, validations=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -450,7 +483,7 @@ def test_a_field_at_its_default_is_not_in_the_digest() -> None:
 
 def test_an_objective_without_its_classifier_is_an_error(data: Any, tmp_path: Path) -> None:
     for objective in ("stability", "classification", "zeroth-order"):
-        with pytest.raises(UserError, match=f"--objective {objective} needs a frozen classifier"):
+        with pytest.raises(UserError, match=f"objective {objective} needs a frozen classifier"):
             run(data, tmp_path, Recipe(objective))
     with pytest.raises(UserError, match="unknown objective 'stabilty'; nearest: stability"):
         Recipe("stabilty")

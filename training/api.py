@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from certify.engine.hardware import detect_hardware, find_device
-from certify.errors import Stopped, UserError
+from certify.errors import UserError
 from certify.images.dataset import InputOnly
 from certify.registry import check_options, chosen_options
+from certify.smoothing.noise import warn_of_units
 from certify.text import progress_bar
 from denoisers import ARCHITECTURES
 from training.data import TrainingData, count_classes, load_training_data
@@ -25,8 +26,6 @@ from training.loop import TrainerConfig, TrainingResult, make_accelerator
 from training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from certify.images.in_memory import Collection
     from certify.models.classifier import Classifier
     from certify.smoothed_classifier import SmoothedClassifier
@@ -46,7 +45,7 @@ class TrainingJob:
         target: the frozen classifier; with surrogates it is never called.
         surrogates: frozen classifiers in place of the target.
         options: of the architecture.
-        init: a denoiser to start from.
+        init: a denoiser to start from, or its name or file.
         stored: type of the saved numbers.
         weights: to start the classifier from.
         num_classes: of the classifier to train; None counts those of the data.
@@ -73,7 +72,7 @@ class TrainingJob:
     target: Classifier | None = None
     surrogates: Sequence[Classifier] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    init: str | None = None
+    init: str | nn.Module | None = None
     stored: str = "float32"
     weights: str | None = None
     num_classes: int | None = None
@@ -103,15 +102,22 @@ def train(job: TrainingJob, say: Callable[[str], None] = lambda text: None, *, h
     Raises:
         UserError: data, classifiers or options that do not fit each other.
         RunFault: the loss is not finite, or the disk is full.
-        Stopped: by Ctrl-C; the checkpoint is kept.
+        Stopped: by Ctrl-C or SIGTERM, after a checkpoint.
     """
+    if job.denoiser and min(job.recipe.sigmas, default=1.0) <= 0:
+        raise UserError("--sigma 0: a denoiser needs noise; expected levels above 0")
+    warn_of_units(max(job.recipe.sigmas, default=0.0))
+    if ":" in job.device:
+        raise UserError(f"--device {job.device}: expected cuda; CUDA_VISIBLE_DEVICES chooses which")
     device = str(find_device(job.device)).partition(":")[0]
     precision = job.precision
     if precision == "auto":
         precision = "bfloat16" if detect_hardware(torch.device(device)).bfloat16 else "float32"
     accelerator = make_accelerator(device, precision, job.out)
     if job.denoiser:
-        check_objective(job.recipe, len(job.surrogates) or int(job.target is not None))  # before minutes of reading
+        # before minutes of reading
+        several = len(job.surrogates)
+        check_objective(job.recipe, several or int(job.target is not None), surrogates=several > 0)
     name = job.data if isinstance(job.data, str) else job.data.name
     say(f"data       reading {name} ...")
     viewer: Any = job.surrogates[0] if job.surrogates else job.target
@@ -145,27 +151,21 @@ def train(job: TrainingJob, say: Callable[[str], None] = lambda text: None, *, h
             bar.update(images)
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
-        config = _config(job, accelerator, progress)
-        try:
-            if spec is not None and job.train_classifier:
-                from training.classifier import train_classifier
+        config = TrainerConfig(
+            accelerator,
+            compile=job.compile,
+            validations=job.validations,
+            progress=progress,
+            say=say,
+            command=job.command,
+            licence=job.licence,
+            trust_identity=job.trust_identity,
+        )
+        if spec is not None and job.train_classifier:
+            from training.classifier import train_classifier
 
-                return train_classifier(job.train_classifier, spec, images, job.recipe, job.out, config)
-            return _train_denoiser(job, images, config)
-        except KeyboardInterrupt:
-            raise Stopped(f"stopped; the same command resumes from the last checkpoint in {job.out}") from None
-
-
-def _config(job: TrainingJob, accelerator: Accelerator, progress: Callable[[int, float], None]) -> TrainerConfig:
-    return TrainerConfig(
-        accelerator,
-        compile=job.compile,
-        validations=job.validations,
-        progress=progress,
-        command=job.command,
-        licence=job.licence,
-        trust_identity=job.trust_identity,
-    )
+            return train_classifier(job.train_classifier, spec, images, job.recipe, job.out, config)
+        return _train_denoiser(job, images, config)
 
 
 def _train_denoiser(job: TrainingJob, images: TrainingData, config: TrainerConfig) -> TrainingResult:
@@ -211,7 +211,7 @@ class JobOptions(TypedDict, total=False):
     """Further options of a training, as of :class:`TrainingJob`."""
 
     options: Mapping[str, Any]
-    init: str | None
+    init: str | nn.Module | None
     stored: str
     input_size: tuple[int, int, int] | None
     held_out: int | None
@@ -242,7 +242,7 @@ def train_denoiser(
     images: Any,
     labels: Any = None,
     *,
-    sigma: float | Sequence[float] | tuple[float, float],
+    sigma: float | Sequence[float] | None = None,
     out: str | Path,
     classifier: nn.Module | Callable[..., Any] | SmoothedClassifier | str | None = None,
     surrogates: Sequence[nn.Module | Callable[..., Any] | str] = (),
@@ -264,10 +264,11 @@ def train_denoiser(
         images: as for :func:`certify.certify`; all of one size.
         labels: N class indices, with images as Python objects; a name or path has its own. Needed by objectives that
             classify.
-        sigma: noise level, or several, in [0, 1] pixels; with ``continuous`` the smallest and the largest.
+        sigma: noise level, or several, in [0, 1] pixels; with ``continuous`` the smallest and the largest; None for an
+            objective without noise.
         out: folder for weights, checkpoint and metrics.
         classifier: the frozen classifier, for objectives that need one (all but ``mse``); with ``surrogates`` it is the
-            target, which is never called.
+            target, which is never called. A name takes ``NAME=FILE``; :func:`certify.load_classifier` has all options.
         surrogates: classifiers to train through in place of the target (query access).
         objective: name (``certify list objectives``).
         continuous: train at all levels between the smallest and the largest.
@@ -285,18 +286,18 @@ def train_denoiser(
     Raises:
         UserError: arguments that contradict each other, or data and classifiers that cannot be used.
         RunFault: the loss is not finite, or the disk is full.
-        Stopped: by Ctrl-C; the checkpoint is kept.
+        Stopped: by Ctrl-C or SIGTERM, after a checkpoint.
     """
     from certify.api import collect_images
     from certify.models.load import as_classifier
     from certify.smoothed_classifier import SmoothedClassifier
+    from certify.smoothing.numeric import as_float
     from denoisers.weights import read_denoiser
 
     check_options(Options, options, train_denoiser)
     ARCHITECTURES.get(architecture)
-    levels = (float(sigma),) if isinstance(sigma, int | float) else tuple(float(level) for level in sigma)
-    if not levels or min(levels) <= 0:
-        raise UserError(f"sigma = {sigma}: a denoiser needs noise; expected levels above 0")
+    several = sigma if isinstance(sigma, Sequence) else [] if sigma is None else [sigma]
+    levels = tuple(as_float(level, "sigma", "a noise level above 0, or several") for level in several)
     of_recipe = chosen_options(RecipeOptions, options)
     recipe = Recipe(
         objective=objective,
@@ -308,20 +309,24 @@ def train_denoiser(
         seed=seed,
         **{**of_recipe, "only": tuple(of_recipe.get("only", ())), "settings": dict(of_recipe.get("settings", {}))},
     )
+    given = {"sigma"} if levels else set()
+    for name, where in recipe.unused().items():
+        if name in given | options.keys():
+            raise UserError(f"--{name.replace('_', '-')} belongs to {where}; leave it out here")
     collection = collect_images(images, labels, {})
     if collection is None and labels is not None:
         raise UserError(f"labels = {str(labels)!r} with a name or path of data: expected None, the data's own labels")
     size = options.get("input_size") or (None if collection is None else collection.first_shape())
     if isinstance(classifier, SmoothedClassifier):
         classifier = classifier.classifier
-    of_job = chosen_options(JobOptions, options)
+    of_job, trust = chosen_options(JobOptions, options), options.get("trust_code", False)
     job = TrainingJob(
         recipe=recipe,
         data=str(images) if collection is None else collection,
         out=out,
         denoiser=architecture,
-        target=None if classifier is None else as_classifier(classifier, size),
-        surrogates=[as_classifier(surrogate, size) for surrogate in surrogates],
+        target=None if classifier is None else as_classifier(classifier, size, trust_code=trust),
+        surrogates=[as_classifier(surrogate, size, trust_code=trust) for surrogate in surrogates],
         command="certify.train_denoiser",
         **of_job,
     )

@@ -111,7 +111,7 @@ def attack(draw: Draw, eps: float) -> Tensor:
         logits = draw.classifier.logits(images)
         if not logits.requires_grad:
             raise UserError(
-                f"{draw.classifier.name} passes no gradients; expected a PyTorch model: train through a --surrogate, "
+                f"{draw.classifier.name} passes no gradients; expected a PyTorch model: pass --surrogate, "
                 "or leave the attack and the classifier out: --set adversarial=false --set weight=0"
             )
         (gradient,) = torch.autograd.grad(cross_entropy(logits, draw.labels), images)

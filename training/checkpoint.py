@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,6 +110,10 @@ class Checkpoints:
         self.folder, self.old, self.new = (out / f"checkpoint{end}" for end in ("", ".old", ".new"))
         self.metrics = out / "metrics.jsonl"
 
+    def kept(self, advice: str = "; the same command resumes there") -> str:
+        """Return the part of an error message about the last checkpoint; ``advice`` follows if there is one."""
+        return f"the checkpoint of step {self.saved:,} is in {self.out}{advice}" if self.saved else "no checkpoint yet"
+
     def resume(self) -> None:
         """Load the checkpoint, if there is one, and drop later lines of the metrics.
 
@@ -206,10 +212,37 @@ class Checkpoints:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
-            kept = "there is no checkpoint yet"
-            if self.saved:
-                kept = f"the checkpoint of step {self.saved} is kept; run the same command to resume"
-            raise RunFault(f"could not write to {self.out}: {first_line(error)}; {kept}") from error
+            raise RunFault(f"could not write to {self.out}: {first_line(error)}; {self.kept()}") from error
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], int | None]]:
+    """Defer the first Ctrl-C or SIGTERM, so that a step can end and be saved; the second one interrupts at once.
+
+    Yields:
+        A function that returns the number of the signal that has arrived, or None. Outside the main thread, which
+        alone receives signals, it always returns None.
+    """
+    earlier: dict[int, Any] = {}
+    arrived: list[int] = []
+
+    def restore() -> None:
+        while earlier:
+            signal.signal(*earlier.popitem())
+
+    def defer(number: int, _frame: Any) -> None:
+        arrived.append(number)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(handler := signal.getsignal(number)):
+                earlier[number] = handler
+                signal.signal(number, defer)
+    try:
+        yield lambda: arrived[0] if arrived else None
+    finally:
+        restore()
 
 
 def _step_of(line: str) -> int:

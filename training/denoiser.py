@@ -41,7 +41,7 @@ def train_denoiser(
     classifiers: FrozenClassifiers | None = None,
     evaluators: Sequence[Classifier] = (),
     options: dict[str, Any] | None = None,
-    init: str | None = None,
+    init: str | nn.Module | None = None,
     stored: str = "float32",
     trust_code: bool = False,
 ) -> TrainingResult:
@@ -56,7 +56,7 @@ def train_denoiser(
         classifiers: frozen classifiers for the objective.
         evaluators: classifiers for held-out accuracy, if the objective needs none.
         options: of the architecture.
-        init: a denoiser of the same architecture to start from.
+        init: a denoiser of the same architecture to start from, or its name or file.
         stored: type of the saved numbers: ``float32``, or ``float16`` for half the size.
         trust_code: run the program in a TorchScript file named by ``init``.
 
@@ -65,7 +65,7 @@ def train_denoiser(
         RunFault: the loss is not finite, or the disk is full.
     """
     classifiers = classifiers or FrozenClassifiers([])
-    check_objective(recipe, len(classifiers))
+    check_objective(recipe, len(classifiers), surrogates=classifiers.access == "surrogates")
     objective = recipe.objectives[-1]
     if any(one.labels for one in recipe.objectives):
         check_labels(data, recipe.objective)
@@ -120,11 +120,11 @@ def train_denoiser(
     return result
 
 
-def check_objective(recipe: Recipe, classifiers: int) -> None:
-    """Refuse an objective that is not for denoisers, or that needs a classifier if there are none.
+def check_objective(recipe: Recipe, classifiers: int, *, surrogates: bool = False) -> None:
+    """Refuse an objective that is not for denoisers, or that these classifiers do not fit.
 
     Raises:
-        UserError: with the option that is missing.
+        UserError: a classifier is missing, or surrogates are given to an objective that queries the target.
     """
     for objective in recipe.objectives:
         if not objective.for_denoisers:
@@ -133,6 +133,10 @@ def check_objective(recipe: Recipe, classifiers: int) -> None:
             raise UserError(
                 f"--objective {recipe.objective} needs a frozen classifier: --classifier M, or --surrogate M for query "
                 "access (mse needs none)"
+            )
+        if surrogates and recipe.objective == "zeroth-order":
+            raise UserError(
+                "--objective zeroth-order queries the target itself; leave --surrogate out, or train for stability"
             )
 
 
@@ -158,7 +162,7 @@ def build(
     image: tuple[int, int, int],
     seed: int,
     options: dict[str, Any] | None = None,
-    init: str | None = None,
+    init: str | nn.Module | None = None,
     *,
     trust_code: bool = False,
 ) -> tuple[nn.Module, dict[str, Any] | None]:
@@ -174,20 +178,21 @@ def build(
     net: nn.Module = build_with("architecture", architecture, builder, options=options or {}, image_channels=image[0])
     if init is None:
         return net, None
-    start = find_denoiser(init, image=image, trust_code=trust_code)
+    start: Any = find_denoiser(init, image=image, trust_code=trust_code) if isinstance(init, str) else init
+    name = init if isinstance(init, str) else type(init).__name__
     inner = start.net if isinstance(start, Trained) else start.inner if isinstance(start, Adapted) else start
     try:
         missing, unexpected = net.load_state_dict(inner.state_dict(), strict=False)
     except (RuntimeError, AttributeError):
-        missing, unexpected = [], [init]
+        missing, unexpected = [], [name]
     may_lack = isinstance(start, Trained) and start.card.architecture == architecture
     if unexpected or (missing and not may_lack):
-        raise UserError(f"--init {init} is not a {architecture} with these options; expected the same one") from None
+        raise UserError(f"--init {name} is not a {architecture} with these options; expected the same one") from None
     if missing:
         parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in missing))
-        warnings.warn(f"--init {init} lacks {parts}; initialised from seed {seed}", stacklevel=2)
+        warnings.warn(f"--init {name} lacks {parts}; initialised from seed {seed}", stacklevel=2)
     if not isinstance(start, Trained):
-        return net, {"name": init, "sha256": state_digest(net), "access": "none", "classifiers": []}
+        return net, {"name": name, "sha256": state_digest(net), "access": "none", "classifiers": []}
     card = start.card
     about = {key: getattr(card, key) for key in ("sha256", "objective", "access", "command", "started_from")}
     return net, {**about, "classifiers": list(card.classifiers), **({"new": sorted(missing)} if missing else {})}

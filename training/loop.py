@@ -6,10 +6,12 @@ a training that was killed and resumed ends with the same weights as one that wa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from certify.errors import RunFault, UserError, first_line
+from certify.errors import RunFault, Stopped, UserError, first_line
 from certify.models.classifier import Classifier
 from certify.smoothing.rng import block_generator, stream_key
-from training.checkpoint import Checkpoints, Meter, Scores, make_folder
+from training.checkpoint import Checkpoints, Meter, Scores, deferred_interrupts, make_folder
 from training.data import TrainingData, augment
 from training.frozen_classifiers import FrozenClassifiers
 from training.losses import Batch, Draw, Prepared
@@ -46,6 +48,7 @@ class TrainerConfig:
         checkpoint_seconds: time between checkpoints.
         stop_after: stop after this many steps of this call, as if killed; None: train to the end.
         progress: called with the number of images since the last call, and the loss.
+        say: called with a line about the training, such as the step that it resumes from.
         command: command line, for the card.
         licence: of the weights, for the card.
         trust_identity: resume from a checkpoint that cannot prove that its Python classifiers are still the same.
@@ -57,6 +60,7 @@ class TrainerConfig:
     checkpoint_seconds: float = 120.0
     stop_after: int | None = None
     progress: Callable[[int, float], None] = lambda images, loss: None
+    say: Callable[[str], None] = lambda text: None
     command: str = ""
     licence: str = "MIT"
     trust_identity: bool = False
@@ -144,6 +148,8 @@ def train(
     Raises:
         UserError: ``out`` holds a checkpoint of another training.
         RunFault: loss or weights are not finite, or the disk is full; the message names the last checkpoint.
+        Stopped: by Ctrl-C or SIGTERM. The step in progress is finished and saved first, unless there is a second signal
+            or several processes share the training.
     """
     accelerator = config.accelerator
     model, optimizers, average = _prepare(net, data, recipe, classifiers, config)
@@ -157,29 +163,35 @@ def train(
     steps, start, meter = recipe.steps(len(data.train)), state.step, Meter()
     interval = max(1, steps // config.validations)
     config.progress(start * recipe.batch_size, float("nan"))
-    while state.step < steps and (config.stop_after is None or state.step - start < config.stop_after):
-        model.train()
-        _freeze_batch_norms(net)
-        loss = train_step(model, optimizers, data, recipe, classifiers, state.step, steps, accelerator)
-        if not math.isfinite(loss):
-            raise _diverged(f"the loss is {loss}", state, steps)
-        if average is not None:
-            average.update_parameters(net)
-        state.step += 1
-        meter.add(recipe.batch_size, loss)
-        config.progress(recipe.batch_size, loss)
-        validating = state.step == steps or state.step % interval == 0
-        if validating or meter.since >= _LOG_SECONDS:
-            rate = recipe.rate_at(state.step - 1, steps)
-            state.log({"images": state.step * recipe.batch_size, **meter.take(), "rate": rate})
-        if validating or state.due(config.checkpoint_seconds):
-            if not all(v.isfinite().all() for v in net.state_dict().values()):
-                raise _diverged("weights are not finite", state, steps)
-            if validating:
-                with meter.paused(), averaged(net, average):
-                    model.eval()
-                    state.update_best(validate(), save_weights)
-            state.save()
+    if start:
+        config.say(f"resuming   from step {start:,} of {steps:,}")
+    with _stoppable(state, steps) as stopped:
+        while state.step < steps and (config.stop_after is None or state.step - start < config.stop_after):
+            model.train()
+            _freeze_batch_norms(net)
+            loss = train_step(model, optimizers, data, recipe, classifiers, state.step, steps, accelerator)
+            if not math.isfinite(loss):
+                raise _diverged(f"the loss is {loss}", state, steps)
+            if average is not None:
+                average.update_parameters(net)
+            state.step += 1
+            meter.add(recipe.batch_size, loss)
+            config.progress(recipe.batch_size, loss)
+            validating = state.step == steps or state.step % interval == 0
+            if validating or meter.since >= _LOG_SECONDS:
+                rate = recipe.rate_at(state.step - 1, steps)
+                state.log({"images": state.step * recipe.batch_size, **meter.take(), "rate": rate})
+            interrupted = stopped()
+            if validating or interrupted or state.due(config.checkpoint_seconds):
+                if not all(v.isfinite().all() for v in net.state_dict().values()):
+                    raise _diverged("weights are not finite", state, steps)
+                if validating:
+                    with meter.paused(), averaged(net, average):
+                        model.eval()
+                        state.update_best(validate(), save_weights)
+                state.save()
+            if interrupted:
+                signal.raise_signal(interrupted)
     accelerator.end_training()
     return TrainingResult(state.step, state.step >= steps, state.best, state.best_step, meter.rate)
 
@@ -231,10 +243,24 @@ def _compile(
     net.zero_grad(set_to_none=True)
 
 
+@contextlib.contextmanager
+def _stoppable(state: Checkpoints, steps: int) -> Iterator[Callable[[], int | None]]:
+    """Turn Ctrl-C and SIGTERM into an error of one line that names the last checkpoint; see :func:`train`.
+
+    Yields:
+        The function of :func:`training.checkpoint.deferred_interrupts`.
+    """
+    several = state.accelerator.num_processes > 1  # which would wait for each other
+    try:
+        with contextlib.nullcontext(lambda: None) if several else deferred_interrupts() as stopped:
+            yield stopped
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped after step {state.step:,} of {steps:,}; {state.kept()}") from None
+
+
 def _diverged(reason: str, state: Checkpoints, steps: int) -> RunFault:
-    kept = f"the checkpoint of step {state.saved} is in {state.out}" if state.saved else "there is no checkpoint yet"
-    best = f", with the best weights so far, of step {state.best_step}" if state.best else ""
-    return RunFault(f"{reason} after step {state.step} of {steps}: stopped; {kept}{best} (try a lower --rate)")
+    kept = state.kept(f", with the best weights so far, of step {state.best_step:,}" if state.best else "")
+    return RunFault(f"{reason} after step {state.step:,} of {steps:,}: stopped; {kept} (try a lower --rate)")
 
 
 def train_step(
@@ -267,7 +293,7 @@ def train_step(
     if not loss.requires_grad:
         name = draw.classifier.name if draw.classifier else "the network"
         raise UserError(
-            f"{name} passes no gradients; expected a PyTorch model: train through a --surrogate, or with queries only: "
+            f"{name} passes no gradients; expected a PyTorch model: pass --surrogate, or train by queries: "
             "--objective zeroth-order"
         )
     accelerator.backward(loss)

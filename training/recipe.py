@@ -97,6 +97,19 @@ class Recipe:
         """The objective of each phase."""
         return tuple(make_objective(name, self.settings) for name in phases(self.objective))
 
+    def unused(self) -> dict[str, str]:
+        """Return the options that have no effect with this objective and optimizer: what each belongs to, by name."""
+        switches = self.optimizer == "adam-then-sgd"
+        effective = {
+            "temperature": (any(one.classifier for one in self.objectives), "an objective with a classifier"),
+            "sigma": (any(one.noise for one in self.objectives), "an objective that trains under noise"),
+            "queries": (self.objective == "zeroth-order", "--objective zeroth-order"),
+            "first_share": (self.objective == "mse+stability", "--objective mse+stability"),
+            "switch_at": (switches, "--optimizer adam-then-sgd"),
+            "sgd_rate": (switches, "--optimizer adam-then-sgd"),
+        }
+        return {name: where for name, (used, where) in effective.items() if not used}
+
     @property
     def levels(self) -> Levels:
         """The distribution of noise levels."""

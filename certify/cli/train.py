@@ -48,20 +48,13 @@ def train(
     if (network.denoiser is None) == (network.train_classifier is None):
         raise UserError("expected --denoiser ARCHITECTURE or --train-classifier MODEL, one of the two")
     recipe = recipe_from(training, training.objective or ("classification" if network.train_classifier else "mse"))
-    refuse_unused(recipe, network, frozen)
+    refuse_unused(recipe, network)
     from denoisers.names import key_values
 
     if network.denoiser:
         from denoisers import ARCHITECTURES
 
         ARCHITECTURES.get(network.denoiser)
-        if recipe.sigmas and min(recipe.sigmas) <= 0:
-            raise UserError("--sigma 0: a denoiser needs noise; expected levels above 0")
-    from certify.smoothing.noise import warn_of_units
-
-    warn_of_units(max(recipe.sigmas, default=0.0))
-    if ":" in compute.device:
-        raise UserError(f"--device {compute.device}: expected cuda; CUDA_VISIBLE_DEVICES chooses which")
     check_data(data.data, data.root)
     from certify.models.load import as_classifier
     from training.api import TrainingJob, is_first_process

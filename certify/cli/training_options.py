@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -10,10 +9,8 @@ import click
 from certify.cli.option_groups import PRECISIONS, DeviceOptions, ImageOptions, InputOptions, OutputOptions
 from certify.cli.options import Options, flag, option, overridden, refuse_given
 from certify.cli.parameter_types import Count, NoiseLevels, NoiseLevelsType, Positive
-from certify.errors import UserError
 
 if TYPE_CHECKING:
-    from training.losses import Objective
     from training.recipe import Recipe
 
 
@@ -149,26 +146,9 @@ def recipe_from(options: RecipeOptions, objective: str) -> Recipe:
     )
 
 
-def refuse_unused(recipe: Recipe, network: NetworkOptions, frozen: FrozenOptions) -> None:
+def refuse_unused(recipe: Recipe, network: NetworkOptions) -> None:
     """Refuse options that have no effect on this training."""
-    objectives: Sequence[Objective] = recipe.objectives
-    needs_classifier = network.denoiser and any(objective.classifier for objective in objectives)
-    switches = recipe.optimizer == "adam-then-sgd"
-    effective = {
-        "temperature": (needs_classifier, "an objective with a classifier"),
-        "sigma": (any(objective.noise for objective in objectives), "an objective that trains under noise"),
-        "queries": (recipe.objective == "zeroth-order", "--objective zeroth-order"),
-        "first_share": (recipe.objective == "mse+stability", "--objective mse+stability"),
-        "switch_at": (switches, "--optimizer adam-then-sgd"),
-        "sgd_rate": (switches, "--optimizer adam-then-sgd"),
-        **dict.fromkeys(
-            ("classifier", "surrogate", "init", "extra", "store", "train_only"), (network.denoiser, "--denoiser")
-        ),
-    }
-    for name, (used, where) in effective.items():
-        if not used:
-            refuse_given((name,), f"belongs to {where}; leave it out here")
-    if recipe.objective == "zeroth-order" and frozen.surrogate:
-        raise UserError(
-            "--objective zeroth-order queries the target itself; leave --surrogate out, or train for stability"
-        )
+    of_denoisers = ("classifier", "surrogate", "init", "extra", "store", "train_only")
+    others = {} if network.denoiser else dict.fromkeys((*of_denoisers, "temperature"), "--denoiser")
+    for name, where in (recipe.unused() | others).items():
+        refuse_given((name,), f"belongs to {where}; leave it out here")

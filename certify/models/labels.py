@@ -316,7 +316,10 @@ def read_rows(path: Path, option: str) -> list[tuple[str, str]]:
             column twice with different second ones.
     """
     try:
-        lines = csv.reader(io.StringIO(read_text(path), newline=""))
+        text = read_text(path)
+        heading = next((line for line in text.splitlines() if line.strip()), "")
+        delimiter = next((mark for mark in ",;\t" if mark in heading), ",")  # ; where the comma is the decimal point
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         rows = [row for row in ([cell.strip() for cell in line] for line in lines) if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{option} {path}: not readable as CSV ({_why_no_text(path, error)})") from None
@@ -328,7 +331,9 @@ def read_rows(path: Path, option: str) -> list[tuple[str, str]]:
     bad = next((row for row in rows if len(row) <= max(key, value)), None)
     if bad is not None or not rows:
         got = repr(",".join(bad)) if bad else "none"
-        raise UserError(f"{option} {path}: expected lines of two columns, separated by a comma, got {got}")
+        raise UserError(
+            f"{option} {path}: expected lines of two columns, separated by a comma, semicolon or tab, got {got}"
+        )
     wide = next((row for row in rows if any(row[2:])), None)
     if wide is not None and not headed:
         raise UserError(

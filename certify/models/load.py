@@ -15,7 +15,7 @@ from certify.errors import CertifyWarning, UserError
 from certify.models import resolve
 from certify.models.callables import build_from_object
 from certify.models.classifier import Classifier, ClassifierSpec, ConfigFile, FailsOnImages, InputSpec, square_input
-from certify.smoothing.numeric import as_int
+from certify.smoothing.numeric import as_float, as_int
 
 
 def load_classifier(
@@ -23,8 +23,8 @@ def load_classifier(
     *,
     weights: str | Path | None = None,
     input_size: tuple[int, int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     num_classes: int | None = None,
     trust_code: bool = False,
 ) -> Classifier:
@@ -39,8 +39,8 @@ def load_classifier(
         weights: a checkpoint, or ``FILE::PART`` of one that holds several sets of weights; the model's published
             weights by default.
         input_size: (C, H, W), in place of the model's own.
-        mean: per-channel mean in place of the model's own; needs ``std``.
-        std: per-channel standard deviation in place of the model's own; needs ``mean``.
+        mean: in place of the model's own, one number or one per channel; needs ``std``.
+        std: standard deviation in place of the model's own, likewise; needs ``mean``.
         num_classes: K, for checkpoints with another head than the published one, and for label-only callables.
         trust_code: whether to run the program in a TorchScript file, which can do anything that you can.
 
@@ -53,6 +53,8 @@ def load_classifier(
     """
     if input_size is not None:
         input_size = _check_size(input_size)
+    if num_classes is not None:
+        num_classes = as_int(num_classes, "num_classes")
     spec: ClassifierSpec
     if isinstance(model, str):
         source = resolve.find_source(model, weights)
@@ -67,7 +69,7 @@ def load_classifier(
         raise UserError(f"{name} takes 8-bit pixels and normalises them itself; drop --mean and --std")
     if spec.config_file is not None:
         _warn_of_config(name, spec.config_file, input_size, mean)
-    spec = replace(spec, input=_override_input(spec.input, input_size, mean, std))
+    spec = replace(spec, input=_override_input(spec.input, input_size, _floats(mean, "mean"), _floats(std, "std")))
     try:
         return Classifier(name, spec, num_classes)
     except FailsOnImages as error:
@@ -104,8 +106,15 @@ def _check_size(size: Any) -> tuple[int, int, int]:
     return numbers[0], numbers[1], numbers[2]
 
 
+def _floats(values: Any, name: str) -> tuple[float, ...] | None:
+    """Return one number or several as Python floats; None as it is."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    numbers = values if isinstance(values, list | tuple) else [values]
+    return None if values is None else tuple(as_float(x, name, "one number, or one per channel") for x in numbers)
+
+
 def _warn_of_config(
-    model: str, file: ConfigFile, size: tuple[int, int, int] | None, mean: Sequence[float] | None
+    model: str, file: ConfigFile, size: tuple[int, int, int] | None, mean: float | Sequence[float] | None
 ) -> None:
     """Warn which settings come from a file beside the weights, or do not, unless the user gave them all."""
     left = [*(["size"] if size is None else []), *(["mean", "std"] if mean is None else [])]
@@ -126,15 +135,15 @@ _LARGE_STD = 4.0  # implausible for pixels in [0, 1]
 
 
 def _override_input(
-    own: InputSpec, size: tuple[int, int, int] | None, mean: Sequence[float] | None, std: Sequence[float] | None
+    own: InputSpec, size: tuple[int, int, int] | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> InputSpec:
     """Return the model's input with the user's settings in place of its own."""
     if (mean is None) != (std is None):
-        raise UserError("--mean without --std (or the reverse); give both, such as --mean 0.5 --std 0.5")
+        raise UserError("only one of --mean and --std; give both, such as --mean 0.5 --std 0.5")
     if size is not None:
         own = square_input(size, own.mean, own.std, resize=_keep_ratio(own, size))
     if mean is not None and std is not None:
-        if min(std) <= 0:
+        if min(std, default=1) <= 0:
             raise UserError(f"--std {std}: expected numbers above 0")
         channels = own.size[0] if own.size else len(mean)
         if (
@@ -153,7 +162,7 @@ def _override_input(
                 CertifyWarning,
                 stacklevel=3,
             )
-        own = replace(own, mean=tuple(mean) * (channels // len(mean)), std=tuple(std) * (channels // len(std)))
+        own = replace(own, mean=mean * (channels // len(mean)), std=std * (channels // len(std)))
     return own
 
 
