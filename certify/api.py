@@ -46,14 +46,14 @@ class Options(ModelOptions, SmoothingOptions, DataOptions, total=False):
             cluster this machine belongs to) or ``"ray://HOST:PORT"``; the model is loaded there by name or sent there.
         shard: ``"i/n"``: certify part i of n of the images; :meth:`certify.Run.merge` joins the parts.
         trust_identity: resume a run file that cannot prove that its model is still the same.
-        progress: show a progress bar, in a terminal or notebook.
+        progress: False shows none, a number of seconds prints a line so often in place of a bar.
     """
 
     strict: bool
     cluster: str | None
     shard: str | None
     trust_identity: bool
-    progress: bool
+    progress: bool | float
 
 
 def certify(
@@ -218,7 +218,7 @@ def _run(
             job,
             lambda header: output_path(out or Path(folder, "run.jsonl"), run_words(header), header),
             command=f"certify.{procedure.kind}",
-            observer=Observer(quiet=not options.get("progress", True)),
+            observer=Observer(shown=options.get("progress", True)),
         )
     warn_of_results(run)
     if run.omissions:

@@ -21,9 +21,9 @@ from certify.images.dataset import ImageSet, InputOnly, load_images
 from certify.registry import check_options, chosen_options
 from certify.results import Run
 from certify.runs.config import Settings
+from certify.runs.progress import progress_bar
 from certify.smoothed_classifier import find_denoiser
 from certify.smoothing.noise import make_noise
-from certify.text import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def audit(
     concurrency: int = 1,
     repeat_clean: int = REPEAT_CLEAN,
     device: str | torch.device = "auto",
-    progress: bool = True,
+    progress: bool | float = True,
     **options: Unpack[AuditOptions],
 ) -> Run:
     """Certify a black-box classifier by queries alone, within a budget; every reply is logged before it is used.
@@ -144,7 +144,7 @@ def audit(
         concurrency: queries at a time; above 1 a function must be safe to call from several threads.
         repeat_clean: repetitions of one clean image at the start.
         device: of noise and denoiser.
-        progress: show a progress bar.
+        progress: False shows none, a number of seconds prints a line so often in place of a bar.
         **options: of the images, of an HTTP API, and further ones (:class:`certify.auditing.AuditOptions`).
 
     Returns:
@@ -198,7 +198,7 @@ def audit(
     )
     from analysis.report.page import try_report
 
-    with progress_bar(len(chosen), "images", hidden=not progress or "observer" in options) as bar:
+    with progress_bar(len(chosen), "images", shown=False if "observer" in options else progress) as bar:
         run_audit(request, options.get("observer") or Observer(advanced=bar.update), try_report)
     return Run.read(request.folder / RUN, allow_partial=True)
 

@@ -17,8 +17,8 @@ from certify.api import DataOptions, collect_images
 from certify.errors import ImageError, UserError
 from certify.errors import warn as _warn
 from certify.registry import check_options, chosen_options
+from certify.runs.progress import progress_bar
 from certify.smoothed_classifier import ModelOptions, SmoothedClassifier, find_denoiser
-from certify.text import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +40,12 @@ class Options(ModelOptions, DataOptions, total=False):
     Attributes:
         strict: stop at the first image that cannot be read, instead of leaving it out.
         trust_identity: resume a file that cannot prove that its models are still the same.
-        progress: show a progress bar, in a terminal or notebook.
+        progress: False shows none, a number of seconds prints a line so often in place of a bar.
     """
 
     strict: bool
     trust_identity: bool
-    progress: bool
+    progress: bool | float
 
 
 def compare(
@@ -136,7 +136,7 @@ def compare(
         path = folder / "comparison.jsonl" if folder else Path(str(out))
         trusted = options.get("trust_identity", False)
         file = stack.enter_context(ComparisonFile(path, header, trust_identity=trusted))
-        bar = progress_bar(header.expected, "outcomes", hidden=not options.get("progress", True))
+        bar = progress_bar(header.expected, "outcomes", shown=options.get("progress", True))
         run(context, plan, file, stack.enter_context(bar).update)
         comparison = read_comparison(path)
     comparison.require_sound()
@@ -189,7 +189,7 @@ def evaluate_denoiser(
     if module is None:
         raise UserError(f"denoiser = {denoiser!r}: expected a denoiser to measure")
     where = str(find_device(device))
-    with progress_bar(len(chosen), "images", hidden=not options.get("progress", True)) as bar:
+    with progress_bar(len(chosen), "images", shown=options.get("progress", True)) as bar:
 
         def examples() -> Iterator[Example]:
             for i, item in enumerate(chosen.items):

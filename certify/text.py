@@ -1,12 +1,10 @@
-"""Text from outside, as files hold it and as a reader may safely see it; progress bars."""
+"""Text from outside, as files hold it and as a reader may safely see it."""
 
 from __future__ import annotations
 
 import codecs
 import unicodedata
-import warnings
 from pathlib import Path
-from typing import Any
 
 
 def read_text(path: str | Path) -> str:
@@ -37,11 +35,3 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Return text of several lines with each line as :func:`printable` makes it."""
     return "\n".join(map(printable, text.split("\n")))
-
-
-def progress_bar(total: int, unit: str, *, hidden: bool = False, scaled: bool = False) -> Any:
-    """Return a tqdm bar, shown in terminals and notebooks only; ``scaled`` writes 12k for 12,000."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # in a notebook without ipywidgets the bar is text
-        from tqdm.auto import tqdm
-    return tqdm(total=total, unit=f" {unit}", unit_scale=scaled, disable=hidden or None, leave=False)

@@ -15,8 +15,8 @@ from certify.engine.hardware import detect_hardware, find_device
 from certify.errors import UserError
 from certify.images.dataset import InputOnly
 from certify.registry import check_options, chosen_options
+from certify.runs.progress import progress_bar
 from certify.smoothing.noise import warn_of_units
-from certify.text import progress_bar
 from denoisers import ARCHITECTURES
 from training.data import TrainingData, count_classes, load_training_data
 from training.denoiser import WEIGHTS, check_objective
@@ -91,13 +91,15 @@ class TrainingJob:
     command: str = ""
 
 
-def train(job: TrainingJob, say: Callable[[str], None] = lambda text: None, *, hidden: bool = False) -> TrainingResult:
+def train(
+    job: TrainingJob, say: Callable[[str], None] = lambda text: None, *, shown: bool | float = True
+) -> TrainingResult:
     """Train, or resume the training in ``job.out``.
 
     Args:
         job: the training.
         say: prints one line about data and training.
-        hidden: show no progress bar.
+        shown: as for :func:`certify.runs.progress.progress_bar`.
 
     Raises:
         UserError: data, classifiers or options that do not fit each other.
@@ -145,7 +147,7 @@ def train(job: TrainingJob, say: Callable[[str], None] = lambda text: None, *, h
     say(f"data       {images.about['name']}: {about}{images.omissions}")
     where = f"on {accelerator.device}, {precision}"
     say(f"training   {job.recipe.objective}, {steps:,} steps of {job.recipe.batch_size}, {where}")
-    with progress_bar(steps * job.recipe.batch_size, "images", hidden=hidden) as bar:
+    with progress_bar(steps * job.recipe.batch_size, "images", shown=shown) as bar:
 
         def progress(images: int, loss: float) -> None:
             bar.update(images)
@@ -231,10 +233,10 @@ class Options(RecipeOptions, JobOptions, total=False):
     """Further options of :func:`train_denoiser`.
 
     Attributes:
-        progress: show a progress bar, in a terminal or notebook.
+        progress: False shows none, a number of seconds prints a line so often in place of a bar.
     """
 
-    progress: bool
+    progress: bool | float
 
 
 def train_denoiser(
@@ -330,7 +332,7 @@ def train_denoiser(
         command="certify.train_denoiser",
         **of_job,
     )
-    train(job, hidden=not options.get("progress", True) or not is_first_process())
+    train(job, shown=is_first_process() and options.get("progress", True))
     return read_denoiser(Path(out) / WEIGHTS)
 
 

@@ -17,7 +17,7 @@ import click
 import cloup
 
 from certify import __version__
-from certify.cli import audit, bench, compare, evaluate, info, inspect, plot, run, serve, show, train
+from certify.cli import audit, bench, compare, evaluate, info, inspect, plot, run, serve, show, status, train
 from certify.cli.console import say, warn
 from certify.cli.options import MAIN
 from certify.cli.parameter_types import TYPED_ARGUMENTS
@@ -98,7 +98,9 @@ SETTINGS = cloup.Context.settings(
         cloup.Section(
             "Denoisers and defences", [train.train, evaluate.evaluate_denoiser, compare.compare, inspect.inspect]
         ),
-        cloup.Section("Results", [plot.plot, show.table, show.recompute, run.merge, show.replay, show.report]),
+        cloup.Section(
+            "Results", [plot.plot, show.table, show.recompute, status.status, run.merge, show.replay, show.report]
+        ),
         cloup.Section("This machine", [info.list_, info.doctor, bench.bench]),
     ],
 )

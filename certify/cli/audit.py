@@ -12,7 +12,7 @@ import click
 from certify.blackbox import N0, REPEAT_CLEAN, SEQUENTIAL_N, TIMEOUT, N
 from certify.cli.audit_attacks import AuditAttackOptions, attack_service, check_attacks
 from certify.cli.audit_messages import display, print_attacks, print_outcome
-from certify.cli.console import silent, speaker, tell
+from certify.cli.console import speaker, tell
 from certify.cli.load import denoiser_for, device_from, load_image_set, procedure_from
 from certify.cli.option_groups import (
     DeviceOptions,
@@ -141,13 +141,13 @@ def audit(
     spec = service_from(service)
     if images.data is None:
         raise UserError("--data is missing: expected images, such as a folder, a .zip or an .npz")
-    show = speaker(quiet=output.quiet or output.as_json)
+    show = speaker(quiet=output.silent)
     request = _audit(spec, service, images, noise, procedure, statistics.repeat_clean, compute, output)
     if attacks.defences is not None:
-        attack = attack_service(attacks, len(request.images), trust_code=noise.trust_code, quiet=show is silent)
+        attack = attack_service(attacks, len(request.images), trust_code=noise.trust_code, shown=output.shown)
         request = dataclasses.replace(request, attack=attack)
     if output.dry_run:
-        with display(show) as observer:
+        with display(show, output.shown) as observer:
             planned = rehearse(request, observer)
         described = request.as_recorded().spec
         if described.needs_metadata:
@@ -159,7 +159,7 @@ def audit(
             show(f"metadata   {number} metadata, before the first query and not counted")
         tell(json.dumps({"plan": planned.to_json()}) if output.as_json else "dry run: nothing was sent")
         return
-    with display(show) as observer:
+    with display(show, output.shown) as observer:
         record = run_audit(request, observer, try_report)
     print_outcome(request.folder, record, as_json=output.as_json)
     if attacks.defences is not None and not output.as_json:

@@ -11,7 +11,7 @@ from certify.cli.console import warn
 from certify.cli.option_groups import AttackOptions
 from certify.cli.options import option, overridden, refuse_given
 from certify.errors import UserError
-from certify.text import progress_bar
+from certify.runs.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,14 +69,14 @@ def check_attacks(options: AuditAttackOptions) -> None:
         )
 
 
-def attack_service(options: AuditAttackOptions, images: int, *, trust_code: bool, quiet: bool) -> Attack:
+def attack_service(options: AuditAttackOptions, images: int, *, trust_code: bool, shown: bool | float) -> Attack:
     """Return the attack on the images that were not attacked yet.
 
     Args:
         options: attacks and defences.
         images: their number, by which queries are planned: every defence passes each once.
         trust_code: run code in model files.
-        quiet: show no progress.
+        shown: how progress is shown, as for :func:`certify.runs.progress.progress_bar`.
     """
     from certify.blackbox.plan import Attack
 
@@ -99,7 +99,7 @@ def attack_service(options: AuditAttackOptions, images: int, *, trust_code: bool
         header = make_header(plan, context, model=classifier.name, data=job.data, command=job.command)
         with (
             ComparisonFile(job.folder / COMPARISON, header, trust_identity=job.trust_identity) as file,
-            progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
+            progress_bar(header.expected, "outcomes", shown=shown) as bar,
         ):
             compare(context, plan, file, bar.update)
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.console import clock, say, show_prospects, silent, tell
+from certify.cli.console import say, show_prospects, tell
 from certify.cli.summary import title
+from certify.runs.progress import duration, progress_bar
 from certify.smoothing.rounding import exact
-from certify.text import progress_bar
 
 if TYPE_CHECKING:
     from certify.blackbox.audit import Observer
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def display(show: Callable[[str], None]) -> Iterator[Observer]:
+def display(show: Callable[[str], None], shown: bool | float) -> Iterator[Observer]:
     """Yield an observer that shows an audit in the terminal; its progress bar ends with the block.
 
     Args:
         show: prints a line, or nothing.
+        shown: how progress is shown, as for :func:`certify.runs.progress.progress_bar`.
     """
     from certify.blackbox.audit import Observer
 
@@ -35,7 +36,7 @@ def display(show: Callable[[str], None]) -> Iterator[Observer]:
 
         def start(images: int) -> None:
             nonlocal bar
-            bar = stack.enter_context(progress_bar(images, "images", hidden=show is silent))
+            bar = stack.enter_context(progress_bar(images, "images", shown=shown))
 
         def advance(images: int) -> None:
             bar.update(images)
@@ -83,7 +84,7 @@ def show_plan(audit: Audit, plan: AuditPlan, say: Callable[[str], None]) -> None
         say(f"time       limited by the service, {plan.concurrency} requests in flight (--rate limits them)")
     else:
         long = "at most about" if early else "at least"
-        say(f"time       {long} {clock(plan.seconds)} without retries, at {plan.rate:g} requests per second")
+        say(f"time       {long} {duration(plan.seconds)} without retries, at {plan.rate:g} requests per second")
 
 
 def print_outcome(folder: Path, record: AuditRecord, *, as_json: bool) -> None:

@@ -20,7 +20,7 @@ from certify.cli.option_groups import (
 )
 from certify.cli.options import Options, command, command_line, option, overridden
 from certify.cli.parameter_types import Count
-from certify.text import progress_bar
+from certify.runs.progress import progress_bar
 
 if TYPE_CHECKING:
     from certify.runs.records import ComparisonHeader
@@ -123,9 +123,8 @@ def _run_comparison(
     from certify.runs.files import output_path
     from certify.runs.run_file import ComparisonFile
 
-    quiet = output.quiet or output.as_json
     group, eot = options.group, options.eot
-    context = load_attack_context(model, data, attack, options.defences, group=group, eot=eot, quiet=quiet)
+    context = load_attack_context(model, data, attack, options.defences, group=group, eot=eot, quiet=output.silent)
     context.check_defences()
     n, alpha = certified.certify_n, certified.alpha
     plan = Plan.of(context, group, repeats=options.repeats, certify_n=n, alpha=alpha)
@@ -133,9 +132,9 @@ def _run_comparison(
     path = output_path(output.out, _file_words(header), header)
     with ComparisonFile(path, header, trust_identity=output.trust_identity) as file:
         present = f": {len(file.done):,} of {header.expected:,} outcomes are there already" if file.resumed else ""
-        speaker(quiet=quiet)(f"outcomes   {path}{present}")
+        speaker(quiet=output.silent)(f"outcomes   {path}{present}")
         with (
-            progress_bar(header.expected, "outcomes", hidden=quiet) as bar,
+            progress_bar(header.expected, "outcomes", shown=output.shown) as bar,
             stoppable(file, header.expected, "outcomes"),
         ):
             run(context, plan, file, bar.update)

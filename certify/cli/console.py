@@ -75,15 +75,6 @@ def warn_of_precisions(runs: Sequence[Run]) -> None:
         warn(f"these runs used different precisions: {' and '.join(precisions)}; pass the same --precision to all")
 
 
-def clock(seconds: float) -> str:
-    """Format a duration in seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 @contextlib.contextmanager
 def stoppable(file: RecordFile[Any, Any], expected: int, what: str) -> Iterator[None]:
     """Turn Ctrl-C into an error of one line that says what is kept."""

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from certify.cli.attack_context import load_readable
 from certify.cli.console import say, tell
 from certify.cli.load import check_classifier, classifier_from, denoiser_for, device_from, load_image_set
-from certify.cli.option_groups import DataOptions, DeviceOptions, JsonOptions, OptionalModelOptions
+from certify.cli.option_groups import DataOptions, DeviceOptions, OptionalModelOptions, ProgressOptions
 from certify.cli.options import Options, command, given_by_user, option, refuse_given
 from certify.cli.parameter_types import Count, Numbers
-from certify.text import progress_bar
+from certify.runs.progress import progress_bar
 
 if TYPE_CHECKING:
     from certify.cli.denoiser_quality import Evaluation
@@ -38,7 +38,7 @@ class EvaluationNoise(Options, section="Noise"):
     seed: int = option(type=Count("a seed", least=0), default=0, help="Seed of all noise.")
 
 
-class FigureOptions(JsonOptions):
+class FigureOptions(ProgressOptions):
     """The figure, and the form of the result on stdout."""
 
     pictures: str | None = option(
@@ -69,8 +69,8 @@ def evaluate_denoiser(
     """
     sigmas = _check_options(noise, model, output)
     classifier = classifier_from(model.model, model) if model.model else None
-    chosen = _choose_images(model, data, classifier, quiet=output.as_json)
-    images = load_readable(chosen, strict=data.strict, quiet=output.as_json)
+    chosen = _choose_images(model, data, classifier, quiet=output.silent)
+    images = load_readable(chosen, strict=data.strict, quiet=output.silent)
     device = device_from(compute.device)
 
     import torch
@@ -91,7 +91,7 @@ def evaluate_denoiser(
     shown: dict[str, list[Outcome]] = {images.items[i].id: [] for i in _spread(len(images), output.rows)}
     shapes = set[tuple[int, ...]]()
     reports = []
-    with progress_bar(len(images) * len(sigmas), "images", hidden=output.as_json) as bar:
+    with progress_bar(len(images) * len(sigmas), "images", shown=output.shown) as bar:
 
         def outcomes(sigma: float) -> Iterator[Outcome]:
             examples = (Example(item.id, images.load(i), images.labels[i]) for i, item in enumerate(images.items))

@@ -220,7 +220,28 @@ class JsonOptions(Options, section="Output"):
     as_json: bool = flag("--json", help="Print one JSON object instead of text.")
 
 
-class OutputOptions(JsonOptions):
+class ProgressOptions(JsonOptions):
+    """Form of the result on stdout, and progress on stderr."""
+
+    progress: float | None = option(
+        type=Positive("a number of seconds"),
+        metavar="SECONDS",
+        help="Print a line of progress every so many seconds (default: a bar in a terminal; elsewhere a line after 1, "
+        "2, 5 and 10 minutes, then every 10).",
+    )
+
+    @property
+    def silent(self) -> bool:
+        """True if no plan is shown."""
+        return self.as_json
+
+    @property
+    def shown(self) -> bool | float:
+        """How progress is shown, as for :func:`certify.runs.progress.progress_bar`."""
+        return self.progress or not self.silent
+
+
+class OutputOptions(ProgressOptions):
     """Run file and terminal output."""
 
     out: str | None = option(metavar="PATH", help="Run file (.jsonl), or a folder for it (default: runs/).")
@@ -228,6 +249,11 @@ class OutputOptions(JsonOptions):
         help="Resume a file written without a fingerprint, which cannot show that the Python model is still the same."
     )
     quiet: bool = flag(help="Print no plan and no progress on stderr.")
+
+    @property
+    def silent(self) -> bool:
+        """True if no plan is shown."""
+        return self.quiet or self.as_json
 
 
 class RadiiOptions(Options, section="Output"):

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.console import clock, few_warnings, show_engine, show_prospects, speaker, stoppable
+from certify.cli.console import few_warnings, show_engine, show_prospects, speaker, stoppable
+from certify.runs.progress import duration
 from certify.runs.transaction import Observer
 from certify.smoothing.norms import IN_WORDS
 from certify.smoothing.procedures import samples
@@ -14,6 +15,7 @@ from certify.smoothing.procedures import samples
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from certify.cli.option_groups import OutputOptions
     from certify.engine.execution import Execution
     from certify.runs.records import RunHeader
     from certify.runs.run_file import RunFile
@@ -25,12 +27,12 @@ class Console(Observer):
 
     Args:
         demonstration: a line about the images and samples that were chosen for the user, if they were.
-        quiet: show warnings only.
+        output: options on what is shown.
     """
 
-    def __init__(self, demonstration: str, *, quiet: bool) -> None:
-        super().__init__(quiet=quiet)
-        self._say, self._demonstration = speaker(quiet=quiet), demonstration
+    def __init__(self, demonstration: str, output: OutputOptions) -> None:
+        super().__init__(shown=output.shown)
+        self._say, self._demonstration = speaker(quiet=output.silent), demonstration
         self._stack = contextlib.ExitStack()
         self._warn_left_out: Callable[[str], None] = lambda text: None
         self.rate: float | None = None  # samples per second of one device
@@ -86,7 +88,7 @@ class Console(Observer):
             each = samples(procedure)
             most = "at most " if procedure.sequential else ""
             work = f"{left:,} images x {most}{each:,} samples = {left * each:,}"
-            self._say(f"cost       {work}: {most}about {clock(left * each / (self.rate * devices))}")
+            self._say(f"cost       {work}: {most}about {duration(left * each / (self.rate * devices))}")
 
     def left_out(self, text: str) -> None:
         """Warn of an image; of many, the first are named."""

@@ -131,7 +131,7 @@ def _run(procedure: AnyProcedure, groups: Groups, *, radii: list[float] | None =
 
     options = {**options_for(RunOptions, *groups, data), "ids": ids_from(data)}
     job = load_job(procedure, model.model, data.data, data.labels, sigma=noise.sigma, seed=noise.seed, options=options)
-    with Console(demonstration, quiet=output.quiet or output.as_json) as console:
+    with Console(demonstration, output) as console:
         run = execute(
             job,
             lambda header: output_path(output.out, run_words(header), header),

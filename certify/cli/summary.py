@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.console import clock, tell
+from certify.cli.console import tell
+from certify.runs.progress import duration
 from certify.smoothing.rounding import exact, floor_to
 from certify.text import printable
 
@@ -190,7 +191,7 @@ def _saved(run: Run, rate: float | None) -> str:
     text = f"{drawn:,} instead of {full}: {fixed / max(drawn, 1):,.0f} times fewer"
     if rate is None or 2 * seconds > fixed / rate:
         return text
-    return f"{text}; {clock(seconds)} instead of about {clock(fixed / rate)}"
+    return f"{text}; {duration(seconds)} instead of about {duration(fixed / rate)}"
 
 
 def _each(rows: list[ImageRow], norm: str) -> list[str]:

@@ -60,7 +60,7 @@ def train(
     from training.api import TrainingJob, is_first_process
     from training.api import train as run_training
 
-    hidden = output.quiet or output.as_json or not is_first_process()
+    first = is_first_process()
     job = TrainingJob(
         recipe=recipe,
         data=data.data,
@@ -88,8 +88,8 @@ def train(
         trust_identity=output.trust_identity,
         command=command_line(),
     )
-    result = run_training(job, speaker(quiet=hidden), hidden=hidden)
-    if is_first_process():
+    result = run_training(job, speaker(quiet=output.silent or not first), shown=first and output.shown)
+    if first:
         _report(result, network, output)
 
 

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from certify.errors import UserError
 from certify.runs.identity import identity_digest
 
 _SHARED, _PRIVATE = 0o666, 0o600  # file modes, before the umask
+_PROBE = 0.05  # seconds
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 
 
@@ -27,8 +29,10 @@ def run_path(out: str | Path | None, folder: Path, name: str) -> Path:
     """Return the path of a run file: ``out`` if it ends in .jsonl, else ``name`` in the folder ``out`` or ``folder``.
 
     Raises:
-        UserError: ``out`` has another suffix and is no folder.
+        UserError: ``out`` has another suffix and is no folder, or is no path.
     """
+    if not isinstance(out, str | os.PathLike | None):
+        raise UserError(f"--out {out!r}: expected a file ending in .jsonl, or a folder")
     target = Path(out or folder)
     if target.suffix == ".jsonl" and out:
         return target
@@ -120,6 +124,22 @@ def open_to_append(path: Path, *, private: bool = False) -> io.FileIO:
     return file
 
 
+def is_locked(path: Path) -> bool | None:
+    """True if a process writes to a file that :func:`open_to_append` opened; None where that cannot be known."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
 def _lock(file: io.FileIO, path: Path) -> None:
     """Keep other processes from writing to an open file, as long as it is open.
 
@@ -131,7 +151,11 @@ def _lock(file: io.FileIO, path: Path) -> None:
     except ImportError:  # Windows: two writers are not caught
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PROBE)  # perhaps of is_locked, which holds the lock for a moment
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise UserError(f"{path} is being written by another process; wait for it or name another --out") from None

@@ -21,12 +21,12 @@ from certify.engine.noisy_classifier import NoisyClassifier
 from certify.errors import CertifyError, UserError, warn
 from certify.images.dataset import ImageSet
 from certify.runs.config import Circumstances, Settings, execution_of, run_header, with_execution
+from certify.runs.progress import progress_bar
 from certify.runs.records import RunHeader
 from certify.runs.run_file import Run, RunFile, peek_header
 from certify.runs.runner import CheckedImages, near_chance, process
 from certify.runs.shards import Shard
 from certify.smoothing.procedures import Certify, expected_samples, samples
-from certify.text import progress_bar
 
 _TRIED = 50  # images without noise at most, to check that labels and classifier agree
 
@@ -81,11 +81,11 @@ class Observer:
     """Follows a run. Every method does nothing here, except that a progress bar is shown.
 
     Args:
-        quiet: show no progress bar.
+        shown: how progress is shown, as for :func:`certify.runs.progress.progress_bar`.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, *, shown: bool | float = True) -> None:
+        self.shown = shown
 
     def resolved(self, job: Job, header: RunHeader, image: Tensor | None) -> None:
         """Called with what the options mean and the first usable image, before anything is sampled."""
@@ -103,9 +103,9 @@ class Observer:
         """Called when the base classifier is prepared and ``left`` images are to be sampled on so many devices."""
 
     @contextlib.contextmanager
-    def progress(self, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-        """Enter the context of the sampling; it gives the function that is called with what was done."""
-        with progress_bar(total, unit, hidden=self.quiet, scaled=unit == "samples") as bar:
+    def progress(self, total: int, unit: str, each: int = 1) -> Iterator[Callable[[int], object]]:
+        """Enter the context of the sampling; it gives the function that is called with the number of units done."""
+        with progress_bar(total, unit, shown=self.shown, each=each) as bar:
             yield bar.update
 
     def left_out(self, text: str) -> None:
@@ -196,9 +196,9 @@ def execute(job: Job, path: Callable[[RunHeader], Path], *, command: str, observ
                 _check_base(engine, smoothed, images, checked)
                 observer.ready(job, engine, first, left, 1 if pool is None else len(pool))
             by_image = settings.procedure.sequential or pool is not None
-            total, unit = (left, "images") if by_image else (left * samples(settings.procedure), "samples")
+            each = 1 if by_image else samples(settings.procedure)
             work = functools.partial(process, smoothed, load=checked.load) if pool is None else pool.process
-            with observer.progress(total, unit) as advance:
+            with observer.progress(left * each, "images" if by_image else "samples", each) as advance:
                 work(images, settings, file, places=places, strict=job.strict, progress=advance, warn=observer.left_out)
             return Run(file.path, file.header, list(file.done.values()))
 
