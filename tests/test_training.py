@@ -276,7 +276,7 @@ def test_a_stop_saves_the_step_in_progress_first(data: Any, tmp_path: Path, numb
         assert signal.signal(signal.SIGTERM, before) is signal.default_int_handler
     told: list[str] = []
     resumed = run(data, tmp_path / "a", recipe, validations=1, say=told.append)
-    assert told == ["resuming   from step 3 of 7"]
+    assert told[0] == "resuming   from step 3 of 7"
     assert resumed.best == run(data, tmp_path / "b", recipe, validations=1).best
 
 

@@ -62,6 +62,7 @@ class TrainingJob:
         trust_code: run the program in a TorchScript file.
         trust_identity: resume though Python classifiers cannot prove that they are still the same.
         command: for the card.
+        stop_after: stop after this many steps; None: train to the end.
     """
 
     recipe: Recipe
@@ -89,6 +90,7 @@ class TrainingJob:
     trust_code: bool = False
     trust_identity: bool = False
     command: str = ""
+    stop_after: int | None = None
 
 
 def train(
@@ -157,6 +159,7 @@ def train(
             accelerator,
             compile=job.compile,
             validations=job.validations,
+            stop_after=job.stop_after,
             progress=progress,
             say=say,
             command=job.command,

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from certify.errors import RunFault, Stopped, UserError, first_line
 from certify.models.classifier import Classifier
+from certify.runs.progress import duration
 from certify.smoothing.rng import block_generator, stream_key
 from training.checkpoint import Checkpoints, Meter, Scores, deferred_interrupts, make_folder
 from training.data import TrainingData, augment
@@ -32,6 +33,9 @@ from training.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+COST_AFTER = 3
+"""Steps after which the cost of a training is estimated."""
 
 _LOG_SECONDS = 5.0
 _MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our names -> accelerate's
@@ -81,6 +85,7 @@ class TrainingResult:
         best: held-out scores of the weights that were kept.
         best_step: the step of these weights.
         images_per_second: throughput of this call without validation.
+        of: steps of the whole training.
     """
 
     steps: int
@@ -88,6 +93,7 @@ class TrainingResult:
     best: Scores
     best_step: int
     images_per_second: float
+    of: int
 
 
 def make_accelerator(device: str = "auto", precision: str = "float32", out: str | Path | None = None) -> Accelerator:
@@ -177,6 +183,10 @@ def train(
             state.step += 1
             meter.add(recipe.batch_size, loss)
             config.progress(recipe.batch_size, loss)
+            if state.step == start + COST_AFTER:
+                left = steps - state.step
+                time_left = duration(left * recipe.batch_size / meter.rate)
+                config.say(f"cost       about {time_left} for {left:,} more steps, without validation")
             validating = state.step == steps or state.step % interval == 0
             if validating or meter.since >= _LOG_SECONDS:
                 rate = recipe.rate_at(state.step - 1, steps)
@@ -193,7 +203,7 @@ def train(
             if interrupted:
                 signal.raise_signal(interrupted)
     accelerator.end_training()
-    return TrainingResult(state.step, state.step >= steps, state.best, state.best_step, meter.rate)
+    return TrainingResult(state.step, state.step >= steps, state.best, state.best_step, meter.rate, steps)
 
 
 def _prepare(

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from analysis.attacks import GROUPS, AttackSettings, crafter, find_attack
 from analysis.comparison.results import Condition
 from certify.engine.contract import breakage_left, check_defence
-from certify.errors import UserError, first_line
+from certify.errors import UserError, first_line, warn
 from certify.images.dataset import ImageSet
 from certify.models.classifier import Classifier
 from certify.models.defence import Defence, Member
 from certify.runs.config import versions
 from certify.runs.records import SCHEMA, ComparisonHeader, ConditionRecord, DefenceRecord
 from certify.smoothing.certificates import check_counts
+from certify.smoothing.noise import Gaussian
 from certify.smoothing.numeric import as_int
+from certify.smoothing.procedures import Decide
 from certify.smoothing.rng import stream_key
 from denoisers.adapters import Adapted, adapt
 from denoisers.defences import Noisy, undefended
@@ -197,7 +199,25 @@ class Plan:
             conditions += [Condition(name, one) for name in context.attacks.names if one in find_attack(name).groups]
         if certify_n and any(applies(defence, SMOOTHING) for defence in context.defences.values()):
             conditions.append(SMOOTHING)
-        return cls(conditions, context.attacks, repeats, certify_n, alpha)
+        plan = cls(conditions, context.attacks, repeats, certify_n, alpha)
+        if SMOOTHING in conditions:
+            plan._warn_of_reach(context)
+        return plan
+
+    def _warn_of_reach(self, context: AttackContext) -> None:
+        """Warn, before any attack, of defences whose certified column can only be 0 within ``certify_n``."""
+        radius = self.l2_radius(context.images.load(0).numel())
+        for name, defence in context.defences.items():
+            smoothing = smoothing_of(defence)
+            if smoothing is None:
+                continue
+            try:
+                prospects = Decide((radius,), self.certify_n, self.alpha).prospects(Gaussian(smoothing.sigma))
+                reasons = [text.replace("--n", "--certify-n") for text in prospects.warnings]
+            except UserError as error:  # the noise cannot certify it with any number of samples
+                reasons = [str(error)]
+            for reason in reasons:
+                warn(f"defence {name}: {reason}, or the certified column is 0")
 
     def l2_radius(self, values: int) -> float:
         """Return the l2 radius that contains the ball of the attacks, for images of so many values."""

@@ -22,7 +22,7 @@ from certify.cli.option_groups import (
     OutputOptions,
     StatisticsOptions,
 )
-from certify.cli.options import command, command_line, flag, option, overridden
+from certify.cli.options import command, command_line, option, overridden
 from certify.cli.parameter_types import Count, Positive
 from certify.cli.service_options import ServiceOptions, query_limits, service_from
 from certify.errors import UserError
@@ -109,7 +109,7 @@ class AuditOutput(OutputOptions):
         metavar="DIR",
         help="Folder of the audit; the same command resumes an unfinished one.",
     )
-    dry_run: bool = flag(help="Print the plan and stop; nothing is sent.")
+    dry_run: bool = overridden(OutputOptions, "dry_run", help="Print the plan and stop; nothing is sent.")
 
 
 @command(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from certify.cli.attack_context import load_attack_context
-from certify.cli.console import say, speaker, stoppable, tell
+from certify.cli.console import say, speaker, stoppable, tell, tell_dry_run
 from certify.cli.option_groups import (
     TABLE_FORMATS,
     DataOptions,
@@ -92,6 +92,8 @@ def compare(
 
         check_format(output.figure)
     path = _run_comparison(model, data, defences, attack, certified, output)
+    if path is None:
+        return
     from analysis.comparison.tables import records, tabulate_comparison
     from analysis.runs import read_comparison
 
@@ -116,8 +118,8 @@ def _run_comparison(
     attack: GradientAttackOptions,
     certified: CertifiedColumn,
     output: ComparisonOutput,
-) -> Path:
-    """Run or resume the comparison; return the file of its outcomes."""
+) -> Path | None:
+    """Run or resume the comparison; return the file of its outcomes, or None after a dry run."""
     from analysis.comparison.plan import Plan, make_header
     from analysis.comparison.runner import compare as run
     from certify.runs.files import output_path
@@ -130,6 +132,14 @@ def _run_comparison(
     plan = Plan.of(context, group, repeats=options.repeats, certify_n=n, alpha=alpha)
     header = make_header(plan, context, model=model.model, data=data.data or "digits", command=command_line())
     path = output_path(output.out, _file_words(header), header)
+    if output.dry_run:
+        queries, images = plan.attacks.queries, len(context.images)
+        speaker(quiet=output.silent)(
+            f"cost       {header.expected:,} outcomes of {images:,} images; up to {queries:,} queries per image of an "
+            f"attack by queries, {plan.attacks.steps:,} steps of one by gradients"
+        )
+        tell_dry_run(f"{path} is not written", output, outcomes=header.expected, images=images, queries=queries)
+        return None
     with ComparisonFile(path, header, trust_identity=output.trust_identity) as file:
         present = f": {len(file.done):,} of {header.expected:,} outcomes are there already" if file.resumed else ""
         speaker(quiet=output.silent)(f"outcomes   {path}{present}")

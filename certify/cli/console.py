@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from certify.smoothing.rounding import ceil_to
 from certify.text import printable, printable_lines
 
 if TYPE_CHECKING:
+    from certify.cli.option_groups import OutputOptions
     from certify.engine.execution import Execution
     from certify.engine.noisy_classifier import NoisyClassifier
     from certify.runs.run_file import RecordFile, Run
@@ -43,6 +45,11 @@ def speaker(*, quiet: bool) -> Callable[[str], None]:
 def warn(text: str) -> None:
     """Print a warning of one line on stderr."""
     say(f"warning: {printable(text)}")
+
+
+def tell_dry_run(written: str, output: OutputOptions, **cost: Any) -> None:
+    """End a dry run: print what is not written, or the cost as JSON."""
+    tell(json.dumps({"dry_run": True, **cost}) if output.as_json else f"dry run: {written}")
 
 
 @contextlib.contextmanager

@@ -249,6 +249,7 @@ class OutputOptions(ProgressOptions):
         help="Resume a file written without a fingerprint, which cannot show that the Python model is still the same."
     )
     quiet: bool = flag(help="Print no plan and no progress on stderr.")
+    dry_run: bool = flag(help="Do everything up to the estimate of the cost, write nothing, and stop.")
 
     @property
     def silent(self) -> bool:

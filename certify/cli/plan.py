@@ -36,6 +36,8 @@ class Console(Observer):
         self._stack = contextlib.ExitStack()
         self._warn_left_out: Callable[[str], None] = lambda text: None
         self.rate: float | None = None  # samples per second of one device
+        self.samples = 0
+        self.seconds: float | None = None  # of the whole run, estimated
 
     def __enter__(self) -> Console:
         return self
@@ -82,13 +84,14 @@ class Console(Observer):
 
     def ready(self, job: Job, engine: Engine, image: Tensor, left: int, devices: int) -> None:
         """Measure the speed and show the cost."""
-        self.rate = engine.measure_rate(image)
+        procedure = job.settings.procedure
+        each = samples(procedure)
+        self.rate, self.samples = engine.measure_rate(image), left * each
         if self.rate is not None:
-            procedure = job.settings.procedure
-            each = samples(procedure)
+            self.seconds = self.samples / (self.rate * devices)
             most = "at most " if procedure.sequential else ""
-            work = f"{left:,} images x {most}{each:,} samples = {left * each:,}"
-            self._say(f"cost       {work}: {most}about {duration(left * each / (self.rate * devices))}")
+            work = f"{left:,} images x {most}{each:,} samples = {self.samples:,}"
+            self._say(f"cost       {work}: {most}about {duration(self.seconds)}")
 
     def left_out(self, text: str) -> None:
         """Warn of an image; of many, the first are named."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
+from certify.cli.console import tell_dry_run
 from certify.cli.load import check_classifier, check_data, check_noise, demo_data, ids_from, options_for, procedure_from
 from certify.cli.option_groups import (
     ClusterOptions,
@@ -131,6 +133,7 @@ def _run(procedure: AnyProcedure, groups: Groups, *, radii: list[float] | None =
 
     options = {**options_for(RunOptions, *groups, data), "ids": ids_from(data)}
     job = load_job(procedure, model.model, data.data, data.labels, sigma=noise.sigma, seed=noise.seed, options=options)
+    job = replace(job, dry=output.dry_run)
     with Console(demonstration, output) as console:
         run = execute(
             job,
@@ -138,4 +141,7 @@ def _run(procedure: AnyProcedure, groups: Groups, *, radii: list[float] | None =
             command=command_line(),
             observer=console,
         )
+    if output.dry_run:
+        tell_dry_run(f"{run.path} is not written", output, samples=console.samples, seconds=console.seconds)
+        return
     summarise(run, radii, as_json=output.as_json, rate=console.rate)

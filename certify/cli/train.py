@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from certify.cli.console import speaker, tell
+from certify.cli.console import speaker, tell, tell_dry_run
 from certify.cli.load import check_data, classifier_from
 from certify.cli.options import command, command_line, refuse_given
 from certify.cli.training_options import (
@@ -23,6 +25,7 @@ from certify.errors import UserError
 
 if TYPE_CHECKING:
     from certify.models.classifier import Classifier
+    from training.api import TrainingJob
     from training.loop import TrainingResult
 
 
@@ -88,9 +91,25 @@ def train(
         trust_identity=output.trust_identity,
         command=command_line(),
     )
+    if output.dry_run:
+        _rehearse(job, output, shown=first)
+        return
     result = run_training(job, speaker(quiet=output.silent or not first), shown=first and output.shown)
     if first:
         _report(result, network, output)
+
+
+def _rehearse(job: TrainingJob, output: TrainingOutput, *, shown: bool) -> None:
+    """Take a few steps in a folder that is removed, and show the cost of the whole training."""
+    from training.api import train as run_training
+    from training.loop import COST_AFTER
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = replace(job, out=folder, stop_after=COST_AFTER)
+        result = run_training(job, speaker(quiet=output.silent or not shown), shown=False)
+    seconds = result.of * job.recipe.batch_size / result.images_per_second
+    if shown:
+        tell_dry_run(f"nothing is written to {output.out}", output, steps=result.of, seconds=round(seconds, 1))
 
 
 def _target(network: NetworkOptions, frozen: FrozenOptions) -> Classifier | None:

@@ -127,6 +127,7 @@ class Job:
         workers: starts the workers of a cluster for this many images; None: this process does the work.
         strict: stop at the first image that cannot be used.
         trust_identity: resume a file that cannot prove that its model is still the same.
+        dry: stop before anything is written or certified, after ``Observer.ready``.
     """
 
     smoothed: NoisyClassifier
@@ -139,6 +140,7 @@ class Job:
     workers: Callable[[int], AbstractContextManager[Pool]] | None = None
     strict: bool = False
     trust_identity: bool = False
+    dry: bool = False
 
     @property
     def places(self) -> Sequence[int]:
@@ -187,6 +189,9 @@ def execute(job: Job, path: Callable[[RunHeader], Path], *, command: str, observ
         if execution is not None:
             observer.running(job, execution, "" if pool is None else pool.where())
             header = with_execution(header, execution)
+        devices = 1 if pool is None else len(pool)
+        if job.dry:
+            return _rehearse(job, engine, execution, checked, Run(target, header), observer, devices)
         with RunFile(target, header, trust_identity=job.trust_identity) as file:
             observer.opened(file, len(places))
             left = len(places) - len(file.done)
@@ -194,13 +199,34 @@ def execute(job: Job, path: Callable[[RunHeader], Path], *, command: str, observ
                 if engine.execution is None:
                     _run_like(engine, first, execution, file.path)
                 _check_base(engine, smoothed, images, checked)
-                observer.ready(job, engine, first, left, 1 if pool is None else len(pool))
+                observer.ready(job, engine, first, left, devices)
             by_image = settings.procedure.sequential or pool is not None
             each = 1 if by_image else samples(settings.procedure)
             work = functools.partial(process, smoothed, load=checked.load) if pool is None else pool.process
             with observer.progress(left * each, "images" if by_image else "samples", each) as advance:
                 work(images, settings, file, places=places, strict=job.strict, progress=advance, warn=observer.left_out)
             return Run(file.path, file.header, list(file.done.values()))
+
+
+def _rehearse(
+    job: Job,
+    engine: Engine,
+    execution: Execution | None,
+    checked: CheckedImages,
+    run: Run,
+    observer: Observer,
+    devices: int,
+) -> Run:
+    """Check the base classifier and report the cost of what the run file lacks; write nothing."""
+    if run.path.exists():
+        run = Run.read(run.path, allow_partial=True)
+    left = len(job.places) - len(run.images)
+    if left > 0 and checked.first is not None and execution is not None:
+        if engine.execution is None:
+            _run_like(engine, checked.first, execution, run.path)
+        _check_base(engine, job.smoothed, job.images, checked)
+        observer.ready(job, engine, checked.first, left, devices)
+    return run
 
 
 def run_words(header: RunHeader) -> list[str]:

@@ -28,6 +28,8 @@ from certify.smoothing.sequential_tests import LEAST, VoteCounts
 from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE, RULES, thresholds
 from certify.types import Decision, Radii
 
+_MOST = 1_000_000  # samples up to which a sufficient number is looked for
+
 
 @dataclass(frozen=True)
 class Decide:
@@ -121,8 +123,10 @@ class Decide:
             few = f"robust after {enough:,} samples at the earliest" if enough is not None else "out of reach"
             lines.append(f"{exact(radius)} ({IN_WORDS[noise.norm]}) needs a probability of {ceil_to(p0, 5)}: {few}")
             if enough is None:
-                at = exact(radius)
-                warnings.append(f"no image can be settled as robust at {at} within n = {self.n:,}: pass a larger --n")
+                least = thresholds(self.rule, p0, level, _MOST).earliest()
+                many = f"more than {_MOST:,}" if least is None else f"at least {least:,}"
+                at = f"{exact(radius)} within n = {self.n:,}"
+                warnings.append(f"no image can be settled as robust at {at}; {many} are needed: pass a larger --n")
         largest = self.radii[-1] if earliest[-1] is not None else None
         return Prospects(largest, earliest[-1], tuple(lines), tuple(warnings))
 
