@@ -159,8 +159,8 @@ def family(run: Run) -> Family:
     header, rows = run.header, run.usable
     if not header.has("noise") or not all(row.has("votes") and row.has("selection") for row in rows):
         raise UserError(f"{run.path} holds no noise and votes, like published logs; expected a run file of certify")
-    if header.kind == "predict":
-        raise UserError(f"{run.path} holds predictions, which have no radius; expected a run of `certify --model ...`")
+    if why := header.without_radii:
+        raise UserError(f"{run.path} {why}; expected a run of `certify --model ...`")
     stages = [(row.selection_votes, row.estimation_votes) for row in rows]
     fixed = header.stopping is None and all(selection.trials for selection, _ in stages)
     classes, evaluations = [], []

@@ -21,7 +21,7 @@ from certify.text import read_text
 
 
 class NoRadii(UserError):
-    """The run holds predictions, which have no radius."""
+    """The images of the run have no radii."""
 
 
 LOG_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -48,8 +48,8 @@ def read_any(path: str | Path) -> Run:
     if head.removeprefix(codecs.BOM_UTF8).split(b"\t")[0].strip() == b"idx":
         return _read_log(path)
     run = read_run(path, allow_partial=True)
-    if run.header.kind == "predict":
-        raise NoRadii(f"{path} holds predictions, which have no radius; expected a run of `certify --model ...`")
+    if why := run.header.without_radii:
+        raise NoRadii(f"{path} {why}; expected a run of `certify --model ...`")
     return run
 
 
@@ -71,7 +71,7 @@ def read_comparison(path: str | Path, warn: Callable[[str], None] | None = None)
 
 
 def read_all(paths: Sequence[str | Path], warn: Callable[[str], None]) -> list[Run]:
-    """Read runs; those of `certify predict`, which have no radii, are skipped with a warning.
+    """Read runs; those without radii, such as of `certify predict`, are skipped with a warning.
 
     Raises:
         UserError: see :func:`read_any`; or no run has radii.

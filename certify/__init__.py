@@ -16,8 +16,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analysis.accuracy_bound import AccuracyBound as AccuracyBound
     from analysis.comparison.results import Comparison as Comparison
     from analysis.runs import read_comparison as read_comparison
+    from certify.api import accuracy as accuracy
     from certify.api import certify as certify
     from certify.api import predict as predict
     from certify.auditing import audit as audit
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ABSTAIN": "types",
+    "AccuracyBound": "analysis.accuracy_bound",
     "BaseClassifier": "types",
     "Certificate": "types",
     "CertifyError": "errors",
@@ -60,6 +63,7 @@ _HOME = {
     "SmoothedClassifier": "smoothed_classifier",
     "UserError": "errors",
     "Votes": "types",
+    "accuracy": "api",
     "audit": "auditing",
     "certificate_from_votes": "smoothing.certificates",
     "certify": "api",

@@ -12,17 +12,18 @@ from certify.errors import UserError, warn
 from certify.registry import check_options, chosen_options
 from certify.smoothed_classifier import ModelOptions, SmoothedClassifier, SmoothingOptions
 from certify.smoothing.bounds import BOUNDS
-from certify.smoothing.procedures import Certify, Decide, Measure, Predict
+from certify.smoothing.procedures import Accuracy, Certify, Decide, Measure, Predict
 from certify.smoothing.rounding import exact
 from certify.smoothing.stopping_rules import DEFAULT_CAP, DEFAULT_RULE, MEASURING_BOUND, RULES
 
 if TYPE_CHECKING:
+    from analysis.accuracy_bound import AccuracyBound
     from certify.images.dataset import ImageSet
     from certify.images.in_memory import Collection
     from certify.results import Run
     from certify.runs.transaction import Job
 
-    AnyProcedure = Certify | Decide | Measure | Predict
+    AnyProcedure = Accuracy | Certify | Decide | Measure | Predict
 
 
 class DataOptions(TypedDict, total=False):
@@ -133,6 +134,37 @@ def predict(
     Kolter 2019). Arguments as in :func:`certify`.
     """
     return _run(Predict(n, alpha), model, images, labels, sigma, seed, out, options)
+
+
+def accuracy(
+    model: Any,
+    images: Any,
+    labels: Any = None,
+    *,
+    sigma: float | None = None,
+    draws: int = 1,
+    alpha: float = 0.001,
+    population: bool = False,
+    seed: int = 0,
+    out: str | Path | None = None,
+    **options: Unpack[Options],
+) -> AccuracyBound:
+    """Bound the expected accuracy of all images together, without and under attack, from one noisy copy of each.
+
+    The bound is about the randomised classifier, which answers each request from one fresh noisy copy of the image.
+    With probability at least 1 - alpha over the noise (and the choice of the images, for a population), it holds at all
+    radii at once; nothing is said about a single image (:mod:`certify.smoothing.dataset_accuracy`). Without labels it
+    is about agreement with the base classifier's answers to the clean images.
+
+    ``draws`` is the number of noisy copies of each image. ``alpha`` is the failure probability of the whole statement,
+    below 1/4 without ``population``. With ``population`` the images are a random sample, and the statement is about
+    their population; otherwise it is about these images. Other arguments as in :func:`certify`.
+
+    Returns:
+        The bound: ``bound.lower`` without an attack, ``bound.under_attack(r)``, ``bound.table()``, ``bound.plot()``;
+        ``bound.run`` has the votes.
+    """
+    return _run(Accuracy(draws, alpha, population), model, images, labels, sigma, seed, out, options).accuracy_bound()
 
 
 def procedure_for(

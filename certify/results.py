@@ -16,7 +16,6 @@ from certify.runs import run_file
 from certify.runs.files import new_run_file
 from certify.smoothing.norms import IN_WORDS
 from certify.smoothing.numeric import as_float
-from certify.smoothing.procedures import Predict
 from certify.smoothing.rounding import exact, floor_to
 from certify.text import printable
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+    from analysis.accuracy_bound import AccuracyBound
     from certify.runs.records import ImageRow, RunHeader
 
 
@@ -104,7 +104,7 @@ class Run(run_file.Run):
         """
         from analysis.curves import curve
 
-        refuse_predictions(self)
+        require_radii(self)
         return float(curve(self).accuracy(check_radii([radius]))[0])
 
     def table(self, radii: Sequence[float] | None = None, *, style: str = "text") -> Table:
@@ -123,7 +123,7 @@ class Run(run_file.Run):
         from analysis.curves import curves, table_radii
         from analysis.tables import compare, one_run
 
-        refuse_predictions(self)
+        require_radii(self)
         (own,) = curves([self])
         radii = table_radii(self) if radii is None else check_radii(radii)
         if style != "text":
@@ -146,8 +146,24 @@ class Run(run_file.Run):
         from analysis.curves import curves
         from analysis.plots import plot_curves
 
-        refuse_predictions(self, *others)
+        require_radii(self, *others)
         return Plot(plot_curves(curves([self, *others]), path, title=title, band=band))
+
+    def accuracy_bound(self, *, alpha: float | None = None, population: bool | None = None) -> AccuracyBound:
+        """Return a lower bound on the mean accuracy under attack of the classifier that votes once.
+
+        It uses all votes of the last stage of a run with a fixed n; images without a result count as wrong.
+
+        Args:
+            alpha: failure probability of the whole statement; None takes the run's.
+            population: see :func:`certify.accuracy`; None takes the run's choice.
+
+        Raises:
+            UserError: a run that stopped early, or labels for some images only.
+        """
+        from analysis.accuracy_bound import accuracy_bound
+
+        return accuracy_bound(self, alpha=alpha, population=population)
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return a data frame with a row per image, indexed by id.
@@ -220,7 +236,7 @@ class Run(run_file.Run):
         failures, trials = self.failures
         if failures:
             parts.append(f"{failures:,} of {trials:,} samples failed")
-        if self.usable and header.kind != Predict.kind:
+        if self.usable and not header.without_radii:
             from analysis.curves import curve, table_radii
 
             own, radii = curve(self), table_radii(self)[:4]
@@ -235,20 +251,20 @@ class Run(run_file.Run):
 
     def _repr_html_(self) -> str:
         """Show the summary and the table in a notebook."""
-        if not self.usable or self.header.kind == Predict.kind:
+        if not self.usable or self.header.without_radii:
             return f"<p>{html.escape(self._summary())}</p>"
         return f"<p>{html.escape(self._summary())}</p>{self.table()._repr_html_()}"
 
 
-def refuse_predictions(*runs: Run) -> None:
+def require_radii(*runs: Run) -> None:
     """Refuse runs without radii.
 
     Raises:
         UserError: names the first of them.
     """
     for run in runs:
-        if run.header.kind == Predict.kind:
-            raise UserError(f"{run.path} holds predictions, which have no radius; expected a run of certify.certify")
+        if why := run.header.without_radii:
+            raise UserError(f"{run.path} {why}; expected a run of certify.certify")
 
 
 def check_radii(radii: Any) -> list[float]:

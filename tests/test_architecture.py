@@ -25,6 +25,7 @@ MODULES = sorted(p.relative_to(ROOT) for package in ALLOWED for p in (ROOT / pac
 
 KNOW_MORE = {
     "certify/__init__.py": {"analysis", "training"},  # Comparison, read_comparison, train_denoiser
+    "certify/api.py": {"analysis"},  # the type of accuracy()
     "certify/smoothed_classifier.py": {"denoisers"},  # SmoothedClassifier(denoiser="auto")
     "certify/results.py": {"analysis"},  # Run.table, Run.plot
     "certify/auditing.py": {"denoisers", "analysis"},  # a denoiser by name, the report

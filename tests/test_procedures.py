@@ -17,6 +17,7 @@ from certify.runs.runner import process
 from certify.smoothing.procedures import (
     ESTIMATION,
     PROCEDURES,
+    Accuracy,
     AnswerKeys,
     Certify,
     Decide,
@@ -95,6 +96,8 @@ def test_a_new_procedure_needs_no_change_elsewhere(tmp_path: Path, monkeypatch: 
         Measure(0.2, 300, 0.01),
         Decide((0.1, 0.2), 500, 0.01, "betting"),
         Predict(40, 0.01),
+        Accuracy(2, 0.01),
+        Accuracy(1, 0.3, population=True),
     ],
     ids=lambda procedure: type(procedure).__name__,
 )
@@ -103,14 +106,14 @@ def test_a_procedure_follows_from_its_settings(procedure: Procedure) -> None:
     settings = ProcedureSettings(procedure.kind, n0, procedure.n, procedure.alpha, procedure.bound, procedure.stopping)
     assert procedure_of(settings) == procedure
     assert isinstance(procedure, Sequential) == procedure.sequential
-    with pytest.raises(UserError, match="unknown procedure 'x'; expected one of certify, decide, predict"):
+    with pytest.raises(UserError, match="unknown procedure 'x'; expected one of certify, decide, predict, accuracy"):
         procedure_of(ProcedureSettings("x", 0, 1, 0.5, "", None))
 
 
 def test_every_stage_has_a_test() -> None:
     from certify import Gaussian
 
-    for procedure in (Certify(10, 100), Predict(40), Decide((0.1,)), Measure(0.5)):
+    for procedure in (Certify(10, 100), Accuracy(), Predict(40), Decide((0.1,)), Measure(0.5)):
         tests = stage_tests(procedure, 3, Gaussian(0.25), 16)
         assert tests.keys() == procedure.stages.keys()
         assert all(test.pending > 0 for test in tests.values())

@@ -17,7 +17,7 @@ import click
 import cloup
 
 from certify import __version__
-from certify.cli import audit, bench, compare, evaluate, info, inspect, plot, run, serve, show, status, train
+from certify.cli import accuracy, audit, bench, compare, evaluate, info, inspect, plot, run, serve, show, status, train
 from certify.cli.console import say, warn
 from certify.cli.options import MAIN
 from certify.cli.parameter_types import TYPED_ARGUMENTS
@@ -94,7 +94,7 @@ SETTINGS = cloup.Context.settings(
     context_settings=SETTINGS,
     no_args_is_help=True,
     sections=[
-        cloup.Section("Certify", [run.run, run.predict, audit.audit, serve.serve]),
+        cloup.Section("Certify", [run.run, run.predict, accuracy.accuracy, audit.audit, serve.serve]),
         cloup.Section(
             "Denoisers and defences", [train.train, evaluate.evaluate_denoiser, compare.compare, inspect.inspect]
         ),

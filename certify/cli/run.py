@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from certify.cli.summary import summarise
 
 if TYPE_CHECKING:
     from certify.api import AnyProcedure
+    from certify.runs.run_file import Run
 
 
 class RunStatistics(StatisticsOptions):
@@ -62,7 +64,7 @@ def run(
     procedure = procedure_from(statistics)
     check_classifier(model.model, model, noise.denoiser)
     check_radii(table.radii)
-    _run(procedure, (model, noise, data, statistics, compute, output), radii=table.radii)
+    do_run(procedure, (model, noise, data, statistics, compute, output), radii=table.radii)
 
 
 @command(
@@ -86,7 +88,7 @@ def predict(
 
     check_noise(noise)
     check_classifier(model.model, model, noise.denoiser)
-    _run(Predict(statistics.n, statistics.alpha), (model, noise, data, statistics, compute, output))
+    do_run(Predict(statistics.n, statistics.alpha), (model, noise, data, statistics, compute, output))
 
 
 class MergeOptions(Options):
@@ -113,11 +115,17 @@ def merge(shards: tuple[str, ...], target: MergeOptions, table: RadiiOptions, ou
     summarise(run, table.radii, as_json=output.as_json)
 
 
-Groups = tuple[ModelOptions, NoiseOptions, DataOptions, SampleOptions, ClusterOptions, OutputOptions]
+Groups = tuple[ModelOptions, NoiseOptions, DataOptions, Options, ClusterOptions, OutputOptions]
 
 
-def _run(procedure: AnyProcedure, groups: Groups, *, radii: list[float] | None = None) -> None:
-    """Do the run, show it on the terminal, and summarise it."""
+def do_run(
+    procedure: AnyProcedure,
+    groups: Groups,
+    *,
+    radii: list[float] | None = None,
+    summary: Callable[[Run], None] | None = None,
+) -> None:
+    """Do the run, show it on the terminal, and summarise it: by ``summary``, or as certificates or predictions."""
     model, noise, data, _, _, output = groups
     if data.data is None:
         data, procedure, demonstration = demo_data(model.model, data, procedure)
@@ -143,5 +151,7 @@ def _run(procedure: AnyProcedure, groups: Groups, *, radii: list[float] | None =
         )
     if output.dry_run:
         tell_dry_run(f"{run.path} is not written", output, samples=console.samples, seconds=console.seconds)
-        return
-    summarise(run, radii, as_json=output.as_json, rate=console.rate)
+    elif summary is not None:
+        summary(run)
+    else:
+        summarise(run, radii, as_json=output.as_json, rate=console.rate)

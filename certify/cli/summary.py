@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from certify.cli.console import tell
 from certify.runs.progress import duration
+from certify.smoothing.procedures import Accuracy
 from certify.smoothing.rounding import exact, floor_to
 from certify.text import printable
 
@@ -32,9 +33,14 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
     """
     from certify.runs.transaction import warn_of_results
 
+    if run.header.kind == Accuracy.kind:
+        from certify.cli.accuracy import show_bound
+
+        show_bound(run, radii, as_json=as_json)
+        return
     warn_of_results(run)
     curve, picture = None, None
-    if run.header.kind != "predict":
+    if not run.header.without_radii:
         from analysis.curves import curves, table_radii
 
         (curve,) = curves([run])

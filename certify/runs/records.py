@@ -34,9 +34,11 @@ from certify.smoothing import procedures
 from certify.smoothing.noise import make_noise
 from certify.smoothing.norms import IN_WORDS, in_norm
 from certify.smoothing.procedures import (
+    Accuracy,
     AnswerKeys,
     Certify,
     Decide,
+    Predict,
     Procedure,
     ProcedureSettings,
     RecordedVotes,
@@ -48,6 +50,10 @@ from certify.types import ABSTAIN, NOT_CERTIFIABLE, ROBUST, UNDECIDED, Radii, Vo
 SCHEMA = 1
 
 _WITH_RADIUS = (Certify.kind, Decide.kind)  # every image has one, 0 for an abstention
+_WITHOUT_RADIUS = {
+    Predict.kind: "holds predictions, which have no radius",
+    Accuracy.kind: "is about all images together, and none has a radius: `certify accuracy` shows it",
+}
 
 _CHOSEN = Kind("true, false or text", lambda value: FLAG.fits(value) or TEXT.fits(value))
 _SEED = Kind("a whole number from 0", lambda value: type(value) is int and value >= 0)
@@ -179,6 +185,11 @@ class RunHeader(Header, type_name="run"):
     def radii(self) -> Sequence[float]:
         """The radii to decide, ascending; empty where the radius itself is certified."""
         return () if self.stopping is None else self.stopping.radii
+
+    @property
+    def without_radii(self) -> str:
+        """The reason why no image has a radius, after the file's name; empty if all have one."""
+        return _WITHOUT_RADIUS.get(self.kind, "")
 
     def radii_for(self, size: int | None) -> Radii:
         """Return the radii of the noise in the norm of the run, for an image of C * H * W = ``size`` values.

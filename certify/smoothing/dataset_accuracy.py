@@ -124,11 +124,21 @@ def mean_lower(successes: int, trials: int, alpha: float) -> float:
         UserError: counts or alpha out of range.
     """
     successes, trials = check_counts(successes, trials)
-    if not alpha < 0.25:
-        raise UserError(f"alpha = {alpha}: expected less than 0.25 for a fixed list of images")
+    alpha = check_list_alpha(alpha)
     if successes == 1:
         return alpha / trials * (1.0 - _MARGIN)
     return clopper_pearson_lower(successes, trials, alpha)
+
+
+def check_list_alpha(alpha: float) -> float:
+    """Return the failure probability of a statement about a fixed list of images.
+
+    Raises:
+        UserError: 1/4 or more, for which the proof does not hold.
+    """
+    if not alpha < 0.25:
+        raise UserError(f"alpha = {alpha}: expected less than 0.25 for a fixed list of images")
+    return alpha
 
 
 def bounded_mean_lower(mean: float, count: int, alpha: float) -> float:

@@ -8,11 +8,13 @@ registry in :mod:`certify.smoothing.procedures.base`.
 - :class:`Certify`: a class and a radius, from n0 and then n samples;
 - :class:`Measure`: the same, stopping once the radius is known to a relative tolerance;
 - :class:`Decide`: robust at given radii or not, with as few samples as possible;
-- :class:`Predict`: a class without a radius, from n samples.
+- :class:`Predict`: a class without a radius, from n samples;
+- :class:`Accuracy`: no answer about a single image, one or a few samples for the accuracy of all images together.
 
 With probability at least 1 - alpha over the noise draws, the answer about an image is true or an abstention.
 """
 
+from certify.smoothing.procedures.accuracy import Accuracy as Accuracy
 from certify.smoothing.procedures.base import ESTIMATION as ESTIMATION
 from certify.smoothing.procedures.base import PREDICTION as PREDICTION
 from certify.smoothing.procedures.base import PROCEDURES as PROCEDURES

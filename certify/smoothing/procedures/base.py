@@ -282,3 +282,4 @@ def assign(procedure: Any, **values: Any) -> None:
 PROCEDURES.add("certify", "certify.smoothing.procedures.certify:from_settings", "a class and a radius (default)")
 PROCEDURES.add("decide", "certify.smoothing.procedures.decide:from_settings", "robust at given radii, or not")
 PROCEDURES.add("predict", "certify.smoothing.procedures.predict:from_settings", "a class without a radius")
+PROCEDURES.add("accuracy", "certify.smoothing.procedures.accuracy:from_settings", "the accuracy of all images together")
