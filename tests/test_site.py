@@ -68,7 +68,7 @@ def test_pages_read_as_meant(site: Path) -> None:
     """Links that lead out of docs/ are names here, file names are titles, roles of docstrings are gone."""
     audit = (site / "audit.html").read_text(encoding="utf-8")
     assert "<code>examples/litserve_digits.py</code>" in audit
-    assert '<a href="few-samples.html">As few samples as it takes</a>' in audit
+    assert '<a href="few-samples.html">Certify with fewer samples</a>' in audit
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert not re.search(r":(?:func|meth|class|data):", text), page
