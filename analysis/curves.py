@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,27 @@ class Curve:
         """
         low, high = proportion_interval(self.successes(radii), self.total, confidence)
         return low, np.where([self.at_least(float(r)) for r in radii], 1.0, high)
+
+    @functools.cached_property
+    def limit(self) -> float:
+        """Largest radius that any image could have at this n and alpha; infinite where that is not known."""
+        header = self.run.header
+        if not (header.has("n") and header.has("alpha") and header.has("noise")):  # a published log
+            return math.inf
+        try:
+            largest = header.procedure.prospects(header.radii_for(self.run.usable[0].size)).largest
+        except UserError:  # noise of the user's that is not registered here
+            return math.inf
+        return math.inf if largest is None else largest
+
+    def reachable(self, radius: float) -> bool:
+        """True if an image could be certified at this radius; if not, an accuracy of 0 says nothing about it."""
+        return self.at_least(radius) or radius <= self.limit
+
+    @property
+    def capped(self) -> int:
+        """Number of images at the limit: more samples could certify larger radii for them."""
+        return int(np.sum(self.radii >= self.limit * (1 - 1e-6))) if 0 < self.limit < math.inf else 0
 
     @property
     def average_radius(self) -> float:

@@ -116,6 +116,10 @@ class Envelope:
         """True if the largest accuracy is only a lower bound, because a run was not decided there."""
         return any(c.at_least(radius) for c in self.runs)
 
+    def reachable(self, radius: float) -> bool:
+        """True if an image could be certified at this radius in any of the runs."""
+        return any(c.reachable(radius) for c in self.runs)
+
     @property
     def note(self) -> str:
         """Restrictions of the runs: decided radii, partial runs, unreadable images."""

@@ -72,8 +72,13 @@ def plot_curves(
             axes.step(radii, share, where="pre", color=colour, ls=dashes, lw=1.6, label=label)
             if band:
                 axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, lw=0)
+            for curve in line.runs if isinstance(line, Envelope) else [line]:
+                if curve.capped:  # the cliff is the number of samples, not the classifier
+                    end = f"n = {curve.run.header.n:,} ends here"
+                    axes.text(curve.limit, 0.98, end, color=colour, fontsize=7, rotation=90, ha="left", va="top")
         largest = max((r for line in lines for r in (*line.radii[-1:], *line.decided)), default=0.0) or 1.0
-        margin = 1.04 + _OFFSET * decided / 2 / 280  # the axes are about 280 points wide
+        capped = any(c.capped for line in lines for c in (line.runs if isinstance(line, Envelope) else [line]))
+        margin = (1.07 if capped else 1.04) + _OFFSET * decided / 2 / 280  # the axes are about 280 points wide
         axes.set(xlim=(0, margin * largest), ylim=(0, 1.0))
         if decided == len(lines):
             axes.set_xticks(sorted({r for line in lines for r in line.decided})[:_TICKS])

@@ -21,6 +21,9 @@ from certify.text import printable, printable_lines
 
 FORMATS = {"text": "simple", "markdown": "pipe", "latex": "latex_booktabs", "csv": ""}
 
+OUT_OF_REACH = "-"
+"""Cell of a radius that no image could have at this n and alpha."""
+
 _FORMULA = ("=", "+", "-", "@")  # a spreadsheet evaluates a cell that starts with these, which can run programs
 
 _IN_LATEX = {"σ": r"$\sigma$", "≥": r"$\geq$"}
@@ -100,7 +103,20 @@ def compare(
     if style == "latex":  # tabulate would escape the dollars
         for r in radii:
             text = text.replace(f" r = {exact(r)} ", f" $r = {exact(r)}$ ", 1)
-    return captioned(_caption(lines, relative_to, intervals=intervals), text, style)
+    caption = _caption(lines, relative_to, intervals=intervals) + out_of_reach(lines, radii)
+    return captioned(caption, text, style)
+
+
+def out_of_reach(lines: Sequence[Line], radii: Sequence[float]) -> list[str]:
+    """Explain the cells ``-``, a line for each n and alpha; no lines if there are no such cells."""
+    runs = [c for line in lines for c in (line.runs if isinstance(line, Envelope) else [line])]
+    notes = {}
+    for c in runs:
+        if not all(map(c.reachable, radii)):
+            header, limit = c.run.header, ceil_to(c.limit, DECIMALS[c.norm])
+            settings = f"n = {header.n:,}, alpha = {exact(header.alpha)} and sigma = {exact(header.sigma)}"
+            notes[settings] = f"{OUT_OF_REACH}: out of reach; with {settings} no radius can exceed {limit}"
+    return list(notes.values())
 
 
 def _figure(lower: float, digits: int = 3, *, least: bool) -> str:
@@ -117,6 +133,9 @@ def _cells(line: Line, radii: Sequence[float], divisor: float, *, intervals: boo
     cells = []
     low, high = line.interval(radii)
     for r, value, lo, hi in zip(radii, line.accuracy(radii), low, high, strict=True):
+        if not line.reachable(r):
+            cells.append(OUT_OF_REACH)
+            continue
         cell = _figure(value / divisor, least=line.at_least(r))
         if intervals:
             cell += f" [{floor_to(lo / divisor, 3)}, {ceil_to(hi / divisor, 3)}]"
@@ -168,6 +187,7 @@ def _csv(
         header += ["method", "sigmas", "clean"]
     if relative_to is not None:
         header.append("relative_to")
+    header.append("reachable")
     divisor = relative_to or 1.0
     rows = []
     for line in lines:
@@ -180,7 +200,7 @@ def _csv(
             row += [c.quantity + upper + " (at least)" * line.at_least(r), r, *(float(v) / divisor for v in values)]
             if isinstance(line, Envelope):
                 row += [line.name, line.levels, float(c.accuracy([0.0])[0]) / divisor]
-            rows.append(row if relative_to is None else [*row, relative_to])
+            rows.append([*row, *([] if relative_to is None else [relative_to]), str(line.reachable(r)).lower()])
     return header, rows
 
 
@@ -211,14 +231,13 @@ def compare_families(
         low, high = _joint_interval(c, radii)
         name = [c.name, _images(c)]
         for i, (r, a) in enumerate(zip(radii, c.accuracy(radii), strict=True)):
-            cells = [
-                exact(r),
-                _figure(a, least=c.at_least(r)),
-                _between(low[i], high[i]),
-                floor_to(_at_once(c, f, r, correction), 3),
-            ]
+            cells = [exact(r), *[OUT_OF_REACH] * 3]
+            if c.reachable(r):
+                figures = _figure(a, least=c.at_least(r)), _between(low[i], high[i])
+                cells = [exact(r), *figures, floor_to(_at_once(c, f, r, correction), 3)]
             rows.append([*(name if i == 0 else ["", ""]), *cells, CORRECTIONS[f.correction(correction)]])
     title, notes = _guarantees(curves, {f.correction(correction) for f in families})
+    notes = [*out_of_reach(curves, radii), *notes]
     table, filled = render(header, rows, style), [textwrap.fill(note, 110) for note in notes]
     if style == "latex":
         return captioned("\n".join([title, *filled]).split("\n"), table, style)
@@ -291,10 +310,11 @@ def one_run(c: Curve, radii: Sequence[float]) -> str:
     """Render the table at the end of a run: certified accuracy at a few radii, with its interval."""
     low, high = c.interval(radii)
     rows = [
-        [exact(r), _figure(a, least=c.at_least(r)), _between(lo, hi)]
+        [exact(r), *((_figure(a, least=c.at_least(r)), _between(lo, hi)) if c.reachable(r) else [OUT_OF_REACH] * 2)]
         for r, a, lo, hi in zip(radii, c.accuracy(radii), low, high, strict=True)
     ]
-    return render([f"{IN_WORDS[c.norm]} radius >=", c.quantity, "95 % interval"], rows, "text")
+    table = render([f"{IN_WORDS[c.norm]} radius >=", c.quantity, "95 % interval"], rows, "text")
+    return "\n".join([table, *out_of_reach([c], radii)])
 
 
 def share(successes: int, total: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import tempfile
 import time
@@ -12,12 +14,13 @@ import numpy as np
 import pytest
 from command import run
 from PIL import Image
+from scipy.stats import norm
 from statsmodels.stats.proportion import proportion_confint
 
 from analysis.curves import curve, curves, default_radii, names, proportion_interval
 from analysis.plots import plot_curves, steps
 from analysis.runs import read_any
-from analysis.tables import compare
+from analysis.tables import compare, one_run
 from certify.errors import UserError
 
 HEADER = {"type": "run", "schema": 1, "model": "m", "data": "d", "norm": "l2", "sigma": 0.25, "n": 100, "alpha": 0.001}
@@ -54,6 +57,36 @@ def test_the_average_certified_radius_counts_wrong_images_as_0(tmp_path: Path) -
     assert "≥ 0.187" in compare([stopped], [0.25])
     rows = [row(0, None, 1, 0.5)]
     assert "ACR" not in compare([curve(read_any(write(tmp_path / "u.jsonl", rows)))], [0.0])
+
+
+def test_radii_out_of_reach_are_not_0(tmp_path: Path) -> None:
+    """With 200 samples at sigma 0.12 all votes for one class certify 0.2191 at alpha 0.001, whatever the classifier."""
+    few = {"n": 200, "n0": 10, "alpha": 0.001, "sigma": 0.12, "noise": "gaussian", "bound": "clopper-pearson"}
+    votes = {"votes": {"1": 200}, "selection": {"1": 10}, "trials": 200, "values": 64}
+    cap = 0.12 * norm.ppf(0.001 ** (1 / 200))
+    rows = [row(0, 1, 1, cap - 1e-8, **votes), row(1, 1, 2, 0.1, **votes)]
+    c = curve(read_any(write(tmp_path / "r.jsonl", rows, **few)))
+    assert cap - 1e-8 < c.limit <= cap
+    assert (c.capped, [c.reachable(r) for r in (0.0, 0.21, 0.23)]) == (1, [True, True, False])
+    *_, line = compare([c], [0.0, 0.21, 0.5]).splitlines()
+    assert line.split()[-3:] == ["0.500", "0.500", "-"]
+    note = "-: out of reach; with n = 200, alpha = 0.001 and sigma = 0.12 no radius can exceed 0.2191"
+    for text in (compare([c], [0.5]), one_run(c, [0.0, 0.5]), compare([c], [0.5], "latex")):
+        assert note in text
+    assert "out of reach" not in compare([c], [0.21])
+    found = list(csv.DictReader(io.StringIO(compare([c], [0.21, 0.5], "csv"))))
+    assert [(line["value"], line["reachable"]) for line in found] == [("0.5", "true"), ("0.0", "false")]
+    log = tmp_path / "log"
+    log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0:01\n")
+    assert curve(read_any(log)).reachable(5.0)
+
+
+def test_a_radius_that_no_image_can_be_decided_at_is_out_of_reach(tmp_path: Path) -> None:
+    few = {"n": 60, "n0": 0, "noise": "gaussian", "bound": "clopper-pearson", "procedure": "decide", "sigma": 0.25}
+    rows = [row(0, 1, 1, 0.1, votes={"1": 60}, trials=60, values=64)]
+    path = write(tmp_path / "r.jsonl", rows, stopping={"rule": "one-sided", "radii": [0.1, 0.4]}, **few)
+    c = curve(read_any(path))
+    assert (c.limit, [c.reachable(r) for r in (0.0, 0.1, 0.4)]) == (0.1, [True, True, False])
 
 
 def test_the_average_radius_of_published_logs(shared_data: Path) -> None:

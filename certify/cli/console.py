@@ -82,6 +82,18 @@ def warn_of_precisions(runs: Sequence[Run]) -> None:
         warn(f"these runs used different precisions: {' and '.join(precisions)}; pass the same --precision to all")
 
 
+def warn_of_samples(runs: Sequence[Run]) -> None:
+    """Warn if runs that are compared differ in the number of samples, or hold different images."""
+    counts = sorted({run.header.n for run in runs if run.header.has("n") and run.header.stopping is None})
+    if len(counts) > 1:
+        shown = " and ".join(f"{n:,}" for n in counts)
+        warn(f"these runs took n = {shown} samples per image: fewer samples give smaller radii for the same classifier")
+    images = [{row.id for row in run.images} for run in runs]
+    if any(ids != images[0] for ids in images):
+        common = f"{len(set.intersection(*images)):,}"
+        warn(f"these runs hold different images ({common} are in all of them): their accuracies differ by that too")
+
+
 @contextlib.contextmanager
 def stoppable(file: RecordFile[Any, Any], expected: int, what: str) -> Iterator[None]:
     """Turn Ctrl-C into an error of one line that says what is kept."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from certify.cli.audit_messages import print_replay
-from certify.cli.console import tell, warn, warn_of_precisions
+from certify.cli.console import tell, warn, warn_of_precisions, warn_of_samples
 from certify.cli.option_groups import TABLE_FORMATS, CurveOptions, JsonOptions, RadiiOptions, RecomputeOptions
 from certify.cli.options import check_radii, command, command_line, flag, option, refuse_given
 from certify.cli.parameter_types import Positive
@@ -96,6 +96,7 @@ def named_curves(runs: Sequence[Run], options: CurveOptions) -> list[Curve]:
     if options.envelope and options.names:
         raise UserError("--name names runs, --envelope shows methods; pass one of them")
     warn_of_precisions(runs)
+    warn_of_samples(runs)
     return curves(runs, options.names)
 
 

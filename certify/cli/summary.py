@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,7 @@ def _as_json(
         "norm": run.header.norm,
         "certified_accuracy": shares if labelled else None,
         "certified_fraction": None if labelled else shares,
+        "largest_radius": curve.limit if curve is not None and math.isfinite(curve.limit) else None,
         "decisions": _outcomes(run) or None,
         "base_accuracy": base / len(rows) if labelled else None,
         "smoothed_accuracy": smoothed / len(rows) if labelled and not deciding else None,

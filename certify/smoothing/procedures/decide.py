@@ -127,7 +127,7 @@ class Decide:
                 many = f"more than {_MOST:,}" if least is None else f"at least {least:,}"
                 at = f"{exact(radius)} within n = {self.n:,}"
                 warnings.append(f"no image can be settled as robust at {at}; {many} are needed: pass a larger --n")
-        largest = self.radii[-1] if earliest[-1] is not None else None
+        largest = max((r for r, enough in zip(self.radii, earliest, strict=True) if enough is not None), default=0.0)
         return Prospects(largest, earliest[-1], tuple(lines), tuple(warnings))
 
     def changed(self, alpha: float, bound: str, path: object) -> Decide:
