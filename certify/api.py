@@ -292,6 +292,8 @@ def load_job(
 
     settings = Settings(procedure, seed)
     shard = None if options.get("shard") is None else Shard.parse(options["shard"])
+    if shard is not None and options.get("max_images") is not None:
+        shard.places(options["max_images"])  # before anything is loaded: a shard that would be empty is refused
     device = options.get("device", "auto")
     address = None
     if options.get("cluster") is not None:

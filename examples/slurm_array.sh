@@ -3,7 +3,8 @@
 #
 #   sbatch examples/slurm_array.sh                                    # 64 shards
 #   sbatch --array=7,12 --export=ALL,SHARDS=64 examples/slurm_array.sh  # two of them again: they resume
-#   certify merge shards/*.jsonl -o run.jsonl                         # refuses what is missing or unfinished, by name
+#   sbatch --dependency=afterok:JOB --wrap 'certify merge shards/ -o run.jsonl --if-needed'   # when all tasks have ended
+#   certify status shards/                                            # how far they are; names missing and stalled shards
 #
 # Use one kind of GPU (--constraint): noise is not promised equal across kinds, and merging refuses a mixture.
 #SBATCH --job-name=certify

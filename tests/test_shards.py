@@ -175,3 +175,53 @@ def test_an_image_that_cannot_be_read_has_its_place_too(tmp_path: Path, monkeypa
     run("merge", "1.jsonl", "2.jsonl", "-o", "merged.jsonl")
     assert rows_without_seconds(Path("merged.jsonl")) == rows_without_seconds(Path("whole.jsonl"))
     assert "error" in rows_without_seconds(Path("merged.jsonl"))[2]
+
+
+def test_a_folder_of_shards_is_merged_once(
+    shards: Callable[[Path], list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    named = shards(folder)
+    (folder / "other.jsonl").write_text("{}\n")  # no run file
+    out = ["-o", str(tmp_path / "m.jsonl")]
+    run("merge", *map(str, named), "-o", str(tmp_path / "named.jsonl"), "--no-curve")
+    run("merge", str(folder), *out, "--if-needed", "--no-curve")
+    assert rows_without_seconds(tmp_path / "m.jsonl") == rows_without_seconds(tmp_path / "named.jsonl")
+    assert not list(tmp_path.glob("*.png"))
+    before = (tmp_path / "m.jsonl").stat().st_mtime_ns
+    capsys.readouterr()
+    run("merge", str(folder), *out, "--if-needed")
+    assert (tmp_path / "m.jsonl").stat().st_mtime_ns == before
+    assert "12 images of digits" in capsys.readouterr().out
+    run("merge", str(folder), *out, code=2)
+    (tmp_path / "empty").mkdir()
+    run("merge", str(tmp_path / "empty"), "-o", str(tmp_path / "x.jsonl"), code=2)
+    assert "holds no run files" in capsys.readouterr().err
+
+
+def test_a_shard_prints_one_line_and_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.jsonl"
+    run(*COMMAND, "--max", "6", "--shard", "2/3", "--out", str(path))
+    assert capsys.readouterr().out == f"shard 2/3: 2 of 2 images in {path}\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["s.jsonl"]
+
+
+def test_an_empty_shard_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "no_model.onnx").write_bytes(b"this cannot be loaded")
+    options = [
+        "--model",
+        str(tmp_path / "no_model.onnx"),
+        "--input-size",
+        "1x8x8",
+        "--data",
+        "digits",
+        "--sigma",
+        "0.25",
+        "--max",
+        "3",
+    ]
+    run(*options, "--shard", "4/5", code=2)
+    assert "more shards than images" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -21,12 +22,18 @@ from certify.cli.option_groups import (
     SampleOptions,
     StatisticsOptions,
 )
-from certify.cli.options import Options, check_radii, command, command_line, option
+from certify.cli.options import Options, check_radii, command, command_line, flag, option
 from certify.cli.summary import summarise
 
 if TYPE_CHECKING:
     from certify.api import AnyProcedure
     from certify.runs.run_file import Run
+
+
+class PictureOptions(Options, section="Output"):
+    """The figure beside the run file."""
+
+    no_curve: bool = flag(help="Draw no curve beside the run file.")
 
 
 class RunStatistics(StatisticsOptions):
@@ -49,6 +56,7 @@ def run(
     statistics: RunStatistics,
     compute: ClusterOptions,
     table: RadiiOptions,
+    picture: PictureOptions,
     output: OutputOptions,
 ) -> None:
     """Certify images: a class and a radius for each, or an abstention.
@@ -64,7 +72,7 @@ def run(
     procedure = procedure_from(statistics)
     check_classifier(model.model, model, noise.denoiser)
     check_radii(table.radii)
-    do_run(procedure, (model, noise, data, statistics, compute, output), radii=table.radii)
+    do_run(procedure, (model, noise, data, statistics, compute, output), radii=table.radii, draw=not picture.no_curve)
 
 
 @command(
@@ -95,24 +103,32 @@ class MergeOptions(Options):
     """File of the whole run."""
 
     out: str = option("-o", "--out", required=True, metavar="RUN", help="Run file to write (.jsonl).")
+    if_needed: bool = flag(help="Do nothing if RUN is there already, finished.")
 
 
 @command("Merge the shards of a run into one run file.")
-@click.argument("shards", nargs=-1, required=True, metavar="SHARD...")
-def merge(shards: tuple[str, ...], target: MergeOptions, table: RadiiOptions, output: JsonOptions) -> None:
+@click.argument("shards", nargs=-1, required=True, metavar="SHARD|FOLDER...")
+def merge(
+    shards: tuple[str, ...], target: MergeOptions, table: RadiiOptions, picture: PictureOptions, output: JsonOptions
+) -> None:
     """Merge the files of all shards of a run (`--shard i/n`) into the file of the whole run, images in their order.
 
-    Shards that overlap, are missing, unfinished or belong to another run are refused by name. The shards are kept.
+    A folder stands for the shards in it. Shards that overlap, are missing, unfinished or belong to another run are
+    refused by name. The shards are kept.
     """
     from certify.runs.files import new_run_file
     from certify.runs.run_file import Run, write_derived
     from certify.runs.shards import merge_shards
+    from certify.runs.status import find_shards
 
     check_radii(table.radii)
+    if target.if_needed and Path(target.out).exists():
+        summarise(Run.read(target.out), table.radii, as_json=output.as_json, draw=not picture.no_curve)
+        return
     path = new_run_file(target.out)
-    parts = (Run.read(shard, allow_partial=True) for shard in shards)
+    parts = (Run.read(shard, allow_partial=True) for shard in find_shards(shards))
     run = write_derived(path, *merge_shards(parts, command=command_line()))
-    summarise(run, table.radii, as_json=output.as_json)
+    summarise(run, table.radii, as_json=output.as_json, draw=not picture.no_curve)
 
 
 Groups = tuple[ModelOptions, NoiseOptions, DataOptions, Options, ClusterOptions, OutputOptions]
@@ -123,6 +139,7 @@ def do_run(
     groups: Groups,
     *,
     radii: list[float] | None = None,
+    draw: bool = True,
     summary: Callable[[Run], None] | None = None,
 ) -> None:
     """Do the run, show it on the terminal, and summarise it: by ``summary``, or as certificates or predictions."""
@@ -154,4 +171,4 @@ def do_run(
     elif summary is not None:
         summary(run)
     else:
-        summarise(run, radii, as_json=output.as_json, rate=console.rate)
+        summarise(run, radii, as_json=output.as_json, rate=console.rate, draw=draw)

@@ -24,16 +24,30 @@ _EACH = ("id", "label", "base", "prediction", "class", "radius", "p_lower", "dec
 _NAMED = 5  # images that were set aside, by name
 
 
-def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float | None = None) -> None:
+def summarise(
+    run: Run, radii: list[float] | None, *, as_json: bool, rate: float | None = None, draw: bool = True
+) -> None:
     """Print the table (or one JSON object) on stdout; for certificates, draw the curve beside the run file.
 
-    ``rate``, in samples per second, gives the time that the saved samples would have taken.
+    A shard has neither table nor curve as text: it is merged first.
+
+    Args:
+        run: the run.
+        radii: of the table; None: round ones.
+        as_json: print one JSON object.
+        rate: samples per second, which give the time that the saved samples would have taken.
+        draw: draw the curve.
 
     Raises:
         UserError: no image could be used.
     """
     from certify.runs.transaction import warn_of_results
 
+    shard = run.header.shard
+    if shard is not None and not as_json:
+        warn_of_results(run)
+        tell(f"shard {shard.index}/{shard.of}: {len(run.images):,} of {run.header.expected:,} images in {run.path}")
+        return
     if run.header.kind == Accuracy.kind:
         from certify.cli.accuracy import show_bound
 
@@ -46,7 +60,7 @@ def summarise(run: Run, radii: list[float] | None, *, as_json: bool, rate: float
 
         (curve,) = curves([run])
         radii = radii or table_radii(run)
-        picture = run.path.with_suffix(".png")
+        picture = run.path.with_suffix(".png") if draw and shard is None else None
     if as_json:
         tell(json.dumps(_as_json(run, curve, radii or [], picture, rate)))
     else:

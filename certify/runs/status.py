@@ -118,6 +118,25 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     return files
 
 
+def find_shards(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the files named, and the shards in the folders named.
+
+    Raises:
+        UserError: no such file or folder, or a folder without shards.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        headers = {file: peek_header(file) for file in find_runs([path])}
+        shards = [file for file, header in headers.items() if isinstance(header, RunHeader) and header.shard]
+        if not shards:
+            raise UserError(f"{path} holds no shards; expected files written with --shard i/n")
+        files += shards
+    return files
+
+
 def missing_shards(files: Sequence[Path]) -> Mapping[str, list[str]]:
     """Return the shards without a file, such as ``3/8``, by the first file of their run."""
     present: dict[str, tuple[str, int, set[int]]] = {}
