@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,14 +155,13 @@ class AccuracyBound:
         if result.population:
             about, over = "random images of the population that these were drawn from", "the noise and the images drawn"
         right = "right" if self.labelled else "the same as for the clean image"
-        text = (
+        return (
             "A classifier that answers every request from one fresh noisy copy of the image is queried once about "
             f"{about}. At least this share of its answers is expected to be {right}, even if an attacker who does not "
             f"know the noise of the request changes each image by at most r ({norm} norm). Except with probability at "
             f"most {exact(result.alpha)} over {over}, this is true at all r at once. It is a mean: nothing is said "
             "about a single image, nor about the majority vote."
         )
-        return textwrap.fill(text, 110)
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""

@@ -179,6 +179,9 @@ def procedure_for(
     default_n0: int = 100,
     default_n: int = 100_000,
     sequential_n: int | None = None,
+    statement: str = "certificates",
+    draws: int | None = None,
+    population: bool = False,
 ) -> AnyProcedure:
     """Return the procedure that these parameters ask for; None stands for a parameter that is not given.
 
@@ -194,10 +197,22 @@ def procedure_for(
         default_n: n unless given.
         sequential_n: n unless given with a radius or tolerance; None: :data:`DEFAULT_CAP` with a radius, else
             ``default_n``.
+        statement: ``"certificates"``, or ``"accuracy"`` of all images together.
+        draws: noisy copies of each image for the accuracy, 1 unless given.
+        population: as for :func:`accuracy`.
 
     Raises:
         UserError: parameters out of range or that contradict each other.
     """
+    if statement == "accuracy":
+        of_certificates = {"n0": n0, "n": n, "bound": bound, "radius": radius, "tolerance": tolerance, "rule": rule}
+        if given := [name for name, value in of_certificates.items() if value is not None]:
+            raise UserError(f"--{given[0]} is for certificates; leave it out with --statement accuracy")
+        return Accuracy(1 if draws is None else draws, alpha, population)
+    if statement != "certificates":
+        raise UserError(f"--statement {statement}: expected certificates or accuracy")
+    if draws is not None or population:
+        raise UserError(f"--{'population' if population else 'draws'} is for --statement accuracy; add it")
     BOUNDS.get(bound or "clopper-pearson")
     RULES.get(rule or DEFAULT_RULE)
     if radius is None and tolerance is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from certify.api import collect_images, procedure_for
 from certify.blackbox import N0, REPEAT_CLEAN, RETRIES, SEQUENTIAL_N, TIMEOUT, N
@@ -76,6 +76,11 @@ class AuditOptions(ImageOptions, ServiceOptions, total=False):
         price_per_1000: price of 1,000 requests, to state the cost.
         trust_identity: resume although the folder does not prove that denoiser and function are still the same.
         observer: displays plan and progress, in place of a progress bar.
+        statement: ``"certificates"``, or ``"accuracy"`` of all images together under attack, from ``draws`` queries per
+            image and, without labels, one to the clean image; the result's ``accuracy_bound()`` has it. The arguments
+            ``n0``, ``n``, ``bound``, ``radius``, ``tolerance``, ``rule`` and ``repeat_clean`` are for certificates.
+        draws: see :func:`certify.accuracy`; 1 unless given.
+        population: see :func:`certify.accuracy`.
     """
 
     class_map: Mapping[str, str] | str | Path | None
@@ -87,6 +92,9 @@ class AuditOptions(ImageOptions, ServiceOptions, total=False):
     price_per_1000: float | None
     trust_identity: bool
     observer: Observer
+    statement: Literal["certificates", "accuracy"]
+    draws: int
+    population: bool
 
 
 def audit(
@@ -166,6 +174,9 @@ def audit(
         default_n0=N0,
         default_n=N,
         sequential_n=SEQUENTIAL_N,
+        statement=options.get("statement", "certificates"),
+        draws=options.get("draws"),
+        population=options.get("population", False),
     )
     spec = _service(ask, options)
     class_map = options.get("class_map")

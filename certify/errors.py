@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 _SAME = (
     "alpha api-key-env auth-header auth-query batch-size bound budget certify-n class-map classifier cluster "
-    "compile concurrency continuous denoiser device download ema epochs first-share held-out ids init input-size "
-    "insecure labels licence mean model n n0 noise norm num-classes objective optimizer out precision price- "
-    "per-1000 progress protocol queries radius rate repeat-clean retries root rule schedule seed settings sgd- "
-    "rate shard sigma skip start std strict switch-at temperature timeout tolerance trust-code trust-identity "
-    "validations weight-decay weights"
+    "compile concurrency continuous denoiser device download draws ema epochs first-share held-out ids init "
+    "input-size insecure labels licence mean model n n0 noise norm num-classes objective optimizer out population "
+    "precision price-per-1000 progress protocol queries radius rate repeat-clean retries root rule schedule seed "
+    "settings sgd-rate shard sigma skip start statement std strict switch-at temperature timeout tolerance "
+    "trust-code trust-identity validations weight-decay weights"
 )
 _PARAMETERS = {option: option.replace("-", "_") for option in _SAME.split()}  # of the public functions
 _PARAMETERS |= {"data": "images", "max": "max_images", "protocol-option": "protocol_options", "round": "rounded"}

@@ -230,21 +230,3 @@ def test_what_has_no_radii_is_not_drawn_as_certificates(tmp_path: Path, capsys: 
         certify.Run.of(bound.run).table()
     run("table", str(tmp_path / "a.jsonl"), code=2)
     assert "`certify accuracy` shows it" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("", "expected a run file, or --model and --sigma"),
-        ("--model digits", "expected a run file, or --model and --sigma"),
-        ("--model digits --sigma 0.25 --alpha 0.25", "expected less than 0.25 for a fixed list of images"),
-        ("--model digits --sigma 0.25 --draws 0", "--draws"),
-        ("--model resnet50 --weights untrained --sigma 0.25", "--data is missing"),
-        ("x.jsonl", "cannot read x.jsonl"),
-        ("x.jsonl --sigma 0.25", "--sigma is for a new run; leave it out, or leave out RUN"),
-    ],
-)
-def test_mistakes_are_one_line(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run("accuracy", *words.split(), code=2)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert expected in line

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import os
 import pickle
 import socket
@@ -97,6 +98,13 @@ def finished(verb: str = "run") -> bytes:
             main([verb, *options.split(), "--out", str(path)])
         assert left.value.code == 0
         return path.read_bytes()
+
+
+def decided() -> bytes:
+    """A run file of two digits that stopped early."""
+    lines = [json.loads(line) for line in finished().splitlines()]
+    lines[0] |= {"n0": 0, "stopping": {"rule": "betting", "radii": [], "tolerance": 0.1}}
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 def torn() -> bytes:
@@ -339,6 +347,24 @@ CASES = [
     case("predict without a model", "predict --sigma 1", "--model"),
     case("predict no samples", "predict --model digits --sigma 1 --n 0", "--n", "from 1"),
     case("predict to .csv", "predict --model digits --sigma 1 --quiet --out x.csv", "x.csv", ".jsonl"),
+    case("accuracy of nothing", "accuracy", "expected a run file, or --model and --sigma"),
+    case("accuracy without sigma", "accuracy --model digits", "expected a run file, or --model and --sigma"),
+    case(
+        "accuracy of a fixed list",
+        "accuracy --model digits --sigma 0.25 --alpha 0.25",
+        "alpha = 0.25",
+        "0.25 for a fixed",
+    ),
+    case("accuracy without draws", "accuracy --model digits --sigma 0.25 --draws 0", "--draws", "from 1"),
+    case("accuracy without data", "accuracy --model resnet50 --weights untrained --sigma 0.25", "--data is missing"),
+    case("accuracy no file", "accuracy x.jsonl", "cannot read x.jsonl"),
+    case(
+        "accuracy of a run again",
+        "accuracy x.jsonl --sigma 1",
+        "--sigma is for a new run; leave it out, or leave out RUN",
+    ),
+    case("accuracy of decisions", "accuracy x.jsonl", "biases their share", x=decided),
+    case("status of nothing", "status x.jsonl", "no such file or folder", "x.jsonl"),
     case("list nothing found", "list bounds cloper", "unknown bound 'cloper'"),
     case("doctor", "doctor --jsn", "--jsn", "--json"),
     # train

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.accuracy_bound import accuracy_bound
 from analysis.curves import Curve, curve, default_radii, proportion_interval
 from analysis.report import verdict as verdicts
 from analysis.report.audit_folder import AuditFolder, read_audit
-from analysis.report.pictures import STAGES, Thumbnails, curve_svg, latency_svg
+from analysis.report.pictures import STAGES, Thumbnails, bound_svg, curve_svg, latency_svg
 from certify.blackbox.answers import CLEAN, DRIFT, ESTIMATION, PROBE, RESUMED, SELECTION, stage_of
 from certify.blackbox.client.credentials import public
 from certify.blackbox.ledger_contents import LedgerContents
@@ -114,10 +115,14 @@ def page(audit: AuditFolder) -> dict[str, Any]:
     """Return the variables of the template."""
     thumbnails = Thumbnails(audit.folder / "pictures", len(audit.rows), THUMBNAIL_BYTES)
     plot: Curve | None = None
+    bound = None
     why_none = "There is no run file to plot."
     if audit.run is not None:
         try:
-            plot = curve(audit.run, "pictures")
+            if audit.run.header.without_radii:
+                bound = accuracy_bound(audit.run)
+            else:
+                plot = curve(audit.run, "pictures")
         except UserError as error:
             why_none = f"{error}."
     endpoint = audit.about.get("endpoint") or (audit.ledger and audit.ledger.header.get("endpoint"))
@@ -132,7 +137,8 @@ def page(audit: AuditFolder) -> dict[str, Any]:
         "outcomes": verdicts.outcomes(audit),
         "decided": _decided(audit),
         "plot": plot,
-        "curve": curve_svg(plot) if plot else None,
+        "bound": bound,
+        "curve": bound_svg(bound) if bound else curve_svg(plot) if plot else None,
         "no_curve": why_none,
         "curve_rows": _curve_rows(plot) if plot else [],
         "norm": IN_WORDS[audit.header.norm],
@@ -184,7 +190,7 @@ def _decided(audit: AuditFolder) -> list[tuple[str, Counter[str]]]:
 def _tiles(audit: AuditFolder) -> list[tuple[str, str, str]]:
     """Return the key figures: name, number, and explanation."""
     tiles, plan = [], audit.plan
-    if audit.rows:
+    if audit.rows and not audit.header.without_radii:
         kept = sum(verdicts.outcome(row) == verdicts.KEEPS for row in audit.rows)
         low, high = proportion_interval(kept, len(audit.rows))
         about = f"95 % interval over images: {floor_to(float(low), 3)} to {ceil_to(float(high), 3)}"
@@ -192,7 +198,7 @@ def _tiles(audit: AuditFolder) -> list[tuple[str, str, str]]:
         about += f"; {nothing:,} of them with nothing to certify, which the curve leaves out" if nothing else ""
         tiles.append(("keep their label", f"{kept:,} of {len(audit.rows):,}", about))
     radii = sorted(row.radius or 0.0 for row in audit.rows if verdicts.outcome(row) == verdicts.KEEPS)
-    if radii and not audit.header.radii:
+    if radii and not audit.header.radii and not audit.header.without_radii:
         digits = DECIMALS[audit.header.norm]
         median, largest = (floor_to(r, digits) for r in (radii[(len(radii) - 1) // 2], radii[-1]))
         cap = plan.get("radius_cap")
@@ -293,7 +299,15 @@ def _groups(audit: AuditFolder, thumbnails: Thumbnails) -> dict[str, list[ImageE
     entries: dict[Any, tuple[int | None, Mapping[str, Any]]] = {
         entry.get("id"): (i, entry) for i, entry in enumerate(audit.about.get("images") or ())
     }
-    order = [verdicts.OTHER, verdicts.NOT, verdicts.OPEN, verdicts.NOTHING, verdicts.KEEPS]
+    order = [
+        verdicts.OTHER,
+        verdicts.WRONG,
+        verdicts.NOT,
+        verdicts.OPEN,
+        verdicts.NOTHING,
+        verdicts.KEEPS,
+        verdicts.RIGHT,
+    ]
     groups: dict[str, list[ImageEntry]] = {}
     for row in sorted(audit.rows, key=lambda row: order.index(verdicts.outcome(row)))[:MAX_ROWS]:
         index, entry = entries.get(row.id, (None, {}))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from analysis.accuracy_bound import AccuracyBound
 from analysis.curves import Curve
 from analysis.figures import COLOURS, canvas, log_ticks
 from analysis.plots import plot_curves
@@ -28,14 +29,21 @@ _IN_PAGE = {"#000000": "currentColor", "#dddddd": "var(--line)", COLOURS[0]: "va
 
 def curve_svg(curve: Curve) -> str:
     """Draw certified accuracy over radius."""
-    figure = plot_curves([curve])
+    return _curve(plot_curves([curve]), curve.quantity, curve.norm)
+
+
+def bound_svg(bound: AccuracyBound) -> str:
+    """Draw the bound on the accuracy of all images together over radius."""
+    return _curve(bound.plot().figure, bound.quantity, bound.run.header.norm)
+
+
+def _curve(figure: Figure, quantity: str, norm: str) -> str:
     for legend in list(figure.legends):
         legend.remove()  # a single curve, described in the text
     (axes,) = figure.axes
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel(f"{IN_WORDS[curve.norm]} radius (images in [0, 1] pixels)")
-    title = f"{curve.quantity} over {IN_WORDS[curve.norm]} radius; the table has its numbers"
-    return _inline(figure, "curve", title)
+    axes.set_xlabel(f"{IN_WORDS[norm]} radius (images in [0, 1] pixels)")
+    return _inline(figure, "curve", f"{quantity} over {IN_WORDS[norm]} radius; the table has its numbers")
 
 
 def latency_svg(seconds: Sequence[float]) -> str:

@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 
+from analysis.accuracy_bound import AccuracyBound, accuracy_bound
 from analysis.report.audit_folder import AuditFolder
 from certify.blackbox.client.credentials import public
 from certify.blackbox.record import FINISHED, RUNNING, SPENT, STOPPED
@@ -15,6 +16,7 @@ from certify.smoothing.rounding import complement, exact, floor_to
 from certify.types import NOT_CERTIFIABLE, UNDECIDED
 
 KEEPS, OTHER, NOT, OPEN, NOTHING = "keeps its label", "another label", "not certifiable", "undecided", "no answer"
+RIGHT, WRONG = "reference label", "other answer"
 SOME_FAILURES, MANY_FAILURES = 0.01, 0.1
 """Share of failed trials from which the report warns, and from which the warning stands at the top."""
 
@@ -23,6 +25,8 @@ def outcome(row: ImageRow) -> str:
     """Return the outcome of an image of the run file, at the largest requested radius."""
     if row.error is not None:
         return NOTHING
+    if row.radius is None:  # of the accuracy of all images together
+        return RIGHT if row.label is not None and row.estimation_votes.of(row.label) == row.trials else WRONG
     decided = [decision.outcome for decision in row.outcomes]
     if decided and decided[-1] in (NOT_CERTIFIABLE, UNDECIDED):
         return NOT if decided[-1] == NOT_CERTIFIABLE else OPEN
@@ -34,6 +38,12 @@ def outcome(row: ImageRow) -> str:
 def outcomes(audit: AuditFolder) -> dict[str, str]:
     """Describe each outcome, in the order of their colours."""
     label = "the service's label of the unmodified image" if _is_own(audit) else "the given label"
+    if audit.header.without_radii:
+        return {
+            RIGHT: f"every noisy copy got {label}",
+            WRONG: f"a noisy copy got another label than {label}, or none",
+            NOTHING: "the unmodified image got no label, or the image cannot be read: it counts as wrong",
+        }
     return {
         KEEPS: f"certified: the smoothed service returns {label}",
         OTHER: f"certified: the smoothed service returns another label than {label}",
@@ -76,6 +86,8 @@ def verdict(audit: AuditFolder) -> Verdict | None:
         return None
     header, rows = audit.run.header, audit.rows
     counts = Counter(outcome(row) for row in rows)
+    if header.without_radii:
+        return Verdict(_together(accuracy_bound(audit.run)), counts)
     keeps = "keeps the service's own label" if _is_own(audit) else "returns the given label"
     if any(row.label is None for row in rows if row.error is None):
         keeps = "keeps one label"
@@ -94,6 +106,23 @@ def verdict(audit: AuditFolder) -> Verdict | None:
     }
     parts += [f"{counts[kind]:,} {words}" for kind, words in others.items() if counts[kind]]
     return Verdict("; ".join(parts) + ".", counts)
+
+
+def _together(bound: AccuracyBound) -> str:
+    """Return the headline about all images together, with the first radius of the table."""
+    result, norm = bound.result, IN_WORDS[bound.run.header.norm]
+    what = "accuracy" if bound.labelled else "agreement with its own answers to the unmodified images"
+    over = "the population of these images" if result.population else f"these {result.images:,} images"
+    attacked = "".join(
+        f", and {floor_to(bound.under_attack(r), 3)} if each image is changed by up to {exact(r)} in {norm} norm"
+        for r in bound.radii()[1:2]
+    )
+    missing = f"; {bound.missing:,} images without a result count as wrong" if bound.missing else ""
+    return (
+        f"Answering from one noisy copy, the service has an expected {what} over {over} of at least "
+        f"{floor_to(bound.lower, 3)}{attacked}, at {complement(result.alpha, 100)} % confidence: "
+        f"{result.correct:,} of {result.images * result.draws:,} answers were right{missing}."
+    )
 
 
 def _size(audit: AuditFolder) -> str:
@@ -127,7 +156,8 @@ class Notice:
 
 def warnings(audit: AuditFolder) -> list[Notice]:
     """Return all warnings, those that can invalidate the certificates first."""
-    every = [*_unfinished(audit), *_determinism(audit), *_drift(audit), *_failures(audit)]
+    function = [*_determinism(audit), *_drift(audit)] if not audit.header.without_radii else []
+    every = [*_unfinished(audit), *function, *_failures(audit)]
     every += [Notice(False, "Incomplete records", fault) for fault in audit.faults]
     return sorted(every, key=lambda notice: not notice.loud)
 
@@ -196,9 +226,10 @@ def _failures(audit: AuditFolder) -> list[Notice]:
     if failures == trials:
         text = f"None of {trials:,} noisy images was answered with a label. There is nothing to certify."
         return [Notice(True, "Every query failed", text)]
-    text = (
-        f"{failures:,} of {trials:,} noisy images ({failures / trials:.1%}) got no label that counts. Each is a trial "
-        "without a vote, so the certificates hold, but radii are smaller than they would be without failures."
-    )
+    effect = "a trial without a vote, so the certificates hold, but radii are smaller than without failures"
+    if audit.header.without_radii:
+        effect = "counted as wrong, so the bound holds, but it is lower than without failures"
+    count = f"{failures:,} of {trials:,} noisy images ({failures / trials:.1%})"
+    text = f"{count} got no label that counts. Each is {effect}."
     many = failures >= MANY_FAILURES * trials
     return [Notice(many, "Many queries failed" if many else "Some queries failed", text)]

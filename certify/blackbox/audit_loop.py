@@ -42,7 +42,7 @@ from certify.smoothing.rng import stream_key
 
 MAX_DOWN = 10
 """Consecutive queries without a reply, or with an error status, after which an audit stops: the service is down, and
-each would cost a trial. A reply without a label is an answer, however many there are."""
+each would cost a trial. A reply without a label is an answer, however many there are, unless no reply had one yet."""
 
 
 SAME_IMAGES = 3
@@ -62,7 +62,7 @@ class AuditClient:
     def __init__(self, client: Client) -> None:
         self.answers: dict[str, Answer] = {}
         self.client = client
-        self._down = 0
+        self._down, self._sent, self._labelled = 0, 0, False
 
     @property
     def spent(self) -> int:
@@ -73,12 +73,19 @@ class AuditClient:
         """Yield the answers in the order of the queries.
 
         Raises:
-            RunFault: ``MAX_DOWN`` consecutive queries had no reply, or an error status.
+            RunFault: ``MAX_DOWN`` consecutive queries had no reply, or an error status; or the first have no label.
         """
         for answer in self.client(queries):
             self.answers[answer.name] = answer
             self._down = self._down + 1 if answer.down and not answer.known else 0
+            self._sent += not answer.known
+            self._labelled = self._labelled or bool(answer.ranked)
             yield answer
+            if self._sent >= MAX_DOWN and not self._labelled:
+                raise RunFault(
+                    f"none of the first {self._sent} replies has a label (the last: {answer.failure}); the audit "
+                    "stopped, every answer is kept: check the options of the protocol; the same command resumes"
+                )
             if self._down >= MAX_DOWN:
                 raise RunFault(
                     f"{MAX_DOWN} queries in a row got no answer (the last: {answer.failure}); the audit stopped, every "
@@ -112,13 +119,14 @@ def send_queries(
         RunFault: the service does not answer.
     """
     usable = [i for i, image in enumerate(record.images) if not image.error]
-    reserved, status = min(len(usable), DRIFT_IMAGES), FINISHED
+    reserved, status = min(len(usable), DRIFT_IMAGES) if audit.checked else 0, FINISHED
     client = AuditClient(open_client(max(0, audit.budget - reserved)))
     try:
         for start in range(0, len(usable), CHUNK):
             chunk = usable[start : start + CHUNK]
-            _query_clean(audit, client, chunk, alone=not start)
-            if not start:
+            if audit.clean:
+                _query_clean(audit, client, chunk, alone=not start)
+            if audit.checked and not start:
                 if audit.spec.function is not None:
                     _check_function(audit, client, chunk)
                 _probe(audit, client, chunk)
@@ -131,8 +139,9 @@ def send_queries(
     except BudgetSpent:
         status = SPENT
     try:
-        client.client = open_client(audit.budget)
-        _check_drift(audit, client, usable)
+        if audit.checked:
+            client.client = open_client(audit.budget)
+            _check_drift(audit, client, usable)
     except BudgetSpent:
         status = SPENT
     return status

@@ -26,7 +26,7 @@ from certify.models.labels import match_labels
 from certify.models.pipeline import Pipeline
 from certify.runs.config import Settings
 from certify.smoothing.numeric import as_int
-from certify.smoothing.procedures import samples
+from certify.smoothing.procedures import needs_fixed_function, samples
 from certify.types import Noise
 
 DRIFT_IMAGES = 20
@@ -156,6 +156,16 @@ class Audit:
         """The denoiser and the service."""
         return Pipeline(self.service, self.denoiser, self.noise.scale).to(self.device)
 
+    @property
+    def checked(self) -> bool:
+        """True if the statement presupposes a fixed function: clean images are then queried repeatedly."""
+        return needs_fixed_function(self.settings.procedure)
+
+    @property
+    def clean(self) -> bool:
+        """True if clean images are queried: for their reference labels, or to check the service."""
+        return self.checked or self.given is None
+
     def as_recorded(self) -> Audit:
         """Return the audit with the options of the service that its ledger recorded, if there is one."""
         return dataclasses.replace(self, spec=self.spec.as_recorded(read_header(self.folder / LEDGER)))
@@ -226,10 +236,14 @@ def plan(audit: Audit) -> AuditPlan:
     """Return the largest cost of an audit and the largest radius that it can certify."""
     procedure, count, price, rate = audit.settings.procedure, len(audit.images), audit.price_per_1000, audit.limits.rate
     each, prospects = samples(procedure), procedure.prospects(audit.noise)
-    beside = audit.repeat_clean + min(count, DRIFT_IMAGES)
-    clean = tuple(min(count, -(-k // CHUNK) * CHUNK) for k in range(1, count + 1))  # all of a chunk come first
-    queries = {CLEAN: count, PROBE: audit.repeat_clean, **{k: count * n for k, n in procedure.stages.items()}}
-    queries[DRIFT] = min(count, DRIFT_IMAGES)
+    probed, drift = (audit.repeat_clean, min(count, DRIFT_IMAGES)) if audit.checked else (0, 0)
+    beside = probed + drift
+    # all clean images of a chunk come first
+    clean = tuple(min(count, -(-k // CHUNK) * CHUNK) * audit.clean for k in range(1, count + 1))
+    queries = {CLEAN: count} if audit.clean else {}
+    queries |= {PROBE: probed} if audit.checked else {}
+    queries |= {stage: count * n for stage, n in procedure.stages.items()}
+    queries |= {DRIFT: drift} if audit.checked else {}
     queries |= {"attacks": audit.attack.queries} if audit.attack else {}
     most = sum(queries.values())
     spent = min(most, audit.budget)

@@ -35,10 +35,10 @@ from certify.runs.identity import differences, unproven
 from certify.runs.recompute import recomputed_header
 from certify.runs.records import ImageRow, RunHeader
 from certify.runs.run_file import Run, now, read_run
-from certify.smoothing.procedures import AnswerKeys, Procedure, Sequential
+from certify.smoothing.procedures import AnswerKeys, Procedure, Sequential, needs_fixed_function
 from certify.smoothing.rng import bound_draw
 from certify.smoothing.sequential_tests import SequentialTest
-from certify.types import ABSTAIN, Radii, Votes
+from certify.types import ABSTAIN, FAILED, Radii, Votes
 
 
 def rows_of(
@@ -64,10 +64,10 @@ def _row(header: RunHeader, image: AuditImage, answers: Mapping[str, Answer], in
     if image.error:
         return ImageRow.unusable(procedure, name, None, image.error)
     clean = clean_answer(answers, name)
-    if clean is None:
+    if clean is None and (given is None or needs_fixed_function(procedure)):
         return None
-    base = index.vote(clean.ranked)
-    if given is None and base < 0:
+    base = FAILED if clean is None else index.vote(clean.ranked)
+    if clean is not None and given is None and base < 0:
         why = clean.failure or "it has no label of the class map"
         reason = f"the service's own answer gives no reference label: {why}"
         return ImageRow.unusable(procedure, name, None, reason, clean.seconds)
@@ -77,11 +77,11 @@ def _row(header: RunHeader, image: AuditImage, answers: Mapping[str, Answer], in
     keys = trials.fixed() if test is None else trials.sequential(test)
     if keys is None:
         return None
-    row, names, used = ImageRow.of(name, label, keys), index.names, [clean, *trials.used]
+    row, names, used = ImageRow.of(name, label, keys), index.names, [*([clean] if clean else []), *trials.used]
     numbers = sorted({int(c) for c in (*row.votes, *row.selection)} | {c for c in (base, label) if c >= 0})
     return row.replace(
         outside=trials.labels[: row.trials].count(OUTSIDE),
-        base=max(base, ABSTAIN),
+        base=None if clean is None else max(base, ABSTAIN),
         class_name=None if row.abstained else names[row.prediction],
         base_class=names[base] if base >= 0 else None,
         classes={str(c): names[c] for c in numbers},

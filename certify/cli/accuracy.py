@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -176,4 +177,4 @@ def describe(bound: AccuracyBound, radii: list[float] | None = None, beside: Run
     lines.append(f"{right:<26} {result.correct:,} of {result.images * result.draws:,}")
     if bound.missing:
         lines.append(f"{'without a result':<26} {bound.missing:,} of {result.images:,} images, which count as wrong")
-    return "\n".join([*lines, "", bound.statement()])
+    return "\n".join([*lines, "", textwrap.fill(bound.statement(), 110)])

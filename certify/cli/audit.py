@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from certify.blackbox import N0, REPEAT_CLEAN, SEQUENTIAL_N, TIMEOUT, N
+from certify.cli.accuracy import AccuracyStatistics
 from certify.cli.audit_attacks import AuditAttackOptions, attack_service, check_attacks
 from certify.cli.audit_messages import display, print_attacks, print_outcome
 from certify.cli.console import speaker, tell
@@ -22,7 +23,7 @@ from certify.cli.option_groups import (
     OutputOptions,
     StatisticsOptions,
 )
-from certify.cli.options import command, command_line, option, overridden
+from certify.cli.options import command, command_line, given_by_user, option, overridden, refuse_given
 from certify.cli.parameter_types import Count, Positive
 from certify.cli.service_options import ServiceOptions, query_limits, service_from
 from certify.errors import UserError
@@ -82,8 +83,19 @@ class AuditImageOptions(ImageOptions):
 
 
 class AuditStatistics(StatisticsOptions):
-    """The question about each image, and the determinism probe."""
+    """The question about each image or about all of them, and the determinism probe."""
 
+    statement: str = option(
+        type=click.Choice(["certificates", "accuracy"]),
+        default="certificates",
+        help="A certificate for each image, or the accuracy of all images together under attack, from one query each.",
+    )
+    draws: int = overridden(AccuracyStatistics, "draws", help="With --statement accuracy: noisy copies of each image.")
+    population: bool = overridden(
+        AccuracyStatistics,
+        "population",
+        help="With --statement accuracy: bound the accuracy over the population that the images are a sample of.",
+    )
     n0: int = overridden(StatisticsOptions, "n0", default=N0)
     n: int = overridden(
         StatisticsOptions,
@@ -136,7 +148,7 @@ def audit(
     from analysis.report.page import try_report
     from certify.blackbox.audit import rehearse, run_audit
 
-    procedure = procedure_from(statistics, SEQUENTIAL_N)
+    procedure = _procedure(statistics)
     check_attacks(attacks)
     spec = service_from(service)
     if images.data is None:
@@ -164,6 +176,19 @@ def audit(
     print_outcome(request.folder, record, as_json=output.as_json)
     if attacks.defences is not None and not output.as_json:
         print_attacks(request.folder)
+
+
+def _procedure(statistics: AuditStatistics) -> AnyProcedure:
+    """Return the procedure that the options ask for."""
+    if statistics.statement == "accuracy":
+        refuse_given(("repeat_clean", "defences"), "is for certificates; leave it out with --statement accuracy")
+    return procedure_from(
+        statistics,
+        SEQUENTIAL_N,
+        statement=statistics.statement,
+        draws=statistics.draws if given_by_user("draws") else None,
+        population=statistics.population,
+    )
 
 
 def _audit(

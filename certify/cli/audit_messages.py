@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from certify.cli.console import say, show_prospects, tell
 from certify.cli.summary import title
 from certify.runs.progress import duration, progress_bar
+from certify.smoothing.procedures import needs_fixed_function
 from certify.smoothing.rounding import exact
 
 if TYPE_CHECKING:
@@ -89,12 +90,14 @@ def show_plan(audit: Audit, plan: AuditPlan, say: Callable[[str], None]) -> None
 
 def print_outcome(folder: Path, record: AuditRecord, *, as_json: bool) -> None:
     """Print the table, the counts and the paths, or one JSON object."""
+    from analysis.accuracy_bound import accuracy_bound
     from certify.runs.run_file import read_run
 
     run = read_run(folder / "run.jsonl", allow_partial=True)
     if as_json:
         rows = [row.to_json() for row in run.images]
-        tell(json.dumps({"folder": str(folder), "audit": record.to_json(), "images": rows}))
+        together = {"accuracy": accuracy_bound(run).to_dict()} if run.header.without_radii else {}
+        tell(json.dumps({"folder": str(folder), "audit": record.to_json(), **together, "images": rows}))
         return
     tell(_table(run))
     spent, plan = record.asked, record.plan
@@ -112,7 +115,8 @@ def print_outcome(folder: Path, record: AuditRecord, *, as_json: bool) -> None:
     outside = sum(row.outside or 0 for row in run.usable)
     if outside:
         tell(f"no vote            {outside:,} noisy copies: the service abstained, or gave no label of the class map")
-    tell(f"deterministic      {_determinism(record)}")
+    if needs_fixed_function(run.header.procedure):
+        tell(f"deterministic      {_determinism(record)}")
     if record.status != "finished":
         tell(f"unfinished         {record.status}: a larger --budget resumes in the same folder")
     tell(f"\nrun file   {folder / 'run.jsonl'}\nreport     {folder / 'report.html'}\nreplay     {record.replay}")
@@ -148,11 +152,17 @@ def print_replay(replayed: Replayed, *, anew: bool) -> None:
         header = replayed.run.header
         tell(f"recomputed from the ledger at alpha = {exact(header.alpha)}, {header.bound}")
     elif not replayed.differing:
-        tell(f"equal: all {len(replayed.run.images)} certificates are those of {replayed.run.path}")
+        what = "images have the votes" if replayed.run.header.without_radii else "certificates are those"
+        tell(f"equal: all {len(replayed.run.images)} {what} of {replayed.run.path}")
 
 
 def _table(run: Run) -> str:
-    """Return the table of certified accuracy over radius."""
+    """Return the table of certified accuracy over radius, or of the accuracy of all images together."""
+    if run.header.without_radii:
+        from analysis.accuracy_bound import accuracy_bound
+        from certify.cli.accuracy import describe
+
+        return f"{describe(accuracy_bound(run))}\n"
     from analysis.curves import curves, table_radii
     from analysis.tables import one_run
 

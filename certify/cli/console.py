@@ -110,6 +110,8 @@ def show_prospects(
     """Show the sampling plan and the largest radii it can certify."""
     prospects = procedure.prospects(stated)
     say(f"procedure  {procedure.describe()}{noise}")
+    if prospects.statement:
+        say(f"statement  {prospects.statement}")
     for line in prospects.lines:
         say(f"radius     {line}")
     if prospects.largest is not None and not procedure.radii:

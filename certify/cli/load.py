@@ -56,7 +56,14 @@ def check_noise(noise: DenoiserOptions) -> None:
     make_noise(name, noise.sigma, rounded=rounded)
 
 
-def procedure_from(statistics: StatisticsOptions, sequential_n: int | None = None) -> AnyProcedure:
+def procedure_from(
+    statistics: StatisticsOptions,
+    sequential_n: int | None = None,
+    *,
+    statement: str = "certificates",
+    draws: int | None = None,
+    population: bool = False,
+) -> AnyProcedure:
     """Return the procedure that the options ask for; ``sequential_n`` is the default of --n for a sequential test.
 
     Raises:
@@ -75,6 +82,9 @@ def procedure_from(statistics: StatisticsOptions, sequential_n: int | None = Non
         default_n0=statistics.n0,
         default_n=statistics.n,
         sequential_n=sequential_n,
+        statement=statement,
+        draws=draws,
+        population=population,
     )
 
 

@@ -2,8 +2,9 @@
 
 The statement is about a *randomised* classifier: each request is answered by the base classifier at one fresh noisy
 copy of the image, f(x + e). Let p_i be the probability that image i is classified correctly, and p the mean of the p_i.
-An adversary who does not know the noise of the request changes each image by at most r. Then the expected accuracy is
-at least c_r(p), where c_r is the noise's :meth:`~certify.types.WorstCase.worst_case`:
+(f itself may be random, if its answers are independent and their distribution does not change.) An adversary who does
+not know the noise of the request changes each image by at most r. Then the expected accuracy is at least c_r(p), where
+c_r is the noise's :meth:`~certify.types.WorstCase.worst_case`:
 
 1. Image by image, the probability at the changed image is at least c_r(p_i) (Cohen, Rosenfeld and Kolter 2019 for the
    Gaussian: Phi(Phi^-1(p_i) - r / sigma)).

@@ -29,6 +29,7 @@ from certify.smoothing.procedures.base import Sequential as Sequential
 from certify.smoothing.procedures.base import Stopping as Stopping
 from certify.smoothing.procedures.base import answer_keys as answer_keys
 from certify.smoothing.procedures.base import expected_samples as expected_samples
+from certify.smoothing.procedures.base import needs_fixed_function as needs_fixed_function
 from certify.smoothing.procedures.base import procedure_of as procedure_of
 from certify.smoothing.procedures.base import samples as samples
 from certify.smoothing.procedures.base import stage_tests as stage_tests

@@ -48,6 +48,7 @@ class Accuracy:
     sequential: ClassVar[bool] = False
     radii: ClassVar[tuple[float, ...]] = ()
     stopping: ClassVar[None] = None
+    fixed_function: ClassVar[bool] = False  # the bound holds for base classifiers with random answers, too
 
     def __post_init__(self) -> None:
         n, _, alpha = check_counts(self.n, 1, self.alpha)
@@ -82,8 +83,13 @@ class Accuracy:
         return f"accuracy: {copies} of each image, alpha = {exact(self.alpha)} for {about}, at all radii"
 
     def prospects(self, noise: Radii) -> Prospects:
-        """Return nothing: no image has a radius of its own."""
-        return Prospects()
+        """Return the kind of statement; no image has a radius of its own."""
+        about = "the population of these images" if self.population else "these images"
+        text = (
+            f"the mean accuracy over {about}, under any attack of a given size on each of them, of answers that come "
+            "from one fresh noisy copy; nothing about a single image, nor about the majority vote"
+        )
+        return Prospects(statement=text)
 
     def changed(self, alpha: float, bound: str, path: object) -> Accuracy:
         """Return the procedure at another alpha."""

@@ -34,12 +34,14 @@ class Prospects:
         earliest: fewest samples that settle the largest radius to decide; None for other questions.
         lines: descriptions of the radii to decide, one line each.
         warnings: impossible results, and the remedy.
+        statement: what the results say and what not, where they are not one statement for each image.
     """
 
     largest: float | None = None
     earliest: int | None = None
     lines: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    statement: str = ""
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,11 @@ def stage_tests(procedure: Procedure, num_classes: int, noise: Radii, piece: int
         (stage,) = procedure.stages
         return {stage: procedure.test(num_classes, noise)}
     return {stage: FixedSample(num_classes, n=n, piece=piece) for stage, n in procedure.stages.items()}
+
+
+def needs_fixed_function(procedure: Procedure) -> bool:
+    """Return True unless the procedure allows a base classifier whose answers are random (``fixed_function``)."""
+    return bool(getattr(procedure, "fixed_function", True))
 
 
 def samples(procedure: Procedure) -> int:
