@@ -59,10 +59,17 @@ def is_comparison(path: str | Path) -> bool:
 
 
 def read_comparison(path: str | Path, warn: Callable[[str], None] | None = None) -> Comparison:
-    """Read a file of ``certify compare``, finished or not; warn if it cannot prove the identity of its models.
+    """Read a file of ``certify compare``, finished or not.
+
+    Args:
+        path: of the file (``.jsonl``).
+        warn: called with a message if the file cannot prove the identity of its models; None ignores this.
+
+    Returns:
+        The comparison, with ``table()``, ``plot()``, ``to_pandas()`` and a row per image, defence and condition.
 
     Raises:
-        UserError: another kind of file, or a damaged one.
+        UserError: a file that cannot be read, is not a comparison, or is damaged.
     """
     run = ComparisonRun.read(path, allow_partial=True)
     if warn is not None and (doubt := unproven(run.header)):

@@ -77,8 +77,8 @@ def certify(
     """Certify images: a class and an l2 radius for each, or an abstention.
 
     For each image separately, with probability at least 1 - alpha over the noise draws, the answer is true or an
-    abstention (Cohen, Rosenfeld and Kolter 2019, algorithm CERTIFY). The same call as ``certify run``, option by
-    option: its run file is the same.
+    abstention (Cohen, Rosenfeld and Kolter 2019, algorithm CERTIFY). The options and the run file are
+    those of the command ``certify``.
 
     Args:
         model: a ``torch.nn.Module`` or function from images ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)`` or labels
@@ -130,8 +130,26 @@ def predict(
 ) -> Run:
     """Predict the smoothed class of images, or abstain, without a radius.
 
-    For each image the prediction is wrong with probability at most alpha (algorithm PREDICT of Cohen, Rosenfeld and
-    Kolter 2019). Arguments as in :func:`certify`.
+    For each image separately, with probability at least 1 - alpha over the noise draws, the prediction is that of the
+    smoothed classifier or an abstention (Cohen, Rosenfeld and Kolter 2019, algorithm PREDICT).
+
+    Args:
+        model: as for :func:`certify`.
+        images: as for :func:`certify`.
+        labels: as for :func:`certify`.
+        sigma: standard deviation of the noise, in [0, 1] pixels.
+        n: samples per image, from 1.
+        alpha: failure probability per image, in (0, 1).
+        seed: of all noise; secret if an adversary may choose images.
+        out: run file to write or resume (``.jsonl``), or a folder for it; None keeps the run in memory.
+        **options: as for :func:`certify`.
+
+    Returns:
+        The run: a row per image with ``prediction`` (-1 abstains), ``p_value`` and ``votes``.
+
+    Raises:
+        UserError: as for :func:`certify`.
+        RunFault: as for :func:`certify`.
     """
     return _run(Predict(n, alpha), model, images, labels, sigma, seed, out, options)
 
@@ -156,13 +174,26 @@ def accuracy(
     radii at once; nothing is said about a single image (:mod:`certify.smoothing.dataset_accuracy`). Without labels it
     is about agreement with the base classifier's answers to the clean images.
 
-    ``draws`` is the number of noisy copies of each image. ``alpha`` is the failure probability of the whole statement,
-    below 1/4 without ``population``. With ``population`` the images are a random sample, and the statement is about
-    their population; otherwise it is about these images. Other arguments as in :func:`certify`.
+    Args:
+        model: as for :func:`certify`.
+        images: as for :func:`certify`.
+        labels: as for :func:`certify`.
+        sigma: standard deviation of the noise, in [0, 1] pixels.
+        draws: noisy copies of each image, from 1.
+        alpha: failure probability of the whole statement, in (0, 1); below 1/4 without ``population``.
+        population: the images are a random sample, and the statement is about their population; otherwise it is about
+            these images.
+        seed: of all noise; secret if an adversary may choose images.
+        out: as for :func:`certify`.
+        **options: as for :func:`certify`.
 
     Returns:
         The bound: ``bound.lower`` without an attack, ``bound.under_attack(r)``, ``bound.table()``, ``bound.plot()``;
         ``bound.run`` has the votes.
+
+    Raises:
+        UserError: as for :func:`certify`; or labels for some images only.
+        RunFault: as for :func:`certify`.
     """
     return _run(Accuracy(draws, alpha, population), model, images, labels, sigma, seed, out, options).accuracy_bound()
 

@@ -72,8 +72,8 @@ def compare(
     """Compare defences of a frozen classifier on the same images, under the same attacks.
 
     Accuracy under an attack is an upper bound on robust accuracy; only the certified column, for denoised smoothing, is
-    a guarantee: each of its certificates is wrong with probability at most alpha over the noise draws. The same call as
-    ``certify compare``, option by option: its file is the same.
+    a guarantee: each of its certificates is wrong with probability at most alpha over the noise draws. The
+    options and the file are those of ``certify compare``.
 
     Args:
         model: as for :func:`certify`.

@@ -1,4 +1,4 @@
-"""Two ways to fail: the user's mistake (exit code 2) and a fault on the way (exit code 1)."""
+"""Errors: the user's mistakes (exit code 2) and run-time faults (exit code 1)."""
 
 from __future__ import annotations
 
@@ -93,17 +93,17 @@ def warn(text: str) -> None:
 
 
 class CertifyError(_Message):
-    """Base of every error this package raises on purpose; its text is one line for a person to read."""
+    """Base class of every error that this package raises deliberately; its text is one line."""
 
     exit_code = 1
 
 
 class RunFault(CertifyError):
-    """A fault on the way (network, disk, worker): says what was kept and how to go on."""
+    """A run-time fault (network, disk, worker); the message says what was kept and how to resume."""
 
 
 class Stopped(RunFault):
-    """The user ended it (Ctrl-C): says what was kept and how to go on."""
+    """Stopped by the user (Ctrl-C); the message says what was kept and how to resume."""
 
     exit_code = 130
 
@@ -120,7 +120,7 @@ class BudgetSpent(RunFault):
 
 
 class UserError(CertifyError, ValueError):
-    """A mistake in what was asked: says what came, what was expected and what to write instead."""
+    """A user's mistake; the message gives the received value, the expected value and the fix."""
 
     exit_code = 2
 

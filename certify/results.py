@@ -64,7 +64,14 @@ class Run(run_file.Run):
 
     ``len(run)``, ``run[0]``, ``run["id"]``, ``run[:10]`` and iteration give rows. Rows have ``id``, ``label``,
     ``prediction`` (-1 abstains), ``radius`` (in [0, 1] pixels and the run's norm), ``p_lower``, ``votes`` and the other
-    keys of the run file (``docs/run-file.md``).
+    keys of the run file (``docs/run-file.md``). For each image separately, the statement of its row is true or an
+    abstention with probability at least 1 - ``header.alpha`` over the noise draws.
+
+    Attributes:
+        path: of the run file; a bare name for a run in memory.
+        header: settings and provenance, as typed fields (``run.header.sigma``).
+        images: all rows; ``usable`` are those without an error.
+        torn: True if the last line was incomplete, and ignored.
     """
 
     def __len__(self) -> int:
@@ -296,10 +303,14 @@ def read_run(path: str | Path, *, allow_partial: bool = False) -> Run:
     """Read a run file.
 
     Args:
-        path: of the file.
-        allow_partial: accept an unfinished run.
+        path: of the file (``.jsonl``).
+        allow_partial: accept an unfinished run; ``run.partial`` is then true.
+
+    Returns:
+        The run, whose rows have been checked: types, and votes that sum to the trials.
 
     Raises:
-        UserError: not a run file, damaged, of a newer version, or unfinished (unless ``allow_partial``).
+        UserError: a file that cannot be read, is not a run file, is damaged or of a newer version; an unfinished run,
+            unless ``allow_partial``.
     """
     return Run.read(path, allow_partial=allow_partial)

@@ -1,4 +1,4 @@
-"""Votes, answers, and the protocols of classifiers and noise.
+"""Votes, statements, and the protocols of classifiers and noise.
 
 Shape letters used in all docstrings: B batch, C channels, H height, W width, K classes, n trials. Images are float32
 ``(B, C, H, W)``; clean values lie in [0, 1], noisy ones may leave it. sigma, radius and epsilon are in that scale.
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
     import torch
 
 ABSTAIN = -1
-"""Prediction of a smoothed classifier that is not certain at the required confidence."""
+"""Prediction of a smoothed classifier that abstains: no class is certain at the required confidence."""
 
 FAILED = -1
-"""Label of a trial without an answer (NaN logits, a failed query): a trial, but a vote for no class."""
+"""Label of a failed trial (NaN logits, a failed query), which counts as a trial and votes for no class."""
 
 
 @runtime_checkable
 class BaseClassifier(Protocol):
-    """A labelling function of images: label i depends on image i only, and the function is fixed for the whole run."""
+    """A labelling function of images: label i depends on image i only, and the function is fixed for the whole run.
+
+    Attributes:
+        num_classes: number of classes, K.
+    """
 
     num_classes: int
 
@@ -114,8 +118,11 @@ class Votes:
     """Votes of n noisy copies of one image: ``sum(counts) + failures = trials``.
 
     Attributes:
-        counts: votes for each class, K of them.
-        failures: trials without an answer, which count for no class.
+        counts: votes of each class, K whole numbers from 0.
+        failures: trials without a label, which count for no class.
+
+    Raises:
+        UserError: counts that are negative or not whole numbers.
     """
 
     counts: tuple[int, ...]
@@ -164,7 +171,7 @@ class Votes:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The smoothed classifier's answer for one image.
+    """A certified class and radius for one image, or an abstention.
 
     With probability at least 1 - alpha over the noise draws, either this is an abstention, or the smoothed classifier
     predicts ``prediction`` at every point whose distance from the image, in ``norm``, is less than ``radius``.
@@ -207,13 +214,12 @@ ROBUST, NOT_CERTIFIABLE, UNDECIDED = "robust", "not certifiable", "undecided"
 
 @dataclass(frozen=True)
 class Decision:
-    """Certifiable robustness of the smoothed classifier at given radii, from as few samples as that takes.
+    """Robustness of the smoothed classifier at given radii, decided by a sequential test for one image.
 
-    With probability at least 1 - alpha over the noise draws, all of this is true: where the outcome is robust, the
-    smoothed classifier predicts ``prediction`` at every point closer than that radius in ``norm``; where it is not
-    certifiable, no class has the probability that the radius needs, so more samples would not certify it either (a
-    bound that uses the runner-up might; a failed trial is a vote for no class). Not certifiable does not mean that the
-    prediction can be changed within the radius. The statement is about this one image.
+    With probability at least 1 - alpha over the noise draws, all outcomes are true. *Robust*: the smoothed classifier
+    predicts ``prediction`` at every point closer than that radius in ``norm``. *Not certifiable*: no class has the
+    probability that the radius requires, so more samples would not certify it either (a bound that uses the runner-up
+    might); it does not mean that the prediction can be changed within the radius.
 
     Attributes:
         radii: in [0, 1] pixels, ascending.
@@ -223,8 +229,8 @@ class Decision:
         norm: the radii's norm.
         alpha: failure probability of the whole statement.
         rule: name of the stopping rule.
-        looks: for each radius the leading class, its votes and all samples when it was settled, or at the end.
-        votes: all votes up to the sample that settled the last radius.
+        looks: for each radius the leading class, its votes and all samples when it was decided, or at the end.
+        votes: all votes up to the sample that decided the last radius.
         drawn: number of samples that were labelled; those beyond ``votes.trials`` are ignored.
     """
 
@@ -247,7 +253,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Answer of PREDICT: with probability at least 1 - alpha the smoothed classifier's prediction, or an abstention.
+    """Result of PREDICT for one image: the smoothed class without a radius, or an abstention.
+
+    With probability at least 1 - alpha over the noise draws, it is the smoothed classifier's prediction or an
+    abstention (Cohen, Rosenfeld and Kolter 2019).
 
     Attributes:
         prediction: class in [0, K), or ``ABSTAIN``.

@@ -259,9 +259,9 @@ def train_denoiser(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> Trained:
-    """Train a denoiser D so that f(D(x + noise)) is right, with the classifier f frozen (Salman et al. 2020).
+    """Train a denoiser D so that f(D(x + noise)) is correct, with the classifier f frozen (Salman et al. 2020).
 
-    The same call as ``certify train``, option by option: its weights are the same. Called again with the same arguments
+    The options and the weights are those of ``certify train``. Called again with the same arguments,
     it resumes an interrupted training, or returns the finished denoiser.
 
     Args:

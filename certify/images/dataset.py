@@ -60,7 +60,7 @@ class InputOnly:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The chosen images of a source, in the order in which they are certified.
+    """The selected images of a source, in the order in which they are certified.
 
     Attributes:
         name: of the source, as in the record.
@@ -149,19 +149,24 @@ def load_images(
     root: str | Path | None = None,
     download: bool = False,
 ) -> ImageSet:
-    """Open the images that ``data`` names, at the input of ``classifier``.
+    """Open a dataset, folder or file of images at the input size of a classifier; no image is decoded yet.
 
     Args:
-        data: a dataset's name or a path (:func:`certify.images.sources.open_source`).
-        classifier: has the transform, and the classes of the labels.
-        skip: take every K-th image.
+        data: a dataset's name (``certify list datasets``) or a path: an image, a folder, a zip, or an ``.npz`` with
+            ``x`` and ``y``.
+        classifier: as of :func:`load_classifier`; gives the transform and the classes of the labels.
+        skip: take every K-th image, K from 1.
         start: index of the first image, from 0; with the same ``skip``, another start below it takes other images.
-        max_images: most images to take.
-        ids: take only these.
+        max_images: maximum number of images, from 1; None takes all.
+        ids: take only the images with these ids.
         labels: CSV of file and label for images without class folders, or ``"none"`` to ignore labels.
         class_map: CSV or JSON from the data's class names to the classifier's classes.
         root: folder of torchvision's datasets.
-        download: whether a missing dataset may be downloaded.
+        download: True to download a missing dataset.
+
+    Returns:
+        The images: ``len(images)``, ``images.labels`` (class indices, or None), and ``images.load(i)``, a float32
+        tensor ``(C, H, W)`` in [0, 1].
 
     Raises:
         UserError: no such data, labels that cannot be mapped, or an empty selection.

@@ -133,9 +133,9 @@ class Classifier(nn.Module):
     invalidates a certificate.
 
     Args:
-        name: of the classifier, for messages and the record.
-        spec: the network and its facts.
-        num_classes: K, if the network's output does not show it.
+        name: of the classifier, for messages and the run file.
+        spec: the network, its input size, normalisation and provenance.
+        num_classes: K, if the network's output does not show it (a network that returns labels).
 
     Raises:
         UserError: a network that fails on its own input size, or without a known number of classes.

@@ -16,7 +16,8 @@ class Pipeline(nn.Module):
 
     Args:
         classifier: any base classifier.
-        denoiser: ``forward(noisy, sigma)`` from images to images of the same shape, or None.
+        denoiser: ``forward(noisy, sigma)`` from images ``(B, C, H, W)`` to images of the same shape, or None. It is put
+            into evaluation mode.
         sigma: the noise level passed to the denoiser, in [0, 1] pixels.
     """
 

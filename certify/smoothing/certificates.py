@@ -135,9 +135,19 @@ def needed(radii: Sequence[float], noise: Radii, alpha: float, rule: str) -> tup
 def prediction_from_votes(votes: Votes, *, alpha: float) -> Prediction:
     """Return the leading class, or an abstention: PREDICT of Cohen, Rosenfeld and Kolter (2019).
 
-    The test is the two-sided binomial test of 1/2 between the two leading classes (Hung and Fithian 2019), where all
-    failures count for the second one, as they could be votes for any class. A class is returned if its p-value is at
-    most alpha; with probability at least 1 - alpha the result is the smoothed classifier's prediction or an abstention.
+    With probability at least 1 - alpha over the noise draws, the result is the smoothed classifier's prediction or an
+    abstention. The test is the two-sided binomial test of 1/2 between the two leading classes (Hung and Fithian 2019);
+    all failures count for the second one, since they could be votes for any class.
+
+    Args:
+        votes: of n noisy copies of one image.
+        alpha: failure probability, in (0, 1).
+
+    Returns:
+        The leading class if its p-value is at most alpha (of equals the lowest), else ``ABSTAIN``; and the p-value.
+
+    Raises:
+        UserError: alpha or the counts out of range.
     """
     alpha = check_alpha(alpha)
     if not any(votes.counts):

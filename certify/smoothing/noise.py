@@ -95,7 +95,17 @@ class Additive:
 
 @dataclass(frozen=True)
 class Gaussian(Additive):
-    """Isotropic Gaussian noise, which certifies l2 balls (Cohen, Rosenfeld and Kolter 2019, theorem 1)."""
+    """Isotropic Gaussian noise N(0, sigma^2 I), which certifies l2 balls (Cohen, Rosenfeld and Kolter 2019, theorem 1).
+
+    If under this noise a class has probability at least p > 1/2, the smoothed classifier returns it at every point
+    whose l2 distance from the image is less than sigma Phi^-1(p).
+
+    Args:
+        sigma: standard deviation of one pixel's noise, in [0, 1] pixels, from 1e-30 to 1e30.
+
+    Raises:
+        UserError: sigma is not a number in this range.
+    """
 
     name = "gaussian"
     norm = "l2"
@@ -266,12 +276,16 @@ def make_noise(name: str, sigma: float, *, rounded: bool = False) -> Noise:
     """Return a smoothing distribution by name.
 
     Args:
-        name: in ``NOISES``.
-        sigma: standard deviation, in [0, 1] pixels.
-        rounded: with ``exact`` only: round images to the 8-bit grid instead of refusing them.
+        name: ``"gaussian"`` or ``"exact"`` (l2), ``"uniform"`` or ``"laplace"`` (l1), or another name of ``certify list
+            noises``.
+        sigma: standard deviation of one pixel's noise, in [0, 1] pixels, positive.
+        rounded: round images to the 8-bit grid instead of rejecting others; for ``"exact"`` only.
+
+    Returns:
+        The distribution, whose ``radius(p_lower)`` is in [0, 1] pixels and its ``norm``, and never rounded up.
 
     Raises:
-        UserError: an unknown name, sigma out of range, or rounding for a noise that needs none.
+        UserError: an unknown name, sigma out of range, or ``rounded`` for another noise.
     """
     build = NOISES.get(name)
     if rounded and "rounded" not in inspect.signature(build).parameters:
