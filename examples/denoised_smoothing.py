@@ -1,6 +1,6 @@
-"""Certify a frozen classifier that was never trained on noise, with a denoiser in front of it and without.
+"""Certify a frozen classifier that was trained without noise, with and without a denoiser.
 
-python examples/denoised_smoothing.py
+Run it with ``python examples/denoised_smoothing.py``.
 """
 
 from __future__ import annotations

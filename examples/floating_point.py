@@ -1,8 +1,8 @@
-"""A certificate that rounding falsifies, and exact noise, which it cannot fool.
+"""A certificate invalidated by floating-point rounding, and exact noise, which prevents this.
 
     python examples/floating_point.py
 
-The classifier below looks for a pixel close to 0 that is no multiple of 2^-29: class 0 if there is one, else class 1.
+The classifier below returns class 0 if a pixel close to 0 is not a multiple of 2^-29, else class 1.
 Almost no real number is a multiple, so under real noise both images below are class 0. Under noise in float32:
 
 - Around the black image a small pixel is a small float32, which has bits far below 2^-29: class 0.
@@ -11,7 +11,7 @@ Almost no real number is a multiple, so under real noise both images below are c
 
 The two images are closer than either radius, so at least one of the two certificates is wrong. Voracek and Hein ("Sound
 Randomized Smoothing in Floating-Point Arithmetics", ICLR 2023) built classifiers like this one. With exact noise the
-classifier sees the same numbers j/255 around both images, and there is nothing left to see in the last bits.
+classifier sees the same numbers j/255 around both images, so the last bits carry no information.
 """
 
 from __future__ import annotations
@@ -30,44 +30,44 @@ DISTANCE = float((IMAGES["7/255"] - IMAGES["black"]).norm())
 
 
 class LastBits:
-    """Class 0: some pixel below 0.0115 in absolute value is no multiple of 2^-29 (7/255 - 2^-6 is 0.0118)."""
+    """Class 0 if some pixel below 0.0115 in absolute value is not a multiple of 2^-29 (7/255 - 2^-6 is 0.0118)."""
 
     num_classes = 2
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Labels (B,) of images (B, C, H, W)."""
+        """Return labels (B,) of images (B, C, H, W)."""
         steps = images * 2.0**29
-        found = (images.abs() < 0.0115) & (steps != steps.round())
-        return (~found.flatten(1).any(dim=1)).long()
+        off_grid = (images.abs() < 0.0115) & (steps != steps.round())
+        return (~off_grid.flatten(1).any(dim=1)).long()
 
     def describe(self) -> dict[str, Any]:
-        """The name, for the record."""
+        """Return the name, for the run file."""
         return {"name": "last bits"}
 
 
 def certificates(noise: str, n: int = 10_000) -> dict[str, Certificate]:
-    """The certificate of each image under this noise."""
+    """Certify each image under this noise."""
     smoothed = SmoothedClassifier(LastBits(), noise=make_noise(noise, SIGMA), precision="float32", compile="off")
     return {name: smoothed.certify(image, n=n, image_id=name) for name, image in IMAGES.items()}
 
 
-def contradict(found: dict[str, Certificate]) -> bool:
-    """Whether each image lies in the other's ball and the classes differ: then a certificate is wrong."""
-    first, second = found.values()
+def contradict(pair: dict[str, Certificate]) -> bool:
+    """Return True if each image lies in the other's ball and the classes differ: then a certificate is wrong."""
+    first, second = pair.values()
     return first.prediction != second.prediction and min(first.radius, second.radius) > DISTANCE
 
 
 def main() -> None:
-    """Certify both images under both kinds of noise, and print."""
+    """Certify both images under both kinds of noise and print the results."""
     print(f"sigma = {SIGMA}, l2 distance of the two images {DISTANCE:.3f}\n")
     print(f"{'noise':<10}{'image':<8}{'class':>5}{'radius':>9}")
     verdicts = []
     for noise in ("gaussian", "exact"):
-        found = certificates(noise)
-        for name, certificate in found.items():
+        pair = certificates(noise)
+        for name, certificate in pair.items():
             print(f"{noise:<10}{name:<8}{certificate.prediction:>5}{certificate.radius:>9.3f}")
         wrong = "each image lies in the other's ball, which has another class: at least one certificate is wrong"
-        verdicts.append(f"{noise}: {wrong if contradict(found) else 'the two certificates agree'}.")
+        verdicts.append(f"{noise}: {wrong if contradict(pair) else 'the two certificates agree'}.")
     print("", *verdicts, sep="\n")
 
 

@@ -1,9 +1,9 @@
 """A service to audit: scikit-learn's digits behind LitServe, a model server by Lightning AI, on this machine only.
 
-    python examples/litserve_digits.py 8123          # Ctrl-C ends it
+    python examples/litserve_digits.py 8123          # stop with Ctrl-C
     curl -s http://127.0.0.1:8123/predict -H 'Content-Type: application/json' -d '{"image": "<PNG in base64>"}'
 
-It answers with words and scores, best first: {"labels": ["three", "eight", ...], "scores": [0.97, 0.02, ...]}.
+It returns words and scores, best first: {"labels": ["three", "eight", ...], "scores": [0.97, 0.02, ...]}.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ WORDS = "zero one two three four five six seven eight nine".split()
 
 
 class Digits(litserve.LitAPI):
-    """An 8x8 picture in, ten words and their scores out."""
+    """API from an 8x8 picture to ten words and their scores."""
 
     def setup(self, device: str) -> None:
         """Load the classifier in the worker."""
         self.classifier = load_classifier("digits")
 
     def decode_request(self, request: dict[str, str]) -> torch.Tensor:
-        """The PNG's pixels over 255, ``(1, 1, 8, 8)``."""
+        """Return the PNG's pixels in [0, 1], ``(1, 1, 8, 8)``."""
         picture = Image.open(io.BytesIO(base64.b64decode(request["image"])))
         return torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32) / 255)[None, None]
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
-        """Probabilities of the ten classes."""
+        """Return the probabilities of the ten classes."""
         with torch.no_grad():
             return self.classifier.logits(x).softmax(1)[0]
 
     def encode_response(self, output: torch.Tensor) -> dict[str, Any]:
-        """Words, best first, and their scores."""
+        """Return the words, best first, and their scores."""
         order = output.argsort(descending=True).tolist()
         return {"labels": [WORDS[c] for c in order], "scores": [float(output[c]) for c in order]}
 

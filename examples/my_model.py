@@ -1,10 +1,9 @@
-"""A classifier of your own, as a function of images: the nearest class mean of scikit-learn's digits.
+"""Your own classifier as a function of images: the nearest class mean of scikit-learn's digits.
 
     certify --model examples.my_model:nearest_mean --data digits --skip 20 --sigma 0.25 --n 10000
 
 ``--model module:name`` takes a function from images to labels or logits (as here), a ``torch.nn.Module``, or a function
-without arguments that returns one of them. The attributes say what a checkpoint would: without them pass
-``--input-size`` and ``--num-classes``.
+without arguments that returns one of them. The attributes replace ``--input-size`` and ``--num-classes``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ MEANS = torch.stack([_X[digit == _Y].mean(dim=0) for digit in range(10)])
 
 
 def nearest_mean(images: torch.Tensor) -> torch.Tensor:
-    """Logits (B, 10) of images (B, 1, 8, 8): minus the distance to each class's mean."""
+    """Return logits (B, 10) of images (B, 1, 8, 8): the negative distance to each class's mean."""
     return -torch.cdist(images.flatten(1), MEANS)
 
 

@@ -1,8 +1,8 @@
-"""Certify a network of your own on your own tensors.
+"""Certify your own network on your own tensors.
 
     python examples/own_module.py
 
-The network takes images in [0, 1] and returns logits; nothing has to be registered or wrapped.
+The network takes images in [0, 1] and returns logits; no registration or wrapper is needed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Smooth with a distribution of your own: independent logistic noise, which certifies l1 balls.
+"""Smooth with your own noise distribution: independent logistic noise, which certifies l1 balls.
 
     python examples/own_noise.py
 
-A distribution draws its noise and states the radius that a probability certifies; docs/extending/noise.md has the proof
-for this one and the whole contract.
+A smoothing distribution consists of a sampler and the radius that a probability certifies. docs/extending/noise.md has
+the proof for this one and the full contract.
 """
 
 from __future__ import annotations

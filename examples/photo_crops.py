@@ -1,10 +1,10 @@
-"""Square pieces of photographs, for purifiers that are trained without labels (``ncis``).
+"""Cut photographs into squares, to train purifiers without labels (``ncis``).
 
     python examples/photo_crops.py photographs/ crops.npz --side 64
 
-Each photograph is shrunk to three sizes, so that textures come at several scales, and cut into squares that do not
-overlap. Flat pieces teach nothing and are left out. ``y`` is the photograph's number. ``certify train`` holds out some
-of the pieces, at random: those come from photographs that training has seen.
+Each photograph is resized to three sizes, for textures at several scales, and cut into non-overlapping squares. Flat
+squares are left out. ``y`` is the photograph's number. ``certify train`` holds out squares at random, so held-out
+squares come from photographs that are also used for training.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from PIL import Image
 
 SHORT_SIDES = (256, 384, 512)
 FLAT = 8
-"""Standard deviation of the pixels, of 255, below which a piece is left out."""
+"""Standard deviation of the 8-bit pixels below which a square is left out."""
 
 
 def pieces(path: Path, side: int) -> list[np.ndarray]:
-    """What one photograph gives: arrays (side, side, 3), uint8."""
-    found = []
+    """Return the squares of one photograph: uint8 arrays ``(side, side, 3)``."""
+    squares = []
     with Image.open(path) as photograph:
         whole = photograph.convert("RGB")
     for short in SHORT_SIDES:
@@ -34,12 +34,12 @@ def pieces(path: Path, side: int) -> list[np.ndarray]:
             for left in range(0, small.shape[1] - side + 1, side):
                 piece = small[top : top + side, left : left + side]
                 if piece.std() >= FLAT:
-                    found.append(piece)
-    return found
+                    squares.append(piece)
+    return squares
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Square pieces of photographs, as .npz")
+    parser = argparse.ArgumentParser(description="Cut photographs into squares, as .npz")
     parser.add_argument("photographs", type=Path, help="folder of JPEG or PNG files")
     parser.add_argument("out", type=Path, help="the .npz to write")
     parser.add_argument("--side", type=int, default=64, help="pixels (default: 64)")

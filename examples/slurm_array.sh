@@ -1,12 +1,12 @@
 #!/bin/bash
-# A run in shards on a SLURM cluster: one plain process a task, one GPU each, no process knows of another.
+# A run in shards on a SLURM cluster: one independent process with one GPU per task.
 #
 #   sbatch examples/slurm_array.sh                                    # 64 shards
-#   sbatch --array=7,12 --export=ALL,SHARDS=64 examples/slurm_array.sh  # two of them again: they resume
+#   sbatch --array=7,12 --export=ALL,SHARDS=64 examples/slurm_array.sh  # resume two of them
 #   sbatch --dependency=afterok:JOB --wrap 'certify merge shards/ -o run.jsonl --if-needed'   # when all tasks have ended
-#   certify status shards/                                            # how far they are; names missing and stalled shards
+#   certify status shards/                                            # progress; names missing and stalled shards
 #
-# Use one kind of GPU (--constraint): noise is not promised equal across kinds, and merging refuses a mixture.
+# Use one kind of GPU (--constraint): equal noise is not promised across kinds, and merging rejects a mixture.
 #SBATCH --job-name=certify
 #SBATCH --array=1-64
 #SBATCH --gpus=1

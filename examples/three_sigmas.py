@@ -1,6 +1,6 @@
-"""Draw the certified-accuracy curves of three noise levels: a larger sigma certifies larger radii of fewer images.
+"""Plot certified accuracy for three noise levels: a larger sigma certifies larger radii for fewer images.
 
-python examples/three_sigmas.py
+Run it with ``python examples/three_sigmas.py``.
 """
 
 from __future__ import annotations
