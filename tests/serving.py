@@ -26,10 +26,10 @@ from certify.serve.admission import Admission, Limits
 from certify.serve.app import build_app, site_check
 from certify.serve.batching import Service, class_names
 from certify.serve.pictures import read_picture
-from certify.serve.protocol import Stated
+from certify.serve.protocol import STATEMENT, Stated
 from certify.serve.request_handler import Metrics, RequestHandler
 from certify.serve.server import listen, serve, url_of
-from certify.smoothing.procedures import Certify
+from certify.smoothing.procedures import Accuracy, Certify
 
 SIZE = (1, 8, 8)
 SEED, N0, N, ALPHA = 7, 50, 400, 0.01
@@ -47,17 +47,19 @@ def application(
     batch_size: int | None = 256,
     names: Callable[[int], str] | None = None,
     picture: Callable[[bytes], np.ndarray] | None = None,
+    one_copy: bool = False,
     **own: Any,
 ) -> Iterator[tuple[FastAPI, Service, Admission, Metrics]]:
     """Yield the application without a server."""
     smoothed = SmoothedClassifier(classifier, 0.25, batch_size=batch_size)
     metrics, admission = Metrics(), Admission(limits)
-    procedure = Certify(**{"n0": N0, "n": N, "alpha": ALPHA, **own})
+    procedure = Accuracy() if one_copy else Certify(**{"n0": N0, "n": N, "alpha": ALPHA, **own})
     names = names or class_names(getattr(classifier, "class_names", None))
     spec = getattr(classifier, "input", None)
     with Service(smoothed, size, procedure, limits, names, metrics.samples.inc, SEED) as service:
         picture = picture or functools.partial(read_picture, spec=spec, max_pixels=limits.max_pixels)
-        about = Stated(0.25, "gaussian", "l2", ALPHA, "none", "x".join(map(str, size)))
+        alpha, statement = (None, STATEMENT) if one_copy else (ALPHA, "")
+        about = Stated(0.25, "gaussian", "l2", alpha, "none", "x".join(map(str, size)), statement)
         handler = RequestHandler(service, "digits", picture, metrics, admission, about)
         yield build_app(handler, site_check(["testserver", "x"])), service, admission, metrics
 

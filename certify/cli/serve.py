@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from certify.blackbox.service_spec import ServiceSpec
     from certify.models.classifier import InputSpec
     from certify.serve.admission import Limits
-    from certify.serve.batching import Service
+    from certify.serve.batching import Served, Service
     from certify.smoothed_classifier import SmoothedClassifier
-    from certify.smoothing.procedures import Certify, Decide
 
 _CLASSES = 1000  # labels of a service that are told apart, unless --num-classes says otherwise
 _OF_MODELS = ("weights", "mean", "std", "precision", "compile")
@@ -92,6 +91,11 @@ class ServerStatistics(SampleOptions):
         default=1000,
         help="Noise samples per image used to estimate the class probability; the maximum with --radius (default "
         "there: 20000).",
+    )
+    samples: int | None = option(
+        type=click.IntRange(1, 1),
+        help="1: answer from one fresh noisy copy of the image, at the cost of one forward pass and without "
+        "certificates; `certify accuracy` bounds the accuracy of such answers under attack.",
     )
     radius: float | None = option(
         type=Positive("a radius in [0, 1] pixels"),
@@ -160,6 +164,13 @@ def serve(
     the server after every accepted request is answered.
     """
     _require_extra()
+    if statistics.samples is not None:
+        if noise.seed is not None:
+            raise UserError(
+                f"--seed {noise.seed} with --samples 1: noise that can be repeated voids the statement about such "
+                "answers; leave it out, every answer has fresh noise"
+            )
+        refuse_given(("n0", "n", "alpha", "radius"), "is for certificates; leave it out with --samples 1")
     spec = _check_options(model, service, noise)
     name = server.name or re.sub(r"[^A-Za-z0-9._-]+", "-", model.model or service.protocol).strip("-")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
@@ -253,7 +264,7 @@ def _open_classifier(
 def _serve(
     name: str,
     limits: Limits,
-    procedure: Certify | Decide,
+    procedure: Served,
     listening: socket.socket,
     check: Callable[[Request], None],
     smoothed: SmoothedClassifier,
@@ -268,9 +279,10 @@ def _serve(
     from certify.serve.batching import Service
     from certify.serve.endpoint import Endpoint
     from certify.serve.pictures import example_picture, read_picture
-    from certify.serve.protocol import Stated
+    from certify.serve.protocol import STATEMENT, Stated
     from certify.serve.request_handler import Metrics, RequestHandler
     from certify.serve.server import is_loopback, serve, url_of
+    from certify.smoothing.procedures import Accuracy
 
     if not is_loopback(listening):
         warn(f"--host {server.host}: anyone who reaches this address may send requests; add TLS and authentication")
@@ -282,8 +294,16 @@ def _serve(
     if isinstance(endpoint := smoothed.classifier, Endpoint):
         metrics.beyond.set_function(lambda: endpoint.beyond)
     size = "x".join(map(str, spec.size))
-    name_of_denoiser = smoothed.base.denoiser_name
-    about = Stated(noise.sigma, smoothed.noise.name, service.stated.norm, procedure.alpha, name_of_denoiser, size)
+    one_copy = isinstance(procedure, Accuracy)
+    about = Stated(
+        noise.sigma,
+        smoothed.noise.name,
+        service.stated.norm,
+        None if one_copy else procedure.alpha,
+        smoothed.base.denoiser_name,
+        size,
+        STATEMENT if one_copy else "",
+    )
 
     read = functools.partial(read_picture, spec=spec, max_pixels=limits.max_pixels)
     digits = smoothed.classifier.describe().get("name") == "digits"
@@ -302,10 +322,12 @@ def _stopped(unanswered: int) -> None:
     say(f"stopped    {lost}")
 
 
-def _procedure(statistics: ServerStatistics) -> Certify | Decide:
-    from certify.smoothing.procedures import Certify, Decide
+def _procedure(statistics: ServerStatistics) -> Served:
+    from certify.smoothing.procedures import Accuracy, Certify, Decide
     from certify.smoothing.stopping_rules import DEFAULT_CAP
 
+    if statistics.samples is not None:
+        return Accuracy(statistics.samples)
     if statistics.radius is None:
         return Certify(statistics.n0, statistics.n, statistics.alpha)
     return Decide((statistics.radius,), statistics.n if given_by_user("n") else DEFAULT_CAP, statistics.alpha)
@@ -316,7 +338,7 @@ def _show(name: str, service: Service, noise: NoiseOptions, *, remote: bool, bud
     from certify.engine.contract import QUERIES
     from certify.smoothing.certificates import largest_radius
     from certify.smoothing.norms import DECIMALS
-    from certify.smoothing.procedures import Decide, samples
+    from certify.smoothing.procedures import Accuracy, Decide, samples
     from certify.smoothing.rounding import ceil_to, exact
 
     procedure, alpha = service.procedure, exact(service.procedure.alpha)
@@ -329,6 +351,10 @@ def _show(name: str, service: Service, noise: NoiseOptions, *, remote: bool, bud
         say(f"           {QUERIES} more about the first image: whether repeated queries return the same label")
         if budget is None:
             warn("no --budget: anyone who queries this server causes requests to the service without limit")
+    if isinstance(procedure, Accuracy):
+        say(f"procedure  one fresh noisy copy of each image, {how}")
+        say("statement  none about a single answer; `certify accuracy` bounds their expected accuracy under attack")
+        return
     if isinstance(procedure, Decide):
         decide = f"decide at {exact(procedure.radii[0])}, n = {procedure.n:,} at most"
         say(f"procedure  {decide}, alpha = {alpha}, {how}")

@@ -31,12 +31,14 @@ class Sampling:
         key: the noise stream.
         test: requests the number of samples to label next.
         tag: returned with the result.
+        once: as for :class:`~certify.engine.monte_carlo.Job`; the test then requests all samples at once.
     """
 
     image: Tensor
     key: bytes
     test: SequentialTest
     tag: Any = None
+    once: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,8 @@ def settle(
                 break
             if new is None:
                 break
-            opened = _Open(next(opened_so_far), new.tag, Job(new.image, new.key, 1, drawn={}, tag=new.tag), new.test)
+            job = Job(new.image, new.key, 1, drawn={}, once=new.once, tag=new.tag)
+            opened = _Open(next(opened_so_far), new.tag, job, new.test)
             work.insert(0, opened)
             planned, held = planned + min(most, opened.test.pending), held + opened.nbytes
         if not work:

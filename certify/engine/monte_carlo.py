@@ -37,6 +37,7 @@ class Job:
         keep: number of first labels to keep one by one.
         start: samples of the stream to skip because they were labelled before.
         drawn: keeps the noise of partly used blocks, by block number; None keeps nothing.
+        once: no other job has this key: draw the samples that are needed, not whole blocks.
         tag: returned with the tally, so that callers need no queue of their own.
     """
 
@@ -46,6 +47,7 @@ class Job:
     keep: int = 0
     start: int = 0
     drawn: dict[int, Tensor] | None = None
+    once: bool = False
     tag: Any = None
 
 
@@ -209,7 +211,7 @@ class _Block:
         image, key, kept = self.count.job.image, self.count.job.key, self.count.job.drawn
         if key is None:
             return None
-        size = block_size(image.numel())
+        size = self.wanted.stop if self.count.job.once else block_size(image.numel())
         drawn = kept.pop(self.number, None) if kept else None
         if drawn is None:
             drawn = noise.sample((size, *image.shape), block_generator(key, self.number, image.device))

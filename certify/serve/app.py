@@ -148,7 +148,7 @@ def _add_page(app: FastAPI, handler: RequestHandler) -> None:
     """Add the page, and the routes that it uses."""
     decided = handler.service.procedure.radii
     shown_first = {"example": handler.example is not None, "decides": exact(decided[0]) if decided else None}
-    html, page_headers = page({"model": handler.model, **asdict(handler.about), **shown_first}), _page_headers()
+    html, page_headers = page({"model": handler.model, **handler.about.parameters(), **shown_first}), _page_headers()
 
     @app.get("/")
     async def home() -> Response:
@@ -190,7 +190,7 @@ def _add_page(app: FastAPI, handler: RequestHandler) -> None:
             "votes": _top_classes(answer.votes, handler.service.class_name),
             "votes_cast": max(1, sum(answer.votes)),
         }
-        return JSONResponse({**asdict(handler.about), **asdict(answer), **shown})
+        return JSONResponse({**handler.about.parameters(), **asdict(answer), **shown})
 
 
 def _check_content(request: Request, fits: Callable[[str], bool], expected: str) -> None:

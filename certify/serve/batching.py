@@ -27,27 +27,34 @@ from certify.engine.adaptive import Label, Sampling, settle
 from certify.engine.noisy_classifier import noise_name
 from certify.errors import BudgetSpent, ContractError, UserError, in_words
 from certify.serve.admission import Limits, Refused
-from certify.serve.protocol import ABSTAINED, Answer, RequestOptions
+from certify.serve.protocol import ABSTAINED, ONE_COPY, Answer, RequestOptions
 from certify.smoothed_classifier import SmoothedClassifier
 from certify.smoothing.certificates import needed
 from certify.smoothing.numeric import as_int
-from certify.smoothing.procedures import Certify, Decide, samples, stage_tests
+from certify.smoothing.procedures import Accuracy, Certify, Decide, samples, stage_tests
 from certify.smoothing.rng import stream_key
 from certify.smoothing.sequential_tests import SequentialTest
 from certify.text import printable
-from certify.types import ABSTAIN, Certificate, Decision
+from certify.types import ABSTAIN, Certificate, Decision, Prediction
+
+Served = Accuracy | Certify | Decide
+"""Questions about an image; :class:`Accuracy` answers from one noisy copy, without a certificate."""
 
 _LOG = logging.getLogger(__name__)
 _RECOVERY = 30.0  # seconds after a fault until the server reports itself ready again: only a request can tell
 _EXPECTED_IMAGES = 100  # for the choice of how to run the classifier
 
 
-def requested(default: Certify | Decide, options: RequestOptions) -> Certify | Decide:
+def requested(default: Served, options: RequestOptions) -> Served:
     """Return the procedure that a request asks for in place of the server's.
 
     Raises:
-        UserError: number of samples or radius out of range.
+        UserError: number of samples or radius out of range, or options of a server that answers from one noisy copy.
     """
+    if isinstance(default, Accuracy):
+        if options != RequestOptions():
+            raise UserError("radius, samples and seed do not apply to a server that answers from one fresh noisy copy")
+        return default
     n = options.samples or default.n
     return replace(default, n=n) if options.radius is None else Decide((options.radius,), n, default.alpha)
 
@@ -63,7 +70,7 @@ class _Image:
 
     pixels: np.ndarray
     options: RequestOptions
-    procedure: Certify | Decide
+    procedure: Served
     answer: Future[Answer] = field(default_factory=Future)
     unfinished: int = 0
     votes: dict[str, Any] = field(default_factory=dict)
@@ -99,7 +106,8 @@ class Service:
         limits: on the samples of a request.
         class_name: name of a class.
         on_samples: called with numbers of labelled samples.
-        seed: of all noise; None draws a secret one.
+        seed: of all noise; None draws a secret one. Not used to answer from one noisy copy, whose noise is never
+            repeated.
 
     Raises:
         UserError: a radius that cannot be certified, or more samples per image than a request may take.
@@ -109,7 +117,7 @@ class Service:
         self,
         smoothed: SmoothedClassifier,
         size: tuple[int, int, int],
-        procedure: Certify | Decide,
+        procedure: Served,
         limits: Limits,
         class_name: Callable[[int], str],
         on_samples: Callable[[int], None] = lambda count: None,
@@ -196,7 +204,7 @@ class Service:
             self._changed.notify()
         return answers
 
-    def _check_radii(self, procedure: Certify | Decide) -> None:
+    def _check_radii(self, procedure: Served) -> None:
         if isinstance(procedure, Decide):
             needed(procedure.radii, self.stated, procedure.alpha, procedure.rule)
 
@@ -288,9 +296,11 @@ class Service:
         tests = stage_tests(image.procedure, self.smoothed.num_classes, self.stated, batch_size)
         image.unfinished = len(tests)
         name = stream_name(noise_name(tensor), image.options.seed)
+        # An attacker who can repeat the draw of a single noisy copy tries images until it fails: each gets a fresh one.
+        once = isinstance(image.procedure, Accuracy)
         for stage, test in tests.items():
-            key = stream_key(self._seed, name, stage)
-            self._opened.append(Sampling(on_device, key, _StageTest(image, stage, test)))
+            key = stream_key(secrets.randbits(128) if once else self._seed, name, stage)
+            self._opened.append(Sampling(on_device, key, _StageTest(image, stage, test), once=once))
 
     def _finish(self, test: _StageTest) -> None:
         self._sampled.discard(test)
@@ -301,18 +311,22 @@ class Service:
         if not image.unfinished and not image.answer.cancelled():
             _deliver(image.answer, self._answer(image.procedure.answer(image.votes, self.stated)))
 
-    def _answer(self, result: Certificate | Decision) -> Answer:
-        label = result.prediction
-        if isinstance(result, Decision):
+    def _answer(self, result: Certificate | Decision | Prediction) -> Answer:
+        label, radius, p_lower = result.prediction, 0.0, 0.0
+        if isinstance(result, Prediction):  # of one noisy copy
+            votes, samples, failures = result.votes, result.votes.trials, result.votes.failures
+            label, outcome = votes.leader, ONE_COPY if votes.leader != ABSTAIN else ABSTAINED
+        elif isinstance(result, Decision):
+            radius = result.radius
             p_lower = self.stated.probability(result.radius) if label != ABSTAIN else 0.0  # what robust there means
             outcome, samples, failures, votes = result.outcomes[-1], result.drawn, result.votes.failures, result.votes
         else:
-            p_lower, votes = result.p_lower, result.estimation
+            radius, p_lower, votes = result.radius, result.p_lower, result.estimation
             outcome = ABSTAINED if result.abstained else "certified"
             samples, failures = result.selection.trials + votes.trials, result.selection.failures + votes.failures
         name = ABSTAINED if label == ABSTAIN else self.class_name(label)
         return Answer(
-            label, name, result.radius, p_lower, outcome, samples, failures, leading=votes.leader, votes=votes.counts
+            label, name, radius, p_lower, outcome, samples, failures, leading=votes.leader, votes=votes.counts
         )
 
     def _fail(self, error: Exception) -> None:

@@ -35,12 +35,21 @@ EXTENSIONS = ("binary_tensor_data",)
 ABSTAINED = "abstained"
 """The class name if the smoothed classifier abstains; the label is -1."""
 
+ONE_COPY = "one noisy copy"
+"""The outcome of a label that nothing is claimed about."""
+
+STATEMENT = (
+    "The label is that of one fresh noisy copy of the image, so another request may get another label. Nothing is "
+    "guaranteed for a single answer. Over many images, `certify accuracy` bounds the expected accuracy under attack"
+)
+"""The statement of a server that answers from one noisy copy."""
+
 _OUTPUTS: dict[str, tuple[str, str]] = {
     "label": ("INT64", "class, or -1 for an abstention"),
     "name": ("BYTES", f"name of the class, or {ABSTAINED}"),
     "radius": ("FP64", "certified radius in [0, 1] pixels; 0 for an abstention"),
     "p_lower": ("FP64", "lower bound of the probability of the class under noise"),
-    "outcome": ("BYTES", "certified or abstained; robust, not certifiable or undecided at a radius"),
+    "outcome": ("BYTES", "certified or abstained; robust, not certifiable or undecided at a radius; one noisy copy"),
     "samples": ("INT64", "noise samples that were labelled"),
     "failures": ("INT64", "samples without a label"),
     "leading": ("INT64", "class with most votes; nothing is claimed about it"),
@@ -61,17 +70,23 @@ class Stated:
         sigma: standard deviation of the noise, in [0, 1] pixels.
         noise: name of its distribution.
         norm: of the radii.
-        alpha: failure probability of the answer for one image.
+        alpha: failure probability of the answer for one image; None where nothing is claimed about one.
         denoiser: its name, or ``none``.
         input: size of the classifier's input, such as ``3x224x224``.
+        statement: what is claimed instead; empty if each answer has its own certificate.
     """
 
     sigma: float
     noise: str
     norm: str
-    alpha: float
+    alpha: float | None
     denoiser: str
     input: str
+    statement: str = ""
+
+    def parameters(self) -> dict[str, float | str]:
+        """Return the settings that apply, as in metadata and responses."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
 
 
 @dataclass(frozen=True)
@@ -327,16 +342,17 @@ def write_response(
     times the number of images. Radius and p_lower are among them only for a request with one image; a number about
     several images beside ``alpha`` would read as a joint statement at that level.
     """
+    alone = len(answers) == 1 and about.alpha is not None
     claimed = {
-        **({"radius": answers[0].radius, "p_lower": answers[0].p_lower} if len(answers) == 1 else {}),
+        **({"radius": answers[0].radius, "p_lower": answers[0].p_lower} if alone else {}),
         "samples": sum(answer.samples for answer in answers),
         "failures": sum(answer.failures for answer in answers),
         "abstentions": sum(answer.label < 0 for answer in answers),
     }
-    together = {"alpha_all": min(1.0, times(about.alpha, len(answers)))}
+    together = {} if about.alpha is None else {"alpha_all": min(1.0, times(about.alpha, len(answers)))}
     head: dict[str, Any] = {"model_name": model, "model_version": VERSION}
     head |= {"id": request.id} if request.id is not None else {}
-    head |= {"parameters": {**claimed, **asdict(about), **together}}
+    head |= {"parameters": {**claimed, **about.parameters(), **together}}
     return write_message("outputs", [*_output_tensors(request.outputs, answers)], before=head)
 
 
@@ -376,5 +392,5 @@ def model_metadata(model: str, size: Sequence[int], num_classes: int, about: Sta
         "platform": "certify",
         "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *size], "parameters": {"content": content}}],
         "outputs": outputs,
-        "parameters": asdict(about),
+        "parameters": about.parameters(),
     }
