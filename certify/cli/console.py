@@ -100,8 +100,8 @@ def stoppable(file: RecordFile[Any, Any], expected: int, what: str) -> Iterator[
     try:
         yield
     except KeyboardInterrupt:
-        kept = f"stopped after {len(file.done):,} of {expected:,} {what}, which are in {file.path}"
-        raise Stopped(f"{kept}; the same command resumes there") from None
+        done = f"{len(file.done):,} of {expected:,} {what} are finished ({file.path})"
+        raise Stopped(f"stopped: {done}; re-run the command to resume") from None
 
 
 def show_prospects(

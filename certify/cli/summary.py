@@ -106,26 +106,53 @@ def _outcomes(run: Run) -> dict[str, dict[str, int]]:
     return outcomes
 
 
+def _correct(rows: list[ImageRow], radius: str) -> int:
+    """Count the images that are robust at a radius with the right class."""
+    right = [row for row in rows if row.prediction == row.label]
+    return sum(exact(one.radius) == radius and one.outcome == "robust" for row in right for one in row.outcomes)
+
+
+def _accuracies(rows: list[ImageRow], *, denoised: bool, smoothed: bool) -> list[str]:
+    """Return the accuracies of the classifier alone, of the base classifier without noise, and smoothed."""
+    from analysis.tables import share
+
+    base, predicted, _ = _count(rows)
+    counts = {"denoised, without noise" if denoised else "base accuracy (no noise)": base}
+    if all(row.alone is not None for row in rows):
+        counts = {"classifier alone": sum(row.alone == row.label for row in rows), **counts}
+    if smoothed:
+        counts["smoothed accuracy"] = predicted
+    return [f"{name:<26} {share(count, len(rows))}" for name, count in counts.items()]
+
+
 def _as_json(
     run: Run, curve: Curve | None, radii: list[float], picture: Path | None, rate: float | None
 ) -> dict[str, Any]:
     rows = run.usable
     drawn, fixed = _samples(run)
     seconds = sum(row.seconds for row in rows)
-    shares = None
+    shares, intervals = None, None
     if curve is not None:
         known = [r for r in radii if not curve.at_least(r)]
         shares = {exact(r): float(a) for r, a in zip(known, curve.accuracy(known), strict=True)}
+        ends = zip(*(part.tolist() for part in curve.interval(known)), strict=True)
+        intervals = dict(zip(shares, ends, strict=True))
     labelled = rows[0].label is not None
     base, smoothed, abstained = _count(rows)
     deciding = bool(run.header.radii)  # makes no statement about the prediction alone
     same, compared = run.agreement
+    header = run.header
     return {
         "run": str(run.path),
+        **{key: header[key] for key in ("model", "data", "noise", "sigma", "n0", "n", "alpha", "bound", "seed")},
+        "version": header.versions.get("certify-toolkit"),
+        "expected": header.expected,
+        "partial": run.partial,
         "images": len(rows),
-        "norm": run.header.norm,
+        "norm": header.norm,
         "certified_accuracy": shares if labelled else None,
         "certified_fraction": None if labelled else shares,
+        "intervals_95": intervals,
         "largest_radius": curve.limit if curve is not None and math.isfinite(curve.limit) else None,
         "decisions": _outcomes(run) or None,
         "base_accuracy": base / len(rows) if labelled else None,
@@ -152,7 +179,7 @@ def title(run: Run) -> str:
 
 
 def _describe(run: Run, curve: Curve | None, radii: list[float], rate: float | None) -> str:
-    from analysis.tables import one_run, share
+    from analysis.tables import one_run
     from certify.runs.run_file import SET_ASIDE
     from certify.smoothing.norms import IN_WORDS
 
@@ -167,31 +194,27 @@ def _describe(run: Run, curve: Curve | None, radii: list[float], rate: float | N
         lines += [one_run(curve, radii), ""]
     deciding = bool(header.radii)
     for radius, outcomes in _outcomes(run).items():
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
-        lines.append(f"{f'decided at {radius}':<26} {counts}")
-    base, smoothed, abstained = _count(rows)
+        right = f" ({_correct(rows, radius)} of them correct)" if rows[0].label is not None else ""
+        counts = [f"{count} {outcome}{right * (outcome == 'robust')}" for outcome, count in outcomes.items()]
+        lines.append(f"{f'decided at {radius}':<26} {', '.join(counts)}")
     if rows[0].label is not None:
-        denoised = header.denoiser not in (None, "none")
-        which = "base accuracy (denoised)" if denoised else "base accuracy (no noise)"
-        lines.append(f"{which}   {share(base, len(rows))}")
-        if not deciding:
-            lines.append(f"smoothed accuracy          {share(smoothed, len(rows))}")
+        lines += _accuracies(rows, denoised=header.denoiser not in (None, "none"), smoothed=not deciding)
     else:
         lines += _each(rows, header.norm)
     if not deciding:
-        lines.append(f"abstained                  {abstained} of {len(rows)}")
+        lines.append(f"abstained                  {_count(rows)[2]} of {len(rows)}")
     if header.stopping is not None:
         lines.append(f"samples                    {_saved(run, rate)}")
     lines.append(f"ran as                     {how_it_ran(header)}")
     same, compared = run.agreement
     if compared:
-        lines.append(f"labels as in plain float32 {floor_to(100 * same / compared, 2)}% of {compared:,} compared")
+        lines.append(f"agreement with float32     {same:,} of {compared:,} labels")
     error = f"wrong with probability at most {exact(header.alpha)}"
     norm = IN_WORDS[header.norm]
     if deciding:
         lines.append(
             f"\nRobust at r: no change of {norm} norm below r alters the smoothed classifier's prediction.\n"
-            "Not certifiable: no class has the probability that r needs (a bound with the runner-up may still do).\n"
+            "Not certifiable: the top class's probability is too low for r (--bound best may still certify it).\n"
             f"For each image all of this is {error} over the noise draws."
         )
     elif curve is not None:
@@ -209,11 +232,19 @@ def _describe(run: Run, curve: Curve | None, radii: list[float], rate: float | N
 def _saved(run: Run, rate: float | None) -> str:
     """Describe the samples and time saved by stopping early."""
     (drawn, fixed), seconds = _samples(run), sum(row.seconds for row in run.usable)
-    full = f"{fixed:,} (n = {run.header.n:,} each)"
-    text = f"{drawn:,} instead of {full}: {fixed / max(drawn, 1):,.0f} times fewer"
+    text = f"{drawn:,} instead of {fixed:,} (n = {run.header.n:,} each){_fewer(fixed / max(drawn, 1))}"
     if rate is None or 2 * seconds > fixed / rate:
         return text
     return f"{text}; {duration(seconds)} instead of about {duration(fixed / rate)}"
+
+
+def _fewer(ratio: float) -> str:
+    """Describe how many times fewer samples were drawn; empty if they were not fewer."""
+    if ratio < 1.01:
+        return ""
+    if ratio < 2:
+        return f": {100 * (1 - 1 / ratio):.0f} % fewer"
+    return f": {ratio:.1f} times fewer" if ratio < 10 else f": {ratio:,.0f} times fewer"
 
 
 def _each(rows: list[ImageRow], norm: str) -> list[str]:

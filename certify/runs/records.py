@@ -255,6 +255,7 @@ class ImageRow(Row, type_name="image"):
     uniform: Annotated[float | None, SHARE] = None
     outside: Annotated[int | None, COUNT] = None
     base: Annotated[int | None, CLASS.or_null()]
+    alone: Annotated[int | None, CLASS] = None
     class_name: Annotated[str | None, TEXT.or_null(), Key("class"), Absent(None)]
     base_class: Annotated[str | None, TEXT.or_null(), Absent(None)]
     classes: Annotated[Mapping[str, str] | None, _CLASS_NAMES] = None

@@ -212,6 +212,8 @@ class _Pulled:
 def _with_provenance(row: ImageRow, smoothed: NoisyClassifier, image: Tensor, clean: int) -> ImageRow:
     """Add the fields that identify the image and name its classes."""
     names = getattr(smoothed.classifier, "class_names", None)
+    if smoothed.base.denoiser is not None:
+        row = row.replace(alone=int(smoothed.classifier(image[None].to(smoothed.device))[0]))
     return row.replace(
         base=clean,
         class_name=None if row.abstained else readable(names, row.prediction),
