@@ -94,7 +94,7 @@ class ServerStatistics(SampleOptions):
     )
     samples: int | None = option(
         type=click.IntRange(1, 1),
-        help="1: answer from one fresh noisy copy of the image, at the cost of one forward pass and without "
+        help="Answer from one fresh noisy copy of the image (1), at the cost of one forward pass and without "
         "certificates; `certify accuracy` bounds the accuracy of such answers under attack.",
     )
     radius: float | None = option(
