@@ -86,7 +86,7 @@ class AccuracyBound:
         return default_radii(self.reach) if given is None else check_radii(given)
 
     def table(self, radii: Sequence[float] | None = None, *, beside: Run | None = None, style: str = "text") -> Table:
-        """Return the table of the bound over the radius, beside the certified accuracy of the majority vote.
+        """Return the table of the bound over the radius, next to the certified accuracy of the majority vote.
 
         Args:
             radii: in [0, 1] pixels.
@@ -94,7 +94,7 @@ class AccuracyBound:
             style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"``.
 
         Raises:
-            UserError: radii below 0, an unknown style, or a run that cannot stand beside this one.
+            UserError: radii below 0, an unknown style, or a run that is not comparable with this one.
         """
         radii, other = self.radii(radii), self.majority(beside)
         header = [f"{IN_WORDS[self.run.header.norm]} radius", f"{self.quantity} >="]
@@ -125,7 +125,7 @@ class AccuracyBound:
         return other
 
     def plot(self, path: str | Path | None = None, *, beside: Run | None = None, title: str | None = None) -> Plot:
-        """Draw the bound over the radius, with the certified accuracy of the majority vote, and return the plot.
+        """Plot the bound over the radius, with the certified accuracy of the majority vote, and return the plot.
 
         Args:
             path: of the picture to write, such as ``"curve.png"``; None writes none.

@@ -47,7 +47,7 @@ class Options(ModelOptions, SmoothingOptions, DataOptions, total=False):
             cluster this machine belongs to) or ``"ray://HOST:PORT"``; the model is loaded there by name or sent there.
         shard: ``"i/n"``: certify part i of n of the images; :meth:`certify.Run.merge` joins the parts.
         trust_identity: resume a run file that cannot prove that its model is still the same.
-        progress: False shows none, a number of seconds prints a line so often in place of a bar.
+        progress: False shows nothing; a number prints a line every so many seconds instead of a bar.
     """
 
     strict: bool
@@ -88,8 +88,8 @@ def certify(
         labels: N class indices (with a path: as of ``--labels``); None takes the data's own, if it has any.
         sigma: standard deviation of the noise, in [0, 1] pixels.
         n0: samples that select the class, 100 unless given; none are drawn with ``radius`` or ``tolerance``.
-        n: samples that bound its probability, 100,000 unless given; at most so many with ``radius`` (20,000 unless
-            given) or ``tolerance``.
+        n: samples that bound its probability, 100,000 unless given; the maximum with ``radius`` (20,000 unless given)
+            or ``tolerance``.
         alpha: failure probability per image.
         bound: name of a bound (``certify list bounds``), Clopper-Pearson unless given.
         radius: decide only whether images are robust at these radii, with as few samples as possible.

@@ -152,7 +152,7 @@ def audit(
         concurrency: queries at a time; above 1 a function must be safe to call from several threads.
         repeat_clean: repetitions of one clean image at the start.
         device: of noise and denoiser.
-        progress: False shows none, a number of seconds prints a line so often in place of a bar.
+        progress: False shows nothing; a number prints a line every so many seconds instead of a bar.
         **options: of the images, of an HTTP API, and further ones (:class:`certify.auditing.AuditOptions`).
 
     Returns:

@@ -40,7 +40,7 @@ class Options(ModelOptions, DataOptions, total=False):
     Attributes:
         strict: stop at the first image that cannot be read, instead of leaving it out.
         trust_identity: resume a file that cannot prove that its models are still the same.
-        progress: False shows none, a number of seconds prints a line so often in place of a bar.
+        progress: False shows nothing; a number prints a line every so many seconds instead of a bar.
     """
 
     strict: bool

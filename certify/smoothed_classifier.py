@@ -225,14 +225,14 @@ class SmoothedClassifier(NoisyClassifier):
             image: ``(C, H, W)`` or ``(H, W, C)``, float in [0, 1] or uint8, or of PIL, at the classifier's input size;
                 a batch ``(N, C, H, W)`` or a sequence of images gives a list of certificates.
             n0: selection samples.
-            n: estimation samples, fresh ones; at most so many with a tolerance.
+            n: fresh estimation samples; the maximum with a tolerance.
             alpha: failure probability per image.
             bound: name of a bound (``certify list bounds``).
             tolerance: stop once the radius is at least 1 - tolerance of the largest that is still possible. The bound
                 is then ``betting``, which is anytime-valid, and no selection samples are drawn.
-            seed: with ``image_id`` it fixes all noise. The default is public: whoever knows the seed can craft an image
-                against its noise, so it must be secret where images may come from an adversary.
-            image_id: names the noise stream, one for each image of a batch; default: a hash of the image.
+            seed: determines all noise, together with ``image_id``. An adversary who knows the seed can craft an image
+                against its noise, so keep it secret if images may come from an adversary.
+            image_id: name of the noise stream (one per image of a batch); default: a hash of the image.
             progress: called with the number of samples done since the last call.
 
         Raises:
@@ -268,13 +268,13 @@ class SmoothedClassifier(NoisyClassifier):
     ) -> Decision | list[Decision]:
         """Decide whether the smoothed classifier is certifiably robust at given radii, with as few samples as possible.
 
-        For each image, with probability at least 1 - alpha, all of its decision is true. No selection samples are
-        needed.
+        For each image, with probability at least 1 - alpha over the noise draws, all outcomes of its decision are
+        true. No selection samples are needed.
 
         Args:
             image: as for :meth:`certify`.
             radius: one or several, in [0, 1] pixels and this classifier's norm.
-            n: the most samples; at n an image stays undecided.
+            n: maximum number of samples; an image not decided by then is undecided.
             alpha: failure probability per image, over all radii.
             rule: name of a stopping rule (``certify list rules``).
             seed: as for :meth:`certify`.
@@ -304,9 +304,21 @@ class SmoothedClassifier(NoisyClassifier):
         image_id: str | Sequence[str] | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Prediction | list[Prediction]:
-        """Predict the smoothed classifier's class, or abstain; wrong with probability at most alpha per image.
+        """Predict the smoothed class of one image, or of each image of a batch, or abstain.
 
-        Arguments and errors as for :meth:`certify`.
+        For each image, with probability at least 1 - alpha over the noise draws, the result is the smoothed
+        classifier's prediction or an abstention (PREDICT of Cohen, Rosenfeld and Kolter 2019).
+
+        Args:
+            image: as for :meth:`certify`.
+            n: samples, from 1.
+            alpha: failure probability per image, in (0, 1).
+            seed: as for :meth:`certify`.
+            image_id: as for :meth:`certify`.
+            progress: as for :meth:`certify`.
+
+        Raises:
+            UserError: as for :meth:`certify`.
         """
         predictions: Prediction | list[Prediction] = self._answer(Predict(n, alpha), image, seed, image_id, progress)
         return predictions

@@ -196,7 +196,7 @@ def _train_denoiser(job: TrainingJob, images: TrainingData, config: TrainerConfi
 
 
 class RecipeOptions(TypedDict, total=False):
-    """Further hyperparameters, as of :class:`training.recipe.Recipe`."""
+    """Further hyperparameters: fields of :class:`training.recipe.Recipe`."""
 
     optimizer: str
     weight_decay: float
@@ -213,7 +213,7 @@ class RecipeOptions(TypedDict, total=False):
 
 
 class JobOptions(TypedDict, total=False):
-    """Further options of a training, as of :class:`TrainingJob`."""
+    """Further options of a training: fields of :class:`TrainingJob`."""
 
     options: Mapping[str, Any]
     init: str | nn.Module | None
@@ -236,7 +236,7 @@ class Options(RecipeOptions, JobOptions, total=False):
     """Further options of :func:`train_denoiser`.
 
     Attributes:
-        progress: False shows none, a number of seconds prints a line so often in place of a bar.
+        progress: False shows nothing; a number prints a line every so many seconds instead of a bar.
     """
 
     progress: bool | float

@@ -39,8 +39,8 @@ class Recipe:
         first_share: share of the steps of the first of two phases.
         augment: shift and mirror the images.
         temperature: divisor of the frozen classifier's logits before the cross-entropy; 1 is the published loss. A
-            classifier that never saw noise is overconfident on denoised images; above 1, training improves its votes,
-            which certificates count, and not its confidence.
+            classifier trained without noise is overconfident on denoised images; above 1, training improves its votes,
+            which certificates count, instead of its confidence.
         queries: random directions per image and step, for ``zeroth-order``.
         ema: decay of an exponential moving average of the weights, which is validated and saved; 0: none.
         only: prefixes of the parameters that are trained; empty: all. Other batch norms keep their statistics.

@@ -161,7 +161,7 @@ class NoisyClassifier:
             self._unchecked -= {"local", "queries"} if paid else {"local"}
 
     def prepare(self, image: torch.Tensor, samples: int, execution: Execution | None = None) -> Execution:
-        """Choose how to run the base classifier for this many samples, and run it so from now on.
+        """Choose the execution settings for this many samples, and use them from now on.
 
         Args:
             image: one of the images, ``(C, H, W)``.

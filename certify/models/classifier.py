@@ -200,7 +200,7 @@ class Classifier(nn.Module):
         return output
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return labels ``(B,)``, int64, of images ``(B, C, H, W)``; ``FAILED`` where the answer is not finite."""
+        """Return labels ``(B,)``, int64, of images ``(B, C, H, W)``; ``FAILED`` where the output is not finite."""
         return self.labels(self.output(images))
 
     def labels(self, output: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ class Classifier(nn.Module):
             raise FailsOnImages(f"classifier {self.name!r} fails on a {shape} image: {first_line(error)}") from error
 
     def identity(self) -> str:
-        """Return a hash that identifies the classifier: of its tensors, and of the files that define it besides."""
+        """Return a hash that identifies the classifier, over its tensors and the other files that define it."""
         own = state_digest(self.net) or self.name
         if self.code is None:
             return own
@@ -269,7 +269,7 @@ class Classifier(nn.Module):
         return hashlib.sha256(f"{self.code} {own}{files}".encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that determines the function, for the record."""
+        """Return everything that determines the function, as JSON for the run file's header."""
         return {
             "step": "classifier",
             "name": self.name,

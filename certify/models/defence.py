@@ -45,18 +45,18 @@ class Member:
 
 
 class Defence(nn.Module):
-    """The whole system that an attacker faces: images in [0, 1] to labels.
+    """The defended classifier as an attacker faces it: images in [0, 1] to labels.
 
     Args:
         name: of the defence, as in the table.
         members: at least one; all have the same classes.
         draws: passes through each member, each with its own random numbers.
         combine: one of ``COMBINE``.
-        frozen: whether the classifiers are the published ones; False if they were fine-tuned.
-        about: options for the record.
+        frozen: False if the classifiers were fine-tuned.
+        about: options, for the run file.
 
     Attributes:
-        checked: whether its parts were checked on an image (:mod:`certify.engine.contract`).
+        checked: True once its parts were checked on an image (:mod:`certify.engine.contract`).
 
     Raises:
         UserError: invalid draws or combination, or members with different classes.

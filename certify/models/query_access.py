@@ -42,23 +42,23 @@ _TOKENS = iter(range(1 << 62))
 class QueryAccess:
     """Access to a target by queries: images ``(B, C, H, W)`` in; labels ``(B,)`` or scores ``(B, K)`` out, on the CPU.
 
-    Answers carry no autograd history, and the object has no path to the target: it holds a token, and a table of this
-    module the rest. A batch is answered whole or refused whole: one that exceeds the rest of the budget raises
-    :class:`BudgetSpent`, and no image of it is computed. An image counts when it is sent, answered or not.
+    Outputs have no autograd history, and the object has no reference to the target: it holds a token for a table of
+    this module. A batch that exceeds the rest of the budget raises :class:`BudgetSpent`, and none of its images is
+    computed. An image counts when it is sent, whether or not it gets an output.
 
-    Query n of this access to a random defence draws from ``sha256(key, n)``: repeating an image gives another draw, and
-    the same queries in the same order give the same answers, however they are split into batches. The object cannot be
+    For a random defence, query n uses random numbers from ``sha256(key, n)``: repeating an image gives another draw,
+    and the same queries in the same order give the same outputs for any split into batches. The object cannot be
     copied, because that would copy the budget.
 
     Args:
         target: a defence, a classifier, or any function from images to scores ``(B, K)`` or labels ``(B,)``.
         answers: ``labels`` (int64, ``FAILED`` where the target has none), or ``scores``: probabilities of a defence or
             a classifier, the output of a function, in float32 or better.
-        budget: most images that may be sent, or None for no limit.
+        budget: maximum number of images sent, or None for no limit.
         key: of :func:`certify.smoothing.rng.stream_key`, for the random numbers of a random defence.
         spent: images sent before, when work is resumed.
         num_classes: K of a function; defences and classifiers have their own.
-        bounded: whether to refuse images that are not finite or leave [0, 1], as a service would.
+        bounded: reject images that are not finite or leave [0, 1], as a service would.
 
     Raises:
         UserError: an unknown kind of answers, or a negative budget.

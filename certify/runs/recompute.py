@@ -18,8 +18,8 @@ def recompute(
     """Return header and rows of the same votes at another alpha or bound.
 
     Each certificate fails with probability at most the new alpha, provided that alpha and bound were chosen without
-    looking at the results. What the run's design cannot support is refused. Warns of a run that cannot prove that all
-    its images met the same model.
+    looking at the results. Bounds that the run's design cannot support are rejected. Warns of a run that cannot prove
+    that all its images were labelled by the same model.
 
     Args:
         run: as it was read.

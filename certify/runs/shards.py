@@ -76,12 +76,12 @@ def whole_header(part: RunHeader) -> RunHeader:
 
 
 def merge_shards(runs: Iterable[Run], *, command: str = "") -> tuple[RunHeader, list[ImageRow]]:
-    """Return header and rows of the run whose shards these are, the images in the order of their selection.
+    """Return header and rows of the whole run from its shards, with the images in the order of their selection.
 
-    A shard that cannot prove which model it met is merged with a warning; the merged file cannot prove it either.
+    A shard that cannot prove the identity of its model is merged with a warning, and neither can the merged file.
 
     Raises:
-        UserError: a run that is no shard, one of another run, one twice, one missing, or one unfinished; by name.
+        UserError: a run that is not a shard, a shard of another run, a duplicate, missing or unfinished shard; by name.
     """
     parts = sorted((_part(run) for run in runs), key=lambda part: part.place.index)
     first = next((part for part in parts if not unproven(part.run.header)), parts[0])
