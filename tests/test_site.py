@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import inspect
 import os
 import re
 import subprocess
@@ -30,10 +31,24 @@ def test_every_page_is_in_the_navigation(page: str) -> None:
     )
 
 
-def test_the_reference_names_everything_public() -> None:
+def test_the_reference_names_everything_public_once() -> None:
     text = "".join(p.read_text(encoding="utf-8") for p in (DOCS / "reference").glob("*.md"))
-    missing = [name for name in certify.__all__ if f"::: certify.{name}\n" not in text]
-    assert missing == ["__version__"]
+    entries = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert [name for name in certify.__all__ if f"certify.{name}" not in entries] == ["__version__"]
+    assert len(set(entries)) == len(entries)
+
+
+PUBLIC = set(certify.__all__) - {"__version__", "ABSTAIN", "BaseClassifier", "CertifyError", "UserError"}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_docstrings_explain_arguments_and_errors(name: str) -> None:
+    thing = getattr(certify, name)
+    text = inspect.getdoc(thing) or ""
+    for argument in inspect.signature(thing).parameters.values():
+        stars = "**" if argument.kind is argument.VAR_KEYWORD else ""
+        assert f"\n    {stars}{argument.name}: " in text, argument.name
+    assert "Raises:" in text or inspect.isclass(thing)
 
 
 def test_the_citation_is_of_this_version() -> None:
