@@ -25,7 +25,7 @@ from certify.types import FAILED, WorstCase
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NEGLIGIBLE = 0.01  # the table and the figure end where the bound is below
+_NEGLIGIBLE, _FAR = 0.01, 1e6  # the table and the figure end where the bound is below, or at this radius
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class AccuracyBound:
         low, high = 0.0, 1.0
         if self.lower <= _NEGLIGIBLE:
             return 0.0
-        while self.under_attack(high) > _NEGLIGIBLE:
+        while self.under_attack(high) > _NEGLIGIBLE and high < _FAR:
             low, high = high, 2 * high
         for _ in range(30):
             middle = (low + high) / 2

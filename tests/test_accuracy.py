@@ -229,4 +229,4 @@ def test_what_has_no_radii_is_not_drawn_as_certificates(tmp_path: Path, capsys: 
     with pytest.raises(UserError, match="about all images together"):
         certify.Run.of(bound.run).table()
     run("table", str(tmp_path / "a.jsonl"), code=2)
-    assert "`certify accuracy` shows it" in capsys.readouterr().err
+    assert "see `certify accuracy`" in capsys.readouterr().err

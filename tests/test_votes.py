@@ -49,6 +49,22 @@ class TestLoop:
         assert sizes == [64] * 9 + [24]
         assert [t.votes.trials for t in tallies] == [10, 20] * 20
 
+    def test_a_key_that_is_used_once_draws_no_more_than_it_needs(self, linear_classifier: Any) -> None:
+        """Three samples instead of a block of 1,000, from the same generator each time."""
+        drawn: list[int] = []
+
+        class Spy(Gaussian):
+            def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+                drawn.append(shape[0])
+                return super().sample(shape, generator)
+
+        f, image = Pipeline(linear_classifier(torch.ones(12), 6.0)), torch.full((3, 2, 2), 0.5)
+        jobs = [Job(image, stream_key(0, "x", "a"), 3, keep=3, once=once) for once in (False, True, True)]
+        tallies = list(count_votes(f, Spy(0.25), jobs, batch_size=64))
+        assert drawn == [block_size(12), 3, 3]
+        assert [t.votes.trials for t in tallies] == [3, 3, 3]
+        assert tallies[1].labels.tolist() == tallies[2].labels.tolist()
+
     def test_without_noise_the_image_itself(self, linear_classifier: Any) -> None:
         f = Pipeline(linear_classifier(torch.ones(12), 6.0))
         jobs = [Job(torch.full((3, 2, 2), v), None, 1, keep=1) for v in (0.4, 0.6, 0.4)]

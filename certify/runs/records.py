@@ -52,7 +52,7 @@ SCHEMA = 1
 _WITH_RADIUS = (Certify.kind, Decide.kind)  # every image has one, 0 for an abstention
 _WITHOUT_RADIUS = {
     Predict.kind: "holds predictions, which have no radius",
-    Accuracy.kind: "is about all images together, and none has a radius: `certify accuracy` shows it",
+    Accuracy.kind: "is about all images together, and none has a radius: see `certify accuracy` or `accuracy_bound()`",
 }
 
 _CHOSEN = Kind("true, false or text", lambda value: FLAG.fits(value) or TEXT.fits(value))

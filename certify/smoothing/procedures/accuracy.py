@@ -86,8 +86,8 @@ class Accuracy:
         """Return the kind of statement; no image has a radius of its own."""
         about = "the population of these images" if self.population else "these images"
         text = (
-            f"the mean accuracy over {about}, under any attack of a given size on each of them, of answers that come "
-            "from one fresh noisy copy; nothing about a single image, nor about the majority vote"
+            f"the mean accuracy over {about} under any attack of a given size, answering from one fresh noisy copy; "
+            "nothing about a single image, nor about the majority vote"
         )
         return Prospects(statement=text)
 
