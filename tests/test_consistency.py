@@ -86,10 +86,10 @@ def test_weights_are_selected_by_the_loss_with_several_draws(digits: Classifier)
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"draws": 0}, "--set draws=0: expected a whole number from 1 to 64"),
-        ({"draws": 1.5}, "--set draws=1.5: expected a whole number"),
-        ({"consistency": 3}, "needs several draws; add --set draws=2"),
-        ({"draws": 2, "consistency": -1}, "--set consistency=-1: expected a number from 0"),
+        ({"draws": 0}, "settings draws=0: expected a whole number from 1 to 64"),
+        ({"draws": 1.5}, "settings draws=1.5: expected a whole number"),
+        ({"consistency": 3}, "needs several draws; add settings draws=2"),
+        ({"draws": 2, "consistency": -1}, "settings consistency=-1: expected a number from 0"),
         (
             {"draws": 2, "weight": 3},
             "objective 'stability' has no option 'weight'; its options: draws=1, consistency=0.0",
