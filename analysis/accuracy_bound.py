@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.curves import Curve, curve, default_radii
-from analysis.figures import COLOURS, canvas, literal
+from analysis.figures import COLOURS, add_legend, canvas, literal
 from analysis.plots import steps
 from analysis.tables import render
 from certify.errors import UserError
@@ -145,7 +145,7 @@ class AccuracyBound:
                 _add_majority(axes, other)
             axes.set(xlim=(0, None), ylim=(0, 1.0), ylabel=self.quantity)
             axes.set_xlabel(f"{IN_TEX[norm]} radius (images in [0, 1] pixels)")
-            figure.legend(loc="outside lower center", ncols=1, alignment="left")
+            add_legend(figure, axes, 1, alignment="left")
         return Plot(figure)
 
     def statement(self) -> str:

@@ -171,8 +171,8 @@ def common_norm(runs: Sequence[Run]) -> str:
     return norms[0]
 
 
-def curves(runs: Sequence[Run], given: Sequence[str] = ()) -> list[Curve]:
-    """Return a curve per run, with the given names or names made from the settings that differ.
+def curves(runs: Sequence[Run], given: Sequence[str] = (), *, short: bool = False) -> list[Curve]:
+    """Return a curve per run, with the given names or those of :func:`names`.
 
     Raises:
         UserError: more or fewer names than runs, radii in different norms, or labelled and unlabelled runs together.
@@ -180,7 +180,7 @@ def curves(runs: Sequence[Run], given: Sequence[str] = ()) -> list[Curve]:
     common_norm(runs)
     if given and len(given) != len(runs):
         raise UserError(f"{len(given)} names for {len(runs)} runs: expected --name once per run, in the same order")
-    named = [curve(run, name) for run, name in zip(runs, given or names(runs), strict=True)]
+    named = [curve(run, name) for run, name in zip(runs, given or names(runs, short=short), strict=True)]
     if len({c.labelled for c in named}) > 1:
         plain = next(c.run.path for c in named if not c.labelled)
         raise UserError(f"{plain} has no labels and others have: they cannot be compared; show them separately")
@@ -191,16 +191,21 @@ NAMING = ("data", "denoiser", "noise", "n", "alpha", "bound", "seed")
 """Header keys that distinguish runs, besides model and sigma."""
 
 
-def names(runs: Sequence[Run], keys: Sequence[str] = NAMING) -> list[str]:
-    """Name each run by model, sigma and those of ``keys`` that differ; missing keys (published logs) do not count."""
+def names(runs: Sequence[Run], keys: Sequence[str] = NAMING, *, short: bool = False) -> list[str]:
+    """Name each run by model, sigma and those of ``keys`` that differ; missing keys (published logs) do not count.
+
+    With ``short``, model and sigma are left out too where several runs share them.
+    """
     differing = [k for k in keys if k != "model" and len(_values(runs, k)) > 1]
+    shared = {k for k in ("model", "sigma") if short and len(runs) > 1 and len(_values(runs, k)) == 1}
+    shared = shared if differing or len(shared) < 2 else set()
     data = _values(runs, "data")
     short = len({Path(name).name for name in data}) == len(data)
 
     def name(run: Run) -> str:
         header = run.header
-        parts = [header.model if header.has("model") else run.path.stem]
-        if header.has("sigma"):
+        parts = [] if "model" in shared else [header.model if header.has("model") else run.path.stem]
+        if header.has("sigma") and "sigma" not in shared:
             parts.append(f"σ = {header.sigma:g}")
         if header.has("noise") and header.noise != "gaussian" and "noise" not in differing:
             parts.append(f"{header.noise} noise")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certify.errors import RunFault, UserError
 from certify.runs.files import replacing
+from certify.smoothing.numeric import as_float
 from certify.text import printable
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
@@ -26,7 +30,6 @@ LINES = ("-", "--", ":", "-.")
 """Line styles, for more lines than colours."""
 
 STYLE: Any = {
-    "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -34,11 +37,106 @@ STYLE: Any = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "legend.fontsize": 8,
-    "legend.title_fontsize": 8,
     "svg.hashsalt": "certify",  # the same run gives the same file
     "pdf.fonttype": 42,
 }
+
+
+_PRESETS: dict[str, tuple[float | None, float]] = {"screen": (None, 9.0), "paper": (3.25, 8.0), "slides": (8.0, 16.0)}
+LEGENDS = ("outside", "inside", "none")
+
+
+@dataclass(frozen=True)
+class FigureStyle:
+    """Size and style of figures, in place of their own; see :func:`figure_style`.
+
+    Attributes:
+        name: ``"screen"``; ``"paper"``: 3.25 inches wide, 8 pt, every line with dashes of its own, for grey print; or
+            ``"slides"``: 8 inches wide, 16 pt.
+        width: in inches.
+        height: in inches.
+        font_size: in points.
+        legend: ``"outside"`` (below the axes), ``"inside"`` or ``"none"``.
+        xmax: largest radius on the axis of a curve.
+
+    Raises:
+        UserError: an unknown name or legend, or sizes that are not positive.
+    """
+
+    name: str = "screen"
+    width: float | None = None
+    height: float | None = None
+    font_size: float | None = None
+    legend: str = "outside"
+    xmax: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, value, known in (("style", self.name, tuple(_PRESETS)), ("legend", self.legend, LEGENDS)):
+            if value not in known:
+                raise UserError(f"--{option} {value!r}: expected one of {', '.join(known)}")
+        for option in ("width", "height", "font_size", "xmax"):
+            value = getattr(self, option)
+            if value is not None and not 0 < as_float(value, option) <= _LARGEST:
+                raise UserError(
+                    f"--{option.replace('_', '-')} {value}: expected a number above 0, at most {_LARGEST:g}"
+                )
+
+    @property
+    def points(self) -> float:
+        """Font size of axis labels; that of the legend is a point smaller."""
+        return self.font_size or _PRESETS[self.name][1]
+
+    def size(self, width: float, height: float) -> tuple[float, float]:
+        """Return the size in inches of a figure whose own size is this."""
+        wide = self.width or _PRESETS[self.name][0] or width
+        return wide, self.height or max(_LOWEST, height * wide / width)
+
+    def line(self, place: int) -> tuple[str, str]:
+        """Return colour and dashes of a line by its place."""
+        dashes = place if self.name == "paper" else place // len(COLOURS)
+        return COLOURS[place % len(COLOURS)], LINES[dashes % len(LINES)]
+
+
+_LARGEST, _LOWEST = 100.0, 1.8  # inches, points or pixels; inches
+_SCREEN = FigureStyle()
+_style = contextvars.ContextVar("figure_style", default=_SCREEN)
+
+
+def current_style() -> FigureStyle:
+    """Return the style of the figures that are drawn now."""
+    return _style.get()
+
+
+@contextlib.contextmanager
+def figure_style(style: FigureStyle) -> Iterator[None]:
+    """Draw figures in this style within the block."""
+    token = _style.set(style)
+    try:
+        yield
+    finally:
+        _style.reset(token)
+
+
+def add_legend(figure: Figure, axes: Axes, columns: int, **options: Any) -> None:
+    """Add a legend where the style wants it, in at most so many columns and no more than fit side by side.
+
+    ``options`` are those of matplotlib.
+    """
+    style = _style.get()
+    if style.legend == "none":
+        return
+    if style.legend == "inside":
+        axes.legend(loc="best", **options)
+        return
+    handles = options.get("handles") or axes.get_legend_handles_labels()[0]
+    longest = max((max(map(len, str(handle.get_label()).split("\n"))) for handle in handles), default=1)
+    fit = int(_characters(figure.get_figwidth()) / (longest + 3))
+    figure.legend(loc="outside lower center", ncols=max(1, min(columns, fit)), **options)
+
+
+def _characters(width: float) -> float:
+    """Return the number of characters of the legend that fit into a width in inches."""
+    return 66 * (width / 4.8) * 8 / (_style.get().points - 1)
 
 
 def check_format(path: str | Path) -> None:
@@ -81,14 +179,35 @@ def canvas(
 
     if path is not None:
         check_format(path)
+    style = _style.get()
+    points = style.points
     lines = {"axes.grid": grid != "neither", "axes.grid.axis": "both" if grid == "neither" else grid}
-    with rc_context({**STYLE, **lines}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+    sizes = {"font.size": points, "legend.fontsize": points - 1, "legend.title_fontsize": points - 1}
+    with rc_context({**STYLE, **lines, **sizes}):
+        figure = Figure(figsize=style.size(width, height), layout="constrained")
         if title:
-            figure.suptitle(title, fontsize=9, x=0.01, ha="left", wrap=True)
+            figure.suptitle(title, fontsize=points, x=0.01, ha="left", wrap=True)
         yield figure, figure.subplots(len(rows), columns, squeeze=len(rows) == 1, height_ratios=rows)
+        _wrap_axis_labels(figure, len(rows), columns)
         if path is not None:
             save_figure(figure, Path(path))
+
+
+def _wrap_axis_labels(figure: Figure, rows: int, columns: int) -> None:
+    """Break the labels of the axes where they would be longer than their axes."""
+    wide, high = _characters(figure.get_figwidth() / columns), _characters(figure.get_figheight() / rows)
+    for axes in figure.axes:
+        for axis, room in ((axes.xaxis, 0.95 * wide), (axes.yaxis, 0.7 * high)):
+            text = axis.get_label_text()
+            axis.set_label_text("\n".join(textwrap.fill(line, max(8, int(room))) for line in text.split("\n")))
+
+
+def tick_name(name: str) -> str:
+    """Return the name of a row for the axis: printable, at most :data:`LABEL` characters, on two lines if long."""
+    name = literal(name, LABEL)
+    middle = name.rfind(":", 0, 2 * len(name) // 3) + 1
+    narrow = len(name) > _characters(_style.get().size(6.4, 1.0)[0]) / 4
+    return f"{name[:middle]}\n{name[middle:]}" if narrow and middle else name
 
 
 def literal(text: str, limit: int | None = None) -> str:
@@ -112,7 +231,8 @@ def log_ticks(axis: Axis, text: str, subs: Sequence[float] = (1.0, 2.0, 5.0)) ->
 
 def wrapped(labels: Sequence[str]) -> tuple[list[str], float]:
     """Wrap labels to fit below the axes; also return the height in inches that lines beyond the second need."""
-    lines = [textwrap.fill(label, 66, subsequent_indent="   ") for label in labels]
+    wide = round(_characters(_style.get().size(4.8, 3.3)[0]))
+    lines = [textwrap.fill(label, wide, subsequent_indent="   ") for label in labels]
     return lines, 0.17 * max(0, sum(1 + label.count("\n") for label in lines) - 2)
 
 

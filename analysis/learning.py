@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.figures import COLOURS, canvas, literal
+from analysis.figures import COLOURS, add_legend, canvas, literal
 from certify.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -91,8 +91,12 @@ def plot_learning(trainings: Sequence[Learning], path: str | Path, *, title: str
     measures = [m for m in _NAMES if any(_parts(name)[0] == m for name in figures)]
     levels = sorted({sigma for name in figures for m, sigma in [_parts(name)] if m in measures}, key=_as_number)
     wide = 1 + len(measures)
-    with canvas(3.2 * wide, 3.2, path, columns=wide, title=title) as (figure, row):
-        first, *others = np.atleast_1d(row)
+    columns = min(2, wide)
+    rows = -(-wide // columns)
+    with canvas(3.2 * columns, 2.6 * rows, path, columns=columns, rows=(1.0,) * rows, title=title) as (figure, grid):
+        first, *others = np.ravel(grid)
+        while len(others) > len(measures):
+            others.pop().remove()
         for i, training in enumerate(trainings):
             colour = COLOURS[i % len(COLOURS)]
             smooth = [
@@ -107,7 +111,7 @@ def plot_learning(trainings: Sequence[Learning], path: str | Path, *, title: str
                     if values is not None:
                         marker = _MARKERS[level % len(_MARKERS)]
                         axes.plot(training.seen / 1e3, values, color=colour, marker=marker, markersize=4, linewidth=1)
-        first.set(ylabel="training loss")
+        first.set(ylabel="loss of each objective" if len(trainings) > 1 else "training loss")
         for axes, measure in zip(others, measures, strict=True):
             axes.set(ylabel=_NAMES[measure])
         for axes in (first, *others):
@@ -119,7 +123,7 @@ def plot_learning(trainings: Sequence[Learning], path: str | Path, *, title: str
             handles += first.plot(
                 [], [], color="#555555", marker=marker, markersize=4, linewidth=0, label=f"sigma = {sigma}"
             )
-        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+        add_legend(figure, first, 4, handles=handles)
 
 
 def _parts(name: str) -> tuple[str, str]:

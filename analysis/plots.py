@@ -10,7 +10,7 @@ import numpy as np
 
 from analysis.curves import Curve, proportion_interval
 from analysis.envelope import Envelope, Line
-from analysis.figures import COLOURS, LINES, canvas, literal, wrapped
+from analysis.figures import add_legend, canvas, current_style, literal, wrapped
 from certify.smoothing.norms import IN_TEX
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _OFFSET = 3.0  # points between marks at the same radius
 _TICKS = 12  # maximum number of labelled ticks
-_WIDE = 40  # characters of a label, of which two do not fit side by side
 
 
 def steps(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
@@ -60,9 +59,10 @@ def plot_curves(
     labels, extra = wrapped(texts)
     decided = sum(bool(line.decided) for line in lines)
     offsets = iter([_OFFSET * (i - (decided - 1) / 2) for i in range(decided)])
+    style = current_style()
     with canvas(4.8, 3.3 + extra, path, title=title) as (figure, axes):
         for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
-            colour, dashes = COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % len(LINES)]
+            colour, dashes = style.line(i)
             if isinstance(line, Envelope):
                 _single_runs(axes, line, colour)
             if line.decided:
@@ -75,18 +75,17 @@ def plot_curves(
             for curve in line.runs if isinstance(line, Envelope) else [line]:
                 if curve.capped:  # the cliff is the number of samples, not the classifier
                     end = f"n = {curve.run.header.n:,} ends here"
-                    axes.text(curve.limit, 0.98, end, color=colour, fontsize=7, rotation=90, ha="left", va="top")
+                    axes.text(curve.limit, 0.98, end, color=colour, fontsize="small", rotation=90, ha="left", va="top")
         largest = max((r for line in lines for r in (*line.radii[-1:], *line.decided)), default=0.0) or 1.0
         capped = any(c.capped for line in lines for c in (line.runs if isinstance(line, Envelope) else [line]))
         margin = (1.07 if capped else 1.04) + _OFFSET * decided / 2 / 280  # the axes are about 280 points wide
-        axes.set(xlim=(0, margin * largest), ylim=(0, 1.0))
+        axes.set(xlim=(0, style.xmax or margin * largest), ylim=(0, 1.0))
         if decided == len(lines):
             axes.set_xticks(sorted({r for line in lines for r in line.decided})[:_TICKS])
         axes.set_xlabel(f"{IN_TEX[lines[0].norm]} radius (images in [0, 1] pixels)")
         axes.set_ylabel(f"{lines[0].quantity}\n(95 % interval over images)" if band else lines[0].quantity)
         if any(labels):
-            columns = 1 if max(map(len, labels)) > _WIDE else 2
-            figure.legend(loc="outside lower center", ncols=columns, title=legend_title, alignment="left")
+            add_legend(figure, axes, 3, title=legend_title, alignment="left")
     return figure
 
 

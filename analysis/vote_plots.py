@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.curves import common_norm, names
-from analysis.figures import COLOURS, LABEL, canvas, literal, log_ticks, wrapped
+from analysis.figures import COLOURS, add_legend, canvas, current_style, literal, log_ticks, tick_name, wrapped
 from certify.errors import UserError
 from certify.runs.records import ImageRow
 from certify.runs.run_file import Run
@@ -37,9 +37,16 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
     """
     row = _row(run, image_id)
     votes = row.estimation_votes
-    counts = sorted(((count, label) for label, count in enumerate(votes.counts) if count), reverse=True)
+    counts = [(count, label) for label, count in enumerate(votes.counts) if count and label != row.label]
+    if row.label is not None:  # has a bar of its own, also without votes
+        counts.append((dict(enumerate(votes.counts)).get(row.label, 0), row.label))
+    counts.sort(key=lambda pair: (pair[1] == row.label, pair[0]), reverse=True)
     shown, rest = counts[:_MAX_BARS], counts[_MAX_BARS:]
-    bars = [(_name(row, label), count, label == row.prediction) for count, label in shown]
+    shown, rest = (counts, []) if len(rest) == 1 else (shown, rest)
+    bars = [
+        (_name(row, label) + " (label)" * (label == row.label), count, label == row.prediction)
+        for count, label in sorted(shown, reverse=True)
+    ]
     if rest:
         bars.append((f"{len(rest)} others", sum(count for count, _ in rest), False))
     if votes.failures:
@@ -49,7 +56,7 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
         for place, (_, count, leads) in enumerate(bars):
             share = count / votes.trials
             axes.barh(place, share, height=0.62, color=COLOURS[0] if leads else "#B8C4CE")
-            axes.text(share + 0.01, place, f"{count:,}", va="center", fontsize=8)
+            axes.text(share + 0.01, place, f"{count:,}", va="center", fontsize="small")
         lower, other = row.p_lower, row.p_other
         if lower:
             label = f"lower bound of the prediction: {floor_to(lower)}"
@@ -57,10 +64,10 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
         if other and other < 1 - (lower or 0):
             label = f"upper bound of every other class: {ceil_to(other)}"
             axes.axvline(other, color=COLOURS[2], ls="--", lw=1.4, label=label)
-        axes.set_yticks(range(len(bars)), [literal(name, LABEL) for name, _, _ in bars])
+        axes.set_yticks(range(len(bars)), [tick_name(name) for name, _, _ in bars])
         axes.set(xlim=(0, 1.12), ylim=(len(bars) - 0.4, -0.6), xlabel=f"share of {votes.trials:,} votes under noise")
         if axes.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside lower center", ncols=2)
+            add_legend(figure, axes, 2)
 
 
 def _row(run: Run, image_id: str) -> ImageRow:
@@ -154,7 +161,7 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
             if not radii[0].size:
                 raise UserError(f"{run.path} holds no usable image")
             low, middle, high = np.array([np.percentile(values, (25, 50, 75)) for values in radii]).T
-            colour = COLOURS[i % len(COLOURS)]
+            colour, _ = current_style().line(i)
             axes.plot(sizes, middle, color=colour, marker="o", ms=3, lw=1.6, label=name)
             axes.fill_between(sizes, low, high, color=colour, alpha=0.15, lw=0)
             axes.plot(sizes, [largest_with(run, size) for size in sizes], color=colour, ls=":", lw=1.2)
@@ -163,7 +170,7 @@ def plot_samples(runs: Sequence[Run], path: str | Path, *, title: str | None = N
         many = max(run.header.n for run in runs) >= _MANY
         log_ticks(axes.xaxis, "{x:,.0f}", (1.0,) if many else (1.0, 2.0, 5.0))
         axes.set_ylabel(f"{IN_TEX[norm]} radius\n(median and middle half of images)")
-        figure.legend(loc="outside lower center", ncols=1)
+        add_legend(figure, axes, 1)
 
 
 def largest_with(run: Run, size: int) -> float:

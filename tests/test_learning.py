@@ -52,7 +52,7 @@ def test_trainings_are_drawn_together_and_apart_from_runs(tmp_path, capsys):
     command("plot", str(one), str(other), "-o", str(figure))
     drawn = figure.read_text()
     # matplotlib writes each text of a figure beside its outlines
-    for words in ("training loss", "held-out accuracy", "held-out PSNR (dB)", "one", "other", "sigma = 0.5"):
+    for words in ("loss of each objective", "held-out accuracy", "held-out PSNR (dB)", "one", "other", "sigma = 0.5"):
         assert f"<!-- {words} -->" in drawn
 
     for wrong, reason in (

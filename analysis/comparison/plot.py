@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.comparison.results import GROUPS, Cell, Comparison, Condition
 from analysis.comparison.tables import caption_of
-from analysis.figures import COLOURS, LABEL, canvas, literal
+from analysis.figures import COLOURS, add_legend, canvas, literal, tick_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,14 +35,14 @@ def draw_comparison(comparison: Comparison, path: str | Path | None = None) -> F
             for place, condition in enumerate(conditions):
                 y = row - 0.4 + 0.8 * (place + 0.5) / len(conditions)
                 _mark(axes, comparison.cell(defence, condition), condition, place, y)
-        axes.set_yticks(range(len(comparison.defences)), [literal(name, LABEL) for name in comparison.defences])
+        axes.set_yticks(range(len(comparison.defences)), [tick_name(name) for name in comparison.defences])
         axes.set(
             xlim=(0, 1),
             ylim=(len(comparison.defences) - 0.5, -0.5),
             xlabel="accuracy (bars: 95 % interval over images)",
         )
         handles = [_handle(condition, place) for place, condition in enumerate(conditions)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        add_legend(figure, axes, 3, handles=handles)
     return figure
 
 
@@ -68,7 +68,7 @@ def _mark(axes: Axes, cell: Cell | None, condition: Condition, place: int, y: fl
         return
     style = _style(condition, place)
     if cell.failed or not cell.images:
-        axes.text(0.005, y, f"{_label(condition)}: failed", va="center", fontsize=6, color=style["color"])
+        axes.text(0.005, y, f"{_label(condition)}: failed", va="center", fontsize="x-small", color=style["color"])
         return
     low, high = cell.interval
     axes.plot([low, high], [y, y], color=style["color"], linewidth=1)

@@ -8,11 +8,12 @@ import click
 
 from certify.cli.console import tell, warn
 from certify.cli.option_groups import CurveOptions
-from certify.cli.options import command, flag, option, refuse_given
+from certify.cli.options import Options, command, flag, option, refuse_given
+from certify.cli.parameter_types import Positive
 from certify.cli.show import ONLY_CERTIFICATES, named_curves, refuse_beside_comparison
 from certify.errors import UserError
 
-_OF_CURVES = ("no_band", "envelope", "names")
+_OF_CURVES = ("no_band", "envelope", "names", "xmax")
 
 
 class PlotOptions(CurveOptions):
@@ -25,21 +26,48 @@ class PlotOptions(CurveOptions):
     samples: bool = flag(help="Show radius against samples: what fewer of the votes would have certified.")
 
 
+class StyleOptions(Options, section="Figure"):
+    """Size and style of a figure."""
+
+    style: str = option(
+        type=click.Choice(["screen", "paper", "slides"]),
+        default="screen",
+        help="Style: paper is 3.25 in wide with 8 pt text and dashes that survive grey print, slides 8 in with 16 pt.",
+    )
+    width: float | None = option(type=Positive("a width in inches"), metavar="IN", help="Width in inches.")
+    height: float | None = option(type=Positive("a height in inches"), metavar="IN", help="Height in inches.")
+    font_size: float | None = option(
+        type=Positive("a size in points"), metavar="PT", help="Size of the text in points."
+    )
+    legend: str = option(
+        type=click.Choice(["outside", "inside", "none"]), default="outside", help="Place of the legend."
+    )
+    xmax: float | None = option(type=Positive("a radius above 0"), help="Largest radius on the axis of curves.")
+
+
 @command("Draw certified accuracy over radius.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-def plot(runs: tuple[str, ...], options: PlotOptions) -> None:
+def plot(runs: tuple[str, ...], options: PlotOptions, style: StyleOptions) -> None:
     """Draw certified accuracy over radius, one line per run.
 
     RUN is a run file of certify, or a log with columns idx label predict radius correct time. The file of a comparison
     gives a figure of the comparison, folders of trainings give learning curves, and lines of `certify bench --json`
     give speeds.
     """
+    from analysis.figures import FigureStyle, check_format, figure_style
+
+    check_format(options.out)
+    with figure_style(FigureStyle(style.style, style.width, style.height, style.font_size, style.legend, style.xmax)):
+        _draw(runs, options, short=style.style != "screen")
+    tell(f"wrote {options.out}")
+
+
+def _draw(runs: tuple[str, ...], options: PlotOptions, *, short: bool) -> None:
+    """Draw the figure that these files are for."""
     from analysis import learning, speed_plot, vote_plots
-    from analysis.figures import check_format
     from analysis.runs import is_comparison, read_all
 
     out, title = options.out, options.title
-    check_format(out)
     if options.image is not None and options.samples:
         raise UserError("--image and --samples are two figures; pass one of them")
     if any(map(learning.is_training, runs)):
@@ -68,9 +96,8 @@ def plot(runs: tuple[str, ...], options: PlotOptions) -> None:
         from analysis.envelope import group
         from analysis.plots import plot_curves
 
-        curves = named_curves(read_all(runs, warn), options)
+        curves = named_curves(read_all(runs, warn), options, short=short)
         plot_curves(group(curves) if options.envelope else curves, out, title=title, band=not options.no_band)
-    tell(f"wrote {out}")
 
 
 def _refuse_others(paths: Sequence[str], is_kind: Callable[[str], bool], why: str, what: str) -> None:

@@ -89,7 +89,7 @@ def table(runs: tuple[str, ...], columns: RadiiOptions, options: TableOptions) -
     _write(text, options.out, runs)
 
 
-def named_curves(runs: Sequence[Run], options: CurveOptions) -> list[Curve]:
+def named_curves(runs: Sequence[Run], options: CurveOptions, *, short: bool = False) -> list[Curve]:
     """Return the curves of these runs, under the names that were given; warn if precisions differ."""
     from analysis.curves import curves
 
@@ -97,7 +97,7 @@ def named_curves(runs: Sequence[Run], options: CurveOptions) -> list[Curve]:
         raise UserError("--name names runs, --envelope shows methods; pass one of them")
     warn_of_precisions(runs)
     warn_of_samples(runs)
-    return curves(runs, options.names)
+    return curves(runs, options.names, short=short)
 
 
 def _write(text: str, out: str | None, runs: Sequence[str]) -> None:
