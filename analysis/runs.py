@@ -14,8 +14,9 @@ from pathlib import Path
 
 from analysis.comparison.results import Comparison
 from certify.errors import UserError
+from certify.runs.comparison_records import ComparisonHeader
 from certify.runs.identity import unproven
-from certify.runs.records import ComparisonHeader, ImageRow, RunHeader
+from certify.runs.records import ImageRow, RunHeader
 from certify.runs.run_file import ComparisonRun, Run, peek_header, read_run, refuse_duplicates
 from certify.text import read_text
 

@@ -1,5 +1,8 @@
 """Measure the size and shape of the code: ``python benchmarks/structure.py``.
 
+``python benchmarks/structure.py --sample SEED`` prints twelve random public functions with their docstrings instead,
+for a reader to judge.
+
 Counts lines and modules, entries at the top of ``certify/``, functions that take or return ``dict[str, Any]``, modules
 that spell the run file's keys, the modules and functions that one image passes through in ``certify run``, from
 the first line of the command to the last, and the start-up time of ``certify --help``.
@@ -12,6 +15,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -97,5 +101,19 @@ def _is_class_body(name: str) -> bool:
     return last[:1].isupper()
 
 
+def sample_functions(seed: int, count: int = 12) -> str:
+    """Return public functions and methods, drawn at random: place, signature and docstring."""
+    functions = []
+    for path in sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node):
+                signature = f"{path.relative_to(ROOT)}:{node.lineno}\ndef {node.name}({ast.unparse(node.args)})"
+                functions.append(f"{signature}\n    {ast.get_docstring(node)}\n")
+    return "\n".join(random.Random(seed).sample(functions, count))
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--sample"]:
+        print(sample_functions(int(sys.argv[2])))
+        sys.exit()
     print(json.dumps(count_code() | trace_image() | time_help(), indent=1))

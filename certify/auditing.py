@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from certify.api import collect_images, procedure_for
+from certify.api import collect_images
 from certify.blackbox import N0, REPEAT_CLEAN, RETRIES, SEQUENTIAL_N, TIMEOUT, N
 from certify.blackbox.answers import read_class_map
 from certify.blackbox.audit import Observer, run_audit
@@ -24,6 +24,7 @@ from certify.runs.config import Settings
 from certify.runs.progress import progress_bar
 from certify.smoothed_classifier import find_denoiser
 from certify.smoothing.noise import make_noise
+from certify.smoothing.procedures.choose import procedure_for
 
 if TYPE_CHECKING:
     import torch

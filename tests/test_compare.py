@@ -32,7 +32,7 @@ from certify.errors import CertifyWarning, RunFault, UserError
 from certify.images.dataset import ImageSet, load_images
 from certify.models.classifier import Classifier
 from certify.models.defence import Defence, Member
-from certify.runs.records import Outcome
+from certify.runs.comparison_records import Outcome
 from certify.runs.run_file import ComparisonFile, ComparisonRun
 from certify.smoothing.rng import stream_key
 from denoisers.defences import build_defence

@@ -15,8 +15,9 @@ from certify.errors import UserError, first_line, warn
 from certify.images.dataset import ImageSet
 from certify.models.classifier import Classifier
 from certify.models.defence import Defence, Member
+from certify.runs.comparison_records import ComparisonHeader, ConditionRecord, DefenceRecord
 from certify.runs.config import versions
-from certify.runs.records import SCHEMA, ComparisonHeader, ConditionRecord, DefenceRecord
+from certify.runs.records import SCHEMA
 from certify.smoothing.certificates import check_counts
 from certify.smoothing.noise import Gaussian
 from certify.smoothing.numeric import as_int

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from analysis.comparison.sandwich import Crossing, require_none
 from certify.results import Plot, Table, data_frame
-from certify.runs.records import DefenceRecord, ImageRow, Outcome, RunHeader
+from certify.runs.comparison_records import DefenceRecord, Outcome
+from certify.runs.records import ImageRow, RunHeader
 from certify.runs.run_file import ComparisonRun, Run
 from certify.text import printable
 

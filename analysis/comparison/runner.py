@@ -23,7 +23,7 @@ from analysis.comparison.sandwich import crossing
 from certify.errors import RunFault, in_words
 from certify.images.dataset import ImageSet
 from certify.models.defence import Defence
-from certify.runs.records import Crossed, Outcome
+from certify.runs.comparison_records import Crossed, Outcome
 from certify.runs.run_file import ComparisonFile
 from certify.smoothed_classifier import SmoothedClassifier
 from certify.smoothing.rng import block_generator, stream_key

@@ -29,9 +29,9 @@ from certify.cli.service_options import ServiceOptions, query_limits, service_fr
 from certify.errors import UserError
 
 if TYPE_CHECKING:
-    from certify.api import AnyProcedure
     from certify.blackbox.plan import Audit
     from certify.blackbox.service_spec import ServiceSpec
+    from certify.smoothing.procedures.choose import AnyProcedure
 
 
 class AuditServiceOptions(ServiceOptions):

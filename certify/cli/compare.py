@@ -23,7 +23,7 @@ from certify.cli.parameter_types import Count
 from certify.runs.progress import progress_bar
 
 if TYPE_CHECKING:
-    from certify.runs.records import ComparisonHeader
+    from certify.runs.comparison_records import ComparisonHeader
 
 
 class ComparisonOptions(Options, section="Defences"):

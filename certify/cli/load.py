@@ -23,10 +23,10 @@ from certify.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from certify.api import AnyProcedure
     from certify.images.dataset import ImageSet, InputOnly
     from certify.models.classifier import Classifier
     from certify.smoothed_classifier import SmoothedClassifier
+    from certify.smoothing.procedures.choose import AnyProcedure
 
 DEMO_SAMPLES = 1000
 """Samples per image at most, where no --data is given."""
@@ -69,7 +69,7 @@ def procedure_from(
     Raises:
         UserError: options that contradict each other.
     """
-    from certify.api import procedure_for
+    from certify.smoothing.procedures.choose import procedure_for
 
     return procedure_for(
         n0=statistics.n0 if given_by_user("n0") else None,

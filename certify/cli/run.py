@@ -26,8 +26,8 @@ from certify.cli.options import Options, check_radii, command, command_line, fla
 from certify.cli.summary import summarise
 
 if TYPE_CHECKING:
-    from certify.api import AnyProcedure
     from certify.runs.run_file import Run
+    from certify.smoothing.procedures.choose import AnyProcedure
 
 
 class PictureOptions(Options, section="Output"):

@@ -56,7 +56,7 @@ _WITHOUT_RADIUS = {
 }
 
 _CHOSEN = Kind("true, false or text", lambda value: FLAG.fits(value) or TEXT.fits(value))
-_SEED = Kind("a whole number from 0", lambda value: type(value) is int and value >= 0)
+SEED = Kind("a whole number from 0", lambda value: type(value) is int and value >= 0)
 _SIZE = Kind("a whole number or text", lambda value: COUNT.fits(value) or TEXT.fits(value))
 _PAIR = Kind("two counts", lambda value: COUNT.list().fits(value) and len(value) == 2)
 _LOOK = Kind(
@@ -146,7 +146,7 @@ class RunHeader(Header, type_name="run"):
     alpha: Annotated[float, ALPHA]
     bound: Annotated[str, TEXT]
     stopping: Annotated[Stopping | None, object_of(Stopping).or_null(), Absent(None)]
-    seed: Annotated[int, _SEED]
+    seed: Annotated[int, SEED]
     precision: Annotated[str, TEXT]
     compiled: Annotated[bool | str, _CHOSEN]
     folded: Annotated[bool | str, _CHOSEN]
@@ -330,80 +330,3 @@ class ImageRow(Row, type_name="image"):
         if self.decisions is not None and [decision.radius for decision in self.decisions] != list(header.radii):
             return "'decisions' are not about the radii in the header"
         return ""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class ConditionRecord(JsonRecord):
-    """A condition of a comparison: its name, and its group (``plain``, ``blind``, ``adaptive`` or ``certified``)."""
-
-    name: Annotated[str, TEXT, REQUIRED]
-    group: Annotated[str, one_of("plain", "blind", "adaptive", "certified"), REQUIRED]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DefenceRecord(JsonRecord):
-    """A defence of a comparison.
-
-    Attributes:
-        named: as the user wrote it.
-        frozen: True if its classifiers were not trained for the defence.
-        passes: network passes per image.
-    """
-
-    named: Annotated[str, TEXT, REQUIRED]
-    frozen: Annotated[bool, FLAG, REQUIRED]
-    passes: Annotated[float | None, Kind("anything", lambda value: True)] = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class ComparisonHeader(Header, type_name="comparison"):
-    """Header of a comparison. The settings of its attacks are further keys."""
-
-    model: Annotated[str, TEXT]
-    data: Annotated[str, TEXT]
-    norm: Annotated[str, one_of(*IN_WORDS)]
-    eps: Annotated[float, AMOUNT]
-    eps_text: Annotated[str, TEXT]
-    l2_radius: Annotated[float, AMOUNT]
-    repeats: Annotated[int, COUNT]
-    seed: Annotated[int, _SEED]
-    queries: Annotated[int | None, COUNT] = None
-    certify_n: Annotated[int, COUNT]
-    alpha: Annotated[float, ALPHA]
-    conditions: Annotated[Sequence[ConditionRecord], object_of(ConditionRecord, "a name and a group").list()]
-    defences: Annotated[Sequence[DefenceRecord], object_of(DefenceRecord, "an object with named and frozen").list()]
-    images: Annotated[Mapping[str, Any], record("an object", {}, {"chosen": COUNT})]
-    versions: Annotated[Mapping[str, str], OBJECT, Absent({})]
-    command: Annotated[str, TEXT, Absent("")]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Crossed(JsonRecord):
-    """The smoothed classifier's prediction at an attacked image inside a certified radius."""
-
-    distance: Annotated[float, AMOUNT, REQUIRED]
-    prediction: Annotated[int, CLASS, REQUIRED]
-    alpha: Annotated[float, ALPHA, REQUIRED]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Outcome(Row, type_name="outcome"):
-    """One defence's answers about one image under one condition."""
-
-    image: Annotated[str, TEXT, REQUIRED]
-    defence: Annotated[str, TEXT, REQUIRED]
-    condition: Annotated[str, TEXT, REQUIRED]
-    label: Annotated[int, CLASS, REQUIRED]
-    answers: Annotated[Sequence[int], CLASS.list(), REQUIRED]
-    l2: Annotated[float | None, AMOUNT] = None
-    linf: Annotated[float | None, AMOUNT] = None
-    radius: Annotated[float | None, AMOUNT] = None
-    outcome: Annotated[str | None, TEXT] = None
-    queries: Annotated[float | None, AMOUNT] = None
-    note: Annotated[str | None, TEXT] = None
-    seconds: Annotated[float | None, AMOUNT] = None
-    crossing: Annotated[Crossed | None, object_of(Crossed, "distance, prediction and alpha")] = None
-
-    def fault_in(self, header: ComparisonHeader) -> str:
-        """Describe where the outcome contradicts itself; empty where it does not."""
-        return "" if self.answers or self.error is not None else "it has neither answers nor an error"

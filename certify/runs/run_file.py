@@ -19,9 +19,10 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from certify.errors import RunFault, UserError
 from certify.models.signatures import HEAD, name_content
+from certify.runs.comparison_records import ComparisonHeader, Outcome
 from certify.runs.files import open_to_append, replacing, write_all
 from certify.runs.identity import refuse_other_run
-from certify.runs.records import SCHEMA, ComparisonHeader, Header, ImageRow, Outcome, Row, RunHeader
+from certify.runs.records import SCHEMA, Header, ImageRow, Row, RunHeader
 from certify.runs.schema import parse_object
 
 _HEADER_START = b'{"type": "'

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from certify.errors import UserError
+from certify.runs.comparison_records import ComparisonHeader
 from certify.runs.files import is_locked
 from certify.runs.identity import identity_digest
-from certify.runs.records import ComparisonHeader, RunHeader
+from certify.runs.records import RunHeader
 from certify.runs.run_file import ComparisonRun, Run, peek_header
 from certify.runs.shards import whole_header
 
