@@ -89,6 +89,26 @@ def test_a_population_with_several_draws_per_image_is_covered(alpha: float) -> N
         assert wrong <= alpha
 
 
+@pytest.mark.parametrize("draws", [1, 6])
+@pytest.mark.parametrize("shape", [(9.0, 1.0), (0.3, 0.1), (2.0, 2.0), (0.05, 0.95)])
+def test_coverage_over_populations_of_known_mean(shape: tuple[float, float], draws: int) -> None:
+    """Images of beta-distributed probabilities, 4,000 samples of 60: wrong at most as often as alpha allows (plus four
+    standard errors), and not far below the mean.
+    """
+    images, alpha, repeats, mean = 60, 0.1, 4000, shape[0] / sum(shape)
+    generator = np.random.default_rng(7)
+    counts = generator.binomial(draws, generator.beta(*shape, size=(repeats, images))).sum(axis=1)
+
+    def lower(total: int) -> float:
+        each, rest = divmod(total, images)
+        correct = [each + 1] * rest + [each] * (images - rest)
+        return dataset_accuracy(correct, draws=draws, alpha=alpha, population=True).lower
+
+    bounds = np.array([lower(total) for total in range(images * draws + 1)])[counts]
+    assert np.mean(bounds > mean) <= alpha + 4 * math.sqrt(alpha * (1 - alpha) / repeats)
+    assert mean - np.median(bounds) < 0.2
+
+
 def test_the_bound_of_means_solves_its_equation() -> None:
     lower = bounded_mean_lower(0.7, 100, 0.001)
     divergence = 0.7 * math.log(0.7 / lower) + 0.3 * math.log(0.3 / (1 - lower))
