@@ -37,7 +37,7 @@ from certify.blackbox.types import Answer, Client, Picture, Query
 from certify.engine.adaptive import Sampling, settle
 from certify.engine.monte_carlo import Job, Tally, noisy_copies
 from certify.errors import BudgetSpent, RunFault, warn
-from certify.smoothing.procedures import Sequential
+from certify.smoothing.procedures import Sequential, draws_once
 from certify.smoothing.rng import stream_key
 
 MAX_DOWN = 10
@@ -232,7 +232,8 @@ def _sample(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
     todo = [i for i in chunk if has_reference(i)]
     if not isinstance(procedure, Sequential):
         stages = procedure.stages.items()
-        jobs = (Job(audit.load(i), key(i, stage), n, tag=(i, stage)) for i in todo for stage, n in stages)
+        once = draws_once(procedure)
+        jobs = (Job(audit.load(i), key(i, stage), n, once=once, tag=(i, stage)) for i in todo for stage, n in stages)
         for _ in label(jobs):
             pass
         return

@@ -200,6 +200,7 @@ class NoisyClassifier:
         *,
         seed: int = 0,
         clean: bool = False,
+        once: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> Iterator[tuple[Target, dict[str, Tally]]]:
         """Label noisy copies of each image, stage by stage; images share batches.
@@ -209,6 +210,7 @@ class NoisyClassifier:
             stages: number of noisy copies by stage; each stage draws its own noise.
             seed: together with the image's name and the stage it determines the noise.
             clean: label each image without noise too, as stage ``"clean"``.
+            once: draw exactly so many samples, not whole blocks: faster where they are few, and other noise for each n.
             progress: called with the number of noisy samples done since the last call.
 
         Yields:
@@ -232,7 +234,7 @@ class NoisyClassifier:
                     yield Job(there, None, 1, keep=1, tag=(target, "clean"))
                 for stage, trials in stages.items():
                     key = stream_key(seed, target.noise_name, stage)
-                    yield Job(there, key, trials, keep=KEPT, tag=(target, stage))
+                    yield Job(there, key, trials, keep=KEPT, once=once, tag=(target, stage))
 
         expected = len(stages) + clean
         tallies: dict[str, Tally] = {}
@@ -329,14 +331,27 @@ class NoisyClassifier:
         sampled = self.sample(map(Target, images), {}, clean=True)
         return [int(tallies["clean"].labels[0]) for _, tallies in sampled]
 
-    def agreement(self, image: torch.Tensor, labels: torch.Tensor, *, stage: str, seed: int, image_id: str) -> int:
-        """Count the first labels of a stage that plain float32 reproduces from the same noise."""
+    def agreement(
+        self,
+        image: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        stage: str,
+        seed: int,
+        image_id: str,
+        once: int | None = None,
+    ) -> int:
+        """Count the first labels of a stage that plain float32 reproduces from the same noise.
+
+        ``once`` is the number of samples of the stage if :meth:`sample` drew them once.
+        """
         from certify.engine.execution import default_batch_size
         from certify.engine.monte_carlo import Job, count_votes
         from certify.smoothing.rng import stream_key
 
         there = image.to(self.device)
-        job = Job(there, stream_key(seed, image_id, stage), len(labels), keep=len(labels))
+        key = stream_key(seed, image_id, stage)
+        job = Job(there, key, once or len(labels), keep=len(labels), once=once is not None)
         (plain,) = count_votes(self.base, self.noise, [job], batch_size=default_batch_size(there))
         return int((plain.labels == labels).sum())
 

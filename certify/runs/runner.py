@@ -23,7 +23,7 @@ from certify.models.labels import readable
 from certify.runs.config import Settings
 from certify.runs.records import ImageRow
 from certify.runs.run_file import RunFile
-from certify.smoothing.procedures import AnswerKeys, Sequential, samples
+from certify.smoothing.procedures import AnswerKeys, Sequential, draws_once, samples
 from certify.smoothing.rng import bound_draw
 from certify.types import Certificate
 
@@ -195,7 +195,8 @@ def answered(
         row = _with_provenance(ImageRow.of(task.id, task.label, keys), smoothed, image, clean)
         if settings.compared(task.place) and smoothed.execution is not None and not smoothed.execution.plain:
             stage = next(iter(procedure.stages))
-            same = smoothed.agreement(image, labels, stage=stage, seed=settings.seed, image_id=task.id)
+            once = procedure.stages[stage] if draws_once(procedure) else None
+            same = smoothed.agreement(image, labels, stage=stage, seed=settings.seed, image_id=task.id, once=once)
             row = row.replace(agreement=[same, len(labels)])  # with plain float32, of the first stage's first labels
         yield task.place, row.replace(seconds=since_last())
     yield from unusable_before(math.inf)
@@ -232,7 +233,10 @@ def _fixed(
 ) -> Iterator[Answered]:
     """Answer from the same number of samples for every image, in their order."""
     procedure, seed = settings.procedure, settings.seed
-    for target, tallies in smoothed.sample(images, procedure.stages, seed=seed, clean=True, progress=tell):
+    sampled = smoothed.sample(
+        images, procedure.stages, seed=seed, clean=True, once=draws_once(procedure), progress=tell
+    )
+    for target, tallies in sampled:
         uniform = bound_draw(seed, target.noise_name)
         votes = {stage: tallies[stage].votes for stage in procedure.stages}
         answer = procedure.answer(votes, smoothed.stated(target.image.numel()), uniform)

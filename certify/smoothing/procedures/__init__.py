@@ -28,6 +28,7 @@ from certify.smoothing.procedures.base import RecordedVotes as RecordedVotes
 from certify.smoothing.procedures.base import Sequential as Sequential
 from certify.smoothing.procedures.base import Stopping as Stopping
 from certify.smoothing.procedures.base import answer_keys as answer_keys
+from certify.smoothing.procedures.base import draws_once as draws_once
 from certify.smoothing.procedures.base import expected_samples as expected_samples
 from certify.smoothing.procedures.base import needs_fixed_function as needs_fixed_function
 from certify.smoothing.procedures.base import procedure_of as procedure_of

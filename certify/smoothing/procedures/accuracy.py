@@ -49,6 +49,7 @@ class Accuracy:
     radii: ClassVar[tuple[float, ...]] = ()
     stopping: ClassVar[None] = None
     fixed_function: ClassVar[bool] = False  # the bound holds for base classifiers with random answers, too
+    once: ClassVar[bool] = True  # a block of 100 noise samples for one copy can take longer than its label
 
     def __post_init__(self) -> None:
         n, _, alpha = check_counts(self.n, 1, self.alpha)

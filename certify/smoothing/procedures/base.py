@@ -253,6 +253,11 @@ def needs_fixed_function(procedure: Procedure) -> bool:
     return bool(getattr(procedure, "fixed_function", True))
 
 
+def draws_once(procedure: Procedure) -> bool:
+    """Return True if an image's samples are few and drawn once: exactly n samples, not whole blocks (``once``)."""
+    return bool(getattr(procedure, "once", False))
+
+
 def samples(procedure: Procedure) -> int:
     """Return the samples of one image, at most."""
     return sum(procedure.stages.values())
