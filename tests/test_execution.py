@@ -222,7 +222,7 @@ def test_a_run_resumes_as_it_began(tmp_path: Path) -> None:
 def test_disagreement_with_float32_is_a_warning() -> None:
     from certify.runs.transaction import warn_of_results
 
-    counts = {"trials": 1, "failures": 0}
+    counts = {"label": None, "prediction": 0, "trials": 1, "failures": 0}
     rows = [{**counts, "agreement": [94, 100]}, {**counts, "agreement": [95, 100]}, counts]
     with pytest.warns(CertifyWarning, match=r"only 189 of 200 labels .* pass precision float32"):
         warn_of_results(run_of_json("r", {}, rows))
