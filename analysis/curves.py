@@ -159,6 +159,23 @@ def curve(run: Run, name: str = "") -> Curve:
     return Curve(run, name, np.sort(np.asarray(radii, dtype=float)), len(rows), labelled[0])
 
 
+def by_class(whole: Curve) -> list[Curve]:
+    """Return a curve for each class of the labels, in their order.
+
+    Raises:
+        UserError: images without labels.
+    """
+    if not whole.labelled:
+        raise UserError(f"{whole.run.path} has no labels, so no classes to tell apart; leave out --per-class")
+    names = whole.run.class_names
+    parts = []
+    for label in sorted({row.label for row in whole.run.usable if row.label is not None}):
+        rows = [row for row in whole.run.usable if row.label == label]
+        part = Run(whole.run.path, whole.run.header.replace(expected=len(rows)), rows)
+        parts.append(curve(part, f"{whole.name}, class {names.get(label, label)}"))
+    return parts
+
+
 def common_norm(runs: Sequence[Run]) -> str:
     """Return the norm of the radii of all runs.
 

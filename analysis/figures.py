@@ -76,10 +76,8 @@ class FigureStyle:
                 raise UserError(f"--{option} {value!r}: expected one of {', '.join(known)}")
         for option in ("width", "height", "font_size", "xmax"):
             value = getattr(self, option)
-            if value is not None and not 0 < as_float(value, option) <= _LARGEST:
-                raise UserError(
-                    f"--{option.replace('_', '-')} {value}: expected a number above 0, at most {_LARGEST:g}"
-                )
+            if value is not None and not 0 < as_float(value, option) <= _MOST:
+                raise UserError(f"--{option.replace('_', '-')} {value}: expected a number above 0, at most {_MOST:g}")
 
     @property
     def points(self) -> float:
@@ -97,7 +95,7 @@ class FigureStyle:
         return COLOURS[place % len(COLOURS)], LINES[dashes % len(LINES)]
 
 
-_LARGEST, _LOWEST = 100.0, 1.8  # inches, points or pixels; inches
+_MOST, _LOWEST = 100.0, 1.8  # inches, points or pixels; inches
 _SCREEN = FigureStyle()
 _style = contextvars.ContextVar("figure_style", default=_SCREEN)
 

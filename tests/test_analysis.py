@@ -312,3 +312,21 @@ def test_intervals_over_images_equal_those_of_statsmodels(n: int) -> None:
     for confidence in (0.95, 0.999):
         expected = proportion_confint(counts, n, alpha=1 - confidence, method="beta")
         assert np.allclose(proportion_interval(counts, n, confidence), expected, rtol=0, atol=1e-12)
+
+
+def test_a_line_for_each_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = [
+        row(0, 0, 0, 0.5, base=0, base_class="cat"),
+        row(1, 1, 1, 0.375, base=1, base_class="dog"),
+        row(2, 1, 0, 0.9, base=0, base_class="cat"),
+        row(3, 1, -1, 0.0, base=1, base_class="dog"),
+    ]
+    path = write(tmp_path / "r.jsonl", named)
+    run("table", str(path), "--per-class", "--radii", "0,0.4")
+    *_, cat, dog = capsys.readouterr().out.splitlines()
+    assert cat.split()[-6:] == ["cat", "1", "0", "0.500", "1.000", "1.000"]
+    assert dog.split()[-6:] == ["dog", "3", "1", "0.125", "0.333", "0.000"]
+    run("table", str(path), "--per-class", "--envelope", code=2)
+    unlabelled = write(tmp_path / "u.jsonl", [row(0, None, 1, 0.5)])
+    run("table", str(unlabelled), "--per-class", code=2)
+    assert "has no labels, so no classes" in capsys.readouterr().err

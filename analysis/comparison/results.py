@@ -21,6 +21,7 @@ from certify.runs.comparison_records import DefenceRecord, Outcome
 from certify.runs.records import ImageRow, RunHeader
 from certify.runs.run_file import ComparisonRun, Run
 from certify.text import printable
+from certify.types import UNDECIDED
 
 if TYPE_CHECKING:
     import pandas
@@ -78,6 +79,7 @@ class Cell:
         failed: why there is no result, or empty.
         queries: mean number of the attack's queries per image.
         seconds: mean time per image, of the answers alone.
+        undecided: number of images that the samples did not settle, for certificates.
     """
 
     images: int
@@ -87,6 +89,7 @@ class Cell:
     failed: str = ""
     queries: float = 0.0
     seconds: float = 0.0
+    undecided: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -239,6 +242,7 @@ class Comparison:
             failed=next((o.error for o in outcomes if o.error is not None), ""),
             queries=fmean(o.queries or 0 for o in usable) if usable else 0.0,
             seconds=fmean(o.seconds or 0.0 for o in usable) if usable else 0.0,
+            undecided=sum(o.outcome == UNDECIDED for o in usable),
         )
 
     @property

@@ -130,6 +130,8 @@ def _failures(comparison: Comparison, style: str) -> list[str]:
             cell = comparison.cell(d, c)
             if cell is not None and cell.failed:
                 lines.append(f"failed: {d}, {c.key}: {cell.failed}")
+            if cell is not None and cell.undecided:
+                lines.append(f"note: {d}, {c.key}: {cell.undecided} of {cell.images} images undecided")
             if cell is not None:
                 lines += [f"note: {d}, {c.key}: {n} images: {text}" for text, n in comparison.notes(d, c).items()]
     start = "% " if style == "latex" else ""

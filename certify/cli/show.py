@@ -41,6 +41,7 @@ class TableOptions(CurveOptions):
         type=Positive("a number above 0 and at most 1, such as 0.832", below=math.nextafter(1.0, 2.0)),
         help="Divide every accuracy by this one, such as that of the classifier without noise.",
     )
+    per_class: bool = flag(help="One line for each class of the labels, in place of each run.")
     simultaneous: bool = flag(
         help="One line per radius: the share that holds for all images at once, with an interval that allows for wrong "
         "certificates."
@@ -61,7 +62,7 @@ def table(runs: tuple[str, ...], columns: RadiiOptions, options: TableOptions) -
     RUN is a run file of certify, or a log with columns idx label predict radius correct time. A certificate is a
     statement about one image; --simultaneous derives from the votes what holds for all images of a run at once.
     """
-    from analysis.curves import default_radii
+    from analysis.curves import by_class, default_radii
     from analysis.envelope import group
     from analysis.runs import is_comparison, read_all
     from analysis.tables import compare, compare_families
@@ -78,6 +79,10 @@ def table(runs: tuple[str, ...], columns: RadiiOptions, options: TableOptions) -
     if options.simultaneous and options.relative_to is not None:
         raise UserError("--relative-to divides accuracies, and --simultaneous shows more than those; pass one of them")
     curves = named_curves(read_all(runs, warn), options)
+    if options.per_class:
+        if options.envelope or options.simultaneous:
+            raise UserError("--per-class is about one run; leave out --envelope and --simultaneous")
+        curves = [part for whole in curves for part in by_class(whole)]
     lines: Sequence[Line] = group(curves) if options.envelope else curves
     if radii is None:
         decided = sorted({r for line in lines for r in line.decided}) if all(line.decided for line in lines) else []
@@ -121,7 +126,9 @@ def _show_comparison(paths: tuple[str, ...], options: TableOptions) -> None:
     from analysis.comparison.tables import tabulate_comparison
     from analysis.runs import read_comparison
 
-    refuse_beside_comparison(paths, ("radii", "intervals", "envelope", "names", "relative_to", "simultaneous"))
+    refuse_beside_comparison(
+        paths, ("radii", "intervals", "envelope", "names", "relative_to", "simultaneous", "per_class")
+    )
     comparison = read_comparison(paths[0], warn)
     _write(tabulate_comparison(comparison, options.style), options.out, paths)
     comparison.require_sound()

@@ -127,6 +127,13 @@ class Run(Records[RunHeader, ImageRow]):
         return sum(row.failures for row in self.usable), sum(row.trials for row in self.usable)
 
     @property
+    def class_names(self) -> dict[int | None, str]:
+        """Names of the classes that were predicted, with or without noise."""
+        rows = self.usable
+        pairs = [pair for row in rows for pair in ((row.base, row.base_class), (row.prediction, row.class_name))]
+        return {label: name for label, name in pairs if name is not None}
+
+    @property
     def omissions(self) -> str:
         """The number of images without a result, as a sentence; empty if there are none."""
         count = len(self.images) - len(self.usable)

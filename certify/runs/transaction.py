@@ -23,7 +23,7 @@ from certify.errors import CertifyError, UserError, warn
 from certify.images.dataset import ImageSet
 from certify.runs.config import Circumstances, Settings, execution_of, run_header, with_execution
 from certify.runs.progress import progress_bar
-from certify.runs.records import ImageRow, RunHeader
+from certify.runs.records import RunHeader
 from certify.runs.run_file import Run, RunFile, peek_header
 from certify.runs.runner import CheckedImages, near_chance, process
 from certify.runs.shards import Shard
@@ -315,7 +315,7 @@ def warn_of_results(run: Run) -> None:
         warn("every sample failed (NaN or no finite answer): the base classifier returns no usable scores")
     elif failures:
         warn(f"{failures:,} of {trials:,} samples failed (NaN or no finite answer); they count against every class")
-    if collapse := _collapse(run.usable):
+    if collapse := _collapse(run):
         warn(collapse)
     same, compared = run.agreement
     if compared and same < 0.95 * compared:
@@ -328,13 +328,14 @@ def warn_of_results(run: Run) -> None:
 _FEW, _MANY = 5, 0.4  # images of a class that is never predicted; share of the predictions that one class has
 
 
-def _collapse(rows: Sequence[ImageRow]) -> str:
+def _collapse(run: Run) -> str:
     """Describe a smoothed classifier that predicts one class for most images and another for none; empty otherwise."""
+    rows, names = run.usable, run.class_names
     labels = Counter(row.label for row in rows)
     predicted = Counter(row.prediction for row in rows if not row.abstained)
     if None in labels or not predicted:
         return ""
-    (most, count), names = predicted.most_common(1)[0], _class_names(rows)
+    most, count = predicted.most_common(1)[0]
     missing = [label for label, images in labels.items() if images >= _FEW and label not in predicted]
     if not missing or count < _MANY * len(rows) or count <= 2 * labels[most]:
         return ""
@@ -343,9 +344,3 @@ def _collapse(rows: Sequence[ImageRow]) -> str:
         f"under noise no image is predicted as {never}, and {count:,} of {len(rows):,} are predicted as "
         f"{names.get(most, str(most))}: the smoothed classifier collapses; a denoiser or a smaller --sigma may help"
     )
-
-
-def _class_names(rows: Sequence[ImageRow]) -> dict[int | None, str]:
-    """Return the names of the classes that were predicted, with or without noise."""
-    pairs = [pair for row in rows for pair in ((row.base, row.base_class), (row.prediction, row.class_name))]
-    return {label: name for label, name in pairs if name is not None}
