@@ -1,4 +1,4 @@
-"""Compare defences of a frozen classifier under attacks, beside certificates; measure a denoiser.
+"""Compare defences of a frozen classifier under attacks, next to certificates; measure a denoiser.
 
 :func:`compare` and :func:`evaluate_denoiser` are for scripts. The commands load the objects that their options name,
 and take the same steps (:mod:`analysis.comparison.plan`, :mod:`analysis.comparison.runner`; :mod:`training.evaluate`).

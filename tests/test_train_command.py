@@ -37,7 +37,9 @@ def test_train_then_certify(capsys: Capture) -> None:
     assert (card.objective, card.access, card.sigmas, card.continuous) == ("stability", "white-box", (0.1, 1.0), True)
     assert card.classifiers[0]["sha256"] == load_classifier("digits").identity()
     assert "accuracy@0.25" in card.validation
-    assert "chosen at step 9 of 9" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "weights of step 9 of 9, with the lowest share of changed labels (" in shown
+    assert "; measured with digits\n" in shown
     before = Path("d/denoiser.safetensors").read_bytes()
     run(*command, "--json")
     assert json.loads(capsys.readouterr().out)["steps"] == 9

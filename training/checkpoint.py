@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _AVERAGE = "average.pt"
+_SHORT = 60  # characters of a setting that a message shows
 Scores = dict[str, float]
 """Figures on held-out images by name; ``score`` is among them, and lower is better."""
 
@@ -88,6 +89,7 @@ class Checkpoints:
         digest: hash of everything that must be equal for a training to be resumed.
         accelerator: saves and loads the network, the optimizers and their states.
         average: EMA of the weights to save with them, or None.
+        settings: what the digest is made from, so that a refusal can name what differs.
         classifiers: records of the frozen classifiers, which must be equal too.
         trust_identity: resume from a checkpoint that cannot prove that they are.
     """
@@ -99,11 +101,13 @@ class Checkpoints:
         accelerator: Accelerator,
         average: nn.Module | None = None,
         *,
+        settings: Mapping[str, Any] | None = None,
         classifiers: Sequence[Mapping[str, Any]] = (),
         trust_identity: bool = False,
     ) -> None:
         self.out, self.digest, self.accelerator, self.average = out, digest, accelerator, average
         self.classifiers, self.trust_identity = [dict(record) for record in classifiers], trust_identity
+        self.settings = json.loads(json.dumps(settings or {}, default=str))
         self.step = self.saved = self.best_step = 0
         self._written = time.monotonic()
         self.best: Scores = {}
@@ -130,10 +134,8 @@ class Checkpoints:
         except (ValueError, RecursionError):
             raise UserError(f"{folder} is damaged; remove it to start again") from None
         if state["digest"] != self.digest:
-            raise UserError(
-                f"{self.out} holds another training (other options, data or classifiers); use another --out, or "
-                f"remove {folder}"
-            )
+            different = self._differences(state.get("settings", {}))
+            raise UserError(f"{self.out} holds another training ({different}); use another --out, or remove {folder}")
         if any(FINGERPRINT in record for record in self.classifiers):
             bare = [{k: v for k, v in record.items() if k != FINGERPRINT} for record in self.classifiers]
             there, here = {"guides": state.get("guides", bare)}, {"guides": self.classifiers}
@@ -152,6 +154,17 @@ class Checkpoints:
             with self._writing(), replacing(self.metrics) as temporary:
                 temporary.write_text("".join(line + "\n" for line in lines))
 
+    def _differences(self, there: Mapping[str, Any]) -> str:
+        """Describe the settings that differ from those of the checkpoint."""
+        differing = [key for key in self.settings if key in there and there[key] != self.settings[key]]
+
+        def value(settings: Mapping[str, Any], key: str) -> str:
+            text = json.dumps(settings[key])
+            return text if len(text) <= _SHORT else "others"
+
+        shown = [f"{key} {value(there, key)} there, {value(self.settings, key)} here" for key in differing]
+        return "; ".join(shown) or "other options, data or classifiers"
+
     def save(self) -> None:
         """Write a checkpoint."""
         self.accelerator.wait_for_everyone()
@@ -159,7 +172,7 @@ class Checkpoints:
             self.accelerator.save_state(str(self.new))
             if self.accelerator.is_main_process:
                 state = {"step": self.step, "best": self.best, "best_step": self.best_step, "digest": self.digest}
-                state["guides"] = self.classifiers
+                state["guides"], state["settings"] = self.classifiers, self.settings
                 if self.average is not None:
                     torch.save(self.average.state_dict(), self.new / _AVERAGE)
                 (self.new / "state.json").write_text(json.dumps(state))

@@ -14,14 +14,12 @@ from certify.smoothing.rng import block_generator, stream_key
 from training.checkpoint import Scores
 from training.data import TrainingData
 from training.frozen_classifiers import FrozenClassifiers
-from training.loop import make_batch
+from training.loop import MOST, make_batch
 from training.losses import Batch, Draw, Objective, add_noise, mse
 from training.recipe import Recipe
 
 _BATCH = 100
 _SEED = 0  # the same noise in every training
-MOST = 500
-"""Maximum number of held-out images used."""
 
 
 def selection_scores(
@@ -52,6 +50,18 @@ def selection_scores(
     if objective.wrap is not None or objective.draws > 1:
         scores["score"] = loss_scores(trained, data, recipe, objective, classifiers)["score"]
     return scores
+
+
+def score_name(recipe: Recipe) -> str:
+    """Name ``score`` of :func:`selection_scores`, by which weights are chosen; lower is better."""
+    objective = recipe.objectives[-1]
+    if objective.for_denoisers is False:
+        return "cross-entropy"
+    if objective.purifier or objective.prepare is not add_noise or objective.wrap is not None or objective.draws > 1:
+        return "loss"
+    if not objective.classifier:
+        return "squared error"
+    return "share of wrong labels" if objective.labels else "share of changed labels"
 
 
 @torch.no_grad()

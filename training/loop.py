@@ -34,6 +34,9 @@ from training.recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+MOST = 500
+"""Maximum number of held-out images used to choose weights."""
+
 COST_AFTER = 3
 """Steps after which the cost of a training is estimated."""
 
@@ -86,6 +89,7 @@ class TrainingResult:
         best_step: the step of these weights.
         images_per_second: throughput of this call without validation.
         of: steps of the whole training.
+        held_out: number of held-out images that weights are chosen by.
     """
 
     steps: int
@@ -94,6 +98,7 @@ class TrainingResult:
     best_step: int
     images_per_second: float
     of: int
+    held_out: int
 
 
 def make_accelerator(device: str = "auto", precision: str = "float32", out: str | Path | None = None) -> Accelerator:
@@ -162,7 +167,11 @@ def train(
     processes = accelerator.num_processes
     digest = recipe.digest(identity, data.image, data.about, config.validations, classifiers.describe(), processes)
     records, trust = classifiers.records(), config.trust_identity
-    state = Checkpoints(Path(out), digest, accelerator, average, classifiers=records, trust_identity=trust)
+    settings = {**recipe.describe(), "network": identity, "image": data.image, "data": data.about}
+    settings |= {"validations": config.validations, "classifiers": classifiers.describe(), "processes": processes}
+    state = Checkpoints(
+        Path(out), digest, accelerator, average, settings=settings, classifiers=records, trust_identity=trust
+    )
     state.resume()
     if accelerator.log_with:
         accelerator.init_trackers("tensorboard")
@@ -203,7 +212,9 @@ def train(
             if interrupted:
                 signal.raise_signal(interrupted)
     accelerator.end_training()
-    return TrainingResult(state.step, state.step >= steps, state.best, state.best_step, meter.rate, steps)
+    return TrainingResult(
+        state.step, state.step >= steps, state.best, state.best_step, meter.rate, steps, len(data.held_out[:MOST])
+    )
 
 
 def _prepare(

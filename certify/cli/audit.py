@@ -78,7 +78,7 @@ class AuditImageOptions(ImageOptions):
     )
     labels: str | None = option(metavar="FILE", help="CSV of file,label, for --reference given without class folders.")
     class_map: str | None = option(
-        metavar="FILE", help="CSV or JSON that maps the service's labels to classes; other labels count for none."
+        metavar="FILE", help="CSV or JSON that maps the service's labels to classes; other labels vote for no class."
     )
 
 

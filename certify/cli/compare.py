@@ -1,4 +1,4 @@
-"""``certify compare``: defences side by side: without attack, under blind and adaptive ones, beside certificates."""
+"""``certify compare``: compare defences without attack, under blind and adaptive attacks, and with certificates."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ComparisonOutput(OutputOptions):
 
 
 @command(
-    "Compare defences under attacks and beside certificates.",
+    "Compare defences under attacks, next to certificates.",
     main=("model", "data", "max_images", "defences", "attacks", "eps", "norm", "out"),
 )
 def compare(

@@ -136,7 +136,7 @@ class StatisticsOptions(SampleOptions):
     bound: str = option(default="clopper-pearson", help=f"{_BOUND}).")
     radius: list[float] | None = option(
         type=Numbers(),
-        help="Only decide whether each image is robust at these radii, with as few samples as that takes, at most --n.",
+        help="Decide only whether each image is robust at these radii, from as few samples as possible (at most --n).",
     )
     tolerance: float | None = option(
         type=SHARE, help="Stop each image once its radius is known to this relative tolerance, at most --n samples."
@@ -195,7 +195,7 @@ class ComputeOptions(DeviceOptions):
     compile: str = option(
         type=click.Choice(["auto", "on", "off"]),
         default="auto",
-        help="Compile the base classifier; auto does so where the run is long enough for it to pay.",
+        help="Compile the base classifier; auto compiles when the run is long enough to benefit.",
     )
     batch_size: int | None = option(
         type=BatchSize(), metavar="N", help="Samples per forward pass; does not affect the noise (default: auto)."

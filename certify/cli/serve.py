@@ -99,7 +99,7 @@ class ServerStatistics(SampleOptions):
     )
     radius: float | None = option(
         type=Positive("a radius in [0, 1] pixels"),
-        help="Only decide whether an image is robust at this radius, with as few samples as that takes, at most --n.",
+        help="Decide only whether an image is robust at this radius, from as few samples as possible (at most --n).",
     )
     samples_per_request: int = option(
         type=Count("a number of samples"),

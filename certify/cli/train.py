@@ -96,7 +96,7 @@ def train(
         return
     result = run_training(job, speaker(quiet=output.silent or not first), shown=first and output.shown)
     if first:
-        _report(result, network, output)
+        _report(result, job, network, output)
 
 
 def _rehearse(job: TrainingJob, output: TrainingOutput, *, shown: bool) -> None:
@@ -122,9 +122,21 @@ def _target(network: NetworkOptions, frozen: FrozenOptions) -> Classifier | None
     return None
 
 
-def _report(result: TrainingResult, network: NetworkOptions, output: TrainingOutput) -> None:
+def _measured_with(job: TrainingJob, result: TrainingResult) -> str:
+    """Name the classifiers that agreement and accuracy were measured with."""
+    if not any(name.startswith(("agreement", "accuracy")) for name in result.best) or job.denoiser is None:
+        return ""
+    if job.surrogates:
+        names = ", ".join(one.name for one in job.surrogates)
+        many = "surrogates" if len(job.surrogates) > 1 else "surrogate"
+        return f"; measured with the {many} {names}" + ("; the target was not queried" if job.target else "")
+    return f"; measured with {job.target.name}" if job.target else ""
+
+
+def _report(result: TrainingResult, job: TrainingJob, network: NetworkOptions, output: TrainingOutput) -> None:
     from denoisers.weights import read_card
     from training import classifier, denoiser
+    from training.held_out import score_name
 
     path = Path(output.out) / (classifier.WEIGHTS if network.train_classifier else denoiser.WEIGHTS)
     summary = {
@@ -137,8 +149,10 @@ def _report(result: TrainingResult, network: NetworkOptions, output: TrainingOut
     if output.as_json:
         tell(json.dumps(summary))
         return
-    figures = ", ".join(f"{k} {v:.4g}{' (lower is better)' if k == 'score' else ''}" for k, v in result.best.items())
-    tell(f"{path}: chosen at step {result.best_step:,} of {result.steps:,}; held-out images: {figures}")
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in result.best.items() if name != "score")
+    chosen = f"lowest {score_name(job.recipe)} ({result.best['score']:.4g}) on {result.held_out:,} held-out images"
+    tell(f"{path}: weights of step {result.best_step:,} of {result.steps:,}, with the {chosen}")
+    tell(f"on these images: {figures}{_measured_with(job, result)}")
     purifier = read_card(path).purifier if network.denoiser and path.is_file() else ""
     if purifier:
         tell(f"a purifier, not for --denoiser: certify compare ... --defences {purifier}:weights={path}")

@@ -1,4 +1,4 @@
-"""Decide robustness at given radii, with as few samples as that takes."""
+"""Decide robustness at given radii, from as few samples as possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certify a radius to a relative tolerance, with as few samples as that takes."""
+"""Certify a radius to a relative tolerance, from as few samples as possible."""
 
 from __future__ import annotations
 
