@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -167,9 +167,10 @@ class AccuracyBound:
         """Show the table in a notebook."""
         return self.table()._repr_html_()
 
-    def to_dict(self, radii: Sequence[float] | None = None, beside: Run | None = None) -> dict[str, Any]:
-        """Return everything as JSON."""
+    def to_dict(self, radii: Sequence[float] | None = None, beside: Run | None = None) -> dict[str, object]:
+        """Return everything as JSON; the majority vote at those radii where its certified accuracy is known."""
         radii, other, result = self.radii(radii), self.majority(beside), self.result
+        known = [r for r in radii if other is not None and not other.at_least(r)]
         return {
             "run": str(self.run.path),
             "norm": self.run.header.norm,
@@ -182,7 +183,7 @@ class AccuracyBound:
             "quantity": self.quantity,
             "lower": result.lower,
             "under_attack": {exact(r): self.under_attack(r) for r in radii},
-            "majority_vote": other and {exact(r): float(a) for r, a in zip(radii, other.accuracy(radii), strict=True)},
+            "majority_vote": other and {exact(r): float(a) for r, a in zip(known, other.accuracy(known), strict=True)},
         }
 
 
