@@ -6,6 +6,7 @@ import csv
 import io
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,25 @@ def captioned(lines: Sequence[str], table: str, style: str) -> str:
     return textwrap.indent(caption, "% ") + f"\n{table}" if style == "latex" else f"{caption}\n\n{table}"
 
 
+@dataclass(frozen=True)
+class TableLayout:
+    """What a paper asks of a table.
+
+    Attributes:
+        caption: of a LaTeX table; it and ``names`` may hold LaTeX of your own, which is not escaped.
+        label: of a LaTeX table, for references.
+        columns: headings to keep before those of the radii, such as ``("ACR",)``; None: all.
+        bold: print the largest accuracy at each radius in bold, in LaTeX and Markdown.
+        names: replace the names of the lines in LaTeX; empty: the lines' own, escaped.
+    """
+
+    caption: str | None = None
+    label: str | None = None
+    columns: Sequence[str] | None = None
+    bold: bool = False
+    names: Sequence[str] = ()
+
+
 def compare(
     lines: Sequence[Line],
     radii: Sequence[float],
@@ -67,6 +87,7 @@ def compare(
     *,
     intervals: bool = False,
     relative_to: float | None = None,
+    layout: TableLayout = TableLayout(),  # it is frozen
 ) -> str:
     """Render a table with a line per run or envelope: images, abstentions, certified accuracy at each radius.
 
@@ -79,9 +100,10 @@ def compare(
         style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"``.
         intervals: add the interval to each cell.
         relative_to: divide every accuracy by this known number in (0, 1].
+        layout: columns, bold figures, and the frame of a LaTeX table.
 
     Raises:
-        UserError: ``relative_to`` for images without labels.
+        UserError: ``relative_to`` for images without labels, or a column that there is not.
     """
     if relative_to is not None and not lines[0].labelled:
         raise UserError("images without labels have no accuracy to divide; leave out --relative-to")
@@ -90,21 +112,63 @@ def compare(
     header = ["method", "sigma", "images"] if isinstance(lines[0], Envelope) else ["run", "images", "abstained"]
     if not isinstance(lines[0], Envelope) and lines[0].labelled:
         header.append("ACR")
-    rows = []
-    for line in lines:
-        if isinstance(line, Envelope):
-            about = [line.name, line.levels, line.summary(_images)]
-        else:
-            about = [line.name, _images(line), str(abstained(line))]
-            if line.labelled:
-                about.append(_figure(line.average_radius, DECIMALS[line.norm] - 1, least=line.stopped))
-        rows.append([*about, *_cells(line, radii, relative_to or 1.0, intervals=intervals)])
-    text = render([*header, *(f"r = {exact(r)}" for r in radii)], rows, style)
-    if style == "latex":  # tabulate would escape the dollars
-        for r in radii:
-            text = text.replace(f" r = {exact(r)} ", f" $r = {exact(r)}$ ", 1)
+    rows = [[*_about(line), *_cells(line, radii, relative_to or 1.0, intervals=intervals)] for line in lines]
+    kept = [0, *_chosen(header, layout.columns), *range(len(header), len(header) + len(radii))]
+    if layout.bold and style in ("latex", "markdown"):
+        _mark_best(rows, [line.accuracy(radii) for line in lines], len(header))
+    if style == "latex" and layout.names:
+        rows = [[f"{_NAME}{i}{_NAME}", *row[1:]] for i, row in enumerate(rows)]
+    header += [f"r = {exact(r)}" for r in radii]
+    text = render([header[k] for k in kept], [[row[k] for k in kept] for row in rows], style)
+    for mark, closing in zip(_BOLD, (r"\textbf{", "}") if style == "latex" else ("**", "**"), strict=True):
+        text = text.replace(mark, closing)
     caption = _caption(lines, relative_to, intervals=intervals) + out_of_reach(lines, radii)
-    return captioned(caption, text, style)
+    if style != "latex":
+        return captioned(caption, text, style)
+    for r in radii:  # tabulate would escape the dollars
+        text = text.replace(f" r = {exact(r)} ", f" $r = {exact(r)}$ ", 1)
+    for i, name in enumerate(layout.names):
+        text = text.replace(f"{_NAME}{i}{_NAME}", " ".join(name.split()))
+    return captioned(caption, _framed(text, layout), style)
+
+
+_BOLD, _NAME = "⟪⟫", "NameOfLine"  # marks in cells, replaced once the table library has escaped the rest
+
+
+def _about(line: Line) -> list[str]:
+    """Return the cells before those of the radii."""
+    name = line.name.translate(dict.fromkeys(map(ord, _BOLD)))
+    if isinstance(line, Envelope):
+        return [name, line.levels, line.summary(_images)]
+    average = [_figure(line.average_radius, DECIMALS[line.norm] - 1, least=line.stopped)] if line.labelled else []
+    return [name, _images(line), str(abstained(line)), *average]
+
+
+def _chosen(header: Sequence[str], columns: Sequence[str] | None) -> list[int]:
+    """Return the places of the columns to keep, after the first."""
+    known = {name.lower(): place for place, name in enumerate(header) if place}
+    if columns is None:
+        return list(known.values())
+    if unknown := [name for name in columns if name.lower() not in known]:
+        raise UserError(f"--columns {unknown[0]}: expected some of {', '.join(header[1:])}")
+    return [known[name.lower()] for name in columns]
+
+
+def _mark_best(rows: list[list[str]], accuracies: Sequence[np.ndarray], first: int) -> None:
+    """Mark the largest accuracy of each column of a radius as bold; none where no image can be certified."""
+    for place, best in enumerate(np.max(accuracies, axis=0)):
+        for row, accuracy in zip(rows, accuracies, strict=True):
+            if accuracy[place] == best > 0 and row[first + place] != OUT_OF_REACH:
+                row[first + place] = row[first + place].join(_BOLD)
+
+
+def _framed(text: str, layout: TableLayout) -> str:
+    """Return a LaTeX tabular in a table with caption and label, if it has any."""
+    if layout.caption is None and layout.label is None:
+        return text
+    ends = [f"\\caption{{{' '.join(layout.caption.split())}}}"] if layout.caption is not None else []
+    ends += [f"\\label{{{layout.label}}}"] if layout.label is not None else []
+    return "\n".join([r"\begin{table}", r"\centering", *ends, text, r"\end{table}"])
 
 
 def out_of_reach(lines: Sequence[Line], radii: Sequence[float]) -> list[str]:

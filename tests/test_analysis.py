@@ -330,3 +330,25 @@ def test_a_line_for_each_class(tmp_path: Path, capsys: pytest.CaptureFixture[str
     unlabelled = write(tmp_path / "u.jsonl", [row(0, None, 1, 0.5)])
     run("table", str(unlabelled), "--per-class", code=2)
     assert "has no labels, so no classes" in capsys.readouterr().err
+
+
+def test_a_table_for_a_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(write(tmp_path / "a.jsonl", FOUR)), str(write(tmp_path / "b.jsonl", FOUR[:1], model="50 % $x$"))]
+    frame = ["--caption", r"Certified at $\ell_2$ radius $r$.", "--label", "tab:r", "--bold-best", "--columns", "ACR"]
+    run("table", *paths, "--radii", "0,0.5", "--format", "latex", *frame, "--name", r"$f_\sigma$", "--name", "other")
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("%")]
+    assert lines[:4] == [
+        r"\begin{table}", r"\centering", r"\caption{Certified at $\ell_2$ radius $r$.}", r"\label{tab:r}"
+    ]  # fmt: skip
+    assert lines[-1] == r"\end{table}"
+    header, first, second = (" ".join(line.split()) for line in lines if "&" in line)
+    assert header == r"run & ACR & $r = 0$ & $r = 0.5$ \\"
+    assert first == r"$f_\sigma$ & 0.187 & 0.500 & 0.250 \\"
+    assert second == r"other & 0.500 & \textbf{1.000} & \textbf{1.000} \\"
+    run("table", *paths, "--radii", "0", "--format", "latex")  # names from files are escaped
+    assert r"50 \% \$x\$" in capsys.readouterr().out
+    run("table", *paths, "--radii", "0", "--format", "markdown", "--bold-best", "--columns", "none")
+    assert "| **1.000** |" in " ".join(capsys.readouterr().out.split())
+    run("table", *paths, "--columns", "radius", code=2)
+    run("table", *paths, "--caption", "x", code=2)
+    assert "--caption is for --format latex" in capsys.readouterr().err

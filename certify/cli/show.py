@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,7 @@ from certify.smoothing.rounding import exact
 if TYPE_CHECKING:
     from analysis.curves import Curve
     from analysis.envelope import Line
+    from analysis.tables import TableLayout
     from certify.runs.run_file import Run
 
 ONLY_CERTIFICATES = "applies to runs of certificates; leave it out for"
@@ -51,7 +52,24 @@ class TableOptions(CurveOptions):
         help="For --simultaneous: holm (at one radius) or bonferroni (at all radii together). Default: holm, and "
         "bonferroni for runs of a sequential test.",
     )
+    columns: str | None = option(
+        metavar="NAMES", help="Columns before those of the radii, separated by commas: images,abstained,ACR; none."
+    )
+    bold_best: bool = flag(help="Print the largest accuracy at each radius in bold (LaTeX, Markdown).")
+    caption: str | None = option(metavar="TEXT", help="Caption of a LaTeX table; your own LaTeX is not escaped.")
+    label: str | None = option(metavar="NAME", help="Label of a LaTeX table, for references.")
     out: str | None = option("-o", "--out", metavar="FILE", help="File to write, in place of stdout.")
+
+    @property
+    def layout(self) -> TableLayout:
+        """Columns, bold figures and the frame of a LaTeX table."""
+        from analysis.tables import TableLayout
+
+        chosen = None if self.columns is None else [name for name in self.columns.split(",") if name != "none"]
+        return TableLayout(self.caption, self.label, chosen, self.bold_best, self.names)
+
+
+_OF_LAYOUT = ("columns", "bold_best", "caption", "label")
 
 
 @command("Tabulate certified accuracy at given radii.")
@@ -88,9 +106,13 @@ def table(runs: tuple[str, ...], columns: RadiiOptions, options: TableOptions) -
         decided = sorted({r for line in lines for r in line.decided}) if all(line.decided for line in lines) else []
         radii = decided or default_radii(max((float(line.radii[-1]) for line in lines if len(line.radii)), default=0.0))
     if options.simultaneous:
+        refuse_given(_OF_LAYOUT, f"{ONLY_CERTIFICATES} --simultaneous")
         text = compare_families(curves, radii, options.style, options.correction)
     else:
-        text = compare(lines, radii, options.style, intervals=options.intervals, relative_to=options.relative_to)
+        if options.style != "latex":
+            refuse_given(("caption", "label"), "is for --format latex; leave it out here")
+        shown: Any = {"intervals": options.intervals, "relative_to": options.relative_to, "layout": options.layout}
+        text = compare(lines, radii, options.style, **shown)
     _write(text, options.out, runs)
 
 
@@ -127,7 +149,7 @@ def _show_comparison(paths: tuple[str, ...], options: TableOptions) -> None:
     from analysis.runs import read_comparison
 
     refuse_beside_comparison(
-        paths, ("radii", "intervals", "envelope", "names", "relative_to", "simultaneous", "per_class")
+        paths, ("radii", "intervals", "envelope", "names", "relative_to", "simultaneous", "per_class", *_OF_LAYOUT)
     )
     comparison = read_comparison(paths[0], warn)
     _write(tabulate_comparison(comparison, options.style), options.out, paths)
