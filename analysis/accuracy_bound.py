@@ -157,10 +157,10 @@ class AccuracyBound:
         right = "right" if self.labelled else "the same as for the clean image"
         return (
             "A classifier that answers every request from one fresh noisy copy of the image is queried once about "
-            f"{about}. At least this share of its answers is expected to be {right}, even if an attacker who does not "
-            f"know the noise of the request changes each image by at most r ({norm} norm). Except with probability at "
-            f"most {exact(result.alpha)} over {over}, this is true at all r at once. It is a mean: nothing is said "
-            "about a single image, nor about the majority vote."
+            f"{about}. The expected share of its answers that are {right} is at least the bound at r, even if an "
+            f"attacker who does not know the noise of the request changes each image by at most r ({norm} norm). "
+            f"Except with probability at most {exact(result.alpha)} over {over}, this is true at all r at once. "
+            "It is a mean: nothing is said about a single image, nor about the majority vote."
         )
 
     def _repr_html_(self) -> str:
