@@ -81,15 +81,15 @@ class AuditClient:
             self._sent += not answer.known
             self._labelled = self._labelled or bool(answer.ranked)
             yield answer
+            if self._down >= MAX_DOWN:
+                raise RunFault(
+                    f"{MAX_DOWN} queries in a row got no answer (the last: {answer.failure}); the audit stopped, every "
+                    "answer is kept: the same command resumes when the service answers again"
+                )
             if self._sent >= MAX_DOWN and not self._labelled:
                 raise RunFault(
                     f"none of the first {self._sent} replies has a label (the last: {answer.failure}); the audit "
                     "stopped, every answer is kept: check the options of the protocol; the same command resumes"
-                )
-            if self._down >= MAX_DOWN:
-                raise RunFault(
-                    f"{MAX_DOWN} queries in a row got no answer (the last: {answer.failure}); the audit stopped, every "
-                    "answer is kept: the same call resumes when the service answers again"
                 )
 
 

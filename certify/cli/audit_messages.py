@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from certify.cli.console import say, show_prospects, tell
 from certify.cli.summary import title
 from certify.runs.progress import duration, progress_bar
-from certify.smoothing.procedures import needs_fixed_function
 from certify.smoothing.rounding import exact
 
 if TYPE_CHECKING:
@@ -92,6 +91,7 @@ def print_outcome(folder: Path, record: AuditRecord, *, as_json: bool) -> None:
     """Print the table, the counts and the paths, or one JSON object."""
     from analysis.accuracy_bound import accuracy_bound
     from certify.runs.run_file import read_run
+    from certify.smoothing.procedures import needs_fixed_function
 
     run = read_run(folder / "run.jsonl", allow_partial=True)
     if as_json:

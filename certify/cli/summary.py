@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from certify.cli.console import tell
 from certify.runs.progress import duration
-from certify.smoothing.procedures import Accuracy
 from certify.smoothing.rounding import exact, floor_to
 from certify.text import printable
 
@@ -48,6 +47,8 @@ def summarise(
         warn_of_results(run)
         tell(f"shard {shard.index}/{shard.of}: {len(run.images):,} of {run.header.expected:,} images in {run.path}")
         return
+    from certify.smoothing.procedures import Accuracy  # here, as it imports numpy
+
     if run.header.kind == Accuracy.kind:
         from certify.cli.accuracy import show_bound
 

@@ -330,7 +330,7 @@ _FEW, _MANY = 5, 0.4  # images of a class that is never predicted; share of the 
 
 def _collapse(run: Run) -> str:
     """Describe a smoothed classifier that predicts one class for most images and another for none; empty otherwise."""
-    rows, names = run.usable, run.class_names
+    rows = run.usable
     labels = Counter(row.label for row in rows)
     predicted = Counter(row.prediction for row in rows if not row.abstained)
     if None in labels or not predicted:
@@ -339,6 +339,7 @@ def _collapse(run: Run) -> str:
     missing = [label for label, images in labels.items() if images >= _FEW and label not in predicted]
     if not missing or count < _MANY * len(rows) or count <= 2 * labels[most]:
         return ""
+    names = run.class_names
     never = ", ".join(names.get(label, str(label)) for label in missing[:3]) + (", ..." if len(missing) > 3 else "")
     return (
         f"under noise no image is predicted as {never}, and {count:,} of {len(rows):,} are predicted as "
