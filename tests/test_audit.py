@@ -414,7 +414,7 @@ def test_a_random_service_is_refused_before_any_noisy_copy(tmp_path: Path, digit
 
     images, wavering = some_images(16), Fake(digits, respond)
     with pytest.raises(
-        UserError, match=r"^the service answers differently when queried again about image \d+ \("
+        UserError, match=r"^the service returned different labels for image \d+ when queried again \("
     ) as found:
         run_audit(set_up(tmp_path / "a", images=images, repeat_clean=5), wavering)
     assert "\n" not in str(found.value)

@@ -246,7 +246,9 @@ def test_an_audit_of_a_service_that_tosses_coins_stops_after_the_probe(
         spent = found.requests
         assert spent <= 2 + 16 + 2  # clean, probe, drift: no noisy copy
         last = capsys.readouterr().err.splitlines()[-1]
-        assert last.startswith("certify: the service answers differently when queried again about image 1297 (class ")
+        assert last.startswith(
+            "certify: the service returned different labels for image 1297 when queried again (class "
+        )
         assert read_run(tmp_path / "run.jsonl", allow_partial=True).images == []
         run(*audit, *found.arguments, "--repeat-clean", "16", code=2)  # from the ledger
         assert found.requests == spent

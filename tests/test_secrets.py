@@ -259,8 +259,8 @@ def test_passwords_of_proxies(audit: Callable[..., dict[str, str]], monkeypatch:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--endpoint", f"http://127.0.0.1:9/{quote(KEY, safe='')}/predict"], "the endpoint holds the key itself"),
-        (["--protocol-option", f"path=v1/{KEY}"], "protocol option path holds the key itself"),
+        (["--endpoint", f"http://127.0.0.1:9/{quote(KEY, safe='')}/predict"], "the endpoint contains the key itself"),
+        (["--protocol-option", f"path=v1/{KEY}"], "protocol option path contains the key itself"),
         (["--protocol-option", f"api_key={KEY}"], "--protocol-option 'api_key=...': expected KEY=VALUE"),
         (["--api-key-env", KEY], "the variable named is not set"),
         (["--auth-header", f"X-Key: {KEY}"], "--auth-header: expected NAME: VALUE with {key} in it"),

@@ -1,9 +1,9 @@
 """The answers of a service by query name, and the classes that they vote for.
 
-The labels that a service knows are not known beforehand. Votes are counted over the labels that it returns: every label
-is a class, and a certificate that holds for any number of classes holds for a number that grows. With a class map
-several labels may belong to one class, and an answer without any of them is a separate outcome: a trial that votes for
-no class. So is the abstention of a service that is itself a smoothed classifier.
+The labels of a service are not known in advance. Votes are counted over the labels it returns: every label is a class,
+and a certificate that holds for any number of classes stays valid as the number grows. With a class map several labels
+may belong to one class, and an answer without any of them is a separate outcome: a trial that votes for no class. So is
+the abstention of a service that is itself a smoothed classifier.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from certify.models import labels
 from certify.types import FAILED
 
 CLEAN, PROBE, RESUMED, DRIFT, SELECTION, ESTIMATION = "clean", "probe", "resumed", "drift", "selection", "estimation"
-"""Stages: the clean image, its repetitions (at the start, on resuming, at the end), and the two of the noisy copies."""
+"""Stages: the clean image, its repetitions (at the start, on resuming, at the end), and two of noisy copies."""
 
 OUTSIDE = -2
-"""The outcome of an abstention, or of an answer without a label in the class map; negative: not a class number."""
+"""Outcome of an abstention, or of an answer without a label in the class map; negative, hence not a class number."""
 
 ABSTENTION = "(abstention)"
-"""The label that a protocol returns if the service abstains; it votes for no class."""
+"""Label that a protocol returns if the service abstains; votes for no class."""
 
 
 def query_name(image: str, stage: str, number: int | str) -> str:
@@ -33,7 +33,7 @@ def query_name(image: str, stage: str, number: int | str) -> str:
 
 
 def parts_of(name: str) -> tuple[str, str, str]:
-    """Return image, stage and number of a query's name, each empty if the name has none."""
+    """Split a query's name into image, stage and number, each empty if missing."""
     image, stage, number = [*name.rsplit(" | ", 2), "", ""][:3]
     return image, stage, number
 
@@ -72,10 +72,10 @@ def class_of(ranked: Ranked, class_map: Mapping[str, str] | None = None) -> str 
 
 
 class LabelIndex:
-    """Number the classes of a service in the order of their appearance.
+    """Number the classes of a service in order of first appearance.
 
     Args:
-        class_map: from the service's labels to classes; None if every label is a class.
+        class_map: maps the service's labels to classes; None if every label is a class.
     """
 
     def __init__(self, class_map: Mapping[str, str] | None = None) -> None:
@@ -90,7 +90,7 @@ class LabelIndex:
         return list(self._numbers)
 
     def number(self, name: str) -> int:
-        """Return the number of a class; a name that is new gets the next one."""
+        """Return the number of a class; a new name gets the next number."""
         return self._numbers.setdefault(name, len(self._numbers))
 
     def vote(self, ranked: Ranked) -> int:
@@ -105,7 +105,7 @@ def read_class_map(path: str | Path) -> dict[str, str]:
     """Read a class map: JSON ``{"label": "class"}``, or lines ``label,class``.
 
     Raises:
-        UserError: it cannot be read, or has another form.
+        UserError: unreadable, or of another form.
     """
     class_map = labels.read_class_map(path)
     if not class_map or not all(isinstance(v, str | int) for v in class_map.values()):

@@ -1,4 +1,4 @@
-"""The transaction of an audit: lock the ledger, query within the budget, and conclude whatever ends the queries."""
+"""Run an audit as a transaction: lock the ledger, query within the budget, and write results however it ends."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from certify.runs.records import SCHEMA, Reference, RunHeader
 from certify.runs.run_file import peek_header
 
 Report = Callable[[Path, LedgerContents], None]
-"""Writes the report of a folder with this ledger."""
+"""Function that writes the report of a folder from its ledger."""
 
 
 def _ignore(*_: object) -> None:
@@ -56,15 +56,15 @@ def _ignore(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Observer:
-    """Functions that display an audit while it runs.
+    """Callbacks that display the progress of an audit.
 
     Attributes:
         planned: called with the audit and its plan, before anything is sent.
-        opened: called with the ledger's path, the number of requests spent in this folder so far, and the budget.
+        opened: called with the ledger's path, the number of requests sent in this folder so far, and the budget.
         started: called with the number of images, before the first query.
-        advanced: called with the number of images that were finished since the last call.
+        advanced: called with the number of images finished since the last call.
         attacking: called when the certificates are finished and the attack begins.
-        waiting: called with a message if the end has to wait for requests in flight.
+        waiting: called with a message while the audit waits for requests in flight at its end.
     """
 
     planned: Callable[[Audit, AuditPlan], None] = _ignore
@@ -96,10 +96,10 @@ def run_audit(audit: Audit, observer: Observer, report: Report = _ignore) -> Aud
     """Start or resume an audit in its folder.
 
     Run file and ``audit.json`` are written from the recorded answers however the queries end: finished, budget spent,
-    interrupted, or a fault. Queries that are answered in the ledger are not sent again.
+    interrupted, or with an error. Queries answered in the ledger are not sent again.
 
     Args:
-        audit: its inputs.
+        audit: the audit's inputs.
         observer: displays the plan and the progress.
         report: writes the report at the end.
 
@@ -165,7 +165,7 @@ def _run(
 
 
 def _earlier(audit: Audit) -> tuple[str, str]:
-    """Return status and reason of the audit that is resumed, which another function must not change."""
+    """Return status and reason of the audit to resume; they are kept if the function turns out to be another."""
     with contextlib.suppress(UserError):  # a new audit, or a damaged record, which is written anew
         record = read_about(audit.folder)
         return record.status or STOPPED, record.reason or ""
@@ -173,7 +173,7 @@ def _earlier(audit: Audit) -> tuple[str, str]:
 
 
 def _announce(audit: Audit, observer: Observer) -> AuditPlan:
-    """Return the plan; show it to the observer, and warn of a procedure or a budget that certifies nothing."""
+    """Return the plan; show it to the observer, and warn about a procedure or budget that certifies nothing."""
     planned = plan(audit)
     observer.planned(audit, planned)
     for text in audit.settings.procedure.prospects(audit.noise).warnings:
@@ -187,10 +187,10 @@ def _announce(audit: Audit, observer: Observer) -> AuditPlan:
 
 
 def _open_ledger(audit: Audit) -> Ledger:
-    """Open the audit's ledger, which belongs to one service, format and encoding, and to one Python function.
+    """Open the audit's ledger, which is tied to one service or Python function, format and encoding.
 
     Raises:
-        UserError: it belongs to another audit, is in use or damaged.
+        UserError: the ledger belongs to another audit, is in use or damaged.
     """
     path = audit.folder / LEDGER
     settings: dict[str, Any] = {"encoding": audit.service.encoding}
@@ -202,7 +202,7 @@ def _open_ledger(audit: Audit) -> Ledger:
 
 
 def make_header(audit: Audit) -> RunHeader:
-    """Return the run file's header: everything that shapes the certificates."""
+    """Return the run file's header: everything that determines the certificates."""
     header = run_header(
         audit.settings,
         audit.noise,
@@ -219,7 +219,7 @@ def make_header(audit: Audit) -> RunHeader:
         },
     )
     return header.replace(
-        in_order=True,  # the images of an unfinished run are the first ones, not the easy ones
+        in_order=True,  # an unfinished run holds the first images, not the easiest
         reference=Reference(labels=OWN if audit.given is None else GIVEN, sha256=_digest(audit.given)),
         class_map=audit.class_map and dict(audit.class_map),
     )
@@ -252,7 +252,7 @@ def prepare(audit: Audit, planned: AuditPlan) -> tuple[RunHeader, AuditRecord]:
     Raises:
         UserError: the folder holds an audit with other settings.
         ContractError: the denoiser is not a fixed function of one image; nothing is written.
-        RunFault: it cannot be written.
+        RunFault: the folder cannot be written.
     """
     header = make_header(audit)
     known = existing_header(audit, header)

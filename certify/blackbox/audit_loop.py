@@ -1,10 +1,9 @@
 """Send the queries of an audit, in order, until every image is finished or the budget is spent.
 
-Images are queried in order: the clean images of a chunk, then the noisy copies of one image after another, of the next
-one only if the current one leaves concurrency unused. So when the budget is spent, earlier images are finished and
-little was spent on others. One clean image is queried repeatedly at the start (a certificate requires a fixed
-function), and some clean images again at the end. Certificates follow from the answers alone
-(:mod:`certify.blackbox.results`).
+Images are queried in order: the clean images of a chunk, then the noisy copies image by image, starting the next image
+only if the current one leaves concurrency unused. When the budget is spent, earlier images are thus finished and little
+was spent on later ones. One clean image is queried repeatedly at the start (a certificate requires a fixed function),
+and some clean images again at the end. Certificates follow from the answers alone (:mod:`certify.blackbox.results`).
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ from certify.smoothing.rng import stream_key
 
 MAX_DOWN = 10
 """Consecutive queries without a reply, or with an error status, after which an audit stops: the service is down, and
-each would cost a trial. A reply without a label is an answer, however many there are, unless no reply had one yet."""
+each further query would cost a trial. A reply without a label counts only as long as no reply had one."""
 
 
 SAME_IMAGES = 3
-"""Maximum number of clean images that are queried again when the audit of a Python function is resumed."""
+"""Maximum number of clean images queried again when the audit of a Python function is resumed."""
 
 
 class AuditClient:
@@ -56,7 +55,7 @@ class AuditClient:
         client: answers the queries; may be replaced by one with another budget.
 
     Attributes:
-        answers: so far, by name.
+        answers: answers so far, by name.
     """
 
     def __init__(self, client: Client) -> None:
@@ -102,20 +101,20 @@ def send_queries(
 ) -> str:
     """Send all queries that have no answer yet, within the budget.
 
-    Warns of a determinism probe that casts doubt on the service before most of the budget is spent.
+    Warns, before most of the budget is spent, if the determinism probe casts doubt on the service.
 
     Args:
         audit: the audit.
-        record: of :func:`~certify.blackbox.audit.prepare`.
+        record: result of :func:`~certify.blackbox.audit.prepare`.
         open_client: opens a client with the given budget.
-        progress: called with the number of images that were finished since the last call.
+        progress: called with the number of images finished since the last call.
 
     Returns:
         ``FINISHED``, or ``SPENT`` if the budget did not cover all queries.
 
     Raises:
-        ContractError: the determinism probe got different labels; no noisy copy was queried.
-        OtherFunction: a Python function is not the one that the audit began with.
+        ContractError: the determinism probe returned different labels; no noisy copy was queried.
+        OtherFunction: the Python function is not the one with which the audit began.
         RunFault: the service does not answer.
     """
     usable = [i for i, image in enumerate(record.images) if not image.error]
@@ -159,7 +158,7 @@ def _save(audit: Audit, index: int, kind: str, picture: Picture) -> None:
 
 
 def _query_clean(audit: Audit, ask: AuditClient, chunk: Sequence[int], *, alone: bool) -> None:
-    """Query clean images, and those that failed in an earlier run again; with ``alone`` the first one by itself."""
+    """Query clean images, retrying those that failed in an earlier run; with ``alone`` the first one by itself."""
     groups = [chunk[:1], chunk[1:]] if alone else [chunk]
     for group in groups:
         todo, number = list(group), 0
@@ -171,7 +170,7 @@ def _query_clean(audit: Audit, ask: AuditClient, chunk: Sequence[int], *, alone:
                 queries.append(Query(query_name(audit.images.items[i].id, CLEAN, number), picture))
             answers = list(ask(queries))
             if alone and group is groups[0] and not answers[0].ranked and not answers[0].known:
-                skip = "; if it has none for this image alone, leave it out and choose another folder"
+                skip = "; if only this image has no label, leave it out and choose another folder"
                 raise RunFault(
                     f"the service gave no label for the first image: {answers[0].failure}; no other query was sent. "
                     f"The same command tries again{'' if answers[0].down else skip}"
@@ -181,23 +180,23 @@ def _query_clean(audit: Audit, ask: AuditClient, chunk: Sequence[int], *, alone:
 
 
 def _check_function(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
-    """Query some clean images that an earlier run has answers for again, whose function was perhaps another one."""
+    """Repeat some clean queries of an earlier run, to detect that the Python function has changed."""
     before: dict[int, Answer] = {}
     for i in chunk:
         clean = clean_answer(ask.answers, audit.images.items[i].id)
         if clean is not None and clean.known and clean.ranked and len(before) < SAME_IMAGES:
             before[i] = clean
-    number = ask.spent  # unique: each such check sends requests
+    number = ask.spent  # unique, since each such check sends requests
     queries = [Query(query_name(audit.images.items[i].id, RESUMED, number), _picture(audit, i)) for i in before]
     try:
         for (i, clean), now in zip(before.items(), ask(queries), strict=True):
             require_same_function(clean, now, audit.images.items[i].id, audit.class_map)
     except BudgetSpent:
-        warn("the budget is spent: whether this is the function that the audit began with was not checked")
+        warn("the budget is spent: not checked whether this is the function with which the audit began")
 
 
 def _probe(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
-    """Query the image whose two best scores are closest again: there randomness changes the label most easily."""
+    """Repeat the query of the image whose two best scores are closest, where randomness shows first."""
 
     def margin(index: int) -> float:
         answer = clean_answer(ask.answers, audit.images.items[index].id)
@@ -217,11 +216,11 @@ def _probe(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
 
 
 def _sample(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
-    """Query noisy copies of these images, until each is settled or has n samples."""
+    """Query noisy copies of these images until each is decided or has n samples."""
     procedure, label_index = audit.settings.procedure, LabelIndex(audit.class_map)
 
     def has_reference(index: int) -> bool:
-        """True if there is a label to certify the image for."""
+        """True if the image has a label for which it can be certified."""
         clean = clean_answer(ask.answers, audit.images.items[index].id)
         return audit.given is not None or (clean is not None and label_index.vote(clean.ranked) >= 0)
 
@@ -244,22 +243,22 @@ def _sample(audit: Audit, ask: AuditClient, chunk: Sequence[int]) -> None:
 
 
 def _label_noisy(audit: Audit, ask: AuditClient, label_index: LabelIndex, jobs: Iterable[Job]) -> Iterator[Tally]:
-    """Query the service on the noisy copies of all jobs; yield their tallies, with labels, in the order of the jobs.
+    """Query the service on the noisy copies of all jobs; yield their tallies, with labels, in job order.
 
     The remote counterpart of :func:`certify.engine.monte_carlo.count_votes`: the noise is drawn in the same blocks, so
-    a service gives the same votes as a local classifier that computes the same function. When the budget is spent, the
+    a service yields the same votes as a local classifier that computes the same function. When the budget is spent, the
     answers of the current job are yielded as a shorter tally before the error is raised, because an anytime-valid rule
-    may use them.
+    can use them.
 
     Args:
         audit: the audit.
         ask: answers queries in order, within the budget.
         label_index: numbers the labels; grows with the answers.
-        jobs: with noise; pulled ahead of the answers. The tag is the image's index and the stage.
+        jobs: jobs with noise, pulled ahead of the answers; the tag is (image index, stage).
 
     Raises:
         BudgetSpent: the budget does not cover the next query.
-        RunFault: a draw of the noise failed, which no query can represent.
+        RunFault: a noise draw failed, so there is no image to query.
     """
     pending: deque[Job] = deque()
 
@@ -287,7 +286,7 @@ def _label_noisy(audit: Audit, ask: AuditClient, label_index: LabelIndex, jobs: 
 
 
 def _noisy_queries(audit: Audit, jobs: Iterable[Job]) -> Iterator[Query]:
-    """Yield the queries of all jobs; save the first noisy copy of each stream, and that copy as sent."""
+    """Yield the queries of all jobs; save the first noisy copy of each stream, before and after denoising."""
     numbers: dict[bytes, int] = {}  # samples of each stream so far
     for job, noisy, failed in noisy_copies(jobs, audit.noise):
         assert job.key is not None
@@ -310,7 +309,7 @@ def _noisy_queries(audit: Audit, jobs: Iterable[Job]) -> Iterator[Query]:
 
 @torch.no_grad()
 def _denoise(audit: Audit, part: Tensor) -> Tensor:
-    """Return the images ``(B, C, H, W)`` to send for up to ``DENOISER_BATCH`` noisy copies, in batches of one size."""
+    """Denoise up to ``DENOISER_BATCH`` noisy copies ``(B, C, H, W)``, padded to a batch of constant size."""
     if audit.denoiser is None:
         return part
     missing = DENOISER_BATCH - len(part)
@@ -323,7 +322,7 @@ def _tally(labels: list[int]) -> Tally:
 
 
 def _check_drift(audit: Audit, ask: AuditClient, usable: Sequence[int]) -> None:
-    """Query some of the clean images again, evenly spaced; once more whenever further noisy copies were queried."""
+    """Repeat some clean queries, evenly spaced, whenever noisy copies were queried since the last check."""
     ids = [(i, audit.images.items[i].id) for i in usable]
     begun = [(i, name) for i, name in ids if (a := clean_answer(ask.answers, name)) is not None and a.ranked]
     number = sum(stage_of(name) in (SELECTION, ESTIMATION) for name in ask.answers)

@@ -1,6 +1,6 @@
-"""Check that a service is a fixed function, which a certificate requires: compare its answers about the same picture.
+"""Check that a service is a fixed function, which a certificate requires, by comparing repeated answers.
 
-Warnings, ``audit.json`` and the report all use these functions of the answers by name.
+Warnings, ``audit.json`` and the report all use these functions; ``answers`` are keyed by query name.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from certify.blackbox.record import Drifted, Probed
 from certify.blackbox.types import Answer
 from certify.errors import ContractError, UserError
 
-_ROUNDING = 0.01  # of the larger score: 16-bit arithmetic may break a tie by that much
+_ROUNDING = 0.01  # relative to the larger score: 16-bit arithmetic can break a tie by that much
 
 NO_CLASS = "no class"
-"""The class of an abstention, or of an answer whose labels are all outside the class map."""
+"""Class of an abstention, or of an answer with no label in the class map."""
 
 
 def fixed(probed: Sequence[Probed], drifted: Sequence[Drifted]) -> bool | None:
-    """Return True if the service answered like a fixed function; None if no picture was answered twice."""
+    """Return True if all repeated answers agree; None if no picture was answered twice."""
     labelled = [probe for probe in probed if sum(probe.labels.values()) > 1]
     compared = [one for one in drifted if one.compared]
     if not labelled and not compared:
@@ -29,11 +29,11 @@ def fixed(probed: Sequence[Probed], drifted: Sequence[Drifted]) -> bool | None:
 
 
 def probes(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Probed]:
-    """Return the outcome of the determinism probe: the clean answer of each probed image against its repetitions.
+    """Compare the clean answer of each probed image with its repetitions.
 
     Args:
-        answers: by name.
-        class_map: from labels to classes, or None.
+        answers: answers by query name.
+        class_map: maps labels to classes, or None.
     """
     outcomes = []
     for image, again in _of_stage(answers, PROBE).items():
@@ -57,27 +57,27 @@ def _tied(answer: Answer, classes: Collection[str], class_map: Mapping[str, str]
 
 
 def require_deterministic(probed: Sequence[Probed]) -> None:
-    """Raise an error if repeated queries returned different labels; differences at a tie do not count.
+    """Check that repeated queries returned the same label; differences at a tie do not count.
 
     Raises:
-        ContractError: names the image and the labels.
+        ContractError: labels differ.
     """
     for probe in probed:
         if len(probe.labels) > 1 and not probe.tie:
             raise ContractError(
-                f"the service answers differently when queried again about image {probe.id} ({_counted(probe)}): a "
+                f"the service returned different labels for image {probe.id} when queried again ({_counted(probe)}): a "
                 "certificate needs a fixed function of one image; nothing is certified, every answer is kept in the "
                 "ledger"
             )
 
 
 def probe_warnings(probed: Sequence[Probed]) -> Iterator[str]:
-    """Yield a warning for each image that shows that the service is not deterministic."""
+    """Yield a warning for each image with evidence that the service is not deterministic."""
     for probe in probed:
         if len(probe.labels) > 1:
             yield (
                 f"NON-DETERMINISTIC: repeated queries of image {probe.id} returned different labels: {_counted(probe)}"
-                ". A certificate presupposes a fixed function; these do not hold for this service"
+                ". Certificates presuppose a fixed function; they do not hold for this service"
             )
         elif probe.spread:
             yield f"the scores of one image vary by {probe.spread:.3g} between repeated queries; its label does not"
@@ -99,17 +99,17 @@ def _counted(probe: Probed) -> str:
 
 
 class OtherFunction(UserError):
-    """A Python function is not the one that the audit began with."""
+    """Raised if a Python function is not the one with which the audit began."""
 
 
 def require_same_function(before: Answer, now: Answer, image: str, class_map: Mapping[str, str] | None) -> None:
-    """Raise an error if a function now answers differently about a clean image than when the audit began.
+    """Check that a function still gives the recorded answer for a clean image.
 
     Args:
         before: the recorded answer, with a label.
-        now: the answer of the function that is to resume the audit.
+        now: the answer of the function with which the audit is resumed.
         image: id of the image.
-        class_map: from labels to classes, or None.
+        class_map: maps labels to classes, or None.
 
     Raises:
         OtherFunction: another label, another score, or no answer.
@@ -133,7 +133,7 @@ def _vote(answer: Answer, class_map: Mapping[str, str] | None) -> str | None:
 
 
 def drifts(answers: Mapping[str, Answer], class_map: Mapping[str, str] | None = None) -> list[Drifted]:
-    """Return the outcome of the drift check: the latest answers about clean images against their first."""
+    """Compare the latest answers for clean images with the first."""
     outcomes = []
     for image, later in _of_stage(answers, DRIFT).items():
         clean, last = clean_answer(answers, image), list(later.values())[-1]

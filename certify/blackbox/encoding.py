@@ -1,6 +1,6 @@
 """Convert tensors to the pictures that a service receives: clipped, rounded to 8 bits, then encoded as PNG or JPEG.
 
-This step belongs to the certified function: a label is a function of the tensor, rounding included, so a certificate
+This step is part of the certified function: the label is a function of the tensor, rounding included, so a certificate
 needs no extra term for it.
 """
 
@@ -22,18 +22,18 @@ from certify.images.decode import decode
 from certify.types import BaseClassifier
 
 _LEVELS = 255
-_COMPRESSION = 1  # of zlib: noise hardly compresses, so more effort only costs time
+_COMPRESSION = 1  # zlib level: noise hardly compresses, so a higher one only costs time
 _BEST, _USUAL = 100, 95  # JPEG qualities
 
 
 def to_pictures(images: Tensor) -> list[Picture]:
-    """Clip images ``(B, C, H, W)``, floating-point, to [0, 1] and round them to the nearest of 256 levels.
+    """Clip floating-point images ``(B, C, H, W)`` to [0, 1] and round them to the nearest of 256 levels.
 
     Raises:
-        RunFault: a value that is not finite, which has no nearest level.
+        RunFault: a value is not finite.
     """
     if not bool(torch.isfinite(images).all()):
-        raise RunFault("an image to be sent has values that are not finite; it was not sent")
+        raise RunFault("an image has values that are not finite; it was not sent")
     levels = (images.detach().clamp(0, 1) * _LEVELS).round().to(torch.uint8)
     return [Picture(one) for one in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
@@ -44,14 +44,14 @@ def to_tensor(picture: Picture) -> Tensor:
 
 
 def encode(picture: Picture, encoding: str = "png") -> bytes:
-    """Return a picture as the bytes of an image file.
+    """Encode a picture as the bytes of an image file.
 
     Args:
-        picture: to encode.
+        picture: the picture.
         encoding: ``png`` (lossless), ``jpeg`` or ``jpegQ`` with a quality Q from 1 to 100, such as ``jpeg90``.
 
     Raises:
-        UserError: another encoding.
+        UserError: an unknown encoding.
     """
     kind, quality = read_encoding(encoding)
     out = io.BytesIO()
@@ -65,7 +65,7 @@ def encode(picture: Picture, encoding: str = "png") -> bytes:
 
 
 def encode_base64(picture: Picture, encoding: str = "png") -> str:
-    """Return an image file of :func:`encode` in base64, as JSON carries it."""
+    """Return the image file of :func:`encode` in base64, for JSON."""
     return base64.b64encode(encode(picture, encoding)).decode()
 
 
@@ -75,10 +75,10 @@ def round_trip(picture: Picture, encoding: str = "png") -> Picture:
 
 
 def from_bytes(content: bytes, channels: int) -> Picture:
-    """Decode an image file.
+    """Decode an image file to a picture with 1 or 3 channels.
 
     Raises:
-        ImageError: it cannot be decoded, or exceeds the limits of :mod:`certify.images.decode`.
+        ImageError: the file cannot be decoded, or exceeds the limits of :mod:`certify.images.decode`.
     """
     pixels = np.array(decode(content, channels), dtype=np.uint8)
     return Picture(pixels.reshape(*pixels.shape[:2], channels))
@@ -93,7 +93,7 @@ def read_encoding(encoding: str) -> tuple[str, int]:
     """Parse an encoding into ``png`` or ``jpeg``, and the quality, which PNG ignores.
 
     Raises:
-        UserError: another encoding.
+        UserError: an unknown encoding.
     """
     match = re.fullmatch(r"(png)|(jpeg)(\d{1,3})?", str(encoding))
     quality = int(match[3] or _USUAL) if match else 0
@@ -103,13 +103,13 @@ def read_encoding(encoding: str) -> tuple[str, int]:
 
 
 class AsSent:
-    """A local classifier behind the steps before a service: clipping, rounding to 8 bits, and the encoding.
+    """A local classifier preceded by the steps before a service: clipping, rounding to 8 bits, and encoding.
 
-    A local run of it and an audit of a service that computes the same function give the same votes on the same noise.
+    A local run of it and an audit of a service that computes the same function yield the same votes on the same noise.
 
     Args:
         classifier: any base classifier.
-        encoding: as of :func:`certify.blackbox.encoding.encode`.
+        encoding: as for :func:`encode`.
     """
 
     def __init__(self, classifier: BaseClassifier, encoding: str = "png") -> None:
@@ -119,7 +119,7 @@ class AsSent:
         self.class_names = getattr(classifier, "class_names", None)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Labels ``(B,)`` of images ``(B, C, H, W)``."""
+        """Return labels ``(B,)`` of images ``(B, C, H, W)``."""
         pictures = to_pictures(images)
         if self.encoding != "png":
             pictures = [round_trip(picture, self.encoding) for picture in pictures]

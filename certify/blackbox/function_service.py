@@ -1,4 +1,4 @@
-"""A Python function as a black-box service: pictures in, labels out, one query per call."""
+"""Serve a Python function as a black-box service: pictures in, labels out, one query per call."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from certify.errors import first_line
 EXPECTED = "expected a label, a sequence of labels (best first), or a mapping from labels to scores"
 
 Ask = Callable[[np.ndarray], Any]
-"""Labels one 8-bit image ``(H, W, C)``, uint8: a label, labels best first, or a mapping from labels to scores."""
+"""Function from an image ``(H, W, C)``, uint8, to a label, labels (best first), or a mapping from labels to scores."""
 
 
 def function_name(function: Ask) -> str:
-    """Return the name that stands for the URL: ``python:MODULE.NAME``."""
+    """Return the name used in place of a URL: ``python:MODULE.NAME``."""
     own: Any = function if hasattr(function, "__qualname__") else type(function)
     return f"python:{own.__module__}.{own.__qualname__}"
 
@@ -34,9 +34,9 @@ def function_name(function: Ask) -> str:
 def function_fingerprint(function: Ask) -> str | None:
     """Return a hash of a function's code and of the networks that it uses: ``"python 3.12: 16 digits"``.
 
-    It covers the bytecode of the function, of the functions and classes of its module that it calls, and the parameters
-    of every ``torch.nn.Module`` that it refers to by a closure, a global name or an attribute. What it reads otherwise
-    (files, addresses, other objects) is not covered: on resuming, its answers to clean images are compared, too.
+    It covers the bytecode of the function and of the functions and classes of its module that it uses, and the
+    parameters of every ``torch.nn.Module`` reachable through closures, globals and attributes. Anything else it reads
+    (files, URLs, other objects) is not covered; therefore its answers for clean images are also compared on resuming.
 
     Returns:
         None for a function without bytecode, such as a built-in one.
@@ -48,12 +48,12 @@ def function_fingerprint(function: Ask) -> str | None:
     parts = list(_parts(function, getattr(own, "__module__", ""), set()))
     for part in parts:
         digest.update(part)
-    version = ".".join(platform.python_version_tuple()[:2])  # which decides on the bytecode
+    version = ".".join(platform.python_version_tuple()[:2])  # bytecode depends on it
     return f"python {version}: {digest.hexdigest()[:16]}" if parts else None
 
 
 def comparable(fingerprint: str | None, other: str | None) -> bool:
-    """True if two fingerprints differ only if the functions do: both exist and are of one version of Python."""
+    """True if two fingerprints are comparable: both exist and are of the same Python version."""
     return None not in (fingerprint, other) and str(fingerprint).split(":")[0] == str(other).split(":")[0]
 
 
@@ -75,7 +75,7 @@ def _parts(value: Any, module: str, seen: set[int]) -> Iterator[bytes]:
         if value.__module__ != module:
             return
         yield _code(value.__code__)
-        with contextlib.suppress(ValueError):  # a variable that has no value yet
+        with contextlib.suppress(ValueError):  # an unbound variable
             variables = inspect.getclosurevars(value)
             inner = [*variables.nonlocals.values(), *variables.globals.values(), *(value.__defaults__ or ())]
     elif isinstance(value, nn.Module):
@@ -96,7 +96,7 @@ def _code(code: types.CodeType) -> bytes:
 
 
 def _stable(constant: Any) -> str:
-    """Return the text of a constant; a set's elements are sorted, because their order varies between processes."""
+    """Return the text of a constant; set elements are sorted, since their order varies between processes."""
     return repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
 
 
@@ -117,14 +117,14 @@ def function_sender(function: Ask) -> Sender:
 
 
 def label_text(label: Any) -> str | None:
-    """Return the text of a label, which is a name or a class number; None for anything else, such as None or 0.5."""
+    """Return a label (name or class number) as text; None for anything else, such as None or 0.5."""
     if isinstance(label, np.generic) or getattr(label, "ndim", None) == 0:
         label = label.item()
     return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
 
 
 def _as_json(answer: Any) -> list[list[Any]] | str:
-    """Return (label, score) pairs, best first; a description of anything that is no answer."""
+    """Return (label, score) pairs, best first, or a description of an invalid answer."""
     scored = isinstance(answer, Mapping)
     entries: Iterable[tuple[Any, Any]]
     entries = answer.items() if isinstance(answer, Mapping) else ((label, None) for label in _as_labels(answer))
@@ -158,4 +158,4 @@ def _reply(reply: Reply) -> Ranked:
 
 
 FUNCTION_FORMAT = Format("python", _request, _reply, {"encoding": "png"})
-"""The pixels as an array of NumPy, the answer as JSON."""
+"""Wire format for Python functions: pixels as a NumPy array, the answer as JSON."""

@@ -28,13 +28,13 @@ _REMEMBERED = 10_000  # unanswered queries in memory; far fewer are in flight at
 
 
 class Ledger:
-    """Append to a ledger, new or resumed; a context manager. Used on one event loop.
+    """Append to a new or resumed ledger; a context manager, to be used on one event loop.
 
-    A line is on the disk when the coroutine that wrote it returns; lines written during one flush share the next.
+    A line is on disk when the coroutine that wrote it returns; lines written during a flush share the next flush.
 
     Args:
-        path: of the file.
-        header: of :func:`~certify.blackbox.ledger_contents.ledger_header`.
+        path: the file.
+        header: result of :func:`~certify.blackbox.ledger_contents.ledger_header`.
 
     Attributes:
         contents: the state of all queries; one in flight counts as lost.
@@ -47,7 +47,7 @@ class Ledger:
     def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.contents = LedgerContents(dict(header))
-        self._length = self._flushed = 0  # bytes written, and of these, bytes on the disk
+        self._length = self._flushed = 0  # bytes written, and bytes known to be on disk
         self._fault = ""
         self._disk = ThreadPoolExecutor(1, "certify-ledger")
         self._file = open_to_append(self.path, private=True)  # replies may be confidential
@@ -59,14 +59,14 @@ class Ledger:
 
     @property
     def spent(self) -> int:
-        """Requests sent in the ledger's whole life."""
+        """Requests sent over the ledger's lifetime."""
         return self.contents.spent
 
     def find(self, query: Query) -> Answer | None:
         """Return the answer to a query, if there is one.
 
         Raises:
-            UserError: another picture was sent under this name.
+            UserError: a different picture was sent under this name.
         """
         entry = self.contents.entries.get(query.name)
         if entry is None:
@@ -96,11 +96,11 @@ class Ledger:
         await self._append({**row, **hashes, "time": now})
 
     async def refused(self, name: str, why: str) -> None:
-        """Log that a request brought no answer and that the query may be sent again."""
+        """Log that a request had no answer; the query may be sent again."""
         await self._append({"type": "refused", "name": name, "attempt": self.attempts(name), "why": why})
 
     async def answer(self, answer: Answer) -> None:
-        """Log the answer to a query, which may be used only then."""
+        """Log the answer to a query; it must not be used before."""
         row = {
             "type": "answer",
             "name": answer.name,
@@ -125,11 +125,11 @@ class Ledger:
         self._length += len(line)
         try:
             await asyncio.get_running_loop().run_in_executor(self._disk, self._flush, self._length)
-        except (OSError, ValueError, RuntimeError) as error:  # the latter two if it was closed meanwhile
+        except (OSError, ValueError, RuntimeError) as error:  # the latter two if it was closed in the meantime
             raise self._fail(error) from None
 
     def _flush(self, length: int) -> None:
-        """Wait until this many bytes are on the disk, on its thread; one flush covers all lines written before it."""
+        """Ensure, on the disk thread, that ``length`` bytes are on disk; one flush covers all lines before it."""
         if self._fault:
             raise OSError(0, self._fault)
         if self._flushed < length:
@@ -142,7 +142,7 @@ class Ledger:
             self._flushed = written
 
     def _fail(self, error: Exception) -> RunFault:
-        """Refuse everything from here on: it is no longer certain what is on the disk."""
+        """Reject all further lines: the state on disk is no longer certain."""
         self._fault = self._fault or getattr(error, "strerror", None) or "it was closed"
         return self._error(self._fault)
 
@@ -152,7 +152,7 @@ class Ledger:
         )
 
     def _resume(self) -> None:
-        """Read what the file holds and cut off a torn line, or begin a new ledger."""
+        """Read an existing file and drop a torn last line, or start a new ledger."""
         try:
             content = self.path.read_bytes()
         except OSError as error:
@@ -173,7 +173,7 @@ class Ledger:
         self._length = self._flushed = os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
-        """Close the file; its lines are on the disk already."""
+        """Close the file; its lines are already on disk."""
         self._file.close()
         self._disk.shutdown(wait=False)
 
@@ -185,7 +185,7 @@ class Ledger:
 
 
 class InMemoryLog:
-    """Count requests, and forget queries once they are answered, in place of a :class:`Ledger`."""
+    """Replacement for :class:`Ledger` that counts requests and forgets answered queries."""
 
     def __init__(self) -> None:
         self.spent = 0
@@ -202,7 +202,7 @@ class InMemoryLog:
         """Count a request."""
         self.spent += 1
         self._attempts[query.name] = self.attempts(query.name) + 1
-        if len(self._attempts) > _REMEMBERED:  # queries that a fault left unanswered
+        if len(self._attempts) > _REMEMBERED:  # queries left unanswered by an error
             self._attempts.popitem(last=False)
 
     async def refused(self, name: str, why: str) -> None:
@@ -214,7 +214,7 @@ class InMemoryLog:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush the folder, which holds the name of a new file, where the system supports that."""
+    """Flush the directory entry of a new file, if the system supports it."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -224,10 +224,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse to resume the ledger of another service, format, setting or function.
+    """Check that a ledger to resume is of the same service, format, settings and function.
 
     Raises:
-        UserError: says what differs.
+        UserError: names the differences.
     """
     keys = [k for k in {**old, **new} if k not in (*_PROVENANCE, "function") and old.get(k) != new.get(k)]
     if keys:

@@ -1,16 +1,16 @@
-"""Read the ledger of an audit: the state of every query, from the lines of the file.
+"""Read the ledger of an audit and reconstruct the state of every query.
 
 JSON Lines: a header, then in the order of events:
 
 - ``{"type": "sent", "name", "attempt", "pixels", "body", "time"}`` before a request is sent: ``pixels`` is the SHA-256
-  of the picture (its shape and pixels), by which a resumed query is recognised; ``body`` is that of the request's body,
-  the bytes that the protocol sends;
-- ``{"type": "refused", "name", "attempt", "why"}`` if it brought no answer and may be sent again;
+  of the picture (shape and pixels), which identifies a resumed query; ``body`` is the SHA-256 of the request's body as
+  sent;
+- ``{"type": "refused", "name", "attempt", "why"}`` if there was no answer and it may be sent again;
 - ``{"type": "answer", "name", "attempts", "ranked": [[label, score], ...], "failure", "seconds"}``.
 
-A query whose last line is ``sent`` was paid for and its answer was lost: a failed trial, which is never sent again. One
-whose last line is ``refused`` is open. The number of ``sent`` lines is the number of requests. ``kill -9`` may tear the
-last line, which is then ignored; any other line that does not fit is an error.
+A query whose last line is ``sent`` was paid for but its answer was lost: it is a failed trial and never sent again. A
+query whose last line is ``refused`` is open. The number of ``sent`` lines is the number of requests. A last line that
+``kill -9`` cut off is ignored; any other invalid line is an error.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Entry:
     """The state of one query: in flight, answered, or else open.
 
     Attributes:
-        name: of the query.
+        name: name of the query.
         pixels: SHA-256 of its picture.
-        attempts: requests sent for it.
-        in_flight: True from a request until its outcome; if nobody waits for it any more, its answer was lost.
-        logged: the answer, if there is one.
+        attempts: number of requests sent for it.
+        in_flight: True from a request until its outcome; after the process has ended, the answer is lost.
+        logged: the answer, if any.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Entry:
 
     @property
     def answer(self) -> Answer | None:
-        """The answer, a failed one if it was lost; None for an open query."""
+        """The answer; a failed one if it was lost, None for an open query."""
         if self.in_flight:
             return Answer(self.name, failure=LOST, attempts=self.attempts, known=True)
         return self.logged
@@ -72,10 +72,10 @@ class LedgerContents:
     """The contents of a ledger.
 
     Attributes:
-        header: its first line.
-        torn: True if its last line was cut off.
-        spent: requests sent.
-        entries: all queries that were sent at least once, by name, in the order of their first requests.
+        header: the first line.
+        torn: True if the last line was cut off.
+        spent: number of requests sent.
+        entries: all queries sent at least once, by name, in the order of their first requests.
     """
 
     header: dict[str, Any]
@@ -85,24 +85,24 @@ class LedgerContents:
 
     @property
     def answers(self) -> dict[str, Answer]:
-        """All answers by name, each ``known``; one that was lost is a failure."""
+        """All answers by name, each marked ``known``; a lost answer is a failure."""
         return {entry.name: answer for entry in [*self.entries.values()] if (answer := entry.answer) is not None}
 
     @property
     def open(self) -> dict[str, int]:
-        """Requests sent for each query that was refused last: it has no answer yet and may be sent again."""
+        """Number of requests for each open query, which has no answer yet and may be sent again."""
         return {entry.name: entry.attempts for entry in [*self.entries.values()] if entry.answer is None}
 
     @property
     def queries(self) -> int:
-        """Number of queries that were sent at least once."""
+        """Number of queries sent at least once."""
         return len(self.entries)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a line.
 
         Raises:
-            KeyError, TypeError, ValueError: it cannot follow the lines before it.
+            KeyError, TypeError, ValueError: the line is invalid after those before it.
         """
         _require(not fault(row, _LINE))
         kind, name = row["type"], row["name"]
@@ -128,7 +128,7 @@ def ledger_header(endpoint: str, format: Format, **settings: Any) -> dict[str, A
     """Return the first line of a ledger.
 
     Args:
-        endpoint: without credentials, of :func:`certify.blackbox.client.http.check_endpoint`.
+        endpoint: URL without credentials, from :func:`certify.blackbox.client.http.check_endpoint`.
         format: the protocol of the service.
         settings: other values that must be the same when the ledger is resumed, such as the encoding of pictures.
     """
@@ -147,7 +147,7 @@ def read_ledger(path: str | Path) -> LedgerContents:
     """Read a ledger, which may be in use.
 
     Raises:
-        UserError: it cannot be read, is not a ledger, was written by another version, or is damaged.
+        UserError: the file is unreadable, is not a ledger, was written by another version, or is damaged.
     """
     path = Path(path)
     try:
@@ -161,10 +161,10 @@ def read_ledger(path: str | Path) -> LedgerContents:
 
 
 def read_header(path: str | Path) -> dict[str, Any] | None:
-    """Read the first line of a ledger alone; None if there is none yet.
+    """Read only the first line of a ledger; None if there is none yet.
 
     Raises:
-        UserError: it cannot be read, is not a ledger, or was written by another version.
+        UserError: the file is unreadable, is not a ledger, or was written by another version.
     """
     path = Path(path)
     try:
@@ -178,10 +178,10 @@ def read_header(path: str | Path) -> dict[str, Any] | None:
 
 
 def parse(content: bytes, path: Path) -> LedgerContents | None:
-    """Return the contents of a ledger; None if the file was cut off within its header.
+    """Parse a ledger; return None if the file ends within its header.
 
     Raises:
-        UserError: it is not a ledger, was written by another version, or is damaged; ``path`` names it.
+        UserError: not a ledger, written by another version, or damaged; the message contains ``path``.
     """
     if _cut_off(content):
         return None
@@ -198,7 +198,7 @@ def parse(content: bytes, path: Path) -> LedgerContents | None:
 
 
 def _cut_off(content: bytes) -> bool:
-    """True if these bytes are the beginning of a ledger that ends within its first line."""
+    """True if these bytes are a ledger truncated within its first line."""
     return b"\n" not in content and (_START.startswith(content) or content.startswith(_START))
 
 

@@ -1,4 +1,4 @@
-"""The inputs of an audit, and its plan: what is audited, how much it can cost, and what it can certify."""
+"""Define the inputs of an audit and its plan: maximum cost and largest certifiable radius."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from certify.smoothing.procedures import needs_fixed_function, samples
 from certify.types import Noise
 
 DRIFT_IMAGES = 20
-"""Clean images that are queried again at the end, at most; that much of the budget is reserved for them."""
+"""Maximum number of clean images queried again at the end; that much of the budget is reserved for them."""
 
 CHUNK = 16
-"""Images whose clean copies are queried together."""
+"""Number of images whose clean copies are queried together."""
 
 DENOISER_BATCH = 32
-"""Noisy copies per batch of the denoiser; constant, so that rounding does not depend on how many copies are left."""
+"""Noisy copies per denoiser batch; constant, so that rounding does not depend on the number of copies left."""
 
 Size = tuple[int, int, int]
 
 
 class Service:
-    """Describe the last step of the pipeline for the record: a function that is reached by queries alone.
+    """Stand-in for the black-box function as last step of the pipeline, for the description in the run file.
 
     Args:
         spec: the service.
-        size: (C, H, W) to which images are resized; None leaves them as they are.
-        probe_size: (C, H, W) of images that the denoiser before it can take, or None.
+        size: (C, H, W) to which images are resized; None leaves them unchanged.
+        probe_size: (C, H, W) of probe images for the denoiser, or None.
     """
 
     num_classes = 0  # unknown
@@ -58,7 +58,7 @@ class Service:
         self.encoding, self.size, self.probe_size = str(form.about.get("encoding", "png")), size, probe_size
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Not supported: queries go through the ledger."""
+        """Raise an error: queries must go through the ledger."""
         raise RuntimeError("a service is queried through a client, which logs every request")
 
     def describe(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Attack:
     """An attack on the service after its certificates, within the same budget.
 
     Attributes:
-        queries: at most.
+        queries: maximum number of queries.
         run: called with the audit, a client, and the answers so far.
     """
 
@@ -91,29 +91,29 @@ class Audit:
     """The inputs of an audit.
 
     Attributes:
-        folder: of the results.
+        folder: folder for the results.
         spec: the audited service.
-        images: as they are sent without noise.
-        settings: of the run.
+        images: the clean images, as sent.
+        settings: settings of the run.
         noise: the smoothing distribution.
-        budget: requests, retries included.
+        budget: maximum number of requests, retries included.
         denoiser: ``forward(noisy, sigma)``, on ``device``, or None.
-        given: the reference label of each image by id; None takes the service's answers.
-        class_map: from the service's labels to classes, or None.
+        given: reference label of each image by id; None uses the service's own answers.
+        class_map: maps the service's labels to classes, or None.
         repeat_clean: repetitions of one clean image at the start.
-        limits: on concurrency, rate and attempts.
+        limits: limits on concurrency, rate and attempts.
         timeout: seconds per request.
-        input_size: (C, H, W) to which images are resized; None leaves them as they are.
-        price_per_1000: of requests, or None.
-        attack: after the certificates, or None.
-        device: for noise and denoiser.
-        trust_identity: resume although the folder does not prove that denoiser and function are still the same.
-        data: name of the images, for the record; empty for their own.
-        denoiser_name: for the record; empty for its own.
-        command: for the record; without secrets.
+        input_size: (C, H, W) to which images are resized; None leaves them unchanged.
+        price_per_1000: price of 1,000 requests, or None.
+        attack: attack to run after the certificates, or None.
+        device: device for noise and denoiser.
+        trust_identity: resume even if the folder does not prove that denoiser and function are still the same.
+        data: name of the images in the run file; empty for their own.
+        denoiser_name: name of the denoiser in the run file; empty for its own.
+        command: command in the run file, without secrets.
 
     Raises:
-        UserError: a budget or a number of repetitions that is not a whole number from 0.
+        UserError: budget or repetitions not a whole number from 0, or ``folder`` is a file.
     """
 
     folder: Path
@@ -167,14 +167,14 @@ class Audit:
         return self.checked or self.given is None
 
     def as_recorded(self) -> Audit:
-        """Return the audit with the options of the service that its ledger recorded, if there is one."""
+        """Return the audit with the service options recorded in its ledger, if any."""
         return dataclasses.replace(self, spec=self.spec.as_recorded(read_header(self.folder / LEDGER)))
 
     def check_denoiser(self) -> None:
         """Check the denoiser on noisy copies of the first usable image, without a query.
 
         Raises:
-            ContractError: it is not a fixed function of one image.
+            ContractError: the denoiser is not a fixed function of one image.
         """
         if self.denoiser is None:
             return
@@ -184,10 +184,10 @@ class Audit:
                 return
 
     def load(self, index: int) -> Tensor:
-        """Return the image as it is certified, on the device.
+        """Return the image ``(C, H, W)`` to certify, on the device.
 
         Raises:
-            ImageError: it cannot be used.
+            ImageError: the image is unusable.
         """
         return self.noise.input(self.images.load(index)).to(self.device)
 
@@ -198,9 +198,9 @@ def reference_labels(
     """Return the data's own label of each image, by id.
 
     Args:
-        images: with class folders, unless there is a file.
+        images: images, in class folders unless ``file`` is given.
         file: CSV of file and label, or None.
-        class_map: from the service's labels to classes, or None.
+        class_map: maps the service's labels to classes, or None.
 
     Raises:
         UserError: an image without a label, or a label that the class map does not have.
@@ -218,10 +218,10 @@ def reference_labels(
 
 
 def check_reference_labels(labels: Mapping[str, str], class_map: Mapping[str, str] | None) -> None:
-    """Refuse reference labels that the class map does not have, since no answer could equal them.
+    """Check that the class map contains all reference labels, since no answer could equal a missing one.
 
     Raises:
-        UserError: names the first one.
+        UserError: names the first missing label.
     """
     classes = sorted(set((class_map or {}).values()))
     unknown = sorted(set(labels.values()).difference(classes)) if class_map else []
@@ -238,7 +238,7 @@ def plan(audit: Audit) -> AuditPlan:
     each, prospects = samples(procedure), procedure.prospects(audit.noise)
     probed, drift = (audit.repeat_clean, min(count, DRIFT_IMAGES)) if audit.checked else (0, 0)
     beside = probed + drift
-    # all clean images of a chunk come first
+    # clean images are queried by chunk, before the noisy copies
     clean = tuple(min(count, -(-k // CHUNK) * CHUNK) * audit.clean for k in range(1, count + 1))
     queries = {CLEAN: count} if audit.clean else {}
     queries |= {PROBE: probed} if audit.checked else {}

@@ -1,7 +1,7 @@
 """The records in an audit's folder: ``audit.json``, the run file, and the names of the files.
 
-``audit.json`` holds what the run file does not: the service, the plan, the images and how their clean copies were
-answered, the determinism checks, and what was spent. Each key is spelled here alone; an older file may lack any.
+``audit.json`` contains what the run file does not: the service, the plan, the images with the answers for their clean
+copies, the determinism checks, and the cost. Each key is spelled only here; older files may lack any of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RUNNING, FINISHED, SPENT, STOPPED = "running", "finished", "budget spent", "stop
 """Status of an audit: running (or killed), or how it ended."""
 
 OWN, GIVEN = "service", "given"
-"""Sources of reference labels: the service's answers to the clean images, or the user."""
+"""Sources of reference labels: the service's answers for the clean images, or the user."""
 
 SCORED_LABEL = Kind(
     "a label and a score",
@@ -56,19 +56,19 @@ class AuditPlan(JsonRecord):
 
     Attributes:
         images: number of images.
-        queries: by stage.
+        queries: maximum number of queries by stage.
         most: sum of ``queries``.
-        budget: requests.
-        covers: images that the budget finishes if each takes all its samples and nothing is repeated.
+        budget: maximum number of requests.
+        covers: number of images that the budget finishes if each takes all its samples and there are no retries.
         least: budget that finishes one image.
         radius_cap: largest radius, or None if the procedure has none.
-        earliest: smallest number of samples that can settle an image, or None at a fixed n.
-        price_per_1000: of requests, or None.
-        cost: without retries, or None.
-        cost_most: if retries use up the budget, or None.
-        rate: requests per second at most, or None.
-        concurrency: requests in flight at a time.
-        seconds: at that rate, without retries, or None.
+        earliest: smallest number of samples that can decide an image, or None at a fixed n.
+        price_per_1000: price of 1,000 requests, or None.
+        cost: cost without retries, or None.
+        cost_most: cost if retries use up the budget, or None.
+        rate: maximum requests per second, or None.
+        concurrency: maximum requests in flight.
+        seconds: duration at that rate without retries, or None.
     """
 
     images: Annotated[int, COUNT]
@@ -92,14 +92,15 @@ class AuditImage(JsonRecord):
     """An image of an audit.
 
     Attributes:
-        pictures: the beginning of the names of its pictures.
-        numel: number of its values, C * H * W; None if it cannot be used.
-        image: hash of its values; None if it cannot be used.
-        error: why it cannot be used; empty if it can.
-        given: the label that was given for it, or None.
-        reference: the label for which it is certified: the given one, or the service's own; None without one.
+        pictures: prefix of the names of its picture files.
+        numel: number of its values, C * H * W; None if unusable.
+        image: hash of its values; None if unusable.
+        size: (C, H, W).
+        error: why it is unusable; empty if it is usable.
+        given: label given by the user, or None.
+        reference: label for which it is certified, the given one or the service's own; None without one.
         answer: labels and scores of the service for the clean image, best first.
-        failure: why there are none.
+        failure: why ``answer`` is empty.
     """
 
     id: Annotated[str, TEXT, REQUIRED]
@@ -116,12 +117,12 @@ class AuditImage(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Probed(JsonRecord):
-    """One image of the determinism probe, which was queried repeatedly at the start.
+    """One image of the determinism probe, queried repeatedly at the start.
 
     Attributes:
-        id: of the image.
-        labels: number of answers for each class, the most frequent first; without answers that have no label.
-        failures: repetitions without a label.
+        id: the image's id.
+        labels: number of answers per class, most frequent first; answers without a label are left out.
+        failures: number of repetitions without a label.
         spread: largest minus smallest score of the class; None unless all answers have the same class and a score.
         tie: True if the classes of the answers have equal scores, up to rounding, in every answer.
     """
@@ -135,12 +136,12 @@ class Probed(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Drifted(JsonRecord):
-    """One image of the drift check, which was queried at the start and at the end.
+    """One image of the drift check, queried at the start and at the end.
 
     Attributes:
-        id: of the image.
-        before: class of the first answer; None without a label.
-        after: class of the latest answer at the end; None without a label.
+        id: the image's id.
+        before: class of the first answer; None if it has no label.
+        after: class of the latest answer at the end; None if it has no label.
     """
 
     id: Annotated[str, TEXT, REQUIRED]
@@ -149,7 +150,7 @@ class Drifted(JsonRecord):
 
     @property
     def compared(self) -> bool:
-        """True if there is a label at both times."""
+        """True if both answers have a label."""
         return self.before is not None and self.after is not None
 
     @property
@@ -160,9 +161,9 @@ class Drifted(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Spent(JsonRecord):
-    """What an audit has spent: answered queries by stage, failures by reason, quantiles of the response times.
+    """Cost of an audit: answered queries by stage, failures by reason, quantiles of response times in seconds.
 
-    ``requests`` are those sent, retries and those without an answer included.
+    ``requests`` counts all requests sent, including retries and those without an answer.
     """
 
     requests: Annotated[int, COUNT]
@@ -177,8 +178,8 @@ class Spent(JsonRecord):
 class AuditRecord(JsonRecord, type_name="audit"):
     """The content of ``audit.json``.
 
-    ``labels`` is ``OWN`` or ``GIVEN``; ``vocabulary`` names the classes by number; ``fixed_function`` is True if
-    repeated queries got the same labels, False if not, None if nothing was repeated; ``asked`` is written at the end.
+    ``labels`` is ``OWN`` or ``GIVEN``; ``vocabulary`` lists the classes by number; ``fixed_function`` is True if
+    repeated queries returned the same labels, False if not, None if nothing was repeated; ``asked`` is written last.
     """
 
     schema: Annotated[int, COUNT, Absent(0)]
@@ -212,7 +213,7 @@ def read_about(folder: Path) -> AuditRecord:
     """Read the ``audit.json`` of an audit's folder.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     path = folder / ABOUT
     try:
@@ -229,7 +230,7 @@ def write_about(folder: Path, record: AuditRecord) -> None:
     """Write ``audit.json`` atomically, replacing an earlier one.
 
     Raises:
-        RunFault: it cannot be written.
+        RunFault: the file cannot be written.
     """
     with writing(folder / ABOUT) as path, replacing(path, sync=True, private=True) as beside:
         beside.write_text(json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -239,7 +240,7 @@ def write_rows(folder: Path, header: RunHeader, rows: Sequence[ImageRow]) -> Non
     """Write the run file, replacing an earlier one.
 
     Raises:
-        RunFault: it cannot be written.
+        RunFault: the file cannot be written.
     """
     with writing(folder / RUN) as path:
         write_run(path, header, rows)
@@ -247,7 +248,7 @@ def write_rows(folder: Path, header: RunHeader, rows: Sequence[ImageRow]) -> Non
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Create the folder of a file that the block writes; an error such as a full disk becomes a ``RunFault``."""
+    """Create the parent folder of a file to be written; turn an ``OSError`` in the block into a ``RunFault``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield path

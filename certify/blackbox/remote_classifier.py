@@ -1,6 +1,6 @@
-"""Present a service as a classifier to attacks by queries; every query is logged.
+"""Present a service as a classifier to query-based attacks; every query is logged.
 
-Attacks need a fixed set of classes: those known at the start, and one more for any other label.
+Attacks need a fixed set of classes: those known at the start, plus one for any other label.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from certify.errors import BudgetSpent, RunFault, UserError
 from certify.models.classifier import InputSpec
 from certify.types import FAILED
 
-_ABSENT = 1e-12  # score of a class that is not in the answer
+_ABSENT = 1e-12  # score of a class missing from an answer
 
 
 class LedgerBudgetSpent(BaseException):
-    """The audit's budget is spent. Not an ``Exception``, so that no attack takes it for the end of its own budget."""
+    """The audit's budget is spent. Not an ``Exception``, lest an attack mistake it for the end of its own budget."""
 
 
 class ServiceSilent(BaseException):
@@ -30,19 +30,19 @@ class ServiceSilent(BaseException):
 
 
 class RemoteClassifier:
-    """Labels and scores of a service; takes the place of the classifier in :class:`certify.models.defence.Defence`.
+    """A service in place of the classifier of a :class:`certify.models.defence.Defence`.
 
     Args:
         client: answers queries within the budget.
-        classes: by number; number ``len(classes)`` is any other label.
+        classes: class names by number; number ``len(classes)`` is any other label.
         size: (C, H, W) of the images.
-        describe: returns the service's description.
-        class_map: from labels to classes; labels outside it count only if an answer has no others.
+        describe: function that returns the service's description.
+        class_map: maps labels to classes; labels outside it count only if an answer has no others.
         scored: True if answers have scores.
     """
 
     one_by_one = True
-    """Each image is a query of its own; the audit's probe checks that the service is deterministic."""
+    """Each image is a separate query; the audit's probe checks that the service is deterministic."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class RemoteClassifier:
         self.input = InputSpec(size)
         self.probe_size = size
         self.stream: tuple[str, str] | None = None
-        """Image and stage that name the next queries; None names them by their pictures."""
+        """Image and stage in the names of the next queries; None names queries by their pictures."""
         self._number = 0
 
     def begin(self, image: str, stage: str) -> None:
@@ -71,7 +71,7 @@ class RemoteClassifier:
         self.stream, self._number = (image, stage), 0
 
     def end(self) -> None:
-        """Name queries by their pictures, so that the same picture is paid for once."""
+        """Name queries by their pictures, so that each picture is paid for only once."""
         self.stream = None
 
     def identity(self) -> str:
@@ -90,7 +90,7 @@ class RemoteClassifier:
             UserError: the service returns labels without scores.
         """
         if not self._scored:
-            raise UserError(f"{self.name} returns labels without scores; expected an attack that needs labels alone")
+            raise UserError(f"{self.name} returns labels without scores; expected an attack that needs only labels")
         rows = [self._weights(answer.ranked) for answer in self._answers(images)]
         return torch.tensor(rows, dtype=torch.float64, device=images.device).log()
 

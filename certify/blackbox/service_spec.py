@@ -1,4 +1,4 @@
-"""The queried service: endpoint, protocol, its options and credential, and the sender for them."""
+"""Describe the queried service (endpoint, protocol, options, credential) and open a sender for it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ServiceSpec:
     Attributes:
         endpoint: URL without credentials.
         protocol: name in :data:`certify.blackbox.protocols.FORMATS`.
-        options: of the protocol, by name.
+        options: protocol options by name.
         credential: API key, or None.
-        insecure: send the key over plain HTTP to another machine.
+        insecure: allow sending the key over plain HTTP to another machine.
         function: a Python function in place of an HTTP service, or None.
     """
 
@@ -42,7 +42,7 @@ class ServiceSpec:
         """The wire format.
 
         Raises:
-            UserError: unknown protocol, or options that it refuses.
+            UserError: an unknown protocol or invalid options.
         """
         from certify.blackbox.protocols import FORMATS
 
@@ -53,13 +53,13 @@ class ServiceSpec:
 
     @property
     def needs_metadata(self) -> bool:
-        """True if the model's metadata is requested before the first query: v2, with options left open."""
+        """True if the model's metadata is requested before the first query: protocol v2 with unset options."""
         from certify.blackbox.protocols.v2 import DESCRIBED
 
         return self.protocol == "v2" and not self.options.keys() >= {*DESCRIBED}
 
     def as_recorded(self, header: Mapping[str, Any] | None) -> ServiceSpec:
-        """Return the service with the options that a ledger's header recorded, so that they are not requested again.
+        """Return the service with the options recorded in a ledger's header, so that they are not requested again.
 
         Args:
             header: first line of the ledger, or None for a new audit.
@@ -73,13 +73,13 @@ class ServiceSpec:
         return replace(self, options={**options, **self.options})
 
     def with_metadata(self, send: Sender) -> ServiceSpec:
-        """Return the service with the model that a v2 server has, and the options that its metadata gives.
+        """Return the service with model and options completed from a v2 server's metadata.
 
-        Without metadata the options are unchanged.
+        If the server has no metadata, the options are unchanged.
 
         Raises:
             RunFault: the server cannot be reached, is not ready, or refuses the key.
-            UserError: no model was named, and the server does not list one model.
+            UserError: no model was given, and the server does not list exactly one.
         """
         from certify.blackbox.client.http import run_async
         from certify.blackbox.protocols.parsing import check_status
@@ -125,19 +125,19 @@ def checked_service(
     auth_query: str | None = None,
     insecure: bool = False,
 ) -> ServiceSpec:
-    """Return a service, checked without sending anything.
+    """Validate the description of a service, without sending anything.
 
     Args:
-        url: of the endpoint; None takes the protocol's own, if it has one.
+        url: endpoint URL; None uses the protocol's own, if it has one.
         protocol: name in :data:`certify.blackbox.protocols.FORMATS`.
-        options: of the protocol.
-        api_key_env: environment variable with the key, or None.
-        auth_header: header that carries the key, ``{key}`` in it; None: the protocol's.
-        auth_query: query of the URL that carries the key instead.
-        insecure: send the key over plain HTTP to another machine.
+        options: protocol options by name.
+        api_key_env: environment variable that contains the key, or None.
+        auth_header: header for the key, with ``{key}`` in its place; None uses the protocol's.
+        auth_query: URL query for the key, in place of a header.
+        insecure: allow sending the key over plain HTTP to another machine.
 
     Raises:
-        UserError: an invalid address or option, a missing one, no key in the variable, or a text that holds the key.
+        UserError: an invalid URL or option, a missing one, no key in the variable, or a text that contains the key.
     """
     from certify.blackbox.client.credentials import BEARER, read_credential
     from certify.blackbox.client.http import check_endpoint
@@ -165,11 +165,11 @@ def checked_service(
     for name, value in texts:
         if credential is not None and credential.key in unquote(str(value)):
             raise UserError(
-                f"{name} holds the key itself, which would be written to the records; expected it in "
-                f"${api_key_env} alone (--auth-header and --auth-query say where it is sent)"
+                f"{name} contains the key itself, which would be written to the records; expected it only in "
+                f"${api_key_env} (--auth-header and --auth-query say where it is sent)"
             )
     service = ServiceSpec(endpoint, protocol, options, credential, insecure)
-    _ = service.format  # refuses invalid options
+    _ = service.format  # raises for invalid options
     return service
 
 
@@ -188,12 +188,12 @@ def protocol_parameters(protocol: str) -> Mapping[str, inspect.Parameter]:
 def open_sender(
     service: ServiceSpec, *, timeout: float = 60.0, connections: int = 5
 ) -> Iterator[tuple[Sender, ServiceSpec]]:
-    """Open connections to a service; yield what sends requests, and the service with the options of its metadata.
+    """Open connections to a service; yield a sender, and the service completed from its metadata.
 
     Args:
         service: the service.
         timeout: seconds per request.
-        connections: open at the same time, at most.
+        connections: maximum number of open connections.
     """
     if service.function is not None:
         yield function_sender(service.function), service
