@@ -70,7 +70,7 @@ def test_flat_folder_single_image_and_labels_file(tmp_path: Path, digits: Classi
 
 def test_a_split_beside_another_is_refused(tmp_path: Path, digits: Classifier) -> None:
     root = tree(tmp_path / "both", ["train/1/a.png", "test/1/a.png"])
-    with pytest.raises(UserError, match="name one of them"):
+    with pytest.raises(UserError, match="choose one, such as"):
         load_images(str(root), digits)
     assert load_images(str(root / "test"), digits).labels == [1]
 

@@ -40,7 +40,7 @@ def test_labels_are_those_that_come_with_the_images() -> None:
     run = certify.certify("digits", Images(), **OPTIONS)
     assert [row.label for row in run] == [0, 1, 2, 3]
     assert [row.label for row in certify.certify("digits", Images([0, 1, 2, 3]), **OPTIONS)] == [0, 1, 2, 3]
-    with pytest.raises(UserError, match="image 1: the Images returns label 1, and its targets 7"):
+    with pytest.raises(UserError, match="image 1: the Images returns label 1 but its targets say 7"):
         certify.certify("digits", Images([0, 7, 2, 3]), **OPTIONS)
 
 

@@ -187,7 +187,7 @@ def test_sibling_splits_are_refused_with_advice(kind: str, around: str, capfd: C
     assert (
         f"images in {data} lie in several folders of folders (under test, train); expected one flat folder or" in line
     )
-    advice = re.fullmatch(r".*: name one of them, such as --data (.*)", line)
+    advice = re.fullmatch(r".*: choose one, such as --data (.*)", line)
     assert advice is not None
     assert shlex.split(advice[1]) == [f"{data}/{around}test"]
     assert listed(shlex.split(advice[1])[0], digits) == ({"3/3.png": 3, "4/4.png": 4}, ())
@@ -438,7 +438,7 @@ def test_ids_with_commas(capfd: Capture) -> None:
     lay_out("d/a,b.png", "d/a.png", "d/c.png")
     line = refused(capfd, D + "--data d --ids a,b.png")
     expected = (
-        "certify: no image 'a' in d; ids look like a,b.png, a.png, c.png; an id that holds a comma takes quotes: --ids "
+        "certify: no image 'a' in d; ids look like a,b.png, a.png, c.png; quote an id that contains a comma: --ids "
     )
     assert line.startswith(expected)
     advice = re.search(r"--ids (.*)", line)

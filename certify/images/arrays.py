@@ -1,4 +1,4 @@
-"""Images in arrays, each read when it is needed, so that a few out of many cost little time and memory."""
+"""Images stored in arrays, read lazily so that a small selection costs little time and memory."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from certify.images.items import Item, Source, Unread
 from certify.models.signatures import describe_other_kind
 
 MAX_UNPACKED = 16 * 2**30
-"""Most bytes of a compressed array."""
+"""Largest array, in bytes, that is unpacked from a compressed archive."""
 
-_CHECKED = 256 * 2**20  # bytes up to which a stored array is read at once and compared with its checksum
-_PIECE = 2**24  # bytes that are unpacked at once
+_CHECKED = 256 * 2**20  # bytes up to which a stored array is read whole, which verifies its checksum
+_PIECE = 2**24  # bytes unpacked at a time
 _FAULTS = (OSError, ValueError, zipfile.BadZipFile, EOFError, MemoryError, RuntimeError, zlib.error)
 
 
 class Items(Sequence[Item]):
-    """Items over an array, each made when it is needed.
+    """Items of an array, created on access.
 
     Args:
-        images: any sequence of images.
-        ids: of the images.
-        name: returns the class of image i, or is None where there are no classes.
-        places: indices of the images, all of them by default.
+        images: any sequence of N images.
+        ids: N image ids.
+        name: function from index to class name, or None if there are no classes.
+        places: indices of the images to expose; all by default.
     """
 
     def __init__(
@@ -64,17 +64,17 @@ class Items(Sequence[Item]):
 
 @dataclass(frozen=True)
 class ArraySource(Source):
-    """A source whose ids are integers, so that no search is needed."""
+    """A source with integer ids, which are looked up without a search."""
 
     ids: Sequence[int] = ()
 
     def by_id(self, ids: Sequence[str]) -> dict[str, Item]:
-        """Return the items with these ids, as far as they exist."""
+        """Return the items with these ids; unknown ids are left out."""
         numbers = {i: int(i) for i in ids if i.isascii() and i.isdecimal() and str(int(i)) == i}
         return {i: self.items[self.ids.index(number)] for i, number in numbers.items() if number in self.ids}
 
     def ids_with_comma(self) -> list[str]:
-        """Return none, as ids are numbers."""
+        """Return an empty list: ids are numbers."""
         return []
 
 
@@ -88,11 +88,11 @@ def indexed(
     """Return a source over images in memory.
 
     Args:
-        name: of the source.
+        name: source name.
         images: array of N images.
         names: class name of each image, or None.
-        ids: of the images, 0 to N - 1 by default.
-        classes: order of the classes, where the dataset defines one.
+        ids: image ids, 0 to N - 1 by default.
+        classes: all class names in index order, if the dataset defines an order.
     """
     ids = range(len(images)) if ids is None else ids
     items = Items(images, ids, None if names is None else names.__getitem__)
@@ -103,11 +103,11 @@ def indexed(
 def open_npz(path: Path) -> Source:
     """Open the images ``x`` and class indices ``y`` of an ``.npz`` file.
 
-    Compressed images are unpacked up to the last one that is needed; stored ones of more than 256 MiB are read from
-    the file as they are needed, without verifying the archive's checksum.
+    Compressed images are unpacked up to the last one needed. An uncompressed array of more than 256 MiB is
+    memory-mapped, without verifying the archive's checksum.
 
     Raises:
-        UserError: another file, damaged, or arrays of other types or shapes.
+        UserError: not an ``.npz`` file, damaged, or arrays of unsupported types or shapes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -137,7 +137,7 @@ def open_npz(path: Path) -> Source:
 
 
 def _check(path: Path, x: Any, y: np.ndarray | None) -> None:
-    """Refuse arrays that cannot be images and labels; images that are not read at once are checked when loaded."""
+    """Check that x and y can be images and labels; the values of lazily read images are checked when loaded."""
     if len(x.shape) not in (3, 4) or 0 in x.shape:
         raise UserError(f"{path}: x has shape {x.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)")
     if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
@@ -153,7 +153,7 @@ def _check(path: Path, x: Any, y: np.ndarray | None) -> None:
 
 
 def _array(archive: zipfile.ZipFile, path: Path, key: str, *, at_once: bool = False) -> Any:
-    """Open an array of an archive: in memory, mapped from the file, or unpacked as it is read."""
+    """Open an array of an archive: in memory, memory-mapped, or unpacked as it is read."""
     info = archive.getinfo(f"{key}.npy")
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
@@ -192,7 +192,7 @@ class _Unpacked:
         self, path: Path, info: zipfile.ZipInfo, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> None:
         self.shape, self.dtype = shape, dtype
-        self._array: np.ndarray[Any, Any] = np.empty(shape, dtype)  # takes memory as it is filled
+        self._array: np.ndarray[Any, Any] = np.empty(shape, dtype)  # the OS commits memory as it is filled
         self._bytes = self._array.reshape(-1).view(np.uint8)
         self._filled = 0
         archive = zipfile.ZipFile(path)  # stays open; its checksum is verified once all is read

@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 
 class ImageConsumer(Protocol):
-    """A classifier, or anything with the classes of the labels and the input to which images are resized."""
+    """What loading images needs of a classifier: its class names and its input specification."""
 
     @property
     def class_names(self) -> ClassNames | None:
-        """For each class index, all its names, or None."""
+        """All names of each class, by class index, or None."""
         ...
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes K."""
         ...
 
     @property
     def input(self) -> InputSpec:
-        """Size and transform."""
+        """Input size and transform."""
         ...
 
 
 @dataclass(frozen=True)
 class InputOnly:
-    """Stand-in for a classifier: images are resized to its input; classes are the data's, or none."""
+    """Stand-in for a classifier: supplies the input size, and optionally classes."""
 
     input: InputSpec
     num_classes: int = 0
@@ -52,7 +52,7 @@ class InputOnly:
 
     @classmethod
     def at(cls, size: tuple[int, int, int] | None) -> InputOnly:
-        """Return a stand-in for images of any class, at this size or as they are."""
+        """Return a stand-in without classes; images are resized to ``size``, or kept as they are if it is None."""
         from certify.models.classifier import InputSpec, square_input
 
         return cls(InputSpec(None) if size is None else square_input(size))
@@ -63,14 +63,14 @@ class ImageSet:
     """The selected images of a source, in the order in which they are certified.
 
     Attributes:
-        name: of the source, as in the record.
-        items: the chosen ones.
-        labels: for each item its class index, or None.
+        name: source name, as written to the run file.
+        items: the selected images.
+        labels: class index of each item, or None.
         available: number of images in the source.
-        rule: description of the source of the labels.
-        selection: the options that chose the items.
-        input: the classifier's input, with the transform from items to images.
-        unread: other content of the data, such as ``"3 .heic files (a.heic, ...)"`` or rows that name no image.
+        rule: how labels were obtained, as written to the run file.
+        selection: the options that selected the items.
+        input: the classifier's input specification, with the transform from items to images.
+        unread: content that was not read, such as ``"3 .heic files (a.heic, ...)"`` or label rows without an image.
     """
 
     name: str
@@ -87,7 +87,7 @@ class ImageSet:
 
     @property
     def omissions(self) -> str:
-        """Content that was not read, as the end of a sentence about the data; empty if all was read."""
+        """Suffix for a message about the data that lists content not read; empty if all was read."""
         return f"; not read: {', '.join(self.unread)}" if self.unread else ""
 
     @property
@@ -99,7 +99,7 @@ class ImageSet:
         """Return the image ``(C, H, W)``, float32 in [0, 1], to which noise is added.
 
         Raises:
-            ImageError: this image cannot be used.
+            ImageError: the image is unreadable or unsuitable.
         """
         return preprocess(self.items[index].read(), self.input)
 
@@ -119,14 +119,14 @@ class ImageSet:
         return channels, height, width
 
     def digest(self) -> str:
-        """Return a hash over ids, labels and contents of the images, which must be the same when a run is resumed."""
+        """Return a hash of all ids, labels and contents; a resumed run must have the same."""
         total = hashlib.sha256()
         for item, label in zip(self.items, self.labels, strict=True):
             total.update(f"{item.id}\0{label}\0{item.stamp()}\n".encode("utf-8", "surrogatepass"))
         return total.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Return the selection and the source of the labels, for the record."""
+        """Return the selection and the source of the labels, for the run file."""
         return {
             "source": self.name,
             "available": self.available,
@@ -156,7 +156,7 @@ def load_images(
             ``x`` and ``y``.
         classifier: as of :func:`load_classifier`; gives the transform and the classes of the labels.
         skip: take every K-th image, K from 1.
-        start: index of the first image, from 0; with the same ``skip``, another start below it takes other images.
+        start: index of the first image, from 0; different starts below ``skip`` give disjoint selections.
         max_images: maximum number of images, from 1; None takes all.
         ids: take only the images with these ids.
         labels: CSV of file and label for images without class folders, or ``"none"`` to ignore labels.
@@ -186,11 +186,7 @@ def load_images(
 
 
 def _check_channels(source: Source, spec: InputSpec, data: str) -> None:
-    """Refuse data whose images cannot be brought to the classifier's channels, before any of them is read.
-
-    Raises:
-        UserError: files for a classifier of other than grey or colour images, or arrays with other channels.
-    """
+    """Check, before any image is read, that images can be converted to the classifier's number of channels."""
     if spec.size is None:
         return
     channels, height, width = spec.size
@@ -207,10 +203,10 @@ def _check_channels(source: Source, spec: InputSpec, data: str) -> None:
 
 
 def check_selection(skip: int, start: int, max_images: int | None, ids: Sequence[str] | None) -> None:
-    """Refuse a choice of images that makes no sense, whatever the images are.
+    """Validate the options that select images.
 
     Raises:
-        UserError: a number out of range, or ids that are no list.
+        UserError: a number out of range, or ids that are not a list.
     """
     for name, number, least in (("skip", skip, 1), ("start", start, 0), ("max_images", max_images, 1)):
         expected = f"a whole number from {least}"
@@ -243,7 +239,7 @@ def _quoted(source: Source, absent: Sequence[str]) -> str:
     if whole is None:
         return ""
     quoted = '"' + whole.replace('"', '""') + '"'
-    return f"; an id that holds a comma takes quotes: --ids {shlex.quote(quoted)}"
+    return f"; quote an id that contains a comma: --ids {shlex.quote(quoted)}"
 
 
 def _labels(

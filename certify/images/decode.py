@@ -1,9 +1,9 @@
 """Decode image files to 8-bit PIL images, within limits.
 
-Of a file the first frame is read; EXIF orientation and colour profiles are not applied and an alpha channel is dropped
-(as timm and torchvision load images); 16-bit grey becomes 8-bit by rounding v / 257, of 16-bit colour the high byte is
-kept; grey and palette images become RGB for an RGB classifier, and colour becomes grey (ITU-R 601) for a grey one.
-Metadata is not read, so that no fault in it makes a sound image unusable.
+Only the first frame is read. As in timm and torchvision, EXIF orientation and colour profiles are not applied and an
+alpha channel is dropped. 16-bit grey is rounded to 8 bits (v / 257); 16-bit colour keeps its high byte. Grey and
+palette images become RGB for an RGB classifier, and colour becomes grey (ITU-R 601) for a grey one. Metadata is
+ignored, so damaged metadata does not make an image unusable.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MAX_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Limits of one picture, each checked before the work that it bounds.
+    """Limits for one image file, each checked before the work it bounds.
 
     Attributes:
         max_pixels: width times height, as the file declares them.
-        max_scans: scans of a JPEG file. Each scan of a progressive file visits every block again and may take ten
-            bytes, so a small file can keep a decoder busy for hours; encoders write about ten.
-        max_aspect: longer side over shorter side, where the picture is resized. The shorter side is brought to the
-            classifier's input and the longer one grows with it: 1 x 12,000 pixels would become 256 x 3,072,000.
+        max_scans: scans of a JPEG file. Each scan of a progressive file visits every block again and can be as short
+            as ten bytes, so a small file could keep a decoder busy for hours; encoders write about ten scans.
+        max_aspect: longer side over shorter side, for images that are resized. Resizing scales the shorter side to the
+            classifier's input, so 1 x 12,000 pixels would become 256 x 3,072,000.
     """
 
     max_pixels: int = 64_000_000
@@ -43,10 +43,10 @@ class DecodeLimits:
     max_aspect: int = 100
 
     def check_aspect(self, width: int, height: int) -> None:
-        """Refuse a picture that would grow too large when it is resized.
+        """Check that resizing would not make the image too large.
 
         Raises:
-            ImageError: too long for its shorter side.
+            ImageError: the aspect ratio exceeds ``max_aspect``.
         """
         if max(width, height) > self.max_aspect * min(width, height):
             raise ImageError(
@@ -61,12 +61,12 @@ def decode(content: bytes, channels: int = 3, limits: DecodeLimits = LIMITS) -> 
     """Decode an image file to a PIL image of mode RGB (3 channels) or L (1 channel).
 
     Args:
-        content: of the file.
-        channels: 1 or 3.
-        limits: exceeded ones are refused before pixels are decoded.
+        content: the file's bytes.
+        channels: 1 or 3, the classifier's.
+        limits: checked before pixels are decoded.
 
     Raises:
-        ImageError: empty, not an image, damaged, larger than the limits, or a classifier of other channels.
+        ImageError: empty, not an image, damaged, over a limit, or ``channels`` is neither 1 nor 3.
     """
     if channels not in (1, 3):
         raise ImageError(f"is a picture, which is read as grey or RGB; the classifier takes {channels} channels")
@@ -82,7 +82,7 @@ def decode(content: bytes, channels: int = 3, limits: DecodeLimits = LIMITS) -> 
         raise ImageError(f"has more than {limits.max_scans} scans, the limit: a JPEG file made to keep decoders busy")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of size (checked below) and of odd metadata (harmless)
+            warnings.simplefilter("ignore")  # PIL warns about size (checked below) and odd metadata (harmless)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             if image.width * image.height > limits.max_pixels:
                 raise ImageError(f"has {image.width}x{image.height} pixels; the limit is {limits.max_pixels:,}")
@@ -99,7 +99,7 @@ def decode(content: bytes, channels: int = 3, limits: DecodeLimits = LIMITS) -> 
         raise ImageError(why) from None
     except ImageError:
         raise
-    except Exception as error:  # PIL's readers raise whatever a damaged file makes them stumble over
+    except Exception as error:  # PIL's readers raise many types on damaged files
         raise ImageError(f"is damaged ({str(error)[:80]})") from None
 
 
@@ -129,8 +129,8 @@ _SOI, _EOI, _SOS, _FIRST_WITH_LENGTH = 0xD8, 0xD9, 0xDA, 0xC0
 def _has_more_scans(content: bytes, limit: int) -> bool:
     """True if a JPEG file starts more than ``limit`` scans before its end of image.
 
-    Bytes within marker segments do not count: previews and profiles may hold markers of their own. Segments are skipped
-    only where the decoder skips them too, so no scan can hide from the count.
+    Bytes inside marker segments do not count, as previews and profiles may contain markers. Segments are skipped
+    exactly where the decoder skips them, so no scan can escape the count.
     """
     if content.count(bytes((0xFF, _SOS))) <= limit:  # at least the number of scans
         return False
@@ -146,7 +146,7 @@ def _has_more_scans(content: bytes, limit: int) -> bool:
 
 
 def to_array(image: Any) -> np.ndarray:
-    """Return an image as an array; one of PIL in a mode without plain values is converted as its file would be.
+    """Return an image as an array; PIL images of palette, binary or other special modes are converted as files are.
 
     Raises:
         ImageError: pixels whose scale or colours are not defined.

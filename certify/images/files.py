@@ -1,4 +1,4 @@
-"""Folders and archives of image files as sources, with their classes; everything that is not read is counted."""
+"""Sources of image files in folders and archives; class folders become labels, and files not read are counted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_file(path: Path) -> bytes:
     """Return the content of an image file.
 
     Raises:
-        ImageError: larger than the limit, or it cannot be read.
+        ImageError: over the size limit, or unreadable.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -35,10 +35,10 @@ def read_file(path: Path) -> bytes:
 
 
 def open_folder(root: Path) -> Source:
-    """Return the image files below a folder, which lie in the folder itself or in one folder per class.
+    """Return the image files of a folder, either directly in it or in one subfolder per class.
 
     Raises:
-        UserError: no images, another arrangement, or a folder that cannot be read.
+        UserError: no images, an unsupported folder layout, or an unreadable folder.
     """
     files, unread = _list_folder(root)
     layout = _arrange(files, str(root), unread)
@@ -50,7 +50,7 @@ def open_zip(path: Path, folder: str = "") -> Source:
     """Return the image files of a zip file, or of a folder in it.
 
     Raises:
-        UserError: not a zip file, an encrypted one, no such folder, no images, or another arrangement.
+        UserError: not a zip file, encrypted, no such folder, no images, or an unsupported folder layout.
     """
     try:
         archive = zipfile.ZipFile(path)  # stays open: members are read one at a time, nothing is extracted
@@ -68,7 +68,7 @@ def open_zip(path: Path, folder: str = "") -> Source:
         try:
             with archive.open(info) as member:
                 return member.read(MAX_BYTES + 1)
-        except Exception as error:  # BadZipFile, zlib.error, lzma.LZMAError: each compression has its own
+        except Exception as error:  # each compression method has its own errors: BadZipFile, zlib.error, lzma.LZMAError
             raise ImageError(f"cannot be unpacked ({error})") from None
 
     def item(key: str) -> Item:
@@ -83,7 +83,7 @@ def open_zip(path: Path, folder: str = "") -> Source:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """Return why an archive cannot be read: it is cut off if it begins like a zip file and does not end like one."""
+    """Return why an archive cannot be read; one with a zip file's header but no directory is truncated."""
     with path.open("rb") as file:
         begins = name_content(file.read(8)) == ZIP
     cut_off = begins and not zipfile.is_zipfile(path)
@@ -91,9 +91,9 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def _list_folder(root: Path) -> tuple[dict[str, Path], Unread]:
-    """Return image files below a folder by their relative path, and what else there is.
+    """Return the image files below a folder by relative path, and the content not read.
 
-    Links to folders are followed, but not those to a folder around them, which would never end.
+    Links to folders are followed, except links to a parent folder, which would recurse without end.
 
     Raises:
         UserError: a folder that cannot be read.
@@ -130,22 +130,22 @@ def _list_folder(root: Path) -> tuple[dict[str, Path], Unread]:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Return ``folder``, ``file``, or what else an entry of a folder is, as a noun."""
+    """Return ``folder``, ``file``, or a noun for any other kind of directory entry."""
     try:
         if entry.is_dir():
             return "folder"
         if entry.is_file():
             return "file"
-    except OSError:  # links in a circle
+    except OSError:  # circular links
         if not entry.is_symlink():
             raise
     return "dangling link{s}" if entry.is_symlink() else "special file{s}"
 
 
 def _list_archive(archive: zipfile.ZipFile, where: str, folder: str) -> tuple[dict[str, zipfile.ZipInfo], Unread]:
-    """Return image files of an archive, or of a folder in it, by their path, and what else there is.
+    """Return the image files of an archive, or of a folder in it, by path, and the content not read.
 
-    Backslashes, as Windows writes them, become slashes.
+    Windows backslashes become slashes.
 
     Raises:
         UserError: no such folder.
@@ -164,7 +164,7 @@ def _list_archive(archive: zipfile.ZipFile, where: str, folder: str) -> tuple[di
 
 
 def _members(archive: zipfile.ZipFile, where: str, folder: str) -> list[tuple[str, zipfile.ZipInfo]]:
-    """Return every file below a folder with its path there; ``folder`` may omit folders around everything."""
+    """Return every file below ``folder`` with its relative path; ``folder`` may omit enclosing single folders."""
     named = [(info.filename.replace("\\", "/"), info) for info in archive.infolist()]
     members = [("/".join(p for p in n.split("/") if p not in ("", ".")), i) for n, i in named if not n.endswith("/")]
     around = ""
@@ -200,10 +200,10 @@ class _Layout:
     """Arrangement of image files in folders.
 
     Attributes:
-        keys: of the files, sorted.
-        strip: number of folders around all of them, which belong to no id.
+        keys: relative paths, sorted.
+        strip: number of enclosing folders common to all files, which ids leave out.
         classes: whether the folder of each file is its class.
-        strays: the fault of class folders beside which other images lie; empty where there is none.
+        strays: error message if images lie outside the class folders; else empty.
     """
 
     keys: Sequence[str]
@@ -226,10 +226,10 @@ class _Layout:
 
 
 def _arrange(keys: Collection[str], where: str, unread: Unread) -> _Layout:
-    """Arrange files as one flat folder or one folder per class, without the folders around them.
+    """Recognise files as one flat folder or one folder per class, ignoring common enclosing folders.
 
     Raises:
-        UserError: no files, or folders of folders, such as training and test data beside each other.
+        UserError: no files, or deeper nesting, such as a training and a test folder side by side.
     """
     if not keys:
         there = f"; it holds {', '.join(unread.summary())}" if unread.reasons else ""
@@ -257,12 +257,12 @@ def _arrange(keys: Collection[str], where: str, unread: Unread) -> _Layout:
     lie = "at several depths" if len(depths) > 1 else "in several folders of folders"
     raise UserError(
         f"images in {where} lie {lie} (under {', '.join(list(below)[:4])}{', ...' if len(below) > 4 else ''}); "
-        f"expected one flat folder or one folder per class: name one of them, such as --data {shlex.quote(path)}"
+        f"expected one flat folder or one folder per class: choose one, such as --data {shlex.quote(path)}"
     )
 
 
 def _depths(ordered: Sequence[str]) -> tuple[int, Counter[int]]:
-    """Return the number of folders around all files (without their classes) and of files at each depth below those."""
+    """Return the number of common enclosing folders (classes excluded) and the count of files at each depth below."""
     parts = [key.split("/") for key in ordered]
     depth, shallowest = (choose(map(len, parts)) for choose in (max, min))
     strip = 0

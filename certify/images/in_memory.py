@@ -1,4 +1,4 @@
-"""Images given as Python objects: tensors, arrays, PIL images, datasets and data loaders."""
+"""Images passed as Python objects: tensors, arrays, PIL images, datasets and data loaders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from certify.images.preprocess import preprocess
 from certify.models.classifier import InputSpec
 
 EXPECTED = (
-    "images (N, C, H, W) as a tensor or array, one image (C, H, W) or of PIL, a list of images, a Dataset, a "
+    "a tensor or array of images (N, C, H, W), one image (C, H, W), a PIL image, a list of images, a Dataset, a "
     "DataLoader, an ImageSet, or the name or path of data"
 )
 
@@ -32,9 +32,9 @@ class Collection:
     """Images of a Python object.
 
     Attributes:
-        items: each read when it is needed.
+        items: images, read on access.
         labels: class index of each, or None.
-        name: of the object, for the record.
+        name: the object's type, for the run file.
     """
 
     items: Sequence[Item]
@@ -67,15 +67,15 @@ class Collection:
     def image_set(
         self, spec: InputSpec, num_classes: int, *, skip: int = 1, start: int = 0, max_images: int | None = None
     ) -> ImageSet:
-        """Return these images as a classifier takes them; every ``skip``-th from ``start``, at most ``max_images``.
+        """Return an image set at the input ``spec``: every ``skip``-th image from ``start``, at most ``max_images``.
 
         Raises:
-            UserError: a label that is no class of the classifier, or a selection of no image.
+            UserError: a label outside 0 to ``num_classes`` - 1, or an empty selection.
         """
         check_selection(skip, start, max_images, None)
         chosen = range(len(self.items))[start::skip][:max_images]
         if not chosen:
-            raise UserError(f"start = {start}, skip = {skip}: no image left of {len(self.items)}")
+            raise UserError(f"start = {start}, skip = {skip}: selects none of the {len(self.items)} images")
         for i in chosen:
             label = self.labels[i]
             if label is not None and not 0 <= label < num_classes:
@@ -88,18 +88,18 @@ class Collection:
 
 
 def collect(images: Any, labels: Any = None, ids: Sequence[str] | None = None) -> Collection:
-    """Return the images of a Python object, each to be read when it is needed.
+    """Collect the images of a Python object; except for a ``DataLoader``, images are read on access.
 
     Args:
-        images: a tensor or array ``(N, C, H, W)``, ``(N, H, W, C)`` or of one image; an image of PIL; a list of images;
-            a ``Dataset`` of images or of (image, label), which must return the same image at each read; a
-            ``DataLoader``, whose batches are read once, in its order; what :func:`certify.load_images` returned.
-        labels: N class indices, in place of the data set's own; None for an image without a label. Refused with a
+        images: a tensor or array ``(N, C, H, W)`` or ``(N, H, W, C)``, or of a single image; a PIL image; a list of
+            images; a ``Dataset`` of images or of (image, label), which must return the same image at each read; a
+            ``DataLoader``, whose batches are read once, in order; or the result of :func:`certify.load_images`.
+        labels: N class indices that replace the dataset's own; None for an image without a label. Not allowed with a
             ``DataLoader`` that shuffles.
-        ids: N names, unique; the default is the position. With the seed, a name fixes the noise of its image.
+        ids: N unique ids, by default the positions. An image's id and the seed determine its noise.
 
     Raises:
-        UserError: something else, no images, or labels and ids that do not fit.
+        UserError: an unsupported object, no images, or labels or ids of another number or type.
     """
     check_selection(1, 0, None, ids)
     if isinstance(images, ImageSet):
@@ -139,7 +139,7 @@ Reads = list[Callable[[], Any]]
 
 
 def _in_order(loader: DataLoader[Any]) -> bool:
-    """True if batches come in the order of the data set."""
+    """True if batches come in the order of the dataset."""
     if isinstance(loader.dataset, IterableDataset):
         return True
     batches = loader.batch_sampler
@@ -156,7 +156,7 @@ def _batches(loader: DataLoader[Any]) -> tuple[Reads, list[int | None] | None]:
         several, classes = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
         if not isinstance(several, Tensor | np.ndarray) or several.ndim != 4:
             raise UserError(
-                "a batch of the DataLoader is not (N, C, H, W), or not (images, labels); expected one of them"
+                "a batch of the DataLoader is not supported; expected images (N, C, H, W), or (images, labels)"
             )
         images.extend(several)
         labels.extend([None] * len(several) if classes is None else _as_labels(classes, len(several)))
@@ -165,7 +165,7 @@ def _batches(loader: DataLoader[Any]) -> tuple[Reads, list[int | None] | None]:
 
 
 def _elements(images: Any) -> tuple[Reads, list[int | None] | None]:
-    """Return the elements of a sequence or map-style data set; its labels are read now, its images when needed."""
+    """Return the elements of a sequence or map-style dataset; labels are read now, images on access."""
     count = len(images)
     if not count:
         return [], None
@@ -180,7 +180,7 @@ def _elements(images: Any) -> tuple[Reads, list[int | None] | None]:
 
 @dataclass
 class _Element:
-    """One element of a data set, which must be the same at each read: the image, and the label read before."""
+    """One element of a dataset; verifies that image and label are the same at each read."""
 
     images: Any
     index: int
@@ -193,15 +193,15 @@ class _Element:
         image = element[0] if self.pair else element
         if self.pair and _as_labels([element[1]], 1) != [self.label]:
             raise UserError(
-                f"image {self.index}: the {type(self.images).__name__} returns label {element[1]}, and its targets "
-                f"{self.label}; pass the right ones as labels="
+                f"image {self.index}: the {type(self.images).__name__} returns label {element[1]} but its targets say "
+                f"{self.label}; pass the correct ones as labels="
             )
         array = np.ascontiguousarray(image.detach().cpu() if isinstance(image, Tensor) else image)
         digest = hashlib.sha256(array.tobytes()).digest()
         if self.digest and digest != self.digest:
             raise UserError(
                 f"image {self.index} of the {type(self.images).__name__} differs between two reads (random "
-                "augmentation?); expected a data set that returns the same image each time"
+                "augmentation?); expected a dataset that returns the same image each time"
             )
         self.digest = digest
         return image
@@ -219,19 +219,19 @@ def _as_labels(labels: Any, count: int) -> list[int | None]:
     """Return class indices as Python integers; None where there is no label."""
     given: Iterable[Any] = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else labels
     try:
-        found = [None if label is None else operator.index(label) for label in given]
+        indices = [None if label is None else operator.index(label) for label in given]
     except TypeError:
         raise UserError("labels are not whole numbers; expected one class index per image") from None
-    if len(found) != count:
-        raise UserError(f"{len(found)} labels for {count} images; expected one class index per image")
-    return found
+    if len(indices) != count:
+        raise UserError(f"{len(indices)} labels for {count} images; expected one class index per image")
+    return indices
 
 
 def _read(read: Callable[[], Any]) -> np.ndarray:
     """Return one element as an array.
 
     Raises:
-        ImageError: the data set fails on it.
+        ImageError: the dataset fails to read it.
         UserError: it differs from an earlier read.
     """
     try:
@@ -239,5 +239,5 @@ def _read(read: Callable[[], Any]) -> np.ndarray:
         return image.detach().cpu().numpy() if isinstance(image, Tensor) else to_array(image)
     except (UserError, ImageError):
         raise
-    except Exception as error:  # the user's own data set
+    except Exception as error:  # the user's own dataset
         raise ImageError(f"cannot be read: {type(error).__name__}: {first_line(error)}") from error

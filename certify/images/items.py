@@ -1,4 +1,4 @@
-"""Sources of images: lists of items with stable ids and class names, each read when it is needed."""
+"""Sources of images: lists of items with stable ids and class names, read on access."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from certify.errors import ImageError
 
-_SHOWN = 5  # reasons that are named
+_SHOWN = 5  # reasons listed by name
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Item:
     Attributes:
         id: stable name, unique in the source.
         read: returns the file's bytes, or an array (H, W), (H, W, C) or (C, H, W).
-        name: the class as the data names it, or None.
-        checksum: of the content, where the source knows one; else :meth:`stamp` hashes what ``read`` returns.
+        name: class name in the data, or None.
+        checksum: checksum of the content if the source has one; otherwise :meth:`stamp` hashes what ``read`` returns.
     """
 
     id: str
@@ -31,7 +31,7 @@ class Item:
     checksum: str = ""
 
     def stamp(self) -> str:
-        """Return a checksum of the content, which must be the same when a run is resumed."""
+        """Return a checksum of the content; a resumed run must have the same."""
         if self.checksum:
             return self.checksum
         try:
@@ -47,14 +47,14 @@ class Source:
     """A list of items.
 
     Attributes:
-        name: of the source in the record.
+        name: source name in the run file.
         items: in a stable order.
-        classes: the order of its classes, where the source defines one.
-        names: of the classes of its items, sorted; None where items have no class.
+        classes: all class names in index order, if the source defines an order.
+        names: class names that occur, sorted; None if items have no class.
         wrapped: whether all items lie in one folder of an archive, which may be a class or only a wrapper.
-        strays: why class folders cannot be used: images lie beside them. Empty where they can.
-        unread: other content of the source, as phrases such as ``"3 .heic files (a.heic, ...)"``.
-        image_shape: of every image, where they are arrays of one shape.
+        strays: error message if images lie outside the class folders; else empty.
+        unread: content not read, as phrases such as ``"3 .heic files (a.heic, ...)"``.
+        image_shape: shape of every image, if they are arrays of one shape.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Source:
     image_shape: tuple[int, ...] | None = None
 
     def by_id(self, ids: Sequence[str]) -> dict[str, Item]:
-        """Return the items with these ids, as far as they exist."""
+        """Return the items with these ids; unknown ids are left out."""
         chosen = set(ids)
         return {item.id: item for item in self.items if item.id in chosen}
 
     def ids_with_comma(self) -> list[str]:
-        """Return the ids that have to be quoted in a list."""
+        """Return the ids that need quoting in a comma-separated list."""
         return [item.id for item in self.items if "," in item.id]
 
 

@@ -1,4 +1,4 @@
-"""Image files and arrays to tensors ``(C, H, W)`` in [0, 1] at the classifier's input."""
+"""Convert image files and arrays to tensors ``(C, H, W)`` in [0, 1] at the classifier's input size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def preprocess(raw: bytes | np.ndarray, spec: InputSpec) -> Tensor:
     """Convert a file's content or an array to the classifier's input ``(C, H, W)``, float32 in [0, 1].
 
     Raises:
-        ImageError: this image cannot be used.
+        ImageError: the image is damaged, or its channels, type or values are not supported.
     """
     channels = spec.size[0] if spec.size else None
     if isinstance(raw, bytes):
@@ -29,7 +29,7 @@ def preprocess(raw: bytes | np.ndarray, spec: InputSpec) -> Tensor:
     image = _array_to_tensor(array, channels)
     if spec.size is None or tuple(image.shape) == spec.size:
         return image
-    if array.dtype == np.uint8 and channels in (1, 3):  # the same way as a file of the same picture
+    if array.dtype == np.uint8 and channels in (1, 3):  # as a file of the same picture would be
         from torchvision.transforms.functional import to_pil_image
 
         return resize_to_input(to_pil_image(image), spec)
@@ -40,7 +40,7 @@ def resize_to_input(picture: Any, spec: InputSpec, limits: DecodeLimits = LIMITS
     """Resize and crop a PIL image or a tensor ``(C, H, W)`` in [0, 1] to the classifier's input, in [0, 1].
 
     Raises:
-        ImageError: too long and thin to be resized.
+        ImageError: the aspect ratio is too large to resize.
     """
     if spec.transform is None:
         from torchvision.transforms.functional import to_tensor
@@ -51,7 +51,7 @@ def resize_to_input(picture: Any, spec: InputSpec, limits: DecodeLimits = LIMITS
     return as_image(spec.transform(picture).clamp(0.0, 1.0), spec.size)  # bicubic overshoots
 
 
-_SLACK = 1e-6  # float32 arithmetic leaves values like -3e-8; they are clamped, anything further out is refused
+_SLACK = 1e-6  # rounding errors of float32, such as -3e-8, are clamped; anything further out is rejected
 
 
 def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> Tensor:
@@ -59,17 +59,17 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
 
     Args:
         image: ``(C, H, W)`` float in [0, 1], or uint8.
-        size: the shape that is expected, or None.
+        size: expected shape (C, H, W), or None for any.
 
     Raises:
-        ImageError: another shape, type or range.
+        ImageError: wrong shape, type or range.
     """
     try:
         if isinstance(image, Tensor):
             tensor = image.detach()
         else:  # a copy, as arrays of PIL images cannot be written to
             array = np.asarray(image)
-            extended = array.dtype.kind == "f" and array.dtype.itemsize > 8  # which torch does not have
+            extended = array.dtype.kind == "f" and array.dtype.itemsize > 8  # long double, which torch lacks
             own_order = np.dtype(np.float64) if extended else array.dtype.newbyteorder("=")
             tensor = torch.from_numpy(np.array(array, own_order, order="C"))
     except (TypeError, ValueError):
@@ -85,19 +85,19 @@ def as_image(image: Tensor | np.ndarray, size: tuple[int, int, int] | None) -> T
         raise ImageError(f"image of type {tensor.dtype}; expected floating point in [0, 1] or uint8")
     tensor = tensor.to(torch.float32)
     low, high = float(tensor.min()), float(tensor.max())
-    if not (low >= -_SLACK and high <= 1.0 + _SLACK):  # NaN is refused too
+    if not (low >= -_SLACK and high <= 1.0 + _SLACK):  # also true of NaN
         raise ImageError(
             f"image with values from {low:.4g} to {high:.4g}; expected [0, 1], before normalisation, or uint8"
         )
-    return tensor.clamp(0.0, 1.0) + 0.0  # -0.0 is 0.0: equal images have equal bits, and so the same noise
+    return tensor.clamp(0.0, 1.0) + 0.0  # turns -0.0 into 0.0, so that equal images have equal bits
 
 
 def channels_first(image: Any, channels: int | None) -> Any:
-    """Return an array, a tensor or a PIL image as ``(C, H, W)``; one of other dimensions as it is.
+    """Convert an array, tensor or PIL image to ``(C, H, W)``; return anything but 2 or 3 dimensions unchanged.
 
     Args:
         image: ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)``.
-        channels: of the classifier, or None.
+        channels: the classifier's, or None.
     """
     array = image if isinstance(image, Tensor) else to_array(image)
     if array.ndim not in (2, 3):
@@ -112,7 +112,7 @@ def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
     """Convert an array (H, W), (H, W, C) or (C, H, W) to ``(C, H, W)`` in [0, 1] with the classifier's channels.
 
     Raises:
-        ImageError: other channels, or values that :func:`as_image` refuses.
+        ImageError: wrong number of channels, or values that :func:`as_image` rejects.
     """
     if array.ndim in (2, 3):
         array = channels_first(array, channels)
@@ -128,9 +128,9 @@ def _array_to_tensor(array: np.ndarray, channels: int | None) -> Tensor:
 
 
 def channels_of(shape: Sequence[int], expected: int | None) -> tuple[int, bool]:
-    """Return the channels of an array (H, W), (H, W, C) or (C, H, W), and whether they are its last dimension.
+    """Return the number of channels of an array (H, W), (H, W, C) or (C, H, W), and whether they come last.
 
-    The fourth channel of an array with channels last is transparency, which is dropped unless the classifier takes it.
+    With channels last, a fourth channel is alpha; it is dropped unless ``expected`` is 4.
     """
     if len(shape) == 2:
         return 1, False

@@ -1,7 +1,7 @@
-"""Sources of images: a dataset's name, an image, a folder, an archive, an array.
+"""Open sources of images: a dataset name, an image, a folder, an archive or an array.
 
-Listing reads no pixels. The id of an item does not depend on the machine, the order or the selection; it names the
-noise of the image.
+Listing reads no pixels. The id of an item does not depend on the machine, the order or the selection, because the noise
+is keyed by it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ DATASETS = Registry("dataset")
 
 
 def open_source(data: str, *, root: str | Path | None = None, download: bool = False) -> Source:
-    """Open the source that ``--data`` names.
+    """Open the source given as ``--data``.
 
     Args:
         data: a dataset's name, an image file, a folder, a zip or a folder in one (``photos.zip/test``), or an ``.npz``
             with ``x`` and ``y``.
-        root: folder of torchvision's datasets (default ``./data``).
+        root: folder that holds torchvision's datasets (default ``./data``).
         download: whether a missing dataset may be downloaded.
 
     Raises:
-        UserError: unknown, absent, empty or mixed data; the message has the remedy.
+        UserError: unknown, missing, empty or mixed data.
     """
     if data in DATASETS:
         source: Source = DATASETS.get(data)(root=Path(root or "data"), download=download)
@@ -56,7 +56,7 @@ def open_source(data: str, *, root: str | Path | None = None, download: bool = F
         return Source(path.name, (Item(path.name, functools.partial(read_file, path)),))
     kinds = f"{', '.join(SUFFIXES)}, .zip, .npz or a folder"
     why = describe_other_kind(path, "an image, a zip file or an .npz file")
-    raise UserError(f"{data} {why or f'is not a kind of data that is read; expected {kinds}'}")
+    raise UserError(f"{data} {why or f'is of an unsupported type; expected {kinds}'}")
 
 
 def _is_folder(path: Path) -> bool:
@@ -119,7 +119,7 @@ def _imagenet(root: Path, download: bool) -> Source:
     folder = root / "val" if (root / "val").is_dir() else root
     if not folder.is_dir():
         raise UserError(
-            f"no imagenet under {root}; ImageNet cannot be downloaded: pass --root DIR that holds val/<wnid>/*.JPEG"
+            f"no imagenet under {root}; ImageNet cannot be downloaded: pass --root DIR that contains val/<wnid>/*.JPEG"
         )
     return dataclasses.replace(open_folder(folder), name="imagenet")
 
