@@ -190,7 +190,7 @@ def test_access_cannot_be_copied_and_ends_with_its_owner() -> None:
 @pytest.mark.parametrize(
     ("target", "answers", "images", "error", "message"),
     [
-        (lambda x: x.flatten(1).argmax(1), "scores", IMAGES, UserError, "this one gives labels alone"),
+        (lambda x: x.flatten(1).argmax(1), "scores", IMAGES, UserError, "it returns labels only"),
         (lambda x: x.flatten(1)[:1], "scores", IMAGES, UserError, r"returned \(1, 64\) torch.float32 for 6 images"),
         (lambda x: x.flatten(1)[:, 0], "labels", IMAGES, UserError, "expected whole-number labels"),
         (lambda x: x.flatten(1)[:1], "labels", IMAGES, UserError, "expected whole-number labels"),

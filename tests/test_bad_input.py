@@ -215,7 +215,7 @@ CASES = [
     case("weights empty", W + "x.pth", "empty", x=""),
     case("weights no tensors", W + "x.pth", "epoch", "state dict", x=lambda: torch_file({"epoch": 9})),
     case("weights of 20 in 56", W.replace("20", "56") + "x.pth", "cifar_resnet56", "layer1.3.conv1.weight", x=resnet20),
-    case("safetensors cut", W + "x.sft", "whole", x=lambda: safetensors_bytes(CifarResNet(20).state_dict())[:-100]),
+    case("safetensors cut", W + "x.sft", "complete", x=lambda: safetensors_bytes(CifarResNet(20).state_dict())[:-100]),
     # models in files and modules
     case("model a checkpoint", MODEL + "x.pth", "--weights", x=resnet20),
     case("model a checkpoint .pt", MODEL + "x.pt", "--weights", x=resnet20),
@@ -284,13 +284,13 @@ CASES = [
     case("depths", D + "--data d", "several depths", "d/b", d__a_png=DIGIT, d__b__c_png=DIGIT),
     case("folders without a map", D + "--data d", "cat, dog", "--class-map", "--labels none", **FOLDERS),
     case("map missing", MAP + "x.csv", "--class-map x.csv", **FOLDERS),
-    case("map misses", MAP + "x.csv", "misses 1 of 2", "dog", x="cat,1\n", **FOLDERS),
+    case("map misses", MAP + "x.csv", "lacks 1 of 2", "dog", x="cat,1\n", **FOLDERS),
     case("map beyond", MAP + "x.csv", "'10'", "0 to 9", x="cat,1\ndog,10\n", **FOLDERS),
     case("map a list", MAP + "x.json", "list", "object", x="[1]", **FOLDERS),
     case("map not JSON", MAP + "x.json", "JSON", x="{cat", **FOLDERS),
     case("map without folders", MAP + "m.csv", "--class-map", "--labels", d__a_png=DIGIT, m_csv="cat,1\n"),
     case("labels missing", LABELS + "x.csv", "--labels x.csv", **FOLDERS),
-    case("labels miss", LABELS + "x.csv", "misses 1 of 2", "b.png", x="a.png,1\n", **FOLDERS),
+    case("labels miss", LABELS + "x.csv", "lacks 1 of 2", "b.png", x="a.png,1\n", **FOLDERS),
     case("labels narrow", LABELS + "x.csv", "two columns", "a.png", x="a.png\nb.png\n", **FOLDERS),
     case(
         "labels wide", LABELS + "x.csv", "'a.png,1,7' has more than two columns", x="a.png,1,7\nb.png,2,8\n", **FOLDERS

@@ -182,10 +182,10 @@ def test_published_noise_trained_classifiers_load(tmp_path: Path) -> None:
     normalised = {**state, "0.mean": torch.zeros(3), "0.std": torch.ones(3)}
     torch.save(normalised, tmp_path / "normalised.pth")
     with pytest.raises(
-        UserError, match=r"holds more than cifar_resnet20, whose names begin with 1\. there; write "
+        UserError, match=r"contains more than cifar_resnet20, whose names begin with 1\. there; select "
     ) as e:
         load_classifier("cifar_resnet20", weights=tmp_path / "normalised.pth")
-    network = load_classifier("cifar_resnet20", weights=str(e.value).partition("write ")[2].split()[0])
+    network = load_classifier("cifar_resnet20", weights=str(e.value).partition("that part: ")[2].split()[0])
     assert network.identity() == classifier.identity()
 
 

@@ -143,7 +143,7 @@ def test_onnx_is_recognised_by_its_content(name: str, capsys: Capture) -> None:
     x = torch.rand(5, 1, 8, 8)
     assert torch.allclose(load_classifier(f"./{name}").logits(x), x.flatten(1) @ torch.from_numpy(weight), atol=1e-4)
     assert error(capsys, RUN + f"--model digits --weights {name}") == (
-        f"certify: {name} is ONNX, a whole model, not weights alone: write --model {name}"
+        f"certify: {name} is ONNX, a complete model, not weights alone: pass --model {name}"
     )
 
 
@@ -182,7 +182,7 @@ def test_onnx_output_is_chosen_by_number_of_classes_or_name(capsys: Capture) -> 
     weight = write_onnx("m.onnx", features=True)
     line = error(capsys, RUN + "--model m.onnx")
     assert line == (
-        "certify: m.onnx has several outputs: features (n, 64), y (n, 10); name the one that holds the classes' "
+        "certify: m.onnx has several outputs: features (n, 64), y (n, 10); choose the one with the class "
         "scores, such as --model m.onnx::y"
     )
     run(*(RUN + line.partition("such as ")[2]).split())
@@ -258,8 +258,10 @@ def test_torchscript_named_like_a_checkpoint(capsys: Capture) -> None:
     """It loads as a model; as weights the message names the command that works."""
     save_script(Half(), "m.pth")
     line = error(capsys, WEIGHTS + "m.pth")
-    assert line == ("certify: m.pth is TorchScript, a whole model, not weights alone: write --model m.pth --trust-code")
-    run(*(RUN + line.partition("write ")[2] + " --input-size 1x8x8").split())
+    assert line == (
+        "certify: m.pth is TorchScript, a complete model, not weights alone: pass --model m.pth --trust-code"
+    )
+    run(*(RUN + line.partition("pass ")[2] + " --input-size 1x8x8").split())
 
 
 # Checkpoints
@@ -393,10 +395,10 @@ def test_two_networks_in_one_state_dict_are_named(capsys: Capture) -> None:
     torch.save({"state_dict": {**named("model.", resnet()), **named("teacher.", other()), **loss}}, "c.ckpt")
     line = error(capsys, WEIGHTS + "c.ckpt")
     assert line == (
-        "certify: c.ckpt holds more than cifar_resnet20, whose names begin with model. or teacher. there; "
-        "write c.ckpt::model for that part"
+        "certify: c.ckpt contains more than cifar_resnet20, whose names begin with model. or teacher. there; "
+        "select that part: c.ckpt::model"
     )
-    part = line.partition("write ")[2].split()[0]
+    part = line.partition("that part: ")[2].split()[0]
     for named_part, state in ((part, resnet()), ("c.ckpt::teacher", other())):
         found = load_classifier("cifar_resnet20", weights=named_part)
         assert torch.equal(found.net.state_dict()["linear.bias"], state["linear.bias"])
@@ -450,11 +452,11 @@ def archive(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("x.tar", "is a tar archive: unpack it (tar -xf x.tar) and name the file in it: inside.pth"),
-        ("x.tar.gz", "is a tar archive: unpack it (tar -xf x.tar.gz) and name the file in it"),
-        ("x.pth.gz", "is compressed by gzip: unpack it (gunzip -k x.pth.gz) and name the file that comes out"),
-        ("x.zip", "is a zip archive: unpack it (unzip x.zip) and name the file in it: inside.pth"),
-        ("x.pth", "is a zip archive: unpack it (unzip x.pth) and name the file in it: inside.pth"),
+        ("x.tar", "is a tar archive: unpack it (tar -xf x.tar) and pass the file in it: inside.pth"),
+        ("x.tar.gz", "is a tar archive: unpack it (tar -xf x.tar.gz) and pass the file in it"),
+        ("x.pth.gz", "is compressed by gzip: unpack it (gunzip -k x.pth.gz) and pass the resulting file"),
+        ("x.zip", "is a zip archive: unpack it (unzip x.zip) and pass the file in it: inside.pth"),
+        ("x.pth", "is a zip archive: unpack it (unzip x.pth) and pass the file in it: inside.pth"),
     ],
 )
 def test_archive_of_weights_has_unpacking_advice(name: str, said: str, capsys: Capture) -> None:
@@ -495,7 +497,7 @@ def test_hostile_archives_are_named_without_reading_them_whole() -> None:
     tracemalloc.start()
     try:
         for name, said in (("a.tar.gz", "the file in it"), ("a.tar", "it"), ("b.tar", "it: x.pth"), ("c.tar", "it")):
-            with pytest.raises(UserError, match=rf"is a tar archive: unpack it \(tar -xf {name}\) and name .*{said}$"):
+            with pytest.raises(UserError, match=rf"is a tar archive: unpack it \(tar -xf {name}\) and pass .*{said}$"):
                 file_kind(name)
         assert tracemalloc.get_traced_memory()[1] < 2**22
     finally:
@@ -529,7 +531,7 @@ def exported(name: str) -> None:
     torch.export.save(torch.export.export(Half().eval(), (torch.rand(4, 1, 8, 8),)), name)
 
 
-OWN = "load it in a function of your own and name that: --model package.module:function"
+OWN = "load it in your own function and pass that: --model package.module:function"
 
 
 @pytest.mark.parametrize(
@@ -540,10 +542,10 @@ OWN = "load it in a function of your own and name that: --model package.module:f
         (
             "x.pt2",
             exported,
-            f"is a program that torch.export saved, which runs code; {OWN} (torch.export.load(FILE).module())",
+            f"is a program saved by torch.export, which runs code; {OWN} (torch.export.load(FILE).module())",
         ),
-        ("x.npz", arrays, "holds NumPy arrays; expected weights as torch.save or safetensors writes them"),
-        ("x.pth", arrays, "holds NumPy arrays; expected weights as torch.save or safetensors writes them"),
+        ("x.npz", arrays, "contains NumPy arrays; expected weights written by torch.save or safetensors"),
+        ("x.pth", arrays, "contains NumPy arrays; expected weights written by torch.save or safetensors"),
     ],
 )
 def test_other_model_formats_are_named(name: str, write: Any, said: str, capsys: Capture) -> None:
@@ -580,15 +582,15 @@ def test_exported_program_runs_in_a_user_function() -> None:
         (b"x", "is not a safetensors file: it begins with b'x'; download it again"),
         (
             (100_000_001).to_bytes(8, "little") + b"{" + bytes(100),
-            "is not a whole safetensors file: its header would have 100,000,001 bytes, the file has 109 (a header at "
-            "most 100,000,000); download it again",
+            "is not a complete safetensors file: its header would have 100,000,001 bytes, the file has 109 (a header "
+            "at most 100,000,000); download it again",
         ),
         (
             (5000).to_bytes(8, "little") + b"{" + bytes(100),
-            "is not a whole safetensors file: its header would have 5,000 bytes, the file has 109 (a header at most "
+            "is not a complete safetensors file: its header would have 5,000 bytes, the file has 109 (a header at most "
             "100,000,000); download it again",
         ),
-        ((20).to_bytes(8, "little") + b"{not json at all!!!}" + bytes(100), "is not a whole safetensors file ("),
+        ((20).to_bytes(8, "little") + b"{not json at all!!!}" + bytes(100), "is not a complete safetensors file ("),
     ],
 )
 def test_broken_safetensors_file_is_named(content: bytes, said: str, capsys: Capture) -> None:
@@ -707,12 +709,12 @@ def test_configuration_of_another_architecture_warns(capsys: Capture) -> None:
     [
         (
             {"architectures": ["ResNetForImageClassification"], "model_type": "resnet"},
-            "mine holds a model of transformers (ResNetForImageClassification), not of timm; load it in a function of "
-            "your own that returns it and name that: --model package.module:function",
+            "mine contains a transformers model (ResNetForImageClassification), not a timm one; load it in your own "
+            "function that returns it and pass that: --model package.module:function",
         ),
         (
             {"_class_name": "UNet2DModel"},
-            "mine holds a network of diffusers, no classifier; write --denoiser diffusers:mine",
+            "mine contains a diffusers network, not a classifier; pass --denoiser diffusers:mine",
         ),
         ("{", "mine is a folder without a readable config.json (Expecting property name"),
         (None, "mine is a folder without a readable config.json ([Errno 2] No such file or directory"),
@@ -743,10 +745,10 @@ def test_mean_in_255_scale_warns(given: str, advised: str, capsys: Capture) -> N
     words = given.split()
     line = warning(capsys, RUN + f"--model digits {given}")
     assert line == (
-        f"warning: mean {words[1]} and std {words[3]} are large for images in [0, 1]; are they in pixels of 255? that "
-        f"is {advised}"
+        f"warning: mean {words[1]} and std {words[3]} are large for images in [0, 1]; if they are for pixels from "
+        f"0 to 255, pass {advised}"
     )
-    run(*(RUN.replace("r.jsonl", "s.jsonl") + "--model digits " + line.partition("that is ")[2]).split())
+    run(*(RUN.replace("r.jsonl", "s.jsonl") + "--model digits " + line.partition("pass ")[2]).split())
     assert capsys.readouterr().err == ""
 
 

@@ -302,7 +302,7 @@ def test_mistakes_in_settings(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [
-        (lambda x: x.flatten(1).argmax(1), UserError, "this one gives labels alone"),
+        (lambda x: x.flatten(1).argmax(1), UserError, "it returns labels only"),
         (lambda x: x.flatten(1)[:1], UserError, "expected \\(B, K\\) scores"),
         (lambda x: x.flatten(1) * float("nan"), RunFault, "not finite"),
     ],

@@ -1,4 +1,4 @@
-"""Builder of the classifiers whose architecture is in this package: the embedded digits, and ResNets for CIFAR-10."""
+"""Build the classifiers whose architecture this package defines: the digits network and ResNets for CIFAR-10."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from certify.models.classifier import ClassifierSpec, square_input
 from certify.models.resolve import BUILT_IN, UNTRAINED
 
 SHIPPED = Path(__file__).parent / "data" / "digits.safetensors"
-"""Weights of the digits classifier; ``python -m training.digits`` trained it, without noise (see the file's card)."""
+"""Weights of the digits classifier, trained without noise by ``python -m training.digits`` (see the file's card)."""
 
 TRAIN_IMAGES = 1297
 """scikit-learn's first 1,297 digits train the classifier; the last 500, by other writers, are for certification."""
 
 
 def build(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """Build a classifier of this package with the weights it ships or those given.
+    """Build a classifier of this package with its shipped weights or with ``weights``.
 
     Raises:
-        UserError: another number of classes than 10, or weights that are missing or do not fit.
+        UserError: ``num_classes`` other than 10, or weights that are missing or do not fit.
     """
     if num_classes not in (None, 10):
         raise UserError(f"model {name!r} has 10 classes, not {num_classes}; drop --num-classes")
@@ -40,7 +40,7 @@ def digits_net() -> nn.Sequential:
 
 
 def build_digits(name: str, weights: str | Path | None) -> ClassifierSpec:
-    """Build the classifier of 8x8 handwritten digits with its shipped weights, or those given."""
+    """Build the classifier of 8x8 handwritten digits with its shipped weights or with ``weights``."""
     net = digits_net()
     loaded = load_weights(net, weights or SHIPPED, name)
     names = tuple((str(d),) for d in range(10))
@@ -93,7 +93,7 @@ class CifarResNet(nn.Module):
 
     Depth 6n + 2, three stages of n blocks at 16, 32, 64 channels. A shortcut that changes the shape takes every other
     pixel and pads channels with zeros (option A, as published), or is a 1x1 convolution with batch norm (option B: the
-    models that Cohen et al. 2019 and Salman et al. 2019, 2020 published). Names and normalisation differ, too.
+    models that Cohen et al. 2019 and Salman et al. 2019, 2020 published). Parameter names and normalisation differ too.
 
     Args:
         depth: 20, 32, 44, 56 or 110.
@@ -125,7 +125,7 @@ def _stage(inputs: int, outputs: int, stride: int, blocks: int, projects: bool) 
 
 
 def build_cifar_resnet(name: str, weights: str | Path | None) -> ClassifierSpec:
-    """Build ``cifar_resnet<depth>`` with a checkpoint's weights, in the form that the checkpoint has."""
+    """Build ``cifar_resnet<depth>`` with a checkpoint's weights; the checkpoint decides between options A and B."""
     if weights is None:
         raise UserError(f"model {name!r} has no weights of its own; pass a checkpoint: --weights FILE")
     state = None if weights == UNTRAINED else read_state_dict(weights)

@@ -1,6 +1,6 @@
-"""Builder of classifiers from Python objects: a module, a function of images, or a factory of one.
+"""Build classifiers from Python objects: a module, a function of images, or a factory of either.
 
-They get images in [0, 1] unless the object or ``--mean`` and ``--std`` say how to normalise.
+They receive images in [0, 1], normalised if the object has ``mean`` and ``std`` or the options give them.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from certify.sibling_packages import claim
 
 
 class FunctionNet(nn.Module):
-    """A function from images to logits or labels, as a module."""
+    """Module that wraps a function from images to logits or labels."""
 
     def __init__(self, function: Any) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the function's answer as a tensor."""
+        """Return the function's output as a tensor."""
         output = self.function(images)
         return output if isinstance(output, Tensor) else torch.as_tensor(np.asarray(output))
 
 
 def build_callable(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """Build ``package.module:callable``: a module, a function of images, or a factory of one without arguments.
+    """Build ``package.module:callable``: a module, a function of images, or a factory without arguments.
 
-    The object may carry ``num_classes``, ``input_size`` (C, H, W), ``mean``, ``std`` and ``class_names``.
+    The object may have the attributes ``num_classes``, ``input_size`` (C, H, W), ``mean``, ``std`` and ``class_names``.
     """
     return _describe_object(*build_object(name), name, weights, num_classes)
 
@@ -49,9 +49,9 @@ def build_callable(name: str, weights: str | Path | None, num_classes: int | Non
 def _describe_object(
     model: Any, code: str | None, name: str, weights: str | Path | None, num_classes: int | None
 ) -> ClassifierSpec:
-    """Return the spec of a module or a function of images, with the attributes that :func:`build_callable` lists."""
+    """Return the spec of a module or a function of images, from the attributes that :func:`build_callable` lists."""
     if not isinstance(model, nn.Module) and not callable(model):
-        raise UserError(f"{name} gave {type(model).__name__}; expected a module or a function from images to labels")
+        raise UserError(f"{name} is {type(model).__name__}; expected a module or a function from images to labels")
     net = model if isinstance(model, nn.Module) else FunctionNet(model)
     loaded = "as built"
     if weights is not None:
@@ -68,26 +68,26 @@ def _describe_object(
 
 
 def _numbers(model: Any, name: str) -> tuple[float, ...]:
-    """Return an attribute that holds numbers; a tensor or a method of that name means something else."""
+    """Return an attribute that holds numbers; a tensor or method of that name has another meaning and is ignored."""
     value = getattr(model, name, ())
     return () if isinstance(value, Tensor) or callable(value) else tuple(value)
 
 
 def build_object(name: str) -> tuple[Any, str | None]:
-    """Return what ``package.module:attribute`` names, or what it returns if it takes no arguments.
+    """Import ``package.module:attribute``, and call it if it takes no arguments.
 
     Returns:
         The object, and the SHA-256 of the file that defines it.
 
     Raises:
-        UserError: it cannot be imported, or fails.
+        UserError: the import or the call fails.
     """
     model = _call_factory(import_object(name), name)
     return model, code_digest(name.partition(":")[0])
 
 
 def _call_factory(model: Any, name: str) -> Any:
-    """Return what a function without arguments returns; anything else as it is."""
+    """Call a function that takes no arguments; return anything else unchanged."""
     if isinstance(model, nn.Module) or not _takes_nothing(model, name):
         return model
     try:
@@ -97,15 +97,15 @@ def _call_factory(model: Any, name: str) -> Any:
 
 
 def code_digest(module: str) -> str | None:
-    """Return the SHA-256 of the file that defines a module; None in a notebook or at a prompt."""
+    """Return the SHA-256 of the file that defines a module; None in a notebook or interactive session."""
     defined = getattr(sys.modules.get(module), "__file__", None)
     return file_digest(defined) if defined and os.path.isfile(defined) else None
 
 
 def build_from_object(model: Any, weights: str | Path | None, num_classes: int | None) -> tuple[str, ClassifierSpec]:
-    """Return the name and the spec of a module, a function of images, or a factory of one without arguments.
+    """Return the name and the spec of a module, a function of images, or a factory without arguments.
 
-    A module is copied, because freezing it would surprise whoever trains it.
+    A module is copied, so that freezing it does not affect the caller's own.
     """
     own = model if hasattr(model, "__qualname__") else type(model)
     name = str(own.__qualname__)
@@ -116,10 +116,10 @@ def build_from_object(model: Any, weights: str | Path | None, num_classes: int |
 
 
 def import_object(name: str) -> Any:
-    """Return the attribute that ``package.module:attribute`` names; the current folder is searched, too.
+    """Import ``package.module:attribute``; the current folder is searched, too.
 
     Raises:
-        UserError: it cannot be imported, or has no such attribute.
+        UserError: the import fails, or the module has no such attribute.
     """
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -127,7 +127,7 @@ def import_object(name: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the user's own code: anything can happen in it
+    except Exception as error:  # the user's own code
         raise UserError(
             f"cannot import {module_name!r} of {name!r}: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -138,14 +138,14 @@ def import_object(name: str) -> Any:
 
 
 def _takes_nothing(function: Any, name: str) -> bool:
-    """True if a function can be called without arguments."""
+    """True if a callable takes no required arguments."""
     if not callable(function):
         raise UserError(f"{name} is {type(function).__name__}; expected a module, a function of images or a factory")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return False
-    own = not inspect.isclass(function)  # a class without __init__ of its own shows its parent's *args
+    own = not inspect.isclass(function)  # a class without its own __init__ shows its parent's *args
     return all(
         p.default is not p.empty or p.kind == p.VAR_KEYWORD or (p.kind == p.VAR_POSITIONAL and not own)
         for p in parameters

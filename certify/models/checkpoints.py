@@ -1,7 +1,7 @@
-"""Read checkpoints in every common layout, safely: choose a set of weights, match its names, load all of it.
+"""Read checkpoints of every common layout safely: select a set of weights, match parameter names, load all of it.
 
-No code of a file is run: ``torch.load`` with ``weights_only=True`` reads tensors and plain values. NumPy's numbers and
-the ``Namespace`` of parsed options, which training scripts leave beside the weights, are allowed here, too.
+No code in a file is run: ``torch.load`` with ``weights_only=True`` reads tensors and plain values. NumPy scalars and
+the ``argparse.Namespace`` that training scripts often save beside the weights are also allowed.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ _PLAIN: list[Any] = [
 _USUAL = ("state_dict", "model", "model_state", "model_state_dict", "net", "params_ema", "params")
 _OTHERS = ("network", "weights", "ema", "model_ema", "state_dict_ema", "ema_state_dict", "generator", "backbone")
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names that DataParallel, torch.compile, FSDP and activation checkpoints leave."""
+"""Name parts added by DataParallel, torch.compile, FSDP and activation checkpointing."""
 
-_COUNTER = "n_averaged"  # of models averaged by torch.optim.swa_utils, beside their weights
-_DEPTH = 8  # keys around a set of weights
+_COUNTER = "n_averaged"  # counter that torch.optim.swa_utils stores with averaged weights
+_DEPTH = 8  # maximum nesting of a set of weights
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name, from a bare state dict or one under a key.
 
-    Of several sets of weights the usual one is taken, with a warning that names the others; ``FILE::KEY`` chooses.
+    Of several sets of weights the one under the most common key is used, with a warning that names the others;
+    ``FILE::KEY`` selects another.
 
     Raises:
         UserError: not a checkpoint (the message says what it is), damaged, or a pickle that would run code.
@@ -57,13 +58,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(net: nn.Module, path: str | Path, architecture: str) -> str:
-    """Load a checkpoint into ``net``, every key or none; ``untrained`` leaves it as it was built.
+    """Load a checkpoint into ``net``; all keys must match. ``untrained`` keeps the initial weights.
 
-    What DataParallel, torch.compile, FSDP and activation checkpoints leave in names is removed wherever it stands, and
-    so is one prefix of all names, such as Lightning's ``model.`` or the number of ``nn.Sequential``.
+    Name parts added by DataParallel, torch.compile, FSDP and activation checkpointing are removed, and so is one prefix
+    common to all names, such as Lightning's ``model.`` or an index of ``nn.Sequential``.
 
     Returns:
-        A description for the record: the file's name and what was removed from the names.
+        A description for the run file: the file's name and the parts removed from parameter names.
 
     Raises:
         UserError: keys, shapes or types that do not fit; the first few are listed.
@@ -72,7 +73,7 @@ def load_weights(net: nn.Module, path: str | Path, architecture: str) -> str:
 
 
 def fit_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path, architecture: str) -> str:
-    """Load the tensors of :func:`read_state_dict` as :func:`load_weights` does."""
+    """Load the tensors of :func:`read_state_dict` into ``net``, as described for :func:`load_weights`."""
     own = net.state_dict()
     matched, removed = _match_names(state, own)
     for key in own.keys() - matched.keys():
@@ -80,8 +81,8 @@ def fit_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path, a
             matched[key] = own[key]
     if (misfit := _describe_misfit(own, matched)) and (parts := _covering_parts(state, own)):
         raise UserError(
-            f"{path} holds more than {architecture}, whose names begin with {'. or '.join(parts)}. there; "
-            f"write {path}::{parts[0]} for that part"
+            f"{path} contains more than {architecture}, whose names begin with {'. or '.join(parts)}. there; "
+            f"select that part: {path}::{parts[0]}"
         )
     if misfit:
         raise UserError(f"{path} does not fit {architecture}: {misfit}")
@@ -90,7 +91,7 @@ def fit_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path, a
 
 
 def _describe_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Return the tensors of a checkpoint that do not fit a network's own, with a hint; empty where all fit."""
+    """Describe the tensors that do not fit a network, with a hint; empty if all fit."""
     both = [key for key in own if key in state]
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]
@@ -117,7 +118,7 @@ def _describe_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
 
 
 def _unusable_type(own: Tensor, given: Tensor) -> str:
-    """Return the type of a tensor that cannot be copied into a floating-point parameter as it is; else empty."""
+    """Return the type of a tensor that cannot be copied into a floating-point parameter; empty if it can."""
     if given.is_meta:
         return "without values"
     if given.layout != torch.strided:
@@ -132,7 +133,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _load(path: Path, kind: str) -> Any:
-    """Read what a file holds, without running code of it."""
+    """Read a checkpoint file without running code in it."""
     if kind == SAFETENSORS:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -140,23 +141,25 @@ def _load(path: Path, kind: str) -> Any:
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+            raise UserError(f"{path} is not a complete safetensors file ({error}); download it again") from None
     try:
         with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
-            warnings.simplefilter("ignore")  # torch warns of the pickle protocol before it refuses
-            return torch.load(file, map_location="cpu", weights_only=True)  # by name it would go by the suffix
+            warnings.simplefilter("ignore")  # torch warns about the pickle protocol before it refuses
+            return torch.load(
+                file, map_location="cpu", weights_only=True
+            )  # given a path, torch.load goes by the suffix
     except pickle.UnpicklingError as error:
         raise UserError(_refused_pickle(path, str(error))) from None
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = first_line(error).partition(" (Could this")[0].rstrip(". ")  # torch asks for reports of its wording
+        reason = first_line(error).partition(" (Could this")[0].rstrip(". ")  # drop torch's request to report the error
         raise UserError(
-            f"{path} is damaged or not a checkpoint ({reason}); expected what torch.save or safetensors wrote: "
+            f"{path} is damaged or not a checkpoint ({reason}); expected a file written by torch.save or safetensors: "
             "download it again, or name another file"
         ) from None
 
 
 def _refused_pickle(path: Path, reason: str) -> str:
-    """Return why a pickle was refused, by the reason that torch gave."""
+    """Return why a pickle was refused, from torch's reason."""
     with path.open("rb") as file:
         is_pickle = file.read(2) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
     if not is_pickle:
@@ -170,12 +173,12 @@ def _refused_pickle(path: Path, reason: str) -> str:
 
 
 def _choose_state(content: Mapping[Any, Any], path: Path, part: str) -> dict[str, Tensor]:
-    """Choose a set of weights in a checkpoint; warn where there are others.
+    """Choose a set of weights in a checkpoint; warn if there are others.
 
     Args:
-        content: of the file.
-        path: of the file, for messages.
-        part: the key that the user chose, or the beginning of the tensors' names; empty: the usual one.
+        content: the file's content.
+        path: the file's path, for messages.
+        part: the key that the user chose, or a prefix of tensor names; empty for the most common key.
 
     Raises:
         UserError: no tensors, or no such part.
@@ -210,9 +213,9 @@ def _choose_state(content: Mapping[Any, Any], path: Path, part: str) -> dict[str
 def _sets(
     content: Mapping[Any, Any], prefix: str = "", depth: int = 0, seen: set[int] | None = None
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield sets of weights by their keys, nested ones joined by dots; an optimizer's numbered tensors are no set."""
+    """Yield sets of weights with their dotted keys; an optimizer's numbered tensors are not a set."""
     seen = set() if seen is None else seen
-    new = id(content) not in seen  # a pickle may hold one mapping many times, itself too
+    new = id(content) not in seen  # a pickle may contain one mapping many times, even within itself
     seen.add(id(content))
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     inner = [(key, value) for key, value in content.items() if isinstance(value, Mapping) and isinstance(key, str)]
@@ -226,17 +229,17 @@ def _sets(
 
 
 def _match_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename tensors to the network's own names, as far as wrappers and one common prefix explain the difference.
+    """Match tensor names to the network's by removing wrapper parts and one common prefix.
 
     Args:
-        state: of a checkpoint.
-        own: of the network.
+        state: tensors of a checkpoint.
+        own: tensors of the network.
 
     Returns:
-        The tensors, and what was removed from their names.
+        The renamed tensors, and the parts removed from their names.
 
     Raises:
-        UserError: two of them get the same name.
+        UserError: two tensors end up with the same name.
     """
     if state.keys() <= own.keys():
         return dict(state), []
@@ -248,13 +251,13 @@ def _match_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tupl
     for key, name in names.items():
         short = name.removeprefix(prefix)
         if short in stripped:
-            raise UserError(f"the checkpoint holds {short!r} twice, with and without a wrapper prefix; save it once")
+            raise UserError(f"the checkpoint contains {short!r} twice, with and without a wrapper prefix; save it once")
         stripped[short] = state[key]
     return stripped, [*([prefix] if prefix else []), *(f"{part}." for part in sorted(wrappers))]
 
 
 def _common_prefix(names: list[str], own: Mapping[str, Tensor]) -> str:
-    """Return the prefix of all names without which some are the network's, if none is the network's with it."""
+    """Return a prefix common to all names whose removal makes some match the network; empty if any matches already."""
     if not names or own.keys() & set(names):
         return ""
     first = names[0].split(".")
@@ -268,7 +271,7 @@ def _common_prefix(names: list[str], own: Mapping[str, Tensor]) -> str:
 
 
 def _covering_parts(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Return the beginnings of names under which a checkpoint holds the whole network, beside other tensors."""
+    """Return the name prefixes under which a larger checkpoint contains the whole network."""
     parts = []
     for part in dict.fromkeys(name.partition(".")[0] for name in state if "." in name):
         inner = {name: value for name, value in state.items() if name.startswith(f"{part}.")}
@@ -280,6 +283,6 @@ def _covering_parts(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> l
 
 
 def refuse_weights(name: str, weights: str | Path | None) -> None:
-    """Refuse ``--weights`` beside a file that holds its own."""
+    """Raise an error if ``--weights`` is given for a model file that contains its own."""
     if weights is not None:
-        raise UserError(f"{name} carries its weights; drop --weights")
+        raise UserError(f"{name} contains its weights; drop --weights")

@@ -23,13 +23,13 @@ from certify.types import FAILED
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Input of a classifier.
+    """Input specification of a classifier.
 
     Attributes:
-        size: (C, H, W), or None if it takes any.
-        mean: per channel, subtracted inside the classifier.
-        std: per channel, by which the classifier divides.
-        transform: from a PIL image or a (C, H, W) tensor in [0, 1] to the image that is certified, or None.
+        size: (C, H, W), or None if any size is accepted.
+        mean: per-channel mean, subtracted inside the classifier.
+        std: per-channel standard deviation, divided by inside the classifier.
+        transform: function from a PIL image or a (C, H, W) tensor in [0, 1] to the image that is certified, or None.
         steps: description of the transform.
     """
 
@@ -45,9 +45,9 @@ class ConfigFile:
     """A ``config.json`` beside a checkpoint, as timm saves it.
 
     Attributes:
-        path: of the file.
-        architecture: that it describes.
-        used: whether that is the model's architecture, so that size, mean and std come from the file.
+        path: the file's path.
+        architecture: the architecture it describes.
+        used: whether that is the model's architecture, in which case size, mean and std come from the file.
     """
 
     path: Path
@@ -57,20 +57,20 @@ class ConfigFile:
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """Result of a builder: a network from normalised images to logits ``(B, K)`` or labels ``(B,)``, and its facts.
+    """Result of a builder: a network and what the classifier has to know about it.
 
     Attributes:
-        net: the network.
-        input: its input.
-        class_names: for each class index, all its names, or None.
-        num_classes: K, where it is known.
-        weights: description of the weights, for the record.
-        code: SHA-256 of the file that defines the function, where tensors alone do not (TorchScript, ONNX, Python).
+        net: the network, from normalised images to logits ``(B, K)`` or labels ``(B,)``.
+        input: input specification.
+        class_names: all names of each class, by class index, or None.
+        num_classes: K, if known.
+        weights: description of the weights, for the run file.
+        code: SHA-256 of the file that defines the function, if tensors alone do not (TorchScript, ONNX, Python).
         native: whether ``net`` is made of torch modules, which can be copied, cast and compiled.
-        closed: whether tensors and ``code`` determine the function; if not, its record holds a fingerprint.
-        external: of an ONNX file, the SHA-256 of every other file that it reads, by name.
-        eight_bits: whether the network takes 8-bit pixels, which excludes a mean and a standard deviation.
-        config_file: the one beside the weights, if any.
+        closed: whether tensors and ``code`` determine the function; if not, the run file stores a fingerprint.
+        external: for an ONNX file, the SHA-256 of every other file that it reads, by name.
+        eight_bits: whether the network takes 8-bit pixels, which rules out ``mean`` and ``std``.
+        config_file: the ``config.json`` beside the weights, if any.
     """
 
     net: nn.Module
@@ -97,7 +97,7 @@ def square_input(
     """Return an input with torchvision's evaluation transform: shorter side to ``resize``, centre crop to ``size``.
 
     Raises:
-        UserError: not a square.
+        UserError: ``size`` is not square.
     """
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms._presets import ImageClassification
@@ -117,23 +117,23 @@ def square_input(
 
 
 def labels_from_logits(logits: Tensor) -> Tensor:
-    """Return labels ``(B,)`` of scores ``(B, K)``: the first maximum; ``FAILED`` if it is infinite or any is NaN."""
+    """Return labels ``(B,)``, the first maximum of scores ``(B, K)``; ``FAILED`` if it is infinite or any is NaN."""
     values, labels = logits.max(dim=1)
     return labels.masked_fill(~values.isfinite(), FAILED)
 
 
 class FailsOnImages(UserError):
-    """A network that fails on images of its stated size."""
+    """Raised for a network that fails on images of its stated size."""
 
 
 class Classifier(nn.Module):
-    """A frozen base classifier: images in [0, 1] (plus noise) to labels, normalisation inside.
+    """A frozen base classifier from images in [0, 1] (plus noise) to labels; normalisation is included.
 
     It stays in evaluation mode: batch statistics would make the samples of a batch depend on each other, which
     invalidates a certificate.
 
     Args:
-        name: of the classifier, for messages and the run file.
+        name: name for messages and the run file.
         spec: the network, its input size, normalisation and provenance.
         num_classes: K, if the network's output does not show it (a network that returns labels).
 
@@ -155,7 +155,7 @@ class Classifier(nn.Module):
         self.native = spec.native
         self.closed, self.external = spec.closed, spec.external
         self.probe_size = spec.input.size
-        """(C, H, W) of the probe images of its fingerprint: its input, or the images' size if it takes any."""
+        """(C, H, W) of the probe images for its fingerprint: its input size, or the images' size if it takes any."""
         self._fingerprints: dict[tuple[int, int, int] | None, dict[str, Any] | None] = {}
         self.dtype = torch.float32
         self.register_buffer("mean", torch.tensor(spec.input.mean).view(-1, 1, 1), persistent=False)
@@ -163,7 +163,7 @@ class Classifier(nn.Module):
         self.requires_grad_(False)
         super().train(False)
         self.channels_last = any(p.ndim == 4 for p in self.net.parameters())
-        if self.channels_last:  # the fastest layout of convolutions; the values are the same
+        if self.channels_last:  # the fastest layout for convolutions; values are unchanged
             self.net.to(memory_format=torch.channels_last)
         self.num_classes = self._count_classes(num_classes or spec.num_classes)
 
@@ -174,7 +174,7 @@ class Classifier(nn.Module):
         return super().train(False)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Compute in this type from now on; the normalisation stays in float32."""
+        """Convert the network to ``dtype``; normalisation stays in float32."""
         self.net.to(dtype)
         self.dtype = dtype
 
@@ -195,7 +195,7 @@ class Classifier(nn.Module):
         output = self.output(images)
         if output.ndim != 2:
             raise UserError(
-                f"classifier {self.name!r} gives labels only; logits need a model that returns (B, K) scores"
+                f"classifier {self.name!r} returns labels only; logits need a model that returns (B, K) scores"
             )
         return output
 
@@ -208,7 +208,7 @@ class Classifier(nn.Module):
         return labels_from_logits(output) if output.ndim == 2 else self._integer_labels(output)
 
     def _integer_labels(self, labels: Tensor) -> Tensor:
-        """Return labels as int64; those that are not finite are failures, fractions are refused."""
+        """Return labels as int64; non-finite ones become ``FAILED``, fractions raise an error."""
         if not labels.is_floating_point():
             return labels.long()
         finite = labels.isfinite()
@@ -217,12 +217,11 @@ class Classifier(nn.Module):
         return labels.masked_fill(~finite, FAILED).long()
 
     def _count_classes(self, stated: int | None) -> int:
-        """Return K from a forward pass, which also checks that the network takes its own input size."""
+        """Infer K from a forward pass, which also checks that the network accepts its stated input size."""
         if self.input.size is None:
             if stated is None:
                 raise UserError(
-                    f"classifier {self.name!r} has no stated input size; "
-                    "give its input size, such as --input-size 3x32x32"
+                    f"classifier {self.name!r} has no stated input size; pass it, such as --input-size 3x32x32"
                 )
             return stated
         probe = torch.rand((4, *self.input.size), generator=torch.Generator().manual_seed(0))
@@ -239,7 +238,7 @@ class Classifier(nn.Module):
             )
         if output.ndim == 1 and stated is None:
             raise UserError(
-                f"classifier {self.name!r} returns labels only; say how many classes there are: --num-classes K"
+                f"classifier {self.name!r} returns labels only; pass the number of classes: --num-classes K"
             )
         if output.ndim == 2 and stated not in (None, output.shape[1]):
             raise UserError(f"classifier {self.name!r} has {output.shape[1]} classes, not {stated}; drop --num-classes")
@@ -249,7 +248,7 @@ class Classifier(nn.Module):
         """Return the network's output for images of its input size.
 
         Raises:
-            UserError: it fails on them.
+            FailsOnImages: the network raised an error.
         """
         try:
             with torch.inference_mode():
@@ -285,11 +284,11 @@ class Classifier(nn.Module):
         }
 
     def record(self) -> dict[str, Any]:
-        """Return :meth:`describe`, with a fingerprint if hashes do not determine the function; before :meth:`cast`."""
+        """Return :meth:`describe`, plus a fingerprint if hashes are not sufficient. Call before :meth:`cast`."""
         return {**self.describe(), **({} if self.closed else {"fingerprint": self.fingerprint()})}
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Return the answers to the probe images; None if their size is unknown, or the classifier fails on them."""
+        """Return the outputs for the probe images; None if their size is unknown or the classifier fails on them."""
         size = self.probe_size
         if size not in self._fingerprints:
             self._fingerprints[size] = classifier_fingerprint(self.output, size, self.mean.device) if size else None

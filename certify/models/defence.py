@@ -1,8 +1,8 @@
-"""Defences: purifiers in front of frozen classifiers, with several draws or members, and one answer.
+"""Defences: purifiers in front of frozen classifiers, with several draws or members combined into one label.
 
-Each pass purifies the image (perhaps with fresh random numbers) and classifies the result; the logits of all passes are
-combined to a label. A plain purifier has one pass, score purification S, a JPEG ensemble one per member, and denoised
-smoothing used as a plain classifier n.
+Each pass purifies the image (possibly with fresh random numbers) and classifies the result; the logits of all passes
+are combined into a label. A plain purifier takes one pass, score purification S, a JPEG ensemble one per member, and
+denoised smoothing used as a plain classifier n.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from certify.smoothing.rng import block_generator
 from certify.types import FAILED
 
 COMBINE = ("vote", "logits", "probabilities")
-"""Combinations of passes: most votes (ties by summed softmax), mean logits, or mean softmax."""
+"""Ways to combine passes: most votes (ties by summed softmax), mean logits, or mean softmax."""
 
-_PASSES = 256  # in a batch
+_PASSES = 256  # per batch
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Member:
     """A purifier and a classifier.
 
     Attributes:
-        purifier: ``forward(images, sigma, *, generator)`` to images of the same shape, or None. One that draws random
-            numbers has ``random = True``; one that calls its network more than once per image has the number in
-            ``passes``; one whose gradient is not that of its output has ``differentiable = False``.
-        classifier: frozen.
+        purifier: ``forward(images, sigma, *, generator)`` to images of the same shape, or None. It may
+            have attributes: ``random`` is True if it draws random numbers, ``passes`` is its number of network calls
+            per image (default 1), ``differentiable`` is False if its gradient is not that of its output.
+        classifier: the frozen classifier.
         sigma: noise level passed to the purifier, in [0, 1] pixels, or None.
     """
 
@@ -48,7 +48,7 @@ class Defence(nn.Module):
     """The defended classifier as an attacker faces it: images in [0, 1] to labels.
 
     Args:
-        name: of the defence, as in the table.
+        name: name of the defence in the results.
         members: at least one; all have the same classes.
         draws: passes through each member, each with its own random numbers.
         combine: one of ``COMBINE``.
@@ -79,7 +79,7 @@ class Defence(nn.Module):
             raise UserError(f"defence {name}: draws={draws}; expected a whole number from 1")
         known = {member.classifier.num_classes for member in members}
         if len(known) != 1:
-            raise UserError(f"defence {name}: members know {sorted(known)} classes; expected the same for all")
+            raise UserError(f"defence {name}: members have {sorted(known)} classes; expected the same number for all")
         self.name, self.draws, self.combine, self.frozen = name, draws, combine, frozen
         self.purifiers = nn.ModuleList([m.purifier if m.purifier is not None else nn.Identity() for m in members])
         self.classifiers = [m.classifier for m in members]  # a list, because they are frozen
@@ -97,7 +97,7 @@ class Defence(nn.Module):
 
     @property
     def differentiable(self) -> bool:
-        """True if gradients of the logits are exact; if not, an attacker has to approximate them (BPDA)."""
+        """True if gradients of the logits are exact; otherwise an attack has to approximate them (BPDA)."""
         return all(getattr(p, "differentiable", True) for p in self.purifiers)
 
     @property
@@ -110,7 +110,7 @@ class Defence(nn.Module):
         return zip(self.purifiers, self._bare, strict=True)
 
     def purify(self, images: Tensor, member: int = 0, generator: Any = None) -> Tensor:
-        """Return the images ``(B, C, H, W)`` that a member's classifier gets.
+        """Return the purified images ``(B, C, H, W)`` for a member's classifier.
 
         Raises:
             RunFault: the purifier changed the images' shape.
@@ -122,7 +122,7 @@ class Defence(nn.Module):
         purified: Tensor = purifier(images, self.sigmas[member], **options)
         if purified.shape != images.shape:
             raise RunFault(
-                f"defence {self.name} made {tuple(purified.shape)} of {tuple(images.shape)}; expected the same shape"
+                f"defence {self.name} turned {tuple(images.shape)} into {tuple(purified.shape)}; expected equal shapes"
             )
         return purified
 
@@ -131,8 +131,8 @@ class Defence(nn.Module):
 
         Args:
             images: ``(B, C, H, W)`` in [0, 1].
-            keys: of :func:`certify.smoothing.rng.stream_key`, one per image: the source of all random numbers.
-            turn: number of earlier queries with the same key; another turn has other random numbers.
+            keys: one key of :func:`certify.smoothing.rng.stream_key` per image, which determines all random numbers.
+            turn: number of earlier queries with the same key; each turn has its own random numbers.
         """
         if len(keys) != len(images):
             raise ValueError(f"{len(keys)} keys for {len(images)} images; expected one for each")
@@ -164,7 +164,7 @@ class Defence(nn.Module):
         return majority(logits)
 
     def describe(self) -> dict[str, Any]:
-        """Return every step with its options, hashes and fingerprints, for the record."""
+        """Return every step with its options, hashes and fingerprints, for the run file."""
         steps = []
         for (purifier, bare), classifier, sigma in zip(self._pairs(), self.classifiers, self.sigmas, strict=True):
             named = None if bare else {**record_module(purifier, sigma, classifier.probe_size), "sigma": sigma}
@@ -182,7 +182,7 @@ class Defence(nn.Module):
 
 
 def _answers(classifier: Classifier, images: Tensor) -> Tensor:
-    """Return logits ``(B, K)``; of a classifier that returns labels only, 1 at its label, and NaN where it has none."""
+    """Return logits ``(B, K)``; for a label-only classifier one-hot rows, NaN where it has no label."""
     try:
         return classifier.logits(images)
     except UserError:
@@ -195,7 +195,7 @@ def majority(logits: Tensor) -> Tensor:
     """Return the label of most passes; ties go to the larger summed softmax.
 
     Args:
-        logits: ``(B, P, K)``; a pass that is not finite has no vote.
+        logits: ``(B, P, K)``; a pass with non-finite logits has no vote.
 
     Returns:
         Labels ``(B,)``, ``FAILED`` where no pass has a vote.

@@ -1,4 +1,4 @@
-"""Recognise models and weights by their content: names mislead, and downloads fail."""
+"""Recognise model and weight files by content, since names mislead and downloads fail."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from certify.errors import UserError
 from certify.models.signatures import COMPRESSED, HDF5, HEAD, PICKLE, TAR, TFLITE, ZIP, mistaken_for, name_content
 
 CHECKPOINT, SAFETENSORS, TORCHSCRIPT, ONNX, UNKNOWN = "checkpoint", "safetensors", "TorchScript", "ONNX", "unknown"
-"""Kinds of files that can be used; :func:`file_kind` refuses everything else that it recognises."""
+"""Supported kinds of files; :func:`file_kind` raises an error for any other kind that it recognises."""
 
 _WEIGHTS = (".pth", ".pt", ".th", ".safetensors", ".onnx", ".ckpt", ".bin", ".torchscript")
 _HUB_NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
-_LISTED = 3  # members of an archive that a message names
+_LISTED = 3  # members of an archive listed in a message
 _MEMBERS = 1000  # members of an archive that are searched
-_HEADER = 100_000_000  # most bytes of a safetensors header, as in its library
-_FIELD = 2**20  # most bytes that the reader of a tar archive may read at once: a name, not a file's content
+_HEADER = 100_000_000  # largest safetensors header in bytes, as in its library
+_FIELD = 2**20  # most bytes per read of a tar archive: a header or name, not a file's content
 _UNPACK = {"gzip": "gunzip -k", "bzip2": "bunzip2 -k", "xz": "unxz -k", "zstd": "unzstd"}
-_OWN_CODE = "load it in a function of your own and name that: --model package.module:function"
+_OWN_CODE = "load it in your own function and pass that: --model package.module:function"
 
 
 def file_kind(path: str | Path) -> str:
     """Recognise a model or its weights.
 
     Returns:
-        ``CHECKPOINT``, ``SAFETENSORS``, ``TORCHSCRIPT``, ``ONNX`` (by its content or its name), or ``UNKNOWN``.
+        ``CHECKPOINT``, ``SAFETENSORS``, ``TORCHSCRIPT``, ``ONNX`` (by content or suffix), or ``UNKNOWN``.
 
     Raises:
-        UserError: the file cannot be read, is empty, or holds something else that can be named, with the remedy.
+        UserError: the file is unreadable, empty, or of another kind, which the message names with a fix.
     """
     path = Path(path)
     try:
@@ -57,7 +57,7 @@ def file_kind(path: str | Path) -> str:
         raise UserError(f"{path} is {kind}{_remedy(path, kind)}")
     if safetensors:
         raise UserError(
-            f"{path} is not a whole safetensors file: its header would have {header:,} bytes, the file has "
+            f"{path} is not a complete safetensors file: its header would have {header:,} bytes, the file has "
             f"{size:,} (a header at most {_HEADER:,}); download it again"
         )
     if kind == PICKLE:  # as torch wrote checkpoints before 1.6
@@ -68,20 +68,20 @@ def file_kind(path: str | Path) -> str:
 
 
 def _remedy(path: Path, kind: str) -> str:
-    """Return the end of a message about a file of another kind: how to get at the model."""
+    """Return the suffix of a message about a file of another kind: how to obtain the model."""
     if kind in (TFLITE, HDF5):
         return f"{', as Keras writes them' * (kind == HDF5)}; {_OWN_CODE}, or export it to ONNX"
     if kind == TAR:
         names = _tar_names(path)
-        return f": unpack it (tar -xf {path}) and name {_member(names) if names else 'the file in it'}"
+        return f": unpack it (tar -xf {path}) and pass {_member(names) if names else 'the file in it'}"
     packer = kind.removeprefix(COMPRESSED)
     if packer in _UNPACK:
-        return f": unpack it ({_UNPACK[packer]} {path}) and name the file that comes out"
-    return "; expected weights as torch.save or safetensors writes them"
+        return f": unpack it ({_UNPACK[packer]} {path}) and pass the resulting file"
+    return "; expected weights written by torch.save or safetensors"
 
 
 def _is_onnx(path: Path, head: bytes) -> bool:
-    """True for a protobuf message with an ONNX model's version and graph (fields 1 and 7)."""
+    """True if a file is a protobuf message with an ONNX model's version and graph (fields 1 and 7)."""
     if head[:1] != b"\x08":
         return False
     try:
@@ -96,7 +96,7 @@ def protobuf_fields(content: mmap.mmap, message: range) -> Iterator[tuple[int, r
 
     Raises:
         ValueError: not a protobuf message.
-        IndexError: cut off.
+        IndexError: the message is truncated.
     """
     at = message.start
     while at < message.stop:
@@ -119,7 +119,7 @@ def protobuf_fields(content: mmap.mmap, message: range) -> Iterator[tuple[int, r
 
 
 def _varint(content: mmap.mmap, at: int) -> tuple[int, int]:
-    """Return a number of up to ten bytes, and where it ends."""
+    """Decode a varint of up to ten bytes; return its value and end position."""
     value = 0
     for shift in range(0, 70, 7):
         byte = content[at]
@@ -131,14 +131,14 @@ def _varint(content: mmap.mmap, at: int) -> tuple[int, int]:
 
 
 def split_part(named: str | Path) -> tuple[Path, str]:
-    """Split ``FILE::PART`` into a file and a part of its content; find the weights in a folder of the model hub.
+    """Split ``FILE::PART`` into file and part; for a folder in the model hub's layout, find its weights file.
 
     Raises:
-        UserError: a folder that holds no weights.
+        UserError: a folder without weights.
     """
     file, _, part = str(named).partition("::")
     path = Path(file)
-    if not os.path.isdir(path):  # of a name that is too long, pathlib complains
+    if not os.path.isdir(path):  # unlike pathlib, os.path accepts a name that is too long
         return path, part
     weights = next((path / name for name in _HUB_NAMES if (path / name).is_file()), None)
     if weights is None:
@@ -149,10 +149,10 @@ def split_part(named: str | Path) -> tuple[Path, str]:
 
 
 def _zip_kind(path: Path) -> str:
-    """Return ``CHECKPOINT`` or ``TORCHSCRIPT``, which are zip archives.
+    """Classify a zip archive as ``CHECKPOINT`` or ``TORCHSCRIPT``.
 
     Raises:
-        UserError: an archive of something else.
+        UserError: the archive contains something else.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -164,18 +164,18 @@ def _zip_kind(path: Path) -> str:
         return TORCHSCRIPT
     if "archive_format" in inside or "serialized_exported_program.json" in names:
         how = "(torch.export.load(FILE).module())"
-        raise UserError(f"{path} is a program that torch.export saved, which runs code; {_OWN_CODE} {how}")
+        raise UserError(f"{path} is a program saved by torch.export, which runs code; {_OWN_CODE} {how}")
     if "data.pkl" in inside:
         return CHECKPOINT
     if "model.weights.h5" in names:
         raise UserError(f"{path} is a Keras model; {_OWN_CODE}, or export it to ONNX")
     if names and all(name.endswith(".npy") for name in names):
-        raise UserError(f"{path} holds NumPy arrays; expected weights as torch.save or safetensors writes them")
-    raise UserError(f"{path} is a zip archive: unpack it (unzip {path}) and name {_member(names)}")
+        raise UserError(f"{path} contains NumPy arrays; expected weights written by torch.save or safetensors")
+    raise UserError(f"{path} is a zip archive: unpack it (unzip {path}) and pass {_member(names)}")
 
 
 class _ShortReads(io.FileIO):
-    """A file that refuses long reads: a tar archive may call a header what would fill the memory."""
+    """A file that rejects long reads, since a tar archive can declare a header large enough to exhaust memory."""
 
     def read(self, size: int | None = -1) -> bytes:
         """Read as :class:`io.FileIO` does, at most ``_FIELD`` bytes."""
@@ -185,7 +185,7 @@ class _ShortReads(io.FileIO):
 
 
 def _tar_names(path: Path) -> list[str]:
-    """Return the names of the first members of a tar archive that is not compressed, up to where it is damaged."""
+    """Return the names of the first members of an uncompressed tar archive, up to any damage."""
     names: list[str] = []
     try:
         with _ShortReads(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -197,40 +197,40 @@ def _tar_names(path: Path) -> list[str]:
 
 
 def _member(names: list[str]) -> str:
-    """Name the files of an archive that may hold the model."""
+    """Describe the members of an archive that may be the model."""
     weights = [name for name in names if name.lower().endswith(_WEIGHTS)]
     more = ", ..." if len(weights) > _LISTED else ""
     if weights:
         return f"the file in it: {', '.join(weights[:_LISTED])}{more}"
-    return "the model in it (it holds none)" if names else "the model in it"
+    return "the model in it (none was found)" if names else "the model in it"
 
 
 def weights_kind(path: str | Path, option: str = "--model") -> str:
-    """Return :func:`file_kind` of a file that should hold weights alone.
+    """Return the :func:`file_kind` of a file that should contain weights only.
 
     Args:
-        path: of the file.
-        option: that takes a whole model in such a file's place, for the message.
+        path: the file.
+        option: the option that takes a complete model, for the message.
 
     Raises:
-        UserError: as :func:`file_kind`, and for a whole model.
+        UserError: as :func:`file_kind`, and for a complete model.
     """
     path, _ = split_part(path)
     kind = file_kind(path)
     if kind in (TORCHSCRIPT, ONNX):
         consent = " --trust-code" if kind == TORCHSCRIPT else ""
-        raise UserError(f"{path} is {kind}, a whole model, not weights alone: write {option} {path}{consent}")
+        raise UserError(f"{path} is {kind}, a complete model, not weights alone: pass {option} {path}{consent}")
     return kind
 
 
 def require_consent(path: str | Path, *, trust_code: bool) -> None:
-    """Refuse to load a program before the user has vouched for it.
+    """Require ``--trust-code`` before a program is loaded.
 
     Raises:
-        UserError: no consent; the message has the reason and the option.
+        UserError: no consent.
     """
     if not trust_code:
         raise UserError(
             f"{path} is TorchScript, a program: loading and running it can do anything that you can, such as overwrite "
-            "files; if you trust where it comes from, add --trust-code"
+            "files; if you trust its source, add --trust-code"
         )

@@ -1,10 +1,10 @@
-"""Hashes and fingerprints that identify classifiers, denoisers and purifiers in the record.
+"""Hashes and fingerprints that identify classifiers, denoisers and purifiers in the run file.
 
-A fingerprint is the answers of a function to fixed probe images, for functions that no hash of a file covers. A Python
-callable may read any file, so the hash of its source does not tell a retrained model from the old one; its answers do.
-They are stored as they are and compared with a tolerance (``certify.runs.identity.same_answers``). A hash of rounded
-answers would change whenever a last bit carries one of them over a rounding boundary, so that another processor would
-look like another model.
+A fingerprint is a function's outputs for fixed probe images; it is used for functions that no file hash covers. A
+Python callable may read any file, so the hash of its source does not distinguish a retrained model from the old one;
+its outputs do. They are stored unrounded and compared with a tolerance (``certify.runs.identity.same_answers``): a hash
+of rounded outputs would change whenever the last bit moves one across a rounding boundary, so that another processor
+would look like another model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 PROBE = 1
-"""Version of the probe images and of what is stored; fingerprints of different versions are not compared."""
+"""Version of the probe images and the stored values; fingerprints of different versions are not compared."""
 
 _SCORED, _LABELLED = 32, 96  # probe images: a row of scores holds much more information than a label
 _PROJECTIONS = 2  # numbers stored for each probe image
@@ -34,13 +34,13 @@ def file_digest(path: str | Path) -> str:
 
 
 def state_digest(module: nn.Module) -> str | None:
-    """Return the SHA-256 over names, shapes and values of all parameters and buffers; None where there are none."""
+    """Return the SHA-256 of names, shapes and values of all parameters and buffers; None if there are none."""
     tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)}
     return tensors_digest(tensors) if tensors else None
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, shapes, types and values."""
+    """Return the SHA-256 of the tensors' names, shapes, dtypes and values."""
     total = hashlib.sha256()
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().contiguous()
@@ -50,7 +50,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
-    """Return the description that a denoiser or purifier gives of itself, or the name of its class."""
+    """Return a module's own ``describe()``, or else the name of its class."""
     own = getattr(module, "describe", None)
     return dict(own()) if callable(own) else {"name": type(module).__name__}
 
@@ -60,8 +60,8 @@ def record_module(module: nn.Module, sigma: float | None, shape: tuple[int, int,
 
     Args:
         module: ``forward(images, sigma)``.
-        sigma: the noise level passed to it, or None.
-        shape: (C, H, W) of images that it can take; without one there is no fingerprint.
+        sigma: noise level passed to it, or None.
+        shape: (C, H, W) of the probe images; None for no fingerprint.
     """
     record = describe_module(module)
     if not _has_hash(record) and (digest := state_digest(module)) is not None:
@@ -80,7 +80,7 @@ def _has_hash(description: Mapping[str, Any]) -> bool:
 
 
 def _is_closed(module: nn.Module) -> bool:
-    """True if hashes cover everything that a module reads: no code from elsewhere, no random draws."""
+    """True if hashes cover everything that a module depends on: no foreign code, no random draws."""
     own = getattr(module, "closed", None)
     if own is not None:
         return bool(own)
@@ -108,9 +108,9 @@ def classifier_fingerprint(
 ) -> dict[str, Any] | None:
     """Return the fingerprint of a function from images ``(B, C, H, W)`` to scores ``(B, K)`` or labels ``(B,)``.
 
-    Of scores it holds two fixed random projections for each probe, which any change of the scores moves. Of labels it
-    holds one for each of 96 probes, or None where a slightly dimmed copy gets another label: another processor may give
-    another one, too.
+    For scores it stores two fixed random projections per probe, which change with any change of the scores. For labels
+    it stores the label of each of 96 probes, or None if a slightly perturbed copy gets another label, because then
+    another processor may differ, too.
 
     Returns:
         None if the function fails on the probes.
@@ -151,7 +151,7 @@ def denoiser_fingerprint(
 
 
 def _answers(answer: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor | None:
-    """Return answers to images in batches, on the CPU in double precision; None if the function fails."""
+    """Return a function's outputs for images, on the CPU in double precision; None if it fails."""
 
     def batches() -> Iterator[Tensor]:
         for batch in images.split(_BATCH):
@@ -160,13 +160,13 @@ def _answers(answer: Callable[[Tensor], Tensor], images: Tensor, device: torch.d
     try:
         with torch.no_grad():
             answers = torch.cat(list(batches()))
-    except Exception:  # anybody's code: a function that takes no such images fails, or not, on the real ones
+    except Exception:  # third-party code; if it fails on real images too, that is reported there
         return None
     return answers if len(answers) == len(images) else None
 
 
 def _projected(rows: Tensor) -> list[float | None]:
-    """Return two numbers for each row ``(B, D)``; a constant added to all of a row changes neither."""
+    """Return two random projections per row ``(B, D)``, invariant to adding a constant to a row."""
     rows = rows - rows.mean(1, keepdim=True)
     draws = np.random.Generator(np.random.Philox(key=PROBE + 3))
     signs = torch.from_numpy(draws.choice([-1.0, 1.0], (rows.shape[1], _PROJECTIONS)))

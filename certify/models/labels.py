@@ -1,8 +1,8 @@
 """Match the class names of the data with the classifier's class indices.
 
-The field's most common silent error is an index by sorted folder name where the classifier was trained on another
-order: accuracy near zero and no hint. Names are matched; sorted order is used only where there is nothing else and the
-numbers of classes agree; anything doubtful is an error that asks for a class map.
+A common silent error is to number classes by sorted folder name when the classifier was trained on another order:
+accuracy drops to nearly zero without a hint. Names are matched; sorted order is used only if there is nothing else and
+the numbers of classes agree; anything doubtful is an error that asks for a class map.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from certify.models.signatures import HEAD, ZIP, name_content
 from certify.text import read_text
 
 ClassNames = tuple[tuple[str, ...], ...]
-"""For each class index, all its names."""
+"""All names of each class, by class index."""
 
 
 class UnclearLabels(UserError):
-    """Labels of the data that cannot be matched with classes.
+    """Raised for labels of the data that cannot be matched with the classifier's classes.
 
     Args:
-        cause: of the mismatch.
-        advice: options of the certifying commands that resolve it.
+        cause: cause of the mismatch.
+        advice: options that resolve it.
     """
 
     def __init__(self, cause: str, advice: str) -> None:
@@ -65,16 +65,16 @@ def map_names(
 ) -> tuple[dict[str, int], str]:
     """Map each class name of the data to a class index.
 
-    Rules in this order: ``class_map``; the classifier's own class names (WordNet ids and words for ImageNet), and if it
-    has any, otherwise indices alone; ``order``, the dataset's own order of K classes; names that are the integers
-    0 .. K-1; sorted order where there are exactly K names.
+    Rules, in this order: ``class_map``; the classifier's own class names (WordNet ids and words for ImageNet);
+    ``order``, the dataset's order of K classes; names that are the integers 0 .. K-1; sorted order if there are exactly
+    K names. A classifier with class names accepts, apart from those, only indices.
 
     Args:
-        names: of the data's classes.
-        class_names: of the classifier, or None.
+        names: class names of the data.
+        class_names: class names of the classifier, or None.
         num_classes: K.
-        class_map: file from names to classes.
-        order: of the dataset's classes, where it defines one.
+        class_map: file that maps names to classes.
+        order: class names of the dataset in index order, if it defines one.
 
     Returns:
         The index of each name, and a description of the rule.
@@ -121,13 +121,13 @@ def map_names(
 
 
 def _are_ordered(names: Sequence[str]) -> bool:
-    """True if sorted names may be the classes in their order: words, or numbers without gaps that sort by value."""
+    """True if sorted order is plausible: names are words, or numbers without gaps that sort by value."""
     if not any(_NUMBER.fullmatch(name) for name in names):
         return True
-    if not all(name.isdecimal() for name in names):  # -1 marks what has no label; 1.5 is no class
+    if not all(name.isdecimal() for name in names):  # -1 marks a missing label; 1.5 is not a class
         return False
     values = [int(name) for name in names]
-    return values == list(range(values[0], values[0] + len(values)))  # 1, 10, 2: not an order
+    return values == list(range(values[0], values[0] + len(values)))  # rejects 1, 10, 2
 
 
 _NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d[\d.,]*\s*")
@@ -136,25 +136,25 @@ _HOW = 'pass --class-map FILE: JSON {"name": class} or lines "name,class"'
 
 
 def read_labels(path: str | Path) -> dict[str, str]:
-    """Read ``file,label`` rows of a CSV with or without a heading, by file name.
+    """Read the ``file,label`` rows of a CSV with or without a heading; return labels by file name.
 
     Raises:
-        UserError: unreadable, or several columns that could hold the label.
+        UserError: unreadable, or several columns that could be the label.
     """
     rows = read_rows(Path(path), "--labels")
     return dict(rows[1:] if rows[0][0].lower() in _FILE_HEADINGS else rows)
 
 
 def match_labels(path: str | Path, ids: Sequence[str], every: Iterable[str] = ()) -> tuple[dict[str, str], list[str]]:
-    """Return the label of each image in a file of labels, by path or else by file name.
+    """Look up the label of each image in a CSV, by path or else by file name.
 
     Args:
-        path: of the CSV.
-        ids: of the images that need a label.
+        path: the CSV.
+        ids: ids of the images that need a label.
         every: ids of all images that the file may name.
 
     Returns:
-        Labels by id, and the rows that name none of the images.
+        Labels by id, and the rows that match no image.
 
     Raises:
         UserError: unreadable, an image without a label, or one row for several images.
@@ -173,7 +173,7 @@ def match_labels(path: str | Path, ids: Sequence[str], every: Iterable[str] = ()
 
 
 def _rows_of(ids: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
-    """Return the key of each image's row, by path or else by file name, as far as there is one."""
+    """Return the key of each image's row, by path or else by file name; images without a row are left out."""
     by_path = find_keys(ids, given)
     by_name = find_keys([i.rpartition("/")[2] for i in ids], given)
     keys = {i: by_path.get(i, by_name.get(i.rpartition("/")[2])) for i in ids}
@@ -181,9 +181,9 @@ def _rows_of(ids: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_keys(names: Iterable[str], given: Iterable[str]) -> dict[str, str]:
-    """Return the key of each name that has one: the same, or one that differs in spaces around it or in encoding.
+    """Return the matching key of each name that has one, ignoring surrounding spaces and differences in encoding.
 
-    Backslashes count as slashes, and an accented letter as the letter with its accent apart, as macOS writes it.
+    Backslashes match slashes, and composed accents match decomposed ones, as macOS writes them.
     """
     known = set(given)
     alike = {_same(key): key for key in known}
@@ -196,9 +196,9 @@ def _same(name: str) -> str:
 
 
 def _mismatch(where: str, what: str, names: Sequence[str], missing: Sequence[str], given: Iterable[str]) -> str:
-    """Describe names that a file lacks; if it has none of them, with entries of both sides."""
+    """Describe names that a file lacks; if it lacks all of them, show entries of both."""
     if len(missing) < len(names):
-        return f"{where} misses {len(missing)} of {len(names)} {what}: {_few(missing)}; add them"
+        return f"{where} lacks {len(missing)} of {len(names)} {what}: {_few(missing)}; add them"
     there, here = (", ".join(map(repr, list(side)[:3])) or "nothing" for side in (given, names))
     return f"{where} names none of the {len(names)} {what}: it has {there}, the data has {here}"
 
@@ -218,7 +218,7 @@ def read_class_map(path: str | Path) -> dict[str, Any]:
     if start not in (b"{", b"["):
         return dict(read_rows(path, "--class-map"))
     try:
-        given: Any = json.loads(content, object_pairs_hook=_unique)  # bytes: any byte-order mark is right
+        given: Any = json.loads(content, object_pairs_hook=_unique)  # as bytes: json detects UTF-8, -16 and -32
     except (ValueError, RecursionError) as error:
         raise UserError(f"--class-map {path}: not readable as JSON ({error})") from None
     if not isinstance(given, dict):
@@ -230,7 +230,7 @@ _BYTE_ORDER_MARKS = b"\xef\xbb\xbf\xff\xfe"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the members of a JSON object; refuse a name that occurs twice with different values."""
+    """Return the members of a JSON object; raise ValueError for a name with two different values."""
     members: dict[str, Any] = {}
     for key, value in pairs:
         if key in members and members[key] != value:
@@ -250,10 +250,10 @@ def _from_map(names: Sequence[str], class_names: ClassNames | None, num_classes:
 
 
 def class_index(value: Any, index: Mapping[str, list[int]], num_classes: int, where: str) -> int:
-    """Return the index of a class that is given as an index or as one of the classifier's names.
+    """Return the index of a class given as an index or as one of the classifier's class names.
 
     Raises:
-        UserError: neither.
+        UserError: ``value`` is neither.
     """
     text = str(value).strip()
     if re.fullmatch(r"\d+", text):
@@ -262,12 +262,12 @@ def class_index(value: Any, index: Mapping[str, list[int]], num_classes: int, wh
     elif len(index.get(_plain(text), [])) == 1:
         return index[_plain(text)][0]
     raise UserError(
-        f"{where}: class {text!r}; expected 0 to {num_classes - 1} or one name of the classifier's, {OR_NONE}"
+        f"{where}: class {text!r}; expected 0 to {num_classes - 1} or a class name of the classifier, {OR_NONE}"
     )
 
 
 def readable(class_names: ClassNames | None, label: int) -> str:
-    """Return a class's name for display, or its index where the classifier has no names."""
+    """Return a class's display name, or its index if the classifier has no names."""
     if class_names is None or not 0 <= label < len(class_names):
         return str(label)
     names = class_names[label]
@@ -276,7 +276,7 @@ def readable(class_names: ClassNames | None, label: int) -> str:
 
 @functools.cache
 def name_index(class_names: ClassNames | None) -> dict[str, list[int]]:
-    """Return the class indices of each plain name; several where the name is ambiguous."""
+    """Return the class indices of each normalised name; several if the name is ambiguous."""
     index: dict[str, list[int]] = {}
     for i, synonyms in enumerate(class_names or ()):
         for name in {_plain(s) for s in synonyms}:
@@ -295,7 +295,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _why_no_text(path: Path, error: Exception) -> str:
-    """Return why a file is not text: what it is instead, if its first bytes tell."""
+    """Return why a file is not text, naming its actual format if its first bytes identify it."""
     if not isinstance(error, UnicodeDecodeError):
         return str(error)
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Load a frozen classifier by name, from a file or from a Python object, with the user's settings."""
+"""Load a frozen classifier by name, from a file or from a Python object, and apply the user's settings."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def load_classifier(
 
     Args:
         model: ``digits``, ``cifar_resnet20`` .. ``cifar_resnet110``, a timm or torchvision name (``timm:NAME`` or
-            ``torchvision:NAME`` where both have it, else timm's), ``hf-hub:OWNER/NAME``, a TorchScript or ONNX file
-            (``FILE.onnx::OUTPUT`` of several outputs), a folder that timm saved, or ``package.module:callable``; or the
-            object itself: a module, which is copied, a function from images ``(B, C, H, W)`` to logits or labels, or a
-            function without arguments that returns one of them.
-        weights: a checkpoint, or ``FILE::PART`` of one that holds several sets of weights; the model's published
-            weights by default.
+            ``torchvision:NAME`` select the library; timm is the default), ``hf-hub:OWNER/NAME``, a TorchScript or ONNX
+            file (``FILE.onnx::OUTPUT`` selects an output), a folder saved by timm, or ``package.module:callable``; or
+            an object: a module, which is copied, a function from images ``(B, C, H, W)`` to logits or labels, or a
+            function without arguments that returns either.
+        weights: a checkpoint, or ``FILE::PART`` for one of several sets of weights; the model's published weights by
+            default.
         input_size: (C, H, W), in place of the model's own.
-        mean: in place of the model's own, one number or one per channel; needs ``std``.
-        std: standard deviation in place of the model's own, likewise; needs ``mean``.
+        mean: mean in place of the model's own, one number or one per channel; needs ``std``.
+        std: standard deviation in place of the model's own, one number or one per channel; needs ``mean``.
         num_classes: K, for checkpoints with another head than the published one, and for label-only callables.
         trust_code: whether to run the program in a TorchScript file, which can do anything that you can.
 
@@ -63,7 +63,9 @@ def load_classifier(
         name, spec = model, resolve.BUILDERS.get(source.kind)(source.name, weights, num_classes, **consent)
     else:
         name, spec = build_from_object(model, weights, num_classes)
-        if input_size is not None and input_size[1] != input_size[2]:  # of tensors, which nobody resizes
+        if (
+            input_size is not None and input_size[1] != input_size[2]
+        ):  # given tensors are not resized, so they need not be square
             spec, input_size = replace(spec, input=replace(spec.input, size=input_size, transform=None)), None
     if mean is not None and spec.eight_bits:
         raise UserError(f"{name} takes 8-bit pixels and normalises them itself; drop --mean and --std")
@@ -78,12 +80,12 @@ def load_classifier(
 
 
 def as_classifier(model: Any, size: tuple[int, int, int] | None = None, *, trust_code: bool = False) -> Classifier:
-    """Return a frozen classifier: a loaded one as it is, ``MODEL`` or ``MODEL=FILE`` by name, or an object's.
+    """Return a frozen classifier from a classifier, a name ``MODEL`` or ``MODEL=FILE``, or an object.
 
     Args:
         model: a classifier, a name, or a module or function.
         size: (C, H, W) of the images, for a module or function.
-        trust_code: run the program in a TorchScript file.
+        trust_code: whether to run the program in a TorchScript file.
 
     Raises:
         UserError: as :func:`load_classifier`.
@@ -97,7 +99,7 @@ def as_classifier(model: Any, size: tuple[int, int, int] | None = None, *, trust
 
 
 def _check_size(size: Any) -> tuple[int, int, int]:
-    """Return an input size as three Python integers from 1; refuse anything else."""
+    """Validate an input size and return it as three positive integers."""
     expected = "channels, height and width, such as (3, 224, 224)"
     values = tuple(size) if isinstance(size, Iterable) and not isinstance(size, str) else ()
     numbers = [as_int(value, "input_size", expected) for value in values]
@@ -116,7 +118,7 @@ def _floats(values: Any, name: str) -> tuple[float, ...] | None:
 def _warn_of_config(
     model: str, file: ConfigFile, size: tuple[int, int, int] | None, mean: float | Sequence[float] | None
 ) -> None:
-    """Warn which settings come from a file beside the weights, or do not, unless the user gave them all."""
+    """Warn if input settings come from a ``config.json`` beside the weights, or if that file is not used."""
     left = [*(["size"] if size is None else []), *(["mean", "std"] if mean is None else [])]
     if not left:
         return
@@ -137,7 +139,7 @@ _LARGE_STD = 4.0  # implausible for pixels in [0, 1]
 def _override_input(
     own: InputSpec, size: tuple[int, int, int] | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> InputSpec:
-    """Return the model's input with the user's settings in place of its own."""
+    """Replace the model's input settings by those the user gave."""
     if (mean is None) != (std is None):
         raise UserError("only one of --mean and --std; give both, such as --mean 0.5 --std 0.5")
     if size is not None:
@@ -158,7 +160,7 @@ def _override_input(
             )
             given = f"mean {','.join(f'{x:g}' for x in mean)} and std {','.join(f'{x:g}' for x in std)}"
             warnings.warn(
-                f"{given} are large for images in [0, 1]; are they in pixels of 255? that is {in_units}",
+                f"{given} are large for images in [0, 1]; if they are for pixels from 0 to 255, pass {in_units}",
                 CertifyWarning,
                 stacklevel=3,
             )
@@ -167,6 +169,6 @@ def _override_input(
 
 
 def _keep_ratio(own: InputSpec, size: tuple[int, int, int]) -> int | None:
-    """Return the resize that keeps the published ratio of resize to crop (such as 256 to 224) at another size."""
+    """Return the resize at the new size that keeps the published ratio of resize to crop, such as 256 to 224."""
     resize = getattr(own.transform, "resize_size", None)
     return round(size[1] * resize[0] / own.size[1]) if resize and own.size else None

@@ -1,4 +1,4 @@
-"""Builder: ONNX files, run by onnxruntime on the CPU."""
+"""Build classifiers from ONNX files, run by onnxruntime on the CPU."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _BYTES = "tensor(uint8)"
 class OnnxNet(nn.Module):
     """An ONNX graph with one image input, run by onnxruntime on the CPU.
 
-    Images are float32 ``(B, C, H, W)`` in [0, 1]; the graph may take another floating-point type, channels last, or
-    8-bit pixels, to which they are rounded and clipped.
+    Images are float32 ``(B, C, H, W)`` in [0, 1]. They are converted for graphs that take another floating-point type,
+    channels last, or 8-bit pixels (clipped and rounded).
 
     Args:
-        path: of the file.
-        output: name of the output to use; empty: the only one that can be scores or labels.
-        num_classes: K, where it is known, to choose among several outputs.
+        path: the file.
+        output: name of the output to use; empty to use the only one that can be scores or labels.
+        num_classes: K, if known, to choose among several outputs.
 
     Raises:
-        UserError: no usable file, another kind of input, or several outputs.
+        UserError: an unusable file, an unsupported input, or several candidate outputs.
     """
 
     def __init__(self, path: str, output: str = "", num_classes: int | None = None) -> None:
@@ -48,7 +48,7 @@ class OnnxNet(nn.Module):
         options.log_severity_level = 4
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own types, one for each kind of damage
+        except Exception as error:  # onnxruntime has its own exception types, one for each kind of damage
             raise UserError(f"{path} is not a usable ONNX file ({_cause(error)})") from None
         inputs = self.session.get_inputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4:
@@ -66,10 +66,10 @@ class OnnxNet(nn.Module):
         self.width = outputs[self.output][1] if len(outputs[self.output]) == 2 else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return scores or labels for a batch of any size; a fixed batch size is padded.
+        """Return scores or labels for a batch of any size, padding it if the graph has a fixed batch size.
 
         Raises:
-            RuntimeError: the graph fails on these images; the text is the cause that onnxruntime names.
+            RuntimeError: the graph fails on these images; the message is onnxruntime's cause.
         """
         array = images.cpu().numpy()
         if self.kind == _BYTES:
@@ -91,7 +91,7 @@ class OnnxNet(nn.Module):
 
 
 def _cause(error: Exception) -> str:
-    """Return why onnxruntime failed, without the error code, file name and C++ signature in front of it."""
+    """Return onnxruntime's reason for a failure, without error code, file name and C++ signature."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?", "", text)
     text = re.sub(r"/\S+\.(cc|h|cpp|hpp):\d+ .*?\) (?=\S)", "", text)
@@ -99,7 +99,7 @@ def _cause(error: Exception) -> str:
 
 
 def _channels_last(second: int | None, last: int | None) -> bool:
-    """True if the channels of an input are its last dimension: three or one there, else two or four."""
+    """True if channels are the last dimension of an input: it has size 1 or 3, or else 2 or 4."""
     for usual in ((1, 3), (2, 4)):
         if second in usual:
             return False
@@ -125,14 +125,14 @@ def _choose_output(path: str, outputs: Mapping[str, list[Any]], named: str, num_
     if others:
         narrow = min(usable, key=lambda name: [d for d in outputs[name][1:] if isinstance(d, int)] or [1 << 62])
         raise UserError(
-            f"{path} has several outputs: {shown}; name the one that holds the classes' scores, "
+            f"{path} has several outputs: {shown}; choose the one with the class scores, "
             f"such as --model {path}::{narrow}"
         )
     return first
 
 
 def build(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """Build the classifier of an ONNX file, ``FILE`` or ``FILE::OUTPUT``; the graph may state the input size."""
+    """Build the classifier of an ONNX file, ``FILE`` or ``FILE::OUTPUT``; its input size is used if stated."""
     refuse_weights(name, weights)
     path, _, output = name.partition("::")
     external = external_digests(Path(path))
@@ -152,10 +152,10 @@ def build(name: str, weights: str | Path | None, num_classes: int | None) -> Cla
 
 
 def external_digests(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file beside an ONNX graph that holds its tensors, by its name in the graph.
+    """Return the SHA-256 of each external data file of an ONNX graph, by its name in the graph.
 
     Raises:
-        UserError: not an ONNX file, a file that does not exist, or one outside the graph's folder.
+        UserError: not an ONNX file, or an external file that is missing or outside the graph's folder.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -194,11 +194,11 @@ _HOLDS = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""Fields of onnx.proto by number that lead to tensors, and to the entries that locate their values."""
+"""Fields of onnx.proto, by number, on the path to tensors and to the locations of their external data."""
 
 
 def _locations(content: mmap.mmap, message: range, kind: str) -> Iterator[str]:
-    """Yield the files that hold the tensors of a message of this kind."""
+    """Yield the external data files of the tensors in a message of this kind."""
     for number, value in protobuf_fields(content, message):
         inner = _HOLDS[kind].get(number)
         if inner == "entry":

@@ -1,4 +1,4 @@
-"""Denoiser and frozen classifier as one base classifier: everything that happens after the noise."""
+"""Combine denoiser and frozen classifier into one base classifier: everything after the noise."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class Pipeline(nn.Module):
         self.classifier = classifier
         self.denoiser = denoiser.requires_grad_(False).eval() if denoiser is not None else None
         self.channels_last = denoiser is not None and any(p.ndim == 4 for p in denoiser.parameters())
-        if denoiser is not None and self.channels_last:  # as in the classifier: faster, same values
+        if denoiser is not None and self.channels_last:  # faster, with the same values, as in the classifier
             denoiser.to(memory_format=torch.channels_last)
         self.sigma = sigma
         self.num_classes = classifier.num_classes
         self.dtype = torch.float32
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Compute in this type from now on; noisy images still arrive, and are normalised, in float32."""
+        """Convert denoiser and classifier to ``dtype``; noisy images and normalisation stay in float32."""
         if self.denoiser is not None:
             self.denoiser.to(dtype)
         self.classifier.cast(dtype)  # type: ignore[attr-defined]
         self.dtype = dtype
 
     def denoise(self, images: Tensor) -> Tensor:
-        """Return the images ``(B, C, H, W)`` that the classifier gets, before its normalisation."""
+        """Return denoised images ``(B, C, H, W)``, as passed to the classifier."""
         if self.denoiser is None:
             return images
         layout = torch.channels_last if self.channels_last else torch.preserve_format
@@ -50,7 +50,7 @@ class Pipeline(nn.Module):
         return cleaned
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return scores ``(B, K)`` of noisy images ``(B, C, H, W)``: for attacks, which need gradients."""
+        """Return scores ``(B, K)`` of noisy images ``(B, C, H, W)``, for attacks that need gradients."""
         scores: Tensor = self.classifier.logits(self.denoise(images))  # type: ignore[attr-defined]
         return scores
 
@@ -60,7 +60,7 @@ class Pipeline(nn.Module):
 
     @property
     def denoiser_name(self) -> str:
-        """Name of the denoiser, such as the one that ``auto`` chose; ``none`` without one."""
+        """Name of the denoiser (the one chosen if it was ``auto``); ``none`` without one."""
         return "none" if self.denoiser is None else str(describe_module(self.denoiser)["name"])
 
     def describe(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Pipeline(nn.Module):
         return {"num_classes": self.num_classes, "steps": [*denoiser, self.classifier.describe()]}
 
     def record(self) -> list[dict[str, Any]]:
-        """Return the steps of :meth:`describe`, with fingerprints of those that no hash covers; before :meth:`cast`."""
+        """Return the steps of :meth:`describe`, with fingerprints where no hash suffices. Call before :meth:`cast`."""
         steps = [getattr(self.classifier, "record", self.classifier.describe)()]
         if self.denoiser is not None:
             shape = getattr(self.classifier, "probe_size", None)

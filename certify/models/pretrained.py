@@ -1,4 +1,4 @@
-"""Builders for timm and torchvision: published weights or a checkpoint, settings from the model's own configuration."""
+"""Build timm and torchvision models with published weights or a checkpoint and the model's own input settings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def build_timm(name: str, weights: str | Path | None, num_classes: int | None) -
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
-        mean=(0.0,) * channels,  # normalisation sits inside the classifier: the noise comes before it
+        mean=(0.0,) * channels,  # the classifier normalises, after the noise is added
         std=(1.0,) * channels,
         is_training=False,
     )
@@ -76,7 +76,7 @@ def _config_beside(name: str, weights: str | Path | None) -> ConfigFile | None:
 
 
 def build_torchvision(name: str, weights: str | Path | None, num_classes: int | None) -> ClassifierSpec:
-    """Build a torchvision classifier, with the transform of the published weights of that file name, or the default.
+    """Build a torchvision classifier with the transform of its default weights, or of the given file if published.
 
     Raises:
         UserError: not a classifier, or weights that do not fit.
@@ -109,10 +109,10 @@ def build_torchvision(name: str, weights: str | Path | None, num_classes: int | 
 
 
 def _create(name: str, create: Callable[[], Any], *, fetches: bool) -> Any:
-    """Build a model; a failed download or a contradiction becomes an error of one line."""
+    """Build a model; turn a failed download or conflicting settings into a one-line error."""
     try:
         return create()
-    except Exception as error:  # the hub client and its HTTP library have their own trees of errors
+    except Exception as error:  # the hub client and its HTTP library have exception types of their own
         if name.startswith(LOCAL):
             file = Path(name.removeprefix(LOCAL)) / "config.json"
             reason = f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__

@@ -1,8 +1,8 @@
-"""Query-only access: images in, labels or scores out, every image counted, and no path to the model.
+"""Query-only access to a model: images in, labels or scores out, every image counted, no path to the model.
 
-A black-box attack gets a :class:`QueryAccess` instead of the classifier. It guards against mistakes (a library that
-takes a gradient, exceeds its budget, or reads scores where labels were promised), not against malice: Python code in
-the same process can reach anything.
+A black-box attack receives a :class:`QueryAccess` instead of the classifier. It guards against mistakes (a library that
+takes a gradient, exceeds its budget, or reads scores in a label-only setting), not against malice: Python code in the
+same process can reach anything.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ class QueryAccess:
 
     @property
     def answers(self) -> Answers:
-        """``labels`` or ``scores``."""
+        """Kind of answers: ``labels`` or ``scores``."""
         return self._answers
 
     @property
     def num_classes(self) -> int | None:
-        """K, or None if it is unknown."""
+        """Number of classes K, or None if unknown."""
         return self._classes
 
     @property
@@ -105,7 +105,7 @@ class QueryAccess:
 
     @property
     def budget(self) -> int | None:
-        """Most images that may be sent, or None."""
+        """Maximum number of images, or None."""
         return _TABLE[self._token].budget
 
     @property
@@ -118,13 +118,13 @@ class QueryAccess:
 
         Raises:
             BudgetSpent: the budget does not cover these images; none is sent.
-            UserError: not images in [0, 1], or a target without this kind of answers.
+            UserError: images of another shape or range, or a target that cannot give this kind of answers.
             RunFault: scores that are not finite.
         """
         if images.ndim != 4:
             raise UserError(f"images of shape {tuple(images.shape)}: expected (B, C, H, W)")
         images = images.detach()
-        if self._bounded and not bool(((images >= 0) & (images <= 1)).all()):  # written so that NaN is refused
+        if self._bounded and not bool(((images >= 0) & (images <= 1)).all()):  # rejects NaN, too
             raise UserError("images outside [0, 1], or not finite; clip them first")
         keys = _charge(self._token, len(images))
         output = _TABLE[self._token].answer(images, keys)
@@ -151,7 +151,7 @@ def forward_only(device: torch.device) -> Iterator[None]:
 
 
 def _query_function(target: Target, answers: Answers) -> Callable[[Tensor, list[bytes]], Tensor]:
-    """Return a function from images and keys to the target's output; only it holds the target."""
+    """Return a function from images and keys to the target's output; the only reference to the target."""
 
     def answer(images: Tensor, keys: list[bytes]) -> Tensor:
         with forward_only(images.device):
@@ -179,9 +179,9 @@ def _scores(output: Tensor, count: int) -> Tensor:
     """Return the scores of a target's output, in float32 or better, on the CPU."""
     if output.ndim != 2 or len(output) != count or not output.is_floating_point():
         raise UserError(
-            f"the target returned {tuple(output.shape)} {output.dtype} for {count} images; expected (B, K) scores: "
-            "this one gives labels alone"
+            f"the target returned {tuple(output.shape)} {output.dtype} for {count} images; expected scores (B, K); "
+            "it returns labels only"
         )
     if not output.isfinite().all():
-        raise RunFault("the target returned scores that are not finite; earlier results are kept")
+        raise RunFault("the target returned scores that are not finite; results so far are kept")
     return output.detach().cpu().to(torch.promote_types(output.dtype, torch.float32))

@@ -1,7 +1,7 @@
 """Resolve model names, and check that weights are available, without importing torch.
 
-Importing timm takes seconds, and the hub client retries for 47 more; a mistyped name or a machine without network must
-not cost that.
+Importing timm takes seconds and the hub client retries for 47 s; a mistyped name or a missing network connection should
+be reported at once.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ for _depth in (20, 32, 44, 56, 110):
     )
 
 LOCAL = "local-dir:"
-"""Prefix of a folder that timm saved, as in timm's own names."""
+"""Prefix for a folder saved by timm, as in timm's own names."""
 
 UNTRAINED = "untrained"
-"""In place of a checkpoint: random weights, to measure speed."""
+"""Value of ``--weights`` for random weights, to measure speed."""
 
 BUILDERS = Registry("classifier source", "certify.classifiers")
 BUILDERS.add("built-in", "certify.models.builtin:build", "an architecture of this package, by its name")
@@ -57,12 +57,12 @@ BUILDERS.add("python", "certify.models.callables:build_callable", "package.modul
 
 _LIBRARIES = ("timm", "torchvision")
 _BY_FORM = ("built-in", "torchscript", "onnx", "python")
-"""Builders that are chosen by the form of a name; the others are prefixes of it."""
+"""Builders chosen by the form of a model name; other builders are chosen by a prefix."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Source of a model: ``kind`` names a builder, ``name`` is its argument."""
+    """Source of a model: ``kind`` is the builder, ``name`` its argument."""
 
     kind: str
     name: str
@@ -93,7 +93,7 @@ def _in_sources(library: str, pattern: str) -> frozenset[str]:
 
 
 def is_file(path: str | Path) -> bool:
-    """True if this is a file; a name too long for the file system is not."""
+    """True if ``path`` is a file; False for a name too long for the file system."""
     try:
         return Path(path).is_file()
     except OSError:
@@ -101,7 +101,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def is_folder(path: str) -> bool:
-    """True if this is a folder; a name too long for the file system is not."""
+    """True if ``path`` is a folder; False for a name too long for the file system."""
     try:
         return Path(path).is_dir()
     except OSError:
@@ -109,18 +109,18 @@ def is_folder(path: str) -> bool:
 
 
 def model_names() -> list[str]:
-    """Return every name that ``--model`` takes by itself."""
+    """Return every name that ``--model`` accepts without a prefix."""
     return [*BUILT_IN, *sorted(library_names("timm") | library_names("torchvision"))]
 
 
 def find_source(model: str, weights: str | Path | None = None) -> ModelSource:  # noqa: PLR0911 - one return per form
-    """Find the source that ``--model`` names.
+    """Find the source of the model given as ``--model``.
 
-    A name that timm and torchvision share is timm's, unless ``weights`` is a checkpoint that torchvision publishes: the
+    A name in both timm and torchvision means timm's, unless ``weights`` is a checkpoint that torchvision publishes: the
     two libraries crop and resize differently.
 
     Raises:
-        UserError: an unknown name (the message has the nearest), or a file that does not exist.
+        UserError: an unknown name (the message suggests the nearest), or a file that does not exist.
     """
     if model in BUILT_IN:
         return ModelSource("built-in", model)
@@ -151,13 +151,13 @@ def find_source(model: str, weights: str | Path | None = None) -> ModelSource:  
 
 
 def _file_source(model: str, output: str) -> ModelSource:
-    """Return the source of a model's file, by its content; only an ONNX graph has outputs to choose from."""
+    """Return the source of a model file, recognised by content."""
     kind = file_kind(model)
     if kind in (CHECKPOINT, SAFETENSORS):
-        raise UserError(f"{model} holds weights alone; name the architecture and pass --weights {model}")
+        raise UserError(f"{model} contains weights alone; pass the architecture as --model and --weights {model}")
     if kind == UNKNOWN:
         raise UserError(
-            f"{model} is neither TorchScript nor ONNX (.onnx); expected a model's file, or NAME --weights FILE"
+            f"{model} is neither TorchScript nor ONNX (.onnx); expected a model file, or NAME --weights FILE"
         )
     if output and kind != ONNX:
         raise UserError(f"{model}::{output}: only an ONNX file has outputs by name; write {model}")
@@ -167,35 +167,35 @@ def _file_source(model: str, output: str) -> ModelSource:
 
 
 def _folder_source(folder: str) -> ModelSource:
-    """Return the source of a folder of the model hub, by its ``config.json``.
+    """Return the source of a folder in the model hub's layout, from its ``config.json``.
 
     Raises:
-        UserError: no such file, or a model of another library than timm.
+        UserError: no such file, or a model of a library other than timm.
     """
     try:
         config = json.loads((Path(folder) / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{folder} is a folder without a readable config.json ({first_line(error)}); expected a model's file, or "
-            "a folder that timm saved"
+            f"{folder} is a folder without a readable config.json ({first_line(error)}); expected a model file, or "
+            "a folder saved by timm"
         ) from None
     if isinstance(config, dict) and isinstance(config.get("architecture"), str):
         return ModelSource("timm", LOCAL + folder)
     if isinstance(config, dict) and "_class_name" in config:
-        raise UserError(f"{folder} holds a network of diffusers, no classifier; write --denoiser diffusers:{folder}")
+        raise UserError(f"{folder} contains a diffusers network, not a classifier; pass --denoiser diffusers:{folder}")
     kinds = config.get("architectures") if isinstance(config, dict) else None
     which = f" ({', '.join(map(str, kinds[:3]))})" if isinstance(kinds, list) else ""
     raise UserError(
-        f"{folder} holds a model of transformers{which}, not of timm; load it in a function of your own that returns "
-        "it and name that: --model package.module:function"
+        f"{folder} contains a transformers model{which}, not a timm one; load it in your own function that returns it "
+        "and pass that: --model package.module:function"
     )
 
 
 def require_weights(source: ModelSource, weights: str | Path | None, *, trust_code: bool = False) -> None:
-    """Check that the weights are on this machine or within reach, and that running the model is allowed.
+    """Check that the weights are available or can be downloaded, and that running the model is allowed.
 
     Raises:
-        RunFault: weights that cannot be downloaded; the message offers ``--weights FILE``.
+        RunFault: weights that cannot be downloaded.
         UserError: no such file, a built-in architecture without published weights, or TorchScript without consent.
     """
     if source.kind == "torchscript":
@@ -216,29 +216,29 @@ def require_weights(source: ModelSource, weights: str | Path | None, *, trust_co
     address = hub_address() if source.kind == "timm" else "https://download.pytorch.org"
     out_of_reach = offline() or not reachable(address)
     if out_of_reach and cached(source):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # else the hub client retries for 47 s before it looks into its cache
+        os.environ["HF_HUB_OFFLINE"] = "1"  # otherwise the hub client retries for 47 s before it uses its cache
     elif out_of_reach:
         why = "HF_HUB_OFFLINE is set" if offline() else f"{address} does not answer"
         raise RunFault(cannot_fetch(source.name, why))
 
 
 def cannot_fetch(name: str, why: str) -> str:
-    """Return the message about weights that could not be downloaded."""
+    """Return the error message for weights that could not be downloaded."""
     return f"could not fetch the pretrained weights of {name!r}: {why}; pass a local checkpoint with --weights FILE"
 
 
 def hub_address() -> str:
-    """Return the model hub's address."""
+    """Return the model hub's URL."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def offline() -> bool:
-    """True if the user forbids the hub client to use the network."""
+    """True if the user has set the hub client to offline mode."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def cached(source: ModelSource) -> bool:
-    """True if the hub client's or torch's cache may hold weights of this model."""
+    """True if the cache of the hub client or of torch may contain weights of this model."""
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
     hub_cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     torch_home = Path(os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch")
@@ -246,7 +246,7 @@ def cached(source: ModelSource) -> bool:
         names = {file.name for file in (torch_home / "hub" / "checkpoints").expanduser().glob("*.pth")}
         if not names:
             return False
-        from torchvision.models import get_model_weights  # takes seconds; only it knows what its files are called
+        from torchvision.models import get_model_weights  # takes seconds, but only torchvision knows its file names
 
         return Path(get_model_weights(source.name).DEFAULT.url).name in names
     if source.name.startswith("hf-hub:"):
@@ -258,7 +258,7 @@ def cached(source: ModelSource) -> bool:
 
 
 def reachable(address: str) -> bool:
-    """True if a connection to the address, or to the proxy in front of it, opens within a second, DNS included."""
+    """True if the address or its proxy accepts a connection within one second, DNS included."""
     seconds = 1.0
     parts = urllib.parse.urlsplit(address)
     proxy = urllib.request.getproxies().get(parts.scheme)

@@ -1,4 +1,4 @@
-"""Recognise files by their first bytes: other formats than expected, and what a failed download leaves."""
+"""Recognise files by their first bytes: unexpected formats, and the leftovers of failed downloads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 HEAD = 512
-"""Bytes at the start of a file that are enough to recognise it."""
+"""Number of bytes at the start of a file that suffice to recognise it."""
 
 ZIP, TAR, PICKLE = "a zip archive", "a tar archive", "a Python pickle"
 HDF5, TFLITE, NUMPY = "an HDF5 file", "a TensorFlow Lite model", "a NumPy array"
 COMPRESSED = "compressed by "
-"""Beginning of the name of a compressed file, in front of the program's name."""
+"""Prefix of the description of a compressed file, followed by the program's name."""
 
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _SIGNATURES = {
@@ -56,14 +56,14 @@ _UNPACK = {
 
 
 def mistaken_for(head: bytes, expected: str) -> str | None:
-    """Name a web page or a Git LFS pointer that lies under the name of another file.
+    """Recognise a web page or a Git LFS pointer saved in place of the expected file.
 
     Args:
         head: the file's first bytes, up to ``HEAD``.
         expected: what the file should be, such as ``"an image"``.
 
     Returns:
-        The rest of a sentence about the file, with the remedy, or None where it is neither.
+        A predicate such as ``"is a web page, not an image: ..."``, with the fix, or None if it is neither.
     """
     if head.startswith(b"version https://git-lfs"):
         return f"is a Git LFS pointer, not {expected}; fetch the file itself (git lfs pull)"
@@ -74,11 +74,11 @@ def mistaken_for(head: bytes, expected: str) -> str | None:
 
 
 def name_content(head: bytes, path: Path | None = None) -> str:
-    """Return what a file is by its first bytes, such as ``"a tar archive"``; empty where they say nothing.
+    """Return a file's format from its first bytes, such as ``"a tar archive"``; empty if unknown.
 
     Args:
         head: the file's first bytes, up to ``HEAD``.
-        path: of the file, to see whether a compressed one holds a tar archive.
+        path: path of the file, to detect a tar archive in a compressed file; or None.
     """
     if head[_USTAR] == b"ustar":
         return TAR
@@ -92,7 +92,7 @@ def name_content(head: bytes, path: Path | None = None) -> str:
 
 
 def _unpacks_to_tar(path: Path, packer: str) -> bool:
-    """True if the first block of a compressed file is the header of a tar archive; unpacks that block alone."""
+    """True if the first block of a compressed file is a tar header; only that block is unpacked."""
     try:
         with _OPENERS[packer](path, "rb") as file:
             return bytes(file.read(HEAD))[_USTAR] == b"ustar"
@@ -101,14 +101,14 @@ def _unpacks_to_tar(path: Path, packer: str) -> bool:
 
 
 def describe_other_kind(path: Path, expected: str) -> str:
-    """Return the rest of a sentence about a file that should be a zip archive of some kind, with the remedy.
+    """Describe a file that should be some kind of zip archive but is not.
 
     Args:
-        path: of the file.
+        path: the file.
         expected: what it should be, such as ``"a zip file"`` or ``"an .npz file"``.
 
     Returns:
-        Such as ``"is a tar archive, not a zip file; unpack it ..."``; empty for unknown content.
+        A predicate such as ``"is a tar archive, not a zip file; unpack it ..."``; empty for unknown content.
     """
     try:
         with path.open("rb") as file:

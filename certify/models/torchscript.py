@@ -1,4 +1,4 @@
-"""Builder: TorchScript files, which are programs and run only with the user's consent."""
+"""Build classifiers from TorchScript files, which are programs and run only with the user's consent."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class TorchScriptNet(nn.Module):
-    """A TorchScript module for batches of any size, in the floating-point type that it was saved in.
+    """A TorchScript module for batches of any size, run in the floating-point type in which it was saved.
 
-    The first call finds out how to call it: in another type if its weights are frozen into it and it takes no float32,
-    and one image at a time if it was traced for batches of one.
+    The first call determines how to call it: with another dtype if its weights are frozen constants and it rejects
+    float32, and one image at a time if it was traced for batches of one.
     """
 
     def __init__(self, net: Any) -> None:
@@ -34,11 +34,11 @@ class TorchScriptNet(nn.Module):
         self._call_as: tuple[torch.dtype, bool] | None = None
 
     def state_dict(self, *args: Any, **named: Any) -> Any:
-        """Return the module's own state, under its own names."""
+        """Return the state of the wrapped module, under its own names."""
         return self.net.state_dict(*args, **named)
 
     def forward(self, images: Tensor, *args: Any, **named: Any) -> Any:
-        """Return the module's answer for images ``(B, C, H, W)``, in float32.
+        """Return the module's output for images ``(B, C, H, W)``, in float32.
 
         Raises:
             RuntimeError: the module fails.
@@ -54,7 +54,7 @@ class TorchScriptNet(nn.Module):
                     first = first or error
                     continue
                 if isinstance(answer, Tensor) and answer.shape[:1] != images.shape[:1]:
-                    continue  # the graph is for a batch of one
+                    continue  # traced for a batch of one
                 if len(images) > 1:
                     self._call_as = kind, alone
                 return answer
@@ -76,7 +76,7 @@ class TorchScriptNet(nn.Module):
 
 
 def build(name: str, weights: str | Path | None, num_classes: int | None, *, trust_code: bool) -> ClassifierSpec:
-    """Build the classifier of a TorchScript file; the input size comes from ``--input-size``."""
+    """Build a classifier from a TorchScript file, which does not state its input size."""
     refuse_weights(name, weights)
     net = open_torchscript(name, trust_code=trust_code)
     names, digest = default_class_names(num_classes), file_digest(name)
@@ -96,7 +96,7 @@ def open_torchscript(path: str | Path, *, trust_code: bool) -> TorchScriptNet:
     require_consent(path, trust_code=trust_code)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated, but people have such files
+            warnings.simplefilter("ignore")  # torch.jit is deprecated, but such files are in use
             return TorchScriptNet(torch.jit.load(str(path), map_location="cpu"))
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
