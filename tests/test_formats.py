@@ -343,7 +343,7 @@ def test_binary_replies() -> None:
         (binary_reply([number], length="٣"), "Content-Length"),
         (binary_reply([number], length="4"), "not JSON"),
         (binary_reply([(names[0], struct.pack("<I", 2**31) + b"x")]), "text that is cut off"),
-        (binary_reply([(names[0], struct.pack("<I", 1) + b"\xff")]), "no Unicode"),
+        (binary_reply([(names[0], struct.pack("<I", 1) + b"\xff")]), "not UTF-8"),
         (binary_reply([(number[0] | {"datatype": "INT64"}, number[1])]), "cannot be read"),
         (binary_reply([(number[0] | {"datatype": "FP32", "shape": [1, 2]}, struct.pack("<2f", math.nan, 1))]), "score"),
         (binary_reply([(number[0] | {"shape": [1, 2]}, number[1])]), "shape"),

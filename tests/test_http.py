@@ -214,7 +214,7 @@ def test_known_answers_cost_nothing_and_need_the_same_picture(tmp_path: Path) ->
         ("status:401", "HTTP 401: something; check the key"),
         ("status:403", "api_key_env"),
         ("status:404", "check the endpoint and the protocol"),
-        ("redirect:https://elsewhere.example/x", "it points to 'https://elsewhere.example/x'"),
+        ("redirect:https://elsewhere.example/x", "it redirects to 'https://elsewhere.example/x'"),
     ],
 )
 def test_a_service_that_refuses_the_first_query_stops_the_run(fault: str, remedy: str, tmp_path: Path) -> None:
@@ -515,7 +515,7 @@ def test_a_key_is_sent_over_plain_http_to_loopback_alone(key: str) -> None:
     for url in ("http://localhost:1/x", "http://127.9.9.9/", "http://[::1]:8/", "https://host/"):
         assert check_endpoint(url, key=True) == url
     for url in ("http://host/", "http://10.0.0.1/", "http://localhost.example/", "http://127.0.0.1.example/"):
-        with pytest.raises(UserError, match="over plain HTTP, where anybody on the way can read it; write https://"):
+        with pytest.raises(UserError, match="over plain HTTP, where anyone on the network can read it; use https://"):
             check_endpoint(url, key=True)
         assert check_endpoint(url) == check_endpoint(url, key=True, insecure=True) == url
     with pytest.raises(UserError, match="over plain HTTP"):

@@ -223,7 +223,7 @@ def test_keys_in_model_metadata_are_hidden(audit: Callable[..., dict[str, str]],
 def test_keys_in_redirects_and_headers(audit: Callable[..., dict[str, str]]) -> None:
     where = {"Location": f"https://elsewhere.example/{quote(KEY, safe='')}", "X-Key": KEY, "Retry-After": KEY[:20]}
     found = audit(lambda number, headers: (307, "", where), *JSON, "--n0", "1", "--n", "5", "--budget", "20", code=1)
-    assert "it points to 'https://elsewhere.example/[key]', and redirects are not followed" in found["stderr"]
+    assert "it redirects to 'https://elsewhere.example/[key]', which is not followed" in found["stderr"]
     clean(found)
 
 

@@ -1,7 +1,7 @@
-"""The results of an audit and of its replay, from the answers alone: rows of the run file, and ``audit.json``.
+"""Compute the results of an audit, and of its replay, from the answers: run file and ``audit.json``.
 
-Certificates are computed here alone, from the answers by name, the images and labels in ``audit.json``, and the
-settings in the run file's header: no data, no model, no transport.
+Certificates are computed only here, from the answers by query name, the images and labels in ``audit.json``, and the
+settings in the run file's header; neither data nor model nor network is needed.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def rows_of(
 ) -> list[ImageRow]:
     """Return the rows that follow from the answers, in the order of the images.
 
-    An image that stopped before it was settled has a row if its stopping rule is anytime-valid (it is marked
-    ``unfinished``, and is undecided, or certified as far as its votes go), and none at a fixed n.
+    An image that stopped early has a row if its stopping rule is anytime-valid (it is marked ``unfinished``, and is
+    undecided, or certified as far as its votes allow), and none at a fixed n.
 
     Args:
-        header: of the run.
-        images: of the audit.
-        answers: by name.
+        header: the run's header.
+        images: the audit's images.
+        answers: answers by query name.
         index: numbers the classes, in the order of these rows.
     """
     rows = (_row(header, image, answers, index) for image in images)
@@ -97,14 +97,14 @@ class _Trials:
     """The answers about noisy copies of one image, counted as votes.
 
     Attributes:
-        procedure: of the run.
-        seed: of the run.
+        procedure: the run's procedure.
+        seed: the run's seed.
         name: id of the image.
-        answers: by name.
+        answers: answers by query name.
         index: numbers the classes.
-        noise: states radii in its norm.
-        used: the answers that were used, in order.
-        labels: the labels of the last stage.
+        noise: the smoothing distribution, which gives radii in its norm.
+        used: answers used so far, in order.
+        labels: labels of the last stage.
     """
 
     procedure: Procedure
@@ -123,7 +123,7 @@ class _Trials:
         return [self.index.vote(answer.ranked) for answer in piece]
 
     def fixed(self) -> AnswerKeys | None:
-        """Answer from the procedure's fixed number of samples; None if some are missing."""
+        """Return the answer from the procedure's fixed number of samples; None if some are missing."""
         votes = {}
         for stage, n in self.procedure.stages.items():
             self.labels = self._take(numbered(self.answers, self.name, stage), n)
@@ -134,7 +134,7 @@ class _Trials:
         return self.procedure.record(self.procedure.answer(votes, self.noise, uniform)) | AnswerKeys(uniform=uniform)
 
     def sequential(self, test: SequentialTest) -> AnswerKeys | None:
-        """Answer from as many samples as the sequential test needs, or as there are; None if there are none."""
+        """Return the answer from the samples that the sequential test needs, as far as available; None without any."""
         (stage,) = self.procedure.stages
         remaining = numbered(self.answers, self.name, stage)
         while test.pending and (piece := self._take(remaining, test.pending)):
@@ -165,16 +165,16 @@ def conclude(
     """Write run file and ``audit.json`` from the answers, and return the latter.
 
     Args:
-        folder: of the audit.
-        header: of the run file.
-        record: of :func:`~certify.blackbox.audit.prepare`.
-        answers: by name.
+        folder: the audit's folder.
+        header: the run file's header.
+        record: result of :func:`~certify.blackbox.audit.prepare`.
+        answers: answers by query name.
         status: how the audit ended.
-        reason: why, if there is more to say.
-        sent: requests and queries that were sent, those without an answer yet included; None counts the answers.
+        reason: further explanation of ``status``, or empty.
+        sent: numbers of requests and queries sent, including those without an answer; None counts the answers.
 
     Raises:
-        RunFault: they cannot be written.
+        RunFault: the files cannot be written.
     """
     index = LabelIndex(record.class_map)
     rows = rows_of(header, record.images, answers, index)
@@ -207,7 +207,7 @@ def conclude(
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Return quantiles of the response times."""
+    """Return quantiles of response times in seconds, by name."""
     if not seconds:
         return {}
     return {name: float(np.quantile(seconds, q)) for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
@@ -229,9 +229,8 @@ class Replayed:
     """The certificates that follow from the answers in a folder.
 
     Attributes:
-        run: the certificates, with the path of the run file that they were compared with.
-        differing: ids of images whose certificate in the run file differs; compared at the run's own alpha and bound
-            only.
+        run: the certificates, with the path of the run file with which they were compared.
+        differing: ids of images whose certificate in the run file differs; empty at another alpha or bound.
     """
 
     run: Run
@@ -248,19 +247,19 @@ def replay(
 ) -> Replayed:
     """Recompute the certificates of an audit from its ledger, ``audit.json`` and the run file's header.
 
-    At another alpha an image with early stopping is settled by the samples that it has, or undecided. Warns of a run
-    file that does not prove that one denoiser was used throughout.
+    At another alpha, an image with early stopping is decided by the samples it has, or undecided. Warns if the run file
+    does not prove that one denoiser was used throughout.
 
     Args:
-        folder: of the audit.
+        folder: the audit's folder.
         alpha: failure probability per image; None keeps the audit's.
         bound: name of a bound; None keeps the audit's.
-        answers: by name, if they were read already.
-        command: for the header.
+        answers: answers by query name, if already read.
+        command: command to record in the header.
 
     Raises:
         UserError: no such folder, a damaged file, a run file and an ``audit.json`` of different denoisers, or a bound
-            that is invalid for the way the votes were sampled.
+            that is invalid for the way in which the votes were sampled.
     """
     folder = Path(folder)
     about = read_about(folder)
@@ -272,7 +271,7 @@ def replay(
             f"{folder / ABOUT} and {folder / RUN} are of different audits ({other}); expected the files of one audit"
         )
     if same:
-        header.procedure.changed(header.alpha, header.bound, recorded.path)  # refuses an unsupported bound
+        header.procedure.changed(header.alpha, header.bound, recorded.path)  # raises for an unsupported bound
     else:
         header = recomputed_header(recorded, {"run": str(folder)}, alpha=alpha, bound=bound, command=command)
     if doubt := unproven(header):
@@ -286,7 +285,7 @@ def replay(
 
 
 def _equal(before: ImageRow | None, now: ImageRow | None) -> bool:
-    """True if both rows hold the same certificate."""
+    """True if both rows contain the same certificate."""
     if before is None or now is None:
         return before is now
     a, b = _comparable(before), _comparable(now)
@@ -297,12 +296,12 @@ def _equal(before: ImageRow | None, now: ImageRow | None) -> bool:
 
 
 def _derived(row: ImageRow) -> tuple[float | None, ...]:
-    """Numbers that follow from the votes; versions may round them differently, by less than one millionth."""
+    """Return the numbers computed from votes; versions may round them differently, by less than 1e-6."""
     return row.radius, row.p_lower, row.p_other, row.p_value
 
 
 def _comparable(row: ImageRow) -> ImageRow:
-    """The rest of a row, with names for class numbers, which depend on the rows before it."""
+    """Return the rest of a row, with class names in place of numbers, which depend on earlier rows."""
     row = row.replace(radius=None, p_lower=None, p_other=None, p_value=None, image=str(row.image)[:16])
     if row.classes is None:
         return row

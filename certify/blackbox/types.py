@@ -1,7 +1,7 @@
-"""The values that the modules of this package exchange: pictures, requests, replies, answers.
+"""Types exchanged by the modules of this package: pictures, requests, replies, answers.
 
-The path of one query: picture -> ``Format.request`` -> request -> sender -> reply -> ``Format.reply`` -> ranked labels
--> answer -> log -> vote. Formats are pure; only senders use the network.
+The data flow of one query: picture -> ``Format.request`` -> request -> sender -> reply -> ``Format.reply`` -> ranked
+labels -> answer -> log -> vote. Formats are pure; only senders use the network.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Request:
     """A request without credentials, which the sender adds.
 
     Attributes:
-        body: its bytes.
-        path: appended to the endpoint's URL; empty for the URL itself.
-        method: of HTTP.
-        headers: that the format needs, such as the content type.
+        body: the request's body.
+        path: path appended to the endpoint's URL; empty for the URL itself.
+        method: HTTP method.
+        headers: headers required by the format, such as the content type.
     """
 
     body: bytes
@@ -50,7 +50,7 @@ class Request:
 
 
 MAX_REPLY_BYTES = 32 * 2**20
-"""Longer replies are not read: scores of 100,000 classes take about 2 MB of JSON."""
+"""Maximum length of a reply; scores of 100,000 classes take about 2 MB of JSON."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Scored:
-    """A label as the service names it (a class number where it has no names), and its score, if any."""
+    """A label as named by the service (a class number if it has no names), and its score, if any."""
 
     label: str
     score: float | None = None
@@ -79,9 +79,9 @@ class Format:
     """The wire format of a service.
 
     Attributes:
-        name: as registered.
-        request: picture -> request.
-        reply: reply -> ranked labels; raises ``BadReply`` if there are none.
+        name: registered name.
+        request: function from picture to request.
+        reply: function from reply to ranked labels; raises ``BadReply`` if there are none.
         about: options that affect the votes, for the ledger; no secrets.
     """
 
@@ -92,19 +92,19 @@ class Format:
 
 
 class BadReply(Exception):
-    """A reply without a label: an error, another format or an empty answer. A failed trial that votes for no class.
+    """A reply without a label: an error, an unknown format or an empty answer. A failed trial, without a vote.
 
     Args:
-        why: one line, for the ledger and the report; holds no credential.
+        why: reason in one line, for the ledger and the report; contains no credential.
     """
 
 
 class Busy(BadReply):
-    """A reply of status 200 that says "too many requests" or "not now": another attempt may bring labels."""
+    """A reply of status 200 that reports overload; a retry may succeed."""
 
 
 Sender = Callable[[Request], Coroutine[Any, Any, Reply]]
-"""Send one request once. Raises ``OSError`` (or a subclass, such as ``TimeoutError``) if no reply arrived."""
+"""Function that sends a request once; raises ``OSError`` (such as ``TimeoutError``) if no reply arrived."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Query:
     """A picture to be labelled.
 
     Attributes:
-        name: unique within a ledger, such as ``cat.png | estimation | 17``; it is not sent again once answered.
-        picture: as sent.
+        name: name, unique within a ledger, such as ``cat.png | estimation | 17``; not sent again once answered.
+        picture: the picture as sent.
     """
 
     name: str
@@ -125,13 +125,13 @@ class Answer:
     """The outcome of a query.
 
     Attributes:
-        name: of the query.
-        ranked: labels, best first; empty if it failed.
-        failure: the reason in one line; empty if there are labels.
-        seconds: from the last request to its reply.
-        attempts: requests sent for it, each of which counts against the budget.
-        known: True if it came from the ledger and nothing was sent.
-        down: True if no reply arrived, or an error status: a failure that is not about this picture. Not stored.
+        name: the query's name.
+        ranked: labels, best first; empty if the query failed.
+        failure: reason in one line; empty if there are labels.
+        seconds: time from the last request to its reply.
+        attempts: number of requests sent, each of which counts against the budget.
+        known: True if the answer came from the ledger and nothing was sent.
+        down: True if there was no reply or an error status, a failure unrelated to this picture. Not stored.
     """
 
     name: str
@@ -156,5 +156,5 @@ class Client(Protocol):
 
     @property
     def spent(self) -> int:
-        """Requests sent so far, retries and those of earlier runs with this ledger included."""
+        """Requests sent so far, including retries and earlier runs with this ledger."""
         ...

@@ -1,4 +1,4 @@
-"""Admission control: limits of a request, and slots that client addresses share fairly."""
+"""Admission control: limits per request, and slots shared fairly among client addresses."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from certify.errors import UserError
 
 MIN_RATE = 16 * 2**10
-"""Bytes per second that a client must send or receive, on average, after the first seconds."""
+"""Minimum average rate, in bytes per second, at which a client must send or receive after the first seconds."""
 
 _GRACE = 5.0  # seconds
-_SHARED = 2  # slots in total, as a multiple of those that a single address may hold
-_BODIES = 3  # bodies received at the same time, as a multiple of the requests in progress
+_SHARED = 2  # total slots as a multiple of the maximum for a single address
+_BODIES = 3  # slots for receiving bodies as a multiple of those for requests in progress
 
 
 class Refused(Exception):
-    """A request that is refused.
+    """Raised to refuse a request.
 
     Args:
-        status: of HTTP.
-        why: one line for the client.
-        kind: one word for the metrics.
+        status: HTTP status.
+        why: reason in one line, for the client.
+        kind: reason in one word, for the metrics.
         retry_after: seconds after which a retry may succeed, or None.
     """
 
@@ -38,15 +38,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one request, and of all together.
+    """Limits of a request, and of all requests together.
 
     Attributes:
-        max_bytes: of a request's body.
-        max_pixels: of all images of a request, and of an image file before it is decoded.
-        budget: noise samples per request.
-        concurrency: requests in progress per client address; twice as many in total.
+        max_bytes: maximum size of a request's body.
+        max_pixels: maximum number of pixels of all images of a request, and of an image file before it is decoded.
+        budget: maximum number of noise samples per request.
+        concurrency: maximum requests in progress per client address; twice as many in total.
         timeout: seconds from a request's head to its answer.
-        max_images: per request: even a small image costs a block of noise, which it shares with no other.
+        max_images: maximum images per request; even a small image costs a full block of noise.
     """
 
     max_bytes: int = 16 * 2**20
@@ -71,8 +71,8 @@ class Limits:
 class Slots:
     """Slots shared by client addresses: an address may hold at most as many as it leaves free.
 
-    A single busy address gets half of them, n busy addresses 1/(n + 1) each, and a new one still finds one. This is
-    the rule of Choudhury and Hahne (1998) for buffers shared by flows (dynamic thresholds).
+    A single busy address gets half of the slots, n busy addresses get 1/(n + 1) each, and a new address still finds one
+    (dynamic thresholds, Choudhury and Hahne 1998).
 
     Args:
         total: number of slots.
@@ -100,7 +100,7 @@ class Slots:
         """Hold a slot for this address.
 
         Raises:
-            Refused: the address cannot get one now (429), or no address can (503).
+            Refused: no slot is free for this address (429), or for any (503).
         """
         self.check(client, retry_after)
         self._held[client] += 1
@@ -112,14 +112,14 @@ class Slots:
 
 
 class Admission:
-    """Admit requests, and count those that are not answered yet. For the event loop's thread only.
+    """Admit requests and count the unanswered ones. Use only on the event loop's thread.
 
     Attributes:
         limits: the server's limits.
-        inside: number of admitted requests that are not answered yet.
+        inside: number of admitted requests without an answer yet.
         closed: True if new requests are refused.
-        receiving: slots for bodies that are being received, one per third of the maximum size.
-        working: slots for requests whose body is complete, until their work has ended.
+        receiving: slots for bodies being received, one per third of the maximum size.
+        working: slots for requests with a complete body, until their work has ended.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -130,7 +130,7 @@ class Admission:
 
     @property
     def retry_after(self) -> int:
-        """Average seconds of recent requests, from 1 to 60."""
+        """Value of the header Retry-After: average seconds of recent requests, from 1 to 60."""
         return max(1, min(60, math.ceil(self._average)))
 
     @contextlib.contextmanager
@@ -152,12 +152,12 @@ class Admission:
             self._average += 0.2 * (time.monotonic() - start - self._average)
 
     async def receive(self, client: str, stream: AsyncIterator[bytes], stated: str | None) -> bytes:
-        """Receive a body. It takes more slots as it grows, so slow bodies hold few.
+        """Receive a body, which takes more slots as it grows, so that slow bodies hold few.
 
         Args:
-            client: its key (:func:`client_key`).
-            stream: pieces of the body.
-            stated: the header Content-Length.
+            client: the client's key (:func:`client_key`).
+            stream: chunks of the body.
+            stated: value of the header Content-Length, or None.
 
         Raises:
             Refused: too long, too slow, or no slot is free.
@@ -197,7 +197,7 @@ async def _read_body(
 
 
 def client_key(host: str) -> str:
-    """Return the key under which an address shares slots: that of its /64 network for IPv6, which has one owner."""
+    """Return the key under which an address shares slots; IPv6 addresses of one /64 network share a key."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:  # a Unix socket, or the name of a test client

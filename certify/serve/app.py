@@ -1,4 +1,4 @@
-"""The routes: protocol, page and metrics; requests of other sites' pages are refused first."""
+"""The application's routes: protocol, page and metrics. Requests from pages of other sites are refused first."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from certify.smoothing.rounding import exact, floor_to
 from certify.text import printable
 
 _SHOWN = 10  # classes on the page
-_MAX_PICTURE = 2**20  # pixels of an image that is sent back
+_MAX_PICTURE = 2**20  # maximum pixels of an image in a response
 _MESSAGE_TYPES = ("application/json", "application/octet-stream")
 _PAGE = (resources.files("certify.serve") / "page.html").read_text(encoding="utf-8")
 
 
 def build_app(handler: RequestHandler, check: Callable[[Request], None]) -> FastAPI:
-    """Return the application: routes, refusals and metrics.
+    """Build the application: routes, error handlers and metrics.
 
     Args:
         handler: answers the requests.
-        check: called with every request first; raises ``Refused``.
+        check: called first with every request; may raise ``Refused``.
     """
 
     async def check_first(request: Request) -> None:
@@ -111,7 +111,7 @@ def _add_protocol(app: FastAPI, handler: RequestHandler) -> None:
 
     @app.post("/v2/repository/index")
     async def index() -> Response:
-        """List the models, here one: Triton's extension, by which clients find the name."""
+        """List the single model (Triton's extension), so that clients find its name."""
         state = "READY" if handler.ready else "UNAVAILABLE"
         return JSONResponse([{"name": model, "version": VERSION, "state": state}])
 
@@ -137,7 +137,7 @@ def _add_protocol(app: FastAPI, handler: RequestHandler) -> None:
             return read_request(body, request.headers, service.size, service.limits)
 
         parsed, answers = await handler.answer(request, parse)
-        if "votes" in parsed.outputs:  # large if there are many classes: not on the event loop
+        if "votes" in parsed.outputs:  # large for many classes: not on the event loop
             content, headers = await asyncio.to_thread(write_response, model, parsed, answers, handler.about)
         else:
             content, headers = write_response(model, parsed, answers, handler.about)
@@ -145,7 +145,7 @@ def _add_protocol(app: FastAPI, handler: RequestHandler) -> None:
 
 
 def _add_page(app: FastAPI, handler: RequestHandler) -> None:
-    """Add the page, and the routes that it uses."""
+    """Add the page and the routes it uses."""
     decided = handler.service.procedure.radii
     shown_first = {"example": handler.example is not None, "decides": exact(decided[0]) if decided else None}
     html, page_headers = page({"model": handler.model, **handler.about.parameters(), **shown_first}), _page_headers()
@@ -156,7 +156,7 @@ def _add_page(app: FastAPI, handler: RequestHandler) -> None:
 
     @app.get("/example")
     async def example() -> Response:
-        """Return the image that the page offers."""
+        """Return the example image of the page."""
         if handler.example is None:
             raise Refused(404, "this server has no example image")
         return Response(handler.example, media_type="image/png")
@@ -210,19 +210,19 @@ def _as_png(image: np.ndarray) -> str | None:
 
 
 def _top_classes(votes: Sequence[int], class_name: Callable[[int], str]) -> list[dict[str, int | str]]:
-    """Return the classes with most votes, most first, with printable names."""
+    """Return the classes with the most votes, in descending order, with printable names."""
     order = sorted((c for c in range(len(votes)) if votes[c]), key=lambda c: (-votes[c], c))[:_SHOWN]
     return [{"label": c, "name": printable(class_name(c)), "votes": votes[c]} for c in order]
 
 
 def page(shown: Mapping[str, float | str | bool | None]) -> str:
-    """Return the page at ``/``, one file that loads nothing from other sites, with the settings that it shows."""
-    data = json.dumps(shown).replace("<", "\\u003c")  # no name can end the element
+    """Return the page at ``/`` with its settings, one file that loads nothing from other sites."""
+    data = json.dumps(shown).replace("<", "\\u003c")  # so that no name can close the element
     return _PAGE.replace("{{about}}", data)
 
 
 def _page_headers() -> dict[str, str]:
-    """Return headers by which the browser enforces that the page loads nothing else."""
+    """Return headers with which the browser enforces that the page loads nothing else."""
 
     def digest(tag: str) -> str:
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", _PAGE, re.DOTALL)
@@ -238,12 +238,12 @@ def _page_headers() -> dict[str, str]:
 def site_check(names: Collection[str] = ()) -> Callable[[Request], None]:
     """Return a check that raises ``Refused`` on a request sent by another site's page.
 
-    A foreign ``Origin`` is another site's request. A page whose own host name was made to point to this server (DNS
-    rebinding) has the server's origin, but its ``Host`` is a name: so the host must be an IP address, ``localhost``,
-    this machine's own name or one of ``names``, whatever address the server listens on.
+    A request with a foreign ``Origin`` comes from another site. A page whose host name resolves to this server (DNS
+    rebinding) has the server's origin, but its ``Host`` is that name; therefore the host must be an IP address,
+    ``localhost``, this machine's name or one of ``names``, whatever address the server listens on.
 
     Args:
-        names: further host names by which browsers and clients reach the server, such as that of a proxy in front.
+        names: further host names of the server, such as that of a reverse proxy.
 
     Raises:
         UserError: not a host name.

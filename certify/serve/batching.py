@@ -1,8 +1,8 @@
-"""A worker thread that owns the smoothed classifier and samples the images of all requests together.
+"""Sample the images of all requests together, in a worker thread that owns the smoothed classifier.
 
-The noise depends on the image and the seed alone (:mod:`certify.smoothing.rng`), and each image has its own sequential
-test (:mod:`certify.engine.adaptive`). An answer depends on other requests only as far as the last bits of a score
-depend on the batch, which batches of a fixed shape exclude (compiled classifiers, exact noise).
+The noise depends only on the image and the seed (:mod:`certify.smoothing.rng`), and each image has its own sequential
+test (:mod:`certify.engine.adaptive`). An answer depends on other requests only if the last bits of a score depend on
+the batch, which batches of a fixed shape exclude (compiled classifiers, exact noise).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ Served = Accuracy | Certify | Decide
 """Questions about an image; :class:`Accuracy` answers from one noisy copy, without a certificate."""
 
 _LOG = logging.getLogger(__name__)
-_RECOVERY = 30.0  # seconds after a fault until the server reports itself ready again: only a request can tell
-_EXPECTED_IMAGES = 100  # for the choice of how to run the classifier
+_RECOVERY = 30.0  # seconds after a failure until the server reports ready again; only a request can test it
+_EXPECTED_IMAGES = 100  # for the execution policy
 
 
 def requested(default: Served, options: RequestOptions) -> Served:
-    """Return the procedure that a request asks for in place of the server's.
+    """Return the server's procedure with the options of a request applied.
 
     Raises:
         UserError: number of samples or radius out of range, or options of a server that answers from one noisy copy.
@@ -66,7 +66,7 @@ def stream_name(name: str, seed: int | None) -> str:
 
 @dataclass(eq=False)
 class _Image:
-    """An image of a request: its pending answer, its unfinished stages, and the votes of the finished ones."""
+    """An image of a request: its pending answer, number of unfinished stages, and votes of finished stages."""
 
     pixels: np.ndarray
     options: RequestOptions
@@ -77,7 +77,7 @@ class _Image:
 
 
 class _StageTest:
-    """The sequential test of one stage of an image, which ends early if the request is cancelled."""
+    """Sequential test of one stage of an image, which ends early if the request is cancelled."""
 
     def __init__(self, image: _Image, stage: str, inner: SequentialTest) -> None:
         self.image, self.stage, self._inner = image, stage, inner
@@ -97,16 +97,16 @@ class _StageTest:
 class Service:
     """Answer images in a thread of its own.
 
-    A context manager: at its end accepted images are finished, within the time limit of a request.
+    A context manager: on exit accepted images are finished, within the time limit of a request.
 
     Args:
-        smoothed: used by nothing else meanwhile.
+        smoothed: the smoothed classifier, for exclusive use.
         size: (C, H, W) of the images.
-        procedure: for images whose request does not ask for another one.
-        limits: on the samples of a request.
-        class_name: name of a class.
+        procedure: default procedure; a request may override its options.
+        limits: limits of a request.
+        class_name: function from class index to name.
         on_samples: called with numbers of labelled samples.
-        seed: of all noise; None draws a secret one. Not used to answer from one noisy copy, whose noise is never
+        seed: seed of all noise; None draws a secret one. Not used to answer from one noisy copy, whose noise is never
             repeated.
 
     Raises:
@@ -131,7 +131,7 @@ class Service:
         self._sampled: set[_StageTest] = set()
         self._changed = threading.Condition()
         self._ending, self._healthy_from = False, 0.0
-        self._checked = False  # True once the contract was checked on an image of a request
+        self._checked = False  # True once the contract has been checked on an image of a request
         self._broken: ContractError | None = None  # permanently
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="certify-serve", daemon=True)
@@ -166,16 +166,16 @@ class Service:
 
     @property
     def healthy(self) -> bool:
-        """True unless the classifier failed recently, is no fixed function, or its query budget is spent."""
+        """True unless the classifier failed recently, is not a fixed function, or has spent its query budget."""
         return time.monotonic() >= self._healthy_from
 
     def submit(self, images: np.ndarray, options: RequestOptions, client: str = "") -> list[Future[Answer]]:
-        """Return the pending answers for images ``(B, C, H, W)``; cancelling one saves its work.
+        """Queue images ``(B, C, H, W)`` and return their pending answers, which may be cancelled.
 
         Args:
             images: float32 in [0, 1], or uint8.
-            options: for each of them.
-            client: key of the client. Clients take turns, and so do the requests of each.
+            options: options for all images.
+            client: key of the client; clients take turns, and so do the requests of each.
 
         Raises:
             Refused: more samples than a request may take, a radius that cannot be certified, or the service is ending.
@@ -219,7 +219,7 @@ class Service:
                         del self._waiting[client]
 
     def _take_first(self) -> _Image:
-        """Take the next image of the next request of the next client, and move both behind the others."""
+        """Take the next image of the next request of the next client, and requeue both at the end."""
         client = next(iter(self._waiting))
         requests = self._waiting.pop(client)
         request = requests.popleft()
@@ -231,19 +231,19 @@ class Service:
         return image
 
     def _run(self) -> None:
-        """Sample images until none is left and none will follow: the thread's main function."""
+        """Sample images until the service has ended; the thread's main function."""
         try:
             label, batch_size = self.smoothed.labeller(
                 torch.zeros(self.size), _EXPECTED_IMAGES * samples(self.procedure), self._on_samples
             )
-        except Exception as error:  # raised again where the service is started
+        except Exception as error:  # raised again in the thread that starts the service
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
         while not self._ended:
             try:
                 self._sample(label, batch_size)
-            except Exception as error:  # whatever the classifier raised must not end the server
+            except Exception as error:  # an error of the classifier must not stop the server
                 self._fail(error)
 
     def _sample(self, label: Label, batch_size: int) -> None:
@@ -260,7 +260,7 @@ class Service:
         return self._ending and not self._sampled and not self._waiting
 
     def _next(self, batch_size: int) -> Sampling | None:
-        """Return the next stage to sample; wait only while nothing is being sampled."""
+        """Return the next stage to sample, or None; wait only while nothing is being sampled."""
         while not self._opened:
             with self._changed:
                 while not self._waiting:
@@ -281,10 +281,10 @@ class Service:
         return opened
 
     def _open(self, image: _Image, batch_size: int) -> None:
-        """Open the stages of an image: a noise stream and a test each."""
+        """Open the stages of an image, each with a noise stream and a test."""
         try:
             tensor = self.smoothed.check(image.pixels)
-        except UserError as error:  # the noise is not defined around this image
+        except UserError as error:  # the noise is not defined for this image
             _deliver(image.answer, Refused(400, str(error)))
             return
         if self._broken is not None:
@@ -318,7 +318,9 @@ class Service:
             label, outcome = votes.leader, ONE_COPY if votes.leader != ABSTAIN else ABSTAINED
         elif isinstance(result, Decision):
             radius = result.radius
-            p_lower = self.stated.probability(result.radius) if label != ABSTAIN else 0.0  # what robust there means
+            p_lower = (
+                self.stated.probability(result.radius) if label != ABSTAIN else 0.0
+            )  # the bound that robustness at this radius implies
             outcome, samples, failures, votes = result.outcomes[-1], result.drawn, result.votes.failures, result.votes
         else:
             radius, p_lower, votes = result.radius, result.p_lower, result.estimation
@@ -330,7 +332,7 @@ class Service:
         )
 
     def _fail(self, error: Exception) -> None:
-        """Fail every image being sampled with the classifier's error; waiting images are tried."""
+        """Fail every image being sampled with the classifier's error; waiting images are still tried."""
         self._broken = error if isinstance(error, ContractError) else None
         permanent = isinstance(error, BudgetSpent | ContractError)
         self._healthy_from = math.inf if permanent else time.monotonic() + _RECOVERY
@@ -343,7 +345,7 @@ class Service:
 
 
 def _fault(error: Exception) -> Refused:
-    """Return what clients may know; the rest, such as a service's address or its reply, is in the log."""
+    """Return the error shown to clients; details such as a service's URL or reply are only logged."""
     if isinstance(error, BudgetSpent):
         return Refused(503, "the query budget of this server is spent", "spent")
     if isinstance(error, ContractError):
@@ -352,7 +354,7 @@ def _fault(error: Exception) -> Refused:
 
 
 def _deliver(answer: Future[Answer], result: Answer | Refused) -> None:
-    """Set the result of an answer, unless it is cancelled or set already."""
+    """Set the result of an answer unless it is cancelled or already set."""
     with contextlib.suppress(InvalidStateError):
         if isinstance(result, Refused):
             answer.set_exception(result)
@@ -361,5 +363,5 @@ def _deliver(answer: Future[Answer], result: Answer | Refused) -> None:
 
 
 def class_names(names: Sequence[Sequence[str]] | None) -> Callable[[int], str]:
-    """Return a function from a class to its first name, or its number if it has none."""
+    """Return a function from class index to first name, or to the index as text if it has no name."""
     return lambda label: names[label][0] if names is not None and label < len(names) and names[label] else str(label)

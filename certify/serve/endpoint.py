@@ -1,4 +1,4 @@
-"""A black-box API as the base classifier of the server: one query per noisy copy; nothing is stored."""
+"""Use a black-box API as the server's base classifier: one query per noisy copy; nothing is stored."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ BATCH = 64
 class Endpoint:
     """A base classifier whose labels come from an API: tensor -> clip -> 8 bits -> query -> label.
 
-    Certificates presuppose that the API is a fixed function of the picture. Classes are numbered in the order of their
-    first appearance, and keep their numbers while the server runs; a new label when all numbers are taken is a trial
-    without a label, as a failed query is.
+    Certificates presuppose that the API is a fixed function of the picture. Classes are numbered in order of first
+    appearance while the server runs. A new label after ``num_classes`` others counts as a trial without a label, like a
+    failed query.
 
     Args:
         client: answers queries.
         size: (C, H, W) of the images.
         num_classes: maximum number of distinct labels.
-        about: what determines the function, without credentials.
+        about: description of the API, without credentials.
 
     Attributes:
-        beyond: number of answers whose label came when all numbers were taken.
+        beyond: number of answers with a label beyond ``num_classes``.
     """
 
     class_names = None
     one_by_one = True
-    """Each image is a query of its own, whose answer does not depend on the batch: batches are not padded."""
+    """Each image is a separate query, independent of the batch, so batches are not padded."""
 
     def __init__(self, client: Client, size: tuple[int, int, int], num_classes: int, about: Mapping[str, Any]) -> None:
         self.num_classes, self.input = num_classes, square_input(size)
@@ -49,7 +49,7 @@ class Endpoint:
         self.beyond = 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return labels ``(B,)`` of images ``(B, C, H, W)``; ``FAILED`` for those without one."""
+        """Return labels ``(B,)`` of images ``(B, C, H, W)``; ``FAILED`` for images without one."""
         queries = [Query(f"served | {next(self._queries)}", picture) for picture in to_pictures(images)]
         labels = [self._label(answer) for answer in self._client(queries)]
         return torch.tensor(labels, dtype=torch.int64, device=images.device)
@@ -71,5 +71,5 @@ class Endpoint:
         return self._names[label]
 
     def describe(self) -> dict[str, Any]:
-        """Return which API this is, and how it is queried."""
+        """Return the description of the API and of how it is queried."""
         return {"step": "service", "num_classes": self.num_classes, "picture": {"bits": 8}, **self._about}

@@ -1,4 +1,4 @@
-"""Image files that are sent to the page of the server, and the example that it offers."""
+"""Decode image files uploaded to the server's page, and create its example image."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from certify.images.decode import DecodeLimits, decode
 from certify.images.preprocess import resize_to_input
 from certify.models.classifier import InputSpec
 
-_MAX_ASPECT = 20  # longer side of an image file, in units of its shorter side
+_MAX_ASPECT = 20  # maximum ratio of the longer to the shorter side of an image file
 
 
 def read_picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:
     """Decode an image file to the classifier's input, ``(C, H, W)`` in [0, 1].
 
     Raises:
-        ImageError: not an image, or one beyond the limits.
+        ImageError: not an image, or an image beyond the limits.
     """
     limits = DecodeLimits(max_pixels, max_aspect=_MAX_ASPECT)
     return resize_to_input(decode(content, spec.size[0] if spec.size is not None else 3, limits), spec, limits).numpy()
@@ -31,9 +31,9 @@ def read_picture(content: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray
 def example_picture(
     path: str | None, size: tuple[int, int, int], read: Callable[[bytes], np.ndarray], *, digits: bool
 ) -> bytes | None:
-    """Return the PNG file of the page's example: the user's file, or a digit or landscape at the classifier's size.
+    """Return the page's example as PNG: the user's file, or a digit or landscape at the classifier's input size.
 
-    None if the classifier takes neither grey nor colour images.
+    Returns None if the classifier takes neither grey nor colour images.
 
     Raises:
         UserError: the user's file cannot be read.
@@ -53,14 +53,14 @@ def example_picture(
 
 
 def digit() -> Tensor:
-    """Return a handwritten digit that no digits classifier was trained on, ``(1, 8, 8)`` in [0, 1]."""
+    """Return a handwritten digit that was not used for training, ``(1, 8, 8)`` in [0, 1]."""
     from sklearn.datasets import load_digits
 
     return torch.from_numpy(load_digits().images[-1]).float()[None] / 16
 
 
 def landscape(size: tuple[int, int, int]) -> Tensor:
-    """Draw a sun over hills: ``size`` (C, H, W), in [0, 1]. Colour if there are three channels, else grey."""
+    """Draw a sun over hills, ``(C, H, W)`` in [0, 1]; in colour if C is 3, else in grey."""
     channels, height, width = size
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
 

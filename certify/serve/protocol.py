@@ -1,4 +1,4 @@
-"""The server's side of the Open Inference Protocol v2: requests of this model, its responses, its metadata.
+"""Server side of the Open Inference Protocol v2: requests, responses and metadata.
 
 The wire format is :mod:`certify.blackbox.protocols.v2_codec`.
 """
@@ -33,7 +33,7 @@ from certify.smoothing.rounding import exact, times
 INPUT, VERSION = "image", "1"
 EXTENSIONS = ("binary_tensor_data",)
 ABSTAINED = "abstained"
-"""The class name if the smoothed classifier abstains; the label is -1."""
+"""Class name in the response if the smoothed classifier abstains; the label is -1."""
 
 ONE_COPY = "one noisy copy"
 """The outcome of a label that nothing is claimed about."""
@@ -57,14 +57,14 @@ _OUTPUTS: dict[str, tuple[str, str]] = {
 }
 _INPUTS = {"FP32": np.float32, "UINT8": np.uint8}
 _MINIMA = {"radius": 0, "samples": 1, "seed": 0}
-_MAX_ID = 1000  # characters: the id is sent back
-_CHUNK = 2**16  # numbers converted at a time, during which no other thread runs
-_OVERHEAD = 1000  # maximum number of lists, objects and members of a request besides its tensor
+_MAX_ID = 1000  # characters; the id is returned in the response
+_CHUNK = 2**16  # numbers converted at a time, which blocks all other threads
+_OVERHEAD = 1000  # maximum number of lists, objects and members of a request outside its tensor
 
 
 @dataclass(frozen=True)
 class Stated:
-    """Settings of the server that every response states.
+    """Settings of the server, included in every response.
 
     Attributes:
         sigma: standard deviation of the noise, in [0, 1] pixels.
@@ -91,10 +91,10 @@ class Stated:
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """Options of a request, in place of the server's settings.
+    """Options of a request that override the server's settings.
 
     Attributes:
-        radius: decide at this radius, in [0, 1] pixels.
+        radius: radius at which to decide, in the scale of [0, 1] pixels.
         samples: estimation samples per image; the maximum with a radius.
         seed: selects another draw of the noise.
     """
@@ -110,9 +110,9 @@ class InferenceRequest:
 
     Attributes:
         images: ``(B, C, H, W)``, float32 in [0, 1] or uint8.
-        options: for each of them.
-        id: to be sent back.
-        outputs: names of the requested outputs -> True for binary.
+        options: options for all images.
+        id: request id, returned in the response.
+        outputs: maps names of requested outputs to True for binary.
     """
 
     images: np.ndarray
@@ -123,7 +123,7 @@ class InferenceRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer for one image; its fields are the outputs of this server."""
+    """The answer for one image; its fields are the server's outputs."""
 
     label: int
     name: str
@@ -137,7 +137,7 @@ class Answer:
 
 
 def parse_options(parameters: Mapping[str, Any]) -> RequestOptions:
-    """Read the options among the parameters of a request; numbers may be text. Other parameters are ignored.
+    """Read the options among a request's parameters; numbers may be strings, other parameters are ignored.
 
     Raises:
         Refused: not a number of the right kind.
@@ -168,12 +168,12 @@ def read_request(
 
     Args:
         body: the whole body.
-        headers: of HTTP.
+        headers: HTTP headers.
         size: (C, H, W) of every image.
-        limits: on images and pixels.
+        limits: limits on images and pixels.
 
     Raises:
-        Refused: a request that cannot be answered, with what was expected.
+        Refused: the request is invalid.
     """
     try:
         text, tail = split_message(body, headers)
@@ -184,15 +184,15 @@ def read_request(
 
 
 def read_json(text: bytes, size: Sequence[int], limits: Limits) -> Any:
-    """Parse JSON that has no more values than the largest request to this server.
+    """Parse JSON, after checking that it has no more values than the largest valid request.
 
-    The parser creates an object per value and blocks all other threads meanwhile, so delimiters are counted first,
-    including those inside strings.
+    The parser creates an object per value and blocks all other threads, so delimiters are counted first, including
+    those inside strings.
 
     Args:
-        text: UTF-8.
+        text: JSON in UTF-8.
         size: (C, H, W) of the images.
-        limits: on the number of images.
+        limits: limits on the number of images.
 
     Raises:
         Refused: not JSON, nested too deeply for the parser (about 200 levels), or more values than a request needs.
@@ -206,7 +206,9 @@ def read_json(text: bytes, size: Sequence[int], limits: Limits) -> Any:
         ("members of objects", text.count(b":"), _OVERHEAD),
     ):
         if count > most:
-            raise Refused(413, f"the JSON has more than {most:,} {what}, which no request needs here", "too large")
+            raise Refused(
+                413, f"the JSON has more than {most:,} {what}, more than any valid request needs", "too large"
+            )
     try:
         return from_json(text)
     except ValueError as error:
@@ -263,7 +265,7 @@ def _images(tensor: Mapping[str, Any], tail: bytes, size: tuple[int, int, int], 
         values = _listed_values(tensor.get("data"), datatype, shape)
     if datatype == "FP32":
         low, high = float(values.min()), float(values.max())
-        if not (low >= 0.0 and high <= 1.0):  # refuses NaN, too
+        if not (low >= 0.0 and high <= 1.0):  # rejects NaN, too
             raise Refused(400, f"values from {exact(low)} to {exact(high)}: expected [0, 1], before any normalisation")
     return values.reshape(shape)
 
@@ -286,7 +288,7 @@ def _binary_values(tensor: Mapping[str, Any], tail: bytes, datatype: str, count:
 def _listed_values(data: Any, datatype: str, shape: Sequence[int]) -> np.ndarray:
     """Return the values of a JSON list, flat or nested like the shape.
 
-    They are checked one by one: numpy would allocate the length of the longest string for every element.
+    Elements are checked one by one, since NumPy would allocate the length of the longest string for each of them.
     """
     count = math.prod(shape)
     if not isinstance(data, list):
@@ -308,14 +310,14 @@ def _listed_values(data: Any, datatype: str, shape: Sequence[int]) -> np.ndarray
     try:
         for start in range(0, count, _CHUNK):
             values[start : start + _CHUNK] = level[start : start + _CHUNK]
-        with np.errstate(over="ignore"):  # becomes infinite, which is refused
+        with np.errstate(over="ignore"):  # becomes infinite, which is rejected
             return values.astype(np.float32)
     except OverflowError:  # a whole number with hundreds of digits
         raise Refused(400, "values beyond 1e308: expected [0, 1], before any normalisation") from None
 
 
 def _requested(message: Mapping[str, Any]) -> dict[str, bool]:
-    """Return the names of the requested outputs -> True for binary."""
+    """Return a mapping from the names of requested outputs to True for binary."""
     everywhere, outputs = parameter(message, "binary_data_output") is True, message.get("outputs")
     if outputs is None or outputs == []:
         return {name: everywhere for name in _OUTPUTS if name != "votes"}
@@ -337,10 +339,10 @@ def write_response(
 ) -> tuple[bytes, dict[str, str]]:
     """Return the body of a response and its headers.
 
-    Its parameters are the totals of samples, failures and abstentions, the failure probability ``alpha`` of the
-    statement about each image, and ``alpha_all``, that of all statements of the response together: at most ``alpha``
-    times the number of images. Radius and p_lower are among them only for a request with one image; a number about
-    several images beside ``alpha`` would read as a joint statement at that level.
+    Its parameters are the totals of samples, failures and abstentions, the failure probability ``alpha`` per image, and
+    ``alpha_all``, a bound on that of all statements in the response jointly: ``alpha`` times the number of images.
+    Radius and p_lower are included only for a single image; for several they would read as a joint statement at
+    ``alpha``.
     """
     alone = len(answers) == 1 and about.alpha is not None
     claimed = {
@@ -365,7 +367,7 @@ def _output_tensors(outputs: Mapping[str, bool], answers: Sequence[Answer]) -> I
             yield Tensor(name, datatype, shape, b"".join(pack(row, datatype) for row in rows))
         elif name != "votes":
             yield Tensor(name, datatype, shape, values)
-        else:  # row by row, so that other threads run in between
+        else:  # row by row, so that other threads can run in between
             yield Tensor(name, datatype, shape, f"[{', '.join(json.dumps(row)[1:-1] for row in rows)}]")
 
 

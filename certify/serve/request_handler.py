@@ -1,4 +1,4 @@
-"""Shared by the routes: receive a request, parse it in a thread, answer it in time or refuse it; metrics."""
+"""Request handling shared by the routes (receive, parse in a thread, answer in time or refuse), and metrics."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from certify.serve.admission import Admission, Refused, client_key
 from certify.serve.batching import Service
 from certify.serve.protocol import Answer, InferenceRequest, Stated
 
-_READERS = 2  # bodies parsed or decoded at the same time: each takes several times its size in memory
+_READERS = 2  # bodies parsed or decoded concurrently; each takes several times its size in memory
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
-    """Prometheus metrics of one server, in a registry of their own."""
+    """Prometheus metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -54,13 +54,13 @@ class RequestHandler:
     """Answer requests of all routes.
 
     Args:
-        service: running.
+        service: running service.
         model: name of the model in URLs.
-        decode_picture: bytes of an image file -> ``(C, H, W)`` in [0, 1]; raises ``ImageError``.
-        metrics: to be updated.
-        admission: of the requests that cost something.
-        about: settings that every response states.
-        example: PNG file of an image that the page offers; None for no offer.
+        decode_picture: function from an image file to an image ``(C, H, W)`` in [0, 1]; raises ``ImageError``.
+        metrics: metrics to update.
+        admission: admission control for inference requests.
+        about: settings included in every response.
+        example: PNG file of the page's example image, or None.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RequestHandler:
         """Receive a request, parse its body in a thread, and return it with the answers for its images.
 
         Raises:
-            Refused: no slot is free, the request is invalid, its time is up, or the client has disconnected.
+            Refused: no slot is free, the request is invalid, it timed out, or the client has disconnected.
         """
         client, admission = client_key(request.client.host if request.client else ""), self.admission
         end = time.monotonic() + admission.limits.timeout
@@ -139,10 +139,10 @@ class RequestHandler:
     async def _parse(
         self, client: str, parse: Callable[[], InferenceRequest], slot: contextlib.ExitStack
     ) -> InferenceRequest:
-        """Parse in a thread: one request per address at a time, so that addresses take turns.
+        """Parse in a thread, one request per address at a time, so that addresses take turns.
 
-        A thread cannot be stopped. If the request is cancelled meanwhile, its slot and its turn stay taken until the
-        thread has ended, so that threads do not pile up behind a body that takes long.
+        A thread cannot be stopped. If the request is cancelled in the meantime, its slot and turn stay taken until the
+        thread has ended, so that threads do not pile up behind a slow body.
         """
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as turn:
@@ -175,13 +175,13 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 class MetricsMiddleware:
-    """Count requests and seconds by route and status, and forbid browsers to guess content types."""
+    """Count requests and seconds by route and status, and disable content sniffing in browsers."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and note the status of its response."""
+        """Forward the request and record the status of its response."""
         start, status = time.monotonic(), 500
 
         async def send_noted(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""Serve until a signal, then finish the accepted requests and refuse new ones; time limits of connections."""
+"""Run the server: time limits per connection, and a graceful shutdown that finishes accepted requests."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from certify.errors import RunFault, UserError
 from certify.serve.admission import MIN_RATE, Admission, client_key
 
 _HEAD = 10.0  # seconds for the head of a request
-_TAKE = 10.0  # seconds for receiving a response, besides those by its size
-_PIECE = 2**14  # bytes parsed at a time: the size of a head is checked only between them
+_TAKE = 10.0  # seconds for a client to receive a response, plus a time proportional to its size
+_PIECE = 2**14  # bytes parsed at a time; the size of a head is checked only in between
 _LINGER = 2.0  # seconds after a refusal in which the client may still send
-_CHUNKS, _CHUNK = 1000, 256  # number of chunks of any size, and the average size from which more are accepted
-_CONNECTIONS, _SPARE = 8, 64  # connections per concurrent request of an address, and in addition
+_CHUNKS, _CHUNK = 1000, 256  # chunks allowed at any size; beyond that, their minimum average size
+_CONNECTIONS, _SPARE = 8, 64  # connections per concurrent request of an address, plus a reserve
 _OTHER_FILES = 128  # open files of the process other than connections
 _FLUSH = 5  # seconds for the last bytes of responses
 _IDLE = 15  # seconds until an unused connection is closed
@@ -40,7 +40,7 @@ _numbers = itertools.count()  # of connections, in order of arrival
 
 
 class _Parser(h11.Connection):
-    """An HTTP parser that refuses bodies in tiny chunks: each chunk costs the same, whatever its size."""
+    """An HTTP parser that rejects bodies in tiny chunks, since a chunk's cost does not depend on its size."""
 
     _chunks = _bytes = 0
 
@@ -57,10 +57,10 @@ class _Parser(h11.Connection):
 
 
 class _Connection(H11Protocol):
-    """A connection that is closed if the client is slow; what is not HTTP is refused in JSON.
+    """A connection that is closed if the client is slow; malformed HTTP is answered with an error in JSON.
 
-    Two timers run: until the head of the next request is complete, and while the client receives a response. The body
-    of a request is timed where it is read.
+    There are two timers: until the head of the next request is complete, and while the client receives a response. The
+    time limit on a body is enforced where it is read.
     """
 
     limit = 0
@@ -75,7 +75,7 @@ class _Connection(H11Protocol):
         self.conn = _Parser(h11.SERVER)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the timer of the head; close another connection if there are too many."""
+        """Start the head timer; close another connection if there are too many."""
         super().connection_made(transport)
         # report when the system accepts no more bytes, and when all are sent
         transport.set_write_buffer_limits(high=0)
@@ -85,7 +85,7 @@ class _Connection(H11Protocol):
             self._make_room()
 
     def data_received(self, data: bytes) -> None:
-        """Stop the timer once a request is in progress, and start it again for data after its response."""
+        """Stop the timer once a request is in progress, and restart it for data after its response."""
         for start in range(0, len(data), _PIECE):
             if self._refused:
                 return
@@ -94,13 +94,13 @@ class _Connection(H11Protocol):
             self._update_timer()
 
     def pause_writing(self) -> None:
-        """Start the timer of the response that is being sent."""
+        """Start the timer for the response being sent."""
         super().pause_writing()
         size = self.transport.get_write_buffer_size()
         self._write_timer = self.loop.call_later(_TAKE + size / MIN_RATE, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stop the timer: everything is sent."""
+        """Stop the timer, since everything has been sent."""
         super().resume_writing()
         self._stop_write_timer()
 
@@ -111,7 +111,7 @@ class _Connection(H11Protocol):
         self._stop_write_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP with a JSON body."""
+        """Answer malformed HTTP with an error in JSON."""
         error = sys.exception()
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         body = json.dumps({"error": f"the request is not HTTP that can be read: {error or msg}"}).encode()
@@ -121,27 +121,27 @@ class _Connection(H11Protocol):
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self._refused = True
-        if self.cycle is not None:  # its answer would not be sent
+        if self.cycle is not None:  # its response would not be sent
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._stop_head_timer()
         self._head_timer = self.loop.call_later(_LINGER, self.transport.abort)
-        self.transport.write_eof()  # closing at once would make the system discard the answer if more data arrives
+        self.transport.write_eof()  # after an immediate close, more data would make the system drop the response
 
     @property
     def _idle(self) -> bool:
-        """True if the connection waits for its client."""
+        """True if the connection is waiting for its client."""
         return self.cycle is None or self.cycle.response_complete or self.flow.write_paused
 
     def _make_room(self) -> None:
-        """Close the oldest idle connection of the address with most connections, in favour of the new one."""
+        """Close the oldest idle connection of the address with the most connections."""
         others = [other for other in self.connections if isinstance(other, _Connection)]
         hosts = Counter(other._host for other in others)
         idle = [other for other in others if other._idle and other is not self]
         if idle:
             oldest = min(idle, key=lambda other: (-hosts[other._host], other._number))
             oldest.transport.abort()
-            self.connections.discard(oldest)  # now: more new connections may follow before the loop reports it lost
+            self.connections.discard(oldest)  # at once: other connections may arrive before this one is lost
 
     def _update_timer(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:  # has a time limit of its own
@@ -161,7 +161,7 @@ class _Connection(H11Protocol):
 
 
 class _Draining(uvicorn.Server):
-    """A server that answers 503 after a signal until all accepted requests are answered; each has its time limit."""
+    """A server that, after a signal, responds 503 to new requests until all accepted ones are answered or time out."""
 
     def __init__(
         self, config: uvicorn.Config, admission: Admission, on_start: Callable[[], None], on_stop: Callable[[int], None]
@@ -171,24 +171,24 @@ class _Draining(uvicorn.Server):
         self._until = float("inf")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the connections and report the unanswered requests, before waiting for anything that may never end."""
+        """Close the connections and report unanswered requests, before any wait that might not end."""
         await super().shutdown(sockets)
         self._on_stop(self._admission.inside)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen, and report it."""
+        """Start listening and report it."""
         await super().startup(sockets)
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Close admission at the first signal, exit at the second; the process ends in any case."""
+        """Close admission at the first signal, exit at the second; a watchdog ends the process in any case."""
         timeout = self._admission.limits.timeout
         if self._admission.closed:
             self.should_exit = self.force_exit = True
             timeout = 0.0
         self._admission.closed = True
         self._until = time.monotonic() + timeout
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # the tracebacks of its threads are not shown
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # discards the tracebacks of the threads
         faulthandler.dump_traceback_later(timeout + 2 * _FLUSH, exit=True, file=nowhere)
 
     async def on_tick(self, counter: int) -> bool:
@@ -226,17 +226,17 @@ def url_of(listening: socket.socket) -> str:
 
 
 def is_loopback(listening: socket.socket) -> bool:
-    """Return True if only this machine can reach the server."""
+    """True if only this machine can reach the server."""
     return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
 
 
 def _open_files() -> int:
-    """Return the number of files and sockets that this process may open."""
+    """Return the maximum number of open files and sockets of this process."""
     return os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 512
 
 
 def _is_not_cancellation(record: logging.LogRecord) -> bool:
-    """False for a log record about a request that was cut off when the server stopped: it is counted instead."""
+    """False for a log record about a request cancelled when the server stopped; those are counted instead."""
     return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
@@ -249,12 +249,12 @@ def serve(
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C, then finish the accepted ones.
 
-    After a signal the process ends within the time limit of a request and some seconds, whatever its threads do.
+    After a signal the process ends within the time limit of a request plus a few seconds, whatever its threads do.
 
     Args:
         app: the application.
-        admission: of the requests; closed by the first signal.
-        listening: socket to accept connections on.
+        admission: admission control, closed by the first signal.
+        listening: socket on which to accept connections.
         on_start: called once the server accepts connections.
         on_stop: called with the number of unanswered requests as soon as the last connection is closed.
     """
@@ -270,7 +270,7 @@ def serve(
         log_level="error",
         access_log=False,
         server_header=False,
-        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # otherwise uvicorn trusts clients on this machine
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # by default uvicorn trusts clients on this machine
         timeout_keep_alive=_IDLE,
         timeout_graceful_shutdown=_FLUSH,
     )

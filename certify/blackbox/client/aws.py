@@ -1,8 +1,8 @@
 """Send requests to AWS Rekognition through boto3, which signs them.
 
-boto3 signs the request and opens the connection; nothing else of it is used. Its retries are off, because they would be
-paid for without being counted, and the raw reply is taken before boto3 parses it, so that the protocol reads it like
-any other reply.
+boto3 signs the request and opens the connection; nothing else of it is used. Its retries are disabled, because they
+would be paid for without being counted, and the raw reply is intercepted before boto3 parses it, so that the protocol
+reads it like any other reply.
 
 boto3 logs headers, signatures and bodies in forms that redaction does not recognise. Its loggers are therefore silenced
 in this process as soon as a sender is created.
@@ -45,7 +45,7 @@ def rekognition_sender(
         endpoint: such as ``https://rekognition.eu-west-1.amazonaws.com``; the region is read from it.
         credential: its key is ``ACCESS_KEY_ID:SECRET_ACCESS_KEY``, followed by ``:SESSION_TOKEN`` for temporary
             credentials; None sends unsigned requests. Profiles, credential files and machine roles are not used.
-        insecure: send a signed request over plain HTTP to another machine.
+        insecure: allow sending a signed request over plain HTTP to another machine.
         timeout: seconds to connect, and seconds without a byte of the reply.
 
     Raises:
@@ -93,7 +93,7 @@ def rekognition_sender(
         except _RawReply as raw:
             return raw.reply
         except (OSError, BotoCoreError) as error:
-            # boto3's messages contain addresses and more; the type alone says what happened.
+            # boto3's messages contain URLs and more; only the exception type is reported.
             kind = TimeoutError if "timeout" in (name := type(error).__name__).lower() else ConnectionError
             raise kind(f"no reply ({name})") from None
         raise ConnectionError("boto3 sent nothing")
@@ -107,7 +107,7 @@ def rekognition_sender(
 
 
 def _silence_loggers() -> None:
-    """Silence boto3's loggers, those that already have a level of their own included."""
+    """Silence boto3's loggers, including those with a level of their own."""
     for name in [*logging.root.manager.loggerDict]:
         if name.partition(".")[0] in _LOGGERS:
             logging.getLogger(name).setLevel(logging.NOTSET)

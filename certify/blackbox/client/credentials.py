@@ -1,7 +1,7 @@
-"""Read a service's key from an environment variable and send it to the service alone.
+"""Read a service's key from an environment variable and send it only to the service.
 
 Nothing here is stored. Replies, errors and log records are redacted (:mod:`certify.blackbox.client.redaction`) before
-anything else reads them, since a service may repeat the key that it refuses.
+anything else reads them, since a service may echo a rejected key.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a header's name, RFC 9110
 def secret_name(query: str) -> str | None:
     """Return the first name in a URL's query that suggests a secret value; None without one.
 
-    A key inside a path cannot be told from the path.
+    A key inside a path cannot be distinguished from the path.
     """
     return next((name for name, _ in parse_qsl(query, keep_blank_values=True) if _SECRET.search(name)), None)
 
@@ -46,10 +46,10 @@ class Credential:
     """A key and its place in a request.
 
     Attributes:
-        variable: the environment variable that it was read from.
+        variable: environment variable from which it was read.
         key: the secret itself.
-        headers: sent with every request; one of them holds the key.
-        query: appended to the query of every URL, encoded; empty if a header holds the key.
+        headers: headers sent with every request; one of them contains the key.
+        query: encoded query appended to every URL; empty if a header contains the key.
     """
 
     variable: str
@@ -79,8 +79,8 @@ def read_credential(variable: str, header: str = BEARER, query: str | None = Non
         query: ``NAME={key}``, for a service that expects the key in the URL; then there is no header.
 
     Raises:
-        UserError: no such variable, no usable key in it, or no place for the key. No message repeats a given header or
-            query, since the key itself may have been written there by mistake.
+        UserError: no such variable, no usable key in it, or no ``{key}`` in header or query. Messages do not repeat
+            the header or query, which may contain the key itself by mistake.
     """
     key = os.environ.get(variable, "").strip()
     if not key:
@@ -108,7 +108,7 @@ def read_credential(variable: str, header: str = BEARER, query: str | None = Non
 
 
 def redacted(send: Sender, redactor: Redactor | None) -> Sender:
-    """Return the sender with redacted replies and errors; errors lose their context, which could hold the key."""
+    """Wrap a sender to redact replies and errors; errors lose their context, which could contain the key."""
     if redactor is None:
         return send
     redact = redactor.text
@@ -136,7 +136,7 @@ def redacted(send: Sender, redactor: Redactor | None) -> Sender:
 
 @contextmanager
 def redacted_logs(redactor: Redactor | None, loggers: Iterable[str]) -> Iterator[None]:
-    """Redact the records of these loggers, by name, in the block: HTTP libraries log URLs and headers."""
+    """Redact the records of these loggers within the block: HTTP libraries log URLs and headers."""
 
     def clean(record: logging.LogRecord) -> bool:
         assert redactor is not None

@@ -1,7 +1,7 @@
-"""Send one request over HTTP: bounded in time and size, sent once, the key to the service alone.
+"""Send requests over HTTP: each once, bounded in time and size, with the key sent only to the service.
 
-Redirects are not followed: each would be a request that is not counted, and one to another host would reveal the key.
-Cookies are not kept, so that a service cannot tell one query from the next.
+Redirects are not followed: each would be an uncounted request, and one to another host would reveal the key. Cookies
+are not kept, so that a service cannot link queries.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from certify.blackbox.types import MAX_REPLY_BYTES, BadReply, Reply, Request
 from certify.errors import UserError, first_line
 
 TIMEOUT = 60.0
-"""Seconds for one request, from the name lookup of the host to the last byte."""
+"""Default seconds per request, from the DNS lookup to the last byte."""
 
-_CONNECT = 10.0  # seconds to connect, within those
-_IDLE = 2.0  # seconds an idle connection is kept; one that the server closes first costs a request
+_CONNECT = 10.0  # seconds to connect, as part of the timeout
+_IDLE = 2.0  # seconds to keep an idle connection; reusing one that the server has closed costs a request
 _THREAD = "certify-queries"
 _LOGGERS = ("httpx2", *(f"httpcore2.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop on which this process sends its queries; it runs in a background thread."""
+    """Return this process's event loop for queries, which runs in a background thread."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name=_THREAD, daemon=True).start()
     return loop
@@ -47,25 +47,25 @@ if hasattr(os, "register_at_fork"):
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on :func:`event_loop` and return its result; for callers that are not on it."""
+    """Run a coroutine on :func:`event_loop` from another thread and return its result."""
     return asyncio.run_coroutine_threadsafe(coroutine, event_loop()).result()
 
 
 def on_event_loop() -> bool:
-    """True if the caller runs on :func:`event_loop`, where waiting for it would never end."""
+    """True if the caller runs on :func:`event_loop`, where waiting for it would deadlock."""
     return threading.current_thread().name == _THREAD
 
 
 def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> str:
-    """Return the address of a service in the form that may be displayed and stored.
+    """Validate the URL of a service and return it in a form that may be displayed and stored.
 
     Args:
-        url: as given.
+        url: the URL as given.
         key: True if a key will be sent there.
-        insecure: allow a key over plain HTTP to another machine.
+        insecure: allow sending a key over plain HTTP to another machine.
 
     Raises:
-        UserError: not such an address, a password or key in it, or a key that could be read on the way.
+        UserError: not an HTTP URL, a password or key in it, or a key that would be sent unencrypted.
     """
     try:
         parts = urlsplit(url)
@@ -87,14 +87,14 @@ def check_endpoint(url: str, *, key: bool = False, insecure: bool = False) -> st
         )
     if key and parts.scheme == "http" and not insecure and not is_loopback(host):
         raise UserError(
-            f"the key would go to {host} over plain HTTP, where anybody on the way can read it; write https://, or "
+            f"the key would go to {host} over plain HTTP, where anyone on the network can read it; use https://, or "
             "--insecure to send it nevertheless"
         )
     return parts._replace(fragment="").geturl()
 
 
 def is_loopback(host: str) -> bool:
-    """True if a host's name or address is this machine's own."""
+    """True if a host name or address is the loopback interface."""
     if host.lower().rstrip(".") == "localhost":
         return True
     try:
@@ -107,16 +107,16 @@ class HttpSender:
     """Send requests to one endpoint; a :data:`~certify.blackbox.types.Sender` and a context manager.
 
     A deadline covers the whole request (name lookup, TLS, slow headers), not just the wait for the next bytes. Host
-    certificates are always verified; ``SSL_CERT_FILE`` names an authority of one's own. Proxies of the environment are
-    used, but never for loopback.
+    certificates are always verified; ``SSL_CERT_FILE`` names a custom certificate authority. Proxies from the
+    environment are used, but never for loopback.
 
     Args:
-        url: of the endpoint; the path of each request is appended.
+        url: the endpoint's URL; the path of each request is appended.
         credential: the service's key, or None.
         insecure: see :func:`check_endpoint`.
-        timeout: seconds per request in all.
-        max_bytes: of a reply.
-        connections: open at a time at most.
+        timeout: total seconds per request.
+        max_bytes: maximum length of a reply.
+        connections: maximum number of open connections.
 
     Raises:
         UserError: httpx2 is not installed, or the endpoint is refused by :func:`check_endpoint`.
@@ -158,7 +158,7 @@ class HttpSender:
         except (ValueError, ImportError, OSError, httpx2.InvalidURL) as error:
             why = first_line(error) if redactor is None else redactor.text(first_line(error))
             raise UserError(
-                f"the proxies or the certificates that the environment names cannot be used: {why}; check HTTP_PROXY, "
+                f"the proxies or certificates set in the environment cannot be used: {why}; check HTTP_PROXY, "
                 "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
             ) from None
         self._send = redacted(self._send_once, redactor)
@@ -171,11 +171,11 @@ class HttpSender:
         return f"HttpSender({self.endpoint})"
 
     async def __call__(self, request: Request) -> Reply:
-        """Send a request once; on :func:`event_loop` alone.
+        """Send a request once; must run on :func:`event_loop`.
 
         Raises:
             OSError: no complete reply: ``TimeoutError`` or ``ConnectionError``, with the reason in one line.
-            BadReply: a longer reply than ``max_bytes``.
+            BadReply: the reply is longer than ``max_bytes``.
         """
         return await self._send(request)
 

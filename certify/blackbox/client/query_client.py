@@ -2,9 +2,9 @@
 
 A request counts against the budget before it is sent, and a reply is logged before it is used. Requests that the
 service declines (429, 5xx) or that are lost (resets, timeouts) are retried after a wait, and each retry counts; a query
-that still has no label is a failed answer. A query whose answer is in the log is never sent again.
+without a label after all attempts is a failed answer. A query whose answer is in the log is never sent again.
 
-Everything but the caller's own iteration happens on one event loop, so counts and log need no locks.
+Everything except the caller's iteration runs on one event loop, so counts and log need no locks.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from certify.errors import BudgetSpent, RunFault, UserError, first_line
 if TYPE_CHECKING:
     from certify.blackbox.ledger import InMemoryLog, Ledger
 
-_RETRIED = (408, 425, 429)  # as are all of 5xx but 501
-_KEY_REFUSED = (401, 403, 407)  # an expired or blocked key is not about a picture, so no query fails because of it
-_SILENT = 1.0  # seconds of waiting without a message
+_RETRIED = (408, 425, 429)  # and 5xx except 501
+_KEY_REFUSED = (401, 403, 407)  # unrelated to the picture, so the query does not fail
+_SILENT = 1.0  # seconds to wait before displaying a message
 _AHEAD = 2  # queries pulled per request in flight, so that one late answer does not idle the others
 
-logging.getLogger("stamina").addHandler(logging.NullHandler())  # else every retry is printed
+logging.getLogger("stamina").addHandler(logging.NullHandler())  # otherwise every retry is printed
 
 
 class _Retry(Exception):
-    """An attempt without an answer that may be repeated, after ``seconds`` if the service says so."""
+    """An attempt without an answer that may be repeated, after ``seconds`` if the service requests that."""
 
     def __init__(self, why: str, seconds: float | None = None) -> None:
         super().__init__(why)
@@ -45,11 +45,11 @@ class _Retry(Exception):
 
 
 class _Refused(Exception):
-    """The service refuses the key or the address, or accepts no queries for now: every other query would fail, too.
+    """The service rejects the key or the URL, or accepts no queries at present; all other queries would fail, too.
 
     Args:
         why: the reply, in one line.
-        remedy: what the user can do.
+        remedy: advice for the user.
     """
 
     def __init__(self, why: str, remedy: str) -> None:
@@ -58,7 +58,7 @@ class _Refused(Exception):
 
 
 class _ErrorStatus(BadReply):
-    """A final error status: a failed trial that says nothing about the picture."""
+    """A final error status: a failed trial, unrelated to the picture."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class _Call:
     ended: bool = False
 
     def finish(self, exchange: asyncio.Task[Answer]) -> None:
-        """Remove a request that is no longer in flight; its query raises the error, if there is one."""
+        """Remove a request that is no longer in flight; its query raises any error."""
         self.in_flight.discard(exchange)
         if not exchange.cancelled():
             exchange.exception()
@@ -87,12 +87,12 @@ class QueryClient:
     """Query one service; a :class:`~certify.blackbox.types.Client`. May be called from several threads.
 
     Args:
-        send: of :mod:`certify.blackbox.client.http` or :mod:`certify.blackbox.client.aws`.
-        format: the protocol of the service.
-        log: open; gets every request and answer.
-        budget: requests that may be sent in the log's whole life; None for no limit.
-        limits: on concurrency, rate and attempts.
-        tell: called with a message when the end of a call has to wait for requests in flight.
+        send: sender of :mod:`certify.blackbox.client.http` or :mod:`certify.blackbox.client.aws`.
+        format: wire format of the service.
+        log: open log that records every request and answer.
+        budget: maximum number of requests over the log's lifetime; None for no limit.
+        limits: limits on concurrency, rate and attempts.
+        tell: called with a message if ending a call has to wait for requests in flight.
 
     Raises:
         UserError: aiolimiter or stamina is not installed, or the budget is negative.
@@ -128,19 +128,19 @@ class QueryClient:
 
     @property
     def spent(self) -> int:
-        """Requests sent so far, retries and those of earlier runs with this log included."""
+        """Requests sent so far, including retries and earlier runs with this log."""
         return self._log.spent
 
     def __call__(self, queries: Iterable[Query]) -> Iterator[Answer]:
         """Yield the answers in the order of the queries, which are pulled a few ahead of the answers.
 
-        However it ends (consumer, Ctrl-C, fault), requests in flight are waited for and logged.
+        However it ends (by the consumer, Ctrl-C or an error), it waits for requests in flight and logs them.
 
         Raises:
             BudgetSpent: the budget does not cover the next query or its next attempt. Every answer before it was
                 yielded; the query stays open, so that a larger budget resumes there.
-            RunFault: the service refuses the key, or refuses the address before it has answered anything, or asks for
-                a pause longer than ``longest_wait``: the query stays open. Or the log cannot be written.
+            RunFault: the service rejects the key, rejects the URL before any answer, or requests a pause longer than
+                ``longest_wait``; the query stays open. Or the log cannot be written.
             UserError: another picture was sent under a query's name, or a name occurs twice at a time.
         """
         call, pending = _Call(), deque[concurrent.futures.Future[Answer]]()
@@ -155,7 +155,7 @@ class QueryClient:
             self._end(call)
 
     def _end(self, call: _Call) -> None:
-        """Send nothing more for a call, and wait for its requests in flight."""
+        """End a call: send nothing more, and wait for its requests in flight."""
         if on_event_loop():  # the garbage collector may run anywhere
             call.ended = True
             return
@@ -218,7 +218,7 @@ class QueryClient:
         raise AssertionError("an attempt returns or raises")
 
     async def _exchange(self, query: Query, request: Request, *, last: bool) -> Answer:
-        """Log, send, read, log."""
+        """Log and send a request, then parse and log its answer."""
         await self._log.sent(query, request.body)
         ranked, failure, down, start = Ranked(), "", False, time.perf_counter()
         try:
@@ -247,9 +247,9 @@ class QueryClient:
         """Return the labels of a reply.
 
         Raises:
-            BadReply: it has none, and another attempt would not help.
-            _Retry: another attempt may bring some.
-            _Refused: every query would be refused until something else changes.
+            BadReply: there are no labels, and a retry would not help.
+            _Retry: a retry may succeed.
+            _Refused: every query would fail at present.
         """
         if not 200 <= reply.status < 300:
             said = safe_text(reply.body)
@@ -260,7 +260,7 @@ class QueryClient:
                     raise _Refused(why, f"it asks for a pause of {seconds:,.0f} s: run the command again after it")
                 raise _Retry(why, seconds)
             remedy = _remedy(reply)
-            if remedy and (reply.status in _KEY_REFUSED or not self._answered):  # else it may be about a picture
+            if remedy and (reply.status in _KEY_REFUSED or not self._answered):  # otherwise it may concern this picture
                 raise _Refused(why, remedy)
             raise _ErrorStatus(why)
         try:
@@ -288,19 +288,19 @@ async def _wind_down(call: _Call, seconds: float) -> int:
 
 
 def _backoff(error: Exception) -> bool | float:
-    """Return True if there may be another attempt, False if not, or the seconds until then."""
+    """Return whether to retry after this error: True, False, or the wait in seconds."""
     if not isinstance(error, _Retry):
         return False
     return True if error.seconds is None else error.seconds
 
 
 def _remedy(reply: Reply) -> str:
-    """Return the remedy for a status that every query would meet; empty where it may be about one picture."""
+    """Return advice for a status that every query would get; empty if it may concern only one picture."""
     if reply.status in _KEY_REFUSED:
         return "check the key, the variable that --api-key-env names, and --auth-header"
     if reply.status in (404, 405, 410):
         return "check the endpoint and the protocol"
     if 300 <= reply.status < 400:
         where = next((v for k, v in reply.headers.items() if k.lower() == "location"), "") or "another address"
-        return f"it points to {where[:200]!r}, and redirects are not followed: if you trust that, make it the endpoint"
+        return f"it redirects to {where[:200]!r}, which is not followed; if you trust that URL, pass it as endpoint"
     return ""

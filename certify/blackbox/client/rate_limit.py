@@ -1,4 +1,4 @@
-"""Limits on how a service is queried: concurrency, rate, attempts, and the waits that it asks for."""
+"""Limits on how a service is queried: concurrency, rate, attempts, and waits that the service requests."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ class QueryLimits:
     """Limits on how a service is queried.
 
     Attributes:
-        concurrency: requests in flight at a time, from 1.
+        concurrency: maximum number of requests in flight, from 1.
         rate: requests per second, evenly spaced; None for no limit.
-        attempts: requests per query at most, from 1.
-        first_wait: seconds before the second attempt; doubled for each further one, plus up to as much at random.
-        longest_wait: seconds between two attempts at most; a service that asks for a longer pause ends the run.
-        grace: seconds that requests in flight are waited for when a run ends early. It must be longer than one request
-            may take, or answers that were paid for are lost.
+        attempts: maximum number of requests per query, from 1.
+        first_wait: seconds before the second attempt; doubled for each further one, plus a random jitter of up to
+            ``first_wait``.
+        longest_wait: maximum seconds between two attempts; a service that requests a longer pause ends the run.
+        grace: seconds to wait for requests in flight when a run ends early. Should exceed the request timeout, or
+            answers that were paid for are lost.
     """
 
     concurrency: int = 4
@@ -41,7 +42,7 @@ class QueryLimits:
 
 
 class RateLimiter:
-    """Space requests evenly, and hold all of them back while the service asks for a pause.
+    """Space requests evenly, and delay all of them while the service requests a pause.
 
     Args:
         per_second: requests per second; None for no limit.
@@ -64,15 +65,15 @@ class RateLimiter:
             await asyncio.sleep(wait)
 
     def pause(self, seconds: float) -> None:
-        """Let no request out for that many seconds from now."""
+        """Delay all requests by at least ``seconds`` from now."""
         self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + seconds)
 
 
 def retry_after(reply: Reply, now: datetime.datetime | None = None) -> float | None:
-    """Return the seconds that a reply's Retry-After asks for (either form of RFC 9110), at least 0; None without one.
+    """Return the wait in seconds, at least 0, of a reply's Retry-After (either form of RFC 9110); None without one.
 
     Args:
-        reply: of the service.
+        reply: the service's reply.
         now: the service's time, for a reply without a usable Date header; None uses this machine's clock, which may
             differ.
     """

@@ -1,18 +1,18 @@
-r"""Redaction of a secret in text and JSON, in every encoding in which a service may send it back.
+r"""Redact secrets in text and JSON, in every encoding in which a service may return them.
 
-A match is any run of eight or more characters of the secret (all of a shorter one), compared without regard to case,
-in any of these forms:
+A match is any run of eight or more characters of the secret (all of a shorter one), compared case-insensitively, in
+any of these forms:
 
 - plain;
 - escaped, in full or in part and up to eight times over: percent (``%2B``, ``%u002B``, ``+`` for a space), JSON,
   JavaScript and C (``\/``, ``\u002B``, ``\u{2B}``, ``\x2B``, ``\053``), HTML (``&#43;``, ``&#x2B;``, ``&plus;``),
   quoted-printable (``=2B``);
 - broken by line ends, tabs, NUL bytes (wrapped lines, UTF-16) or other ASCII control characters;
-- in base64, standard and URL-safe, at any of its three alignments (as part of a longer text that was encoded whole):
-  of the secret, of its percent, JSON and HTML escapes, and of its base64;
-- in hexadecimal.
+- base64, standard and URL-safe, at any of its three alignments (as part of a longer encoded text), of the secret, of
+  its percent, JSON and HTML escapes, and of its base64;
+- hexadecimal.
 
-Where the secret is itself base64 of printable text, such as ``user:password`` for HTTP Basic, that text and the
+If the secret is itself base64 of printable text, such as ``user:password`` for HTTP Basic, that text and the
 password are secrets, too. Hashes, ciphers, compression, reversal, other characters in between and other transformations
 are not recognised.
 """
@@ -34,13 +34,13 @@ from urllib.parse import quote
 import numpy as np
 
 HIDDEN = "[key]"
-"""Replaces the secret."""
+"""Replacement for the secret."""
 
-_LENGTH, _BASE64, _HEX = 8, 10, 16  # shortest match; and the characters that 8 bytes determine wherever they begin
-_SHORTEST = 4  # a shorter secret is not looked for: its characters are everywhere
-_GRAM, _STRIDE = 4, 5  # every run of 8 characters holds 4 that start at a multiple of 5
+_LENGTH, _BASE64, _HEX = 8, 10, 16  # shortest match, plain and encoded: the characters that 8 bytes determine
+_SHORTEST = 4  # shorter secrets are ignored: they would match everywhere
+_GRAM, _STRIDE = 4, 5  # every run of 8 characters contains 4 that start at a multiple of 5
 _TABLE_BITS = 20
-_DEPTH = 8  # escapes of escapes that are undone
+_DEPTH = 8  # maximum levels of nested escapes
 
 _UPPER = bytes(range(0x41, 0x5B))
 _ALIKE = bytes.maketrans(_UPPER + b"-_", _UPPER.lower() + b"+/")  # case, and the two alphabets of base64
@@ -58,10 +58,10 @@ _NAMED = {name[:-1].lower().encode(): text for name, text in html5.items() if na
 
 
 class Redactor:
-    """Hide secrets in what a service sends; takes time linear in its length.
+    """Hide secrets in replies of a service, in time linear in their length.
 
     Args:
-        secrets: texts to hide; one of fewer than four characters is ignored.
+        secrets: texts to hide; those of fewer than four characters are ignored.
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
@@ -86,9 +86,9 @@ class Redactor:
         return _replace(data, spans).decode("utf-8", "surrogatepass") if spans else text
 
     def json(self, value: Any) -> Any:
-        """Return parsed JSON with its texts and the names in its objects redacted.
+        """Return parsed JSON with all strings and object keys redacted.
 
-        A whole number that holds the secret becomes the text ``HIDDEN``.
+        An integer that contains the secret becomes the string ``HIDDEN``.
         """
         if isinstance(value, str):
             return self.text(value)
@@ -101,10 +101,10 @@ class Redactor:
         return value
 
     def body(self, body: bytes) -> bytes:
-        """Return the body of a reply without the secret, unchanged where there is none.
+        """Return the body of a reply without the secret; unchanged if it contains none.
 
-        JSON stays JSON, and its fractions stay as they are. Anything else keeps its length, which a binary format
-        states elsewhere.
+        JSON stays JSON, with floats unchanged. Anything else keeps its length, since binary formats store it
+        elsewhere.
         """
         spans = self._spans(body)
         if not spans:
@@ -115,7 +115,7 @@ class Redactor:
             return _replace(body, spans, keep_length=True)
 
     def _spans(self, data: bytes) -> list[tuple[int, int]]:
-        """Return the matches as (start, end), in order, merged where they touch."""
+        """Return the matches as sorted (start, end) pairs; adjacent matches are merged."""
         data = data.translate(_ALIKE)
         spans = set(self._in_layers(*_without_breaks(data), _ESCAPES))
         if _QUOTED.search(data):
@@ -129,7 +129,7 @@ class Redactor:
         return merged
 
     def _in_layers(self, data: bytes, origin: _Origin, escapes: re.Pattern[bytes]) -> Iterator[tuple[int, int]]:
-        """Yield matches in the data and in its repeated unescapings, as spans of the original data."""
+        """Yield matches in the data and after each level of unescaping, as spans of the original data."""
         origins = [origin]
         for _ in range(_DEPTH):
             for span in self._matches(data):
@@ -159,7 +159,7 @@ class Redactor:
 
 
 def _hashes(data: bytes, stride: int) -> np.ndarray:
-    """Hashes of the 4 bytes that start at each multiple of ``stride``."""
+    """Return hashes of the 4 bytes at each multiple of ``stride``."""
     count = max(0, (len(data) - _GRAM) // stride + 1)
     grams = np.ndarray((count,), dtype="<u4", buffer=data if count else bytes(_GRAM), strides=(stride,))
     hashes: np.ndarray = (grams * np.uint32(2_654_435_761)) >> np.uint32(32 - _TABLE_BITS)
@@ -167,18 +167,19 @@ def _hashes(data: bytes, stride: int) -> np.ndarray:
 
 
 class _Origin:
-    """Map places in bytes to places in the longer bytes they were made of.
+    """Map positions in shortened bytes to positions in the original.
 
     Args:
-        here: places from 0, not decreasing; from each to the next the bytes are copies.
-        there: where they were copied from. Something was replaced or left out where one ``here`` stands twice.
+        here: nondecreasing positions from 0; the bytes between neighbours are copies. A repeated position marks bytes
+            that were replaced or removed.
+        there: the corresponding positions in the original.
     """
 
     def __init__(self, here: Sequence[int] = (0,), there: Sequence[int] = (0,)) -> None:
         self._here, self._there = here, there
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """Return where the bytes from ``start`` to ``end`` came from."""
+        """Return the original span of the bytes from ``start`` to ``end``."""
         first, after = bisect_right(self._here, start) - 1, bisect_left(self._here, end)
         if after == len(self._here) or self._here[after] > end:
             after -= 1
@@ -216,7 +217,7 @@ def _unescape(data: bytes, escapes: re.Pattern[bytes]) -> tuple[bytes, _Origin]:
 
 
 def _character(match: re.Match[bytes]) -> bytes | None:
-    """Return the character of an escape; empty for a line end, None if it is not a character of a key."""
+    """Decode an escape; empty for a line end, None if its character cannot occur in a key."""
     group, text = match.lastindex, match[match.lastindex or 0]
     if group is None:
         return b""
@@ -239,7 +240,7 @@ def _replace(data: bytes, spans: Iterable[tuple[int, int]], *, keep_length: bool
 
 
 def _readings(secret: str) -> set[str]:
-    """Return the secret, and the printable texts that its words encode in base64."""
+    """Return the secret and the printable texts of which its words are the base64."""
     readings = {secret}
     for word in secret.split():
         try:
@@ -252,11 +253,11 @@ def _readings(secret: str) -> set[str]:
 
 
 def _forms(secret: str) -> Iterator[tuple[bytes, int]]:
-    """Yield the forms of a secret after unescaping, each with the length of a run that reveals it."""
+    """Yield the forms of a secret after unescaping, each with the minimum length of a match."""
     plain = secret.encode("utf-8", "surrogatepass")
     for escapes in (_ESCAPES, _QUOTED_PRINTABLE):
         data = plain.translate(_ALIKE)
-        for _ in range(_DEPTH):  # a key may look escaped, and is then unescaped with the text around it
+        for _ in range(_DEPTH):  # a key that looks escaped is unescaped with the surrounding text
             yield data, _LENGTH
             data, _origin = _unescape(data, escapes)
     yield plain.replace(b" ", b"+"), _LENGTH
@@ -271,7 +272,7 @@ def _forms(secret: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _base64(data: bytes) -> Iterator[bytes]:
-    """Yield the base64 characters that the data determines, at each of the three alignments."""
+    """Yield the base64 characters determined by the data, for each of the three alignments."""
     for before in range(3):
         encoded = base64.b64encode(bytes(before) + data)
         yield encoded[-(-8 * before // 6) : 8 * (before + len(data)) // 6]

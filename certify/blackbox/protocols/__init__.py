@@ -1,6 +1,6 @@
-"""Wire formats of services, by name: one function each, which returns a pair of pure functions.
+"""Registry of the wire formats of services.
 
-``FORMATS.get(NAME)(**options)`` is a :class:`~certify.blackbox.types.Format`. Listing the names imports none of them.
+``FORMATS.get(NAME)(**options)`` returns a :class:`~certify.blackbox.types.Format`. Listing the names imports no format.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ENDPOINTS: Mapping[str, str] = {
     "google-vision": "https://vision.googleapis.com",
     "clarifai": "https://api.clarifai.com",
 }
-"""URLs of services that have one address for everybody; Azure's contains the name of the resource, AWS's the region."""
+"""URLs of services with a single address; Azure's contains the name of the resource, AWS's the region."""
 
 KEY_HEADERS: Mapping[str, str] = {
     "hugging-face": "Authorization: Bearer {key}",
@@ -33,5 +33,5 @@ KEY_HEADERS: Mapping[str, str] = {
     "azure-vision": "Ocp-Apim-Subscription-Key: {key}",
     "clarifai": "Authorization: Key {key}",
 }
-"""The header that carries the API key, as :func:`~certify.blackbox.client.credentials.read_credential` expects it. AWS
-needs a signature instead."""
+"""Headers for the API key, in the syntax of :func:`~certify.blackbox.client.credentials.read_credential`. AWS requires
+a signature instead."""

@@ -26,13 +26,13 @@ _REKOGNITION = "RekognitionService.DetectLabels"
 
 
 def hugging_face(*, model: str = "", encoding: str = "png") -> Format:
-    """Return the format of Hugging Face image classification; Inference Endpoints use it at their own URLs.
+    """Return the format of Hugging Face image classification, also used by Inference Endpoints at their own URLs.
 
     https://huggingface.co/docs/inference-providers/tasks/image-classification
 
     Args:
         model: such as ``google/vit-base-patch16-224``; empty if the endpoint's URL is that of a model.
-        encoding: of pictures: ``png``, ``jpeg`` or ``jpegQ``.
+        encoding: encoding of pictures: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
         UserError: an invalid option.
@@ -58,8 +58,8 @@ def google_vision(*, max_labels: int = 10, encoding: str = "png") -> Format:
     https://docs.cloud.google.com/vision/docs/reference/rest/v1/images/annotate
 
     Args:
-        max_labels: labels per reply at most, from 1.
-        encoding: of pictures: ``png``, ``jpeg`` or ``jpegQ``.
+        max_labels: maximum number of labels per reply, from 1.
+        encoding: encoding of pictures: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
         UserError: an invalid option.
@@ -92,9 +92,9 @@ def azure_vision(*, language: str = "en", model_version: str = "latest", encodin
     https://learn.microsoft.com/azure/ai-services/computer-vision/how-to/call-analyze-image-40
 
     Args:
-        language: of the tags.
-        model_version: ``latest``, or a date; a date keeps the service from changing during an audit.
-        encoding: of pictures: ``png``, ``jpeg`` or ``jpegQ``.
+        language: language of the tags.
+        model_version: ``latest``, or a date, which fixes the model during an audit.
+        encoding: encoding of pictures: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
         UserError: an invalid option.
@@ -121,16 +121,16 @@ def clarifai(
     app: str = "main",
     encoding: str = "png",
 ) -> Format:
-    """Return the format of Clarifai: the concepts that a model finds in an image.
+    """Return the format of Clarifai: the concepts that a model predicts for an image.
 
     https://docs.clarifai.com/resources/api-overview/api-outputs
 
     Args:
         model: id of the model.
-        version: of the model; empty for the newest.
+        version: model version; empty for the newest.
         user: owner of the model.
         app: application of the model.
-        encoding: of pictures: ``png``, ``jpeg`` or ``jpegQ``.
+        encoding: encoding of pictures: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
         UserError: an invalid option.
@@ -162,9 +162,10 @@ def rekognition(*, max_labels: int = 10, min_confidence: float = 55.0, encoding:
     https://docs.aws.amazon.com/rekognition/latest/APIReference/API_DetectLabels.html
 
     Args:
-        max_labels: labels per reply at most, from 1.
-        min_confidence: in percent; the default is the service's. A lower one makes fewer replies empty.
-        encoding: of pictures: ``png``, ``jpeg`` or ``jpegQ``.
+        max_labels: maximum number of labels per reply, from 1.
+        min_confidence: minimum confidence in percent; the default is the service's. Lower values yield fewer empty
+            replies.
+        encoding: encoding of pictures: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
         UserError: an invalid option.

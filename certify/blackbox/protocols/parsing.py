@@ -1,6 +1,6 @@
-"""Parse replies into labels, for every protocol: status, JSON, fields, ranking; and build JSON requests.
+"""Parse replies into labels for all protocols (status, JSON, fields, ranking), and build JSON requests.
 
-Replies are untrusted. Anything wrong with one becomes a ``BadReply`` with a one-line reason.
+Replies are untrusted: anything wrong with one becomes a ``BadReply`` with a one-line reason.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ _LONGEST_LABEL = 1000
 _LONGEST_MESSAGE = 140
 _WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[A-Z][a-z]{2,})*[.:]?")  # such as InvalidParameterException
 _ERRORS = "message error detail msg errors errormessage error_message reason fault exception".split()
-_MESSAGES = (*_ERRORS, "description", "details", "title", "text", "status", "__type")  # in capitals, too
+_MESSAGES = (*_ERRORS, "description", "details", "title", "text", "status", "__type")  # case-insensitive
 
 
 def read_json(reply: Reply) -> Any:
     """Parse the JSON of a reply.
 
     Raises:
-        BadReply: an error status, too long a body, or not JSON.
+        BadReply: an error status, a body that is too long, or not JSON.
     """
     check_status(reply)
     return parse(reply.body)
 
 
 def check_status(reply: Reply) -> None:
-    """Raise an error unless a reply is an answer.
+    """Check that a reply has a success status.
 
     Raises:
-        BadReply: a status outside 200 to 299, with the service's message; or too long a body.
+        BadReply: a status outside 200 to 299, with the service's message; or a body that is too long.
     """
     if len(reply.body) > MAX_REPLY_BYTES:
         raise BadReply(f"HTTP {reply.status}: a reply of {len(reply.body):,} bytes; the limit is {MAX_REPLY_BYTES:,}")
@@ -49,7 +49,7 @@ def parse(body: bytes) -> Any:
     """Parse JSON in UTF-8, without the NaN and Infinity that Python would accept.
 
     Raises:
-        BadReply: anything else, too deeply nested JSON included.
+        BadReply: not such JSON, or nested too deeply.
     """
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_no_number)
@@ -65,7 +65,7 @@ def _no_number(text: str) -> NoReturn:
 
 
 def safe_text(body: bytes) -> str:
-    """Return the message of an error reply, in one short line without markup or anything that looks like a key."""
+    """Return the message of an error reply in one short line, without markup and anything that looks like a key."""
     text = ""
     try:
         text = _message(json.loads(body.decode("utf-8")), 4)
@@ -77,14 +77,14 @@ def safe_text(body: bytes) -> str:
 
 
 def _short(text: str) -> str:
-    """Return one line of printable text, without long runs of characters: a service may repeat the key it refuses."""
+    """Return one line of printable text, without long words, since a service may echo a rejected key."""
     text = "".join(c if c.isprintable() else " " for c in text[:5000])
     text = re.sub(r"[^\s\"'`,;()<>]{20,}", lambda run: run[0] if _WORDS.fullmatch(run[0]) else "[...]", text)
     return " ".join(text.split())[:_LONGEST_MESSAGE]
 
 
 def _message(value: Any, depth: int, names: Sequence[str] = _MESSAGES) -> str:
-    """Return the first text under a name that errors use, up to a few levels deep."""
+    """Return the first string under a usual key of error messages, at most ``depth`` levels deep."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -96,7 +96,7 @@ def _message(value: Any, depth: int, names: Sequence[str] = _MESSAGES) -> str:
 
 
 def quoting(why: str, body: bytes) -> str:
-    """Append to a reason the reply's error message, or else the names in its object."""
+    """Append the reply's error message to a reason, or else the keys of its object."""
     try:
         body_json = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -145,10 +145,10 @@ def number(value: Any) -> float:
 
 
 def label(value: Any) -> str:
-    """Return a label: a name, or the number of a class.
+    """Return a label, a name or class number, as text.
 
     Raises:
-        BadReply: neither, or a name that is empty, far too long or not valid Unicode.
+        BadReply: neither, or a name that is empty, too long or not valid Unicode.
     """
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else value
     if not isinstance(text, str) or not text.strip() or len(text) > _LONGEST_LABEL:
@@ -251,10 +251,10 @@ def flat(value: Any) -> list[Any]:
 
 
 def one_of(option: str, value: Any, choices: Sequence[str]) -> str:
-    """Check an option with a few possible values.
+    """Check that an option has one of the allowed values.
 
     Raises:
-        UserError: another value.
+        UserError: it has another.
     """
     if value not in choices:
         raise UserError(f"{option} {value!r}; expected one of {', '.join(choices)}")
@@ -262,10 +262,10 @@ def one_of(option: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def in_path(value: Any) -> str:
-    """Return a name as part of a URL's path; slashes stay, since model names contain them."""
+    """Quote a name for a URL's path; slashes are kept, since model names contain them."""
     return quote(str(value).strip("/"), safe="/-._~")
 
 
 def versioned(model: Any, version: Any) -> str:
-    """Return ``models/NAME``, with ``/versions/VERSION`` if one is given, as several protocols have it."""
+    """Return ``models/NAME``, plus ``/versions/VERSION`` if given, as used by several protocols."""
     return f"models/{in_path(model)}" + (f"/versions/{in_path(version)}" if str(version) else "")

@@ -1,4 +1,4 @@
-"""Post an image, get JSON: the image as the body, as a file of a form or as base64 in JSON; labels by JMESPath."""
+"""POST an image (as body, form file or base64 in JSON) and extract labels from the JSON reply by JMESPath."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def post_image(
     percent: bool = False,
     encoding: str = "png",
 ) -> Format:
-    """Return the format.
+    """Return the format of a service that takes an image by POST and returns JSON.
 
     Args:
-        labels: JMESPath expression (jmespath.org) for the label, a text or an integer, or for a list of them, best
-            first; if empty, the labels are the indices of the scores.
+        labels: JMESPath expression (jmespath.org) for the label, a string or integer, or a list of labels, best first;
+            if empty, the labels are the indices of the scores.
         scores: expression for as many scores, which then determine the order.
         send: ``raw`` (the body is the image file), ``multipart`` (a form with one file) or ``base64`` (in JSON).
-        key: of the file in the form, or of the base64 text in the JSON object.
-        path: appended to the endpoint's URL; stored in the ledger like it.
+        key: name of the file in the form, or of the base64 string in the JSON object.
+        path: path appended to the endpoint's URL; stored in the ledger.
         percent: True if scores are percentages.
-        encoding: of pictures: ``png``, ``jpeg`` or ``jpegQ``.
+        encoding: encoding of pictures: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
         UserError: no expression, one that cannot be parsed, or another invalid option.
@@ -92,7 +92,7 @@ def _finder(option: str, expression: str) -> Callable[[Any], list[Any] | None]:
         try:
             result = compiled.search(body)
         except (JMESPathError, TypeError, ValueError, RecursionError, ArithmeticError) as error:
-            # A function of the expression got a value of a type that it does not accept.
+            # A function in the expression received a value of an unsupported type.
             raise BadReply(f"{option} {expression!r} does not fit the reply ({type(error).__name__})") from None
         if result is None:
             raise BadReply(f"{option} {expression!r} finds nothing in the reply")
@@ -102,7 +102,7 @@ def _finder(option: str, expression: str) -> Callable[[Any], list[Any] | None]:
 
 
 def _form(content: bytes, path: str, key: str, kind: str) -> Request:
-    """Return a form with one file (RFC 7578); the boundary depends on the content alone, as requests must."""
+    """Return a form with one file (RFC 7578); its boundary depends only on the content, for reproducible requests."""
     boundary = hashlib.sha256(content).hexdigest()
     head = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="{key}"; filename="image.{kind.partition("/")[2]}"\r\n'

@@ -1,4 +1,4 @@
-"""Convert pictures to the tensors of model servers: numbers, layout, and their JSON text."""
+"""Convert pictures to the tensors of model servers: values, layout and JSON text."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LAYOUTS = ("NCHW", "NHWC")
 
 @dataclass(frozen=True)
 class TensorInput:
-    """The conversion of pixels to a tensor: ``(pixel / 255 - mean) / std`` in float32, or the bytes unchanged.
+    """Conversion of pixels to a tensor: ``(pixel / 255 - mean) / std`` in float32, or the bytes unchanged.
 
     Attributes:
         datatype: ``FP32`` or ``UINT8``.
         layout: ``NCHW`` or ``NHWC``.
-        mean: subtracted, one number or one per channel; FP32 only.
-        std: divisor, one number or one per channel; FP32 only.
+        mean: one number or one per channel; FP32 only.
+        std: one number or one per channel; FP32 only.
     """
 
     datatype: str = "FP32"
@@ -38,7 +38,7 @@ class TensorInput:
         return self._laid_out(picture, self.levels(picture.pixels.shape[2])[0])
 
     def text(self, picture: Picture, nested: bool = False) -> str:
-        """Return its JSON: one flat list, or nested lists. A pixel has 256 values, so their texts are looked up."""
+        """Return the tensor as JSON, a flat list or nested lists; the texts of the 256 pixel values are precomputed."""
         texts = self._laid_out(picture, self.levels(picture.pixels.shape[2])[1])
         return _written(texts if nested else texts.reshape(-1))
 
@@ -47,7 +47,7 @@ class TensorInput:
         return np.ascontiguousarray((values if self.layout == "NHWC" else values.transpose(2, 0, 1))[None])
 
     def levels(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tensor value of each of 256 pixel values, ``(C, 256)``: as numbers, and as exact text."""
+        """Return the tensor values of the 256 pixel values, ``(C, 256)``, as numbers and as exact text."""
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise UserError(
@@ -57,12 +57,12 @@ class TensorInput:
 
     @property
     def about(self) -> dict[str, Any]:
-        """The options in the form that the ledger stores."""
+        """The options as stored in the ledger."""
         return {"datatype": self.datatype, "layout": self.layout, "mean": list(self.mean), "std": list(self.std)}
 
 
 def tensor_input(datatype: str, layout: str, mean: Any, std: Any) -> TensorInput:
-    """Return the conversion that options describe; ``mean`` and ``std`` may be a number, a list, or ``0.5,0.5,0.5``.
+    """Build the conversion from options; ``mean`` and ``std`` may be a number, a list, or ``0.5,0.5,0.5``.
 
     Raises:
         UserError: an unknown datatype or layout, or invalid numbers.
@@ -73,7 +73,7 @@ def tensor_input(datatype: str, layout: str, mean: Any, std: Any) -> TensorInput
     if any(s <= 0 for s in tensor.std):
         raise UserError(f"std {std!r}; expected numbers above 0")
     if datatype == "UINT8" and (tensor.mean, tensor.std) != ((0.0,), (1.0,)):
-        raise UserError("mean and std are for datatype FP32; UINT8 sends the bytes as they are")
+        raise UserError("mean and std are for datatype FP32; UINT8 sends the bytes unchanged")
     return tensor
 
 

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's REST predict, which KServe v1 and others use too: one instance in, one prediction out.
+"""TensorFlow Serving's REST predict API, also used by KServe v1: one instance in, one prediction out.
 
 https://www.tensorflow.org/tfx/serving/api_rest
 """
@@ -29,21 +29,21 @@ def tf_serving(
     b64: bool = False,
     encoding: str = "png",
 ) -> Format:
-    """Return the format.
+    """Return the format of TensorFlow Serving.
 
     Args:
-        model: its name on the server.
-        version: of the model; empty for the newest.
-        signature: of the model; empty for the server's default.
+        model: model name on the server.
+        version: model version; empty for the newest.
+        signature: model signature; empty for the server's default.
         input: name of the input, if the signature has several.
         output: key of the label or the scores, if a prediction is an object with several keys.
         labels: key of the class names beside the scores, if a prediction has them.
-        datatype: of numbers: ``FP32`` (pixels in [0, 1], minus ``mean``, divided by ``std``) or ``UINT8``.
+        datatype: datatype of numbers: ``FP32`` (pixels in [0, 1], minus ``mean``, divided by ``std``) or ``UINT8``.
         layout: ``NHWC`` or ``NCHW``.
         mean: a number, or one per channel.
         std: a number, or one per channel.
         b64: send an image file in base64 instead of numbers, for models that decode it.
-        encoding: of that file: ``png``, ``jpeg`` or ``jpegQ``.
+        encoding: encoding of that file: ``png``, ``jpeg`` or ``jpegQ``.
 
     Raises:
         UserError: an invalid option.
@@ -68,12 +68,12 @@ def tf_serving(
 
 
 def read_answer(reply: Reply, output: str = "", labels: str = "") -> Ranked:
-    """Return the labels of a prediction: a text or an integer is a label, a list of numbers ranks the classes.
+    """Return the labels of a prediction: a string or integer is a label, a list of numbers are class scores.
 
     Args:
-        reply: of the server.
-        output: key of the label or list in a prediction that is an object.
-        labels: key of the names of the list's classes.
+        reply: the server's reply.
+        output: key of the label or list, if the prediction is an object.
+        labels: key of the class names, if the prediction contains them.
 
     Raises:
         BadReply: neither a label nor scores.

@@ -52,21 +52,21 @@ def v2(
     top: int = 0,
     abstention: str = "",
 ) -> Format:
-    """Return the format; :func:`options_from` reads names, datatype and layout from the model's metadata.
+    """Return the format of protocol v2; :func:`options_from` completes options from the model's metadata.
 
     Args:
-        model: name on the server; if empty, the only one that the server lists.
-        version: of the model; empty for the server's choice.
+        model: model name on the server; if empty, the only one that the server lists.
+        version: model version; empty for the server's choice.
         input: name of the input tensor.
         output: name of the output tensor; if empty, the reply must have exactly one.
         datatype: ``FP32`` (pixels in [0, 1], minus ``mean``, divided by ``std``) or ``UINT8``.
         layout: ``NCHW`` or ``NHWC``.
         mean: one number, or one per channel.
-        std: likewise.
-        binary: send and request tensors as bytes behind the JSON: smaller and faster if the server supports it.
+        std: one number, or one per channel.
+        binary: send and request tensors as bytes after the JSON: smaller and faster, if the server supports it.
         top: number of best classes, with their names, to request by Triton's classification extension; 0 requests the
             tensor.
-        abstention: text by which the output says that the service abstains; empty if it always answers.
+        abstention: output value with which the service abstains; empty if it never does.
 
     Raises:
         UserError: an unusable option.
@@ -92,7 +92,7 @@ def v2(
 
 
 DESCRIBED = ("model", "input", "output", "datatype", "layout")
-"""Options that are requested from the server unless given."""
+"""Options read from the model's metadata unless given."""
 
 RECORDED = (*DESCRIBED, "abstention")
 """Options that a ledger's header records for resuming."""
@@ -104,13 +104,13 @@ def index_request() -> Request:
 
 
 def only_model(reply: Reply) -> str:
-    """Return the name of the only model that a server lists.
+    """Return the name of the only model of a server.
 
     Args:
-        reply: to :func:`index_request`.
+        reply: reply to :func:`index_request`.
 
     Raises:
-        UserError: no list of models, or not one model.
+        UserError: no list of models, or not exactly one model.
     """
     try:
         models = read_json(reply)
@@ -126,7 +126,7 @@ def only_model(reply: Reply) -> str:
 
 
 def metadata_request(model: str, version: str = "") -> Request:
-    """Return the request for the model's metadata. It is not a query: it holds no picture."""
+    """Return the request for the model's metadata. It is not a query: it contains no picture."""
     return Request(b"", f"v2/{versioned(model, version)}", "GET")
 
 
@@ -134,8 +134,8 @@ def options_from(reply: Reply, given: Mapping[str, Any]) -> dict[str, Any]:
     """Complete options of :func:`v2` with the model's metadata.
 
     Args:
-        reply: to :func:`metadata_request`.
-        given: by the user; they take precedence.
+        reply: reply to :func:`metadata_request`.
+        given: options given by the user, which take precedence.
 
     Raises:
         BadReply: not the metadata of a model.
@@ -148,7 +148,7 @@ def options_from(reply: Reply, given: Mapping[str, Any]) -> dict[str, Any]:
         options["input"] = _only(inputs, "input", len(inputs) == 1)
     abstaining = {name: text for name, tensor in outputs.items() if (text := parameter(tensor, "abstention"))}
     if "output" not in options and outputs:
-        best = abstaining or outputs  # the label of a smoothed classifier, among its other outputs
+        best = abstaining or outputs  # a smoothed classifier has other outputs beside its label
         options["output"] = _only(best, "output", len(best) == 1)
     if options.get("output") in abstaining:
         options["abstention"] = label(abstaining[options["output"]])
@@ -163,7 +163,7 @@ def options_from(reply: Reply, given: Mapping[str, Any]) -> dict[str, Any]:
     shape = about.get("shape")
     if "layout" not in options and isinstance(shape, list) and len(shape) >= 3:
         first, last = (shape[-3] in (1, 3)), (shape[-1] in (1, 3))
-        if first != last:  # else the shape is ambiguous
+        if first != last:  # otherwise the shape is ambiguous
             options["layout"] = "NCHW" if first else "NHWC"
     return options
 
@@ -177,7 +177,7 @@ def _named(tensors: Any, key: str) -> dict[str, dict[str, Any]]:
 def _only(tensors: Mapping[str, Any], what: str, clear: bool) -> str:
     if not clear:
         names = ", ".join(tensors) or "none"
-        raise UserError(f"which {what} of the model is meant is not clear; it has {names}: give {what}=NAME")
+        raise UserError(f"the model has no single {what}; it has {names}: give {what}=NAME")
     return next(iter(tensors))
 
 
@@ -199,11 +199,11 @@ def _request(
 def read_answer(reply: Reply, output: str = "", classified: bool = False) -> Ranked:
     """Return the labels of an inference reply, best first.
 
-    A tensor of one whole number or one text is a label, a negative number an abstention; floating-point scores
-    ``(1, K)`` rank the K classes. A parameter ``labels`` of the tensor or the reply, a list, names the classes.
+    A tensor of one integer or one string is a label, a negative integer an abstention; floating-point scores ``(1, K)``
+    rank the K classes. A parameter ``labels`` of the tensor or the reply, a list, names the classes.
 
     Args:
-        reply: of the server.
+        reply: the server's reply.
         output: name of the tensor; empty if there is exactly one.
         classified: True if elements are ``score:class:name`` of Triton's classification extension.
 
@@ -228,13 +228,13 @@ def read_answer(reply: Reply, output: str = "", classified: bool = False) -> Ran
     if datatype not in INTEGERS or len(values) != 1:
         raise BadReply(f"{len(values)} values of {datatype[:20]!r}; expected one whole number, one text, or scores")
     number(values[0])
-    if values[0] < 0:  # no class: `certify serve` abstains by -1
+    if values[0] < 0:  # `certify serve` abstains with -1
         return ranked([ABSTENTION])
     return ranked([at(names, values[0]) if isinstance(names, list) else values[0]])
 
 
 def _chosen(reply: Reply, output: str) -> tuple[dict[str, Any], bytes | None, Any]:
-    """Return the requested tensor of a reply, its bytes unless it is in JSON, and the names of the classes if any.
+    """Return the requested tensor of a reply, its bytes (None if it is in JSON), and the class names, if any.
 
     Raises:
         BadReply: no such tensor.
@@ -256,7 +256,7 @@ def _chosen(reply: Reply, output: str) -> tuple[dict[str, Any], bytes | None, An
 
 
 def _values(tensor: dict[str, Any], datatype: str, content: bytes | None) -> list[Any]:
-    """Return the elements of a tensor of a batch of one, as many as its shape says."""
+    """Return the elements of a tensor with a batch of one, checked against its shape."""
     shape = at(tensor, "shape")
     if not isinstance(shape, list) or not all(isinstance(s, int) and 0 <= s < 2**31 for s in shape):
         raise BadReply("a tensor without a shape")

@@ -1,4 +1,4 @@
-"""Wire format of the Open Inference Protocol v2, both directions: JSON, with tensors as JSON or as bytes behind it.
+"""Wire format of the Open Inference Protocol v2, both directions: JSON, with tensors in it or as bytes after it.
 
 https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol and its binary tensor extension.
 """
@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
-"""HTTP header with the number of bytes that are JSON; the rest of the body is binary tensors."""
+"""HTTP header with the length of the JSON in bytes; the rest of the body is binary tensors."""
 
 FLOATS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 INTEGERS = {
     f"{sign}INT{bits}": f"<{letter}{bits // 8}" for sign, letter in (("", "i"), ("U", "u")) for bits in (8, 16, 32, 64)
 }
 NUMBERS = FLOATS | INTEGERS
-"""numpy's names of the numeric datatypes."""
+"""NumPy dtype of each numeric datatype."""
 
 
 class WireError(ValueError):
-    """A message that does not follow the protocol; one line says why."""
+    """A message that violates the protocol; the reason is one line."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Tensor:
     """A named tensor of a message.
 
     Attributes:
-        name: of the tensor.
-        datatype: of the protocol, such as ``FP32``.
-        shape: of the tensor.
+        name: name of the tensor.
+        datatype: datatype of the protocol, such as ``FP32``.
+        shape: shape of the tensor.
         content: its bytes (:func:`pack`), its elements, or their JSON text.
     """
 
@@ -45,7 +45,7 @@ class Tensor:
     content: bytes | str | list[Any]
 
     def head(self) -> dict[str, Any]:
-        """Return its JSON object, but for a data text."""
+        """Return the tensor's JSON object, without ``data`` if the content is JSON text."""
         head: dict[str, Any] = {"name": self.name, "shape": list(self.shape), "datatype": self.datatype}
         if isinstance(self.content, bytes):
             head["parameters"] = {"binary_data_size": len(self.content)}
@@ -61,9 +61,9 @@ def write_message(
 
     Args:
         key: ``inputs`` or ``outputs``.
-        tensors: in their order.
+        tensors: tensors of the message, in order.
         before: members of the message before the tensors.
-        after: members behind them.
+        after: members after the tensors.
     """
     if any(isinstance(tensor.content, str) for tensor in tensors):
         heads = [
@@ -83,10 +83,10 @@ def write_message(
 
 
 def split_message(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """Return the JSON of a message, and the bytes behind it.
+    """Split a message into its JSON and the bytes after it.
 
     Raises:
-        WireError: ``LENGTH_HEADER`` is no length within the body.
+        WireError: ``LENGTH_HEADER`` is not a length within the body.
     """
     length = next((value for name, value in headers.items() if name.lower() == LENGTH_HEADER.lower()), None)
     if length is None:
@@ -97,7 +97,7 @@ def split_message(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, bytes
 
 
 def parameter(holder: Any, name: str) -> Any:
-    """Return a parameter of a message or a tensor; None if it has none of this name."""
+    """Return a parameter of a message or tensor; None if absent."""
     parameters = holder.get("parameters") if isinstance(holder, dict) else None
     return parameters.get(name) if isinstance(parameters, dict) else None
 
@@ -123,7 +123,7 @@ def binary_contents(tensors: Sequence[Any], tail: bytes) -> list[bytes | None]:
 
 
 def pack(values: Sequence[Any], datatype: str) -> bytes:
-    """Return elements as bytes: numbers in little-endian order, texts each with its length in four bytes."""
+    """Return elements as bytes: numbers in little-endian order, strings each after its length in four bytes."""
     if datatype == "BYTES":
         texts = [value.encode() for value in values]
         return b"".join(len(text).to_bytes(4, "little") + text for text in texts)
@@ -134,7 +134,7 @@ def unpack(content: bytes, datatype: str) -> np.ndarray | list[str]:
     """Return the elements of a binary tensor: an array of numbers, or a list of texts.
 
     Raises:
-        WireError: an unknown datatype, or bytes that are cut off or no Unicode text.
+        WireError: an unknown datatype, truncated bytes, or strings that are not UTF-8.
     """
     if datatype == "BYTES":
         return _texts(content)
@@ -153,6 +153,6 @@ def _texts(content: bytes) -> list[str]:
         try:
             found.append(content[start + 4 : end].decode("utf-8"))
         except UnicodeDecodeError:
-            raise WireError("a text that is no Unicode") from None
+            raise WireError("a string that is not UTF-8") from None
         start = end
     return found
