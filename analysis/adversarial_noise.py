@@ -19,7 +19,7 @@ from analysis.figures import COLOURS, LINES, canvas, literal
 from certify.errors import UserError
 from denoisers.classical import GaussianSmoothing
 
-_LOW = 0.2210  # cycles per pixel: the edge of the fifth of 16 rings
+_LOW = 0.2210  # cycles per pixel: upper edge of the fifth of 16 rings
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class NoiseSummary:
     Attributes:
         noise: name of the attack.
         changed: number of images changed.
-        mean: of |mean|, in grey levels of 255.
-        std: of the standard deviation, in grey levels of 255.
-        skewness: of |skewness|.
-        low_frequencies: of the share of power below 0.22 cycles per pixel.
-        left_by_smoothing: of :func:`smoothing_factor`.
+        mean: median |mean|, in grey levels of 255.
+        std: median standard deviation, in grey levels of 255.
+        skewness: median |skewness|.
+        low_frequencies: median share of power below 0.22 cycles per pixel.
+        left_by_smoothing: median :func:`smoothing_factor`.
     """
 
     noise: str
@@ -157,7 +157,7 @@ def draw_noise(noises: Mapping[str, NoiseStatistics], images: NoiseStatistics, p
         noises: statistics by name, of at least one image each.
         images: statistics of the clean images.
         path: .png, .svg or .pdf.
-        title: of the figure.
+        title: figure title.
 
     Raises:
         UserError: an unknown format.

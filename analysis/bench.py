@@ -1,7 +1,7 @@
-"""Compare the vote engine with the plain loop and with other execution settings, in one process, on the user's model.
+"""Compare the speed of the vote engine with the plain loop and with other execution settings, on the user's model.
 
-They take turns, so that a machine whose speed drifts favours none of them; every ratio is the median over the rounds.
-The comparison reports on the execution policy (:mod:`certify.engine.policy`) and never changes its choice.
+They take turns within one process, so that drifting machine speed favours none of them; every ratio is the median over
+rounds. The comparison evaluates the execution policy (:mod:`certify.engine.policy`) and never changes its choice.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from certify.smoothed_classifier import SmoothedClassifier
 from certify.smoothing.rng import stream_key
 from certify.types import BaseClassifier
 
-_PRODUCT_SECONDS = 0.5  # for the matrix products of one measurement
+_PRODUCT_SECONDS = 0.5  # time limit for the matrix products of one measurement
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,11 @@ class Alternative:
     """Execution settings that the policy did not choose.
 
     Attributes:
-        settings: what was measured.
-        ratio: its speed over the policy's choice, the median over the rounds; below 1, the policy is right.
-        ratio_min: smallest.
-        ratio_max: largest.
-        prepared: seconds to prepare it, compilation included.
+        settings: description of the settings.
+        ratio: speed relative to the policy's choice, median over rounds; below 1, the policy is right.
+        ratio_min: smallest ratio.
+        ratio_max: largest ratio.
+        prepared: seconds of preparation, including compilation.
     """
 
     settings: str
@@ -56,28 +55,28 @@ class Measured:
     """The result of :func:`compare`. Rates are samples per second.
 
     Attributes:
-        engine: this engine's rate, the median over the rounds.
-        reference: the plain loop's.
-        ratio: median of the rounds' ratios.
-        ratio_min: smallest.
-        ratio_max: largest.
+        engine: rate of the engine, median over rounds.
+        reference: rate of the plain loop, median over rounds.
+        ratio: engine over plain loop, median over rounds.
+        ratio_min: smallest ratio.
+        ratio_max: largest ratio.
         pairs: number of rounds.
-        turn: samples of one measurement, of the engine and of the reference.
-        reference_batch: samples per forward pass of the reference.
-        prepared: seconds to prepare the classifier, folding and compilation included.
-        certificate: seconds for one certificate of n samples with this engine, preparation included.
-        certificate_reference: the same with the plain loop.
-        n: of that certificate.
+        turn: samples per measurement of the engine and of the plain loop.
+        reference_batch: samples per forward pass of the plain loop.
+        prepared: seconds to prepare the classifier, including folding and compilation.
+        certificate: seconds per certificate of n samples with the engine, including preparation.
+        certificate_reference: seconds per certificate of n samples with the plain loop.
+        n: samples per certificate.
         flops: floating-point operations (products and sums) of one forward pass, matrix products and convolutions only.
         ceiling: operations per second of a square matrix product at the engine's precision.
-        share: of the ceiling that the engine reaches.
-        same: labels that plain float32 gives too.
-        compared: labels compared.
-        ran_as: precision, folding, compilation, batch size and reasons.
+        share: fraction of the ceiling that the engine reaches.
+        same: number of compared labels that agree with plain float32.
+        compared: number of labels compared.
+        ran_as: the engine's execution settings.
         alternatives: other settings, measured in the same rounds.
         machine: processor or accelerator.
-        threads: of the processor.
-        torch: version.
+        threads: number of CPU threads.
+        torch: version of torch.
     """
 
     engine: float
@@ -97,7 +96,7 @@ class Measured:
     share: float
     same: int
     compared: int
-    ran_as: dict[str, Any]
+    ran_as: Execution
     alternatives: list[Alternative]
     machine: str
     threads: int
@@ -105,8 +104,8 @@ class Measured:
 
 
 def reference_votes(plain: Plain, image: Tensor, sigma: float, n: int, batch: int, num_classes: int) -> Tensor:
-    """Count votes ``(K,)`` in the field's loop (Cohen, Rosenfeld and Kolter 2019): float32, eager, one generator."""
-    keep_freed_memory(64 << 20)  # glibc's own setting, as without this engine
+    """Count votes ``(K,)`` in the standard loop (Cohen, Rosenfeld and Kolter 2019): float32, eager, one generator."""
+    keep_freed_memory(64 << 20)  # glibc's default, as without this engine
     counts = torch.zeros(num_classes, dtype=torch.int64, device=image.device)
     with torch.no_grad():
         left = n
@@ -120,7 +119,7 @@ def reference_votes(plain: Plain, image: Tensor, sigma: float, n: int, batch: in
 
 
 class Plain(nn.Module):
-    """The classifier as most code runs it: float32, eager, contiguous layout, argmax."""
+    """The classifier as commonly run: float32, eager, contiguous layout, argmax."""
 
     def __init__(self, base: Pipeline) -> None:
         super().__init__()
@@ -130,16 +129,16 @@ class Plain(nn.Module):
             self.pipeline.channels_last = self.pipeline.classifier.channels_last = False  # type: ignore[attr-defined]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Labels ``(B,)`` of noisy images ``(B, C, H, W)``."""
+        """Return labels ``(B,)`` of noisy images ``(B, C, H, W)``."""
         try:
             return self.pipeline.logits(images).argmax(1)
-        except UserError:  # this classifier gives labels only
+        except UserError:  # a label-only classifier
             return self.pipeline(images)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One of the functions that take turns: it draws so many samples, in batches."""
+    """A function to time, which labels a given number of samples in batches."""
 
     sample: Callable[[int], object]
     batch: int
@@ -161,14 +160,14 @@ def compare(
     """Measure the engine, the plain loop and other execution settings on these images.
 
     Args:
-        smoothed: not prepared yet: it is prepared for one certificate of n samples.
-        images: real ones, ``(C, H, W)``; the first is timed, all serve to compare labels.
-        n: samples of a certificate.
-        pairs: number of rounds, after one to warm up.
-        seconds: length of one measurement.
-        turn: samples of one measurement, in place of ``seconds``.
-        reference_batch: None takes 1,000, or 16 for images over 2^14 values on a processor (faster there, and
-            batches of 1,000 would need tens of gigabytes).
+        smoothed: the smoothed classifier, not yet prepared; it is prepared for one certificate of n samples.
+        images: real images ``(C, H, W)``; the first is timed, all are used to compare labels.
+        n: samples per certificate.
+        pairs: number of rounds after a warm-up.
+        seconds: duration of one measurement.
+        turn: samples per measurement, in place of ``seconds``.
+        reference_batch: batch size of the plain loop; None uses 1,000, or 16 for images over 2^14 values on a CPU
+            (faster there, and batches of 1,000 would need tens of gigabytes).
         progress: called with the current step.
     """
     image, plain = images[0].to(smoothed.device), Plain(smoothed.base)
@@ -179,7 +178,7 @@ def compare(
     start = time.perf_counter()
     execution = smoothed.prepare(images[0], n)
     prepared = time.perf_counter() - start
-    ceiling = product_speed(execution.precision, smoothed.device)  # and at the end: a shared machine has slow moments
+    ceiling = product_speed(execution.precision, smoothed.device)  # and again at the end: shared machines slow down
 
     def reference(samples: int) -> None:
         reference_votes(plain, image, smoothed.noise.scale, samples, batch, smoothed.num_classes)
@@ -212,7 +211,7 @@ def compare(
         share=rate * flops / ceiling,
         same=same,
         compared=compared,
-        ran_as=asdict(execution),
+        ran_as=execution,
         alternatives=[
             Alternative(entry.settings, *_spread(column, columns[0]), entry.prepared)
             for entry, column in zip(entries[2:], columns[2:], strict=True)
@@ -226,7 +225,7 @@ def compare(
 def _alternatives(
     smoothed: SmoothedClassifier, image: Tensor, execution: Execution, progress: Callable[[str], None]
 ) -> Iterator[_Entry]:
-    """Prepare the settings that differ from the chosen ones in one respect, where this machine can run them."""
+    """Prepare the settings that differ from the chosen ones in one respect and run on this machine."""
     for settings in _variants(execution, smoothed.options) if convertible(smoothed.base) else ():
         progress(f"preparing {settings.describe()}")
         start = time.perf_counter()
@@ -245,7 +244,7 @@ def _alternatives(
 
 
 def _variants(chosen: Execution, options: EngineOptions) -> Iterator[Execution]:
-    """Yield settings that differ from the chosen ones in one respect that the options leave to the policy."""
+    """Yield settings that differ from the chosen ones in one respect left to the policy."""
     if options.precision == "auto":
         yield replace(chosen, precision="float32" if chosen.precision == "bfloat16" else "bfloat16")
     if not options.unchanged:
@@ -266,7 +265,7 @@ def _spread(rates: Sequence[float], others: Sequence[float]) -> tuple[float, flo
 def _in_turn(
     entries: Sequence[_Entry], pairs: int, seconds: float, turn: int | None, progress: Callable[[str], None]
 ) -> tuple[list[list[float]], list[int]]:
-    """Return the rates of all entries in every round, after a warm-up, and the samples of their turns."""
+    """Return the rates of all entries in every round, after a warm-up, and their samples per measurement."""
     progress("warming up")
     lengths = []
     for entry in entries:
@@ -286,17 +285,17 @@ def _rate(entry: _Entry, samples: int) -> float:
 
 
 def _samples_in(seconds: float, entry: _Entry) -> int:
-    """Return how many samples take this long, in whole batches."""
-    batches = max(1, round(_rate(entry, entry.batch) / entry.batch))  # of about a second
+    """Return the number of samples, in whole batches, that take about ``seconds``."""
+    batches = max(1, round(_rate(entry, entry.batch) / entry.batch))  # about one second
     return max(1, round(_rate(entry, batches * entry.batch) * seconds / entry.batch)) * entry.batch
 
 
 def product_speed(precision: str, device: torch.device) -> float:
-    """Measure the operations per second of a square matrix product: the machine's ceiling, the best of a few."""
+    """Measure the operations per second of a square matrix product, the best of several: the machine's ceiling."""
     accelerator = device.type != "cpu"
     size, most = (8192, 30) if accelerator else (1024, 5)
     dtype = PRECISIONS[precision]
-    if not accelerator and dtype != torch.float32:  # without instructions of its own a product takes seconds
+    if not accelerator and dtype != torch.float32:  # without hardware support a product takes seconds
         small = _product_seconds(128, dtype, device, 2)
         if small > 4 * _product_seconds(128, torch.float32, device, 2):
             return 2 * 128**3 / small
@@ -316,7 +315,7 @@ def _product_seconds(size: int, dtype: torch.dtype, device: torch.device, repeat
 
 
 def _agreement(smoothed: SmoothedClassifier, images: list[Tensor]) -> tuple[int, int]:
-    """Count the labels of ``KEPT`` noisy copies per image that plain float32 gives too, and those compared."""
+    """Count the labels of ``KEPT`` noisy copies per image that agree with plain float32, and those compared."""
     targets = [Target(image, str(i)) for i, image in enumerate(images)]
     same = compared = 0
     for target, tallies in smoothed.sample(targets, {"agreement": KEPT}):
@@ -333,8 +332,8 @@ def describe(result: Measured) -> str:
     rows = [
         ("machine", f"{result.machine}, {result.threads} threads, torch {result.torch}"),
         ("reference", f"{result.reference:,.1f} samples/s (float32, eager, batches of {result.reference_batch})"),
-        ("engine", f"{result.engine:,.1f} samples/s ({Execution(**ran).describe()})"),
-        *(("", why) for why in ran["why"]),
+        ("engine", f"{result.engine:,.1f} samples/s ({ran.describe()})"),
+        *(("", why) for why in ran.why),
         ("ratio", f"{result.ratio:.2f} ({result.ratio_min:.2f} to {result.ratio_max:.2f} over {result.pairs} rounds)"),
     ]
     if result.flops:
@@ -342,7 +341,7 @@ def describe(result: Measured) -> str:
             (
                 "ceiling",
                 f"{result.engine * result.flops / 1e9:,.0f} of the {result.ceiling / 1e9:,.0f} GFLOP/s of a matrix "
-                f"product in {ran['precision']}: {result.share:.0%}",
+                f"product in {ran.precision}: {result.share:.0%}",
             )
         )
     rows += [

@@ -62,7 +62,7 @@ class Curve:
             return math.inf
         try:
             largest = header.procedure.prospects(header.radii_for(self.run.usable[0].size)).largest
-        except UserError:  # noise of the user's that is not registered here
+        except UserError:  # custom noise that is not registered here
             return math.inf
         return math.inf if largest is None else largest
 
@@ -77,7 +77,7 @@ class Curve:
 
     @property
     def average_radius(self) -> float:
-        """Average certified radius (ACR; Zhai et al. 2020) over all images; wrong ones and abstentions count as 0.
+        """Average certified radius (ACR; Zhai et al. 2020) over all images; errors and abstentions count as 0.
 
         A lower bound if images were decided, or measured to a tolerance.
         """
@@ -125,7 +125,7 @@ def proportion_interval(
     successes: np.ndarray | int, total: int, confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the exact two-sided interval of proportions (Clopper and Pearson 1934)."""
-    from scipy.special import betaincinv  # statsmodels has the same, and takes a second to import
+    from scipy.special import betaincinv  # statsmodels has this interval, but takes a second to import
 
     confidence = as_float(confidence, "confidence", "a number strictly between 0 and 1, such as 0.95")
     if not 0.0 < confidence < 1.0:

@@ -1,7 +1,7 @@
 """Upper envelopes over noise levels: the best run of one method at each radius, chosen on the evaluated images.
 
-Defences are usually compared by it (Salman et al. 2020). Because the best run is chosen on the images that are then
-counted, every output says so, and the interval accounts for it.
+Defences are usually compared by their envelopes (Salman et al. 2020). Because the best run is chosen on the evaluated
+images, every output says so, and the interval accounts for it.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def method(header: RunHeader, *, own: bool = False) -> dict[str, object]:
     """Return the settings that identify the method of a run: its header without sigma, seed and provenance.
 
     Args:
-        header: of the run.
+        header: the run's header.
         own: True if each sigma has its own weights: the run's sigma within names is replaced by "σ".
     """
     settings = {key: header[key] for key in METHOD if header.get(key) is not None}
@@ -223,7 +223,7 @@ def _check_sigmas(runs: Sequence[Curve]) -> None:
 
 
 def _check_images(runs: Sequence[Curve]) -> None:
-    """Refuse runs over different images: ids, labels and, where known, contents; a partial run may have fewer."""
+    """Check that runs are over the same images (ids, labels and, if known, contents); a partial run may have fewer."""
     whole = max(runs, key=lambda c: c.total)
     for c in runs:
         digests = [r.header.images.get("sha256") for r in (c.run, whole.run)]

@@ -136,8 +136,8 @@ class Family:
     def certified(self, radius: float, alpha: float | None = None, method: str | None = None) -> np.ndarray:
         """Test which images are robust at ``radius`` with their class, jointly; see :func:`simultaneous`.
 
-        An unfinished run is corrected for all images that it was to hold: which of them it holds may depend on their
-        votes (those that are settled soon come first, and a spent budget ends it), and so must not ease the level.
+        An unfinished run is corrected for all its planned images: which of them are finished may depend on their votes
+        (those decided early come first, and a spent budget ends the run), so it must not relax the level.
         """
         alpha = check_alpha(self.run.header.alpha if alpha is None else alpha)
         method = self.correction(method)
@@ -239,7 +239,7 @@ def accuracy_interval(
         successes: number of correct images with a radius of at least r.
         total: number of images.
         alpha: maximum error probability of each certificate.
-        confidence: of both ends jointly.
+        confidence: joint confidence of both ends.
     """
     alpha = check_alpha(alpha)
     low, high = proportion_interval(np.asarray(successes), total, confidence)

@@ -1,4 +1,4 @@
-"""The frame of all figures: format, colours, style, title, and atomic writing."""
+"""Common layer of all figures: format, colours, style, title, and atomic writing."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class FigureStyle:
     """Size and style of figures, in place of their own; see :func:`figure_style`.
 
     Attributes:
-        name: ``"screen"``; ``"paper"``: 3.25 inches wide, 8 pt, every line with dashes of its own, for grey print; or
+        name: ``"screen"``; ``"paper"``: 3.25 inches wide, 8 pt, a different dash pattern per line, for grey print; or
             ``"slides"``: 8 inches wide, 16 pt.
-        width: in inches.
-        height: in inches.
-        font_size: in points.
+        width: width in inches.
+        height: height in inches.
+        font_size: font size in points.
         legend: ``"outside"`` (below the axes), ``"inside"`` or ``"none"``.
         xmax: largest radius on the axis of a curve.
 
@@ -81,16 +81,16 @@ class FigureStyle:
 
     @property
     def points(self) -> float:
-        """Font size of axis labels; that of the legend is a point smaller."""
+        """Font size of axis labels; the legend's is one point smaller."""
         return self.font_size or _PRESETS[self.name][1]
 
     def size(self, width: float, height: float) -> tuple[float, float]:
-        """Return the size in inches of a figure whose own size is this."""
+        """Return a figure's size in inches, given its default size."""
         wide = self.width or _PRESETS[self.name][0] or width
         return wide, self.height or max(_LOWEST, height * wide / width)
 
     def line(self, place: int) -> tuple[str, str]:
-        """Return colour and dashes of a line by its place."""
+        """Return colour and dash pattern of a line by its index."""
         dashes = place if self.name == "paper" else place // len(COLOURS)
         return COLOURS[place % len(COLOURS)], LINES[dashes % len(LINES)]
 
@@ -101,7 +101,7 @@ _style = contextvars.ContextVar("figure_style", default=_SCREEN)
 
 
 def current_style() -> FigureStyle:
-    """Return the style of the figures that are drawn now."""
+    """Return the current style of figures."""
     return _style.get()
 
 
@@ -116,9 +116,9 @@ def figure_style(style: FigureStyle) -> Iterator[None]:
 
 
 def add_legend(figure: Figure, axes: Axes, columns: int, **options: Any) -> None:
-    """Add a legend where the style wants it, in at most so many columns and no more than fit side by side.
+    """Add a legend as the style requires, with at most ``columns`` columns and no more than fit side by side.
 
-    ``options`` are those of matplotlib.
+    ``options`` are passed to matplotlib.
     """
     style = _style.get()
     if style.legend == "none":
@@ -138,7 +138,7 @@ def _characters(width: float) -> float:
 
 
 def check_format(path: str | Path) -> None:
-    """Refuse unknown picture formats, before any work is done."""
+    """Check the picture format before any work is done."""
     if Path(path).suffix.lower() not in FORMATS:
         raise UserError(f"cannot write a picture as {str(path)!r}; expected a name ending in {', '.join(FORMATS)}")
 
@@ -160,13 +160,13 @@ def canvas(
     figures and backend, is not touched.
 
     Args:
-        width: in inches.
-        height: in inches.
+        width: default width in inches.
+        height: default height in inches.
         path: file to write (.png, .svg or .pdf); None writes none.
         columns: number of axes, side by side.
         rows: relative height of each row of axes.
         grid: axes with grid lines: ``"x"``, ``"y"``, ``"both"`` or ``"neither"``.
-        title: above the axes, wrapped.
+        title: title above the axes, wrapped.
 
     Raises:
         UserError: an unknown format.
@@ -192,7 +192,7 @@ def canvas(
 
 
 def _wrap_axis_labels(figure: Figure, rows: int, columns: int) -> None:
-    """Break the labels of the axes where they would be longer than their axes."""
+    """Wrap axis labels that are longer than their axes."""
     wide, high = _characters(figure.get_figwidth() / columns), _characters(figure.get_figheight() / rows)
     for axes in figure.axes:
         for axis, room in ((axes.xaxis, 0.95 * wide), (axes.yaxis, 0.7 * high)):
@@ -209,7 +209,7 @@ def tick_name(name: str) -> str:
 
 
 def literal(text: str, limit: int | None = None) -> str:
-    """Return text from outside for a figure: printable, at most ``limit`` characters, with dollar signs escaped."""
+    """Make untrusted text safe for a figure: printable, at most ``limit`` characters, dollar signs escaped."""
     text = printable(text)
     return (text if limit is None or len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")
 

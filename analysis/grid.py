@@ -57,11 +57,11 @@ def draw_grid(
     """Plot the grid.
 
     Args:
-        rows: from the top.
-        columns: headings.
+        rows: rows from the top.
+        columns: column headings.
         path: .png, .svg or .pdf.
-        title: above the grid.
-        caption: below the grid.
+        title: title above the grid.
+        caption: caption below the grid.
         names: heading of the row names.
 
     Raises:
@@ -106,7 +106,7 @@ def _check(rows: Sequence[Row], columns: Sequence[str]) -> None:
 
 
 def _show(axes: Axes, panel: Panel, side: float, most: int) -> None:
-    """Draw a picture with its label; pixels stay squares unless there are more of them than dots."""
+    """Draw a picture with its label; pixels stay square unless they outnumber the dots."""
     image = np.clip(np.moveaxis(panel.image, 0, -1), 0.0, 1.0)
     interpolation = "nearest" if max(image.shape[:2]) <= side * DPI else "antialiased"
     picture = image[..., 0] if image.shape[2] == 1 else image

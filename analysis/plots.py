@@ -48,8 +48,8 @@ def plot_curves(
     Args:
         lines: curves of runs, or envelopes.
         path: file to write (.png, .svg or .pdf); None writes none.
-        title: above the axes.
-        band: shade the interval.
+        title: title above the axes.
+        band: whether to shade the interval.
 
     Raises:
         UserError: an unknown format.
@@ -115,7 +115,7 @@ def _single_runs(axes: Axes, envelope: Envelope, colour: str) -> None:
 
 
 def _legend_texts(lines: Sequence[Line]) -> tuple[list[str], str | None]:
-    """Return a label per line, and a title that explains envelopes and names their sigmas if they are all the same."""
+    """Return a label per line, and a title that explains envelopes and gives their sigmas if all are equal."""
     names = [line.name for line in lines]
     levels = [line.levels for line in lines if isinstance(line, Envelope)]
     over = "σ"

@@ -63,14 +63,14 @@ def read_comparison(path: str | Path, warn: Callable[[str], None] | None = None)
     """Read a file of ``certify compare``, finished or not.
 
     Args:
-        path: of the file (``.jsonl``).
+        path: the file (``.jsonl``).
         warn: called with a message if the file cannot prove the identity of its models; None ignores this.
 
     Returns:
         The comparison, with ``table()``, ``plot()``, ``to_pandas()`` and a row per image, defence and condition.
 
     Raises:
-        UserError: a file that cannot be read, is not a comparison, or is damaged.
+        UserError: the file is unreadable, damaged, or not a comparison.
     """
     run = ComparisonRun.read(path, allow_partial=True)
     if warn is not None and (doubt := unproven(run.header)):
@@ -135,7 +135,7 @@ def _log_image(row: list[str], number: int, path: Path) -> ImageRow:
 
 
 def _log_header(path: Path, expected: int) -> RunHeader:
-    """Make a header from the folder names; such logs hold neither sigma nor n nor alpha."""
+    """Make a header from the folder names; such logs contain neither sigma nor n nor alpha."""
     named = re.search(r"sigma_([\d.]+)", path.name) or re.search(r"sigma_([\d.]+)", str(path))
     folders = [p for p in path.resolve().parts[1:-1][-4:] if p not in ("test", "certify", "data")]
     sigma = {"sigma": float(named[1].rstrip("."))} if named else {}

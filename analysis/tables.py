@@ -63,14 +63,14 @@ def captioned(lines: Sequence[str], table: str, style: str) -> str:
 
 @dataclass(frozen=True)
 class TableLayout:
-    """What a paper asks of a table.
+    """Layout of a table for a paper.
 
     Attributes:
-        caption: of a LaTeX table; it and ``names`` may hold LaTeX of your own, which is not escaped.
-        label: of a LaTeX table, for references.
-        columns: headings to keep before those of the radii, such as ``("ACR",)``; None: all.
-        bold: print the largest accuracy at each radius in bold, in LaTeX and Markdown.
-        names: replace the names of the lines in LaTeX; empty: the lines' own, escaped.
+        caption: caption of a LaTeX table; it and ``names`` may contain LaTeX, which is not escaped.
+        label: label of a LaTeX table, for references.
+        columns: headings to keep before those of the radii, such as ``("ACR",)``; None keeps all.
+        bold: whether to print the largest accuracy at each radius in bold, in LaTeX and Markdown.
+        names: names of the lines in LaTeX; if empty, the lines' own names, escaped.
     """
 
     caption: str | None = None
@@ -96,14 +96,14 @@ def compare(
 
     Args:
         lines: curves of runs, or envelopes.
-        radii: one column each.
+        radii: radii, one column each.
         style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"``.
-        intervals: add the interval to each cell.
-        relative_to: divide every accuracy by this known number in (0, 1].
+        intervals: whether to add the interval to each cell.
+        relative_to: number in (0, 1] by which every accuracy is divided.
         layout: columns, bold figures, and the frame of a LaTeX table.
 
     Raises:
-        UserError: ``relative_to`` for images without labels, or a column that there is not.
+        UserError: ``relative_to`` for images without labels, or an unknown column.
     """
     if relative_to is not None and not lines[0].labelled:
         raise UserError("images without labels have no accuracy to divide; leave out --relative-to")
@@ -145,7 +145,7 @@ def _about(line: Line) -> list[str]:
 
 
 def _chosen(header: Sequence[str], columns: Sequence[str] | None) -> list[int]:
-    """Return the places of the columns to keep, after the first."""
+    """Return the indices of the columns to keep, after the first."""
     known = {name.lower(): place for place, name in enumerate(header) if place}
     if columns is None:
         return list(known.values())
@@ -172,7 +172,7 @@ def _framed(text: str, layout: TableLayout) -> str:
 
 
 def out_of_reach(lines: Sequence[Line], radii: Sequence[float]) -> list[str]:
-    """Explain the cells ``-``, a line for each n and alpha; no lines if there are no such cells."""
+    """Explain the cells ``-``, one line per n and alpha; empty if there are no such cells."""
     runs = [c for line in lines for c in (line.runs if isinstance(line, Envelope) else [line])]
     notes = {}
     for c in runs:
@@ -244,7 +244,7 @@ def _procedure(headers: Sequence[RunHeader]) -> list[str]:
 def _csv(
     lines: Sequence[Line], radii: Sequence[float], relative_to: float | None = None
 ) -> tuple[list[str], list[list[Any]]]:
-    """Return a row per run and radius; for an envelope that of its best run, with the columns of the envelope."""
+    """Return a row per run and radius; an envelope has the row of its best run, with columns of its own."""
     keys = ("model", "denoiser", "noise", "norm", "sigma", "n", "alpha", "bound")
     header = ["run", *keys, "images", "expected", "abstained", "acr", "quantity", "radius", "value", "low95", "high95"]
     if isinstance(lines[0], Envelope):
@@ -278,8 +278,8 @@ def compare_families(
     Notes below the table say what each number guarantees.
 
     Args:
-        curves: of runs with votes.
-        radii: one line each.
+        curves: curves of runs with votes.
+        radii: radii, one line each.
         style: ``"text"``, ``"markdown"``, ``"latex"`` or ``"csv"`` (one number per column, no notes).
         correction: ``"holm"`` or ``"bonferroni"``; None: the sharpest that is valid for each run.
 

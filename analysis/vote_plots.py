@@ -1,4 +1,4 @@
-"""Figures from the votes of a run: those of one image, and certified radius against number of samples."""
+"""Plot the votes of a run: the votes of one image, and certified radius over number of samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plot_votes(run: Run, image_id: str, path: str | Path, *, title: str | None =
     row = _row(run, image_id)
     votes = row.estimation_votes
     counts = [(count, label) for label, count in enumerate(votes.counts) if count and label != row.label]
-    if row.label is not None:  # has a bar of its own, also without votes
+    if row.label is not None:  # always has its own bar, even without votes
         counts.append((dict(enumerate(votes.counts)).get(row.label, 0), row.label))
     counts.sort(key=lambda pair: (pair[1] == row.label, pair[0]), reverse=True)
     shown, rest = counts[:_MAX_BARS], counts[_MAX_BARS:]
@@ -116,9 +116,9 @@ def radii_with(run: Run, size: int, seed: int = 0) -> np.ndarray:
     The class remains the one that the recorded selection votes chose.
 
     Args:
-        run: with votes at a fixed n.
-        size: at most that n.
-        seed: of the subsampling.
+        run: run with votes at a fixed n.
+        size: number of samples, at most that n.
+        seed: seed of the subsampling.
     """
     header = run.header
     rng = np.random.default_rng([seed, size])

@@ -72,8 +72,8 @@ def amounts(case: str, o: argparse.Namespace) -> None:
             mine, theirs, how = whole(case, o, n, found)
         row = {"n": n, "engine_s": mine, "reference_s": theirs, "ratio": theirs / mine, "from": how}
         print(f"{case} n = {n:>11,}: {theirs / mine:6.2f} ({mine:,.4g} s against {theirs:,.4g} s, by {how}; ", end="")
-        print(f"{'compiled' if found.ran_as['compiled'] else 'eager'}, {found.prepared:.1f} s to prepare)", flush=True)
-        save(case, {**row, "ran_as": found.ran_as, "machine": found.machine})
+        print(f"{'compiled' if found.ran_as.compiled else 'eager'}, {found.prepared:.1f} s to prepare)", flush=True)
+        save(case, {**row, "ran_as": asdict(found.ran_as), "machine": found.machine})
 
 
 def whole(case: str, o: argparse.Namespace, n: int, found: Measured) -> tuple[float, float, str]:

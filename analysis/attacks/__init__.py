@@ -1,4 +1,4 @@
-"""Attacks by name, and what each may use; listing them imports neither torch nor an attack library.
+"""Registry of attacks and their requirements; listing them imports neither torch nor an attack library.
 
 An attack only proposes images. They are measured in :mod:`analysis.comparison.attacked`.
 """
@@ -75,7 +75,7 @@ class Attack:
 
     @property
     def by_queries(self) -> bool:
-        """True if it works by queries alone."""
+        """True if it needs only queries."""
         return self.needs in (LABELS, SCORES)
 
 
@@ -129,14 +129,14 @@ class AttackSettings:
     """Attacks and their parameters.
 
     Attributes:
-        names: of the attacks.
+        names: names of the attacks.
         eps: radius of the norm ball in [0, 1] pixels.
-        norm: of the ball.
+        norm: norm of the ball.
         queries: maximum number of queries per image for each attack.
-        steps: of attacks by gradients.
+        steps: gradient steps of gradient-based attacks.
         eot: forward passes per gradient of a random defence.
-        seed: of everything random.
-        surrogates: for the attack ``transfer``.
+        seed: seed of all random numbers.
+        surrogates: surrogates for the attack ``transfer``.
         eps_text: ``eps`` as the user wrote it; by default a short decimal, or a fraction of 255.
     """
 
@@ -181,11 +181,11 @@ def _distance_text(eps: float) -> str:
 
 
 def check_attacks(names: Sequence[str], *, norm: str, group: str = "both", surrogates: int = 0) -> None:
-    """Refuse attacks that are unknown or cannot run, before anything is loaded.
+    """Check, before anything is loaded, that attacks are known and can run.
 
     Args:
-        names: of the attacks.
-        norm: of their ball.
+        names: names of the attacks.
+        norm: norm of their ball.
         group: ``"both"``, ``"blind"`` or ``"adaptive"``.
         surrogates: number of surrogates.
 
@@ -211,7 +211,7 @@ def check_attacks(names: Sequence[str], *, norm: str, group: str = "both", surro
 
 
 def check_surrogates(classifier: Classifier, surrogates: Sequence[Classifier]) -> None:
-    """Refuse surrogates of another task than the classifier's.
+    """Check that surrogates have the classifier's classes and input size.
 
     Raises:
         UserError: another number of classes or another input size.
@@ -229,10 +229,10 @@ def check_surrogates(classifier: Classifier, surrogates: Sequence[Classifier]) -
 
 
 def need_extra(name: str) -> None:
-    """Refuse an attack whose library is not installed.
+    """Check that the library of an attack is installed.
 
     Raises:
-        UserError: with the command that installs it.
+        UserError: it is not; the message has the command that installs it.
     """
     if find_attack(name).library and importlib.util.find_spec("art") is None:
         raise UserError(
@@ -245,8 +245,8 @@ def crafter(classifier: Classifier, settings: AttackSettings) -> Craft:
     """Return a function that runs attacks with these settings, for a table of defences.
 
     Args:
-        classifier: without its purifier.
-        settings: of all attacks.
+        classifier: the classifier without its purifier.
+        settings: settings of all attacks.
 
     Returns:
         ``craft(condition, target, images, labels, ids)``, which returns an ``Attacked``. ``condition.name`` names the

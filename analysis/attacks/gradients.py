@@ -1,6 +1,6 @@
-"""Attacks by gradients: of the bare classifier, of surrogates for it, or of the whole defence.
+"""Gradient-based attacks on the bare classifier, on surrogates, or on the whole defence.
 
-ART does the projected gradient ascent; the functions it maximises are defined here. Each returns log-probabilities
+ART runs the projected gradient ascent; the functions it maximises are defined here. Each returns log-probabilities
 ``(B, K)``; the loss is their negative entry at the label.
 """
 
@@ -108,7 +108,7 @@ def _ascend(
 ) -> Proposal:
     """Run ART's projected gradient ascent, and propose the best image on its path, or the ``last`` one.
 
-    ``step`` is relative to eps, ``decay`` that of the momentum; ``classifier`` defines classes and device.
+    ``step`` is relative to eps, ``decay`` is the decay of the momentum; ``classifier`` defines classes and device.
     """
     from art.attacks.evasion.projected_gradient_descent.projected_gradient_descent_pytorch import (
         ProjectedGradientDescentPyTorch,
@@ -191,8 +191,8 @@ def differentiable(defence: Defence, draws: int | None = None) -> Defence:
     image close to its input. The approximation can mislead if a purifier moves images far.
 
     Args:
-        defence: to be attacked.
-        draws: passes through each member; None: as many as the defence has.
+        defence: the defence to attack.
+        draws: passes through each member; None keeps the defence's number.
     """
 
     def with_gradient(purifier: nn.Module) -> nn.Module | None:

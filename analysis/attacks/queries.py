@@ -1,6 +1,6 @@
-"""Attacks by queries: HopSkipJump by labels, Square by scores, both from ART, within a query budget.
+"""Query-based attacks from ART within a query budget: HopSkipJump on labels, Square on scores.
 
-ART keeps no budget (its Square sends three images per iteration) and loses its result when it is stopped. Therefore
+ART has no query budget (its Square sends three images per iteration) and loses its result when stopped. Therefore
 every image goes through a :class:`QuerySearch`, which keeps the nearest misclassified image; for a random target, one
 that is misclassified in most repeated queries.
 """
@@ -49,8 +49,8 @@ class QuerySearch:
     ball, an image is queried again if it would be the nearest one.
 
     Args:
-        access: to the target.
-        image: clean, ``(C, H, W)``.
+        access: query access to the target.
+        image: the clean image, ``(C, H, W)``.
         label: the true class; any other answer is wrong, including ``FAILED``.
         task: norm and ball.
     """
@@ -130,7 +130,7 @@ class QuerySearch:
         return answers
 
     def _repeat(self, image: Tensor) -> Tensor:
-        """Query an image repeatedly, as far as the budget allows; the result may be empty."""
+        """Query an image repeatedly within the budget; the result may be empty."""
         assert self.access.budget is not None
         many = min(CONFIRM, self.access.budget - self.access.spent)
         return self.access(image.expand(many, *image.shape)) if many else torch.empty(0, dtype=torch.long)

@@ -35,14 +35,14 @@ SLACK = 1e-6
 
 @dataclass(frozen=True)
 class Task:
-    """Inputs of an attack on one image: what the attack declares to need, and nothing else.
+    """Inputs of an attack on one image, limited to what the attack declares as its needs.
 
     Attributes:
         norm: ``l2`` or ``linf``.
         eps: radius of the ball in [0, 1] pixels; None: find the nearest misclassified image.
         key: 32 bytes that seed all random numbers.
         access: query access to the target; None for attacks without queries.
-        classifier: without its purifier; None for attacks that do not need its gradients.
+        classifier: the classifier without its purifier; None for attacks that do not need its gradients.
         defence: the whole defended classifier; None for attacks that do not need its gradients.
         surrogates: other classifiers of the same task; empty for attacks that need none.
     """
@@ -79,11 +79,11 @@ class Attacked:
 
     Attributes:
         name: name of the attack.
-        norm: of the ball, and of the minimised distance.
+        norm: norm of the ball and of the minimised distance.
         eps: radius of the ball, or None.
         images: ``(B, C, H, W)`` to show to a defence: the proposed image, or the clean one if the proposal is invalid.
-        l2: distance of each from the clean image.
-        linf: the same in l-infinity.
+        l2: l2 distance of each from the clean image.
+        linf: l-infinity distance of each from the clean image.
         success: True if the proposal is valid and the attacked model (the target of the queries, the bare classifier,
             the defence, the mean of the surrogates) misclassified it during the attack; for queries to a random target,
             in most of the answers. A random model may answer differently later.
@@ -141,18 +141,18 @@ def attack(
     """Attack images one by one, and measure the results.
 
     Args:
-        name: of an attack in ``ATTACKS``.
+        name: name of an attack in ``ATTACKS``.
         images: clean images ``(B, C, H, W)`` in [0, 1].
         labels: true classes ``(B,)``.
         ids: key the random numbers of each image.
         norm: ``l2`` or ``linf``.
         eps: radius of the ball in [0, 1] pixels; None: find the nearest misclassified image, if the attack can.
-        seed: of the attack.
-        access: one for each image, with a budget, for attacks by queries.
-        classifier: for blind-pgd; surrogates must differ from it.
-        defence: for adaptive-pgd.
-        surrogates: for transfer.
-        options: of the attack.
+        seed: seed of the attack.
+        access: query access for each image, with a budget, for query-based attacks.
+        classifier: classifier for blind-pgd; surrogates must differ from it.
+        defence: defence for adaptive-pgd.
+        surrogates: surrogates for transfer.
+        options: options of the attack.
 
     Returns:
         Images, distances, success, queries and notes.

@@ -1,4 +1,4 @@
-"""What a comparison needs before it runs: the defences around a classifier, the conditions, and the file's header."""
+"""Prepare a comparison: the defences of a classifier, the conditions, and the file's header."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class AttackContext:
     """A classifier, the images to attack, and its defences.
 
     Attributes:
-        classifier: frozen.
-        images: with labels; all of them can be read.
-        defences: by name; a text is the reason why one could not be built.
-        attacks: their settings.
+        classifier: the frozen classifier.
+        images: readable images with labels.
+        defences: defences by name, or the reason why one could not be built.
+        attacks: settings of the attacks.
         craft: runs an attack under a condition (:func:`analysis.attacks.crafter`).
     """
 
@@ -83,11 +83,11 @@ def attack_context(
     """Build the defences of a classifier, and the function that attacks them.
 
     Args:
-        classifier: frozen.
-        images: all of which can be read.
+        classifier: the frozen classifier.
+        images: readable images.
         defences: texts, modules, functions or ``Defence`` objects, by the name in the table.
-        attacks: their settings.
-        trust_code: run code in model files.
+        attacks: settings of the attacks.
+        trust_code: whether to run code in model files.
         warn: called with the reason if a defence cannot be built.
 
     Raises:
@@ -107,7 +107,7 @@ def attack_context(
 
 
 def one_size(images: str, sizes: Collection[tuple[int, ...]]) -> tuple[int, int, int]:
-    """Return the size (C, H, W) that all of these images have; refuse several, which do not fit into a batch."""
+    """Return the common size (C, H, W) of the images; images of several sizes do not fit into a batch."""
     if len(sizes) != 1:
         raise UserError(f"{images} have {len(sizes)} sizes; expected one: pass --input-size CxHxW")
     ((channels, height, width),) = sizes
@@ -117,7 +117,7 @@ def one_size(images: str, sizes: Collection[tuple[int, ...]]) -> tuple[int, int,
 def build_defence(
     name: str, defence: Any, classifier: Classifier, *, trust_code: bool = False, warn: Callable[[str], None]
 ) -> Defence | str:
-    """Return a defence of the classifier, or why it cannot be built: then only its own row has no figures.
+    """Return a defence of the classifier, or the reason why it cannot be built, which fails only its own row.
 
     Raises:
         UserError: a mistake in the name or its options.
@@ -166,7 +166,7 @@ class Plan:
         conditions: in the order of the table.
         attacks: parameters of the attacks, and the seed.
         repeats: answers per image of a random defence.
-        certify_n: maximum number of samples per image for the certified column; 0: no such column.
+        certify_n: maximum number of samples per image for the certified column; 0 omits the column.
         alpha: failure probability of each certificate.
     """
 
@@ -190,7 +190,7 @@ class Plan:
 
         Args:
             context: defences and attacks.
-            group: of attacks: ``"both"``, ``"blind"`` or ``"adaptive"``.
+            group: group of attacks: ``"both"``, ``"blind"`` or ``"adaptive"``.
             repeats: as the attribute.
             certify_n: as the attribute.
             alpha: as the attribute.
@@ -206,7 +206,7 @@ class Plan:
         return plan
 
     def _warn_of_reach(self, context: AttackContext) -> None:
-        """Warn, before any attack, of defences whose certified column can only be 0 within ``certify_n``."""
+        """Warn, before any attack, about defences whose certified column can only be 0 within ``certify_n``."""
         radius = self.l2_radius(context.images.load(0).numel())
         for name, defence in context.defences.items():
             smoothing = smoothing_of(defence)

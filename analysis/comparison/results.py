@@ -74,12 +74,12 @@ class Cell:
     Attributes:
         images: number of images evaluated.
         right: sum over images of the share of correct answers.
-        worst: number of images with only correct answers.
+        worst: number of images with only correct answers (worst case over repeats).
         repeats: maximum number of answers per image; above 1 if the defence is random.
         failed: why there is no result, or empty.
         queries: mean number of the attack's queries per image.
         seconds: mean time per image, of the answers alone.
-        undecided: number of images that the samples did not settle, for certificates.
+        undecided: number of images left undecided by the samples, for certificates.
     """
 
     images: int
@@ -168,10 +168,10 @@ class Comparison:
         """Draw the accuracies with their 95 % intervals, and return the plot.
 
         Args:
-            path: of the picture to write (.png, .svg or .pdf); None writes none.
+            path: picture to write (.png, .svg or .pdf); None writes none.
 
         Raises:
-            UserError: a format that cannot be written.
+            UserError: an unsupported format.
             RunFault: the file cannot be written.
         """
         from analysis.comparison.plot import draw_comparison
@@ -255,7 +255,7 @@ class Comparison:
         return [*self.conditions[:place], WORST, *self.conditions[place:]]
 
     def _worst(self, defence: str) -> Cell | None:
-        """Combine the adaptive attacks: each image under the one with the lowest accuracy on it."""
+        """Combine the adaptive attacks: for each image the attack with the lowest accuracy on it."""
         adaptive = [c for c in self.conditions if c.group == "adaptive"]
         cells = [cell for c in adaptive if (cell := self.cell(defence, c)) is not None]
         if len(cells) < len(adaptive) or not cells:
@@ -312,10 +312,10 @@ class Comparison:
             yield Run(self.run.path, RunHeader.from_json(header), certificates), crossings
 
     def require_sound(self) -> None:
-        """Refuse results in which an attack refutes a certificate.
+        """Check that no attack refutes a certificate.
 
         Raises:
-            RunFault: names image, radius and distance of each.
+            RunFault: some are refuted; the message names image, radius and distance of each.
         """
         for run, crossings in self._certificates():
             require_none(run, crossings)

@@ -1,8 +1,8 @@
 """Run every defence under every condition on the same images, appending to one file that can be resumed.
 
 Attacks propose images; the results are measured here: each defence classifies the proposed image anew, with new random
-numbers and several times if it is random, and distances are those of the images it was shown. A defence that fails does
-so in its own column; the others continue.
+numbers and several times if it is random, and distances are those of the images it was shown. A defence that raises an
+error fails only its own results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from certify.smoothing.rng import block_generator, stream_key
 from certify.types import ABSTAIN, FAILED, NOT_CERTIFIABLE
 
 CHUNK = 25
-"""Images that are attacked together; at most as many are lost if a run is killed."""
+"""Images attacked together; at most that many are lost if a run is killed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ Craft = Callable[[Condition, Defence, Tensor, Tensor, Sequence[str]], Proposed |
 def compare(
     context: AttackContext, plan: Plan, file: ComparisonFile, progress: Callable[[int], None] = lambda outcomes: None
 ) -> None:
-    """Run whatever is missing in the file.
+    """Run the defences and conditions that are missing in the file.
 
     Args:
         context: defences, images and attacks.
@@ -180,11 +180,11 @@ def randomly_moved(images: Tensor, ids: Sequence[str], eps: float, norm: str, se
     """Add noise of norm ``eps`` to images ``(B, C, H, W)``, and clip to [0, 1].
 
     Args:
-        images: clean.
+        images: clean images.
         ids: key the random numbers of each image.
-        eps: in [0, 1] pixels.
+        eps: norm of the noise, in [0, 1] pixels.
         norm: ``linf``: random signs times eps; ``l2``: a random direction.
-        seed: of the noise.
+        seed: seed of the noise.
     """
     moved = []
     for image, name in zip(images, ids, strict=True):

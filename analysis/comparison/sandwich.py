@@ -32,9 +32,9 @@ class Crossing:
 
     Attributes:
         id: id of the image, as in the run file.
-        norm: of the distance.
-        distance: from the certified image.
-        prediction: of PREDICT, a class or ``ABSTAIN``.
+        norm: norm of the distance.
+        distance: distance from the certified image.
+        prediction: result of PREDICT, a class or ``ABSTAIN``.
         alpha: maximum probability that the class is wrong.
     """
 
@@ -51,7 +51,7 @@ class Contradiction:
 
     Attributes:
         id: id of the image.
-        norm: of radius and distance.
+        norm: norm of radius and distance.
         radius: certified radius.
         distance: distance of the attacked image, below the radius.
         certified: certified class.
@@ -94,7 +94,7 @@ def crossing(
         attacked: the attacked image.
         n: number of votes, from a separate noise stream.
         alpha: maximum probability that the class is wrong.
-        seed: of the noise.
+        seed: seed of the noise.
     """
     from analysis.comparison.attacked import (
         distances,
@@ -113,8 +113,8 @@ def contradictions(run: Run, crossings: Sequence[Crossing]) -> list[Contradictio
     """Return the certificates that an attacked image refutes; a distance equal to the radius refutes nothing.
 
     Args:
-        run: with radii.
-        crossings: of its images; there may be several per image.
+        run: run with radii.
+        crossings: predictions at attacked images; there may be several per image.
 
     Raises:
         UserError: an image that is not in the run, or a distance in another norm than the radii.
@@ -136,10 +136,10 @@ def contradictions(run: Run, crossings: Sequence[Crossing]) -> list[Contradictio
 
 
 def require_none(run: Run, crossings: Sequence[Crossing]) -> None:
-    """Refuse results in which an attack refutes a certificate.
+    """Check that no attack refutes a certificate.
 
     Raises:
-        RunFault: names image, radius and distance of each.
+        RunFault: some are refuted; the message names image, radius and distance of each.
     """
     wrong = contradictions(run, crossings)
     if wrong:

@@ -139,7 +139,7 @@ def _failures(comparison: Comparison, style: str) -> list[str]:
 
 
 class Record(TypedDict):
-    """One cell of the table as JSON; null where a cell has no figures, because it failed or is unfinished."""
+    """One cell of the table as JSON; values are null if it failed or is unfinished."""
 
     defence: str
     group: str

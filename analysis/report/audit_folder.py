@@ -86,7 +86,7 @@ class AuditFolder:
 
     @property
     def expected(self) -> int:
-        """Number of images the audit is to certify."""
+        """Number of images to certify."""
         return self.run.header.expected if self.run else len(self.about.get("images") or ())
 
     @property
@@ -159,11 +159,11 @@ def read_audit(folder: str | Path, ledger: LedgerContents | None = None) -> Audi
     """Read an audit's folder, finished or not.
 
     Args:
-        folder: of the audit.
-        ledger: its contents; None reads them.
+        folder: the audit's folder.
+        ledger: the ledger's contents; None reads them.
 
     Raises:
-        UserError: no such folder, or it holds no part of an audit.
+        UserError: no such folder, or it contains no part of an audit.
     """
     folder = Path(folder)
     parts = (ABOUT, LEDGER, RUN)

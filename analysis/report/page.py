@@ -56,11 +56,11 @@ def write_report(folder: str | Path, *, ledger: LedgerContents | None = None) ->
     """Write ``report.html`` into an audit's folder, atomically; the audit may be unfinished.
 
     Args:
-        folder: of the audit.
-        ledger: its contents; None reads them.
+        folder: the audit's folder.
+        ledger: the ledger's contents; None reads them.
 
     Raises:
-        UserError: no such folder, or it holds no part of an audit.
+        UserError: no such folder, or it contains no part of an audit.
         RunFault: the file cannot be written.
     """
     audit = read_audit(folder, ledger)
@@ -74,7 +74,7 @@ def write_report(folder: str | Path, *, ledger: LedgerContents | None = None) ->
 
 
 def try_report(folder: Path, ledger: LedgerContents) -> None:
-    """Write the report at the end of an audit; an error in it is a warning and must not lose the audit's results."""
+    """Write the report at the end of an audit; an error only warns, so that the audit's results are kept."""
     try:
         write_report(folder, ledger=ledger)
     except Exception as error:
@@ -224,7 +224,7 @@ def clock(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class StageRow:
-    """Queries of one stage: how many, the requests they took, and their results."""
+    """Queries of one stage: their number, requests and results."""
 
     stage: str
     about: str
@@ -273,7 +273,7 @@ class ImageEntry:
         row: its line in the run file.
         pictures: data URIs by stage.
         own: the service's label of the unmodified image; None without one.
-        score: of that label, with three digits.
+        score: score of that label, with three digits.
         reference: the reference label, or None.
         label: the certified label, or None.
         radius: certified radius, rounded down; None without one.

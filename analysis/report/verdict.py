@@ -18,14 +18,14 @@ from certify.types import NOT_CERTIFIABLE, UNDECIDED
 KEEPS, OTHER, NOT, OPEN, NOTHING = "keeps its label", "another label", "not certifiable", "undecided", "no answer"
 RIGHT, WRONG = "reference label", "other answer"
 SOME_FAILURES, MANY_FAILURES = 0.01, 0.1
-"""Share of failed trials from which the report warns, and from which the warning stands at the top."""
+"""Shares of failed trials from which the report warns, and from which the warning is shown at the top."""
 
 
 def outcome(row: ImageRow) -> str:
     """Return the outcome of an image of the run file, at the largest requested radius."""
     if row.error is not None:
         return NOTHING
-    if row.radius is None:  # of the accuracy of all images together
+    if row.radius is None:  # an accuracy statement has no radius per image
         return RIGHT if row.label is not None and row.estimation_votes.of(row.label) == row.trials else WRONG
     decided = [decision.outcome for decision in row.outcomes]
     if decided and decided[-1] in (NOT_CERTIFIABLE, UNDECIDED):
@@ -61,7 +61,7 @@ def _is_own(audit: AuditFolder) -> bool:
 
 
 def _against(audit: AuditFolder) -> str:
-    """Count the failures of images that are not certifiable, which might be certifiable without them."""
+    """Count the failures of images that are not certifiable but might be without failures."""
     failed = sum(row.failures - (row.outside or 0) for row in audit.rows if outcome(row) == NOT)
     queries = "query as a vote" if failed == 1 else "queries as votes"
     return f", counting {failed:,} failed {queries} against" if failed else ""
