@@ -482,7 +482,7 @@ def test_a_service_without_labels_for_noise_is_not_down(tmp_path: Path, digits: 
     assert run_audit(set_up(tmp_path / "a"), Fake(digits, respond))["status"] == FINISHED
     assert [(row["prediction"], row["failures"]) for row in lines(tmp_path / "a")] == [(-1, FIXED.procedure.n)] * COUNT
     nothing = Fake(digits, lambda name, image: failed(name, "an answer without labels"))
-    with pytest.raises(RunFault, match="for this image alone, leave it out"):
+    with pytest.raises(RunFault, match="if only this image has no label, leave it out"):
         run_audit(set_up(tmp_path / "b"), nothing)
 
 

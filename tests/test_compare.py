@@ -172,7 +172,7 @@ def test_a_failing_defence_fails_in_its_own_row(digits: Classifier, images: Imag
     text = tabulate_comparison(found)
     assert not found.run.partial
     for name, why in {
-        "half": "made (12, 1, 8, 4) of (12, 1, 8, 8)",
+        "half": "turned (12, 1, 8, 8) into (12, 1, 8, 4)",
         "nothing": "no finite answer for 12 of 12 images",
         "crash": "ZeroDivisionError: a fault of its own",
         "absent": "no weights at hand",

@@ -100,7 +100,7 @@ def test_a_purifier_that_changes_the_shape_fails_by_name() -> None:
             return images[..., ::2]
 
     broken = Defence("half", [Member(Half(), load_classifier("digits"))])
-    with pytest.raises(RunFault, match=r"defence half made \(5, 1, 8, 4\) of \(5, 1, 8, 8\)"):
+    with pytest.raises(RunFault, match=r"defence half turned \(5, 1, 8, 8\) into \(5, 1, 8, 4\)"):
         broken(IMAGES, KEYS)
 
 

@@ -18,7 +18,7 @@ from denoisers import load_denoiser
 Capture = pytest.CaptureFixture[str]
 LINE = (
     " is TorchScript, a program: loading and running it can do anything that you can, such as overwrite files; "
-    "if you trust where it comes from, add --trust-code\n"
+    "if you trust its source, add --trust-code\n"
 )
 RUN = "--data digits --sigma 0.25 --n 50 --n0 10 --max 2 --quiet "
 

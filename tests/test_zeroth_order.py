@@ -303,7 +303,7 @@ def test_mistakes_in_settings(change: dict[str, Any], message: str) -> None:
     ("answer", "error", "message"),
     [
         (lambda x: x.flatten(1).argmax(1), UserError, "it returns labels only"),
-        (lambda x: x.flatten(1)[:1], UserError, "expected \\(B, K\\) scores"),
+        (lambda x: x.flatten(1)[:1], UserError, "expected scores \\(B, K\\)"),
         (lambda x: x.flatten(1) * float("nan"), RunFault, "not finite"),
     ],
 )
