@@ -146,8 +146,8 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path, sent: signal.Signals, code:
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
     (line,) = err.strip().splitlines()
-    assert line.startswith("certify: stopped after ")
-    assert line.endswith("the same command resumes there")
+    assert line.startswith("certify: stopped: ")
+    assert line.endswith("re-run the command to resume")
 
 
 @pytest.mark.parametrize(("option", "value"), [("--n", "3000"), ("--seed", "1"), ("--sigma", "0.5"), ("--max", "5")])

@@ -246,7 +246,9 @@ def test_a_killed_training_ends_with_the_same_weights(data: Any, digits: Classif
     assert resumed.best == whole.best
     lines = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert lines == sorted(lines)
-    with pytest.raises(UserError, match=r"holds another training \(.*epochs .* there, 0.7 here"):
+    with pytest.raises(
+        UserError, match=r"holds another training \(objective \"mse\+stability\" there, \"mse\" here; sigmas"
+    ):
         run(data, tmp_path / "parts", Recipe("mse", epochs=0.7), frozen=frozen)
 
 
