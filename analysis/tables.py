@@ -179,7 +179,8 @@ def out_of_reach(lines: Sequence[Line], radii: Sequence[float]) -> list[str]:
         if not all(map(c.reachable, radii)):
             header, limit = c.run.header, ceil_to(c.limit, DECIMALS[c.norm])
             settings = f"n = {header.n:,}, alpha = {exact(header.alpha)} and sigma = {exact(header.sigma)}"
-            notes[settings] = f"{OUT_OF_REACH}: out of reach; with {settings} no radius can exceed {limit}"
+            why = "no image can be settled as robust there" if c.decided else f"no radius can exceed {limit}"
+            notes[settings] = f"{OUT_OF_REACH}: out of reach; with {settings} {why}"
     return list(notes.values())
 
 

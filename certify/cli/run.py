@@ -62,8 +62,8 @@ def run(
     """Certify images: a class and a radius for each, or an abstention.
 
     n0 noisy copies choose a class, n fresh ones give a lower bound on its probability (Clopper-Pearson at alpha), and
-    the radius is sigma * Phi^-1 of the bound (Cohen, Rosenfeld and Kolter, 2019). The largest possible radius is 1.50
-    sigma at n = 100, 2.46 at 1,000, 3.20 at 10,000 and 3.81 at 100,000 (alpha = 0.001). --radius asks yes or no, which
+    the radius is sigma * Phi^-1 of the bound (Cohen, Rosenfeld and Kolter, 2019). The largest possible radius is 1.51
+    sigma at n = 100, 2.47 at 1,000, 3.20 at 10,000 and 3.82 at 100,000 (alpha = 0.001). --radius asks yes or no, which
     most images answer within a few hundred samples.
 
     Results go to a run file; the same command resumes an interrupted run.

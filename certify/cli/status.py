@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _CODES = {"finished": 0, "running": 3, "stalled": 4}
 
 
-@command("Show how far runs are.")
+@command("Show the progress of runs.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN|FOLDER...")
 def status(runs: tuple[str, ...], output: JsonOptions) -> None:
     """Show how far runs and comparisons are, from their files, while they run or after they stopped.
