@@ -191,16 +191,15 @@ def execute(job: Job, path: Callable[[RunHeader], Path], *, command: str, observ
             observer.running(job, execution, "" if pool is None else pool.where())
             header = with_execution(header, execution)
         devices = 1 if pool is None else len(pool)
+        ready = functools.partial(_make_ready, job, engine, execution, checked, observer, devices)
         if job.dry:
-            return _rehearse(job, engine, execution, checked, Run(target, header), observer, devices)
+            run = Run.read(target, allow_partial=True) if target.exists() else Run(target, header)
+            ready(target, len(places) - len(run.images))
+            return run
         with RunFile(target, header, trust_identity=job.trust_identity) as file:
             observer.opened(file, len(places))
             left = len(places) - len(file.done)
-            if left and first is not None and execution is not None:
-                if engine.execution is None:
-                    _run_like(engine, first, execution, file.path)
-                _check_base(engine, smoothed, images, checked)
-                observer.ready(job, engine, first, left, devices)
+            ready(file.path, left)
             by_image = settings.procedure.sequential or pool is not None
             each = 1 if by_image else samples(settings.procedure)
             work = functools.partial(process, smoothed, load=checked.load) if pool is None else pool.process
@@ -209,25 +208,22 @@ def execute(job: Job, path: Callable[[RunHeader], Path], *, command: str, observ
             return Run(file.path, file.header, list(file.done.values()))
 
 
-def _rehearse(
+def _make_ready(
     job: Job,
     engine: Engine,
     execution: Execution | None,
     checked: CheckedImages,
-    run: Run,
     observer: Observer,
     devices: int,
-) -> Run:
-    """Check the base classifier and report the cost of what the run file lacks; write nothing."""
-    if run.path.exists():
-        run = Run.read(run.path, allow_partial=True)
-    left = len(job.places) - len(run.images)
+    path: Path,
+    left: int,
+) -> None:
+    """Check the base classifier and report the cost, if ``left`` images of the run file are to be sampled."""
     if left > 0 and checked.first is not None and execution is not None:
         if engine.execution is None:
-            _run_like(engine, checked.first, execution, run.path)
+            _run_like(engine, checked.first, execution, path)
         _check_base(engine, job.smoothed, job.images, checked)
         observer.ready(job, engine, checked.first, left, devices)
-    return run
 
 
 def run_words(header: RunHeader) -> list[str]:
