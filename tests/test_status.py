@@ -102,3 +102,12 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="is not a run file of certify"):
         read_status(tmp_path / "x.jsonl")
+
+
+def test_a_shard_that_claims_countless_parts_is_answered_at_once(folder: Path, tmp_path: Path) -> None:
+    header, *rows = [json.loads(line) for line in (folder / "shards" / "1.jsonl").read_text().splitlines()]
+    header["shard"] = {"index": 1, "of": 10**15, "images": 10**15}
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (header, *rows)))
+    ((count, named),) = missing_shards([path]).values()
+    assert (count, len(named), named[:2]) == (10**15 - 1, 1000, ["2/1000000000000000", "3/1000000000000000"])

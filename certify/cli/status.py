@@ -33,15 +33,16 @@ def status(runs: tuple[str, ...], output: JsonOptions) -> None:
 
     files = find_runs(runs)
     states, missing = [read_status(file) for file in files], missing_shards(files)
+    named = {first: shards for first, (_, shards) in missing.items()}
     overall = STALLED if missing else max((one.state for one in states), key=_CODES.__getitem__)
     if output.as_json:
-        tell(json.dumps({"state": overall, "runs": [asdict(one) for one in states], "missing_shards": missing}))
+        tell(json.dumps({"state": overall, "runs": [asdict(one) for one in states], "missing_shards": named}))
     else:
         _show(states, missing)
     click.get_current_context().exit(_CODES[overall])
 
 
-def _show(states: Sequence[RunStatus], missing: Mapping[str, Sequence[str]]) -> None:
+def _show(states: Sequence[RunStatus], missing: Mapping[str, tuple[int, Sequence[str]]]) -> None:
     from certify.runs.progress import duration
 
     for one in states:
@@ -54,8 +55,8 @@ def _show(states: Sequence[RunStatus], missing: Mapping[str, Sequence[str]]) -> 
         tell(f"{one.file}: {one.state}, {', '.join(parts)}")
         if one.state == "stalled":
             tell(f"  resume it with: {one.command or 'its command'}")
-    for first, shards in missing.items():
-        more = f" and {len(shards) - 10:,} more" if len(shards) > 10 else ""
+    for first, (count, shards) in missing.items():
+        more = f" and {count - 10:,} more" if count > 10 else ""
         tell(f"no file of shard {', '.join(shards[:10])}{more} of the run of {first}")
     if len(states) > 1:
         units = {one.unit for one in states}

@@ -8,7 +8,7 @@ that a single process would have written.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,15 @@ def merge_shards(runs: Iterable[Run], *, command: str = "") -> tuple[RunHeader, 
     return whole.replace(created=now(), command=command, merged=merged), [row for _, row in rows]
 
 
+def missing_parts(of: int, present: Collection[int], *, most: int) -> tuple[int, list[str]]:
+    """Return the number of parts that are not present, and the first ``most`` of them, such as ``3/8``.
+
+    ``of`` comes from a file and may be huge; the time does not depend on it.
+    """
+    absent = (f"{index}/{of}" for index in range(1, of + 1) if index not in present)
+    return of - len(present), list(itertools.islice(absent, most))
+
+
 @dataclass(frozen=True)
 class _Part:
     """A run file with its place among the shards."""
@@ -134,13 +143,12 @@ def _complete(parts: Sequence[_Part]) -> None:
                 f"{known[index].path} and {part.run.path} are both shard {index}/{of}; leave one of them out"
             )
         known[index] = part.run
-    missing = of - len(known)
+    missing, named = missing_parts(of, known, most=5)
     if missing:
-        named = list(itertools.islice((index for index in range(1, of + 1) if index not in known), 5))
-        shown = ", ".join(f"{index}/{of}" for index in named) + (", ..." if missing > len(named) else "")
+        shown = ", ".join(named) + (", ..." if missing > len(named) else "")
         raise UserError(
             f"{missing} of {of} shards are missing: {shown}; name their files too, or run the command of "
-            f"{parts[0].run.path} with --shard {named[0]}/{of}"
+            f"{parts[0].run.path} with --shard {named[0]}"
         )
     for index, run in known.items():
         if run.partial:

@@ -12,11 +12,13 @@ from certify.errors import UserError
 from certify.runs.comparison_records import ComparisonHeader
 from certify.runs.files import is_locked
 from certify.runs.identity import identity_digest
-from certify.runs.records import RunHeader
+from certify.runs.records import Header, RunHeader
 from certify.runs.run_file import ComparisonRun, Run, peek_header
-from certify.runs.shards import whole_header
+from certify.runs.shards import missing_parts, whole_header
+from certify.types import UNDECIDED
 
 FINISHED, RUNNING, STALLED = "finished", "running", "stalled"
+_NAMED = 1000  # missing shards that are named
 _PATIENCE, _SLOW = 600.0, 10.0  # stalled: no write for 10 minutes, and for 10 times the seconds of a result
 
 
@@ -79,7 +81,7 @@ def read_status(path: Path, *, now: float | None = None) -> RunStatus:
         done=done,
         expected=run.header.expected,
         unusable=done - len(run.usable),
-        undecided=sum(any(one.outcome == "undecided" for one in row) for row in outcomes),
+        undecided=sum(any(one.outcome == UNDECIDED for one in row) for row in outcomes),
         seconds_left=left * each if done else None,
         seconds_since_write=age,
         shard=None if place is None else f"{place.index}/{place.of}",
@@ -109,13 +111,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; expected a run file, or a folder of them")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        runs = [file for file in sorted(path.glob("*.jsonl")) if peek_header(file) is not None]
-        if not runs:
-            raise UserError(f"{path} holds no run files; expected one that `certify` or `certify compare` writes")
-        files += runs
+        files += _runs_in(path) if path.is_dir() else [path]
     return files
 
 
@@ -123,23 +119,32 @@ def find_shards(paths: Iterable[str | Path]) -> list[Path]:
     """Return the files named, and the shards in the folders named.
 
     Raises:
-        UserError: no such file or folder, or a folder without shards.
+        UserError: a folder without shards.
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(path)
-            continue
-        headers = {file: peek_header(file) for file in find_runs([path])}
-        shards = [file for file, header in headers.items() if isinstance(header, RunHeader) and header.shard]
-        if not shards:
-            raise UserError(f"{path} holds no shards; expected files written with --shard i/n")
-        files += shards
+        files += _shards_in(path) if path.is_dir() else [path]
     return files
 
 
-def missing_shards(files: Sequence[Path]) -> Mapping[str, list[str]]:
-    """Return the shards without a file, such as ``3/8``, by the first file of their run."""
+def _runs_in(folder: Path) -> dict[Path, Header]:
+    """Return the headers of the runs and comparisons in a folder."""
+    headers = {file: peek_header(file) for file in sorted(folder.glob("*.jsonl"))}
+    runs = {file: header for file, header in headers.items() if header is not None}
+    if not runs:
+        raise UserError(f"{folder} holds no run files; expected one that `certify` or `certify compare` writes")
+    return runs
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    shards = [file for file, header in _runs_in(folder).items() if isinstance(header, RunHeader) and header.shard]
+    if not shards:
+        raise UserError(f"{folder} holds no shards; expected files written with --shard i/n")
+    return shards
+
+
+def missing_shards(files: Sequence[Path]) -> Mapping[str, tuple[int, list[str]]]:
+    """Return the number of shards without a file, and the first of them, by the first file of their run."""
     present: dict[str, tuple[str, int, set[int]]] = {}
     for file in files:
         header = peek_header(file)
@@ -147,5 +152,5 @@ def missing_shards(files: Sequence[Path]) -> Mapping[str, list[str]]:
             run = identity_digest(whole_header(header).to_json())
             place = header.shard
             present.setdefault(f"{run} {place.of}", (str(file), place.of, set()))[2].add(place.index)
-    found = {first: [f"{i}/{of}" for i in range(1, of + 1) if i not in own] for first, of, own in present.values()}
-    return {first: shards for first, shards in found.items() if shards}
+    missing = {first: missing_parts(of, own, most=_NAMED) for first, of, own in present.values()}
+    return {first: parts for first, parts in missing.items() if parts[0]}
