@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.curves import Curve, curve, default_radii
+from analysis.curves import Curve, curve, default_radii, is_labelled
 from analysis.figures import COLOURS, add_legend, canvas, literal
 from analysis.plots import steps
 from analysis.tables import render
@@ -222,9 +222,7 @@ def accuracy_bound(run: Run, *, alpha: float | None = None, population: bool | N
     other = next((row for row in rows if row.trials != header.n), None)
     if other is not None:
         raise UserError(f"{run.path}: image {other.id!r} has {other.trials:,} samples; expected n = {header.n:,}")
-    labelled = [row.label is not None for row in rows]
-    if any(labelled) and not all(labelled):
-        raise UserError(f"{run.path}: {sum(labelled)} of {len(rows)} images have labels; expected all or none")
+    labelled = is_labelled(run)
     own = header.reference is not None and header.reference.labels == "service"
     correct = [row.estimation_votes.of(_target(row)) for row in rows]
     missing = header.expected - len(rows)
@@ -237,7 +235,7 @@ def accuracy_bound(run: Run, *, alpha: float | None = None, population: bool | N
             population=getattr(header.procedure, "population", False) if population is None else population,
         ),
         _noise(run, rows),
-        labelled=any(labelled) and not own,
+        labelled=labelled and not own,
         missing=missing,
     )
 

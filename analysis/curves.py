@@ -151,12 +151,22 @@ def curve(run: Run, name: str = "") -> Curve:
     rows = run.usable
     if not rows:
         raise UserError(f"{run.path} holds no finished image yet")
-    labelled = [row.label is not None for row in rows]
-    if any(labelled) and not all(labelled):
-        raise UserError(f"{run.path}: {sum(labelled)} of {len(rows)} images have labels; expected all or none")
+    labelled = is_labelled(run)
     certified = [row for row in rows if not row.abstained]
     radii = [row.radius for row in certified if row.label is None or row.prediction == row.label]
-    return Curve(run, name, np.sort(np.asarray(radii, dtype=float)), len(rows), labelled[0])
+    return Curve(run, name, np.sort(np.asarray(radii, dtype=float)), len(rows), labelled)
+
+
+def is_labelled(run: Run) -> bool:
+    """True if the usable images of a run have labels.
+
+    Raises:
+        UserError: only some of them have.
+    """
+    labelled, total = sum(row.label is not None for row in run.usable), len(run.usable)
+    if 0 < labelled < total:
+        raise UserError(f"{run.path}: {labelled} of {total} images have labels; expected all or none")
+    return labelled > 0
 
 
 def by_class(whole: Curve) -> list[Curve]:

@@ -139,6 +139,11 @@ Line = Curve | Envelope
 """A line of a table or figure."""
 
 
+def runs_of(line: Line) -> Sequence[Curve]:
+    """Return the curves of the runs behind a line."""
+    return line.runs if isinstance(line, Envelope) else [line]
+
+
 def group(curves: Sequence[Curve]) -> list[Envelope]:
     """Group curves into envelopes: runs that differ only in sigma and seed belong to one method.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.curves import Curve, proportion_interval
-from analysis.envelope import Envelope, Line
+from analysis.envelope import Envelope, Line, runs_of
 from analysis.figures import add_legend, canvas, current_style, literal, wrapped
 from certify.smoothing.norms import IN_TEX
 
@@ -72,12 +72,12 @@ def plot_curves(
             axes.step(radii, share, where="pre", color=colour, ls=dashes, lw=1.6, label=label)
             if band:
                 axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, lw=0)
-            for curve in line.runs if isinstance(line, Envelope) else [line]:
+            for curve in runs_of(line):
                 if curve.capped:  # the cliff is the number of samples, not the classifier
                     end = f"n = {curve.run.header.n:,} ends here"
                     axes.text(curve.limit, 0.98, end, color=colour, fontsize="small", rotation=90, ha="left", va="top")
         largest = max((r for line in lines for r in (*line.radii[-1:], *line.decided)), default=0.0) or 1.0
-        capped = any(c.capped for line in lines for c in (line.runs if isinstance(line, Envelope) else [line]))
+        capped = any(c.capped for line in lines for c in runs_of(line))
         margin = (1.07 if capped else 1.04) + _OFFSET * decided / 2 / 280  # the axes are about 280 points wide
         axes.set(xlim=(0, style.xmax or margin * largest), ylim=(0, 1.0))
         if decided == len(lines):

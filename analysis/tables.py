@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from analysis.curves import Curve, number, proportion_interval
-from analysis.envelope import Envelope, Line
+from analysis.envelope import Envelope, Line, runs_of
 from analysis.families import CORRECTIONS, Family, accuracy_interval, family
 from certify.errors import UserError
 from certify.runs.records import RunHeader
@@ -173,7 +173,7 @@ def _framed(text: str, layout: TableLayout) -> str:
 
 def out_of_reach(lines: Sequence[Line], radii: Sequence[float]) -> list[str]:
     """Explain the cells ``-``, one line per n and alpha; empty if there are no such cells."""
-    runs = [c for line in lines for c in (line.runs if isinstance(line, Envelope) else [line])]
+    runs = [c for line in lines for c in runs_of(line)]
     notes = {}
     for c in runs:
         if not all(map(c.reachable, radii)):
@@ -216,9 +216,7 @@ def _caption(lines: Sequence[Line], relative_to: float | None, *, intervals: boo
     """Explain the numbers."""
     where = f"{lines[0].quantity} at {IN_WORDS[lines[0].norm]} radius r (images in [0, 1] pixels)"
     caption = [where if relative_to is None else f"{where}, divided by {exact(relative_to)}"]
-    caption += _procedure(
-        [c.run.header for line in lines for c in (line.runs if isinstance(line, Envelope) else [line])]
-    )
+    caption += _procedure([c.run.header for line in lines for c in runs_of(line)])
     if not isinstance(lines[0], Envelope) and lines[0].labelled:
         caption.append("ACR: average certified radius, over all images")
     if isinstance(lines[0], Envelope):

@@ -44,20 +44,30 @@ def selection_scores(
         evaluators: classifiers for agreement and accuracy.
     """
     objective = recipe.objectives[-1]
-    if objective.purifier or objective.prepare is not add_noise:  # not meant to minimise the squared error
+    if _has_other_target(objective):
         return loss_scores(trained, data, recipe, objective, classifiers)
     scores = denoiser_scores(net, data, recipe.levels.checked(), objective, evaluators)
-    if objective.wrap is not None or objective.draws > 1:
+    if _needs_its_loss(objective):
         scores["score"] = loss_scores(trained, data, recipe, objective, classifiers)["score"]
     return scores
+
+
+def _has_other_target(objective: Objective) -> bool:
+    """True if the network is not meant to minimise the squared error of a noisy image."""
+    return bool(objective.purifier) or objective.prepare is not add_noise
+
+
+def _needs_its_loss(objective: Objective) -> bool:
+    """True if single draws of the denoiser alone do not show what the objective improves."""
+    return objective.wrap is not None or objective.draws > 1
 
 
 def score_name(recipe: Recipe) -> str:
     """Name ``score`` of :func:`selection_scores`, by which weights are chosen; lower is better."""
     objective = recipe.objectives[-1]
-    if objective.for_denoisers is False:
+    if not objective.for_denoisers:
         return "cross-entropy"
-    if objective.purifier or objective.prepare is not add_noise or objective.wrap is not None or objective.draws > 1:
+    if _has_other_target(objective) or _needs_its_loss(objective):
         return "loss"
     if not objective.classifier:
         return "squared error"

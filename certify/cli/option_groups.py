@@ -237,7 +237,7 @@ class ProgressOptions(JsonOptions):
 
     @property
     def shown(self) -> bool | float:
-        """How progress is shown, as for :func:`certify.runs.progress.progress_bar`."""
+        """Display of progress, as for :func:`certify.runs.progress.progress_bar`."""
         return self.progress or not self.silent
 
 
